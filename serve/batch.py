@@ -1,0 +1,45 @@
+"""The two types that cross inside the engine: `Schedule` (scheduler -> runner) and `Batch` (runner -> model)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the scheduler imports Schedule and must not import torch
+    from torch import Tensor
+
+
+@dataclass(slots=True)
+class Slice:
+    """One sequence's share of a step: compute the tokens [start, end) of `seq` (a slot of the runner).
+
+    `samples` says whether the last of them yields a new token (false for all but the last chunk of a prompt).
+    """
+
+    seq: int
+    start: int
+    end: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step in plain ints: the same on every rank. Decodes (one new token each) come first in `slices`."""
+
+    slices: list[Slice] = field(default_factory=list)
+    num_decodes: int = 0
+
+
+@dataclass(slots=True)
+class Batch:
+    """The tensors of one forward pass over T tokens of B sequences, decodes first; all on the model's device."""
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slot_mapping: Tensor  # [T] int64: page * page_size + offset of the token's place in the KV pool, -1 = none
+    page_table: Tensor  # [B, max_pages] int32, only as wide as this batch needs
+    seq_lens: Tensor  # [B] int32: length including this step's tokens (0 for a padding row)
+    num_decodes: int  # the first num_decodes sequences have exactly one new token each
+    cu_seqlens_q: Tensor  # [B - num_decodes + 1] int32: running sum of new tokens of the prefilling sequences
+    max_seqlen_q: int  # longest of the prefilling sequences' new tokens, 0 if none
+    logit_rows: Tensor  # [R] int64: rows of the T hidden states whose logits are wanted
