@@ -1,0 +1,138 @@
+"""ServerArgs: every setting of the server, one field per command line flag, named as SGLang names it.
+
+`ServerArgs(model_path=...)` in Python and `ServerArgs.from_cli([...])` give the same object; both check it.
+Nothing here imports torch: the api process, the tests and `--help` read this file before anything heavy.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, NoReturn
+
+
+class ArgsError(ValueError):
+    """A setting that cannot be; the message is one line that names the flag, what was expected and what was given."""
+
+
+def _flag(default: Any, text: str, *aliases: str, choices: tuple[str, ...] = (), kind: type | None = None) -> Any:
+    """A field with a default, and what argparse needs to know about it. `kind` is needed where the default is None."""
+    about = {"help": text, "aliases": aliases, "choices": choices, "kind": kind or type(default)}
+    return field(default=default, metadata=about)
+
+
+@dataclass
+class ServerArgs:
+    """The server's settings. Sizes are in tokens unless said otherwise. Raises ArgsError for a value out of range."""
+
+    model_path: str = _flag("demo-llama", "a Hugging Face folder, a hub name, or demo-llama", "--model")
+    tokenizer_path: str | None = _flag(None, "folder or hub name of the tokenizer; default: the model's", kind=str)
+    revision: str | None = _flag(None, "branch, tag or commit, when the model is a hub name", kind=str)
+    host: str = _flag("127.0.0.1", "address to listen on")
+    port: int = _flag(30000, "port to listen on")
+    api_key: str | None = _flag(None, "if given, requests must carry it as a bearer token", kind=str)
+    served_model_name: str | None = _flag(None, "name in /v1/models; default: the model path", kind=str)
+    chat_template: str | None = _flag(None, "a Jinja chat template file, in place of the tokenizer's", kind=str)
+
+    load_format: str = _flag("auto", "dummy: random weights from config.json alone", choices=("auto", "dummy"))
+    dtype: str = _flag(
+        "auto", "auto: the checkpoint's", choices=("auto", "half", "float16", "bfloat16", "float32", "float")
+    )
+    device: str = _flag("auto", "auto: a GPU where there is one", choices=("auto", "cuda", "cpu"))
+    context_length: int | None = _flag(None, "longest prompt plus completion; default: the model's", kind=int)
+    tp_size: int = _flag(1, "tensor parallel ranks (only 1 for now)", "--tp", "--tensor-parallel-size")
+
+    mem_fraction_static: float | None = _flag(
+        None, "share of device memory for weights and KV pool, 0 to 1; default: by device", kind=float
+    )
+    max_total_tokens: int | None = _flag(None, "size of the KV pool; default: from --mem-fraction-static", kind=int)
+    max_running_requests: int = _flag(256, "requests in one batch")
+    page_size: int = _flag(16, "tokens per KV page")
+    chunked_prefill_size: int = _flag(2048, "prompt tokens of one request per step; -1: whole prompts")
+    max_prefill_tokens: int = _flag(16384, "prompt tokens of all requests per step")
+    schedule_policy: str = _flag("fcfs", "order of waiting requests", choices=("fcfs",))
+    disable_cuda_graph: bool = _flag(False, "launch every decode step kernel by kernel")
+
+    random_seed: int | None = _flag(None, "seed of requests that bring none; default: from the clock", kind=int)
+    stream_interval: int = _flag(1, "tokens per streamed event")
+    skip_server_warmup: bool = _flag(False, "be ready without having generated one token first")
+    log_level: str = _flag("info", "lowest level that is logged", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        if self.tp_size != 1:
+            raise ArgsError(f"--tp-size: tensor parallelism is not there yet, expected 1, got {self.tp_size}")
+        if not 1 <= self.port <= 65535:
+            raise ArgsError(f"--port: expected 1 to 65535, got {self.port}")
+        share = self.mem_fraction_static
+        if share is not None and not 0 < share < 1:
+            raise ArgsError(f"--mem-fraction-static: expected more than 0 and less than 1, got {share}")
+        if self.chunked_prefill_size != -1:
+            self._at_least_one("chunked_prefill_size")
+        for name in (
+            "context_length", "max_total_tokens", "max_running_requests", "page_size", "max_prefill_tokens",
+            "stream_interval",
+        ):  # fmt: skip
+            self._at_least_one(name)
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value not in choices:
+                raise ArgsError(f"{flag_of(item.name)}: expected one of {', '.join(choices)}, got {value!r}")
+
+    def _at_least_one(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value < 1:
+            raise ArgsError(f"{flag_of(name)}: expected at least 1, got {value}")
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or self.model_path
+
+    @classmethod
+    def from_cli(cls, argv: Sequence[str] | None = None) -> "ServerArgs":
+        """Parse `argv` (sys.argv without it). A bad flag ends the process: one line on stderr, status 2."""
+        parser = _parser()
+        namespace, unknown = parser.parse_known_args(argv)
+        for word in unknown:
+            parser.error(_unknown(word))
+        try:
+            return cls(**vars(namespace))
+        except ArgsError as error:
+            parser.error(str(error))
+
+
+def flag_of(name: str) -> str:
+    """model_path -> --model-path"""
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line; argparse would print the whole usage first
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="wave64.launch_server", description="Serve a model over HTTP.", allow_abbrev=False)
+    for item in fields(ServerArgs):
+        assert item.default is not MISSING
+        about = item.metadata
+        how: dict[str, Any] = {"dest": item.name, "default": item.default, "help": about["help"]}
+        if about["kind"] is bool:
+            how["action"] = "store_true"
+        else:
+            how |= {"type": about["kind"], "choices": about["choices"] or None}
+            how["metavar"] = None if about["choices"] else about["kind"].__name__.upper()
+            if item.default is not None:
+                how["help"] += " (default: %(default)s)"
+        parser.add_argument(flag_of(item.name), *about["aliases"], **how)
+    return parser
+
+
+def _unknown(word: str) -> str:
+    """What to say of a word that is no flag of ours (SGLang has some 300, wave64 these few)."""
+    if not word.startswith("-"):
+        return f"expected a flag, got {word!r}"
+    name = word.split("=")[0]
+    near = difflib.get_close_matches(name, [flag_of(item.name) for item in fields(ServerArgs)], n=1)
+    hint = f"did you mean {near[0]}?" if near else "see --help for those it has"
+    return f"{name}: wave64 has no such flag; {hint}"
