@@ -1,0 +1,164 @@
+"""Which backend serves which operator: decided once, at import, and told in words.
+
+`WAVE64_BACKEND` overrides the default order: `triton` or `*=triton` prefers a backend wherever it has a kernel,
+`rms_norm=hip` demands one for one operator; entries are separated by commas. `use(...)` does the same for a block of
+code. What is demanded and cannot serve raises `NotSupported` with the reason.
+`WAVE64_STRICT=1` also turns every fallback for unsupported arguments into an error.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator
+
+
+from wave64 import platform
+from wave64.op import BACKENDS, OPS, Backend, NotSupported, Op
+
+DEVICE_TYPES = ("cpu", "cuda")
+_overrides: dict[str, str] = {}
+
+
+def strict() -> bool:
+    return os.environ.get("WAVE64_STRICT") == "1"
+
+
+@functools.cache
+def _triton_reason() -> str | None:
+    """None where Triton kernels can be imported, and they are."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as e:
+        return f"triton cannot be imported ({e})"
+    import wave64.triton_ops as kernels
+
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    return None
+
+
+def probe(backend: str, device_type: str) -> str | None:
+    """None if `backend` can serve tensors of `device_type` on this machine, else the reason in words."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if reason := _triton_reason():
+            return reason
+        from triton import knobs
+
+        if device_type == "cpu" and not knobs.runtime.interpret:
+            return "needs a GPU (the interpreter runs it on CPU: TRITON_INTERPRET=1 before the start)"
+        return None
+    if backend == "hip":
+        from wave64.backends import hip
+
+        return hip.reason(device_type)
+    return "AITER is not supported by this version"
+
+
+def reason(op: Op, backend: str, device_type: str) -> str | None:
+    """None if `backend` can serve `op`, else why not."""
+    return probe(backend, device_type) or (None if backend in op.backends else f"no {backend} kernel of this operator")
+
+
+def order(op: Op, device_type: str, overrides: dict[str, str]) -> tuple[Backend, ...]:
+    """The backends that serve `op`, first choice first."""
+    if demanded := overrides.get(op.name):
+        if why := reason(op, demanded, device_type):
+            raise NotSupported(f"{op.name}: backend {demanded} was asked for: {why}")
+        return (op.backends[demanded],)
+    names = ["hip", "triton", "reference"] if device_type == "cuda" else ["reference"]
+    if preferred := overrides.get("*"):
+        if why := probe(preferred, device_type):
+            raise NotSupported(f"backend {preferred} was asked for: {why}")
+        names = [preferred, *(n for n in names if n != preferred)]
+    chain = tuple(op.backends[n] for n in names if reason(op, n, device_type) is None)
+    return chain[:1] if strict() else chain
+
+
+def parse(text: str) -> dict[str, str]:
+    """`"triton"`, `"*=hip,rms_norm=triton"` -> {operator or "*": backend}."""
+    chosen = {}
+    for entry in filter(None, (e.strip() for e in text.split(","))):
+        name, _, backend = entry.rpartition("=")
+        name = name.strip() or "*"
+        if name != "*" and name not in OPS:
+            raise NotSupported(f"backend choice {entry!r}: no operator {name!r}; there are {', '.join(sorted(OPS))}")
+        if backend not in BACKENDS:
+            raise NotSupported(f"backend choice {entry!r}: no backend {backend!r}; there are {', '.join(BACKENDS)}")
+        chosen[name] = backend
+    return chosen
+
+
+def bind(overrides: dict[str, str]) -> None:
+    """Binds every operator for every device type. Raises before anything is changed.
+
+    A demand must be servable by the device this machine computes on; CPU tensors on a GPU machine are a convenience
+    (the reference) that no override touches.
+    """
+    main = platform.device_type()
+    chosen = {op: {d: order(op, d, overrides if d == main else {}) for d in DEVICE_TYPES} for op in OPS.values()}
+    for op, bound in chosen.items():
+        op.bound = bound
+    _overrides.clear()
+    _overrides.update(overrides)
+
+
+def load() -> None:
+    """Imports what kernels there are and binds them; called once, when `wave64` is imported."""
+    for backend in BACKENDS:
+        for device_type in DEVICE_TYPES:
+            probe(backend, device_type)
+    bind(parse(os.environ.get("WAVE64_BACKEND", "")))
+
+
+@contextlib.contextmanager
+def use(backend: str | None = None, /, **ops: str) -> Iterator[None]:
+    """`with use("triton"):` prefers a backend, `with use(rms_norm="hip"):` demands one, for the whole process, until
+    the block ends. Graphs captured inside keep what they captured."""
+    before = dict(_overrides)
+    chosen = parse(",".join([*([backend] if backend else []), *(f"{name}={b}" for name, b in ops.items())]))
+    bind({**before, **chosen})
+    try:
+        yield
+    finally:
+        bind(before)
+
+
+def report(device_type: str | None = None) -> list[dict[str, str]]:
+    """One row per (operator, backend): op, backend, status ("bound", "available" or "off") and reason."""
+    device_type = device_type or platform.device_type()
+    rows = []
+    for op in OPS.values():
+        first = op.bound[device_type][0].name
+        for backend in BACKENDS:
+            why = reason(op, backend, device_type)
+            status = "bound" if backend == first else "off" if why else "available"
+            rows.append({"op": op.name, "backend": backend, "status": status, "reason": why or ""})
+    return rows
+
+
+def table(rows: list[dict[str, str]] | None = None) -> str:
+    """The report as text: a line per operator, then each reason once."""
+    rows = report() if rows is None else rows
+    names = list(dict.fromkeys(row["op"] for row in rows))
+    width = max(map(len, names), default=2)
+    mark = {"bound": "*", "available": "+", "off": "-"}
+    notes: dict[str, int] = {}
+    lines = [f"{'op':{width}}  {'in use':9}  " + "  ".join(f"{b:11}" for b in BACKENDS)]
+    for name in names:
+        mine = {row["backend"]: row for row in rows if row["op"] == name}
+        used = next(b for b, row in mine.items() if row["status"] == "bound")
+        cells = []
+        for backend in BACKENDS:
+            row = mine[backend]
+            note = notes.setdefault(row["reason"], len(notes) + 1) if row["reason"] else None
+            cells.append(f"{mark[row['status']] + (f' [{note}]' if note else ''):11}")
+        lines.append(f"{name:{width}}  {used:9}  " + "  ".join(cells).rstrip())
+    lines.append("* in use   + available   - off, with the reason:")
+    lines += [f"  [{i}] {why}" for why, i in notes.items()]
+    return "\n".join(lines)
+
+

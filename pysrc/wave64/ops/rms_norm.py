@@ -1,0 +1,47 @@
+"""Root mean square normalisation."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from wave64.op import BadArgument, Case, Cost, op
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def cases():
+    shapes = [(1, 4096), (7, 768), (5, 97), (0, 128), (3, 1), (2, 8192)]
+    for (tokens, hidden), dtype in itertools.product(shapes, DTYPES):
+        yield Case(f"{tokens}x{hidden}-{dtype}", lambda t=tokens, h=hidden, d=dtype: dict(
+            x=torch.randn(t, h, dtype=d), weight=torch.randn(h, dtype=d), eps=1e-6))
+    yield Case("strided", lambda: dict(
+        x=torch.randn(6, 3 * 256, dtype=torch.bfloat16)[:, 256:512], weight=torch.randn(256, dtype=torch.bfloat16)))
+    yield Case("unaligned", lambda: dict(
+        x=torch.randn(4, 131, dtype=torch.float16)[:, 1:130], weight=torch.randn(130, dtype=torch.float16)[1:]))
+    for tokens, hidden in [(128, 7168), (4096, 7168), (4096, 4096)]:
+        yield Case(f"{tokens}x{hidden}", lambda t=tokens, h=hidden: dict(
+            x=torch.randn(t, h, dtype=torch.bfloat16), weight=torch.randn(h, dtype=torch.bfloat16)), large=True)
+
+
+def check(x, weight, eps=1e-6):
+    if x.ndim != 2 or (x.stride(1) != 1 and x.shape[1] > 1):
+        raise BadArgument("x", "[num_tokens, hidden] with a contiguous last dimension", x)
+    if weight.shape != x.shape[1:] or not weight.is_contiguous():
+        raise BadArgument("weight", f"contiguous [{x.shape[1]}], one value per column of x", weight)
+    if weight.dtype != x.dtype:
+        raise BadArgument("weight", f"dtype {x.dtype}, that of x", weight, "convert it once, at load")
+
+
+@op(cases=cases, check=check, cost=lambda x, weight, eps=1e-6: Cost(bytes=2 * x.nbytes + weight.nbytes))
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight, accumulated in fp32, rounded once.   (Zhang & Sennrich 2019)
+
+    x        [num_tokens, hidden]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
+    weight   [hidden]              dtype of x
+    returns  [num_tokens, hidden]  dtype of x, contiguous
+    raises   BadArgument (a ValueError) if weight is not [hidden] of x's dtype
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse * weight).to(x.dtype).contiguous()
