@@ -48,7 +48,9 @@ class ServerArgs:
     max_total_tokens: int | None = _flag(None, "size of the KV pool; default: from --mem-fraction-static", kind=int)
     max_running_requests: int = _flag(256, "requests in one batch")
     page_size: int = _flag(16, "tokens per KV page")
-    chunked_prefill_size: int = _flag(2048, "prompt tokens of one request per step; -1: whole prompts")
+    chunked_prefill_size: int | None = _flag(
+        None, "prompt tokens per step; -1: whole prompts; default: 512 on a CPU, 8192 on a GPU", kind=int
+    )
     max_prefill_tokens: int = _flag(16384, "prompt tokens of all requests per step")
     schedule_policy: str = _flag("fcfs", "order of waiting requests", choices=("fcfs",))
     disable_cuda_graph: bool = _flag(False, "launch every decode step kernel by kernel")

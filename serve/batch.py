@@ -10,24 +10,20 @@ if TYPE_CHECKING:  # the scheduler imports Schedule and must not import torch
 
 
 @dataclass(slots=True)
-class Slice:
-    """One sequence's share of a step: compute the tokens [start, end) of `seq` (a slot of the runner).
+class Schedule:
+    """One step in plain ints, column by column, B sequences and T tokens; all that a rank needs to take part in it.
 
-    `samples` says whether the last of them yields a new token (false for all but the last chunk of a prompt).
+    A row is a sequence's place in the runner's page table, from admission until it ends or is preempted.
+    Decodes come first.
     """
 
-    seq: int
-    start: int
-    end: int
-    samples: bool
-
-
-@dataclass(slots=True)
-class Schedule:
-    """One step in plain ints: the same on every rank. Decodes (one new token each) come first in `slices`."""
-
-    slices: list[Slice] = field(default_factory=list)
     num_decodes: int = 0
+    rows: list[int] = field(default_factory=list)  # [B]
+    starts: list[int] = field(default_factory=list)  # [B] position of the sequence's first token in this step
+    counts: list[int] = field(default_factory=list)  # [B] its tokens in this step
+    logits: list[int] = field(default_factory=list)  # [B] logits are wanted for the last so many of them
+    tokens: list[int] = field(default_factory=list)  # [T]
+    pages: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (row, first index, pages) newly given
 
 
 @dataclass(slots=True)
