@@ -1,0 +1,1 @@
+"""What proves an operator right: the contract, cross-compilation, static figures of machine code."""
