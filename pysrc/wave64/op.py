@@ -1,5 +1,6 @@
-"""What an operator is: one Python function whose body is the reference, whose docstring is the contract and whose
-signature is the schema. `@op` makes of it `torch.ops.wave64.<name>`, a place where backends register, and the cases that
+"""What an operator is: one Python function whose body is the reference, docstring the contract, signature the schema.
+
+`@op` makes of it `torch.ops.wave64.<name>`, a place where backends register, and the cases that
 the contract test, `python -m wave64 check`, the benchmark and the tuner all read.
 
 An eager call goes straight to the bound backend; under torch.compile, in fake tensor mode and from C++ the registered

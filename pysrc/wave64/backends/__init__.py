@@ -13,7 +13,6 @@ import os
 import pkgutil
 from collections.abc import Iterator
 
-
 from wave64 import platform
 from wave64.op import BACKENDS, OPS, Backend, NotSupported, Op
 
