@@ -1,0 +1,143 @@
+"""The parts decoder models are made of. Every kernel is an op of wave64; matrix products are torch's.
+
+Weights are allocated uninitialised, on the default device and in the default dtype: whoever builds a model sets both,
+then fills the places that `checkpoint()` names. Activations are token-major, [num_tokens, ...].
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wave64 import ops
+from wave64.serve.batch import Batch
+from wave64.serve.config import RopeConfig
+from wave64.serve.rope import cos_sin_cache
+
+ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
+
+KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [num_pages, page_size, num_kv_heads, head_dim]
+
+
+class Layer(nn.Module):
+    """A module that holds weights and knows under which names a checkpoint stores them."""
+
+    def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Yields, for each weight held, its name in the checkpoint and the contiguous view to write it to.
+
+        name  of this module within the model
+        """
+        for weight_name, weight in self.named_parameters(recurse=False):
+            yield f"{name}.{weight_name}", weight.data
+
+
+def _weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+class Embedding(Layer):
+    """A row of `weight` [vocab_size, hidden] per token id."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        super().__init__()
+        self.weight = _weight(vocab_size, hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class Linear(Layer):
+    """y = x @ weight.T + bias, weight [out_features, in_features]; `tied` is another layer's weight to share."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, tied: nn.Parameter | None = None):
+        super().__init__()
+        self.weight = _weight(out_features, in_features) if tied is None else tied
+        self.bias = _weight(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedLinear(Linear):
+    """Several projections of the same input in one matrix product, their outputs side by side in the last dimension;
+    the checkpoint stores each under its own name.
+
+    parts  {name in the checkpoint, in place of this module's own last name: out_features}, in order
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False):
+        super().__init__(in_features, sum(parts.values()), bias)
+        self.parts = parts
+
+    def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        parent = name.rpartition(".")[0]
+        for weight_name, weight in super().checkpoint(name):
+            kind = weight_name.rpartition(".")[2]
+            for part, rows in zip(self.parts, weight.split(list(self.parts.values())), strict=True):
+                yield f"{parent}.{part}.{kind}", rows
+
+
+class RMSNorm(Layer):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = _weight(hidden_size)
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Adds x to the residual stream and returns the norm of the sum. Both are written: residual holds the sum,
+        x the norm."""
+        ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
+        return x
+
+
+class Rotary(nn.Module):
+    """Turns queries and keys by their positions; one table for all layers of a model."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int, length: int):
+        super().__init__()
+        self.head_dim = head_dim
+        table = cos_sin_cache(rope, head_dim, length).to(torch.get_default_device())
+        self.register_buffer("cos_sin_cache", table, persistent=False)
+
+    def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> None:
+        """query [num_tokens, num_heads * head_dim] and key [num_tokens, num_kv_heads * head_dim], in place."""
+        ops.rotary_embedding(positions, query, key, self.head_dim, self.cos_sin_cache)
+
+
+class Attention(nn.Module):
+    """Causal attention over a paged cache, any number of query heads per KV head. Holds no weights."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """query [num_tokens, num_heads * head_dim], key and value [num_tokens, num_kv_heads * head_dim].
+
+        Writes keys and values to their slots, then attends: decodes with the decode kernel, the rest with the
+        prefill kernel. Returns [num_tokens, num_heads * head_dim].
+        """
+        query = query.view(-1, self.num_heads, self.head_dim)
+        key = key.view(-1, self.num_kv_heads, self.head_dim)
+        value = value.view(-1, self.num_kv_heads, self.head_dim)
+        ops.reshape_and_cache(key, value, *kv_cache, batch.slot_mapping)
+        n = batch.num_decodes
+        if n == len(query):
+            out = self._decode(query, batch, kv_cache)
+        elif n == 0:
+            out = self._prefill(query, batch, kv_cache)
+        else:
+            out = torch.cat((self._decode(query[:n], batch, kv_cache), self._prefill(query[n:], batch, kv_cache)))
+        return out.flatten(1)
+
+    def _decode(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        n = batch.num_decodes
+        return ops.paged_attention(query, *kv_cache, batch.page_table[:n], batch.seq_lens[:n], self.scale)
+
+    def _prefill(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        n = batch.num_decodes
+        out, _ = ops.prefill_attention(query, *kv_cache, batch.page_table[n:], batch.cu_seqlens_q, batch.seq_lens[n:],
+                                       batch.max_seqlen_q, self.scale)
+        return out

@@ -1,0 +1,90 @@
+"""Llama 2, 3, 3.1, 3.2, 3.3 and whatever else declares LlamaForCausalLM (Touvron et al. 2023, Grattafiori et al. 2024).
+
+A block adds to the residual stream twice, each time the output of a sub-layer fed with the norm of the stream:
+grouped-query attention with rotary positions, then a gated MLP.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from wave64.serve.batch import Batch
+from wave64.serve.config import ModelConfig
+from wave64.serve.layers import ACTIVATIONS, Attention, Embedding, KVCache, Linear, MergedLinear, RMSNorm, Rotary
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: ModelConfig, rotary: Rotary):
+        super().__init__()
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.widths = (width, kv_width, kv_width)
+        parts = dict(zip(("q_proj", "k_proj", "v_proj"), self.widths, strict=True))
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.rotary = rotary
+        self.attention = Attention(config.num_heads, config.num_kv_heads, config.head_dim)
+
+    def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        query, key, value = self.qkv_proj(x).split(self.widths, dim=-1)
+        self.rotary(batch.positions, query, key)
+        return self.o_proj(self.attention(query, key, value, batch, kv_cache))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation_and_mul = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation_and_mul(self.gate_up_proj(x)))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config: ModelConfig, rotary: Rotary):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, rotary)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """x is what the block before has yet to add to the residual stream; returns what this one has."""
+        x = self.self_attn(self.input_layernorm(x, residual), batch, kv_cache)
+        return self.mlp(self.post_attention_layernorm(x, residual))
+
+
+class LlamaModel(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        rotary = Rotary(config.rope, config.head_dim, config.context_length)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaBlock(config, rotary) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
+        """The final hidden states of the rows in batch.logit_rows, [R, hidden]."""
+        x = self.embed_tokens(batch.input_ids)
+        residual = torch.zeros_like(x)
+        for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
+            x = layer(x, residual, batch, layer_cache)
+        return self.norm(x[batch.logit_rows], residual[batch.logit_rows])
+
+
+class LlamaForCausalLM(nn.Module):
+    """Built uninitialised on the default device, in the default dtype; `wave64.serve.weights.load_model` fills it."""
+
+    #: names that end so are in old checkpoints and hold what the configuration gives anyway
+    derived_weights = ("rotary_emb.inv_freq",)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.model = LlamaModel(config)
+        tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, tied=tied)
+
+    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
+        """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows. Writes the new keys and values to kv_cache,
+        one (keys, values) pair per layer."""
+        return self.lm_head(self.model(batch, kv_cache)).float()

@@ -1,0 +1,142 @@
+"""From a checkpoint folder to a model with weights on its device."""
+
+import logging
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from wave64.serve.checkpoint import StoredTensor, WeightsError, stored_tensors
+from wave64.serve.config import ModelConfig
+from wave64.serve.layers import Layer
+from wave64.serve.models import MODELS
+
+log = logging.getLogger(__name__)
+
+BUILT_IN = {"demo-llama": Path(__file__).parent / "demo" / "llama"}
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+DUMMY_SEED = 0
+
+
+def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, device: str | torch.device,
+               load_format: str = "auto") -> nn.Module:
+    """Builds the model of `config` on `device` in `dtype` and fills it.
+
+    load_format  "auto": the safetensors of `folder`, tensor by tensor; "dummy": random weights, the same at every
+                 start on the same kind of device, `folder` is not read
+    raises       WeightsError naming file and tensor
+    """
+    started = time.perf_counter()
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = MODELS[config.architecture](config).eval()
+    finally:
+        torch.set_default_dtype(default_dtype)
+    if load_format == "dummy":
+        fill_with_noise(model)
+    else:
+        fill_from(model, Path(folder))
+    size = sum(weight.nbytes for weight in model.parameters())
+    log.info("%s: %.2f GB of %s weights on %s in %.1f s", folder, size / 1e9, str(dtype).removeprefix("torch."),
+             device, time.perf_counter() - started)
+    return model
+
+
+def fill_from(model: nn.Module, folder: Path) -> None:
+    """Reads every weight of `model` from the checkpoint in `folder`.
+
+    Raises WeightsError if a weight is missing there, has another shape, or if there is one the model has no place for.
+    """
+    stored = stored_tensors(folder)
+    places = _places(model)
+    derived = tuple(f".{name}" for name in model.derived_weights)
+    surplus = [tensor for name, tensor in stored.items() if name not in places and not name.endswith(derived)]
+    if surplus:
+        raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model of config.json "
+                           "has no such weight; does config.json belong to these weights?")
+    reads, copies = _plan(places, stored, folder)
+    size, quiet = sum(t.end - t.begin for t in reads), not sys.stderr.isatty()
+    with tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=quiet) as bar:
+        for tensor in sorted(reads, key=lambda t: (t.file, t.begin)):
+            tensor.load(places[tensor.name])
+            bar.update(tensor.end - tensor.begin)
+    for tensor, original in copies:
+        if not tensor.equals(places[tensor.name]):
+            raise WeightsError(f"{tensor.file}: {tensor.name}: expected the values of {original}, because config.json "
+                               "ties the two, got others; set tie_word_embeddings to false there")
+
+
+def fill_with_noise(model: nn.Module) -> None:
+    """Weights that keep activations in range: matrices normal with deviation 0.02, gains of norms 1."""
+    generators: dict[torch.device, torch.Generator] = {}
+    for weight in model.parameters():
+        generator = generators.setdefault(weight.device, torch.Generator(weight.device).manual_seed(DUMMY_SEED))
+        if weight.ndim == 1:
+            weight.data.fill_(1.0)
+        else:
+            weight.data.normal_(std=0.02, generator=generator)
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """Checkpoint name -> the view to fill. Tied weights are two names of one view."""
+    return {
+        name: view
+        for module_name, module in model.named_modules() if isinstance(module, Layer)
+        for name, view in module.checkpoint(module_name)
+    }  # fmt: skip
+
+
+def _plan(places: dict[str, Tensor], stored: dict[str, StoredTensor],
+          folder: Path) -> tuple[list[StoredTensor], list[tuple[StoredTensor, str]]]:
+    """What to read, and what is stored a second time, with the name it was read under."""
+    names: dict[tuple, list[str]] = {}
+    for name, view in places.items():
+        names.setdefault((view.data_ptr(), view.shape), []).append(name)
+    reads, copies, missing = [], [], []
+    for tied in names.values():
+        found = [name for name in tied if name in stored]
+        if not found:
+            missing.append(tied[0])
+        reads += [stored[name] for name in found[:1]]
+        copies += [(stored[name], found[0]) for name in found[1:]]
+    if missing:
+        raise WeightsError(f"{folder}: {_listed(missing)}: expected by the model, not in any of its safetensors files")
+    return reads, copies
+
+
+def _listed(names) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def resolve_model_path(model_path: str, revision: str | None = None) -> Path:
+    """The folder that `model_path` stands for: a folder, a built-in name, or a hub name, which is downloaded.
+
+    Raises WeightsError in one line if it is none of these or cannot be fetched.
+    """
+    folder = Path(model_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if model_path in BUILT_IN:
+        folder = BUILT_IN[model_path]
+        if not folder.is_dir():
+            raise WeightsError(f"{model_path}: {folder} is missing from this installation of wave64; install it again")
+        return folder
+    built_in = ", ".join(BUILT_IN)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or folder.exists():
+        raise WeightsError(f"{model_path}: expected a folder, a built-in name ({built_in}) or a hub name (owner/name), "
+                           f"got {'a file' if folder.exists() else 'a path that does not exist'}")
+    import huggingface_hub  # only here: a local model needs no hub client
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model_path, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise WeightsError(f"{model_path}: neither a folder nor a built-in name ({built_in}), and the Hugging Face Hub "
+                           f"did not give it: {type(e).__name__}: {reason}") from None
