@@ -1,0 +1,209 @@
+"""Decode attention: one new token per sequence against its keys and values in a paged cache."""
+
+import torch
+from torch import Tensor
+
+from wave64 import platform
+from wave64.op import BadArgument, Case, Cost, op
+
+FP8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
+
+
+def fp8_dtype() -> torch.dtype:
+    """The FP8 type of the machine's matrix cores; OCP's where there is no such machine."""
+    arch = platform.arch()
+    return FP8[arch.fp8 if arch and arch.fp8 else "e4m3fn"]
+
+
+def make_cache(seq_lens: list[int], page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
+               kv_dtype: torch.dtype | None = None, window: int = -1) -> dict[str, Tensor]:
+    """A cache as a server leaves it: pages in any order; NaN in each place that no query may read, and out-of-range
+    numbers in the table wherever no page is needed."""
+    pages = [-(-n // page_size) for n in seq_lens]
+    order = torch.randperm(sum(pages) + 2).to(torch.int32)
+    table = torch.full((len(seq_lens), max(pages, default=0) + 1), 2147480000, dtype=torch.int32)
+    pool = torch.full((2, len(order) * page_size, kv_heads, head_dim), float("nan"), dtype=dtype)
+    taken = 0
+    for i, (n, used) in enumerate(zip(seq_lens, pages, strict=True)):
+        first = max(0, n - window) if window > 0 else 0
+        table[i, first // page_size: used] = order[taken + first // page_size: taken + used]
+        positions = torch.arange(first, n)
+        slots = order[taken + positions // page_size].long() * page_size + positions % page_size
+        pool[:, slots] = torch.randn(2, n - first, kv_heads, head_dim, dtype=dtype)
+        taken += used
+    key_cache, value_cache = pool.to(kv_dtype or dtype).unflatten(1, (-1, page_size))
+    return dict(key_cache=key_cache, value_cache=value_cache, page_table=table,
+                seq_lens=torch.tensor(seq_lens, dtype=torch.int32))
+
+
+def make_case(seq_lens: list[int], heads: int = 8, kv_heads: int = 2, head_dim: int = 64, page_size: int = 16,
+              dtype: torch.dtype = torch.bfloat16, fp8: bool = False, sinks: bool = False, **options) -> dict:
+    kv_dtype = fp8_dtype() if fp8 else dtype
+    cache = make_cache(seq_lens, page_size, kv_heads, head_dim, dtype, kv_dtype, options.get("sliding_window", -1))
+    if fp8:
+        options.update(k_scale=torch.rand(1) + 0.5, v_scale=torch.rand(1) + 0.5)
+    if sinks:
+        options.update(sinks=torch.randn(heads))
+    query = torch.randn(len(seq_lens), heads, head_dim, dtype=dtype)
+    return dict(query=query, **cache, scale=head_dim**-0.5, **options)
+
+
+def cases():
+    half, full = torch.float16, torch.float32
+    drawn = {
+        "one-token": dict(seq_lens=[1]),
+        "batch": dict(seq_lens=[37, 1, 0, 130]),
+        "fp16": dict(seq_lens=[19, 64], dtype=half),
+        "fp32": dict(seq_lens=[19, 65], dtype=full),
+        "mha": dict(seq_lens=[33, 5], heads=3, kv_heads=3),
+        "mqa": dict(seq_lens=[33, 5], heads=20, kv_heads=1),
+        "gqa-3": dict(seq_lens=[33, 5], heads=9, kv_heads=3),
+        "page-1": dict(seq_lens=[23, 7], page_size=1),
+        "page-5": dict(seq_lens=[23, 7], page_size=5),
+        "page-64": dict(seq_lens=[65, 128], page_size=64),
+        "page-128": dict(seq_lens=[140], page_size=128),
+        "dim-24": dict(seq_lens=[20, 3], head_dim=24, dtype=full),
+        "dim-33": dict(seq_lens=[20, 3], head_dim=33),
+        "dim-80": dict(seq_lens=[20, 3], head_dim=80),
+        "dim-120": dict(seq_lens=[20, 3], head_dim=120),
+        "dim-192": dict(seq_lens=[20, 3], head_dim=192),
+        "dim-256": dict(seq_lens=[20, 3], head_dim=256),
+        "window": dict(seq_lens=[70, 9, 0, 40], sliding_window=13),
+        "window-1": dict(seq_lens=[70, 9], sliding_window=1),
+        "cap": dict(seq_lens=[70, 9], logit_cap=5.0),
+        "sinks": dict(seq_lens=[70, 0, 9], sinks=True),
+        "fp8": dict(seq_lens=[70, 9], fp8=True),
+        "all": dict(seq_lens=[70, 9, 33], fp8=True, sinks=True, logit_cap=8.0, sliding_window=20),
+        "no-sequences": dict(seq_lens=[]),
+        "all-empty": dict(seq_lens=[0, 0]),
+    }
+    for name, options in drawn.items():
+        yield Case(name, lambda options=options: make_case(**options))
+    yield Case("strided", lambda: _strided(make_case([37, 4])))
+    for batch, length in [(1, 4096), (8, 4096), (32, 4096), (128, 4096), (256, 1024), (32, 16384)]:
+        yield Case(f"{batch}x{length}", lambda b=batch, n=length: make_case(
+            [n] * b, heads=32, kv_heads=8, head_dim=128), large=True)
+    yield Case("ragged", lambda: make_case(
+        [1 + 97 * i * i % 8192 for i in range(64)], heads=32, kv_heads=8, head_dim=128), large=True)
+    yield Case("1x131072", lambda: make_case([131072], heads=64, kv_heads=8, head_dim=128), large=True)
+
+
+def _strided(args: dict) -> dict:
+    """Keys and values as halves of one pool, queries as a slice of a fused projection: what models really pass."""
+    pool = torch.stack([args["key_cache"], args["value_cache"]], 1)
+    fused = torch.cat([args["query"], args["query"]], 1)
+    heads = args["query"].shape[1]
+    return {**args, "key_cache": pool[:, 0], "value_cache": pool[:, 1], "query": fused[:, :heads]}
+
+
+def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale) -> None:
+    """What every operator that attends to a paged cache demands of it."""
+    if query.ndim != 3 or query.stride(2) != 1 and query.shape[2] > 1:
+        raise BadArgument("query", "[tokens, num_heads, head_dim] with a contiguous last dimension", query)
+    if not query.dtype.is_floating_point or query.element_size() == 1:
+        raise BadArgument("query", "bf16, fp16 or fp32", query)
+    heads, head_dim = query.shape[1:]
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.ndim != 4 or cache.shape[3] != head_dim or cache.stride(3) != 1 and head_dim > 1:
+            expected = f"[num_pages, page_size, num_kv_heads, {head_dim}] with a contiguous last dimension"
+            raise BadArgument(name, expected, cache)
+        if cache.dtype not in (query.dtype, *FP8.values()):
+            raise BadArgument(name, f"dtype {query.dtype}, that of query, or FP8", cache)
+        arch = platform.arch() if cache.is_cuda else None
+        if cache.dtype != query.dtype and arch and arch.fp8 and cache.dtype != FP8[arch.fp8]:
+            raise BadArgument(name, f"{FP8[arch.fp8]}, the FP8 type of {arch.name}", cache, "requantise the cache")
+    if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
+        raise BadArgument("value_cache", f"{key_cache.dtype} {list(key_cache.shape)}, as key_cache", value_cache)
+    num_pages, page_size, kv_heads, _ = key_cache.shape
+    if not kv_heads or heads % kv_heads:
+        raise BadArgument("query", f"a multiple of key_cache's {kv_heads} heads", query)
+    if seq_lens.ndim != 1 or seq_lens.dtype != torch.int32 or not seq_lens.is_contiguous():
+        raise BadArgument("seq_lens", "contiguous int32 [num_seqs]", seq_lens)
+    if page_table.ndim != 2 or page_table.dtype != torch.int32 or page_table.shape[0] != len(seq_lens) \
+            or page_table.stride(1) != 1 and page_table.shape[1] > 1:
+        expected = f"int32 [{len(seq_lens)}, max_pages] with a contiguous last dimension"
+        raise BadArgument("page_table", expected, page_table)
+    if not seq_lens.is_cuda and len(seq_lens):  # reading a GPU's memory here would stall it
+        longest, room = int(seq_lens.max()), page_table.shape[1] * page_size
+        if longest > room or longest > 0 and not num_pages:
+            got = f"{list(page_table.shape)}, room for {room} tokens in {num_pages} pages of {page_size}"
+            raise BadArgument("page_table", f"room for {longest} tokens, as seq_lens says", got, "pass a wider table")
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
+        raise BadArgument("sinks", f"contiguous [{heads}], one logit per head", sinks)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and (scale.numel() != 1 or not scale.dtype.is_floating_point):
+            raise BadArgument(name, "one fp32 number in a tensor", scale)
+
+
+def check(query, key_cache, value_cache, page_table, seq_lens, scale, sliding_window=-1, logit_cap=0.0, sinks=None,
+          k_scale=None, v_scale=None):
+    check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale)
+    if query.shape[0] != len(seq_lens):
+        raise BadArgument("query", f"[{len(seq_lens)}, num_heads, head_dim], one token per sequence", query)
+
+
+def cost(query, key_cache, value_cache, page_table, seq_lens, scale, sliding_window=-1, logit_cap=0.0, sinks=None,
+         k_scale=None, v_scale=None) -> Cost:
+    lengths = seq_lens.clamp(max=sliding_window) if sliding_window > 0 else seq_lens
+    tokens = int(lengths.sum())
+    _, _, kv_heads, head_dim = key_cache.shape
+    return Cost(bytes=2 * tokens * kv_heads * head_dim * key_cache.element_size() + 2 * query.nbytes,
+                flops=4 * tokens * query.shape[1] * head_dim)
+
+
+def dequantise(kv: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    kv = kv.to(dtype)
+    return kv if scale is None else kv * scale.to(dtype)
+
+
+@op(cases=cases, check=check, cost=cost)
+def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
+                    scale: float, sliding_window: int = -1, logit_cap: float = 0.0, sinks: Tensor | None = None,
+                    k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
+    """out[b] = softmax(cap(scale * query[b] K[b]^T)) V[b] over the keys of sequence b, the query's own among them.
+
+    Keys of position p are at row p % page_size of page page_table[b, p // page_size]. cap(x) = c tanh(x / c) where
+    logit_cap c > 0. Softmax in fp32, products of the inputs' dtype accumulated in fp32, one rounding at the end.
+    (Vaswani et al. 2017; pages: Kwon et al. 2023; groups of heads: Ainslie et al. 2023)
+
+    query           [num_seqs, num_heads, head_dim]  bf16, fp16 or fp32; last dim contiguous
+    key_cache       [num_pages, page_size, num_kv_heads, head_dim]  dtype of query, or the architecture's FP8;
+                    any page_size, num_heads a multiple of num_kv_heads, last dim contiguous, the others strided
+    value_cache     as key_cache
+    page_table      [num_seqs, max_pages] int32; entries of pages that no key is read from may be anything
+    seq_lens        [num_seqs] int32, length including the new token; 0 gives zeros
+    sliding_window  w > 0: the last w keys only; -1: all
+    sinks           [num_heads]  a logit per head that takes part in the softmax and adds no value
+    k_scale         one fp32 number: key = stored * k_scale; v_scale likewise
+    returns         [num_seqs, num_heads, head_dim]  dtype of query, contiguous
+    raises          BadArgument for dtypes, shapes and strides other than these; on CPU also for a table too narrow
+    """
+    num_seqs, heads, head_dim = query.shape
+    num_pages, page_size, kv_heads, _ = key_cache.shape
+    room = page_table.shape[1] * page_size
+    keys_read = min(room, sliding_window) if sliding_window > 0 else room
+    if keys_read == 0 or num_pages == 0:
+        return torch.zeros_like(query, memory_format=torch.contiguous_format)
+    # The last keys_read positions of each sequence. A sequence with fewer reads its first key in place of the missing
+    # ones, never a place that it does not own.
+    back = torch.arange(keys_read, 0, -1, device=query.device)
+    positions = (seq_lens[:, None] - back).clamp(min=0)
+    missing = (seq_lens[:, None] < back)[:, None, None]
+    pages = page_table.gather(1, positions // page_size).clamp(0, num_pages - 1)
+    slots = positions % page_size
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys = dequantise(key_cache[pages, slots], k_scale, wide)
+    values = dequantise(value_cache[pages, slots], v_scale, wide)
+
+    grouped = query.to(wide).view(num_seqs, kv_heads, heads // kv_heads, head_dim)
+    scores = grouped @ keys.permute(0, 2, 3, 1) * scale
+    if logit_cap > 0:
+        scores = logit_cap * torch.tanh(scores / logit_cap)
+    scores = scores.masked_fill(missing, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(wide).view(kv_heads, -1, 1).expand(num_seqs, -1, -1, -1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1)[..., :keys_read]
+    out = weights @ values.transpose(1, 2)
+    out = out.masked_fill((seq_lens == 0)[:, None, None, None], 0)
+    return out.reshape(num_seqs, heads, head_dim).to(query.dtype)

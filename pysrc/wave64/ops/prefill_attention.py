@@ -1,0 +1,172 @@
+"""Prefill attention: the newest tokens of each sequence against all its keys and values in a paged cache."""
+
+import torch
+from torch import Tensor
+
+from wave64.op import BadArgument, Case, Cost, op
+from wave64.ops.paged_attention import check_kv, dequantise, make_case
+
+#: The reference's bound on temporary memory: scores at a time, and key (or value) elements at a time.
+SCORES, KEY_ELEMENTS = 2**22, 2**21
+
+
+def make_prefill(new: list[int], seq_lens: list[int], **options) -> dict:
+    """`make_case` with the last `new[i]` tokens of each sequence as its queries."""
+    window = options.get("sliding_window", -1)
+    # The first query sees window - 1 keys before its own, so those must hold numbers, too.
+    wider = {**options, "sliding_window": window + max(new, default=0)} if window > 0 else options
+    args = make_case(seq_lens, **wider)
+    heads, head_dim = args["query"].shape[1:]
+    starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    args.update(query=torch.randn(sum(new), heads, head_dim, dtype=args["query"].dtype), cu_seqlens_q=starts,
+                max_seqlen_q=max(new, default=0))
+    return {**args, "sliding_window": window}
+
+
+def cases():
+    half, full = torch.float16, torch.float32
+    drawn = {
+        "one-token": dict(new=[1], seq_lens=[1]),
+        "whole": dict(new=[37, 5], seq_lens=[37, 5]),
+        "chunk": dict(new=[9, 1, 20], seq_lens=[50, 33, 20]),
+        "empty-rows": dict(new=[0, 7, 2], seq_lens=[12, 7, 0]),
+        "fp16": dict(new=[19, 4], seq_lens=[19, 64], dtype=half),
+        "fp32": dict(new=[19, 4], seq_lens=[19, 65], dtype=full),
+        "full": dict(new=[19, 4], seq_lens=[19, 40], causal=False),
+        "full-window": dict(new=[19, 4], seq_lens=[19, 40], causal=False, sliding_window=6),
+        "mha": dict(new=[20], seq_lens=[33], heads=3, kv_heads=3),
+        "mqa": dict(new=[20], seq_lens=[33], heads=5, kv_heads=1),
+        "page-1": dict(new=[10], seq_lens=[23], page_size=1),
+        "page-5": dict(new=[10], seq_lens=[23], page_size=5),
+        "page-64": dict(new=[65], seq_lens=[130], page_size=64),
+        "dim-24": dict(new=[20], seq_lens=[20], head_dim=24, dtype=full),
+        "dim-33": dict(new=[20], seq_lens=[20], head_dim=33),
+        "dim-80": dict(new=[20], seq_lens=[20], head_dim=80),
+        "dim-120": dict(new=[20], seq_lens=[20], head_dim=120),
+        "dim-192": dict(new=[20], seq_lens=[20], head_dim=192),
+        "dim-256": dict(new=[20], seq_lens=[20], head_dim=256),
+        "window": dict(new=[30, 9], seq_lens=[70, 9], sliding_window=13),
+        "window-1": dict(new=[30, 9], seq_lens=[70, 9], sliding_window=1),
+        "cap": dict(new=[30, 9], seq_lens=[70, 9], logit_cap=5.0),
+        "sinks": dict(new=[30, 9], seq_lens=[70, 9], sinks=True),
+        "fp8": dict(new=[30, 9], seq_lens=[70, 9], fp8=True),
+        "all": dict(new=[30, 9], seq_lens=[70, 9], fp8=True, sinks=True, logit_cap=8.0, sliding_window=20),
+        "no-sequences": dict(new=[], seq_lens=[]),
+    }
+    for name, options in drawn.items():
+        yield Case(name, lambda options=options: make_prefill(**options))
+    for name, new, lengths in [("4x4096", [4096] * 4, [4096] * 4), ("1x16384", [16384], [16384]),
+                               ("chunk-2048-of-16384", [2048] * 2, [16384] * 2),
+                               ("ragged", [1, 300, 4096, 77, 1500], [4000, 300, 4096, 8000, 1700])]:
+        yield Case(name, lambda new=new, lengths=lengths: make_prefill(
+            new, lengths, heads=32, kv_heads=8, head_dim=128), large=True)
+
+
+def check(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max_seqlen_q, scale, causal=True,
+          sliding_window=-1, logit_cap=0.0, sinks=None, k_scale=None, v_scale=None):
+    check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale)
+    entries = len(seq_lens) + 1
+    if cu_seqlens_q.shape != (entries,) or cu_seqlens_q.dtype != torch.int32 or not cu_seqlens_q.is_contiguous():
+        raise BadArgument("cu_seqlens_q", f"contiguous int32 [{entries}]: 0, then running sums", cu_seqlens_q)
+    if not cu_seqlens_q.is_cuda:  # reading a GPU's memory here would stall it
+        starts = cu_seqlens_q.tolist()
+        new = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        if starts[0] != 0 or starts[-1] != query.shape[0] or min(new, default=0) < 0:
+            raise BadArgument("cu_seqlens_q", f"running sums from 0 to {query.shape[0]}, the rows of query", starts)
+        if max(new, default=0) > max_seqlen_q:
+            raise BadArgument("max_seqlen_q", f"at least {max(new)}, the longest of cu_seqlens_q", max_seqlen_q)
+
+
+def cost(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max_seqlen_q, scale, causal=True,
+         sliding_window=-1, logit_cap=0.0, sinks=None, k_scale=None, v_scale=None) -> Cost:
+    pairs = keys = 0
+    for new, length in zip(cu_seqlens_q.diff().tolist(), seq_lens.tolist(), strict=True):
+        position = torch.arange(length - new, length)
+        first = (position - sliding_window + 1).clamp(min=0) if sliding_window > 0 else torch.zeros_like(position)
+        last = position + 1 if causal else torch.full_like(position, length)
+        pairs += int((last - first).sum())
+        keys += length - int(first.min()) if new else 0
+    _, _, kv_heads, head_dim = key_cache.shape
+    kv_bytes = 2 * keys * kv_heads * head_dim * key_cache.element_size()
+    return Cost(bytes=kv_bytes + 2 * query.nbytes + 4 * query.shape[0] * query.shape[1],
+                flops=4 * pairs * query.shape[1] * head_dim)
+
+
+def fake(query, *args, **kwargs):
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=wide)
+
+
+@op(cases=cases, check=check, cost=cost, fake=fake)
+def prefill_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens_q: Tensor,
+                      seq_lens: Tensor, max_seqlen_q: int, scale: float, causal: bool = True, sliding_window: int = -1,
+                      logit_cap: float = 0.0, sinks: Tensor | None = None, k_scale: Tensor | None = None,
+                      v_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out = softmax(cap(scale * query K^T)) V for the newest tokens of each sequence, whose keys are in the cache.
+
+    Queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] are the last positions of the seq_lens[i] of sequence i. A query at
+    position p sees the keys of its sequence up to p (causal) or all of them, from p - w + 1 on where sliding_window
+    w > 0. A query that sees none gives zeros. Otherwise as paged_attention.
+    (Vaswani et al. 2017; in blocks with a running maximum: Milakov & Gimelshein 2018, Dao et al. 2022)
+
+    query           [num_tokens, num_heads, head_dim]  bf16, fp16 or fp32; last dim contiguous
+    key_cache       [num_pages, page_size, num_kv_heads, head_dim]  dtype of query, or the architecture's FP8
+    value_cache     as key_cache
+    page_table      [num_seqs, max_pages] int32; entries of pages that no key is read from may be anything
+    cu_seqlens_q    [num_seqs + 1] int32, running sum of new tokens from 0 to num_tokens
+    seq_lens        [num_seqs] int32, lengths including the new tokens
+    max_seqlen_q    at least the longest number of new tokens
+    sinks, k_scale, v_scale  as paged_attention
+    returns         out [num_tokens, num_heads, head_dim] of query's dtype, contiguous, and
+                    lse [num_tokens, num_heads] fp32: log of the sum of exp(logit), natural, sinks included;
+                    -inf where nothing is summed
+    raises          BadArgument for dtypes, shapes and strides other than these
+    """
+    tokens, heads, head_dim = query.shape
+    num_pages, page_size, kv_heads, _ = key_cache.shape
+    group = heads // kv_heads
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(query.shape)
+    lse = query.new_full((tokens, heads), float("-inf"), dtype=wide)
+    keys_at_once = max(16, KEY_ELEMENTS // (kv_heads * head_dim))
+    queries_at_once = max(16, SCORES // (heads * keys_at_once))
+    starts = cu_seqlens_q.tolist()
+    for i, length in enumerate(seq_lens.tolist()):
+        before = length - starts[i + 1]  # position of a query = its row + before
+        for row in range(starts[i], starts[i + 1], queries_at_once):
+            end = min(row + queries_at_once, starts[i + 1])
+            q = query[row:end].to(wide).view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+            q = q.reshape(kv_heads, -1, head_dim) * scale
+            position = torch.arange(row + before, end + before, device=query.device)
+            # Running maximum, sum and weighted values over blocks of keys; a sink is where they start.
+            peak = q.new_full((kv_heads, group, end - row), float("-inf")) if sinks is None else \
+                sinks.to(wide).view(kv_heads, group, 1).repeat(1, 1, end - row)
+            total = torch.full_like(peak, 0 if sinks is None else 1)
+            mixed = q.new_zeros(kv_heads, group, end - row, head_dim)
+            first_key = max(0, row + before - sliding_window + 1) if sliding_window > 0 else 0
+            last_key = min(length, end + before) if causal else length
+            for key in range(first_key, last_key, keys_at_once):
+                at = torch.arange(key, min(key + keys_at_once, last_key), device=query.device)
+                pages, slots = page_table[i, at // page_size].long(), at % page_size
+                k = dequantise(key_cache[pages, slots], k_scale, wide).permute(1, 2, 0)
+                v = dequantise(value_cache[pages, slots], v_scale, wide).transpose(0, 1)
+                scores = (q @ k).view(kv_heads, group, end - row, len(at))
+                if logit_cap > 0:
+                    scores = logit_cap * torch.tanh(scores / logit_cap)
+                hidden = position[:, None] < at if causal else None
+                if sliding_window > 0:
+                    early = position[:, None] >= at + sliding_window
+                    hidden = early if hidden is None else hidden | early
+                if hidden is not None:
+                    scores.masked_fill_(hidden, float("-inf"))
+                before_peak, peak = peak, torch.maximum(peak, scores.amax(-1))
+                base = peak.masked_fill(peak == float("-inf"), 0)  # nothing seen yet: exp(-inf - 0) = 0, not NaN
+                weights = (scores - base[..., None]).exp_()
+                shrink = (before_peak - base).exp()
+                total = total * shrink + weights.sum(-1)
+                mixed *= shrink[..., None]
+                mixed += (weights.view(kv_heads, -1, len(at)) @ v).view_as(mixed)
+            result = mixed / total.masked_fill(total == 0, 1)[..., None]
+            out[row:end] = result.permute(2, 0, 1, 3).reshape(-1, heads, head_dim)
+            lse[row:end] = (peak + total.log()).permute(2, 0, 1).reshape(-1, heads)
+    return out, lse
