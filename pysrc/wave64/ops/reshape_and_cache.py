@@ -1,0 +1,101 @@
+"""Writes the new tokens' keys and values into the paged KV cache."""
+
+import torch
+from torch import Tensor
+
+from wave64.op import BadArgument, Case, Cost, op
+from wave64.ops.rms_norm import DTYPES
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+
+
+def _draw(tokens, pages, heads, head_dim, dtype=torch.bfloat16, cache_dtype=None, page_size=16, skip=(), scale=None):
+    """Keys and values as views into a merged qkv, slots drawn without repetition, `skip` of them -1."""
+    qkv = torch.randn(tokens, 3 * heads, head_dim, dtype=dtype) * 4
+    slots = torch.randperm(pages * page_size)[:tokens]
+    slots[list(skip)] = -1
+    caches = [torch.randn(pages, page_size, heads, head_dim).to(cache_dtype or dtype) for _ in range(2)]
+    drawn = dict(key=qkv[:, heads:2 * heads], value=qkv[:, 2 * heads:], key_cache=caches[0], value_cache=caches[1],
+                 slot_mapping=slots)
+    return drawn if scale is None else drawn | dict(k_scale=torch.tensor(scale), v_scale=torch.tensor([2 * scale]))
+
+
+def cases():
+    for dtype in DTYPES:
+        yield Case(f"llama-8b-{dtype}", lambda d=dtype: _draw(3, 2, 8, 128, d))
+        yield Case(f"odd-{dtype}", lambda d=dtype: _draw(7, 5, 3, 37, d, page_size=3, skip=(0, 4)))
+        for fp8 in FP8:
+            yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 2, 2, 64, d, c, skip=(1,), scale=0.03))
+    yield Case("fp8-unscaled", lambda: _draw(5, 2, 2, 64, cache_dtype=torch.float8_e4m3fn))
+    yield Case("one-token", lambda: _draw(1, 1, 1, 64, page_size=1))
+    yield Case("all-skipped", lambda: _draw(4, 2, 2, 32, skip=(0, 1, 2, 3)))
+    yield Case("empty", lambda: _draw(0, 2, 2, 32))
+    for tokens, pages in [(1, 64), (128, 4096), (4096, 4096), (16384, 4096)]:
+        yield Case(f"{tokens}x8x128", lambda t=tokens, p=pages: _draw(t, p, 8, 128), large=True)
+    yield Case("128x8x128-fp8", lambda: _draw(128, 4096, 8, 128, cache_dtype=FP8[0], scale=0.05), large=True)
+
+
+def _refuse(name: str, new: Tensor, cache: Tensor, tokens: int) -> None:
+    if new.ndim != 3 or new.shape[0] != tokens or new.stride(2) != 1 and new.shape[2] > 1:
+        raise BadArgument(name, f"[{tokens}, num_kv_heads, head_dim], a row per slot, its last dimension contiguous", new)
+    if cache.ndim != 4 or cache.shape[2:] != new.shape[1:] or not cache.is_contiguous():
+        raise BadArgument(f"{name}_cache", f"contiguous [num_pages, page_size, {new.shape[1]}, {new.shape[2]}]", cache)
+    if cache.dtype != new.dtype and cache.dtype not in FP8:
+        raise BadArgument(f"{name}_cache", f"dtype {new.dtype}, that of {name}, or float8_e4m3fn(uz)", cache)
+
+
+def check(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_scale=None):
+    if slot_mapping.ndim != 1 or slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
+        raise BadArgument("slot_mapping", "contiguous int64 [num_tokens]", slot_mapping)
+    _refuse("key", key, key_cache, slot_mapping.shape[0])
+    _refuse("value", value, value_cache, slot_mapping.shape[0])
+    if value_cache.dtype != key_cache.dtype or value_cache.shape[:2] != key_cache.shape[:2]:
+        raise BadArgument("value_cache", f"{key_cache.dtype} [{key_cache.shape[0]}, {key_cache.shape[1]}, ...], as key_cache",
+                          value_cache)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
+            raise BadArgument(name, "one fp32 value in a tensor", scale)
+        if scale is not None and key_cache.dtype not in FP8:
+            raise BadArgument(name, f"None for a {key_cache.dtype} cache", scale, "scales belong to FP8 caches")
+
+
+def cost(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_scale=None):
+    numbers = key.numel() + value.numel()
+    return Cost(bytes=numbers * (key.element_size() + key_cache.element_size()) + slot_mapping.nbytes)
+
+
+def _store(new: Tensor, cache: Tensor, source: Tensor, slots: Tensor, some: Tensor, scale: Tensor | None) -> None:
+    """cache[slots] = new[source] where `some`, else leaves slot 0 as it is."""
+    if scale is not None:
+        new = new.to(torch.promote_types(new.dtype, torch.float32)) / scale
+    if cache.dtype in FP8:
+        limit = torch.finfo(cache.dtype).max
+        new, cache = new.clamp(-limit, limit).to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)
+    rows = cache.view(-1, *cache.shape[2:])
+    rows.index_copy_(0, slots, torch.where(some, new.index_select(0, source), rows[0]))
+
+
+@op(cases=cases, check=check, cost=cost, mutates=("key_cache", "value_cache"))
+def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor,
+                      k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> None:
+    """cache[slot // page_size, slot % page_size] = key[t], slot = slot_mapping[t]; tokens whose slot is -1 are skipped.
+    In an FP8 cache x is stored as x / scale, computed in fp32, saturated and rounded to nearest even.
+
+    key, value   [num_tokens, num_kv_heads, head_dim]  bf16, fp16 or fp32; rows may be strided (views into a merged qkv)
+    *_cache      [num_pages, page_size, num_kv_heads, head_dim]  dtype of key, or float8_e4m3fn or float8_e4m3fnuz;
+                 contiguous; written
+    slot_mapping [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1
+    *_scale      one fp32 value in a tensor, FP8 caches only; None is 1
+    raises       BadArgument (a ValueError) if a shape or dtype is none of these
+    """
+    tokens = slot_mapping.shape[0]
+    if tokens == 0:
+        return
+    # A skipped token repeats the first one that is not: same value to the same slot, so order cannot matter and no
+    # shape depends on data. Where all are skipped slot 0 is written with what it holds.
+    valid = slot_mapping >= 0
+    some, first = valid.to(torch.uint8).max(0)
+    source = torch.where(valid, torch.arange(tokens, device=slot_mapping.device), first)
+    slots = slot_mapping.index_select(0, source).clamp_(min=0)
+    _store(key, key_cache, source, slots, some.bool(), k_scale)
+    _store(value, value_cache, source, slots, some.bool(), v_scale)

@@ -1,0 +1,112 @@
+"""Rotary position embedding of query and key, in place."""
+
+import torch
+from torch import Tensor
+
+from wave64.op import BadArgument, Case, Cost, op
+from wave64.ops.rms_norm import DTYPES
+
+
+def _draw(tokens, heads, kv_heads, head_size, rot_dim=None, dtype=torch.bfloat16, is_neox=True, max_pos=8192,
+          layout="merged", cache_dtype=torch.float32):
+    """layout: "merged" rows of one qkv tensor, "flat" or "heads" contiguous of their own."""
+    rot_dim = rot_dim or head_size
+    angle = torch.rand(max_pos, rot_dim // 2) * 6.2832
+    merged = torch.randn(tokens, (heads + 2 * kv_heads) * head_size, dtype=dtype)
+    query, key, _ = merged.split([heads * head_size, kv_heads * head_size, kv_heads * head_size], -1)
+    if layout != "merged":
+        query, key = query.contiguous(), key.contiguous()
+    if layout == "heads":
+        query, key = query.view(tokens, heads, head_size), key.view(tokens, kv_heads, head_size)
+    return dict(positions=torch.randint(max_pos, (tokens,)), query=query, key=key if kv_heads else None,
+                head_size=head_size, cos_sin_cache=torch.cat([angle.cos(), angle.sin()], -1).to(cache_dtype),
+                is_neox=is_neox)
+
+
+def _int32():
+    drawn = _draw(9, 3, 1, 16)
+    return drawn | {"positions": drawn["positions"].int()}
+
+
+def cases():
+    for dtype in DTYPES:
+        for is_neox in (True, False):
+            yield Case(f"llama-8b-{dtype}-{'neox' if is_neox else 'interleaved'}",
+                       lambda d=dtype, n=is_neox: _draw(2, 32, 8, 128, dtype=d, is_neox=n, max_pos=64))
+        yield Case(f"partial-{dtype}", lambda d=dtype: _draw(7, 5, 1, 80, 24, dtype=d, max_pos=64))
+    yield Case("partial-interleaved", lambda: _draw(7, 3, 3, 80, 24, is_neox=False, max_pos=64))
+    yield Case("odd-head-size", lambda: _draw(3, 3, 1, 37, 22, max_pos=64, layout="flat"))
+    yield Case("narrow", lambda: _draw(3, 1, 1, 2, max_pos=64, layout="heads"))
+    yield Case("heads", lambda: _draw(5, 7, 1, 48, max_pos=64, layout="heads"))
+    yield Case("query-only", lambda: _draw(5, 6, 0, 64, max_pos=64))
+    yield Case("cache-in-dtype", lambda: _draw(5, 4, 2, 64, max_pos=64, cache_dtype=torch.bfloat16))
+    yield Case("positions-int32", _int32)
+    yield Case("empty", lambda: _draw(0, 4, 2, 64, max_pos=64))
+    for tokens, heads, kv_heads in [(1, 32, 8), (128, 32, 8), (128, 64, 8), (4096, 32, 8), (16384, 64, 8)]:
+        yield Case(f"{tokens}x{heads}+{kv_heads}x128",
+                   lambda t=tokens, h=heads, k=kv_heads: _draw(t, h, k, 128), large=True)
+
+
+def _refuse(name: str, x: Tensor, tokens: int, head_size: int) -> None:
+    """Raises unless `x` is [tokens, heads * head_size] or [tokens, heads, head_size], dense within a row."""
+    wrong = x.shape[0] != tokens or (x.stride(-1) != 1 and x.shape[-1] > 1)
+    if x.ndim == 2:
+        wrong |= x.shape[1] % head_size != 0
+    else:
+        wrong |= x.ndim != 3 or x.shape[2] != head_size
+    if wrong:
+        raise BadArgument(name, f"[{tokens}, heads * {head_size}] or [{tokens}, heads, {head_size}], a row per position, "
+                          "its last dimension contiguous", x)
+
+
+def check(positions, query, key, head_size, cos_sin_cache, is_neox=True):
+    if positions.ndim != 1 or positions.dtype not in (torch.int64, torch.int32):
+        raise BadArgument("positions", "int64 or int32 [num_tokens]", positions)
+    _refuse("query", query, positions.shape[0], head_size)
+    if key is not None:
+        _refuse("key", key, positions.shape[0], head_size)
+        if key.dtype != query.dtype:
+            raise BadArgument("key", f"dtype {query.dtype}, that of query", key)
+    if (cos_sin_cache.ndim != 2 or cos_sin_cache.shape[1] % 2 or cos_sin_cache.shape[1] > head_size
+            or not cos_sin_cache.is_contiguous()):
+        raise BadArgument("cos_sin_cache", f"contiguous [max_pos, rot_dim] with rot_dim even and at most {head_size}",
+                          cos_sin_cache)
+
+
+def cost(positions, query, key, head_size, cos_sin_cache, is_neox=True):
+    rot_dim = cos_sin_cache.shape[1]
+    rotated = (query.nbytes + (key.nbytes if key is not None else 0)) * rot_dim // head_size
+    return Cost(bytes=2 * rotated + positions.nbytes + positions.numel() * rot_dim * cos_sin_cache.element_size())
+
+
+def _rotate(x: Tensor, head_size: int, cos: Tensor, sin: Tensor, is_neox: bool) -> None:
+    """Rotates the pairs of `x` in place; cos and sin are [num_tokens, 1, rot_dim / 2]."""
+    if x.ndim == 2:
+        x = x.view(x.shape[0], x.shape[1] // head_size, head_size)
+    half = cos.shape[-1]
+    first, second = (x[..., :half], x[..., half:2 * half]) if is_neox else (x[..., 0:2 * half:2], x[..., 1:2 * half:2])
+    a, b = first.to(cos.dtype), second.to(cos.dtype)
+    rotated = torch.addcmul(a * cos, b, sin, value=-1)
+    second.copy_(torch.addcmul(b * cos, a, sin))
+    first.copy_(rotated)
+
+
+@op(cases=cases, check=check, cost=cost, mutates=("query", "key"))
+def rotary_embedding(positions: Tensor, query: Tensor, key: Tensor | None, head_size: int, cos_sin_cache: Tensor,
+                     is_neox: bool = True) -> None:
+    """Rotates the first rot_dim values of every head by its token's angles, in fp32, rounded once.   (Su et al. 2021)
+    Pair j is (x[j], x[j + rot_dim / 2]) if is_neox, else (x[2j], x[2j + 1]); (a, b) becomes (a c - b s, b c + a s)
+    with c = cos_sin_cache[position, j] and s = cos_sin_cache[position, j + rot_dim / 2]. The rest of a head stays.
+
+    positions      [num_tokens]                    int64 or int32, in [0, max_pos), which is not checked
+    query          [num_tokens, heads * head_size] or [num_tokens, heads, head_size], bf16, fp16 or fp32; last dim
+                   contiguous, rows may be strided (a view into a merged qkv); written
+    key            likewise with its own number of heads, dtype of query, or None; written
+    cos_sin_cache  [max_pos, rot_dim]              fp32 (best) or narrower: cosines, sines; rot_dim even, <= head_size
+    raises         BadArgument (a ValueError) if a shape or dtype is none of these
+    """
+    angles = cos_sin_cache.index_select(0, positions).to(torch.promote_types(query.dtype, torch.float32)).unsqueeze(1)
+    cos, sin = angles.chunk(2, -1)
+    _rotate(query, head_size, cos, sin, is_neox)
+    if key is not None:
+        _rotate(key, head_size, cos, sin, is_neox)

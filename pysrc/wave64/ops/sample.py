@@ -1,0 +1,133 @@
+"""Draws the next token of every sequence."""
+
+import torch
+from torch import Tensor
+
+from wave64.op import BadArgument, Case, Cost, op
+from wave64.ops.rms_norm import DTYPES
+
+
+def _draw(rows, vocab, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, dtype=torch.float32, spread=3.0):
+    """Every setting is one value for all rows or a list of one per row."""
+
+    def each(value, dtype=torch.float32):
+        return torch.tensor(value, dtype=dtype).expand(rows).contiguous()
+
+    return dict(logits=torch.randn(rows, vocab).mul_(spread).to(dtype), temperature=each(temperature),
+                top_k=each(top_k, torch.int32), top_p=each(top_p), min_p=each(min_p), uniform=torch.rand(rows))
+
+
+def _with_logits(drawn, logits):
+    return drawn | {"logits": logits}
+
+
+def _broken_rows():
+    """NaN here and there, NaN everywhere, one allowed token, none allowed, an infinite logit."""
+    drawn = _draw(10, 1003, [1.0, 0.0] * 5, 40, 0.9, 0.01)
+    logits = drawn["logits"]
+    logits[:2, ::3] = torch.nan
+    logits[2:4] = torch.nan
+    logits[4:6] = -torch.inf
+    logits[4:6, 777] = -5.0
+    logits[6:8] = -torch.inf
+    logits[8:, 5] = torch.inf
+    return drawn
+
+
+def _edges_of_uniform():
+    return _draw(4, 1000, 0.7) | {"uniform": torch.tensor([0.0, 1.0 - 2.0**-24, 2.0**-24, 0.5])}
+
+
+def cases():
+    for dtype in DTYPES:
+        yield Case(f"plain-{dtype}", lambda d=dtype: _draw(3, 4099, [1.0, 0.3, 1.7], dtype=d))
+        yield Case(f"mixed-{dtype}", lambda d=dtype: _draw(
+            6, 1500, [0.0, 0.8, 1.0, 1.3, 0.6, 1.0], [50, -1, 50, 1, 7, 1500], [0.9, 0.8, 0.95, 1.0, 0.5, 0.7],
+            [0.0, 0.0, 0.05, 0.0, 0.2, 0.0], dtype=d))
+    yield Case("greedy", lambda: _draw(5, 3001, 0.0))
+    yield Case("greedy-ties", lambda: _with_logits(_draw(4, 2000, 0.0), torch.randint(-2, 3, (4, 2000)).float()))
+    yield Case("one", lambda: _draw(1, 1, 1.0, 5, 0.5))
+    yield Case("empty", lambda: _draw(0, 100))
+    yield Case("top-k-of-ties", lambda: _with_logits(_draw(4, 1200, 1.0, [1, 10, 100, 5000]),
+                                                     torch.randint(-9, 10, (4, 1200)).float()))
+    yield Case("top-p-of-ties", lambda: _with_logits(_draw(4, 1200, 2.0, 0, [0.0, 0.33, 0.66, 0.999]),
+                                                     torch.randint(-9, 10, (4, 1200)).float()))
+    yield Case("top-p-zero", lambda: _draw(3, 1000, 1.0, 0, 0.0))
+    yield Case("min-p", lambda: _draw(3, 1000, [0.5, 1.0, 5.0], 0, 1.0, [0.1, 1.0, 0.02]))
+    yield Case("flat", lambda: _with_logits(_draw(3, 1024, 1.0, [0, 3, 0], [1.0, 1.0, 0.5]), torch.zeros(3, 1024)))
+    yield Case("sharp", lambda: _draw(3, 1000, 1e-4, 0, 0.9))
+    yield Case("far-apart", lambda: _draw(3, 1000, 1.0, [0, 100, 0], [1.0, 1.0, 0.9], spread=1e4))
+    yield Case("broken-rows", _broken_rows)
+    yield Case("edges-of-uniform", _edges_of_uniform)
+    yield Case("strided", lambda: _with_logits(_draw(3, 1000, 1.0, 20, 0.9), torch.randn(3, 1101)[:, 50:1050] * 4))
+    for rows in (1, 128):
+        yield Case(f"{rows}x128256-greedy", lambda b=rows: _draw(b, 128256, 0.0), large=True)
+        yield Case(f"{rows}x128256", lambda b=rows: _draw(b, 128256, 0.8), large=True)
+        yield Case(f"{rows}x128256-top-p", lambda b=rows: _draw(b, 128256, 0.8, 0, 0.95), large=True)
+        yield Case(f"{rows}x128256-top-k-top-p", lambda b=rows: _draw(b, 128256, 0.8, 50, 0.95, 0.02), large=True)
+
+
+def check(logits, temperature, top_k, top_p, min_p, uniform):
+    if logits.ndim != 2 or logits.shape[1] == 0 or (logits.stride(1) != 1 and logits.shape[1] > 1):
+        raise BadArgument("logits", "[num_seqs, vocab] with a contiguous last dimension and a vocabulary", logits)
+    rows = logits.shape[:1]
+    if top_k.shape != rows or top_k.dtype != torch.int32 or not top_k.is_contiguous():
+        raise BadArgument("top_k", f"contiguous int32 {list(rows)}, one value per row of logits", top_k)
+    for x in (temperature, top_p, min_p, uniform):
+        if x.shape != rows or x.dtype != torch.float32 or not x.is_contiguous():
+            names = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "uniform": uniform}
+            name = next(n for n, tensor in names.items() if tensor is x)
+            raise BadArgument(name, f"contiguous float32 {list(rows)}, one value per row of logits", x)
+
+
+def _scaled(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits in at least fp32 without NaN or +inf; each row's maximum; the maximum's distance over the temperature."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = wide.nan_to_num(-torch.inf, torch.finfo(wide.dtype).max, -torch.inf)
+    best = wide.amax(-1, keepdim=True).clamp_(min=torch.finfo(wide.dtype).min)
+    return wide, best, (wide - best) / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
+
+
+def _threshold(wide: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest logit [B, 1] that top_k, then top_p of what remains, keep."""
+    vocab = wide.shape[1]
+    ordered = wide.sort(-1, descending=True).values
+    count = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).unsqueeze(1)
+    kth = ordered.gather(1, count - 1)
+    mass = ((ordered - best) / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)).exp_()
+    running = mass.masked_fill_(ordered < kth, 0.0).cumsum(-1)
+    # a token stays while the mass before it is below top_p of all, the first one always
+    stay = 1 + (running[:, :-1] < top_p.unsqueeze(1) * running[:, -1:]).sum(-1, keepdim=True)
+    return torch.where(top_p.unsqueeze(1) < 1, ordered.gather(1, stay - 1).maximum(kth), kth)
+
+
+@op(cases=cases, check=check, fake=lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
+    cost=lambda logits, temperature, top_k, top_p, min_p, uniform: Cost(bytes=logits.nbytes))
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    """Samples one id per row by inversion: the first id, in the order of the vocabulary, at which the running sum of
+    the kept probabilities exceeds uniform times their sum. Kept is, with p = softmax(logits / temperature),
+      top_k: the top_k largest; of these                                          (Fan et al. 2018)
+      top_p: the largest, as few as hold top_p of the probability; and of these   (Holtzman et al. 2019)
+      min_p: those with p >= min_p * max(p)                                       (Nguyen et al. 2024).
+    Whatever equals the smallest one kept is kept, too; the largest always is. A row of temperature 0 gets the lowest
+    index of its maximum, as does one in which nothing can be drawn (all -inf). NaN counts as -inf.
+
+    logits       [num_seqs, vocab]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
+    temperature  [num_seqs]         fp32; <= 0 is greedy
+    top_k        [num_seqs]         int32; <= 0 keeps all
+    top_p        [num_seqs]         fp32; >= 1 keeps all
+    min_p        [num_seqs]         fp32; <= 0 keeps all
+    uniform      [num_seqs]         fp32 in [0, 1)
+    returns      [num_seqs]         int64 ids in [0, vocab)
+    raises       BadArgument (a ValueError) if a shape or dtype is none of these
+    """
+    wide, best, scaled = _scaled(logits, temperature)
+    weight = scaled.exp()
+    kept = weight >= min_p.clamp(max=1.0).unsqueeze(1)
+    # Sorting costs more than all the rest; where looking costs nothing, see whether any row needs it.
+    if wide.device.type != "cpu" or ((top_k > 0) | (top_p < 1)).any():
+        kept &= wide >= _threshold(wide, best, temperature, top_k, top_p)
+    running = weight.masked_fill_(~kept, 0.0).cumsum(-1)
+    hit = (running > uniform.unsqueeze(1) * running[:, -1:]) & kept
+    drawn = (temperature > 0) & hit.any(-1)
+    return torch.where(drawn, hit.to(torch.uint8).argmax(-1), wide.argmax(-1))

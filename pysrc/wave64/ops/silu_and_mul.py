@@ -1,0 +1,43 @@
+"""SwiGLU: the gated activation of Llama's MLP."""
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wave64.op import BadArgument, Case, Cost, op
+from wave64.ops.rms_norm import DTYPES
+
+
+def cases():
+    """Shared by the gated activations."""
+    for (tokens, d), dtype in itertools.product([(1, 14336), (3, 97), (7, 2048), (0, 64), (5, 1)], DTYPES):
+        yield Case(f"{tokens}x{d}-{dtype}", lambda t=tokens, n=d, dt=dtype: dict(x=torch.randn(t, 2 * n, dtype=dt) * 3))
+    yield Case("strided", lambda: dict(x=torch.randn(6, 900, dtype=torch.bfloat16)[:, 3:515]))
+    yield Case("extremes", lambda: dict(x=torch.tensor([-200.0, -88.0, -9.0, -0.0, 0.0, 9.0, 200.0]).repeat(3, 4)))
+    for tokens, d in [(1, 28672), (64, 14336), (64, 3584), (4096, 14336)]:
+        yield Case(f"{tokens}x{d}", lambda t=tokens, n=d: dict(x=torch.randn(t, 2 * n, dtype=DTYPES[0])), large=True)
+
+
+def check(x):
+    """Shared by the gated activations."""
+    if x.ndim != 2 or x.shape[1] % 2 or (x.stride(1) != 1 and x.shape[1] > 1):
+        raise BadArgument("x", "[num_tokens, 2 * d] with a contiguous last dimension", x)
+
+
+def cost(x):
+    """Shared by the gated activations."""
+    return Cost(bytes=x.nbytes * 3 // 2)
+
+
+@op(cases=cases, check=check, cost=cost)
+def silu_and_mul(x: Tensor) -> Tensor:
+    """y[t] = silu(x[t, :d]) * x[t, d:], silu(a) = a / (1 + exp(-a)), in fp32, rounded once.   (Shazeer 2020, SwiGLU)
+
+    x        [num_tokens, 2 * d]  bf16, fp16 or fp32: gate then up; last dim contiguous, rows may be strided
+    returns  [num_tokens, d]      dtype of x, contiguous
+    raises   BadArgument (a ValueError) if x is not [num_tokens, an even number]
+    """
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate.to(torch.promote_types(x.dtype, torch.float32))).mul_(up).to(x.dtype)
