@@ -89,7 +89,7 @@ class Ready(Struct, tag=True):
 
 
 class Failed(Struct, tag=True):
-    """The engine could not start; it exits after sending this. `error` is one line for the operator."""
+    """The engine could not start, or cannot go on, and exits. `error` is one line for the operator."""
 
     error: str
 

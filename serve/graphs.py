@@ -1,0 +1,90 @@
+"""Decode steps as captured device graphs (HIP or CUDA): one graph per batch size, replayed with new inputs.
+
+A decode step of a small batch is hundreds of kernels that each take less time than their launch; a replay launches
+them all at once. A batch runs in the smallest graph that holds it: the rows beyond it write no key (slot -1), attend
+to nothing (length 0), and their logits are cut off.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import torch
+from torch import Tensor, nn
+
+from wave64.serve.batch import Batch
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The sizes to capture: 1, 2, 4, then multiples of 8, wider apart as they grow, and `largest` itself."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, largest, 64)]
+    return [size for size in sizes if size < largest] + [largest]
+
+
+class DecodeGraphs:
+    """Graphs of `model` over fixed input tensors, for up to `max_batch` sequences of up to `max_pages` pages each."""
+
+    def __init__(
+        self, model: nn.Module, kv_cache: list[tuple[Tensor, Tensor]], device: torch.device, max_batch: int,
+        max_pages: int,
+    ) -> None:  # fmt: skip
+        long = dict(dtype=torch.int64, device=device)
+        short = dict(dtype=torch.int32, device=device)
+        self._inputs = Batch(
+            input_ids=torch.zeros(max_batch, **long),
+            positions=torch.zeros(max_batch, **long),
+            slot_mapping=torch.full((max_batch,), -1, **long),
+            page_table=torch.zeros(max_batch, max_pages, **short),
+            seq_lens=torch.zeros(max_batch, **short),
+            num_decodes=max_batch,
+            cu_seqlens_q=torch.zeros(1, **short),
+            max_seqlen_q=0,
+            logit_rows=torch.arange(max_batch, **long),
+        )
+        self._sizes = batch_sizes(max_batch)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        memory = None  # shared by all: only one of them runs at a time; the largest first, so that it sets the size
+        for size in reversed(self._sizes):
+            batch = self._cut(size)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.inference_mode(), torch.cuda.stream(side):
+                model(batch, kv_cache)  # compiles what is compiled at the first call, which a capture must not do
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.inference_mode(), torch.cuda.graph(graph, pool=memory):
+                logits = model(batch, kv_cache)
+            memory = graph.pool()
+            self._graphs[size] = (graph, logits)
+
+    def replay(self, batch: Batch) -> Tensor:
+        """The logits [B, vocab_size] of a batch that only decodes; valid until the next replay."""
+        count, width = batch.page_table.shape
+        size = self._sizes[bisect.bisect_left(self._sizes, count)]
+        fixed = self._inputs
+        fixed.input_ids[:count].copy_(batch.input_ids)
+        fixed.positions[:count].copy_(batch.positions)
+        fixed.slot_mapping[:count].copy_(batch.slot_mapping)
+        fixed.page_table[:count, :width].copy_(batch.page_table)
+        fixed.seq_lens[:count].copy_(batch.seq_lens)
+        if count < size:
+            fixed.slot_mapping[count:size].fill_(-1)
+            fixed.seq_lens[count:size].zero_()
+        graph, logits = self._graphs[size]
+        graph.replay()
+        return logits[:count]
+
+    def _cut(self, size: int) -> Batch:
+        """The first `size` rows of the fixed inputs."""
+        whole = self._inputs
+        return Batch(
+            input_ids=whole.input_ids[:size],
+            positions=whole.positions[:size],
+            slot_mapping=whole.slot_mapping[:size],
+            page_table=whole.page_table[:size],
+            seq_lens=whole.seq_lens[:size],
+            num_decodes=size,
+            cu_seqlens_q=whole.cu_seqlens_q,
+            max_seqlen_q=0,
+            logit_rows=whole.logit_rows[:size],
+        )

@@ -1,0 +1,87 @@
+"""The runner: turns a Schedule into a Batch, keeps the KV pool, and runs the model. Tensors start here.
+
+What a step needs is computed in numpy, on arrays that live as long as the runner where they can, and crosses to the
+device as one tensor per field. On a GPU, steps that only decode replay captured graphs (graphs.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from wave64.serve.batch import Batch, Schedule
+from wave64.serve.config import ModelConfig
+from wave64.serve.graphs import DecodeGraphs
+
+KVCache = list[tuple[Tensor, Tensor]]
+
+
+class Runner:
+    """Owns the KV pool of one rank and the page table of its running sequences, `max_running` rows."""
+
+    def __init__(
+        self, model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device, num_pages: int,
+        page_size: int, max_running: int, capture: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.device, self.page_size = model, device, page_size
+        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
+        self.kv_cache: KVCache = [
+            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for _ in range(config.num_layers)
+        ]
+        max_pages = -(-config.context_length // page_size)
+        self._page_table = np.zeros((max_running, min(max_pages, num_pages)), dtype=np.int32)
+        self._graphs = None
+        if capture:
+            self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, self._page_table.shape[1])
+
+    @torch.inference_mode()
+    def run(self, step: Schedule) -> Tensor:
+        """Run the model over the step and return the wanted logits, [sum(step.logits), vocab_size] float32.
+
+        They are valid until the next call.
+        """
+        batch = self._batch(step)
+        if self._graphs is not None and step.num_decodes == len(step.rows):
+            return self._graphs.replay(batch)
+        return self.model(batch, self.kv_cache)
+
+    def _batch(self, step: Schedule) -> Batch:
+        for row, first, pages in step.pages:
+            self._page_table[row, first : first + len(pages)] = pages
+        rows, starts, counts = np.array(step.rows), np.array(step.starts), np.array(step.counts)
+        seq_lens = starts + counts
+        table = self._page_table[rows, : -(-int(seq_lens.max()) // self.page_size)]
+        if step.num_decodes == len(rows):
+            positions, index = starts, np.arange(len(rows))
+            logit_rows = index
+            cu_seqlens, longest = np.zeros(1, dtype=np.int32), 0
+        else:
+            logits, ends = np.array(step.logits), np.cumsum(counts)
+            positions, index = _ranges(starts, counts), np.repeat(np.arange(len(rows)), counts)
+            logit_rows = _ranges(ends - logits, logits)
+            prompts = counts[step.num_decodes :]
+            cu_seqlens, longest = np.append(0, np.cumsum(prompts)).astype(np.int32), int(prompts.max())
+        slots = table[index, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
+        return Batch(
+            input_ids=self._tensor(np.array(step.tokens)),
+            positions=self._tensor(positions),
+            slot_mapping=self._tensor(slots),
+            page_table=self._tensor(table),
+            seq_lens=self._tensor(seq_lens.astype(np.int32)),
+            num_decodes=step.num_decodes,
+            cu_seqlens_q=self._tensor(cu_seqlens),
+            max_seqlen_q=longest,
+            logit_rows=self._tensor(logit_rows),
+        )
+
+    def _tensor(self, array: NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)

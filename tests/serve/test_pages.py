@@ -1,0 +1,38 @@
+"""The page allocator: a page has one owner or none."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wave64.serve.pages import PagePool
+
+
+@given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(0, 12))))
+def test_pages_are_never_shared_nor_lost(num_pages, actions):
+    pool, held = PagePool(num_pages, 4), []
+    for take, number in actions:
+        if take and number <= pool.num_free:
+            held.append(pool.allocate(number))
+            assert len(held[-1]) == number
+        elif not take and held:
+            pool.free(held.pop(number % len(held)))
+        owned = [page for pages in held for page in pages]
+        assert len(set(owned)) == len(owned)
+        assert set(owned) <= set(range(num_pages))
+        assert pool.num_free == num_pages - len(owned)
+
+
+def test_more_than_there_is_raises():
+    pool = PagePool(3, 16)
+    pool.allocate(2)
+    with pytest.raises(RuntimeError, match="2 pages wanted, 1 of 3 free"):
+        pool.allocate(2)
+    assert pool.num_free == 1
+
+
+def test_sizes():
+    pool = PagePool(3, 16)
+    assert pool.num_tokens == 48
+    assert [pool.pages_for(n) for n in (1, 16, 17, 48)] == [1, 1, 2, 3]
+    with pytest.raises(ValueError, match="at least one page"):
+        PagePool(0, 16)

@@ -1,0 +1,197 @@
+"""The scheduler against random traffic, with a runner made of arithmetic.
+
+The stand-in model's next token is a function of the whole text so far, which it reads back from the pages it was told
+to write: a page that is lost, shared or stale changes the tokens.
+"""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wave64.serve.messages import Request, SamplingParams, TokenLogprob
+from wave64.serve.pages import PagePool
+from wave64.serve.scheduler import PROMPT_LOGITS_PER_STEP, Scheduler, Sequence
+
+PAGE = 4
+STOP = 7
+
+
+def next_token(text: list[int]) -> int:
+    return hash(tuple(text)) % 50
+
+
+def sequence(rid, prompt, max_new, scored=False) -> Sequence:
+    request = Request(rid, prompt, SamplingParams(max_new_tokens=max_new), prompt_logprobs=scored)
+    return Sequence(request, frozenset([STOP]), random.Random(0))
+
+
+def alone(prompt, max_new) -> list[int]:
+    """What the stand-in model says to a prompt."""
+    text = list(prompt)
+    while len(text) - len(prompt) < max_new:
+        text.append(next_token(text))
+        if text[-1] == STOP:
+            break
+    return text[len(prompt) :]
+
+
+class World:
+    """A scheduler, and a runner that remembers what was written where."""
+
+    def __init__(self, num_pages, max_running, budget):
+        self.pool = PagePool(num_pages, PAGE)
+        self.scheduler = Scheduler(self.pool, max_running, budget)
+        self.memory = [None] * (num_pages * PAGE)
+        self.table = {}  # row -> pages
+        self.generated, self.prompt_scores, self.first_tokens = {}, {}, []
+
+    def step(self):
+        scheduler = self.scheduler
+        step = scheduler.schedule()
+        self.check(step)
+        for row, first, pages in step.pages:
+            self.table[row] = self.table.get(row, [])[:first] + pages
+        sampled, tokens = [], iter(step.tokens)
+        for seq, row, start, count, logits in zip(
+            scheduler.batch, step.rows, step.starts, step.counts, step.logits, strict=True
+        ):
+            slots = [self.table[row][p // PAGE] * PAGE + p % PAGE for p in range(start + count)]
+            for slot in slots[start:]:
+                self.memory[slot] = next(tokens)
+            text = [self.memory[slot] for slot in slots]
+            samples = seq in scheduler.sampling
+            known = len(seq.prompt_logprobs)
+            new = seq.tokens[known : known + logits - samples]
+            if logits > samples:
+                assert start + count - logits == known - 1  # the rows of logits continue where the last ones ended
+            seq.prompt_logprobs += [TokenLogprob(token, 0.0) for token in new]
+            if samples:
+                sampled.append(next_token(text))
+        for seq in scheduler.commit(sampled):
+            rid = seq.request.rid
+            if rid not in self.generated:
+                self.first_tokens.append(rid)
+            self.generated[rid] = seq.tokens[seq.num_prompt :]
+            self.prompt_scores[rid] = [entry and entry.id for entry in seq.prompt_logprobs]
+        return step
+
+    def check(self, step):
+        scheduler = self.scheduler
+        assert bool(step.rows) == bool(len(scheduler))  # whoever waits, somebody goes on
+        assert step.counts[: step.num_decodes] == [1] * step.num_decodes
+        assert sum(step.counts[step.num_decodes :]) <= scheduler.prefill_budget
+        assert sum(step.logits) <= len(step.rows) + PROMPT_LOGITS_PER_STEP
+        assert sum(step.counts) == len(step.tokens)
+        assert len(set(step.rows)) == len(step.rows)
+        owned = [page for seq in scheduler.running for page in seq.pages]
+        assert len(set(owned)) == len(owned)
+        assert len(owned) + self.pool.num_free == self.pool.num_pages
+        assert all(not seq.pages for seq in scheduler.waiting)
+
+
+requests = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 50), min_size=1, max_size=20),  # prompt
+        st.integers(0, 20),  # new tokens
+        st.booleans(),  # prompt logprobs
+        st.integers(0, 6),  # steps until it arrives
+        st.one_of(st.none(), st.integers(0, 10)),  # steps until it is aborted
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(requests, st.integers(10, 24), st.integers(1, 6), st.integers(1, 30))
+def test_random_traffic(traffic, num_pages, max_running, budget):
+    world = World(num_pages, max_running, budget)
+    arrivals, aborted, clock = [], set(), 0
+    pending = [(f"r{i}", *what) for i, what in enumerate(traffic)]
+    deadlines = {}
+    while pending or len(world.scheduler):
+        while pending and pending[0][4] <= 0:
+            rid, prompt, max_new, scored, _, abort = pending.pop(0)
+            world.scheduler.add(sequence(rid, prompt, max_new, scored))
+            arrivals.append(rid)
+            if abort is not None:
+                deadlines[rid] = clock + abort
+        if pending:
+            pending[0] = (*pending[0][:4], pending[0][4] - 1, pending[0][5])
+        for rid in [rid for rid, when in deadlines.items() if when <= clock]:
+            del deadlines[rid]
+            if world.scheduler.abort(rid) is not None:
+                aborted.add(rid)
+                assert rid not in world.scheduler
+        world.step()
+        clock += 1
+        assert clock < 3000
+    assert world.pool.num_free == num_pages
+    assert world.first_tokens == [rid for rid in arrivals if rid in world.generated]
+    for i, (prompt, max_new, scored, _, _) in enumerate(traffic):
+        rid, expected = f"r{i}", alone(prompt, max_new)
+        if rid in aborted:
+            assert world.generated.get(rid, []) == expected[: len(world.generated.get(rid, []))]
+        else:
+            assert world.generated[rid] == expected
+            if scored:
+                assert world.prompt_scores[rid] == [None, *prompt[1:]]
+
+
+def test_the_latest_arrival_is_preempted_and_loses_nothing():
+    world = World(num_pages=10, max_running=4, budget=100)
+    for rid in "ab":
+        world.scheduler.add(sequence(rid, [ord(rid)] * 10, 28))
+    preempted = 0
+    while len(world.scheduler):
+        world.step()
+        if world.scheduler.waiting:
+            assert [seq.request.rid for seq in world.scheduler.waiting] == ["b"]
+            preempted += world.scheduler.waiting[0].num_generated > 0
+    assert preempted
+    assert world.generated == {rid: alone([ord(rid)] * 10, 28) for rid in "ab"}
+
+
+def test_prompts_are_chunked_beside_decodes():
+    world = World(num_pages=100, max_running=8, budget=8)
+    world.scheduler.add(sequence("short", [1, 2, 3], 20))
+    world.step()
+    world.scheduler.add(sequence("long", list(range(20)), 3))
+    world.scheduler.add(sequence("later", [1], 3))
+    steps = [world.step() for _ in range(3)]
+    assert [step.counts for step in steps] == [[1, 8], [1, 8], [1, 4, 1]]
+    assert [step.num_decodes for step in steps] == [1, 1, 1]
+    assert [step.logits for step in steps] == [[1, 0], [1, 0], [1, 1, 1]]
+
+
+def test_prompt_logprobs_go_in_small_chunks():
+    world = World(num_pages=200, max_running=8, budget=1000)
+    world.scheduler.add(sequence("scored", list(range(300)), 1, scored=True))
+    world.scheduler.add(sequence("plain", list(range(300)), 1))
+    steps = [world.step() for _ in range(3)]
+    assert [step.counts for step in steps] == [[128], [128], [44, 300]]
+    assert [step.logits for step in steps] == [[128], [128], [44, 1]]
+
+
+def test_drop_forgets_the_step_and_nothing_else():
+    world = World(num_pages=100, max_running=2, budget=100)
+    for rid in "abc":
+        world.scheduler.add(sequence(rid, [1, 2, 3], 5))
+    world.scheduler.schedule()
+    assert [seq.request.rid for seq in world.scheduler.drop()] == ["a", "b"]
+    assert world.pool.num_free == 100
+    while len(world.scheduler):
+        world.step()
+    assert world.generated == {"c": alone([1, 2, 3], 5)}
+
+
+def test_what_cannot_be_queued_raises():
+    scheduler = Scheduler(PagePool(4, PAGE), 4, 10)
+    scheduler.add(sequence("a", [1] * 10, 6))
+    with pytest.raises(ValueError, match="'a' is already there"):
+        scheduler.add(sequence("a", [1], 1))
+    with pytest.raises(ValueError, match="17 tokens do not fit a pool of 16"):
+        scheduler.add(sequence("b", [1] * 10, 7))
+    assert scheduler.abort("nobody") is None
