@@ -37,7 +37,7 @@ def cases():
 
 def _refuse(name: str, new: Tensor, cache: Tensor, tokens: int) -> None:
     if new.ndim != 3 or new.shape[0] != tokens or new.stride(2) != 1 and new.shape[2] > 1:
-        raise BadArgument(name, f"[{tokens}, num_kv_heads, head_dim], a row per slot, its last dimension contiguous", new)
+        raise BadArgument(name, f"[{tokens}, num_kv_heads, head_dim], a row per slot, last dimension contiguous", new)
     if cache.ndim != 4 or cache.shape[2:] != new.shape[1:] or not cache.is_contiguous():
         raise BadArgument(f"{name}_cache", f"contiguous [num_pages, page_size, {new.shape[1]}, {new.shape[2]}]", cache)
     if cache.dtype != new.dtype and cache.dtype not in FP8:
@@ -50,8 +50,8 @@ def check(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_scal
     _refuse("key", key, key_cache, slot_mapping.shape[0])
     _refuse("value", value, value_cache, slot_mapping.shape[0])
     if value_cache.dtype != key_cache.dtype or value_cache.shape[:2] != key_cache.shape[:2]:
-        raise BadArgument("value_cache", f"{key_cache.dtype} [{key_cache.shape[0]}, {key_cache.shape[1]}, ...], as key_cache",
-                          value_cache)
+        pages = list(key_cache.shape[:2])
+        raise BadArgument("value_cache", f"{key_cache.dtype} with the pages of key_cache, {pages}", value_cache)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
             raise BadArgument(name, "one fp32 value in a tensor", scale)

@@ -55,8 +55,8 @@ def _refuse(name: str, x: Tensor, tokens: int, head_size: int) -> None:
     else:
         wrong |= x.ndim != 3 or x.shape[2] != head_size
     if wrong:
-        raise BadArgument(name, f"[{tokens}, heads * {head_size}] or [{tokens}, heads, {head_size}], a row per position, "
-                          "its last dimension contiguous", x)
+        raise BadArgument(name, f"[{tokens}, heads * {head_size}] or [{tokens}, heads, {head_size}], a row per "
+                          "position, last dimension contiguous", x)
 
 
 def check(positions, query, key, head_size, cos_sin_cache, is_neox=True):
