@@ -23,6 +23,7 @@ def _draw(tokens, pages, heads, head_dim, dtype=torch.bfloat16, cache_dtype=None
 def cases():
     for dtype in DTYPES:
         yield Case(f"llama-8b-{dtype}", lambda d=dtype: _draw(3, 2, 8, 128, d))
+    for dtype in DTYPES:
         yield Case(f"odd-{dtype}", lambda d=dtype: _draw(7, 5, 3, 37, d, page_size=3, skip=(0, 4)))
         for fp8 in FP8:
             yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 2, 2, 64, d, c, skip=(1,), scale=0.03))

@@ -101,7 +101,39 @@ def _threshold(wide: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, t
     return torch.where(top_p.unsqueeze(1) < 1, ordered.gather(1, stay - 1).maximum(kth), kth)
 
 
-@op(cases=cases, check=check, fake=lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
+def agree(args: dict[str, Tensor], result: Tensor, exact: Tensor) -> None:
+    """Raises AssertionError unless each id may have been drawn by someone who computes in fp32.
+
+    Rows that do not draw: the very id. Others: the id is kept and its interval of the running sum holds `uniform`, give
+    or take the rounding of weights and sums. Where a logit is on the edge of top_p or min_p within that, either side.
+    """
+    vocab = args["logits"].shape[1]
+    if result.dtype != torch.int64 or result.shape != exact.shape or ((result < 0) | (result >= vocab)).any():
+        raise AssertionError(f"expected int64 {list(exact.shape)} in [0, {vocab}), got {result}")
+    wide, best, scaled = _scaled(args["logits"], args["temperature"])
+    weight, eps = scaled.exp(), torch.finfo(torch.float32).eps
+    # exp turns the rounding of its argument, |scaled| eps, into a relative error; sums add a rounding per block
+    spread = (weight * scaled.abs().clamp(max=200.0)).sum(-1) / weight.sum(-1).clamp(min=1.0)
+    off = (eps * (spread + 32 + vocab / 512)).unsqueeze(1)
+    ids, allowed = result.unsqueeze(1), (result == exact)
+    for shift in (-1.0, 0.0, 1.0):
+        top_p = torch.where(args["top_p"] < 1, args["top_p"] + shift * off[:, 0], args["top_p"])
+        threshold = _threshold(wide, best, args["temperature"], args["top_k"], top_p)
+        for tilt in (-1.0, 0.0, 1.0):
+            edge = (1 + 128 * tilt * eps) * args["min_p"].clamp(max=1.0).unsqueeze(1)
+            kept = (wide >= threshold) & (weight >= edge.clamp(max=1.0))
+            running = (weight * kept).cumsum(-1)
+            running = running / running[:, -1:]
+            high = running.gather(1, ids)
+            low = high - (weight * kept).gather(1, ids) / (weight * kept).sum(-1, keepdim=True)
+            inside = (low - off <= args["uniform"].unsqueeze(1)) & (args["uniform"].unsqueeze(1) <= high + off)
+            allowed |= (kept.gather(1, ids) & inside)[:, 0] & (args["temperature"] > 0)
+    if not allowed.all():
+        raise AssertionError(f"rows {(~allowed).nonzero()[:, 0].tolist()}: expected {exact[~allowed].tolist()} or a "
+                             f"neighbour within rounding, got {result[~allowed].tolist()}")
+
+
+@op(cases=cases, check=check, agree=agree, fake=lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
     cost=lambda logits, temperature, top_k, top_p, min_p, uniform: Cost(bytes=logits.nbytes))
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
     """Samples one id per row by inversion: the first id, in the order of the vocabulary, at which the running sum of
@@ -123,10 +155,10 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     """
     wide, best, scaled = _scaled(logits, temperature)
     weight = scaled.exp()
-    kept = weight >= min_p.clamp(max=1.0).unsqueeze(1)
     # Sorting costs more than all the rest; where looking costs nothing, see whether any row needs it.
-    if wide.device.type != "cpu" or ((top_k > 0) | (top_p < 1)).any():
-        kept &= wide >= _threshold(wide, best, temperature, top_k, top_p)
+    sort = wide.device.type != "cpu" or bool(((top_k > 0) | (top_p < 1)).any())
+    threshold = _threshold(wide, best, temperature, top_k, top_p) if sort else best.new_tensor(-torch.inf)
+    kept = (weight >= min_p.clamp(max=1.0).unsqueeze(1)) & (wide >= threshold)
     running = weight.masked_fill_(~kept, 0.0).cumsum(-1)
     hit = (running > uniform.unsqueeze(1) * running[:, -1:]) & kept
     drawn = (temperature > 0) & hit.any(-1)
