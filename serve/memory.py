@@ -48,10 +48,10 @@ def _free_bytes(fraction: float | None, device: torch.device) -> tuple[int, str]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         share = fraction or GPU_FRACTION
-        return int(free - total * (1 - share)), f"{share:.0%} of {total / 2**30:.0f} GiB less what is in use"
+        return int(free - total * (1 - share)), f"{share:.3g} of {total / 2**30:.0f} GiB less what is in use"
     free = _available_ram()
     share = fraction or 0.5
-    return int(free * share), f"{share:.0%} of {free / 2**30:.1f} GiB of available memory"
+    return int(free * share), f"{share:.3g} of {free / 2**30:.1f} GiB of available memory"
 
 
 def _available_ram() -> int:

@@ -1,0 +1,352 @@
+"""The engine over a tiny random Llama, beside transformers' own forward pass of it; then as a process."""
+
+import multiprocessing
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.config import ConfigError
+from wave64.serve.engine import Engine, run_engine
+from wave64.serve.messages import (
+    Abort,
+    Failed,
+    Output,
+    Outputs,
+    Ready,
+    Request,
+    SamplingParams,
+    decode_to_api,
+    encode,
+)
+
+VOCAB, CONTEXT, EOS = 97, 160, 2
+GREEDY = SamplingParams(max_new_tokens=64, temperature=0, ignore_eos=True)
+PROMPTS = [[5, 6, 7], [9] * 21, [1], [4, 8, 15, 16, 23, 42] * 8, [3, 3]]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> tuple[LlamaForCausalLM, Path]:
+    """A tiny Llama with weights wide enough that its next tokens are far apart, and its folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, bos_token_id=1, eos_token_id=EOS, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def make(llama, device):
+    """make(flag=value, ...) -> an Engine of the tiny Llama in fp32."""
+    return lambda **flags: Engine(ServerArgs(model_path=str(llama[1]), device=device, dtype="float32", **flags))
+
+
+def request(rid, prompt, params=GREEDY, **rest) -> Request:
+    return Request(str(rid), prompt, params, **rest)
+
+
+def collect(engine: Engine, *requests: Request) -> dict[str, Output]:
+    """Add the requests, run the engine dry, and join each one's Outputs."""
+    whole: dict[str, Output] = {}
+    for each in requests:
+        engine.add(each)
+    while engine.has_work:
+        for output in engine.step():
+            joined = whole.setdefault(output.rid, Output(output.rid, [], logprobs=[]))
+            assert joined.finish_reason is None
+            joined.token_ids += output.token_ids
+            joined.logprobs += output.logprobs or []
+            joined.prompt_logprobs = joined.prompt_logprobs or output.prompt_logprobs
+            joined.finish_reason, joined.matched_stop = output.finish_reason, output.matched_stop
+            joined.error = output.error
+    assert engine.pool.num_free == engine.pool.num_pages
+    return whole
+
+
+@torch.no_grad()
+def logprobs_of(model, ids: list[int]) -> torch.Tensor:
+    return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
+
+
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(logprobs_of(model, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def expected(llama) -> list[list[int]]:
+    """transformers' greedy continuation of each prompt, without its cache."""
+    return [greedy(llama[0], prompt, 64) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_greedy_in_flight_equals_transformers(make, expected, chunk):
+    got = collect(make(chunked_prefill_size=chunk), *(request(i, p) for i, p in enumerate(PROMPTS)))
+    assert [got[str(i)].token_ids for i in range(5)] == expected
+    assert {output.finish_reason for output in got.values()} == {"length"}
+
+
+def test_preemption_loses_nothing(make, expected, monkeypatch):
+    """The pool holds one long request and a bit: whoever came late is thrown out again and again."""
+    engine, released = make(max_total_tokens=160), []
+    release = engine.scheduler._release
+    monkeypatch.setattr(engine.scheduler, "_release", lambda seq: (released.append(seq), release(seq)))
+    asked = [request(i, p, top_logprobs=2, prompt_logprobs=True) for i, p in enumerate(PROMPTS)]
+    got = collect(engine, *asked)
+    assert len(released) > len(PROMPTS)
+    roomy = collect(make(), *asked)
+    for i, tokens in enumerate(expected):
+        assert got[str(i)].token_ids == tokens
+        assert [entry.id for entry in got[str(i)].logprobs] == tokens
+        assert len(got[str(i)].prompt_logprobs) == len(PROMPTS[i])
+        for ours, theirs in zip(got[str(i)].logprobs, roomy[str(i)].logprobs, strict=True):
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_tokens_do_not_depend_on_company(make, chunk):
+    kinds = [
+        GREEDY,
+        SamplingParams(max_new_tokens=30, seed=11, ignore_eos=True),
+        SamplingParams(max_new_tokens=30, temperature=0.7, top_p=0.8, seed=12),
+        SamplingParams(max_new_tokens=30, temperature=1.5, top_k=5, min_p=0.1, seed=13),
+        SamplingParams(max_new_tokens=30, temperature=0, repetition_penalty=1.5),
+        SamplingParams(max_new_tokens=30, presence_penalty=0.5, frequency_penalty=0.7, seed=14),
+        SamplingParams(max_new_tokens=30, min_new_tokens=25, seed=15),
+        SamplingParams(max_new_tokens=5, stop_token_ids=list(range(20)), seed=16),
+    ]
+    asked = [request(i, [3 + i] * (1 + 5 * i), params) for i, params in enumerate(kinds)]
+    together = collect(make(chunked_prefill_size=chunk), *asked)
+    preempted = collect(make(chunked_prefill_size=chunk, max_total_tokens=112), *asked)
+    one_by_one = make()
+    for each in asked:
+        alone = collect(one_by_one, each)[each.rid]
+        assert alone.token_ids == together[each.rid].token_ids == preempted[each.rid].token_ids
+        assert alone.finish_reason == together[each.rid].finish_reason
+
+
+def test_seeds(make):
+    params = [SamplingParams(max_new_tokens=40, seed=seed, ignore_eos=True) for seed in (1, 1, 2, None, None)]
+    got = collect(make(random_seed=5), *(request(i, [8, 9], each) for i, each in enumerate(params)))
+    tokens = [got[str(i)].token_ids for i in range(5)]
+    assert tokens[0] == tokens[1]
+    assert len({tuple(each) for each in tokens}) == 4
+    again = collect(make(random_seed=5), *(request(i, [8, 9], each) for i, each in enumerate(params)))
+    assert [again[str(i)].token_ids for i in range(5)] == tokens
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_logprobs_are_those_of_transformers(make, llama, chunk):
+    """Of the raw distribution, whatever temperature and penalties do to the choice."""
+    params = SamplingParams(max_new_tokens=12, temperature=2.0, repetition_penalty=1.3, seed=3, ignore_eos=True)
+    prompt = PROMPTS[3]
+    others = [request("none", [7, 8]), request("chosen", [1, 5], params, top_logprobs=0)]
+    wanted = request("all", prompt, params, top_logprobs=4, prompt_logprobs=True)
+    got = collect(make(chunked_prefill_size=chunk), *others, wanted)
+    assert got["none"].logprobs == []
+    assert got["none"].prompt_logprobs is None
+    assert all(entry.top == [] for entry in got["chosen"].logprobs)
+    whole = got["all"]
+    truth = logprobs_of(llama[0], prompt + whole.token_ids)
+    assert whole.prompt_logprobs[0] is None
+    entries = whole.prompt_logprobs[1:] + whole.logprobs
+    assert [entry.id for entry in entries] == (prompt + whole.token_ids)[1:]
+    for entry, row in zip(entries, truth, strict=False):
+        assert entry.logprob == pytest.approx(float(row[entry.id]), abs=1e-4)
+        best = row.topk(4)
+        assert [token for token, _ in entry.top] == best.indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    truth = logprobs_of(llama[0], [1, 5] + got["chosen"].token_ids)[1:]
+    for entry, row in zip(got["chosen"].logprobs, truth, strict=False):
+        assert entry.logprob == pytest.approx(float(row[entry.id]), abs=1e-4)
+
+
+def test_penalties(make, llama):
+    """Greedy with a large frequency penalty never says a token twice."""
+    params = SamplingParams(max_new_tokens=40, temperature=0, frequency_penalty=1000.0, ignore_eos=True)
+    tokens = collect(make(), request("a", [5, 6], params))["a"].token_ids
+    assert len(set(tokens)) == 40
+
+
+def test_what_ends_a_request(make, expected):
+    tokens = expected[0]
+    stop = next(i for i in range(3, 64) if tokens[i] not in tokens[:i])
+
+    def run(**params):
+        return collect(make(), request("a", PROMPTS[0], SamplingParams(temperature=0, **params)))["a"]
+
+    stopped = run(max_new_tokens=64, stop_token_ids=[tokens[stop]], ignore_eos=True)
+    assert (stopped.token_ids, stopped.finish_reason) == (tokens[: stop + 1], "stop")
+    assert stopped.matched_stop == tokens[stop]
+    full = run(max_new_tokens=stop, stop_token_ids=[tokens[stop]], ignore_eos=True)
+    assert (full.token_ids, full.finish_reason, full.matched_stop) == (tokens[:stop], "length", None)
+    later = run(max_new_tokens=64, stop_token_ids=[tokens[stop]], ignore_eos=True, min_new_tokens=stop + 5)
+    assert tokens[stop] not in later.token_ids[: stop + 5]
+    assert later.token_ids[:stop] == tokens[:stop]
+    scored = request("a", PROMPTS[0], SamplingParams(max_new_tokens=0), top_logprobs=0, prompt_logprobs=True)
+    nothing = collect(make(), scored)["a"]
+    assert (nothing.token_ids, nothing.logprobs, nothing.finish_reason) == ([], [], "length")
+    assert [entry and entry.id for entry in nothing.prompt_logprobs] == [None, *PROMPTS[0][1:]]
+
+
+def test_the_models_own_end_token(make, llama):
+    """eos is taken from the checkpoint; ignore_eos goes on past it."""
+    params = SamplingParams(max_new_tokens=100, temperature=3.0, seed=1)
+    stopped = collect(make(), request("a", [5], params))["a"]
+    assert stopped.token_ids[-1] == stopped.matched_stop == EOS
+    params.ignore_eos = True
+    longer = collect(make(), request("a", [5], params))["a"]
+    assert longer.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+    assert len(longer.token_ids) == 100
+
+
+def test_refusals_name_the_reason_and_harm_nobody(make, expected):
+    bad = {
+        "empty prompt": request("0", []),
+        f"token ids from 0 to {VOCAB - 1}, got {VOCAB}": request("1", [1, VOCAB]),
+        f"token ids from 0 to {VOCAB - 1}, got -1": request("2", [-1]),
+        f"100 prompt tokens and 64 new ones are 164 in all, more than the context length of {CONTEXT}": request(
+            "3", [1] * 100
+        ),
+        "more than the KV pool of 128 holds; raise --max-total-tokens": request("4", [1] * 80),
+        "temperature: expected at least 0, got nan": request("5", [1], SamplingParams(temperature=float("nan"))),
+        "top_p: expected more than 0 and at most 1, got 0": request("6", [1], SamplingParams(top_p=0)),
+        "stop_token_ids: expected token ids from 0": request("7", [1], SamplingParams(stop_token_ids=[10**9])),
+    }
+    got = collect(make(max_total_tokens=128), request("good", PROMPTS[0]), *bad.values())
+    assert got["good"].token_ids == expected[0]
+    for reason, each in bad.items():
+        assert got[each.rid].finish_reason == "error"
+        assert reason in got[each.rid].error
+
+
+def test_abort_frees_at_once(make, expected):
+    engine = make(max_running_requests=2)
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(request(i, prompt))
+    engine.step()
+    for rid in ("1", "4", "nobody"):  # one that runs, one that waits, one that is not there
+        engine.abort(rid)
+    got = collect(engine)
+    assert set(got) == {"0", "2", "3"}
+    assert got["2"].token_ids == expected[2]
+
+
+def test_a_failing_step_fails_only_its_requests(make, expected, monkeypatch):
+    engine = make(max_running_requests=2)
+    model = engine.runner.model
+    for i, prompt in enumerate(PROMPTS[:3]):
+        engine.add(request(i, prompt))
+
+    def broken(batch, kv_cache):
+        raise RuntimeError("out of magic")
+
+    monkeypatch.setattr(engine.runner, "model", broken)
+    monkeypatch.setattr(engine.runner, "_graphs", None)
+    failed = engine.step()
+    assert [(each.rid, each.finish_reason) for each in failed] == [("0", "error"), ("1", "error")]
+    assert "out of magic" in failed[0].error
+    monkeypatch.setattr(engine.runner, "model", model)
+    assert collect(engine)["2"].token_ids == expected[2]
+
+
+def test_a_rid_in_use_is_refused(make):
+    engine = make()
+    engine.add(request("a", [1]))
+    with pytest.raises(ValueError, match="'a' is already there"):
+        engine.add(request("a", [2]))
+
+
+def test_what_cannot_start_says_why(make):
+    with pytest.raises(ArgsError, match="--context-length: expected at most 160, the model's own, got 161"):
+        make(context_length=CONTEXT + 1)
+    with pytest.raises(ConfigError, match="one page of 16 tokens takes 6144 bytes"):
+        make(mem_fraction_static=1e-9)
+
+
+def test_ready_tells_the_limits(make):
+    ready = make(context_length=100, max_total_tokens=50).ready()
+    assert (ready.context_length, ready.max_total_num_tokens, ready.vocab_size) == (100, 64, VOCAB)
+    assert ready.dtype == "float32"
+    assert {"op", "backend", "status", "reason"} <= set(ready.backends[0])
+
+
+class Process:
+    """An engine process and the api's end of its pipes."""
+
+    def __init__(self, args: ServerArgs, folder: Path):
+        self.context = zmq.Context()
+        self.outputs = self.context.socket(zmq.PULL)
+        self.outputs.bind(f"ipc://{folder}/outputs")
+        self.requests = self.context.socket(zmq.PUSH)
+        self.requests.connect(f"ipc://{folder}/requests")
+        ends = (f"ipc://{folder}/requests", f"ipc://{folder}/outputs")
+        self.process = multiprocessing.get_context("spawn").Process(target=run_engine, args=(args, *ends), daemon=True)
+        self.process.start()
+
+    def receive(self) -> Outputs | Ready | Failed:
+        assert self.outputs.poll(60_000), "the engine process said nothing for a minute"
+        return decode_to_api(self.outputs.recv())
+
+    def close(self):
+        self.process.kill()
+        self.process.join()
+        self.context.destroy(linger=0)
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def begin(**flags) -> Process:
+        started.append(Process(ServerArgs(**flags), tmp_path))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        each.close()
+
+
+def test_engine_process(start, llama, device, expected):
+    engine = start(model_path=str(llama[1]), device=device, dtype="float32")
+    ready = engine.receive()
+    assert isinstance(ready, Ready)
+    assert ready.context_length == CONTEXT
+    engine.requests.send(b"\xc1 not msgpack")
+    for i, prompt in enumerate(PROMPTS):
+        engine.requests.send(encode(request(i, prompt)))
+    engine.requests.send(encode(request("gone", [1], SamplingParams(max_new_tokens=150, ignore_eos=True))))
+    engine.requests.send(encode(Abort("gone")))
+    tokens: dict[str, list[int]] = {}
+    done = set()
+    while len(done) < len(PROMPTS):
+        for output in engine.receive().outputs:
+            tokens.setdefault(output.rid, []).extend(output.token_ids)
+            if output.finish_reason:
+                done.add(output.rid)
+    assert [tokens[str(i)] for i in range(5)] == expected
+    assert "gone" not in done
+    engine.process.terminate()
+    engine.process.join(30)
+    assert engine.process.exitcode == 0
+
+
+def test_engine_process_that_cannot_start(start, tmp_path):
+    engine = start(model_path=str(tmp_path / "nowhere"))
+    failed = engine.receive()
+    assert isinstance(failed, Failed)
+    assert "nowhere" in failed.error
+    assert "\n" not in failed.error
+    engine.process.join(30)
+    assert engine.process.exitcode == 1
