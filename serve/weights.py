@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from wave64.serve.checkpoint import StoredTensor, WeightsError, stored_tensors
 from wave64.serve.config import ModelConfig
-from wave64.serve.layers import Layer
+from wave64.serve.layers import Layer, RMSNorm
 from wave64.serve.models import MODELS
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ def fill_from(model: nn.Module, folder: Path) -> None:
     derived = tuple(f".{name}" for name in model.derived_weights)
     surplus = [tensor for name, tensor in stored.items() if name not in places and not name.endswith(derived)]
     if surplus:
-        raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model of config.json "
-                           "has no such weight; does config.json belong to these weights?")
+        raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model config.json "
+                           "describes has no such weight; does it belong to these weights?")
     reads, copies = _plan(places, stored, folder)
     size, quiet = sum(t.end - t.begin for t in reads), not sys.stderr.isatty()
     with tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=quiet) as bar:
@@ -73,14 +73,14 @@ def fill_from(model: nn.Module, folder: Path) -> None:
 
 
 def fill_with_noise(model: nn.Module) -> None:
-    """Weights that keep activations in range: matrices normal with deviation 0.02, gains of norms 1."""
-    generators: dict[torch.device, torch.Generator] = {}
-    for weight in model.parameters():
-        generator = generators.setdefault(weight.device, torch.Generator(weight.device).manual_seed(DUMMY_SEED))
-        if weight.ndim == 1:
-            weight.data.fill_(1.0)
-        else:
-            weight.data.normal_(std=0.02, generator=generator)
+    """Weights that keep activations in range: gains of norms 1, all else normal with deviation 0.02."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(DUMMY_SEED)
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            if isinstance(module, RMSNorm):
+                weight.data.fill_(1.0)
+            else:
+                weight.data.normal_(std=0.02, generator=generator)
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ def resolve_model_path(model_path: str, revision: str | None = None) -> Path:
     Raises WeightsError in one line if it is none of these or cannot be fetched.
     """
     folder = Path(model_path).expanduser()
-    if folder.is_dir():
+    if model_path and folder.is_dir():
         return folder
     if model_path in BUILT_IN:
         folder = BUILT_IN[model_path]
@@ -129,7 +129,7 @@ def resolve_model_path(model_path: str, revision: str | None = None) -> Path:
             raise WeightsError(f"{model_path}: {folder} is missing from this installation of wave64; install it again")
         return folder
     built_in = ", ".join(BUILT_IN)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or folder.exists():
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model_path) or folder.exists():
         raise WeightsError(f"{model_path}: expected a folder, a built-in name ({built_in}) or a hub name (owner/name), "
                            f"got {'a file' if folder.exists() else 'a path that does not exist'}")
     import huggingface_hub  # only here: a local model needs no hub client

@@ -1,0 +1,276 @@
+"""Checkpoint folders, whole and damaged: the whole ones load to the last bit, each damage is named."""
+
+import json
+import struct
+
+import pytest
+import torch
+from helpers_llama import LLAMAS, edit_json, load, make_llama
+from safetensors.torch import load_file, save_file
+
+from wave64.serve.checkpoint import INDEX, WeightsError, read_header
+from wave64.serve.config import ModelConfig
+from wave64.serve.weights import load_model, resolve_model_path
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+BIASED = LLAMAS["linear-gqa3-bias"]
+
+
+@pytest.fixture
+def file(tmp_path):
+    """The one weight file of a checkpoint in `tmp_path`."""
+    make_llama(tmp_path, **BIASED)
+    return tmp_path / "model.safetensors"
+
+
+def change(file, edit):
+    """Applies `edit(tensors)` to a safetensors file in place."""
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+def message(folder, device="cpu") -> str:
+    with pytest.raises(WeightsError) as refusal:
+        load(folder, device)
+    text = str(refusal.value)
+    assert "\n" not in text
+    return text
+
+
+def assert_holds(model, tensors):
+    """Every weight of `model` is the checkpoint's; merged ones are its parts below each other."""
+    left = dict(tensors)
+    for name, weight in model.named_parameters():
+        for merged, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+            if merged in name:
+                want = torch.cat([left.pop(name.replace(merged, part)) for part in parts])
+                break
+        else:
+            want = left.pop(name)
+        assert torch.equal(weight.cpu(), want.to(weight.dtype)), name
+    assert not left
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_single_file(file, device, dtype):
+    model, _ = load(file.parent, device, dtype)
+    assert {w.dtype for w in model.parameters()} == {dtype}
+    assert {w.device.type for w in model.parameters()} == {device}
+    assert_holds(model, load_file(file))
+
+
+def test_many_files_with_index(tmp_path, device):
+    theirs = make_llama(tmp_path, max_shard_size="20KB", **BIASED)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    model, _ = load(tmp_path, device)
+    assert_holds(model, theirs.state_dict())
+
+
+def test_a_tensor_larger_than_the_buffer(monkeypatch, file, device):
+    monkeypatch.setattr("wave64.serve.checkpoint.BUFFER_BYTES", 1000)
+    model, _ = load(file.parent, device, torch.bfloat16)
+    assert_holds(model, load_file(file))
+
+
+def test_checkpoint_in_another_dtype(file, device):
+    stored = {1: torch.float64, 2: torch.bfloat16}
+    change(file, lambda t: t.update({name: w.to(stored[w.ndim]) for name, w in t.items()}))
+    model, _ = load(file.parent, device, torch.float32)
+    assert_holds(model, load_file(file))
+
+
+@pytest.mark.parametrize("stored", [("model.embed_tokens.weight",), ("lm_head.weight",),
+                                    ("model.embed_tokens.weight", "lm_head.weight")])
+def test_tied_weights_may_be_stored_under_either_name_or_both(tmp_path, device, stored):
+    theirs = make_llama(tmp_path, **LLAMAS["llama3-gqa4-tied"])
+    weight = theirs.model.embed_tokens.weight.detach()
+    change(tmp_path / "model.safetensors", lambda t: (t.pop("model.embed_tokens.weight"),
+                                                      t.update({name: weight.clone() for name in stored})))
+    model, _ = load(tmp_path, device)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight.cpu(), weight)
+
+
+def test_tied_weights_that_differ(tmp_path):
+    make_llama(tmp_path, **LLAMAS["llama3-gqa4-tied"])
+    change(tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    text = message(tmp_path)
+    assert "model.safetensors: lm_head.weight: " in text or "model.safetensors: model.embed_tokens.weight: " in text
+    assert "tie_word_embeddings" in text
+
+
+def test_frequencies_in_old_checkpoints_are_left_aside(file, device):
+    change(file, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
+    load(file.parent, device)
+
+
+def test_missing_tensor(file):
+    change(file, lambda t: [t.pop(name) for name in [*t] if "k_proj" in name])
+    text = message(file.parent)
+    assert text.startswith(str(file.parent))
+    assert "model.layers.0.self_attn.k_proj.weight, " in text
+    assert "and 1 more" in text
+
+
+def test_unexpected_tensor(file):
+    change(file, lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.ones(2)}))
+    assert message(file.parent).startswith(f"{file}: model.layers.9.mlp.up_proj.weight: unexpected")
+
+
+def test_bias_the_configuration_does_not_know(file):
+    edit_json(file.with_name("config.json"), lambda c: c.update(attention_bias=False))
+    assert ".bias" in message(file.parent)
+
+
+def test_wrong_shape(file):
+    change(file, lambda t: t.update({Q: torch.ones(47, 48)}))
+    assert message(file.parent) == f"{file}: {Q}: expected shape [48, 48], got [47, 48]"
+
+
+def test_transposed_is_a_wrong_shape_too(file):
+    up = "model.layers.1.mlp.up_proj.weight"
+    change(file, lambda t: t.update({up: t[up].T.contiguous()}))
+    assert message(file.parent) == f"{file}: {up}: expected shape [52, 48], got [48, 52]"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensor(file, dtype):
+    change(file, lambda t: t.update({Q: torch.ones(48, 48).to(dtype)}))
+    text = message(file.parent)
+    assert text.startswith(f"{file}: {Q}: expected dtype ")
+    assert "quantised" in text
+
+
+def test_truncated(file):
+    whole = file.read_bytes()
+    last = max(read_header(file).values(), key=lambda t: t.end).name
+    for length in (len(whole) - 1, len(whole) // 2):
+        file.write_bytes(whole[:length])
+        text = message(file.parent)
+        assert text.startswith(f"{file}: ")
+        assert f"expected {len(whole)} bytes up to the end of {last}, got {length}" in text
+        assert "truncated" in text
+
+
+@pytest.mark.parametrize("length", [0, 5, 8, 100])
+def test_truncated_in_the_header(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+    text = message(file.parent)
+    assert text.startswith(f"{file}: ")
+    assert f"got {length} bytes" in text
+
+
+def header(entries: dict) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"\x80\x02}q\x00(X\x05\x00\x00\x00model" * 9, "safetensors"),  # the start of a pickle
+    (struct.pack("<Q", 3) + b"{]}" + bytes(8), "damaged"),
+    (header([1]), "damaged"),
+    (header({"a": {"dtype": "F32", "shape": [2]}}), "damaged"),
+    (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 7]}}) + bytes(7), "a: the header is damaged"),
+    (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "a: the header is damaged"),
+    (header({"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 8]}}) + bytes(8), "damaged"),
+    (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + bytes(9), "appended"),
+])  # fmt: skip
+def test_damaged_header(file, content, words):
+    file.write_bytes(content)
+    text = message(file.parent)
+    assert text.startswith(f"{file}: ")
+    assert words in text
+
+
+def test_no_weights(tmp_path):
+    make_llama(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    text = message(tmp_path)
+    assert "expected model.safetensors" in text
+    assert "pytorch_model.bin" in text
+
+
+class TestIndex:
+    @pytest.fixture(autouse=True)
+    def sharded(self, tmp_path):
+        make_llama(tmp_path, max_shard_size="20KB", **BIASED)
+
+    def test_missing_file(self, tmp_path):
+        gone = tmp_path / sorted(p.name for p in tmp_path.glob("*.safetensors"))[1]
+        gone.unlink()
+        assert gone.name in message(tmp_path)
+
+    def test_missing_index(self, tmp_path):
+        (tmp_path / INDEX).unlink()
+        assert message(tmp_path).startswith(str(tmp_path / INDEX))
+
+    def test_tensor_not_where_the_index_says(self, tmp_path):
+        edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update({"model.extra": index["weight_map"][Q]}))
+        assert "model.extra: expected here by " in message(tmp_path)
+
+    def test_file_outside_the_folder(self, tmp_path):
+        edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update({Q: "../elsewhere.safetensors"}))
+        assert message(tmp_path).startswith(str(tmp_path / INDEX))
+
+    @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+    def test_malformed(self, tmp_path, text):
+        (tmp_path / INDEX).write_text(text)
+        assert message(tmp_path).startswith(str(tmp_path / INDEX))
+
+
+def test_dummy_needs_a_config_alone_and_is_the_same_every_time(tmp_path, device):
+    make_llama(tmp_path, **BIASED)
+    (tmp_path / "model.safetensors").unlink()
+    config = ModelConfig.from_folder(tmp_path)
+    one, two = (load_model(config, tmp_path, torch.bfloat16, device, load_format="dummy") for _ in range(2))
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.isfinite().all()
+        assert (a == 1).all() if "norm" in name else a.std() > 0 or a.numel() == 1
+
+
+def test_loading_says_one_line(file, device, caplog, capfd):
+    with caplog.at_level("INFO", logger="wave64"):
+        load(file.parent, device)
+    assert len(caplog.records) == 1
+    assert str(file.parent) in caplog.text
+    assert capfd.readouterr() == ("", "")  # no bar: stderr is not a terminal here
+
+
+class TestResolveModelPath:
+    def test_folder(self, tmp_path):
+        assert resolve_model_path(str(tmp_path)) == tmp_path
+
+    def test_built_in(self):
+        assert (resolve_model_path("demo-llama") / "config.json").exists()
+
+    @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "a/b/c", "", "what is this"])
+    def test_neither_folder_nor_name(self, path):
+        with pytest.raises(WeightsError, match="expected a folder, a built-in name .demo-llama. or a hub name"):
+            resolve_model_path(path)
+
+    def test_file(self, file):
+        with pytest.raises(WeightsError, match="got a file"):
+            resolve_model_path(str(file))
+
+    def test_hub_name_that_cannot_be_fetched(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(WeightsError) as refusal:
+            resolve_model_path("somebody/some-model")
+        text = str(refusal.value)
+        assert text.startswith("somebody/some-model: neither a folder nor a built-in name (demo-llama)")
+        assert "\n" not in text
+
+    def test_hub_name_in_the_local_cache(self, monkeypatch, tmp_path):
+        snapshot = tmp_path / "models--somebody--some-model" / "snapshots" / "0123456789012345678901234567890123456789"
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        refs = snapshot.parents[1] / "refs"
+        refs.mkdir()
+        (refs / "main").write_text(snapshot.name)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+        assert resolve_model_path("somebody/some-model") == snapshot
