@@ -1,11 +1,14 @@
 """Decode attention: one new token per sequence against its keys and values in a paged cache."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wave64 import platform
 from wave64.op import BadArgument, Case, Cost, op
 
+#: The reference's bound on temporary memory: key (and as many value) elements gathered at a time.
+KEYS_AT_ONCE = 2**21
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
 
 
@@ -151,12 +154,25 @@ def cost(query, key_cache, value_cache, page_table, seq_lens, scale, sliding_win
                 flops=4 * tokens * query.shape[1] * head_dim)
 
 
+def read_keys(cache: Tensor, slots: Tensor) -> Tensor:
+    """cache[page, row] of every slot = page * page_size + row: [*slots.shape, num_kv_heads, head_dim]."""
+    num_pages, page_size = cache.shape[:2]
+    if not cache.is_contiguous():
+        return cache[slots // page_size, slots % page_size]
+    rows = cache.view(num_pages * page_size, -1)  # index_select copies whole rows: twice as fast as indexing
+    return rows.index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[2:])
+
+
 def dequantise(kv: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     kv = kv.to(dtype)
     return kv if scale is None else kv * scale.to(dtype)
 
 
-@op(cases=cases, check=check, cost=cost)
+def fake(query, *args, **kwargs):
+    return query.new_empty(query.shape)
+
+
+@op(cases=cases, check=check, cost=cost, fake=fake)
 def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
                     scale: float, sliding_window: int = -1, logit_cap: float = 0.0, sinks: Tensor | None = None,
                     k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
@@ -182,28 +198,40 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
     num_pages, page_size, kv_heads, _ = key_cache.shape
     room = page_table.shape[1] * page_size
     keys_read = min(room, sliding_window) if sliding_window > 0 else room
+    out = query.new_zeros(query.shape)
     if keys_read == 0 or num_pages == 0:
-        return torch.zeros_like(query, memory_format=torch.contiguous_format)
-    # The last keys_read positions of each sequence. A sequence with fewer reads its first key in place of the missing
-    # ones, never a place that it does not own.
+        return out
+    # Grouped by key head, so that keys and values are never expanded to the queries' heads.
+    grouped = query.view(num_seqs, kv_heads, heads // kv_heads, head_dim)
     back = torch.arange(keys_read, 0, -1, device=query.device)
-    positions = (seq_lens[:, None] - back).clamp(min=0)
-    missing = (seq_lens[:, None] < back)[:, None, None]
-    pages = page_table.gather(1, positions // page_size).clamp(0, num_pages - 1)
-    slots = positions % page_size
-    wide = torch.promote_types(query.dtype, torch.float32)
-    keys = dequantise(key_cache[pages, slots], k_scale, wide)
-    values = dequantise(value_cache[pages, slots], v_scale, wide)
+    at_once = max(1, KEYS_AT_ONCE // (keys_read * kv_heads * head_dim))
+    for first in range(0, num_seqs, at_once):
+        some = slice(first, first + at_once)
+        lengths = seq_lens[some, None]
+        # The last keys_read positions of each sequence. A sequence with fewer reads its first key in place of the
+        # missing ones, never a place that it does not own.
+        positions = (lengths - back).clamp_(min=0)
+        present = (lengths >= back)[:, None, None]
+        pages = page_table[some].gather(1, positions // page_size).clamp_(0, num_pages - 1)
+        slots = pages.long() * page_size + positions % page_size
+        keys, values = read_keys(key_cache, slots).transpose(1, 2), read_keys(value_cache, slots).transpose(1, 2)
+        mixed = attend(grouped[some], keys, values, present, scale, logit_cap, sinks, k_scale, v_scale)
+        out[some] = mixed.masked_fill_((lengths == 0)[..., None, None], 0).flatten(1, 2)
+    return out
 
-    grouped = query.to(wide).view(num_seqs, kv_heads, heads // kv_heads, head_dim)
-    scores = grouped @ keys.permute(0, 2, 3, 1) * scale
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, present: Tensor, scale: float, logit_cap: float,
+           sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor:
+    """query [B, Hkv, G, D], keys and values [B, Hkv, S, D], present [B, 1, 1, S] -> [B, Hkv, G, D]"""
+    if query.device.type == "cpu" and keys.dtype == query.dtype and not logit_cap and sinks is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=present, scale=scale)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ dequantise(keys, k_scale, wide).transpose(2, 3) * scale
     if logit_cap > 0:
         scores = logit_cap * torch.tanh(scores / logit_cap)
-    scores = scores.masked_fill(missing, float("-inf"))
+    scores = scores.masked_fill(~present, float("-inf"))
     if sinks is not None:
-        sink = sinks.to(wide).view(kv_heads, -1, 1).expand(num_seqs, -1, -1, -1)
+        sink = sinks.to(wide).view(scores.shape[1], -1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
-    weights = scores.softmax(-1)[..., :keys_read]
-    out = weights @ values.transpose(1, 2)
-    out = out.masked_fill((seq_lens == 0)[:, None, None, None], 0)
-    return out.reshape(num_seqs, heads, head_dim).to(query.dtype)
+    weights = scores.softmax(-1)[..., :keys.shape[2]]
+    return (weights @ dequantise(values, v_scale, wide)).to(query.dtype)

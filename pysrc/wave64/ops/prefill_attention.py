@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from wave64.op import BadArgument, Case, Cost, op
-from wave64.ops.paged_attention import check_kv, dequantise, make_case
+from wave64.ops.paged_attention import KEYS_AT_ONCE, check_kv, dequantise, make_case, read_keys
 
-#: The reference's bound on temporary memory: scores at a time, and key (or value) elements at a time.
-SCORES, KEY_ELEMENTS = 2**22, 2**21
+#: The reference's bound on temporary memory: scores at a time.
+SCORES_AT_ONCE = 2**22
 
 
 def make_prefill(new: list[int], seq_lens: list[int], **options) -> dict:
@@ -123,13 +123,13 @@ def prefill_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pag
     raises          BadArgument for dtypes, shapes and strides other than these
     """
     tokens, heads, head_dim = query.shape
-    num_pages, page_size, kv_heads, _ = key_cache.shape
+    _, page_size, kv_heads, _ = key_cache.shape
     group = heads // kv_heads
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(query.shape)
     lse = query.new_full((tokens, heads), float("-inf"), dtype=wide)
-    keys_at_once = max(16, KEY_ELEMENTS // (kv_heads * head_dim))
-    queries_at_once = max(16, SCORES // (heads * keys_at_once))
+    keys_at_once = max(16, KEYS_AT_ONCE // (kv_heads * head_dim))
+    queries_at_once = max(16, SCORES_AT_ONCE // (heads * keys_at_once))
     starts = cu_seqlens_q.tolist()
     for i, length in enumerate(seq_lens.tolist()):
         before = length - starts[i + 1]  # position of a query = its row + before
@@ -147,9 +147,9 @@ def prefill_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pag
             last_key = min(length, end + before) if causal else length
             for key in range(first_key, last_key, keys_at_once):
                 at = torch.arange(key, min(key + keys_at_once, last_key), device=query.device)
-                pages, slots = page_table[i, at // page_size].long(), at % page_size
-                k = dequantise(key_cache[pages, slots], k_scale, wide).permute(1, 2, 0)
-                v = dequantise(value_cache[pages, slots], v_scale, wide).transpose(0, 1)
+                slots = page_table[i, at // page_size].long() * page_size + at % page_size
+                k = dequantise(read_keys(key_cache, slots), k_scale, wide).permute(1, 2, 0)
+                v = dequantise(read_keys(value_cache, slots), v_scale, wide).transpose(0, 1)
                 scores = (q @ k).view(kv_heads, group, end - row, len(at))
                 if logit_cap > 0:
                     scores = logit_cap * torch.tanh(scores / logit_cap)
