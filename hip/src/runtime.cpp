@@ -1,0 +1,356 @@
+// The runtime: opens HIP by name (CUDA where there is no HIP, for development), reads device properties, loads code
+// objects, launches, or records launches instead of making them.
+//
+// Nothing of HIP's is linked or included. The few entry points below have the same shape in both drivers; only the way
+// to ask for properties differs. They do not change: HIP keeps old layouts under old symbol names, CUDA under suffixes.
+#include "runtime.h"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <unordered_map>
+#include <utility>
+
+namespace wave64 {
+
+namespace {
+
+thread_local std::string error_text;
+
+struct Recording {
+    Device device;
+    std::vector<RecordedLaunch> launches;
+};
+thread_local std::optional<Recording> recording;
+
+struct Driver {
+    const char* name;
+    const char* library;
+    bool is_hip;
+    int (*init)(unsigned);
+    int (*count)(int*);
+    int (*current)(int*);
+    int (*load)(void** module, const void* image);
+    int (*function)(void** function, void* module, const char* name);
+    int (*exchange_capture_mode)(int* mode);
+    int (*launch)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned lds,
+                  void* stream, void** args, void** extra);
+    int (*properties)(void* properties, int device);          // HIP
+    int (*attribute)(int* value, int attribute, int device);  // CUDA
+    const char* (*hip_error)(int);
+    int (*cuda_error)(int, const char**);
+
+    std::string words(int code) const {
+        const char* text = nullptr;
+        if (is_hip)
+            text = hip_error(code);
+        else
+            cuda_error(code, &text);
+        return text ? text : "error " + std::to_string(code);
+    }
+};
+
+template <typename F>
+bool find(void* library, const char* symbol, F& entry, std::string& missing) {
+    entry = reinterpret_cast<F>(dlsym(library, symbol));
+    if (!entry) missing += std::string(missing.empty() ? "" : ", ") + symbol;
+    return entry;
+}
+
+// A library whose file name begins with `stem` and that the process already holds, or null. A ROCm torch brings its own
+// copy of the runtime; a second one would know neither its streams nor its memory.
+void* already_loaded(const char* stem) {
+    struct Search {
+        const char* stem;
+        std::string path;
+    } search{stem, ""};
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* data) {
+            auto& search = *static_cast<Search*>(data);
+            const char* slash = std::strrchr(info->dlpi_name, '/');
+            if (std::strncmp(slash ? slash + 1 : info->dlpi_name, search.stem, std::strlen(search.stem)) != 0) return 0;
+            search.path = info->dlpi_name;
+            return 1;
+        },
+        &search);
+    return search.path.empty() ? nullptr : dlopen(search.path.c_str(), RTLD_NOW);
+}
+
+void* open_first(std::initializer_list<const char*> names) {
+    for (const char* name : names)
+        if (void* library = dlopen(name, RTLD_NOW)) return library;
+    return nullptr;
+}
+
+int32_t open_hip(Driver& driver, void* library) {
+    std::string missing;
+    driver.name = "HIP", driver.library = "libamdhip64.so", driver.is_hip = true;
+    find(library, "hipInit", driver.init, missing);
+    find(library, "hipGetDeviceCount", driver.count, missing);
+    find(library, "hipGetDevice", driver.current, missing);
+    find(library, "hipModuleLoadData", driver.load, missing);
+    find(library, "hipModuleGetFunction", driver.function, missing);
+    find(library, "hipThreadExchangeStreamCaptureMode", driver.exchange_capture_mode, missing);
+    find(library, "hipModuleLaunchKernel", driver.launch, missing);
+    find(library, "hipGetDevicePropertiesR0600", driver.properties, missing);
+    find(library, "hipGetErrorString", driver.hip_error, missing);
+    if (missing.empty()) return kOk;
+    return fail(kUnavailable, "libamdhip64.so lacks %s; ROCm 6.0 or later is needed", missing.c_str());
+}
+
+int32_t open_cuda(Driver& driver, void* library) {
+    std::string missing;
+    driver.name = "CUDA", driver.library = "libcuda.so.1", driver.is_hip = false;
+    find(library, "cuInit", driver.init, missing);
+    find(library, "cuDeviceGetCount", driver.count, missing);
+    find(library, "cuCtxGetDevice", driver.current, missing);
+    find(library, "cuModuleLoadData", driver.load, missing);
+    find(library, "cuModuleGetFunction", driver.function, missing);
+    find(library, "cuThreadExchangeStreamCaptureMode", driver.exchange_capture_mode, missing);
+    find(library, "cuLaunchKernel", driver.launch, missing);
+    find(library, "cuDeviceGetAttribute", driver.attribute, missing);
+    find(library, "cuGetErrorString", driver.cuda_error, missing);
+    if (missing.empty()) return kOk;
+    return fail(kUnavailable, "libcuda.so.1 lacks %s", missing.c_str());
+}
+
+int32_t open_driver(Driver& driver) {
+    void* hip = already_loaded("libamdhip64.so");
+    if (!hip && !already_loaded("libcuda.so"))
+        hip = open_first({"libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6"});
+    if (hip) return open_hip(driver, hip);
+    if (void* cuda = open_first({"libcuda.so.1"})) return open_cuda(driver, cuda);
+    return fail(kUnavailable, "no libamdhip64.so (ROCm's runtime) can be opened on this machine");
+}
+
+struct Opened {
+    Driver driver{};
+    int32_t status;
+    std::string text;
+};
+
+// Opened once; a failure is kept with its words and told to every caller.
+int32_t driver(const Driver** out) {
+    static const Opened opened = [] {
+        Opened opened;
+        opened.status = open_driver(opened.driver);
+        if (opened.status == kOk)
+            if (int code = opened.driver.init(0))
+                opened.status = fail(kUnavailable, "%s finds no usable GPU: %s", opened.driver.name,
+                                     opened.driver.words(code).c_str());
+        opened.text = error_text;
+        return opened;
+    }();
+    *out = &opened.driver;
+    return opened.status == kOk ? kOk : fail(opened.status, "%s", opened.text.c_str());
+}
+
+int32_t check(const Driver& driver, const char* what, int code) {
+    if (code == 0) return kOk;
+    return fail(kRuntimeError, "%s: %s: %s", driver.name, what, driver.words(code).c_str());
+}
+
+int32_t read_hip_device(const Driver& driver, int index, Device& device) {
+    // Offsets in the structure that hipGetDevicePropertiesR0600 fills: the symbol's name fixes them (ROCm 6.0 on).
+    constexpr size_t kLdsBytes = 296, kWaveSize = 308, kComputeUnits = 388, kArchName = 1160, kSize = 1472;
+    alignas(8) char properties[2 * kSize] = {};
+    if (int32_t status = check(driver, "reading device properties", driver.properties(properties, index)))
+        return status;
+    size_t lds_bytes;
+    int wave_size, compute_units;
+    std::memcpy(&lds_bytes, properties + kLdsBytes, sizeof lds_bytes);
+    std::memcpy(&wave_size, properties + kWaveSize, sizeof wave_size);
+    std::memcpy(&compute_units, properties + kComputeUnits, sizeof compute_units);
+    const std::string name = properties + kArchName;  // gfx942:sramecc+:xnack-
+    device = {name.substr(0, name.find(':')), compute_units, wave_size, int(lds_bytes)};
+    return kOk;
+}
+
+int32_t read_cuda_device(const Driver& driver, int index, Device& device) {
+    constexpr int kWaveSize = 10, kComputeUnits = 16, kMajor = 75, kMinor = 76, kLdsBytes = 97;
+    int major, minor;
+    for (auto [attribute, value] : {std::pair<int, int*>{kMajor, &major},
+                                    {kMinor, &minor},
+                                    {kWaveSize, &device.wave_size},
+                                    {kComputeUnits, &device.compute_units},
+                                    {kLdsBytes, &device.lds_bytes}})
+        if (int32_t status = check(driver, "reading device properties", driver.attribute(value, attribute, index)))
+            return status;
+    device.arch = "sm_" + std::to_string(10 * major + minor);
+    return kOk;
+}
+
+std::mutex devices_mutex, functions_mutex;
+
+// kernel names are literals of the op's file, so their address identifies them
+using FunctionKey = std::pair<int, const char*>;
+struct FunctionHash {
+    size_t operator()(const FunctionKey& key) const { return std::hash<const void*>()(key.second) ^ size_t(key.first); }
+};
+std::unordered_map<FunctionKey, void*, FunctionHash> functions;
+std::map<std::pair<int, std::string>, void*> modules;
+
+std::string code_object_path(const Device& device, const char* op) {
+    return code_object_folder() + "/" + device.arch + "/" + op + ".co";
+}
+
+int32_t no_code_object(const Device& device, const char* op) {
+    return fail(kUnavailable, "%s: no code object for %s: %s cannot be read", op, device.arch.c_str(),
+                code_object_path(device, op).c_str());
+}
+
+// Loading is forbidden while a stream captures, unless this thread says that it knows what it does.
+class RelaxedCapture {
+    const Driver& driver;
+    int mode = 2;
+
+public:
+    explicit RelaxedCapture(const Driver& driver) : driver(driver) { driver.exchange_capture_mode(&mode); }
+    ~RelaxedCapture() { driver.exchange_capture_mode(&mode); }
+};
+
+int32_t load_function(const Driver& driver, int index, const Launch& launch, void*& function) {
+    std::lock_guard lock(functions_mutex);
+    if (auto found = functions.find({index, launch.kernel}); found != functions.end()) {
+        function = found->second;
+        return kOk;
+    }
+    const Device* device;
+    if (int32_t status = device_at(index, &device)) return status;
+    RelaxedCapture relaxed(driver);
+    void*& module = modules[{index, launch.op}];
+    if (!module) {
+        std::ifstream file(code_object_path(*device, launch.op), std::ios::binary);
+        if (!file) return no_code_object(*device, launch.op);
+        const std::string image{std::istreambuf_iterator<char>(file), {}};
+        const std::string what = std::string("loading the code object of ") + launch.op + " for " + device->arch;
+        if (int32_t status = check(driver, what.c_str(), driver.load(&module, image.data()))) return status;
+    }
+    if (int32_t status = check(driver, launch.kernel, driver.function(&function, module, launch.kernel))) return status;
+    functions[{index, launch.kernel}] = function;
+    return kOk;
+}
+
+}  // namespace
+
+int32_t fail(int32_t status, const char* format, ...) {
+    char text[1024];
+    va_list values;
+    va_start(values, format);
+    std::vsnprintf(text, sizeof text, format, values);
+    va_end(values);
+    error_text = text;
+    return status;
+}
+
+int32_t refuse(const char* op, const char* argument, const char* expected, int64_t got) {
+    return fail(kBadArgument, "%s: %s: expected %s, got %lld", op, argument, expected, static_cast<long long>(got));
+}
+
+int32_t open_runtime(const char** name) {
+    const Driver* opened;
+    if (int32_t status = driver(&opened)) return status;
+    *name = opened->library;
+    return kOk;
+}
+
+int32_t device_count(int* count) {
+    const Driver* opened;
+    if (int32_t status = driver(&opened)) return status;
+    return check(*opened, "counting devices", opened->count(count));
+}
+
+int32_t device_at(int index, const Device** device) {
+    static std::map<int, std::unique_ptr<Device>> devices;
+    const Driver* opened;
+    if (int32_t status = driver(&opened)) return status;
+    std::lock_guard lock(devices_mutex);
+    std::unique_ptr<Device>& kept = devices[index];
+    if (!kept) {
+        Device read;
+        const auto reader = opened->is_hip ? read_hip_device : read_cuda_device;
+        if (int32_t status = reader(*opened, index, read)) return status;
+        kept = std::make_unique<Device>(read);
+    }
+    *device = kept.get();
+    return kOk;
+}
+
+int32_t current_device(const Device** device) {
+    if (recording) {
+        *device = &recording->device;
+        return kOk;
+    }
+    const Driver* opened;
+    int index;
+    if (int32_t status = driver(&opened)) return status;
+    if (int32_t status = check(*opened, "asking for the current device", opened->current(&index))) return status;
+    return device_at(index, device);
+}
+
+std::string code_object_folder() {
+    static const std::string folder = [] {
+        Dl_info info;
+        dladdr(reinterpret_cast<void*>(&code_object_folder), &info);
+        const std::string self = info.dli_fname;
+        return self.substr(0, self.rfind('/') + 1) + "code_objects";
+    }();
+    return folder;
+}
+
+int32_t record_begin(const Device& device) {
+    if (recording) return fail(kBadArgument, "record: this thread already records; end that recording first");
+    recording = Recording{device, {}};
+    return kOk;
+}
+
+bool recording_active() { return recording.has_value(); }
+
+std::vector<RecordedLaunch> record_end() {
+    if (!recording) return {};
+    auto launches = std::move(recording->launches);
+    recording.reset();
+    return launches;
+}
+
+int32_t launch(const Launch& launch, const void* args, size_t args_size, void* stream) {
+    const auto& [gx, gy, gz] = launch.grid;
+    const auto& [bx, by, bz] = launch.block;
+    if (recording) {
+        recording->launches.push_back({launch.op,
+                                       launch.kernel,
+                                       code_object_path(recording->device, launch.op),
+                                       {gx, gy, gz},
+                                       {bx, by, bz},
+                                       launch.lds_bytes,
+                                       std::string(static_cast<const char*>(args), args_size)});
+        return kOk;
+    }
+    const Driver* opened;
+    int index;
+    void* function;
+    if (int32_t status = driver(&opened)) return status;
+    if (int32_t status = check(*opened, "asking for the current device", opened->current(&index))) return status;
+    if (int32_t status = load_function(*opened, index, launch, function)) return status;
+    void* parameters[] = {const_cast<void*>(args)};
+    return check(*opened, launch.kernel,
+                 opened->launch(function, gx, gy, gz, bx, by, bz, launch.lds_bytes, stream, parameters, nullptr));
+}
+
+std::vector<Op>& ops() {
+    static std::vector<Op> all;
+    return all;
+}
+
+}  // namespace wave64
+
+const char* wave64_error() { return wave64::error_text.c_str(); }

@@ -1,0 +1,34 @@
+// The runtime as the Python module sees it. See runtime.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "wave64/host.h"
+
+namespace wave64 {
+
+// Opens the GPU runtime on first use. `name` is then the library's: libamdhip64.so or, for development, libcuda.so.1.
+int32_t open_runtime(const char** name);
+
+int32_t device_count(int* count);
+int32_t device_at(int index, const Device** device);
+
+// The folder that holds <arch>/<op>.co: beside this module, wherever it was installed.
+std::string code_object_folder();
+
+struct RecordedLaunch {
+    std::string op, kernel, code_object;
+    std::vector<uint32_t> grid, block;
+    uint32_t lds_bytes;
+    std::string args;
+};
+
+// From here on launches of this thread are kept, planned for `device`, instead of made.
+int32_t record_begin(const Device& device);
+bool recording_active();
+std::vector<RecordedLaunch> record_end();
+
+}  // namespace wave64

@@ -1,0 +1,102 @@
+"""The hip backend: a tensor becomes an address, sizes and strides; the C++ launcher of the op does the rest.
+
+`reason` says whether it can serve, `record` keeps launches instead of making them (on CPU tensors, without a GPU: that is
+how the emulator runs the real host code and the real code objects), `arguments` reads a kept launch.
+"""
+
+import contextlib
+import functools
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wave64 import ops, platform
+
+try:
+    from wave64 import _hip
+except ImportError as e:
+    _hip, _import_error = None, str(e)
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # abi.h, enum Dtype
+
+
+def code_objects() -> dict[str, list[str]]:
+    """Architecture -> operators there are code objects for."""
+    folder = Path(_hip.code_object_folder())
+    return {arch.name: sorted(path.stem for path in arch.glob("*.co"))
+            for arch in sorted(folder.glob("*/"), key=lambda path: path.name)}
+
+
+def missing_code_objects() -> str:
+    """What the build noted about architectures it could not compile for; empty where there is nothing to note."""
+    note = Path(_hip.code_object_folder(), "missing.txt")
+    return note.read_text().strip() if note.exists() else ""
+
+
+@functools.cache
+def reason(device_type: str) -> str | None:
+    """None if this backend can serve tensors of `device_type` on this machine, else why not."""
+    if _hip is None:
+        return f"the extension wave64._hip is not built ({_import_error}): python3 setup_rocm.py install"
+    try:
+        _hip.open_runtime()
+        if _hip.device_count() == 0:
+            return "no GPU is visible"
+        arch = _hip.device(0).arch
+    except RuntimeError as e:
+        return str(e)
+    if device_type == "cpu":
+        return "serves GPU tensors only"
+    built = code_objects()
+    if arch not in built:
+        note = missing_code_objects()
+        return f"no code objects for {arch}; built are {', '.join(built) or 'none'}" + (f" ({note})" if note else "")
+    return None
+
+
+@contextlib.contextmanager
+def record(arch: str) -> Iterator[list]:
+    """This thread's launches inside the block are planned for `arch` and kept, not made; the list it gives is filled when
+    the block ends. A launch has op, kernel, code_object (a path), grid (blocks), block (lanes), lds_bytes and args (bytes).
+    """
+    launches = []
+    with platform.target(arch) as row:
+        _hip.record_begin(_hip.Device(row.name, row.compute_units or 1, row.wave_size, row.lds_bytes))
+        try:
+            yield launches
+        finally:
+            launches += _hip.record_end()
+
+
+def arguments(launch) -> dict[str, int | float]:
+    """The caller's fields of a recorded launch's argument struct, by name."""
+    return {name: struct.unpack_from(kind, launch.args, offset)[0]
+            for name, kind, offset in _hip.fields()[launch.op]}
+
+
+def _launch(function, tensor: Tensor, *args) -> None:
+    """Calls an op of `_hip` for the device that holds `tensor`, on that device's current stream."""
+    if not tensor.is_cuda:
+        if not _hip.recording():
+            raise ValueError(f"hip: expected GPU tensors outside of record(), got one on {tensor.device}")
+        function(*args, 0)
+    elif (index := tensor.device.index) == torch.cuda.current_device():
+        function(*args, torch._C._cuda_getCurrentRawStream(index))
+    else:
+        with torch.cuda.device(index):
+            function(*args, torch._C._cuda_getCurrentRawStream(index))
+
+
+def _supports_dtype(x: Tensor, *args, **kwargs) -> str | None:
+    return None if x.dtype in DTYPES else f"dtype {x.dtype}"
+
+
+@ops.rms_norm.backend("hip", supports=_supports_dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(_hip.rms_norm, x, x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), *x.shape, eps,
+            DTYPES[x.dtype])
+    return out
