@@ -10,33 +10,20 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import wave64
 from wave64.arch import lookup
-from wave64.testing import isa
 
 ARCHS = ("gfx942", "gfx950")
+KINDS = ("triton", "hip")
 GOLDEN = Path(__file__).with_name("golden.json")
 RENEW = f"python {Path(__file__).relative_to(Path(__file__).parents[2])}"
-CODE_OBJECTS = Path(wave64.__file__).parent / "code_objects"
-
-Rows = dict[str, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the large cases made of every Triton kernel, by architecture."""
-
-    version: str                                 # Triton's
-    kernels: dict[str, dict[str, Rows | str]]    # arch -> op -> rows, or why it does not compile
-    unreached: dict[str, list[str]]              # arch -> kernels of wave64.triton_ops that no case launched
-
-
-def compile_triton() -> Compiled:
-    """A process per architecture, without the interpreter; quick once Triton's cache holds the kernels."""
+def compile_all() -> dict[str, dict[str, Any]]:
+    """arch -> what `python -m wave64.testing.compile` reports. A process per architecture, without the interpreter;
+    quick once Triton's cache holds the kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     running = {arch: subprocess.Popen([sys.executable, "-m", "wave64.testing.compile", arch], env=environment,
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for arch in ARCHS}
@@ -46,17 +33,7 @@ def compile_triton() -> Compiled:
         if process.returncode:
             raise RuntimeError(f"wave64.testing.compile {arch}: exit status {process.returncode}\n{err}")
         reports[arch] = json.loads(out)
-    return Compiled(reports[ARCHS[0]]["triton"], {arch: r["ops"] for arch, r in reports.items()},
-                    {arch: r["unreached"] for arch, r in reports.items()})
-
-
-def read_code_objects(arch: str, op: str) -> Rows:
-    """The kernels of wave64/code_objects/<arch>/<op>.co; none where the build had no device compiler."""
-    file = CODE_OBJECTS / arch / f"{op}.co"
-    if not file.exists():
-        return {}
-    wave = lookup(arch).wave_size
-    return {k.name: isa.figures(k, k.lds_bytes, k.max_block // wave) for k in isa.read_elf(file.read_bytes())}
+    return reports
 
 
 def over_limits(row: dict[str, Any], arch: str) -> list[str]:
@@ -107,7 +84,7 @@ def _cells(row: dict[str, Any] | None) -> list[str]:
 def table(golden: dict[str, Any], before: dict[str, Any]) -> str:
     """A line per kernel; where a figure changed, old -> new."""
     lines = [["kind", "arch", "op", "case and kernel", *COLUMNS]]
-    for kind in ("triton", "hip"):
+    for kind in KINDS:
         for arch in ARCHS:
             for op, rows in golden[kind][arch].items():
                 old_rows = before.get(kind, {}).get(arch, {}).get(op, {})
@@ -133,15 +110,17 @@ def dump(golden: dict[str, Any]) -> str:
 
 def main() -> int:
     argparse.ArgumentParser(description="Rewrites golden.json and prints what changed.").parse_args()
-    triton = compile_triton()
-    failed = [f"{op} on {arch}: {rows}" for arch in ARCHS for op, rows in triton.kernels[arch].items()
-              if isinstance(rows, str)]
+    reports = compile_all()
+    failed = [f"{kind} {op} on {arch}: {rows}" for kind in KINDS for arch in ARCHS
+              for op, rows in reports[arch][kind].items() if isinstance(rows, str)]
+    failed += [f"no code objects for {arch}: build the package first" for arch in ARCHS
+               if not reports[arch]["compilers"]["hip"]]
     if failed:
-        print("\n".join(["golden.json is left as it is; these kernels do not compile:", *failed]), file=sys.stderr)
+        print("\n".join(["golden.json is left as it is:", *failed]), file=sys.stderr)
         return 1
-    hip = {arch: {name: rows for name in wave64.OPS if (rows := read_code_objects(arch, name))} for arch in ARCHS}
     before = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    golden = {"compilers": {"triton": triton.version}, "triton": triton.kernels, "hip": hip}
+    golden = {"compilers": reports[ARCHS[0]]["compilers"],
+              **{kind: {arch: reports[arch][kind] for arch in ARCHS} for kind in KINDS}}
     GOLDEN.write_text(dump(golden))
     print(table(golden, before))
     return 0

@@ -8,15 +8,19 @@ launcher that looks at data, which would also break graph capture, fails here.
     with capture("gfx942") as launches:
         OPS["rms_norm"].backends["triton"].run(**arguments)
 
-`python -m wave64.testing.compile gfx942` prints, as JSON, the figures of every Triton kernel that the large cases
-reach. It needs a process without TRITON_INTERPRET: the interpreter replaces kernels when they are defined.
+`python -m wave64.testing.compile gfx942` prints, as JSON, the figures of every Triton kernel that the large cases reach
+and of every HIP kernel in the package. It needs a process without TRITON_INTERPRET: the interpreter replaces kernels
+when they are defined.
 """
 
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +30,13 @@ from torch.utils import _pytree as pytree
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from wave64 import OPS, platform
-from wave64.arch import Arch
+from wave64 import OPS, platform, triton_ops
+from wave64.arch import Arch, lookup
+from wave64.backends import hip
 from wave64.op import Case, Op
 from wave64.testing import isa
+
+Rows = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,16 @@ def arguments(case: Case) -> dict[str, Any]:
         with torch.device("meta"):
             return case.make()
     except RuntimeError:   # it looks at values that it drew, so they must exist for a moment
-        return pytree.tree_map_only(Tensor, _without_data, case.make())
+        return _moved(case.make(), "meta")
 
 
-def _without_data(t: Tensor) -> Tensor:
-    storage = torch.empty(t.untyped_storage().nbytes() // t.itemsize, dtype=t.dtype, device="meta")
-    return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+def _moved(args: dict[str, Any], device: str) -> dict[str, Any]:
+    """The same arguments on `device`, uninitialised: on a CPU, addresses of pages that nobody touches."""
+    def move(t: Tensor) -> Tensor:
+        storage = torch.empty(t.untyped_storage().nbytes() // t.itemsize, dtype=t.dtype, device=device)
+        return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    return pytree.tree_map_only(Tensor, move, args)
 
 
 def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
@@ -111,33 +122,77 @@ def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
     return launches
 
 
-def compile_op(op: Op, arch: str) -> dict[str, dict[str, Any]]:
+def triton_rows(op: Op, arch: str) -> Rows:
     """"<case> <kernel>" -> figures, over the large cases; a binary that several cases share is listed once."""
     rows, seen = {}, set()
-    for case in op.cases():
-        if case.large:
-            for launch in compile_case(op, case, arch):
-                if launch.kernel.hash not in seen:
-                    seen.add(launch.kernel.hash)
-                    name = f"{case.id} {launch.kernel.name}"
-                    again = sum(key.split("#")[0] == name for key in rows)
-                    rows[f"{name}#{again + 1}" if again else name] = launch.figures()
+    for case in filter(lambda case: case.large, op.cases()):
+        for launch in compile_case(op, case, arch):
+            if launch.kernel.hash not in seen:
+                seen.add(launch.kernel.hash)
+                name = f"{case.id} {launch.kernel.name}"
+                again = sum(key.split("#")[0] == name for key in rows)
+                rows[f"{name}#{again + 1}" if again else name] = launch.figures()
     return rows
+
+
+def _code_object(arch: str, op: str) -> Path:
+    return Path(hip._hip.code_object_folder(), arch, f"{op}.co")
+
+
+def hip_compiler(arch: str) -> str | None:
+    """What made the code objects for `arch`; None where there are none."""
+    built = hip.code_objects().get(arch) if hip._hip else None
+    return isa.compiler(_code_object(arch, built[0]).read_bytes()) if built else None
+
+
+def hip_rows(op: Op, arch: str) -> Rows:
+    """The same for the operator's code object, as the wheel ships it; and "- <kernel>" -> figures for kernels that no
+    large case reaches, in blocks of the most lanes they allow. Without loops: a code object has no assembly text."""
+    wave, rows, reached = lookup(arch).wave_size, {}, set()
+    kernels = {k.name: k for k in isa.read_elf(_code_object(arch, op.name).read_bytes())}
+    for case in filter(lambda case: case.large, op.cases()):
+        with hip.record(arch) as launches:
+            op.backends["hip"].run(**_moved(arguments(case), "cpu"))
+        for launch in launches:
+            kernel, shape = kernels[launch.kernel], (launch.kernel, launch.block, launch.lds_bytes)
+            if shape not in reached:
+                rows[f"{case.id} {kernel.name}"] = isa.figures(
+                    kernel, kernel.lds_bytes + launch.lds_bytes, -(-math.prod(launch.block) // wave))
+            reached |= {shape, kernel.name}
+    return rows | {f"- {name}": isa.figures(kernel, kernel.lds_bytes, kernel.max_block // wave)
+                   for name, kernel in kernels.items() if name not in reached}
+
+
+def kernels() -> set[str]:
+    """Names of the kernels in wave64.triton_ops, as that folder names them: `_<stem>_kernel`."""
+    modules = [m for name, m in sys.modules.items() if name.startswith(f"{triton_ops.__name__}.")]
+    return {f.__name__ for m in modules for f in vars(m).values()
+            if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
+
+
+def measure(backend: str, arch: str, rows: Callable[[Op, str], Rows]) -> dict[str, Rows | str]:
+    """op -> rows, or the error: what does not compile is a finding about that operator only."""
+    found: dict[str, Rows | str] = {}
+    for op in OPS.values():
+        if backend in op.backends:
+            try:
+                found[op.name] = rows(op, arch)
+            except Exception as e:
+                found[op.name] = f"{type(e).__name__}: {e}"
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arch", help="gfx942, gfx950, ...")
-    parser.add_argument("ops", nargs="*", metavar="op", help="which operators; default: all that have a Triton backend")
-    options = parser.parse_args()
-    report = {}
-    for op in OPS.values():
-        if "triton" in op.backends and (not options.ops or op.name in options.ops):
-            try:
-                report[op.name] = compile_op(op, options.arch)
-            except Exception as e:   # one kernel that does not compile is a finding about that kernel only
-                report[op.name] = f"{type(e).__name__}: {e}"
-    print(json.dumps({"compiler": f"triton {triton.__version__}", "ops": report}))
+    arch = parser.parse_args().arch
+    compiled, version = measure("triton", arch, triton_rows), hip_compiler(arch)
+    reached = {key.split()[-1].partition("#")[0]
+               for rows in compiled.values() if not isinstance(rows, str) for key in rows}
+    print(json.dumps({
+        "compilers": {"triton": triton.__version__, "hip": version},
+        "triton": compiled, "hip": measure("hip", arch, hip_rows) if version else {},
+        "unreached": sorted(kernels() - reached)}))
 
 
 if __name__ == "__main__":

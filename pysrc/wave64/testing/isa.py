@@ -72,6 +72,12 @@ def read_elf(code: bytes) -> list[Resources]:
     return kernels
 
 
+def compiler(code: bytes) -> str:
+    """What made a code object, as its .comment section has it: "clang version 22.1.8"."""
+    found = re.search(rb"(AMD )?clang version [\w.]+", code)
+    return found[0].decode() if found else "unknown"
+
+
 def _sections(code: bytes) -> Iterator[tuple[int, int, int, int, int]]:
     """(type, file offset, address, size, linked section) of every section."""
     table, = struct.unpack_from("<Q", code, 40)
@@ -163,7 +169,7 @@ _CLASSES = tuple((name, re.compile(pattern)) for name, pattern in (
 ))
 _INSTRUCTION = re.compile(r"\s+([a-z][a-z0-9_]+)\b([^;]*)")
 _BLOCK = re.compile(r"\.LBB\d+_\d+:|; %bb\.\d+:")
-_WIDTHS = ((re.compile(r"(x4|b128)\b"), 16), (re.compile(r"(x3|b96)\b"), 12), (re.compile(r"(x2|b64)\b"), 8),
+_WIDTHS = ((re.compile(r"x4|b128"), 16), (re.compile(r"x3|b96"), 12), (re.compile(r"x2|b64"), 8),
            (re.compile(r"byte|[iub]8"), 1), (re.compile(r"short|16"), 2), (re.compile(r"dword|[bfiu]32"), 4))
 
 

@@ -1,0 +1,55 @@
+"""Every kernel compiles for gfx942 and gfx950, within the hardware's limits, and no worse than golden.json says."""
+
+import json
+
+import pytest
+from budgets import ARCHS, GOLDEN, KINDS, RENEW, compile_all, over_limits, worse
+
+import wave64
+
+KERNELS = [(kind, op.name) for op in wave64.OPS.values() for kind in KINDS if kind in op.backends]
+
+
+@pytest.fixture(scope="session")
+def reports():
+    return compile_all()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("kind", "op"), KERNELS)
+def test_kernels_compile_within_limits(kind, op, arch, reports):
+    if reports[arch]["compilers"][kind] is None:
+        pytest.skip(f"the package was built without {arch} code objects")
+    rows = reports[arch][kind][op]
+    assert not isinstance(rows, str), rows
+    assert rows, f"{op}: no large case reaches its {kind} kernel; mark one in ops/{op}.py: Case(..., large=True)"
+    found = [f"{name}: {text}" for name, row in rows.items() for text in over_limits(row, arch)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_triton_kernel_is_reached(arch, reports):
+    assert not reports[arch]["unreached"], "no operator's large case launches these; give one of them such a case"
+
+
+def compare(rows: dict, golden: dict) -> list[str]:
+    """What changed for the worse; a row that only one side has counts, for then nobody watches that kernel."""
+    found = [f"{name}: not in golden.json" for name in rows.keys() - golden.keys()]
+    found += [f"{name}: in golden.json, but no longer there" for name in golden.keys() - rows.keys()]
+    found += [f"{name}: {text}" for name in rows.keys() & golden.keys() for text in worse(rows[name], golden[name])]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_are_no_worse_than_golden(kind, reports):
+    golden = json.loads(GOLDEN.read_text())
+    measured, used = golden["compilers"][kind], reports[ARCHS[0]]["compilers"][kind]
+    if used != measured:
+        pytest.skip(f"golden figures are of {kind} {measured}, these kernels of {used}: compiled, not compared")
+    found = []
+    for arch in ARCHS:
+        now, then = reports[arch][kind], golden[kind][arch]
+        for op in {**now, **then}:
+            if not isinstance(rows := now.get(op, {}), str):   # what does not compile fails above
+                found += [f"{arch} {op} {text}" for text in compare(rows, then.get(op, {}))]
+    assert not found, "\n".join([*found, f"where this is meant: {RENEW}, and commit golden.json"])
