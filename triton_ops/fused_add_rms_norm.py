@@ -1,0 +1,39 @@
+"""Residual add and RMSNorm in place: the sum never leaves the registers between the two.
+
+Bound by memory: x and residual in, both out. Lanes move 16 bytes at a time where rows are aligned.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wave64.ops import fused_add_rms_norm
+from wave64.triton_ops.geometry import num_warps
+
+
+@triton.jit
+def _fused_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, x_stride, residual_stride, hidden, eps,
+                               BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < hidden
+    x_ptr += row * x_stride
+    residual_ptr += row * residual_stride
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    rounded = (x + residual).to(residual_ptr.dtype.element_ty)
+    tl.store(residual_ptr + offs, rounded, mask=mask)
+    # what is normalised is what the next layer will read as residual
+    total = rounded.to(tl.float32)
+    y = total * tl.rsqrt(tl.sum(total * total, 0) / hidden + eps) * weight
+    tl.store(x_ptr + offs, y.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@fused_add_rms_norm.backend("triton")
+def launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> None:
+    tokens, hidden = x.shape
+    if x.numel():
+        block = triton.next_power_of_2(hidden)
+        _fused_add_rms_norm_kernel[(tokens,)](x, residual, weight, x.stride(0), residual.stride(0), hidden, eps,
+                                              BLOCK=block, num_warps=num_warps(block * x.element_size() // 16))

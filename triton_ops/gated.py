@@ -1,0 +1,41 @@
+"""What the gated activations share: the tile of gate and up that a block works on, and the grid.
+
+Bound by memory: 2 d values of a row in, d out. A block's tile is small, so that one row spreads over many compute
+units and many rows keep all of them full of loads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wave64.triton_ops.geometry import num_warps
+
+BLOCK = 1024
+
+
+@triton.jit
+def load_gate_and_up(x_ptr, x_stride, d, BLOCK: tl.constexpr):
+    """The block's gate and up in fp32, where its results go in y [tokens, d], and which of them exist."""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < d
+    x_ptr += row * x_stride
+    gate = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + d + offs, mask=mask, other=0.0).to(tl.float32)
+    return gate, up, row * d + offs, mask
+
+
+@triton.jit
+def logistic(x):
+    """1 / (1 + exp(-x)); the clamp keeps the exponential finite where the result is 0 in fp32 anyway."""
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 88.0)))
+
+
+def launch(kernel, x: Tensor) -> Tensor:
+    """kernel(y_ptr, x_ptr, x_stride, d, BLOCK) over every tile of x [tokens, 2 * d]; returns y [tokens, d]."""
+    tokens, d = x.shape[0], x.shape[1] // 2
+    y = torch.empty((tokens, d), dtype=x.dtype, device=x.device)
+    if y.numel():
+        kernel[(tokens, triton.cdiv(d, BLOCK))](y, x, x.stride(0), d, BLOCK=BLOCK, num_warps=num_warps(BLOCK // 8))
+    return y
