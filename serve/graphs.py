@@ -58,7 +58,7 @@ class DecodeGraphs:
             self._graphs[size] = (graph, logits)
 
     def replay(self, batch: Batch) -> Tensor:
-        """The logits [B, vocab_size] of a batch that only decodes; valid until the next replay."""
+        """The logits [B, vocab_size] of a batch that only decodes, its tensors in main memory; valid until the next."""
         count, width = batch.page_table.shape
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
         fixed = self._inputs

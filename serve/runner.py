@@ -43,12 +43,11 @@ class Runner:
 
         They are valid until the next call.
         """
-        batch = self._batch(step)
         if self._graphs is not None and step.num_decodes == len(step.rows):
-            return self._graphs.replay(batch)
-        return self.model(batch, self.kv_cache)
+            return self._graphs.replay(self._batch(step, torch.device("cpu")))
+        return self.model(self._batch(step, self.device), self.kv_cache)
 
-    def _batch(self, step: Schedule) -> Batch:
+    def _batch(self, step: Schedule, device: torch.device) -> Batch:
         for row, first, pages in step.pages:
             self._page_table[row, first : first + len(pages)] = pages
         rows, starts, counts = np.array(step.rows), np.array(step.starts), np.array(step.counts)
@@ -65,20 +64,17 @@ class Runner:
             prompts = counts[step.num_decodes :]
             cu_seqlens, longest = np.append(0, np.cumsum(prompts)).astype(np.int32), int(prompts.max())
         slots = table[index, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
-        return Batch(
-            input_ids=self._tensor(np.array(step.tokens)),
-            positions=self._tensor(positions),
-            slot_mapping=self._tensor(slots),
-            page_table=self._tensor(table),
-            seq_lens=self._tensor(seq_lens.astype(np.int32)),
-            num_decodes=step.num_decodes,
-            cu_seqlens_q=self._tensor(cu_seqlens),
-            max_seqlen_q=longest,
-            logit_rows=self._tensor(logit_rows),
-        )
-
-    def _tensor(self, array: NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        fields = {
+            "input_ids": np.array(step.tokens),
+            "positions": positions,
+            "slot_mapping": slots,
+            "page_table": table,
+            "seq_lens": seq_lens.astype(np.int32),
+            "cu_seqlens_q": cu_seqlens,
+            "logit_rows": logit_rows,
+        }
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in fields.items()}
+        return Batch(num_decodes=step.num_decodes, max_seqlen_q=longest, **tensors)
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

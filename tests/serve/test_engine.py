@@ -1,7 +1,8 @@
 """The engine over a tiny random Llama, beside transformers' own forward pass of it; then as a process."""
 
 import multiprocessing
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -350,3 +351,53 @@ def test_engine_process_that_cannot_start(start, tmp_path):
     assert "\n" not in failed.error
     engine.process.join(30)
     assert engine.process.exitcode == 1
+
+
+PARENT = """
+import multiprocessing, sys
+from wave64.serve.args import ServerArgs
+from wave64.serve.engine import run_engine
+
+if __name__ == "__main__":
+    model, folder = sys.argv[1:]
+    ends = (f"ipc://{folder}/requests", f"ipc://{folder}/outputs")
+    engine = multiprocessing.get_context("spawn").Process(target=run_engine, args=(ServerArgs(model), *ends))
+    engine.start()
+    print(engine.pid, flush=True)
+    engine.join()
+"""
+
+
+def test_engine_process_ends_with_its_parent(llama, tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with zmq.Context() as context, context.socket(zmq.PULL) as outputs:
+        outputs.bind(f"ipc://{tmp_path}/outputs")
+        command = [sys.executable, str(script), str(llama[1]), str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+            engine = Path("/proc") / parent.stdout.readline().strip()
+            assert outputs.poll(60_000), "the engine process said nothing for a minute"
+            assert isinstance(decode_to_api(outputs.recv()), Ready)
+            parent.kill()
+        for _ in range(100):
+            if not engine.exists() or "\nState:\tZ" in (engine / "status").read_text():  # dead, and perhaps not reaped
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the engine process outlived its parent by 10 s")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs of decode steps are captured on a GPU")
+def test_graph_replay_equals_eager(make, expected, monkeypatch):
+    """Batches of 1 to 5 in graphs of 1 to 8: the tokens are those of kernel by kernel launches, and of transformers."""
+    asked = [request(i, p, top_logprobs=3) for i, p in enumerate(PROMPTS)]
+    asked[1].params = SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True)
+    graphed, eager = make(max_running_requests=8), make(max_running_requests=8, disable_cuda_graph=True)
+    replays, replay = [], graphed.runner._graphs.replay
+    monkeypatch.setattr(graphed.runner._graphs, "replay", lambda batch: (replays.append(batch), replay(batch))[1])
+    got, truth = collect(graphed, *asked), collect(eager, *asked)
+    assert len(replays) >= 60
+    for i, tokens in enumerate(expected):
+        assert got[str(i)].token_ids == truth[str(i)].token_ids == tokens[: len(got[str(i)].token_ids)]
+        for ours, theirs in zip(got[str(i)].logprobs, truth[str(i)].logprobs, strict=True):
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
