@@ -96,7 +96,7 @@ class _Body(BaseModel):
         return known
 
 
-class _Sampling(_Body):
+class Sampling(_Body):
     """What both families of endpoints call by the same names."""
 
     # our name in SamplingParams for what the endpoint calls otherwise
@@ -146,7 +146,7 @@ class StreamOptions(_Body):
     continuous_usage_stats: bool | None = None
 
 
-class _OpenAI(_Sampling):
+class _OpenAI(Sampling):
     renamed: ClassVar[dict[str, str]] = {"min_tokens": "min_new_tokens"}
 
     model: str | None = None  # one model is served, under any name
@@ -224,7 +224,7 @@ class ChatRequest(_OpenAI):
         return self
 
 
-class NativeSampling(_Sampling):
+class NativeSampling(Sampling):
     """`sampling_params` of POST /generate"""
 
     renamed: ClassVar[dict[str, str]] = {"sampling_seed": "seed"}

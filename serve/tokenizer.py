@@ -87,13 +87,6 @@ class Tokenizer:
         self._backend.add_special_tokens(missing)
 
 
-def sampling_defaults(folder: Path) -> dict[str, float]:
-    """What generation_config.json of the folder recommends, by the names of SamplingParams."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    config = _read_json(folder / "generation_config.json")
-    return {name: config[name] for name in names if config.get(name) is not None}
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in a file; an empty one if there is no such file."""
     try:
