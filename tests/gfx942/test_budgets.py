@@ -1,9 +1,10 @@
 """Every kernel compiles for gfx942 and gfx950, within the hardware's limits, and no worse than golden.json says."""
 
+import importlib.util
 import json
 
 import pytest
-from budgets import ARCHS, GOLDEN, KINDS, RENEW, compile_all, over_limits, worse
+from budgets import ARCHS, GOLDEN, KINDS, RENEW, compile_all, over_limits, watched, worse
 
 import wave64
 
@@ -22,7 +23,7 @@ def test_kernels_compile_within_limits(kind, op, arch, reports):
         pytest.skip(f"the package was built without {arch} code objects")
     rows = reports[arch][kind][op]
     assert not isinstance(rows, str), rows
-    assert rows, f"{op}: no large case reaches its {kind} kernel; mark one in ops/{op}.py: Case(..., large=True)"
+    assert watched(rows), f"{op}: no large case reaches its {kind} kernel; give ops/{op}.py one: Case(..., large=True)"
     found = [f"{name}: {text}" for name, row in rows.items() for text in over_limits(row, arch)]
     assert not found, "\n".join(found)
 
@@ -51,5 +52,7 @@ def test_kernels_are_no_worse_than_golden(kind, reports):
         now, then = reports[arch][kind], golden[kind][arch]
         for op in {**now, **then}:
             if not isinstance(rows := now.get(op, {}), str):   # what does not compile fails above
-                found += [f"{arch} {op} {text}" for text in compare(rows, then.get(op, {}))]
+                found += [f"{arch} {op} {text}" for text in compare(watched(rows), then.get(op, {}))]
     assert not found, "\n".join([*found, f"where this is meant: {RENEW}, and commit golden.json"])
+    if kind == "hip" and not importlib.util.find_spec("ziglang"):
+        pytest.skip("no ziglang package: registers, LDS and waves were compared, instructions were not")

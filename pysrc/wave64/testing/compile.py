@@ -8,9 +8,9 @@ launcher that looks at data, which would also break graph capture, fails here.
     with capture("gfx942") as launches:
         OPS["rms_norm"].backends["triton"].run(**arguments)
 
-`python -m wave64.testing.compile gfx942` prints, as JSON, the figures of every Triton kernel that the large cases reach
-and of every HIP kernel in the package. It needs a process without TRITON_INTERPRET: the interpreter replaces kernels
-when they are defined.
+`python -m wave64.testing.compile gfx942` prints, as JSON, the figures of every Triton kernel that the operators' cases
+reach and of every HIP kernel in the package. It needs a process without TRITON_INTERPRET: the interpreter replaces
+kernels when they are defined.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Launch:
         resources, = isa.read_elf(self.kernel.asm["hsaco"])
         code = isa.read_asm(self.kernel.asm["amdgcn"], self.kernel.name)
         metadata = self.kernel.metadata
-        return isa.figures(resources, metadata.shared + resources.lds_bytes, metadata.num_warps, code)
+        return isa.figures(resources, metadata.shared + resources.lds_bytes, metadata.num_warps) | code.figures()
 
 
 class _Driver:
@@ -123,15 +123,16 @@ def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
 
 
 def triton_rows(op: Op, arch: str) -> Rows:
-    """"<case> <kernel>" -> figures, over the large cases; a binary that several cases share is listed once."""
+    """"<case> <kernel>" -> figures, over all cases, large ones first; a binary that cases share is listed once. "large"
+    tells the rows that belong in the golden file from variants that need only compile and stay within limits."""
     rows, seen = {}, set()
-    for case in filter(lambda case: case.large, op.cases()):
+    for case in sorted(op.cases(), key=lambda case: not case.large):
         for launch in compile_case(op, case, arch):
             if launch.kernel.hash not in seen:
                 seen.add(launch.kernel.hash)
                 name = f"{case.id} {launch.kernel.name}"
                 again = sum(key.split("#")[0] == name for key in rows)
-                rows[f"{name}#{again + 1}" if again else name] = launch.figures()
+                rows[f"{name}#{again + 1}" if again else name] = launch.figures() | {"large": case.large}
     return rows
 
 
@@ -147,7 +148,7 @@ def hip_compiler(arch: str) -> str | None:
 
 def hip_rows(op: Op, arch: str) -> Rows:
     """The same for the operator's code object, as the wheel ships it; and "- <kernel>" -> figures for kernels that no
-    large case reaches, in blocks of the most lanes they allow. Without loops: a code object has no assembly text."""
+    large case reaches, in blocks of the most lanes they allow. A code object has no assembly text: no loops here."""
     wave, rows, reached = lookup(arch).wave_size, {}, set()
     kernels = {k.name: k for k in isa.read_elf(_code_object(arch, op.name).read_bytes())}
     for case in filter(lambda case: case.large, op.cases()):
@@ -187,8 +188,8 @@ def main() -> None:
     parser.add_argument("arch", help="gfx942, gfx950, ...")
     arch = parser.parse_args().arch
     compiled, version = measure("triton", arch, triton_rows), hip_compiler(arch)
-    reached = {key.split()[-1].partition("#")[0]
-               for rows in compiled.values() if not isinstance(rows, str) for key in rows}
+    reached = {key.split()[-1].partition("#")[0] for rows in compiled.values() if not isinstance(rows, str)
+               for key, row in rows.items() if row["large"]}
     print(json.dumps({
         "compilers": {"triton": triton.__version__, "hip": version},
         "triton": compiled, "hip": measure("hip", arch, hip_rows) if version else {},

@@ -194,6 +194,12 @@ class Code:
     loads: dict[int, int]     # bytes per lane -> global loads, whole kernel
     stores: dict[int, int]
 
+    def figures(self) -> dict[str, Any]:
+        """Its part of a row of the golden file, JSON-ready."""
+        return {"instructions": self.instructions, "loops": self.loops, "loop": self.loop, "matrix": self.matrix,
+                "loads": {str(k): v for k, v in sorted(self.loads.items())},
+                "stores": {str(k): v for k, v in sorted(self.stores.items())}}
+
 
 def read_asm(text: str, name: str) -> Code:
     """Counts the instructions of kernel `name` in LLVM's assembly text, as printed with its comments."""
@@ -261,13 +267,8 @@ def _round_up(value: int, granule: int) -> int:
     return -(-value // granule) * granule
 
 
-def figures(kernel: Resources, lds_bytes: int, block_waves: int, code: Code | None = None) -> dict[str, Any]:
-    """One row of the golden file, JSON-ready. lds_bytes: static and requested at launch together."""
-    row = {"vgpr": kernel.vgpr, "agpr": kernel.agpr, "sgpr": kernel.sgpr, "spills": kernel.spills,
-           "scratch_bytes": kernel.scratch_bytes, "lds_bytes": lds_bytes, "block_waves": block_waves,
-           "waves_per_simd": waves_per_simd(kernel, lds_bytes, block_waves)}
-    if code is not None:
-        row |= {"instructions": code.instructions, "loops": code.loops, "loop": code.loop, "matrix": code.matrix,
-                "loads": {str(k): v for k, v in sorted(code.loads.items())},
-                "stores": {str(k): v for k, v in sorted(code.stores.items())}}
-    return row
+def figures(kernel: Resources, lds_bytes: int, block_waves: int) -> dict[str, Any]:
+    """A row of the golden file, JSON-ready; lds_bytes: declared and requested at launch together."""
+    return {"vgpr": kernel.vgpr, "agpr": kernel.agpr, "sgpr": kernel.sgpr, "spills": kernel.spills,
+            "scratch_bytes": kernel.scratch_bytes, "lds_bytes": lds_bytes, "block_waves": block_waves,
+            "waves_per_simd": waves_per_simd(kernel, lds_bytes, block_waves)}
