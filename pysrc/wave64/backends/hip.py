@@ -1,7 +1,7 @@
 """The hip backend: a tensor becomes an address, sizes and strides; the C++ launcher of the op does the rest.
 
-`reason` says whether it can serve, `record` keeps launches instead of making them (on CPU tensors, without a GPU: that is
-how the emulator runs the real host code and the real code objects), `arguments` reads a kept launch.
+`reason` says whether it can serve. `record` keeps launches instead of making them, on CPU tensors and without a GPU:
+that is how the emulator runs the real host code and the real code objects. `arguments` reads a kept launch.
 """
 
 import contextlib
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from wave64 import ops, platform
 
+#: None, or why wave64._hip cannot be imported.
+extension_error: str | None = None
 try:
     from wave64 import _hip
 except ImportError as e:
-    _hip, _import_error = None, str(e)
+    _hip = None
+    extension_error = f"the extension wave64._hip is not built ({e}): python3 setup_rocm.py install"
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # abi.h, enum Dtype
 
@@ -39,8 +42,8 @@ def missing_code_objects() -> str:
 @functools.cache
 def reason(device_type: str) -> str | None:
     """None if this backend can serve tensors of `device_type` on this machine, else why not."""
-    if _hip is None:
-        return f"the extension wave64._hip is not built ({_import_error}): python3 setup_rocm.py install"
+    if extension_error:
+        return extension_error
     try:
         _hip.open_runtime()
         if _hip.device_count() == 0:
@@ -59,8 +62,9 @@ def reason(device_type: str) -> str | None:
 
 @contextlib.contextmanager
 def record(arch: str) -> Iterator[list]:
-    """This thread's launches inside the block are planned for `arch` and kept, not made; the list it gives is filled when
-    the block ends. A launch has op, kernel, code_object (a path), grid (blocks), block (lanes), lds_bytes and args (bytes).
+    """This thread's launches inside the block are planned for `arch` and kept, not made; the list it gives is filled
+    when the block ends. A launch has op, kernel, code_object (a path), grid (in blocks), block (in lanes), lds_bytes
+    and args (the bytes of the op's struct).
     """
     launches = []
     with platform.target(arch) as row:
@@ -97,6 +101,6 @@ def _supports_dtype(x: Tensor, *args, **kwargs) -> str | None:
 @ops.rms_norm.backend("hip", supports=_supports_dtype)
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(_hip.rms_norm, x, x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), *x.shape, eps,
-            DTYPES[x.dtype])
+    _launch(_hip.rms_norm, x, x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), *x.shape,
+            eps, DTYPES[x.dtype])
     return out

@@ -1,0 +1,379 @@
+#!/usr/bin/env python3
+"""The front door of wave64 from source: one command from a clone to a server that answers, or to the test suite.
+
+    python3 setup_rocm.py demo       install, start the server on the model that ships with wave64, ask it over HTTP
+    python3 setup_rocm.py test       install with what the tests need, then run them (arguments after it go to pytest)
+    python3 setup_rocm.py install    install with the server
+    python3 setup_rocm.py develop    the same, editable: changes to Python files count at once
+    python3 setup_rocm.py wheel      build dist/wave64-*.whl
+    python3 setup_rocm.py doctor     what is here: GPU, torch, Triton, code objects, and which backend serves what
+
+Outside a virtual environment it makes .venv here, which sees the system's packages if torch is one of them. A torch or
+Triton that is installed stays as it is. Otherwise it installs a torch that fits the machine, and says which. Standard
+library only; what is built is decided by CMakeLists.txt and pyproject.toml, not here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+LOGS = ROOT / "build" / "logs"
+TORCH, TRITON = "torch==2.13.0", "triton==3.9.0"  # installed where there is none; anything from 2.6 on is kept
+KEPT = ("torch", "torchvision", "torchaudio", "triton", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm")
+DEMO_TIMEOUT_S = 180
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def fail(text: str) -> None:
+    sys.exit(f"setup_rocm.py: {text}")
+
+
+# ---- running things
+
+def run(title: str, command: list, env: dict | None = None) -> None:
+    """Runs a command under one line of what it does. Its output goes to a log; of pip's, the long downloads are shown.
+    Where it fails, the log's end is."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    log = LOGS / f"{re.sub('[^a-z0-9]+', '-', title.lower())[:40]}.log"
+    say(f"-> {title}")
+    start = time.monotonic()
+    with log.open("w") as kept:
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
+        for line in process.stdout:
+            kept.write(line)
+            if match := re.match(r"\s*Downloading (\S+?)(?:-\d\S*)? \((\d+\.?\d* [MG]B)\)", line):
+                say(f"   downloading {match[1].rsplit('/')[-1]}, {match[2]}")
+            elif line.startswith("Installing collected packages:"):
+                say(f"   installing {line.count(',') + 1} packages")
+    if process.wait():
+        say("".join(f"   | {line}\n" for line in log.read_text().splitlines()[-25:]))
+        fail(f"this failed (exit status {process.returncode}): {shlex.join(map(str, command))}\n"
+             f"The whole output is in {log.relative_to(ROOT)}.")
+    say(f"   {time.monotonic() - start:.0f} s")
+
+
+def ask(python: str, code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+# ---- the Python environment
+
+def in_environment() -> bool:
+    """Whether this Python belongs to a virtual or conda environment, where installing is what the user expects."""
+    return sys.prefix != sys.base_prefix or sys.prefix == os.environ.get("CONDA_PREFIX")
+
+
+def environment() -> str:
+    """The Python to install into: this one inside an environment, else .venv's, made if need be."""
+    if in_environment():
+        say(f"Installing into the environment you are in, {sys.prefix}")
+        return sys.executable
+    python = str(VENV / "bin" / "python")
+    if Path(python).exists():
+        say("Installing into .venv")
+        return python
+    keeps_system = importlib.util.find_spec("torch") is not None
+    options = ["--system-site-packages"] if keeps_system else []
+    why = " that sees this system's packages, since torch is one of them" if keeps_system else ""
+    try:
+        run(f"Making .venv{why}", [sys.executable, "-m", "venv", *options, VENV])
+    except SystemExit:
+        shutil.rmtree(VENV, ignore_errors=True)
+        say("Some systems pack venv apart (Debian and Ubuntu: apt install python3-venv).")
+        raise
+    return python
+
+
+def require_pip(python: str) -> None:
+    """pip 22.2 and later can say what it would install."""
+    found = ask(python, "import pip; print(pip.__version__)")
+    version = tuple(map(int, re.findall(r"\d+", found.stdout)[:2]))
+    if version >= (22, 2):
+        return
+    if in_environment():
+        fail(f"pip 22.2 or later is needed, found {found.stdout.strip() or 'none'}: {python} -m pip install -U pip")
+    run("Updating pip in .venv", [python, "-m", "pip", "install", "-U", "pip"])
+
+
+@contextlib.contextmanager
+def constraints(python: str) -> Iterator[list[str]]:
+    """pip arguments that keep every installed torch and Triton at its version; checks afterwards that they did."""
+    versions = ("import json, importlib.metadata as m\n"
+                f"print(json.dumps({{d.name.lower().replace('_', '-'): d.version for d in m.distributions()"
+                f" if d.name.lower().replace('_', '-') in {KEPT}}}))")
+    before = json.loads(ask(python, versions).stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "constraints.txt")
+        file.write_text("".join(f"{name}=={version}\n" for name, version in before.items()))
+        yield ["-c", str(file)]
+    after = json.loads(ask(python, versions).stdout)
+    for name, version in before.items():
+        if after.get(name) != version:
+            fail(f"{name} was {version} and is {after.get(name)} now, although pip was told to keep it")
+
+
+# ---- torch
+
+def amd_gpus() -> list[str]:
+    """The architectures that the kernel driver lists, such as gfx942."""
+    found = []
+    for file in sorted(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")):
+        with contextlib.suppress(OSError):
+            version = int((re.findall(r"^gfx_target_version (\d+)", file.read_text(), re.MULTILINE) or ["0"])[0])
+            if version:
+                found.append(f"gfx{version // 10000}{version // 100 % 100}{version % 100:x}")
+    return found
+
+
+def nvidia_gpus() -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return [line.split(" (UUID")[0] for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+
+
+def torch_of(python: str) -> dict | None:
+    """{version, hip, cuda} of the torch that `python` has, or None."""
+    found = ask(python, "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)")
+    if found.returncode:
+        return None
+    found = ask(python, "import json, torch; v = torch.version; print(json.dumps({'version': torch.__version__,"
+                        " 'hip': getattr(v, 'hip', None), 'cuda': v.cuda}))")
+    if found.returncode:
+        fail(f"torch is installed but cannot be imported: {(found.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def planned(python: str, requirements: list[str]) -> list[dict]:
+    """What pip would install for `requirements`: its own report, nothing installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        run(f"Asking pip what {' '.join(requirements)} would install",
+            [python, "-m", "pip", "install", "--dry-run", "--report", report, *requirements])
+        return json.loads(report.read_text())["install"]
+
+
+def size_of(packages: list[dict]) -> str:
+    """The download size, as the servers tell it."""
+    total = 0
+    for package in packages:
+        request = urllib.request.Request(package["download_info"]["url"], method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                total += int(answer.headers["Content-Length"])
+        except (OSError, TypeError, ValueError):
+            return "of unknown size"
+    return f"{total / 1e9:.1f} GB to download"
+
+
+def is_cuda(package: dict) -> bool:
+    return package["metadata"]["name"].lower().startswith(("nvidia", "cuda"))
+
+
+def ensure_torch(python: str, args: argparse.Namespace) -> None:
+    """Leaves an installed torch alone; else installs what --torch names, or what fits the machine."""
+    if found := torch_of(python):
+        kind = f"ROCm {found['hip']}" if found["hip"] else f"CUDA {found['cuda']}" if found["cuda"] else "CPU"
+        say(f"torch {found['version']} ({kind}) is installed and stays as it is")
+        if not found["hip"] and not found["cuda"]:
+            ensure_interpreter(python)
+        return
+    amd, nvidia = ([], []) if args.cpu else (amd_gpus(), nvidia_gpus())
+    if args.torch:
+        run(f"Installing torch as you named it: {args.torch}",
+            [python, "-m", "pip", "install", *shlex.split(args.torch)])
+    elif amd:
+        fail(f"this machine has AMD GPUs ({', '.join(sorted(set(amd)))}) and this Python has no torch. Which build fits"
+             " depends on your ROCm, so it is not guessed: name AMD's or PyTorch's wheel for it, for instance\n"
+             '  python3 setup_rocm.py demo --torch "torch --index-url <the ROCm index you use>"\n'
+             "or run this inside an environment that has it (AMD's PyTorch containers do), or pass --cpu.")
+    elif nvidia:
+        packages = planned(python, [TORCH])
+        say(f"{nvidia[0]}: installing {TORCH} with {sum(map(is_cuda, packages))} CUDA packages, {size_of(packages)}")
+        run(f"Installing {TORCH}", [python, "-m", "pip", "install", TORCH])
+    else:
+        cuda = [package["metadata"]["name"] for package in planned(python, [TORCH]) if is_cuda(package)]
+        if cuda:
+            fail(f"there is no GPU here, and {TORCH} from your package index would bring {len(cuda)} CUDA packages"
+                 f" ({', '.join(cuda[:3])}, ...). Name a CPU build, for instance\n"
+                 f'  python3 setup_rocm.py demo --torch "{TORCH} --index-url <PyTorch\'s index of CPU builds>"\n'
+                 f'or take those packages after all with --torch "{TORCH}".')
+        run(f"No GPU here: installing {TORCH}, a CPU build", [python, "-m", "pip", "install", TORCH])
+        ensure_interpreter(python)
+    if torch_of(python) is None:
+        fail(f"after the installation {python} still finds no torch; name one with --torch")
+
+
+def ensure_interpreter(python: str) -> None:
+    """Beside a CPU torch, Triton serves as an interpreter: the tests run the GPU kernels with it."""
+    if not sys.platform.startswith("linux"):
+        return
+    if ask(python, "import importlib.util, sys; sys.exit(importlib.util.find_spec('triton') is None)").returncode:
+        with constraints(python) as keep:
+            run(f"Installing {TRITON}, whose interpreter runs GPU kernels on CPU",
+                [python, "-m", "pip", "install", *keep, TRITON])
+
+
+# ---- wave64 itself
+
+def build_requirements() -> list[str]:
+    """pyproject.toml's, and what scikit-build-core adds on its own only in isolated builds."""
+    text = (ROOT / "pyproject.toml").read_text()
+    return [*json.loads(re.search(r"^requires = (\[.*?\])", text, re.MULTILINE)[1]), "cmake", "ninja"]
+
+
+def build_settings(args: argparse.Namespace) -> list[str]:
+    return [f"-Ccmake.define.WAVE64_ARCHS={args.archs}"] if args.archs else []
+
+
+def is_editable(python: str) -> bool:
+    code = "import importlib.metadata as m; print(m.distribution('wave64').read_text('direct_url.json'))"
+    return '"editable": true' in ask(python, code).stdout
+
+
+def install(args: argparse.Namespace, extras: str, editable: bool = False, build_tools: bool = False) -> str:
+    """Installs torch where there is none, and wave64 with `extras`; gives the Python that has them. `build_tools` go
+    into the environment too, for tests and rebuilds that compile."""
+    python = environment()
+    require_pip(python)
+    ensure_torch(python, args)
+    editable = editable or is_editable(python)
+    with constraints(python) as keep:
+        if build_tools:
+            run("Installing the build tools", [python, "-m", "pip", "install", *keep, *build_requirements()])
+        run(f"Building and installing wave64 with [{extras}]{', editable' if editable else ''}",
+            [python, "-m", "pip", "install", "-v", *keep, *build_settings(args),
+             *(["--no-build-isolation"] if build_tools else []), *(["-e"] if editable else []), f".[{extras}]"])
+    return python
+
+
+def shown(python: str) -> str:
+    return os.path.relpath(python, Path.cwd()) if Path(python).is_relative_to(ROOT) else python
+
+
+def next_step(text: str) -> None:
+    say(f"Next: {text}")
+
+
+def do_install(args: argparse.Namespace) -> None:
+    python = install(args, "serve", editable=args.command == "develop", build_tools=args.command == "develop")
+    next_step(f"{shown(python)} -m wave64.launch_server    (serves demo-llama; --model-path: a folder or a hub name)")
+
+
+def do_wheel(args: argparse.Namespace) -> None:
+    python = environment()
+    commit = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
+    env = {"SOURCE_DATE_EPOCH": commit.stdout.strip() or "315532800", **os.environ}  # dates in the wheel: not today's
+    run("Building the wheel", [python, "-m", "pip", "wheel", "-v", "--no-deps", *build_settings(args), "-w",
+                               ROOT / "dist", "."], env)
+    newest = max((ROOT / "dist").glob("wave64-*.whl"), key=lambda path: path.stat().st_mtime)
+    next_step(f"python -m pip install {shown(str(newest))}")
+
+
+def do_test(args: argparse.Namespace) -> None:
+    python = install(args, "serve,test", build_tools=True)
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+    say(f"-> Running the tests, {workers} at a time")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    status = subprocess.call([python, "-m", "pytest", "-q", "-n", str(workers), *args.pytest], cwd=ROOT, env=env)
+    if status:
+        fail(f"the tests failed; to look at one: {shown(python)} -m pytest -x <file>::<test>")
+    next_step("python3 setup_rocm.py demo    (a server that answers), or CONTRIBUTING.md to add an operator or a model")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def server(python: str) -> Iterator[str]:
+    """The real server, in processes of its own, on a free port; gives its address when it is ready, stops it after."""
+    address = f"http://127.0.0.1:{free_port()}"
+    log = LOGS / "demo-server.log"
+    command = [python, "-m", "wave64.launch_server", "--port", address.rsplit(":")[-1]]
+    say(f"-> Starting the server: {shlex.join([shown(python), *command[1:]])}")
+    start = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while True:
+                if process.poll() is not None or time.monotonic() - start > DEMO_TIMEOUT_S:
+                    say("".join(f"   | {line}\n" for line in log.read_text().splitlines()[-25:]))
+                    fail(f"the server did not become ready; all it said is in {log.relative_to(ROOT)}")
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                    break
+                time.sleep(0.1)
+            say(f"   ready after {time.monotonic() - start:.1f} s")
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def do_demo(args: argparse.Namespace) -> None:
+    python = install(args, "serve,demo")
+    with server(python) as address:
+        say("-> Asking it through the openai client")
+        if subprocess.call([python, "-m", "wave64.serve.demo.recite", address], cwd=ROOT):
+            fail("the server's answer was not the text it should know; its log is build/logs/demo-server.log")
+    next_step(f"{shown(python)} -m wave64.launch_server --model-path <a Hugging Face folder or hub name>")
+
+
+def do_doctor(args: argparse.Namespace) -> None:
+    python = sys.executable if in_environment() or not VENV.exists() else str(VENV / "bin" / "python")
+    if ask(python, "import importlib.util, sys; sys.exit(importlib.util.find_spec('wave64') is None)").returncode == 0:
+        sys.exit(subprocess.call([python, "-m", "wave64.doctor"], cwd=ROOT))
+    say(f"Python {sys.version.split()[0]} at {python}")
+    say(f"GPUs   {', '.join(amd_gpus() + nvidia_gpus()) or 'none found'}")
+    found = torch_of(python)
+    say(f"torch  {found['version'] if found else 'not installed'}")
+    next_step("python3 setup_rocm.py install    (wave64 is not installed here)")
+
+
+def main() -> None:
+    if sys.version_info < (3, 10):
+        fail(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"demo": do_demo, "test": do_test, "install": do_install, "develop": do_install, "wheel": do_wheel,
+                "doctor": do_doctor}
+    parser.add_argument("command", choices=commands, metavar="command", help=", ".join(commands))
+    parser.add_argument("--torch", metavar='"PIP ARGUMENTS"', help="the torch to install where there is none")
+    parser.add_argument("--cpu", action="store_true", help="choose torch as on a machine without a GPU")
+    parser.add_argument("--archs", metavar="LIST", help="code objects to build, e.g. 'gfx942;gfx950' (default: all)")
+    args, args.pytest = parser.parse_known_args()
+    if args.pytest and args.command != "test":
+        parser.error(f"unknown arguments: {shlex.join(args.pytest)}")
+    commands[args.command](args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted")

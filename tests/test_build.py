@@ -1,0 +1,109 @@
+"""What the build makes: an extension without GPU libraries, and per operator and architecture a code object whose bytes
+do not depend on where or when it was compiled."""
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import ninja
+import pybind11
+import pytest
+
+from wave64.arch import HIP_TARGETS
+from wave64.backends import hip
+from wave64.testing import isa
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = sorted(path.stem for path in (ROOT / "hip" / "ops").glob("*.hip"))
+EM_AMDGPU = 224
+MACHINES = {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F, "gfx1100": 0x41, "gfx1201": 0x4E}  # EF_AMDGPU_MACH
+
+
+def built(arch: str, op: str) -> bytes:
+    return Path(hip._hip.code_object_folder(), arch, f"{op}.co").read_bytes()
+
+
+def configure(source: Path, build: Path, *settings: str, env: dict | None = None) -> None:
+    subprocess.run([sys.executable, "-m", "cmake", "-S", source, "-B", build, "-G", "Ninja",
+                    f"-DCMAKE_MAKE_PROGRAM={ninja.BIN_DIR}/ninja", f"-DPython_EXECUTABLE={sys.executable}",
+                    f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *settings],
+                   check=True, capture_output=True, env={**os.environ, **(env or {})})
+    subprocess.run([sys.executable, "-m", "cmake", "--build", build, "--target", "code_objects"], check=True,
+                   capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    """The code objects of gfx942 and gfx950, compiled once more from a copy of the sources at another place."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    source = folder / "sources"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "__pycache__", "code_objects", "*.so", "tests", "serve", "triton_ops"))
+    configure(source, folder / "build", "-DWAVE64_ARCHS=gfx942;gfx950")
+    return folder / "build" / "code_objects"
+
+
+def test_the_extension_links_no_gpu_library_and_no_torch():
+    linked = subprocess.run(["ldd", hip._hip.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libc.so" in linked
+    assert not re.search(r"torch|c10|hip|hsa|cuda|rocm", linked.replace(hip._hip.__file__, ""))
+
+
+@pytest.mark.parametrize("arch", HIP_TARGETS)
+@pytest.mark.parametrize("op", OPS)
+def test_every_operator_has_a_code_object_of_its_architecture(op, arch):
+    header = built(arch, op)[:64]
+    assert header[:4] == b"\x7fELF"
+    machine, = struct.unpack_from("<H", header, 18)
+    flags, = struct.unpack_from("<I", header, 48)
+    assert machine == EM_AMDGPU
+    assert flags & 0xFF == MACHINES[arch]
+
+
+def test_the_report_lists_what_was_built():
+    assert {arch: ops for arch, ops in hip.code_objects().items() if arch.startswith("gfx")} == dict.fromkeys(
+        sorted(HIP_TARGETS), OPS)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize("op", OPS)
+def test_compiling_again_elsewhere_gives_the_same_bytes(elsewhere, op, arch):
+    assert (elsewhere / arch / f"{op}.co").read_bytes() == built(arch, op)
+
+
+@pytest.mark.parametrize("arch", HIP_TARGETS)
+@pytest.mark.parametrize("op", OPS)
+def test_no_kernel_spills(op, arch):
+    kernels = isa.read_elf(built(arch, op))
+    assert kernels
+    assert [k.name for k in kernels if k.spills or k.scratch_bytes] == []
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_rms_norm_moves_16_bytes_per_lane_and_reads_x_once(elsewhere, arch):
+    found = subprocess.run([sys.executable, "-m", "ziglang", "clang", "--target=amdgcn-amd-amdhsa", f"-mcpu={arch}",
+                            "-nogpulib", "-O3", "-S", "-o", "-", elsewhere / arch / "rms_norm.bc"],
+                           check=True, capture_output=True, text=True)
+    for dtype in ("bf16", "fp16", "fp32"):
+        code = found.stdout.split(f"\nrms_norm_{dtype}:", 1)[1].split("s_endpgm", 1)[0]
+        loads, stores = (re.findall(rf"\b(?:buffer|global|flat|scratch)_{way}_\w+", code) for way in ("load", "store"))
+        # Held: 4 packs of the weights, 4 of the row. Longer rows: one loop that sums, one that scales by the weights.
+        assert set(loads) == {"buffer_load_dwordx4"}
+        assert len(loads) == 4 + 4 + 1 + 2
+        assert set(stores) == {"buffer_store_dwordx4"}
+        assert len(stores) == 4 + 1
+
+
+def test_without_a_device_compiler_the_build_succeeds_and_says_why(tmp_path):
+    shadow = tmp_path / "ziglang"
+    shadow.mkdir()
+    (shadow / "__init__.py").write_text("raise ImportError('not here')\n")
+    build = tmp_path / "build"
+    configure(ROOT, build, "-DWAVE64_CLANG=", "-DWAVE64_ARCHS=gfx942", env={"PYTHONPATH": str(tmp_path)})
+    assert list(build.glob("code_objects/*/*.co")) == []
+    assert (build / "code_objects" / "missing.txt").read_text() == (
+        "gfx942: no ROCm clang and no ziglang package when wave64 was built\n")

@@ -1,0 +1,60 @@
+"""The repository keeps the design's mechanical rules, and each check can find what it is for."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = importlib.util.spec_from_file_location("check_house", ROOT / "tools" / "check_house.py")
+house = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(house)
+
+BROKEN = {
+    "long.py": ("x = 1\n" * 501, "501 lines"),
+    "pysrc/wave64/ops/__init__.py": ("import os\nos.getcwd()\n", "an __init__ lists"),
+    "pysrc/wave64/platform.py": ("from wave64.serve import engine\n", "wave64.serve may be imported by"),
+    "triton_ops/rms_norm.py": ("from wave64 import _hip\n", "wave64._hip may be imported by"),
+    "serve/layers.py": ("import triton.language as tl\n", "triton may be imported by"),
+    "pysrc/wave64/ops/sample.py": ("from wave64 import backends\n", "does not know wave64.backends"),
+    "hip/src/runtime.cpp": ("#include <hip/hip_runtime.h>\n", "neither torch nor a GPU runtime"),
+    "hip/ops/sample.hip": ('auto x = getenv("X");\n', "does not allocate, synchronise or read"),
+    "hip/ops/rms_norm.hip": ("int warp = 0;\n", "say wave"),
+    "pysrc/wave64/op.py": ("import os\nx = os.environ['X']\n", "read the environment"),
+    "serve/engine.py": ("# TO" "DO: later\n", "without the number"),
+    "serve/args.py": ('x = "/ho' 'me/me/models"\n', "absolute path"),
+    "README.md": ("pip install --index-url https://py" "pi.org/simple wave64\n", "package registry"),
+}
+CLEAN = {
+    "pysrc/wave64/ops/__init__.py": '"""Ops."""\nfrom wave64.ops.sample import sample\n\n__all__ = ["sample"]\n',
+    "pysrc/wave64/launch_server.py": "from wave64.serve import engine\n",
+    "triton_ops/rms_norm.py": "import triton\nnum_warps = 4\n",
+    "serve/engine.py": "# TO" "DO(#12): later\n",
+    "hip/ops/rms_norm.hip": '#include "wave64/abi.h"  // no malloc here\n',
+}
+
+
+def repository(folder: Path, files: dict[str, str]) -> Path:
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
+def test_this_repository_is_in_order():
+    assert house.findings(ROOT) == []
+
+
+@pytest.mark.parametrize("path", BROKEN)
+def test_every_rule_can_be_broken(tmp_path, path):
+    text, message = BROKEN[path]
+    found = house.findings(repository(tmp_path, {path: text}))
+    assert len(found) == 1
+    assert found[0].startswith(f"{path}: ")
+    assert message in found[0]
+
+
+def test_what_the_rules_allow(tmp_path):
+    assert house.findings(repository(tmp_path, CLEAN)) == []
