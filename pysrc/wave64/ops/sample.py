@@ -41,9 +41,9 @@ def _edges_of_uniform():
 def cases():
     for dtype in DTYPES:
         yield Case(f"plain-{dtype}", lambda d=dtype: _draw(3, 4099, [1.0, 0.3, 1.7], dtype=d))
-        yield Case(f"mixed-{dtype}", lambda d=dtype: _draw(
-            6, 1500, [0.0, 0.8, 1.0, 1.3, 0.6, 1.0], [50, -1, 50, 1, 7, 1500], [0.9, 0.8, 0.95, 1.0, 0.5, 0.7],
-            [0.0, 0.0, 0.05, 0.0, 0.2, 0.0], dtype=d))
+        yield Case(f"top-k-top-p-{dtype}", lambda d=dtype: _draw(2, 1500, 0.8, [50, -1], [0.95, 0.8], dtype=d))
+    yield Case("mixed", lambda: _draw(5, 1000, [0.0, 1.0, 1.3, 0.6, 1.0], [50, 50, 1, 7, 1000],
+                                      [0.9, 0.95, 1.0, 0.5, 0.7], [0.0, 0.05, 0.0, 0.2, 0.0]))
     yield Case("greedy", lambda: _draw(5, 3001, 0.0))
     yield Case("greedy-ties", lambda: _with_logits(_draw(4, 2000, 0.0), torch.randint(-2, 3, (4, 2000)).float()))
     yield Case("one", lambda: _draw(1, 1, 1.0, 5, 0.5))
@@ -55,6 +55,7 @@ def cases():
     yield Case("top-p-zero", lambda: _draw(3, 1000, 1.0, 0, 0.0))
     yield Case("min-p", lambda: _draw(3, 1000, [0.5, 1.0, 5.0], 0, 1.0, [0.1, 1.0, 0.02]))
     yield Case("flat", lambda: _with_logits(_draw(3, 1024, 1.0, [0, 3, 0], [1.0, 1.0, 0.5]), torch.zeros(3, 1024)))
+    yield Case("wide-nucleus", lambda: _draw(2, 20011, 1.0, [0, 15000], [0.8, 0.9], spread=0.5))
     yield Case("sharp", lambda: _draw(3, 1000, 1e-4, 0, 0.9))
     yield Case("far-apart", lambda: _draw(3, 1000, 1.0, [0, 100, 0], [1.0, 1.0, 0.9], spread=1e4))
     yield Case("broken-rows", _broken_rows)

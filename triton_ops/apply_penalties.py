@@ -1,0 +1,85 @@
+"""Penalties: a block per sequence touches only the logits of tokens that were seen, never the vocabulary.
+
+The trick is a scratch of counts that is never cleared as a whole: zero it at the row's ids, count there by atomics, then
+each id's first taker swaps its count for 0 and applies the penalty once. Who is first does not change the value.
+Bound by the latency of a row's random accesses: 8 bytes per id, a sector of scratch and of logits per distinct id.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wave64.ops import apply_penalties
+from wave64.triton_ops.geometry import num_warps
+
+BLOCK = 1024
+#: The bit of a token of the prompt; below it output tokens are counted.
+PROMPT = tl.constexpr(1 << 24)
+
+
+@triton.jit
+def _ids(ids_ptr, start, width, vocab, BLOCK: tl.constexpr):
+    """Ids [start, start + BLOCK) of a row, and which of them are tokens."""
+    offs = start + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + offs, mask=offs < width, other=-1)
+    return ids, (ids >= 0) & (ids < vocab)
+
+
+@triton.jit
+def _clear(count_ptr, ids_ptr, width, vocab, BLOCK: tl.constexpr):
+    for start in range(0, width, BLOCK):
+        ids, mask = _ids(ids_ptr, start, width, vocab, BLOCK)
+        tl.store(count_ptr + ids, tl.zeros([BLOCK], tl.int32), mask=mask)
+
+
+@triton.jit
+def _penalise(logits_ptr, count_ptr, ids_ptr, width, vocab, presence, frequency, repetition, BLOCK: tl.constexpr):
+    for start in range(0, width, BLOCK):
+        ids, mask = _ids(ids_ptr, start, width, vocab, BLOCK)
+        taken = tl.atomic_xchg(count_ptr + ids, tl.zeros([BLOCK], tl.int32), mask=mask, sem="relaxed")
+        taken = tl.where(mask, taken, 0)
+        mask = taken != 0
+        logit = tl.load(logits_ptr + ids, mask=mask, other=0.0).to(tl.float32)
+        logit = tl.where(logit > 0, logit / repetition, logit * repetition)
+        count = (taken & (PROMPT - 1)).to(tl.float32)
+        logit -= frequency * count + tl.where(count > 0, presence, 0.0)
+        tl.store(logits_ptr + ids, logit.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _apply_penalties_kernel(logits_ptr, prompt_ptr, output_ptr, presence_ptr, frequency_ptr, repetition_ptr, count_ptr,
+                            logits_stride, vocab, prompt_width, output_width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    count_ptr += row * vocab
+    prompt_ptr += row * prompt_width
+    output_ptr += row * output_width
+    presence, frequency = tl.load(presence_ptr + row), tl.load(frequency_ptr + row)
+    repetition = tl.load(repetition_ptr + row)
+
+    _clear(count_ptr, prompt_ptr, prompt_width, vocab, BLOCK)
+    _clear(count_ptr, output_ptr, output_width, vocab, BLOCK)
+    tl.debug_barrier()
+    for start in range(0, prompt_width, BLOCK):
+        ids, mask = _ids(prompt_ptr, start, prompt_width, vocab, BLOCK)
+        tl.atomic_or(count_ptr + ids, tl.full([BLOCK], PROMPT, tl.int32), mask=mask, sem="relaxed")
+    for start in range(0, output_width, BLOCK):
+        ids, mask = _ids(output_ptr, start, output_width, vocab, BLOCK)
+        tl.atomic_add(count_ptr + ids, tl.full([BLOCK], 1, tl.int32), mask=mask, sem="relaxed")
+    tl.debug_barrier()
+    _penalise(logits_ptr, count_ptr, prompt_ptr, prompt_width, vocab, presence, frequency, repetition, BLOCK)
+    _penalise(logits_ptr, count_ptr, output_ptr, output_width, vocab, presence, frequency, repetition, BLOCK)
+
+
+@apply_penalties.backend("triton")
+def launch(logits: Tensor, prompt_ids: Tensor, output_ids: Tensor, presence_penalty: Tensor, frequency_penalty: Tensor,
+           repetition_penalty: Tensor) -> None:
+    rows, vocab = logits.shape
+    widths = prompt_ids.shape[1], output_ids.shape[1]
+    if rows * vocab * sum(widths) == 0:
+        return
+    counts = torch.empty((rows, vocab), dtype=torch.int32, device=logits.device)
+    _apply_penalties_kernel[(rows,)](logits, prompt_ids, output_ids, presence_penalty, frequency_penalty,
+                                     repetition_penalty, counts, logits.stride(0), vocab, *widths, BLOCK=BLOCK,
+                                     num_warps=num_warps(BLOCK))
