@@ -77,7 +77,7 @@ class Tokenizer:
                                  "or use /v1/completions")
         values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
-            return self._template.render(**values, **self.special, **variables)
+            return self._template.render({**values, **self.special, **variables})
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise TokenizerError(f"the chat template refuses these messages: {error}") from None
 

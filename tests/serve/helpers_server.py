@@ -15,7 +15,7 @@ import httpx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 TEXT = (Path(__file__).parents[2] / "serve/demo/gettysburg.txt").read_text()
-CONTEXT, POOL, VOCAB = 256, 2048, 384
+CONTEXT, POOL, VOCAB = 2048, 8192, 384
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 READY_S = 120  # how long a start may take on a machine that is busy
 
@@ -62,6 +62,7 @@ class Server:
     def __init__(self, model: Path | str, log: Path, *flags: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
         self.log = log
         command = [sys.executable, "-m", "wave64.launch_server", "--model-path", str(model), "--port", str(self.port)]
         with log.open("w") as sink:
@@ -85,7 +86,15 @@ class Server:
         return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0])
 
     def post(self, path: str, **body) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60)
+        return self.http.post(path, json=body)
+
+    def get(self, path: str) -> httpx.Response:
+        return self.http.get(path)
+
+    @property
+    def running(self) -> int:
+        """Requests that the api process waits for."""
+        return self.get("/health").json()["running"]
 
     def complete(self, **body) -> dict:
         """A /v1/completions answer; greedy, unless said otherwise."""
@@ -106,6 +115,7 @@ def serve(model: Path | str, log: Path, *flags: str) -> Iterator[Server]:
     try:
         yield server.wait_ready()
     finally:
+        server.http.close()
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()

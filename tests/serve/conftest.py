@@ -1,0 +1,16 @@
+"""One tiny model and one server around it for all tests that ask over HTTP."""
+
+import pytest
+from helpers_server import POOL, make_model, serve
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def server(model_folder, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve(model_folder, log, "--max-total-tokens", str(POOL), "--served-model-name", "tiny") as running:
+        yield running
