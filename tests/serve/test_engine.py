@@ -34,6 +34,7 @@ PROMPTS = [[5, 6, 7], [9] * 21, [1], [4, 8, 15, 16, 23, 42] * 8, [3, 3]]
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> tuple[LlamaForCausalLM, Path]:
     """A tiny Llama with weights wide enough that its next tokens are far apart, and its folder."""
+    torch.set_num_threads(1)  # a second thread costs such a model more than it gives
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

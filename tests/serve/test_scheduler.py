@@ -46,6 +46,11 @@ class World:
         self.memory = [None] * (num_pages * PAGE)
         self.table = {}  # row -> pages
         self.generated, self.prompt_scores, self.first_tokens = {}, {}, []
+        self.arrivals = []
+
+    def add(self, rid, prompt, max_new, scored=False):
+        self.scheduler.add(sequence(rid, prompt, max_new, scored))
+        self.arrivals.append(rid)
 
     def step(self):
         scheduler = self.scheduler
@@ -89,6 +94,8 @@ class World:
         assert len(set(owned)) == len(owned)
         assert len(owned) + self.pool.num_free == self.pool.num_pages
         assert all(not seq.pages for seq in scheduler.waiting)
+        queue = [seq.request.rid for seq in (*scheduler.running, *scheduler.waiting)]
+        assert queue == [rid for rid in self.arrivals if rid in scheduler]
 
 
 requests = st.lists(
@@ -108,14 +115,13 @@ requests = st.lists(
 @given(requests, st.integers(10, 24), st.integers(1, 6), st.integers(1, 30))
 def test_random_traffic(traffic, num_pages, max_running, budget):
     world = World(num_pages, max_running, budget)
-    arrivals, aborted, clock = [], set(), 0
+    aborted, clock = set(), 0
     pending = [(f"r{i}", *what) for i, what in enumerate(traffic)]
     deadlines = {}
     while pending or len(world.scheduler):
         while pending and pending[0][4] <= 0:
             rid, prompt, max_new, scored, _, abort = pending.pop(0)
-            world.scheduler.add(sequence(rid, prompt, max_new, scored))
-            arrivals.append(rid)
+            world.add(rid, prompt, max_new, scored)
             if abort is not None:
                 deadlines[rid] = clock + abort
         if pending:
@@ -129,7 +135,7 @@ def test_random_traffic(traffic, num_pages, max_running, budget):
         clock += 1
         assert clock < 3000
     assert world.pool.num_free == num_pages
-    assert world.first_tokens == [rid for rid in arrivals if rid in world.generated]
+    assert world.first_tokens == [rid for rid in world.arrivals if rid in world.generated]
     for i, (prompt, max_new, scored, _, _) in enumerate(traffic):
         rid, expected = f"r{i}", alone(prompt, max_new)
         if rid in aborted:
@@ -143,7 +149,7 @@ def test_random_traffic(traffic, num_pages, max_running, budget):
 def test_the_latest_arrival_is_preempted_and_loses_nothing():
     world = World(num_pages=10, max_running=4, budget=100)
     for rid in "ab":
-        world.scheduler.add(sequence(rid, [ord(rid)] * 10, 28))
+        world.add(rid, [ord(rid)] * 10, 28)
     preempted = 0
     while len(world.scheduler):
         world.step()
@@ -156,10 +162,10 @@ def test_the_latest_arrival_is_preempted_and_loses_nothing():
 
 def test_prompts_are_chunked_beside_decodes():
     world = World(num_pages=100, max_running=8, budget=8)
-    world.scheduler.add(sequence("short", [1, 2, 3], 20))
+    world.add("short", [1, 2, 3], 20)
     world.step()
-    world.scheduler.add(sequence("long", list(range(20)), 3))
-    world.scheduler.add(sequence("later", [1], 3))
+    world.add("long", list(range(20)), 3)
+    world.add("later", [1], 3)
     steps = [world.step() for _ in range(3)]
     assert [step.counts for step in steps] == [[1, 8], [1, 8], [1, 4, 1]]
     assert [step.num_decodes for step in steps] == [1, 1, 1]
@@ -168,8 +174,8 @@ def test_prompts_are_chunked_beside_decodes():
 
 def test_prompt_logprobs_go_in_small_chunks():
     world = World(num_pages=200, max_running=8, budget=1000)
-    world.scheduler.add(sequence("scored", list(range(300)), 1, scored=True))
-    world.scheduler.add(sequence("plain", list(range(300)), 1))
+    world.add("scored", list(range(300)), 1, scored=True)
+    world.add("plain", list(range(300)), 1)
     steps = [world.step() for _ in range(3)]
     assert [step.counts for step in steps] == [[128], [128], [44, 300]]
     assert [step.logits for step in steps] == [[128], [128], [44, 1]]
@@ -178,7 +184,7 @@ def test_prompt_logprobs_go_in_small_chunks():
 def test_drop_forgets_the_step_and_nothing_else():
     world = World(num_pages=100, max_running=2, budget=100)
     for rid in "abc":
-        world.scheduler.add(sequence(rid, [1, 2, 3], 5))
+        world.add(rid, [1, 2, 3], 5)
     world.scheduler.schedule()
     assert [seq.request.rid for seq in world.scheduler.drop()] == ["a", "b"]
     assert world.pool.num_free == 100
