@@ -17,7 +17,7 @@ def x(device):
 
 
 def test_one_stem(request):
-    """An operator's name is its file's name in every layer, and each layer holds no file of another name."""
+    """An operator's name is its file's name in every layer that knows it."""
     root = request.config.rootpath
     contracts = {p.stem for p in (root / "pysrc/wave64/ops").glob("*.py")} - {"__init__"}
     assert contracts == set(OPS)
