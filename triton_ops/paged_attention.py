@@ -47,13 +47,9 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
                             programs, least, stride_qb, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp,
                             stride_vn, stride_vh, stride_tb, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
                             PAGE_SIZE: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
-                            TOKENS_FIRST: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-                            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program: BLOCK_H heads of one group, one part of one sequence's keys.
-
-    TOKENS_FIRST computes both products transposed, S' = K Q' and O' = V' P': where matrix instructions are dealt to
-    waves along the rows (CDNA), each wave then has tokens of its own instead of repeating the whole of S.
-    """
+                            BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+                            BLOCK_D: tl.constexpr):
+    """One program: BLOCK_H heads of one group, one part of one sequence's keys."""
     item = tl.program_id(1)
     share = _share(seq_lens_ptr, num_seqs, room, window, programs, least, BLOCK_B)
     seq, first_item, dealt = 0, 0, 0  # the sequence whose parts, counted through the batch, include `item`
@@ -95,7 +91,7 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
 
     peak = tl.full([BLOCK_H], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    mixed = tl.zeros([BLOCK_D, BLOCK_H] if TOKENS_FIRST else [BLOCK_H, BLOCK_D], tl.float32)
+    mixed = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for block in range(start, end, BLOCK_N):
         offs_n = block + tl.arange(0, BLOCK_N)
         mask_n = (offs_n >= first_key) & (offs_n < end)
@@ -103,24 +99,13 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
         k = load_rows(k_ptr, pages, block, mask_n, stride_kp, stride_kn, True, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
         v = load_rows(v_ptr, pages, block, mask_n, stride_vp, stride_vn, True, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
         k, v = k.to(q.dtype), v.to(q.dtype)
-        if TOKENS_FIRST:
-            s = base2_logits(dot(k, tl.trans(q)), scale, logit_cap, CAPPED)
-            s = tl.where(mask_n[:, None], s, float("-inf"))
-            before, peak = peak, tl.maximum(peak, tl.max(s, 0))
-            p = tl.exp2(s - peak)
-            shrink = tl.exp2(before - peak)
-            total = total * shrink + tl.sum(p, 0)
-            mixed = dot(tl.trans(v), p.to(v.dtype), mixed * shrink)
-        else:
-            s = base2_logits(dot(q, tl.trans(k)), scale, logit_cap, CAPPED)
-            s = tl.where(mask_n, s, float("-inf"))
-            before, peak = peak, tl.maximum(peak, tl.max(s, 1))
-            p = tl.exp2(s - peak[:, None])
-            shrink = tl.exp2(before - peak)
-            total = total * shrink + tl.sum(p, 1)
-            mixed = dot(p.to(v.dtype), v, mixed * shrink[:, None])
-    if TOKENS_FIRST:
-        mixed = tl.trans(mixed)
+        s = base2_logits(dot(q, tl.trans(k)), scale, logit_cap, CAPPED)
+        s = tl.where(mask_n, s, float("-inf"))
+        before, peak = peak, tl.maximum(peak, tl.max(s, 1))
+        p = tl.exp2(s - peak[:, None])
+        shrink = tl.exp2(before - peak)
+        total = total * shrink + tl.sum(p, 1)
+        mixed = dot(p.to(v.dtype), v, mixed * shrink[:, None])
     if v_scale_ptr is not None:
         mixed *= tl.load(v_scale_ptr)
 
@@ -130,13 +115,13 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
             peak, total, shrink = add_sink(sink, peak, total)
             mixed *= shrink[:, None]
         mixed /= tl.where(total > 0, total, 1)[:, None]
-        out_ptr += (seq * heads + offs_h[:, None]) * HEAD_DIM + offs_d
-        tl.store(out_ptr, mixed.to(out_ptr.dtype.element_ty), mask=mask_hd)
+        line = seq * heads + offs_h
+        tl.store(out_ptr + line[:, None] * HEAD_DIM + offs_d, mixed.to(out_ptr.dtype.element_ty), mask=mask_hd)
     else:
-        row = item.to(tl.int64) * heads + offs_h
-        tl.store(partial_ptr + row[:, None] * HEAD_DIM + offs_d, mixed, mask=mask_hd)
-        tl.store(stats_ptr + row * 2, peak, mask=mask_h)
-        tl.store(stats_ptr + row * 2 + 1, total, mask=mask_h)
+        line = item.to(tl.int64) * heads + offs_h
+        tl.store(partial_ptr + line[:, None] * HEAD_DIM + offs_d, mixed, mask=mask_hd)
+        tl.store(stats_ptr + line * 2, peak, mask=mask_h)
+        tl.store(stats_ptr + line * 2 + 1, total, mask=mask_h)
 
 
 @triton.jit
@@ -162,10 +147,10 @@ def _merge_kernel(out_ptr, partial_ptr, stats_ptr, seq_lens_ptr, sinks_ptr, num_
     for part in range(0, last_part, BLOCK_P):
         offs_p = part + tl.arange(0, BLOCK_P)
         mask_p = offs_p < last_part
-        row = (first_item + offs_p).to(tl.int64) * heads + head
-        peaks = tl.load(stats_ptr + row * 2, mask=mask_p, other=float("-inf"))
-        totals = tl.load(stats_ptr + row * 2 + 1, mask=mask_p, other=0.0)
-        partial = tl.load(partial_ptr + row[:, None] * HEAD_DIM + offs_d, mask=mask_p[:, None] & mask_d, other=0.0)
+        line = (first_item + offs_p).to(tl.int64) * heads + head
+        peaks = tl.load(stats_ptr + line * 2, mask=mask_p, other=float("-inf"))
+        totals = tl.load(stats_ptr + line * 2 + 1, mask=mask_p, other=0.0)
+        partial = tl.load(partial_ptr + line[:, None] * HEAD_DIM + offs_d, mask=mask_p[:, None] & mask_d, other=0.0)
         before, peak = peak, tl.maximum(peak, tl.max(peaks, 0))
         weights = tl.exp2(peaks - peak)
         shrink = tl.exp2(before - peak)
@@ -183,22 +168,30 @@ def _merge_kernel(out_ptr, partial_ptr, stats_ptr, seq_lens_ptr, sinks_ptr, num_
 class Config:
     """How the kernel is launched. programs: how many a compute unit holds at a time; least: the fewest keys of one."""
 
+    block_h: int  # at most
     block_n: int
     num_warps: int
     num_stages: int
-    programs: int = 4
-    least: int = 128
-    tokens_first: bool = False
+    programs: int
+    least: int
     options: dict = field(default_factory=dict)
 
 
 def config(arch: Arch | None, head_dim: int, dtype: torch.dtype) -> Config:
-    """The configuration for an architecture (None: the interpreter)."""
+    """The configuration for an architecture (None: the interpreter).
+
+    On CDNA a program is one wave: with several, each would repeat the whole of Q K' and wait for the others at
+    barriers; four or more of them on a SIMD hide each other's loads.
+    """
     if arch is None:
-        return Config(32, 1, 1, programs=16, least=32)
+        return Config(64, 32, 1, 1, programs=8, least=32)
     if arch.matrix == "mfma":
-        return Config(64, 4, 1, tokens_first=True, options={"matrix_instr_nonkdim": 16})
-    return Config(64, 4, 3 if head_dim <= 128 and dtype != torch.float32 else 2)
+        return Config(32, 16, 1, 1, programs=16, least=64, options={"matrix_instr_nonkdim": 16})
+    if arch.vendor == "amd":
+        return Config(16, 32, 4, 1, programs=4, least=128)
+    if dtype == torch.float32 or arch.lds_bytes < 128 * 1024:
+        return Config(16, 16, 4, 2, programs=4, least=128)
+    return Config(64, 64 if head_dim <= 128 else 32, 4, 3, programs=4, least=128)
 
 
 def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
@@ -211,7 +204,8 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
     if out.numel() == 0:
         return out
     group = heads // kv_heads
-    block_h, block_d = max(16, min(64, triton.next_power_of_2(group))), max(16, triton.next_power_of_2(head_dim))
+    block_h = max(16, min(config.block_h, triton.next_power_of_2(group)))
+    block_d = max(16, triton.next_power_of_2(head_dim))
     block_b = 64 if num_seqs <= 64 else 256
     tiles = kv_heads * triton.cdiv(group, block_h)
     room = page_table.shape[1] * page_size
@@ -231,7 +225,7 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
         out, partial, stats, query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale, scale,
         logit_cap, *lengths, query.stride(0), query.stride(1), *key_cache.stride()[:3], *value_cache.stride()[:3],
         page_table.stride(0), GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, CAPPED=logit_cap > 0,
-        WIDE=is_wide(key_cache, value_cache), TOKENS_FIRST=config.tokens_first, BLOCK_B=block_b, BLOCK_H=block_h,
+        WIDE=is_wide(key_cache, value_cache), BLOCK_B=block_b, BLOCK_H=block_h,
         BLOCK_N=config.block_n, BLOCK_D=block_d, num_warps=config.num_warps, num_stages=config.num_stages,
         **config.options)
     if most > 1:

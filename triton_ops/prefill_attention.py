@@ -139,13 +139,20 @@ class Config:
     options: dict = field(default_factory=dict)
 
 
-def config(arch: Arch | None, head_dim: int, dtype: torch.dtype) -> Config:
+def config(arch: Arch | None, head_dim: int, dtype: torch.dtype, capped: bool) -> Config:
     """The configuration for an architecture (None: the interpreter)."""
     if arch is None:
         return Config(32, 32, 1, 1)
-    if arch.matrix == "mfma":
-        return Config(128, 64, 4, 1, {"matrix_instr_nonkdim": 16})
-    return Config(128, 64, 8, 2)
+    if arch.matrix == "mfma":  # the largest blocks that leave two waves on a SIMD, without spills
+        options = {"matrix_instr_nonkdim": 16}
+        if dtype == torch.float32:
+            return Config(64, 16, 4, 1, options) if head_dim <= 128 else Config(32, 16, 8, 1, options)
+        if head_dim > 128:
+            return Config(128, 16 if capped else 32, 8, 1, options)
+        return Config(128, 32, 8, 1, options) if capped else Config(128, 64, 8, 2, options)
+    if dtype == torch.float32 or arch.lds_bytes < 128 * 1024:
+        return Config(32, 32, 4, 1)
+    return Config(128, 64, 8, 3 if head_dim <= 128 else 2)
 
 
 @prefill_attention.backend("triton", supports=lambda query, key_cache, *args, **kwargs: unsupported(query, key_cache))
@@ -159,7 +166,7 @@ def run(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tenso
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=query.device)
     if out.numel() == 0 or max_seqlen_q == 0:
         return out, lse
-    chosen = config(platform.arch(), head_dim, query.dtype)
+    chosen = config(platform.arch(), head_dim, query.dtype, logit_cap > 0)
     grid = (heads, triton.cdiv(max_seqlen_q, chosen.block_m), len(seq_lens))
     _prefill_attention_kernel[grid](
         out, lse, query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, sinks, k_scale, v_scale, scale,

@@ -39,7 +39,7 @@ def make_cache(seq_lens: list[int], page_size: int, kv_heads: int, head_dim: int
                 seq_lens=torch.tensor(seq_lens, dtype=torch.int32))
 
 
-def make_case(seq_lens: list[int], heads: int = 8, kv_heads: int = 2, head_dim: int = 64, page_size: int = 16,
+def make_case(seq_lens: list[int], heads: int = 4, kv_heads: int = 2, head_dim: int = 64, page_size: int = 16,
               dtype: torch.dtype = torch.bfloat16, fp8: bool = False, sinks: bool = False, **options) -> dict:
     kv_dtype = fp8_dtype() if fp8 else dtype
     cache = make_cache(seq_lens, page_size, kv_heads, head_dim, dtype, kv_dtype, options.get("sliding_window", -1))
