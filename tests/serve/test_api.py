@@ -1,4 +1,4 @@
-"""What clients get over HTTP from the real server: OpenAI's endpoints through OpenAI's client, SGLang's through httpx."""
+"""What clients get over HTTP from the real server: OpenAI's endpoints through its client, SGLang's by httpx."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
