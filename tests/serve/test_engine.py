@@ -48,8 +48,14 @@ def llama(tmp_path_factory) -> tuple[LlamaForCausalLM, Path]:
 
 @pytest.fixture
 def make(llama, device):
-    """make(flag=value, ...) -> an Engine of the tiny Llama in fp32."""
-    return lambda **flags: Engine(ServerArgs(model_path=str(llama[1]), device=device, dtype="float32", **flags))
+    """make(flag=value, ...) -> an Engine of the tiny Llama in fp32, with room for five whole contexts."""
+
+    def build(**flags) -> Engine:
+        if "mem_fraction_static" not in flags:  # on a GPU the default takes nearly all there is
+            flags.setdefault("max_total_tokens", 5 * CONTEXT)
+        return Engine(ServerArgs(model_path=str(llama[1]), device=device, dtype="float32", **flags))
+
+    return build
 
 
 def request(rid, prompt, params=GREEDY, **rest) -> Request:

@@ -181,6 +181,39 @@ def test_prompt_logprobs_go_in_small_chunks():
     assert [step.logits for step in steps] == [[128], [128], [44, 1]]
 
 
+def test_two_scored_prompts_share_the_budget_of_logits():
+    world = World(num_pages=200, max_running=8, budget=1000)
+    for rid in "ab":
+        world.add(rid, list(range(100)), 1, scored=True)
+    assert [world.step().counts for _ in range(2)] == [[100, 28], [72]]
+    assert world.prompt_scores["b"] == [None, *range(1, 100)]
+
+
+def test_a_prompt_preempted_halfway_is_not_scored_twice():
+    """While the long prompt goes one token a step, the older sequence grows into its pages."""
+    world = World(num_pages=8, max_running=4, budget=1)
+    world.add("a", next([x] for x in range(50) if len(alone([x], 30)) == 30), 30)
+    world.add("b", list(range(20)), 1, scored=True)
+    known, logits = 0, 0
+    while len(world.scheduler):
+        step = world.step()
+        logits += sum(step.logits)
+        for seq in world.scheduler.waiting:
+            known = max(known, len(seq.prompt_logprobs))
+    assert 5 < known < 20
+    assert logits == len(world.generated["a"]) + 20  # a row per token and none for the same one again
+    assert world.prompt_scores["b"] == [None, *range(1, 20)]
+
+
+def test_a_newcomer_waits_until_those_that_run_can_grow():
+    world = World(num_pages=5, max_running=4, budget=100)
+    world.add("a", [1] * 8, 9)
+    world.step()
+    world.add("b", [2] * 12, 1)  # three pages, as many as are free
+    world.step()
+    assert [seq.request.rid for seq in world.scheduler.waiting] == ["b"]
+
+
 def test_drop_forgets_the_step_and_nothing_else():
     world = World(num_pages=100, max_running=2, budget=100)
     for rid in "abc":
