@@ -1,7 +1,7 @@
 """Penalties: a block per sequence touches only the logits of tokens that were seen, never the vocabulary.
 
-The trick is a scratch of counts that is never cleared as a whole: zero it at the row's ids, count there by atomics, then
-each id's first taker swaps its count for 0 and applies the penalty once. Who is first does not change the value.
+The trick is a scratch of counts that is never cleared as a whole: zero it at the row's ids, count there by atomics,
+then each id's first taker swaps its count for 0 and applies the penalty once. Who is first does not change the value.
 Bound by the latency of a row's random accesses: 8 bytes per id, a sector of scratch and of logits per distinct id.
 """
 

@@ -2,9 +2,9 @@
 
 What top_k or top_p keep is everything from one logit on, found by bisection between logits that occur, so it is exact
 and ties are kept. The trick is to bisect few: while the first pass looks for the maximum, every position of the tile
-keeps its own, and the k largest of those maxima cannot lie above the k largest logits (the same holds for mass). What is
-above that bound is gathered, in order, into one tile of registers; where it does not fit (a flat distribution under
-top_p) the row is streamed instead, by the same code.
+keeps its own, and the k largest of those maxima cannot lie above the k largest logits (the same holds for mass).
+What lies above that bound is gathered, in order, into one tile of registers; where it does not fit (a flat distribution
+under top_p) the row is streamed instead, by the same code.
 Bound by L2: a row of 128256 fp32 is half a megabyte, and one compute unit reads it.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from wave64.ops import sample
 from wave64.triton_ops.geometry import num_warps
 
-BLOCK = 8192
+BLOCK = 4096
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 #: Behind any index.
@@ -37,44 +37,43 @@ def _chunk(logits_ptr, start, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weight(x, best, inverse):
-    """exp((x - best) / temperature), with inverse = log2(e) / temperature; 0 from 2^-200 on, where the product could
-    overflow."""
-    return tl.exp2(tl.maximum(x - best, -200.0 / inverse) * inverse)
+def _weight(x, best, scale):
+    """2^((x - best) * scale), 0 from 2^-200 on; scale is log2(e) / temperature, or 0 to count."""
+    return tl.exp2(tl.maximum(x - best, -200.0 / tl.maximum(scale, 1e-36)) * scale)
 
 
 @triton.jit
-def _kept_weight(x, best, inverse, floor, min_p):
-    weight = _weight(x, best, inverse)
+def _kept_weight(x, best, scale, floor, min_p):
+    weight = _weight(x, best, scale)
     return tl.where((x >= floor) & (weight >= min_p), weight, 0.0)
 
 
 @triton.jit
-def _above(x, pivot, floor, best, inverse, MASS: tl.constexpr):
-    """Of the x from floor on: the mass (or number) above pivot, the least above it, the greatest not above it."""
-    above = (x > pivot) & (x >= floor)
-    measure = tl.sum(tl.where(above, _weight(x, best, inverse) if MASS else 1.0, 0.0), 0)
-    least = tl.min(tl.where(above, x, float("inf")), 0)
-    greatest = tl.max(tl.where((x <= pivot) & (x >= floor), x, float("-inf")), 0)
-    return measure, least, greatest
+def _above(x, pivot, floor, best, scale):
+    """Of the x from floor on: the weight above pivot, the least above it, the greatest not above it."""
+    above = x > pivot
+    weight = tl.sum(tl.where(above & (x >= floor), _weight(x, best, scale), 0.0), 0)
+    least = tl.min(tl.where(above & (x >= floor), x, float("inf")), 0)
+    greatest = tl.max(tl.where(above | (x < floor), float("-inf"), x), 0)
+    return weight, least, greatest
 
 
 @triton.jit
-def _threshold(tile, logits_ptr, end, vocab, want, low, floor, best, inverse, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The least x >= low that occurs with a measure of less than `want` above it: the last one to keep. It searches
-    `tile` and the logits [BLOCK, end). Where everything above low measures less than `want`: low."""
+def _threshold(tile, logits_ptr, end, vocab, want, floor, best, scale, BLOCK: tl.constexpr):
+    """The least x >= floor that occurs with less than `want` weight above it: the last one to keep. It searches `tile`
+    and the logits [BLOCK, end). Where everything above floor weighs less than `want`: floor."""
+    low = floor
     high = best
-    pivot = low
+    pivot = floor
     while low < high:
-        measure, least, greatest = _above(tile, pivot, floor, best, inverse, MASS)
-        for start in range(BLOCK, end, BLOCK):
-            x = _chunk(logits_ptr, start, vocab, BLOCK)
-            more, x_least, x_greatest = _above(x, pivot, floor, best, inverse, MASS)
-            measure += more
+        weight, least, greatest = _above(tile, pivot, floor, best, scale)
+        for start in tl.range(BLOCK, end, BLOCK, num_stages=3):
+            more, x_least, x_greatest = _above(_chunk(logits_ptr, start, vocab, BLOCK), pivot, floor, best, scale)
+            weight += more
             least = tl.minimum(least, x_least)
             greatest = tl.maximum(greatest, x_greatest)
         # both ends are logits that occur, so every turn leaves out at least one of those between
-        if measure >= want:
+        if weight >= want:
             low = least
         else:
             high = greatest
@@ -84,20 +83,20 @@ def _threshold(tile, logits_ptr, end, vocab, want, low, floor, best, inverse, MA
 
 
 @triton.jit
-def _mass(tile, logits_ptr, end, vocab, best, inverse, floor, min_p, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """The kept mass [CHUNKS] of `tile` and of every chunk of the logits [BLOCK, end)."""
+def _mass(tile, logits_ptr, end, vocab, best, scale, floor, min_p, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The kept weight [CHUNKS] of `tile` and of every chunk of the logits [BLOCK, end)."""
     offs_c = tl.arange(0, CHUNKS)
-    mass = tl.where(offs_c == 0, tl.sum(_kept_weight(tile, best, inverse, floor, min_p), 0), 0.0)
-    for start in range(BLOCK, end, BLOCK):
+    mass = tl.where(offs_c == 0, tl.sum(_kept_weight(tile, best, scale, floor, min_p), 0), 0.0)
+    for start in tl.range(BLOCK, end, BLOCK, num_stages=3):
         x = _chunk(logits_ptr, start, vocab, BLOCK)
-        here = tl.sum(_kept_weight(x, best, inverse, floor, min_p), 0)
+        here = tl.sum(_kept_weight(x, best, scale, floor, min_p), 0)
         mass = tl.where(offs_c == start // BLOCK, here, mass)
     return mass
 
 
 @triton.jit
 def _gather(logits_ptr, ids_ptr, vocab, cut, BLOCK: tl.constexpr):
-    """Writes the ids of the first BLOCK finite logits from `cut` on, in order; returns how many there are."""
+    """Writes the ids of the finite logits from `cut` on, in order, if they are BLOCK at most; returns how many."""
     count = 0
     for start in range(0, vocab, BLOCK):
         x = _chunk(logits_ptr, start, vocab, BLOCK)
@@ -111,10 +110,10 @@ def _gather(logits_ptr, ids_ptr, vocab, cut, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _first(mass, tile, logits_ptr, vocab, uniform, best, inverse, floor, min_p, CHUNKS: tl.constexpr,
+def _first(mass, tile, logits_ptr, vocab, uniform, best, scale, floor, min_p, CHUNKS: tl.constexpr,
            BLOCK: tl.constexpr):
-    """Index of the first kept logit at which the running mass exceeds uniform times all of it; -1 where nothing is
-    kept. Chunks, then the places in one of them; rounding may miss the last place but never takes one not kept."""
+    """Index of the first kept logit at which the running mass exceeds uniform times all of it: its chunk, then its
+    place there. Rounding may choose a neighbour, but never one that is not kept."""
     offs_c = tl.arange(0, CHUNKS)
     offs = tl.arange(0, BLOCK)
     running = tl.cumsum(mass, 0)
@@ -125,7 +124,7 @@ def _first(mass, tile, logits_ptr, vocab, uniform, best, inverse, floor, min_p, 
     x = tile
     if chunk > 0:
         x = _chunk(logits_ptr, chunk * BLOCK, vocab, BLOCK)
-    weight = _kept_weight(x, best, inverse, floor, min_p)
+    weight = _kept_weight(x, best, scale, floor, min_p)
     hit = (before + tl.cumsum(weight, 0) > target) & (weight > 0)
     place = tl.min(tl.where(hit, offs, BEHIND), 0)
     place = tl.minimum(place, tl.max(tl.where(weight > 0, offs, -1), 0))
@@ -142,7 +141,7 @@ def _sample_kernel(out_ptr, logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, m
 
     tile = _chunk(logits_ptr, 0, vocab, BLOCK)
     peak, peak_at = tile, offs
-    for start in range(BLOCK, vocab, BLOCK):
+    for start in tl.range(BLOCK, vocab, BLOCK, num_stages=3):
         x = _chunk(logits_ptr, start, vocab, BLOCK)
         peak_at = tl.where(x > peak, start + offs, peak_at)
         peak = tl.maximum(peak, x)
@@ -153,41 +152,32 @@ def _sample_kernel(out_ptr, logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, m
     if (temperature > 0) & (best > float("-inf")):
         top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
         min_p = tl.minimum(tl.load(min_p_ptr + row), 1.0)
-        inverse = LOG2_E / tl.maximum(temperature, 1e-30)
-        floor = float("-inf")
+        scale = LOG2_E / tl.maximum(temperature, 1e-30)
+        floor = tl.full([], float("-inf"), tl.float32)
         end = vocab
-        gathered = False
         by_count = (top_k > 0) & (top_k < vocab)
         if by_count | (top_p < 1):
-            if by_count:
-                cut = _threshold(peak, logits_ptr, 0, vocab, top_k.to(tl.float32), float("-inf"), floor, best, inverse,
-                                 False, BLOCK)
-                want = 0.0
-            else:
-                mass = _mass(tile, logits_ptr, end, vocab, best, inverse, floor, 0.0, CHUNKS, BLOCK)
+            want = top_k.to(tl.float32)
+            if not by_count:
+                mass = _mass(tile, logits_ptr, end, vocab, best, scale, floor, 0.0, CHUNKS, BLOCK)
                 want = top_p * tl.sum(mass, 0)
-                cut = _threshold(peak, logits_ptr, 0, vocab, want, float("-inf"), floor, best, inverse, True, BLOCK)
-            count = _gather(logits_ptr, ids_ptr, vocab, cut, BLOCK)
-            gathered = count <= BLOCK
-            if gathered:
+            floor = _threshold(peak, logits_ptr, 0, vocab, want, floor, best, tl.where(by_count, 0.0, scale), BLOCK)
+            count = _gather(logits_ptr, ids_ptr, vocab, floor, BLOCK)
+            end = tl.where(count <= BLOCK, 0, vocab)
+            if end == 0:
                 tl.debug_barrier()
                 ids = tl.load(ids_ptr + offs, mask=offs < count, other=0)
                 tile = _clean(tl.load(logits_ptr + ids, mask=offs < count, other=float("-inf")))
-                end = 0
-            floor = cut
-            if by_count:
-                floor = _threshold(tile, logits_ptr, end, vocab, top_k.to(tl.float32), cut, cut, best, inverse, False,
-                                   BLOCK)
-                mass = _mass(tile, logits_ptr, end, vocab, best, inverse, floor, 0.0, CHUNKS, BLOCK)
-                want = top_p * tl.sum(mass, 0)
-            if top_p < 1:
-                floor = _threshold(tile, logits_ptr, end, vocab, want, floor, floor, best, inverse, True, BLOCK)
-        mass = _mass(tile, logits_ptr, end, vocab, best, inverse, floor, min_p, CHUNKS, BLOCK)
-        place = _first(mass, tile, logits_ptr, vocab, tl.load(uniform_ptr + row), best, inverse, floor, min_p, CHUNKS,
+            for by_mass in range(tl.where(by_count, 0, 1), tl.where(top_p < 1, 2, 1)):
+                if by_count & (by_mass == 1):
+                    mass = _mass(tile, logits_ptr, end, vocab, best, scale, floor, 0.0, CHUNKS, BLOCK)
+                    want = top_p * tl.sum(mass, 0)
+                floor = _threshold(tile, logits_ptr, end, vocab, want, floor, best, scale * by_mass, BLOCK)
+        mass = _mass(tile, logits_ptr, end, vocab, best, scale, floor, min_p, CHUNKS, BLOCK)
+        token = _first(mass, tile, logits_ptr, vocab, tl.load(uniform_ptr + row), best, scale, floor, min_p, CHUNKS,
                        BLOCK)
-        if gathered:
-            place = tl.load(ids_ptr + place)
-        token = place
+        if end == 0:
+            token = tl.load(ids_ptr + token)
     tl.store(out_ptr + row, token.to(tl.int64))
 
 
@@ -200,5 +190,5 @@ def launch(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
         ids = torch.empty((rows, block), dtype=torch.int32, device=logits.device)
         _sample_kernel[(rows,)](out, logits, temperature, top_k, top_p, min_p, uniform, ids, logits.stride(0), vocab,
                                 CHUNKS=triton.next_power_of_2(triton.cdiv(vocab, block)), BLOCK=block,
-                                num_warps=num_warps(block // 8))
+                                num_warps=num_warps(block // 4))
     return out
