@@ -1,0 +1,204 @@
+"""`python -m wave64.launch_server` as an operator meets it: flags, refusals to start, and every way it can end."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from helpers_server import CONTEXT, Server, eventually, free_port, is_alive, serve
+
+from wave64.serve.tokenizer import Tokenizer
+
+LONG = {"prompt": "It", "max_tokens": CONTEXT - 10, "ignore_eos": True}
+
+
+def start_in_vain(model: Path | str, *flags: str) -> str:
+    """Starts a server that must refuse to; returns its one line on stderr."""
+    command = [sys.executable, "-m", "wave64.launch_server", "--model-path", str(model), "--device", "cpu"]
+    if "--port" not in flags:
+        flags = (*flags, "--port", str(free_port()))
+    ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120,
+                           env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    assert ended.returncode not in (0, -signal.SIGKILL)
+    assert "ready to roll" not in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    return ended.stderr
+
+
+def damaged(folder: Path, target: Path, damage) -> Path:
+    """A copy of a checkpoint, after `damage(copy)`."""
+    shutil.copytree(folder, target)
+    damage(target)
+    return target
+
+
+def edit_config(**changes):
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def reshape(folder: Path) -> None:
+    """Turns a square weight's shape into another of as many elements, in the file's own header."""
+    weights = folder / "model.safetensors"
+    raw = weights.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = raw[8 : 8 + size].replace(b'"shape":[64,64]', b'"shape":[32,128]', 1).strip()
+    weights.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + size :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), ["safetensors"]),
+        (truncate, ["model.safetensors"]),
+        (reshape, ["model.safetensors", "proj.weight", "[32, 128]", "[64, 64]"]),
+        (edit_config(architectures=["GPT2LMHeadModel"]), ["config.json", "architectures", "GPT2LMHeadModel"]),
+        (edit_config(rope_parameters={"rope_type": "spiral"}), ["config.json", "rope_type", "spiral", "llama3"]),
+        (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer.json", "--tokenizer-path"]),
+    ],
+    ids=["missing", "truncated", "shape", "architecture", "rope", "tokenizer"],
+)
+def test_a_damaged_checkpoint_is_one_line(model_folder, tmp_path, damage, words):
+    said = start_in_vain(damaged(model_folder, tmp_path / "copy", damage))
+    for word in words:
+        assert word in said
+
+
+def test_a_port_in_use_is_known_before_the_model_is_touched(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = start_in_vain(tmp_path / "no such model", "--port", str(taken.getsockname()[1]))
+    assert "--port: cannot listen on 127.0.0.1" in said
+    assert "in use" in said
+
+
+def test_a_model_that_is_not_there_is_one_line():
+    assert "no/such/folder: expected a folder" in start_in_vain("no/such/folder")
+
+
+def test_flags_are_obeyed(model_folder, tmp_path):
+    template = tmp_path / "loud.jinja"
+    template.write_text("{{ messages[-1].content | upper }}")
+    flags = ["--api-key", "secret", "--served-model-name", "mine", "--chat-template", str(template),
+             "--stream-interval", "5", "--context-length", "300", "--random-seed", "1"]  # fmt: skip
+    with serve(model_folder, tmp_path / "log", *flags) as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            answer = httpx.get(server.url + "/v1/models", headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert server.get("/health").status_code == 200, "load balancers have no key"
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="secret") as client:
+            card = client.models.list().data[0]
+            assert (card.id, card.max_model_len) == ("mine", 300)
+            body = {"model": "mine", "temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+            chat = client.chat.completions.create(messages=[{"role": "user", "content": "four"}], **body)
+            prompt = Tokenizer(model_folder).encode("FOUR", add_special_tokens=False)
+            chunks = list(client.completions.create(prompt=prompt, stream=True, **body))
+            assert len(chunks) == 3, "12 tokens, five to an event"
+            assert "".join(chunk.choices[0].text for chunk in chunks) == chat.choices[0].message.content
+        info = httpx.get(server.url + "/server_info", headers={"Authorization": "Bearer secret"}).json()
+        assert info["api_key"] == "***"
+        log = server.log.read_text()
+        assert log.splitlines()[1].startswith("op "), "the table of operators comes first"
+        assert "secret" not in log
+
+
+def test_a_graceful_end(model_folder, tmp_path):
+    """A short request finishes, a long one is ended with an error within the bound, the port closes, nobody is left."""
+    with serve(model_folder, tmp_path / "log", "--max-total-tokens", "8192") as server:
+        engine = server.engine_pid
+        body = {"prompt": "Four score", "max_tokens": 30}
+        alone, answers = server.complete(**body)["choices"], []
+
+        def ask(**asked) -> None:
+            with httpx.Client(base_url=server.url, timeout=60) as http:
+                answers.append(http.post("/v1/completions", json={"temperature": 0, **asked}))
+
+        threads = [threading.Thread(target=ask, kwargs=kwargs) for kwargs in (body, {**LONG, "n": 4})]
+        with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            for thread in threads:
+                thread.start()
+            assert eventually(lambda: httpx.get(server.url + "/health").json()["running"] >= 5)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]", "a stream that is ended is told so"
+        for thread in threads:
+            thread.join()
+        assert server.process.wait(30) == 0
+    short, long = sorted(answers, key=lambda answer: answer.status_code)
+    assert short.json()["choices"] == alone
+    assert long.status_code == 200 or long.json()["error"]["message"] == "the server is shutting down"
+    assert eventually(lambda: not is_alive(engine))
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url + "/health")
+
+
+def test_when_the_engine_dies_the_server_says_why_and_ends(model_folder, tmp_path):
+    with serve(model_folder, tmp_path / "log") as server:
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(server.post("/v1/completions", **LONG)))
+        with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "stream": True}, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            asking.start()
+            assert eventually(lambda: httpx.get(server.url + "/health").json()["running"] == 2)
+            os.kill(server.engine_pid, signal.SIGKILL)
+            rest = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        asking.join()
+        assert "signal SIGKILL" in rest[-1]["error"]["message"]
+        assert (answers[0].status_code, answers[0].json()["error"]["type"]) == (503, "server_error")
+        assert server.process.wait(30) == 1
+    assert server.log.read_text().splitlines()[-1].startswith("wave64.launch_server: error: ")
+    assert "signal SIGKILL" in server.log.read_text()
+
+
+def test_interrupted_while_it_starts(model_folder, tmp_path):
+    server = Server(model_folder, tmp_path / "log")
+    assert eventually(lambda: "what serves each operator" in server.log.read_text(), 60)
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(30) == 0
+    server.http.close()
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_health_tells_starting_from_ready_and_a_killed_server_takes_its_engine_along(model_folder, tmp_path):
+    server = Server(model_folder, tmp_path / "log")
+    seen = set()
+
+    def is_ready() -> bool:
+        try:
+            answer = server.get("/health")
+        except httpx.TransportError:  # it does not listen yet
+            return False
+        seen.add((answer.status_code, answer.json()["status"]))
+        return answer.status_code == 200
+
+    try:
+        assert eventually(is_ready, 120)
+        assert seen <= {(503, "starting"), (200, "ok")}
+        engine = server.engine_pid
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server.http.close()
+    assert eventually(lambda: not is_alive(engine))
