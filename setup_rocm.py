@@ -77,6 +77,11 @@ def ask(python: str, code: str) -> subprocess.CompletedProcess:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT)
 
 
+def has(python: str, module: str) -> bool:
+    found = ask(python, f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)")
+    return found.returncode == 0
+
+
 # ---- the Python environment
 
 def in_environment() -> bool:
@@ -90,6 +95,7 @@ def environment() -> str:
         say(f"Installing into the environment you are in, {sys.prefix}")
         return sys.executable
     python = str(VENV / "bin" / "python")
+    os.environ["PIP_NO_COMPILE"] = "1"  # bytecode of what is used is made at first use; of all of it, it takes minutes
     if Path(python).exists():
         say("Installing into .venv")
         return python
@@ -155,8 +161,7 @@ def nvidia_gpus() -> list[str]:
 
 def torch_of(python: str) -> dict | None:
     """{version, hip, cuda} of the torch that `python` has, or None."""
-    found = ask(python, "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)")
-    if found.returncode:
+    if not has(python, "torch"):
         return None
     found = ask(python, "import json, torch; v = torch.version; print(json.dumps({'version': torch.__version__,"
                         " 'hip': getattr(v, 'hip', None), 'cuda': v.cuda}))")
@@ -196,8 +201,6 @@ def ensure_torch(python: str, args: argparse.Namespace) -> None:
     if found := torch_of(python):
         kind = f"ROCm {found['hip']}" if found["hip"] else f"CUDA {found['cuda']}" if found["cuda"] else "CPU"
         say(f"torch {found['version']} ({kind}) is installed and stays as it is")
-        if not found["hip"] and not found["cuda"]:
-            ensure_interpreter(python)
         return
     amd, nvidia = ([], []) if args.cpu else (amd_gpus(), nvidia_gpus())
     if args.torch:
@@ -220,19 +223,15 @@ def ensure_torch(python: str, args: argparse.Namespace) -> None:
                  f'  python3 setup_rocm.py demo --torch "{TORCH} --index-url <PyTorch\'s index of CPU builds>"\n'
                  f'or take those packages after all with --torch "{TORCH}".')
         run(f"No GPU here: installing {TORCH}, a CPU build", [python, "-m", "pip", "install", TORCH])
-        ensure_interpreter(python)
-    if torch_of(python) is None:
+    if not has(python, "torch"):
         fail(f"after the installation {python} still finds no torch; name one with --torch")
 
 
-def ensure_interpreter(python: str) -> None:
-    """Beside a CPU torch, Triton serves as an interpreter: the tests run the GPU kernels with it."""
-    if not sys.platform.startswith("linux"):
-        return
-    if ask(python, "import importlib.util, sys; sys.exit(importlib.util.find_spec('triton') is None)").returncode:
+def ensure_triton(python: str) -> None:
+    """Beside a CPU torch, which brings no Triton: the tests interpret the GPU kernels and compile them for AMD GPUs."""
+    if sys.platform.startswith("linux") and not has(python, "triton"):
         with constraints(python) as keep:
-            run(f"Installing {TRITON}, whose interpreter runs GPU kernels on CPU",
-                [python, "-m", "pip", "install", *keep, TRITON])
+            run(f"Installing {TRITON}, to interpret GPU kernels", [python, "-m", "pip", "install", *keep, TRITON])
 
 
 # ---- wave64 itself
@@ -252,19 +251,21 @@ def is_editable(python: str) -> bool:
     return '"editable": true' in ask(python, code).stdout
 
 
-def install(args: argparse.Namespace, extras: str, editable: bool = False, build_tools: bool = False) -> str:
-    """Installs torch where there is none, and wave64 with `extras`; gives the Python that has them. `build_tools` go
-    into the environment too, for tests and rebuilds that compile."""
+def install(args: argparse.Namespace, extras: str, editable: bool = False, develops: bool = False) -> str:
+    """Installs torch where there is none, and wave64 with `extras`; gives the Python that has them. `develops` adds the
+    build tools and Triton, for tests and rebuilds."""
     python = environment()
     require_pip(python)
     ensure_torch(python, args)
+    if develops:
+        ensure_triton(python)
     editable = editable or is_editable(python)
     with constraints(python) as keep:
-        if build_tools:
+        if develops:
             run("Installing the build tools", [python, "-m", "pip", "install", *keep, *build_requirements()])
         run(f"Building and installing wave64 with [{extras}]{', editable' if editable else ''}",
             [python, "-m", "pip", "install", "-v", *keep, *build_settings(args),
-             *(["--no-build-isolation"] if build_tools else []), *(["-e"] if editable else []), f".[{extras}]"])
+             *(["--no-build-isolation"] if develops else []), *(["-e"] if editable else []), f".[{extras}]"])
     return python
 
 
@@ -277,7 +278,7 @@ def next_step(text: str) -> None:
 
 
 def do_install(args: argparse.Namespace) -> None:
-    python = install(args, "serve", editable=args.command == "develop", build_tools=args.command == "develop")
+    python = install(args, "serve", editable=args.command == "develop", develops=args.command == "develop")
     next_step(f"{shown(python)} -m wave64.launch_server    (serves demo-llama; --model-path: a folder or a hub name)")
 
 
@@ -292,7 +293,7 @@ def do_wheel(args: argparse.Namespace) -> None:
 
 
 def do_test(args: argparse.Namespace) -> None:
-    python = install(args, "serve,test", build_tools=True)
+    python = install(args, "serve,test", develops=True)
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
     say(f"-> Running the tests, {workers} at a time")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -347,7 +348,7 @@ def do_demo(args: argparse.Namespace) -> None:
 
 def do_doctor(args: argparse.Namespace) -> None:
     python = sys.executable if in_environment() or not VENV.exists() else str(VENV / "bin" / "python")
-    if ask(python, "import importlib.util, sys; sys.exit(importlib.util.find_spec('wave64') is None)").returncode == 0:
+    if has(python, "wave64"):
         sys.exit(subprocess.call([python, "-m", "wave64.doctor"], cwd=ROOT))
     say(f"Python {sys.version.split()[0]} at {python}")
     say(f"GPUs   {', '.join(amd_gpus() + nvidia_gpus()) or 'none found'}")

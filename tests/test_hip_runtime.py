@@ -29,6 +29,7 @@ def test_the_extension_imports_without_torch():
     code = ("import importlib.util, sys\n"
             f"spec = importlib.util.spec_from_file_location('_hip', {_hip.__file__!r})\n"
             "m = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(m)\n"
             "print(sorted(m.fields()), 'torch' in sys.modules)\n")
     found = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "['rms_norm'] False"
