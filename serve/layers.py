@@ -48,15 +48,19 @@ class Embedding(Layer):
 
 
 class Linear(Layer):
-    """y = x @ weight.T + bias, weight [out_features, in_features]; `tied` is another layer's weight to share."""
+    """y = x @ weight.T + bias, weight [out_features, in_features]; `tied` is another layer's weight to share.
+
+    `product` computes it; `wave64.serve.cpu` puts another in its place together with another layout of the weight.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, tied: nn.Parameter | None = None):
         super().__init__()
         self.weight = _weight(out_features, in_features) if tied is None else tied
         self.bias = _weight(out_features) if bias else None
+        self.product = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 class MergedLinear(Linear):
