@@ -68,7 +68,7 @@ class EngineClient:
         finally:
             receiving.cancel()
             exited.cancel()
-        self.fail_all(f"the engine ended: {self.lost}")
+        self.fail_all(f"the engine is gone: {self.lost}")
         return self.lost
 
     async def _receive(self) -> str:
@@ -89,7 +89,7 @@ class EngineClient:
         """The outputs of some requests as they come, until each has finished. Raises ApiError (5xx) when one cannot go
         on. Closing the iterator aborts the rest."""
         if self.lost is not None:
-            raise ApiError(f"the engine ended: {self.lost}", status=503)
+            raise ApiError(f"the engine is gone: {self.lost}", status=503)
         if self.ready is None:
             raise ApiError("the model is still loading; try again when GET /health answers 200", status=503)
         queue: asyncio.Queue[Output | ApiError] = asyncio.Queue()
@@ -150,7 +150,7 @@ class EngineClient:
 def _obituary(status: int) -> str:
     """What the exit status of an engine without last words tells."""
     if status >= 0:
-        return f"its process exited with status {status}; its log is above"
+        return f"the engine process exited with status {status}; its log is above"
     name = signal.Signals(-status).name
     hint = ", which is what the kernel sends when memory runs out" if name == "SIGKILL" else ""
-    return f"its process was ended by signal {name}{hint}"
+    return f"the engine process was ended by signal {name}{hint}"

@@ -13,7 +13,8 @@ from typing import Any
 
 import jinja2
 import tokenizers
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -138,7 +139,8 @@ def _load_template(folder: Path, config: dict[str, Any], chosen: str | None) -> 
             source = {item["name"]: item["template"] for item in source}.get("default")
     if not source:
         return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    extensions = [loopcontrols, _GenerationTag]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -146,6 +148,16 @@ def _load_template(folder: Path, config: dict[str, Any], chosen: str | None) -> 
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise TokenizerError(f"{file}: not a Jinja template: {error}") from None
+
+
+class _GenerationTag(Extension):
+    """{% generation %} ... {% endgeneration %} marks what a model is trained on; to a prompt it makes no difference."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _tojson(value: Any, **options: Any) -> str:

@@ -15,8 +15,8 @@ SAMPLES = ["Four score", " leading and  double  spaces", "你好世界" * 30, "n
            "a\n\n\tb", "<|eos|> in text"]  # fmt: skip
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}\n{% if m.role not in ('user', 'assistant', 'system') %}"
-    "{{ raise_exception('no role ' + m.role) }}{% endif %}<{{ m.role }}>{{ m.content | trim }}{{ eos_token }}"
-    "{% endfor %}"
+    "{{ raise_exception('no role ' + m.role) }}{% endif %}{% if loop.index > 9 %}{% break %}{% endif %}"
+    "<{{ m.role }}>{% generation %}{{ m.content | trim }}{% endgeneration %}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}{{ {'é<': 1} | tojson }}"
 )
 
