@@ -115,7 +115,6 @@ class Scheduler:
         self._step = step = Schedule()
         self.batch, self.sampling = [], []
         self._add_decodes(step)
-        step.num_decodes = len(step.rows)
         self._add_prompts(step)
         return step
 
@@ -143,7 +142,14 @@ class Scheduler:
             if seq.row < 0:
                 break  # preempted below, as everything younger was
             if len(seq.tokens) - seq.computed == 1 and self._grow(seq, step):
-                self._take(seq, 1, step)
+                self.batch.append(seq)
+        self.sampling = list(self.batch)
+        step.num_decodes = len(self.batch)
+        step.rows = [seq.row for seq in self.batch]
+        step.starts = [seq.computed for seq in self.batch]
+        step.tokens = [seq.tokens[-1] for seq in self.batch]
+        step.counts = [1] * len(self.batch)
+        step.logits = [1] * len(self.batch)
 
     def _add_prompts(self, step: Schedule) -> None:
         budget, scored_budget = self.prefill_budget, PROMPT_LOGITS_PER_STEP
@@ -163,7 +169,7 @@ class Scheduler:
                 return  # a younger one must not overtake it
 
     def _take(self, seq: Sequence, count: int, step: Schedule) -> None:
-        """Put the next `count` tokens of `seq` into the step; their pages are there."""
+        """Put the next `count` tokens of a prompt into the step; their pages are there."""
         start, end = seq.computed, seq.computed + count
         samples = end == len(seq.tokens)
         logits = int(samples)
@@ -180,7 +186,7 @@ class Scheduler:
 
     def _grow(self, seq: Sequence, step: Schedule) -> bool:
         """Give `seq` the page that its newest token needs, preempting the youngest; False if that was `seq` itself."""
-        if self.pool.pages_for(len(seq.tokens)) == len(seq.pages):
+        if len(seq.tokens) <= len(seq.pages) * self.pool.page_size:
             return True
         while not self.pool.num_free:
             victim = self.running.pop()
