@@ -180,6 +180,17 @@ def test_logprobs_are_those_of_transformers(make, llama, chunk):
         assert entry.logprob == pytest.approx(float(row[entry.id]), abs=1e-4)
 
 
+def test_each_filter_reaches_its_request(make, expected):
+    """A filter that leaves one token makes a hot request greedy, and leaves the one beside it alone."""
+    hot = dict(max_new_tokens=30, temperature=3.0, seed=1, ignore_eos=True)
+    filters = {"top_k": 1, "top_p": 1e-6, "min_p": 1.0}
+    asked = [request(name, PROMPTS[0], SamplingParams(**hot, **{name: value})) for name, value in filters.items()]
+    got = collect(make(), request("none", PROMPTS[0], SamplingParams(**hot)), *asked)
+    for name in filters:
+        assert got[name].token_ids == expected[0][:30]
+    assert got["none"].token_ids != expected[0][:30]
+
+
 def test_penalties(make, llama):
     """Repetition counts prompt and output, frequency and presence the output; beside one without any."""
     prompt, params = [5, 6, 5, 7], SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True)
