@@ -104,9 +104,9 @@ class Rotary(nn.Module):
         table = cos_sin_cache(rope, head_dim, length).to(torch.get_default_device())
         self.register_buffer("cos_sin_cache", table, persistent=False)
 
-    def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> None:
-        """query [num_tokens, num_heads * head_dim] and key [num_tokens, num_kv_heads * head_dim], in place."""
-        ops.rotary_embedding(positions, query, key, self.head_dim, self.cos_sin_cache)
+    def forward(self, positions: Tensor, heads: Tensor) -> None:
+        """heads [num_tokens, any number of heads * head_dim], in place: queries and keys side by side."""
+        ops.rotary_embedding(positions, heads, None, self.head_dim, self.cos_sin_cache)
 
 
 class Attention(nn.Module):

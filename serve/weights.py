@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from wave64.serve.checkpoint import StoredTensor, WeightsError, stored_tensors
 from wave64.serve.config import ModelConfig
-from wave64.serve.cpu import pack
+from wave64.serve.cpu import choose_products
 from wave64.serve.layers import Layer, RMSNorm
 from wave64.serve.models import MODELS
 
@@ -43,10 +43,10 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
         fill_with_noise(model)
     else:
         fill_from(model, Path(folder))
-    layout = f", {pack(model)}" if torch.device(device).type == "cpu" else ""
+    products = f", {choose_products(model)}" if torch.device(device).type == "cpu" else ""
     size = sum(weight.nbytes for weight in model.parameters())
     log.info("%s: %.2f GB of %s weights on %s%s in %.1f s", folder, size / 1e9, str(dtype).removeprefix("torch."),
-             device, layout, time.perf_counter() - started)
+             device, products, time.perf_counter() - started)
     return model
 
 

@@ -24,8 +24,9 @@ class LlamaAttention(nn.Module):
         self.attention = Attention(config.num_heads, config.num_kv_heads, config.head_dim)
 
     def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        query, key, value = self.qkv_proj(x).split(self.widths, dim=-1)
-        self.rotary(batch.positions, query, key)
+        qkv = self.qkv_proj(x)
+        query, key, value = qkv.split(self.widths, dim=-1)
+        self.rotary(batch.positions, qkv[:, : -self.widths[-1]])
         return self.o_proj(self.attention(query, key, value, batch, kv_cache))
 
 
