@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
     try:
         listener = listen(args.host, args.port)
-        log.info("what serves each operator:\n%s", wave64.table(_report(args)))
         return asyncio.run(_serve(args, listener))
     except (ArgsError, ConfigError, WeightsError, TokenizerError, EngineEnded) as error:
         print(f"wave64.launch_server: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -66,10 +65,6 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _report(args: ServerArgs) -> list[dict[str, str]]:
-    return wave64.report(None if args.device == "auto" else args.device)
-
-
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -77,12 +72,14 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(args: ServerArgs, listener: socket.socket) -> int:
-    folder = resolve_model_path(args.model_path, args.revision)
-    defaults = ModelConfig.from_folder(folder).sampling_defaults
-    client = EngineClient(replace(args, model_path=str(folder)))
     told_to_end = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told_to_end.set)
+    rows = wave64.report(None if args.device == "auto" else args.device)
+    log.info("what serves each operator:\n%s", wave64.table(rows))
+    folder = resolve_model_path(args.model_path, args.revision)
+    defaults = ModelConfig.from_folder(folder).sampling_defaults
+    client = EngineClient(replace(args, model_path=str(folder)))
     try:
         await client.start()
         engine = asyncio.create_task(client.run())

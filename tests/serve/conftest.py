@@ -14,3 +14,5 @@ def server(model_folder, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     with serve(model_folder, log, "--max-total-tokens", str(POOL), "--served-model-name", "tiny") as running:
         yield running
+        assert running.stop() == 0
+    assert "Traceback" not in log.read_text(), "whatever clients did, no defect of the server may show"

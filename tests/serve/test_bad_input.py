@@ -6,7 +6,7 @@ import threading
 
 import httpx
 import pytest
-from helpers_server import CONTEXT, VOCAB, eventually, serve
+from helpers_server import CONTEXT, VOCAB, eventually
 
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
 USER = [{"role": "user", "content": "x"}]
@@ -170,13 +170,3 @@ def test_half_a_request_then_silence(server):
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
             raw.sendall(part)
     assert eventually(lambda: server.running <= 1), "more than the request that runs beside goes on"
-
-
-def test_a_prompt_larger_than_the_pool(model_folder, tmp_path):
-    """Where the pool is smaller than the context, it is the pool that is named, and the flag that sets it."""
-    with serve(model_folder, tmp_path / "log", "--max-total-tokens", "128") as small:
-        for body in ({"prompt": [5] * 200}, {"prompt": "x", "max_tokens": 200}):
-            answer = small.post(COMPLETIONS, **body)
-            assert answer.status_code == 400
-            assert "more than the KV pool of 128 tokens (--max-total-tokens)" in refusal(answer)["message"]
-        assert small.complete(prompt=[5] * 100, max_tokens=28)["usage"]["total_tokens"] <= 128

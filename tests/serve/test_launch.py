@@ -99,7 +99,7 @@ def test_flags_are_obeyed(model_folder, tmp_path):
     template = tmp_path / "loud.jinja"
     template.write_text("{{ messages[-1].content | upper }}")
     flags = ["--api-key", "secret", "--served-model-name", "mine", "--chat-template", str(template),
-             "--stream-interval", "5", "--context-length", "300", "--random-seed", "1"]  # fmt: skip
+             "--stream-interval", "5", "--context-length", "300", "--max-total-tokens", "128"]  # fmt: skip
     with serve(model_folder, tmp_path / "log", *flags) as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             answer = httpx.get(server.url + "/v1/models", headers=headers)
@@ -114,8 +114,13 @@ def test_flags_are_obeyed(model_folder, tmp_path):
             chunks = list(client.completions.create(prompt=prompt, stream=True, **body))
             assert len(chunks) == 3, "12 tokens, five to an event"
             assert "".join(chunk.choices[0].text for chunk in chunks) == chat.choices[0].message.content
-        info = httpx.get(server.url + "/server_info", headers={"Authorization": "Bearer secret"}).json()
-        assert info["api_key"] == "***"
+        server.http.headers["Authorization"] = "Bearer secret"
+        assert server.get("/server_info").json()["api_key"] == "***"
+        for body in ({"prompt": [5] * 200}, {"prompt": "x", "max_tokens": 200}):
+            answer = server.post("/v1/completions", **body)
+            assert answer.status_code == 400
+            assert "more than the KV pool of 128 tokens (--max-total-tokens)" in answer.json()["error"]["message"]
+        assert server.complete(prompt=[5] * 100, max_tokens=28)["usage"]["prompt_tokens"] == 100
         log = server.log.read_text()
         assert log.splitlines()[1].startswith("op "), "the table of operators comes first"
         assert "secret" not in log
