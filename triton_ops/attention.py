@@ -1,5 +1,7 @@
 """Pieces shared by the kernels that attend to a paged cache: where keys lie, their logits, what Triton can serve."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -26,34 +28,32 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def load_pages(table_ptr, first, mask_n, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
-    """Pages of the BLOCK_N positions from `first`, of the sequence whose page table is at table_ptr.
+def load_pages(table_ptr, first, offs_n, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+    """Pages of positions offs_n of the sequence whose page table is at table_ptr; `first` is that of their block.
 
-    One number where a block (it starts at a multiple of BLOCK_N) lies inside a page. 64-bit only for pools above
+    One number where a block, which starts at a multiple of BLOCK_N, lies inside a page. 64-bit only for pools above
     2 GiB (WIDE), as are then the offsets computed from it.
     """
     if PAGE_SIZE % BLOCK_N == 0:
         pages = tl.load(table_ptr + first // PAGE_SIZE)
     else:
-        pages = tl.load(table_ptr + (first + tl.arange(0, BLOCK_N)) // PAGE_SIZE, mask=mask_n, other=0)
+        pages = tl.load(table_ptr + offs_n // PAGE_SIZE)
     return pages.to(tl.int64) if WIDE else pages
 
 
 @triton.jit
-def load_rows(ptr, pages, first, mask_n, stride_page, stride_row, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
-              PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK_N, BLOCK_D] of one head's cache at ptr, from position `first`; 0 where mask_n (looked at if MASKED) is not
-    set and beyond HEAD_DIM."""
-    offs_n = (first + tl.arange(0, BLOCK_N)) % PAGE_SIZE
+def load_rows(ptr, pages, offs_n, stride_page, stride_row, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr,
+              PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_N, BLOCK_D] of the cache of the head at ptr, positions offs_n; 0 beyond HEAD_DIM.
+
+    Positions are to be valid ones: the callers clamp them and mask scores instead, since a mask on a load costs
+    registers for every row.
+    """
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + (pages * stride_page + offs_n * stride_row)[:, None] + offs_d
-    if MASKED and HEAD_DIM < BLOCK_D:
-        return tl.load(ptrs, mask=mask_n[:, None] & (offs_d < HEAD_DIM), other=0.0)
-    if MASKED:
-        return tl.load(ptrs, mask=mask_n[:, None], other=0.0)
+    rows = (pages * stride_page + offs_n % PAGE_SIZE * stride_row) * UNIT
     if HEAD_DIM < BLOCK_D:
-        return tl.load(ptrs, mask=offs_d < HEAD_DIM, other=0.0)
-    return tl.load(ptrs)
+        return tl.load(ptr + rows[:, None] + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
+    return tl.load(ptr + rows[:, None] + offs_d)
 
 
 @triton.jit
@@ -96,3 +96,9 @@ def is_wide(*caches: Tensor) -> bool:
     """True if an offset in bytes inside one of them needs more than 31 bits."""
     return any(sum((n - 1) * s for n, s in zip(c.shape, c.stride(), strict=True)) * c.element_size() >= 2**31 - 2**16
                for c in caches)
+
+
+def unit_of(head_dim: int, *strides: int) -> int:
+    """The largest power of 2, at most 16, that divides them all: kernels take strides in units of it, and so know how
+    wide they may load, with one compiled kernel for all strides alike."""
+    return math.gcd(16, head_dim, *strides)

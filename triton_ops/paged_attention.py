@@ -16,7 +16,22 @@ from torch import Tensor
 from wave64 import platform
 from wave64.arch import Arch
 from wave64.ops import paged_attention
-from wave64.triton_ops.attention import LOWEST, add_sink, base2_logits, dot, is_wide, load_pages, load_rows, unsupported
+from wave64.triton_ops.attention import (
+    LOWEST,
+    add_sink,
+    base2_logits,
+    dot,
+    is_wide,
+    load_pages,
+    load_rows,
+    unit_of,
+    unsupported,
+)
+
+#: Arguments that vary from step to step or say nothing that UNIT does not: none of them is worth another compilation.
+LENGTHS = ["num_seqs", "heads", "room", "window", "programs", "least"]
+STRIDES = ["stride_qb", "stride_qh", "stride_kp", "stride_kn", "stride_kh", "stride_vp", "stride_vn", "stride_vh",
+           "stride_tb"]
 
 
 @triton.jit
@@ -41,13 +56,13 @@ def _parts(keys, share):
     return tl.maximum(1, (keys + share // 2) // share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*LENGTHS, *STRIDES])
 def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr,
                             sinks_ptr, k_scale_ptr, v_scale_ptr, scale, logit_cap, num_seqs, heads, room, window,
                             programs, least, stride_qb, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp,
-                            stride_vn, stride_vh, stride_tb, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                            PAGE_SIZE: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
-                            BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+                            stride_vn, stride_vh, stride_tb, UNIT: tl.constexpr, GROUP: tl.constexpr,
+                            HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, CAPPED: tl.constexpr,
+                            WIDE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
                             BLOCK_D: tl.constexpr):
     """One program: BLOCK_H heads of one group, one part of one sequence's keys."""
     item = tl.program_id(1)
@@ -75,6 +90,7 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
 
     tiles: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // tiles
+    wide_head = kv_head.to(tl.int64)
     row = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_h = kv_head * GROUP + row
     offs_d = tl.arange(0, BLOCK_D)
@@ -82,9 +98,9 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
     mask_d = offs_d < HEAD_DIM
     mask_hd = mask_h[:, None] & mask_d
     seq = seq.to(tl.int64)
-    q = tl.load(q_ptr + seq * stride_qb + offs_h[:, None] * stride_qh + offs_d, mask=mask_hd, other=0.0)
-    k_ptr += kv_head * stride_kh
-    v_ptr += kv_head * stride_vh
+    q = tl.load(q_ptr + (seq * stride_qb + offs_h * stride_qh)[:, None] * UNIT + offs_d, mask=mask_hd, other=0.0)
+    k_ptr += wide_head * stride_kh * UNIT
+    v_ptr += wide_head * stride_vh * UNIT
     table_ptr += seq * stride_tb
     if k_scale_ptr is not None:
         scale *= tl.load(k_scale_ptr)
@@ -95,10 +111,10 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
     for block in range(start, end, BLOCK_N):
         offs_n = block + tl.arange(0, BLOCK_N)
         mask_n = (offs_n >= first_key) & (offs_n < end)
-        pages = load_pages(table_ptr, block, mask_n, PAGE_SIZE, BLOCK_N, WIDE)
-        k = load_rows(k_ptr, pages, block, mask_n, stride_kp, stride_kn, True, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
-        v = load_rows(v_ptr, pages, block, mask_n, stride_vp, stride_vn, True, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        offs_n = tl.minimum(tl.maximum(offs_n, first_key), end - 1)
+        pages = load_pages(table_ptr, block, offs_n, PAGE_SIZE, BLOCK_N, WIDE)
+        k = load_rows(k_ptr, pages, offs_n, stride_kp, stride_kn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D).to(q.dtype)
+        v = load_rows(v_ptr, pages, offs_n, stride_vp, stride_vn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D).to(q.dtype)
         s = base2_logits(dot(q, tl.trans(k)), scale, logit_cap, CAPPED)
         s = tl.where(mask_n, s, float("-inf"))
         before, peak = peak, tl.maximum(peak, tl.max(s, 1))
@@ -124,9 +140,10 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
         tl.store(stats_ptr + line * 2 + 1, total, mask=mask_h)
 
 
-@triton.jit
-def _merge_kernel(out_ptr, partial_ptr, stats_ptr, seq_lens_ptr, sinks_ptr, num_seqs, heads, room, window, programs,
-                  least, HEAD_DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=LENGTHS)
+def _paged_attention_merge_kernel(out_ptr, partial_ptr, stats_ptr, seq_lens_ptr, sinks_ptr, num_seqs, heads, room,
+                                  window, programs, least, HEAD_DIM: tl.constexpr, BLOCK_B: tl.constexpr,
+                                  BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program: one head of one sequence, if its keys went to several programs."""
     head = tl.program_id(0)
     seq = tl.program_id(1)
@@ -221,16 +238,18 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
         partial = torch.empty((items, heads, head_dim), dtype=torch.float32, device=query.device)
         stats = torch.empty((items, heads, 2), dtype=torch.float32, device=query.device)
     lengths = (num_seqs, heads, room, sliding_window, programs, least)
+    strides = (*query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3])
+    unit = unit_of(head_dim, *strides)
     _paged_attention_kernel[tiles, items](
         out, partial, stats, query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale, scale,
-        logit_cap, *lengths, query.stride(0), query.stride(1), *key_cache.stride()[:3], *value_cache.stride()[:3],
-        page_table.stride(0), GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, CAPPED=logit_cap > 0,
-        WIDE=is_wide(key_cache, value_cache), BLOCK_B=block_b, BLOCK_H=block_h,
-        BLOCK_N=config.block_n, BLOCK_D=block_d, num_warps=config.num_warps, num_stages=config.num_stages,
-        **config.options)
+        logit_cap, *lengths, *(s // unit for s in strides), page_table.stride(0), UNIT=unit, GROUP=group,
+        HEAD_DIM=head_dim, PAGE_SIZE=page_size, CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
+        BLOCK_B=block_b, BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d, num_warps=config.num_warps,
+        num_stages=config.num_stages, **config.options)
     if most > 1:
-        _merge_kernel[heads, num_seqs](out, partial, stats, seq_lens, sinks, *lengths, HEAD_DIM=head_dim,
-                                       BLOCK_B=block_b, BLOCK_P=16, BLOCK_D=block_d, num_warps=4)
+        _paged_attention_merge_kernel[heads, num_seqs](
+            out, partial, stats, seq_lens, sinks, *lengths, HEAD_DIM=head_dim, BLOCK_B=block_b, BLOCK_P=16,
+            BLOCK_D=block_d, num_warps=4)
     return out
 
 

@@ -24,6 +24,7 @@ from wave64.triton_ops.attention import (
     is_wide,
     load_pages,
     load_rows,
+    unit_of,
     unsupported,
 )
 
@@ -31,8 +32,8 @@ from wave64.triton_ops.attention import (
 @triton.jit
 def _attend(q, peak, total, mixed, position, first, last, lowest, length, window, k_ptr, v_ptr, table_ptr, scale,
             logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
-            WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
-            PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+            WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+            HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Takes the blocks of keys from `first`, a multiple of BLOCK_N, to `last` into peak, total and mixed.
 
     EDGE: some of the keys are hidden from some queries; those outside [lowest, length) may not even be read.
@@ -40,8 +41,9 @@ def _attend(q, peak, total, mixed, position, first, last, lowest, length, window
     for block in range(first, last, BLOCK_N):
         offs_n = block + tl.arange(0, BLOCK_N)
         mask_n = (offs_n >= lowest) & (offs_n < length)
-        pages = load_pages(table_ptr, block, mask_n, PAGE_SIZE, BLOCK_N, WIDE)
-        k = load_rows(k_ptr, pages, block, mask_n, stride_kp, stride_kn, EDGE, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
+        valid_n = tl.minimum(tl.maximum(offs_n, lowest), length - 1) if EDGE else offs_n
+        pages = load_pages(table_ptr, block, valid_n, PAGE_SIZE, BLOCK_N, WIDE)
+        k = load_rows(k_ptr, pages, valid_n, stride_kp, stride_kn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D)
         s = base2_logits(dot(q, tl.trans(k.to(q.dtype))), scale, logit_cap, CAPPED)
         if EDGE:
             seen = mask_n[None, :]
@@ -54,18 +56,19 @@ def _attend(q, peak, total, mixed, position, first, last, lowest, length, window
         p = tl.exp2(s - peak[:, None])
         shrink = tl.exp2(before - peak)
         total = total * shrink + tl.sum(p, 1)
-        v = load_rows(v_ptr, pages, block, mask_n, stride_vp, stride_vn, EDGE, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
+        v = load_rows(v_ptr, pages, valid_n, stride_vp, stride_vn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D)
         mixed = dot(p.to(q.dtype), v.to(q.dtype), mixed * shrink[:, None])
     return peak, total, mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "room", "stride_qt", "stride_qh", "stride_kp", "stride_kn", "stride_kh",
+                               "stride_vp", "stride_vn", "stride_vh", "stride_tb"])
 def _prefill_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, seq_lens_ptr, sinks_ptr,
                               k_scale_ptr, v_scale_ptr, scale, logit_cap, window, room, stride_qt, stride_qh, stride_kp,
-                              stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_tb, GROUP: tl.constexpr,
-                              CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
-                              HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-                              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                              stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_tb, UNIT: tl.constexpr,
+                              GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+                              WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program: BLOCK_M new tokens of one sequence, one head."""
     head, seq = tl.program_id(0), tl.program_id(2)
     heads = tl.num_programs(0)
@@ -80,10 +83,11 @@ def _prefill_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, 
     mask_m = offs_m < new
     mask_md = mask_m[:, None] & (offs_d < HEAD_DIM)
     token = start.to(tl.int64)
-    q = tl.load(q_ptr + token * stride_qt + head * stride_qh + offs_m[:, None] * stride_qt + offs_d, mask=mask_md,
-                other=0.0)
-    k_ptr += head // GROUP * stride_kh
-    v_ptr += head // GROUP * stride_vh
+    q_ptr += (token * stride_qt + head * stride_qh) * UNIT
+    q = tl.load(q_ptr + offs_m[:, None] * stride_qt * UNIT + offs_d, mask=mask_md, other=0.0)
+    kv_head = (head // GROUP).to(tl.int64)
+    k_ptr += kv_head * stride_kh * UNIT
+    v_ptr += kv_head * stride_vh * UNIT
     table_ptr += seq.to(tl.int64) * stride_tb
     if k_scale_ptr is not None:
         scale *= tl.load(k_scale_ptr)
@@ -104,16 +108,16 @@ def _prefill_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, 
         inner = tl.minimum(tl.cdiv(tl.maximum(0, last_query - window + 1), BLOCK_N) * BLOCK_N, end)
         peak, total, mixed = _attend(
             q, peak, total, mixed, position, first, inner, lowest, length, window, k_ptr, v_ptr, table_ptr, scale,
-            logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, True, CAUSAL, WINDOWED, CAPPED, WIDE, HEAD_DIM,
-            PAGE_SIZE, BLOCK_N, BLOCK_D)
+            logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, True, CAUSAL, WINDOWED, CAPPED, WIDE, UNIT,
+            HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
     peak, total, mixed = _attend(
         q, peak, total, mixed, position, inner, outer, lowest, length, window, k_ptr, v_ptr, table_ptr, scale,
-        logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, False, CAUSAL, WINDOWED, CAPPED, WIDE, HEAD_DIM,
+        logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, False, CAUSAL, WINDOWED, CAPPED, WIDE, UNIT, HEAD_DIM,
         PAGE_SIZE, BLOCK_N, BLOCK_D)
     peak, total, mixed = _attend(
         q, peak, total, mixed, position, tl.maximum(inner, outer), end, lowest, length, window, k_ptr, v_ptr,
         table_ptr, scale, logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, True, CAUSAL, WINDOWED, CAPPED, WIDE,
-        HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
+        UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
 
     if v_scale_ptr is not None:
         mixed *= tl.load(v_scale_ptr)
@@ -168,12 +172,13 @@ def run(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tenso
         return out, lse
     chosen = config(platform.arch(), head_dim, query.dtype, logit_cap > 0)
     grid = (heads, triton.cdiv(max_seqlen_q, chosen.block_m), len(seq_lens))
+    strides = (*query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3])
+    unit = unit_of(head_dim, *strides)
     _prefill_attention_kernel[grid](
         out, lse, query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, sinks, k_scale, v_scale, scale,
-        logit_cap, sliding_window, page_table.shape[1] * page_size, query.stride(0), query.stride(1),
-        *key_cache.stride()[:3], *value_cache.stride()[:3], page_table.stride(0), GROUP=heads // kv_heads,
-        CAUSAL=causal, WINDOWED=sliding_window > 0, CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
-        HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)), num_warps=chosen.num_warps, num_stages=chosen.num_stages,
-        **chosen.options)
+        logit_cap, sliding_window, page_table.shape[1] * page_size, *(s // unit for s in strides),
+        page_table.stride(0), UNIT=unit, GROUP=heads // kv_heads, CAUSAL=causal, WINDOWED=sliding_window > 0,
+        CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache), HEAD_DIM=head_dim, PAGE_SIZE=page_size,
+        BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages, **chosen.options)
     return out, lse
