@@ -73,6 +73,7 @@ def collect(engine: Engine, *requests: Request) -> dict[str, Output]:
             assert joined.finish_reason is None
             joined.token_ids += output.token_ids
             joined.logprobs += output.logprobs or []
+            assert not (joined.prompt_logprobs and output.prompt_logprobs)  # they come once
             joined.prompt_logprobs = joined.prompt_logprobs or output.prompt_logprobs
             joined.finish_reason, joined.matched_stop = output.finish_reason, output.matched_stop
             joined.error = output.error
