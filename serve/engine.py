@@ -44,6 +44,7 @@ log = logging.getLogger("wave64")
 
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
 PREFILL_CHUNK = {"cpu": 512, "cuda": 8192}
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
 class Engine:
@@ -56,7 +57,7 @@ class Engine:
         folder = resolve_model_path(args.model_path, args.revision)
         self.config = _config(folder, args)
         self.device = _device(args.device)
-        self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[_DTYPE_ALIASES.get(args.dtype, args.dtype)]
+        self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
         model = load_model(self.config, folder, self.dtype, self.device, args.load_format)
         self.pool = PagePool(pool_pages(args, self.config, self.dtype, self.device), args.page_size)
         capture = self.device.type == "cuda" and not args.disable_cuda_graph
@@ -175,9 +176,6 @@ def _output(seq: Sequence) -> Output:
     if request.prompt_logprobs and seq.num_generated <= 1:
         output.prompt_logprobs = seq.prompt_logprobs
     return output
-
-
-_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
 def _config(folder: Path, args: ServerArgs) -> ModelConfig:

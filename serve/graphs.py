@@ -8,11 +8,15 @@ to nothing (length 0), and their logits are cut off.
 from __future__ import annotations
 
 import bisect
+import logging
+import time
 
 import torch
 from torch import Tensor, nn
 
 from wave64.serve.batch import Batch
+
+log = logging.getLogger("wave64")
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -43,6 +47,7 @@ class DecodeGraphs:
         )
         self._sizes = batch_sizes(max_batch)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        started = time.perf_counter()
         memory = None  # shared by all: only one of them runs at a time; the largest first, so that it sets the size
         for size in reversed(self._sizes):
             batch = self._cut(size)
@@ -56,6 +61,8 @@ class DecodeGraphs:
                 logits = model(batch, kv_cache)
             memory = graph.pool()
             self._graphs[size] = (graph, logits)
+        seconds = time.perf_counter() - started
+        log.info("decode graphs: %d batch sizes up to %d in %.1f s", len(self._sizes), max_batch, seconds)
 
     def replay(self, batch: Batch) -> Tensor:
         """The logits [B, vocab_size] of a batch that only decodes, its tensors in main memory; valid until the next."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
 from wave64.serve.batch import Schedule
@@ -118,7 +117,7 @@ class Scheduler:
         self._add_prompts(step)
         return step
 
-    def commit(self, sampled: Several[int]) -> list[Sequence]:
+    def commit(self, sampled: list[int]) -> list[Sequence]:
         """Record that the scheduled step ran; `sampled` holds one token for each sequence of `self.sampling`.
 
         Returns those sequences; one that has a finish_reason now is already forgotten.

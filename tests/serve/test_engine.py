@@ -262,6 +262,18 @@ def test_refusals_name_the_reason_and_harm_nobody(make, expected):
         assert reason in got[each.rid].error
 
 
+def test_extreme_values_harm_nobody(make, expected):
+    """Numbers that are legal and overflow what tensors hold."""
+    extremes = [
+        SamplingParams(max_new_tokens=5, top_k=-(10**15), temperature=1e300),
+        SamplingParams(max_new_tokens=5, top_k=10**15, temperature=1e-300, seed=2**63),
+        SamplingParams(max_new_tokens=5, frequency_penalty=1e300, presence_penalty=-1e300, repetition_penalty=1e-300),
+    ]
+    got = collect(make(), request("good", PROMPTS[0]), *(request(i, [5, 6], each) for i, each in enumerate(extremes)))
+    assert got["good"].token_ids == expected[0]
+    assert all(output.error is None for output in got.values())
+
+
 def test_abort_frees_at_once(make, expected):
     engine = make(max_running_requests=2)
     for i, prompt in enumerate(PROMPTS):
