@@ -18,6 +18,8 @@ from wave64.triton_ops.geometry import num_warps
 #: Logits of a chunk, and of the tile that is searched in registers.
 BLOCK = 4096
 GROUP = 16
+#: Of the drawing block. On CDNA a mask takes two scalar registers for every logit that a lane holds, so lanes hold few.
+WAVES = 16
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 #: Behind any index.
@@ -72,7 +74,7 @@ def _threshold(tile, logits_ptr, end, vocab, want, floor, best, scale, BLOCK: tl
     pivot = floor
     while low < high:
         weight, least, greatest = _above(tile, pivot, floor, best, scale)
-        for start in tl.range(BLOCK, end, BLOCK, num_stages=3):
+        for start in range(BLOCK, end, BLOCK):
             more, x_least, x_greatest = _above(_chunk(logits_ptr, start, vocab, BLOCK), pivot, floor, best, scale)
             weight += more
             least = tl.minimum(least, x_least)
@@ -112,7 +114,7 @@ def _mass(tile, logits_ptr, end, vocab, best, scale, floor, min_p, CHUNKS: tl.co
     """The kept weight [CHUNKS] of `tile` and of every chunk of the logits [BLOCK, end)."""
     offs_c = tl.arange(0, CHUNKS)
     mass = tl.where(offs_c == 0, tl.sum(_kept_weight(tile, best, scale, floor, min_p), 0), 0.0)
-    for start in tl.range(BLOCK, end, BLOCK, num_stages=3):
+    for start in range(BLOCK, end, BLOCK):
         x = _chunk(logits_ptr, start, vocab, BLOCK)
         here = tl.sum(_kept_weight(x, best, scale, floor, min_p), 0)
         mass = tl.where(offs_c == start // BLOCK, here, mass)
@@ -232,9 +234,9 @@ def launch(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
         stats = torch.empty((rows, 2, chunks), dtype=torch.float32, device=logits.device)
         ids = torch.empty((rows, groups), dtype=torch.int32, device=logits.device)
         _sample_chunks_kernel[(rows, chunks)](peaks, stats, logits, temperature, logits.stride(0), vocab, GROUP=GROUP,
-                                              BLOCK=block, num_warps=num_warps(block // 8))
+                                              BLOCK=block, num_warps=num_warps(block // 16))
         _sample_kernel[(rows,)](out, logits, temperature, top_k, top_p, min_p, uniform, peaks, stats, ids,
                                 logits.stride(0), vocab, chunks, CHUNKS=triton.next_power_of_2(chunks),
                                 PEAKS=triton.next_power_of_2(chunks * groups), GROUP=GROUP, BLOCK=block,
-                                num_warps=num_warps(block // 4))
+                                num_warps=max(1, min(WAVES, block // 256)))
     return out
