@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.config import ConfigError
 from wave64.serve.engine import Engine, run_engine
+from wave64.serve.graphs import batch_sizes
 from wave64.serve.messages import (
     Abort,
     Failed,
@@ -427,6 +428,14 @@ def test_engine_process_ends_with_its_parent(llama, tmp_path):
             time.sleep(0.1)
         else:
             pytest.fail("the engine process outlived its parent by 10 s")
+
+
+@pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 1000])
+def test_graph_sizes_hold_every_batch(largest):
+    sizes = batch_sizes(largest)
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, largest)
+    assert all(after <= max(2 * before, before + 4) for before, after in zip(sizes, sizes[1:], strict=False))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs of decode steps are captured on a GPU")
