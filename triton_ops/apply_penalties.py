@@ -37,7 +37,8 @@ def _clear(count_ptr, ids_ptr, width, vocab, BLOCK: tl.constexpr):
 def _penalise(logits_ptr, count_ptr, ids_ptr, width, vocab, presence, frequency, repetition, BLOCK: tl.constexpr):
     for start in range(0, width, BLOCK):
         ids, mask = _ids(ids_ptr, start, width, vocab, BLOCK)
-        taken = tl.atomic_xchg(count_ptr + ids, tl.zeros([BLOCK], tl.int32), mask=mask, sem="relaxed")
+        # `and` with 0, not an exchange: that does not compile for AMD in Triton 3.6
+        taken = tl.atomic_and(count_ptr + ids, tl.zeros([BLOCK], tl.int32), mask=mask, sem="relaxed")
         taken = tl.where(mask, taken, 0)
         mask = taken != 0
         logit = tl.load(logits_ptr + ids, mask=mask, other=0.0).to(tl.float32)
