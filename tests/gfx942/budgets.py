@@ -1,8 +1,10 @@
 """What the kernels may cost on the machines they are for: compiles them all, and compares with golden.json.
 
 golden.json holds the compilers' versions and, by kind (triton, hip), architecture and operator, a row of figures for
-every kernel; what a figure means is said in wave64/testing/isa.py. `python tests/gfx942/budgets.py` rewrites it and
-prints what changed; commit it with the change that caused it.
+every kernel; what a figure means is said in wave64/testing/isa.py.
+
+    python tests/gfx942/budgets.py rms_norm [--asm FOLDER]    the figures of an operator, golden -> now
+    python -m pytest tests/gfx942 --renew-golden              writes golden.json; commit it with what caused the change
 """
 
 import argparse
@@ -23,17 +25,18 @@ ARCHS = ("gfx942", "gfx950")
 KINDS = ("triton", "hip")
 GOLDEN = Path(__file__).with_name("golden.json")
 HIP = Path(__file__).parents[2] / "hip"
-RENEW = f"python {Path(__file__).relative_to(Path(__file__).parents[2])}"
+RENEW = "python -m pytest tests/gfx942 --renew-golden"
 
 Rows = dict[str, dict[str, Any]]
 
 
-def compile_all() -> dict[str, dict[str, Any]]:
-    """arch -> what `python -m wave64.testing.compile` reports. A process per architecture, without the interpreter;
-    quick once Triton's cache holds the kernels."""
+def compile_all(*arguments: str) -> dict[str, dict[str, Any]]:
+    """arch -> what `python -m wave64.testing.compile <arch> <arguments>` reports. A process per architecture, without
+    the interpreter; quick once Triton's cache holds the kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    running = {arch: subprocess.Popen([sys.executable, "-m", "wave64.testing.compile", arch], env=environment,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for arch in ARCHS}
+    running = {arch: subprocess.Popen([sys.executable, "-m", "wave64.testing.compile", arch, *arguments],
+                                      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for arch in ARCHS}
     reports = {}
     for arch, process in running.items():
         out, err = process.communicate()
@@ -75,10 +78,13 @@ def watched(rows: Rows) -> Rows:
 
 
 def over_limits(row: dict[str, Any], arch: str) -> list[str]:
-    """What no kernel may do, whichever compiler made it."""
+    """What no kernel may do, whichever compiler made it. Only variants for odd shapes may spill scalars, which go to
+    vector registers."""
     found = []
     if row["spills"] or row["scratch_bytes"]:
-        found.append(f"spills {row['spills']} registers, {row['scratch_bytes']} bytes of scratch per lane")
+        found.append(f"spills {row['spills']} vector registers, {row['scratch_bytes']} bytes of scratch per lane")
+    if row["sgpr_spills"] and row.get("large", True):
+        found.append(f"spills {row['sgpr_spills']} scalar registers")
     if row["lds_bytes"] > lookup(arch).lds_bytes:
         found.append(f"LDS {row['lds_bytes']} bytes, {arch} has {lookup(arch).lds_bytes}")
     return found
@@ -115,16 +121,16 @@ def _cells(row: dict[str, Any] | None) -> list[str]:
         widths = [" ".join(f"{n}x{size}B" for size, n in row[key].items()) for key in ("loads", "stores")]
         in_loop = sum(row["loop"].values()) if row["loops"] else "-"
         code = [row["instructions"], in_loop, sum(row["matrix"].values()), *widths]
-    return [str(cell) for cell in (row["vgpr"], row["agpr"], row["sgpr"], row["spills"], row["lds_bytes"],
-                                   f"{row['waves_per_simd']:g}", *code)]
+    return [str(cell) for cell in (row["vgpr"], row["agpr"], row["sgpr"], f"{row['spills']}+{row['sgpr_spills']}",
+                                   row["lds_bytes"], f"{row['waves_per_simd']:g}", *code)]
 
 
-def table(golden: dict[str, Any], before: dict[str, Any]) -> str:
-    """A line per kernel; where a figure changed, old -> new."""
+def table(now: dict[str, Any], before: dict[str, Any]) -> str:
+    """A line per kernel of the operators in `now`; where a figure changed, old -> new."""
     lines = [["kind", "arch", "op", "case and kernel", *COLUMNS]]
     for kind in KINDS:
         for arch in ARCHS:
-            for op, rows in golden[kind][arch].items():
+            for op, rows in now[kind][arch].items():
                 old_rows = before.get(kind, {}).get(arch, {}).get(op, {})
                 for key in {**rows, **old_rows}:
                     new, old = _cells(rows.get(key)), _cells(old_rows.get(key))
@@ -132,6 +138,23 @@ def table(golden: dict[str, Any], before: dict[str, Any]) -> str:
                     lines.append([kind, arch, op, key, *changed])
     width = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)).rstrip() for line in lines)
+
+
+def as_golden(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What golden.json would hold after these reports. Raises RuntimeError with what cannot be recorded, and why."""
+    failed = [f"{kind} {op} on {arch}: {rows}" for kind in KINDS for arch in ARCHS
+              for op, rows in reports[arch][kind].items() if isinstance(rows, str)]
+    failed += [f"no code objects for {arch}: build the package first" for arch in ARCHS
+               if not reports[arch]["compilers"]["hip"]]
+    if failed:
+        raise RuntimeError("\n".join(["golden.json cannot be made:", *failed]))
+    return {"compilers": reports[ARCHS[0]]["compilers"],
+            **{kind: {arch: {op: watched(rows) for op, rows in reports[arch][kind].items()} for arch in ARCHS}
+               for kind in KINDS}}
+
+
+def read_golden() -> dict[str, Any]:
+    return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
 
 
 def dump(golden: dict[str, Any]) -> str:
@@ -146,24 +169,14 @@ def dump(golden: dict[str, Any]) -> str:
     return write(golden, 4) + "\n"
 
 
-def main() -> int:
-    argparse.ArgumentParser(description="Rewrites golden.json and prints what changed.").parse_args()
-    reports = compile_all()
-    failed = [f"{kind} {op} on {arch}: {rows}" for kind in KINDS for arch in ARCHS
-              for op, rows in reports[arch][kind].items() if isinstance(rows, str)]
-    failed += [f"no code objects for {arch}: build the package first" for arch in ARCHS
-               if not reports[arch]["compilers"]["hip"]]
-    if failed:
-        print("\n".join(["golden.json is left as it is:", *failed]), file=sys.stderr)
-        return 1
-    before = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    golden = {"compilers": reports[ARCHS[0]]["compilers"],
-              **{kind: {arch: {op: watched(rows) for op, rows in reports[arch][kind].items()} for arch in ARCHS}
-                 for kind in KINDS}}
-    GOLDEN.write_text(dump(golden))
-    print(table(golden, before))
-    return 0
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints the figures of operators' kernels: golden -> now.")
+    parser.add_argument("ops", nargs="*", metavar="op", help="default: every operator")
+    parser.add_argument("--asm", metavar="FOLDER", help="write the assembly of the Triton kernels there")
+    options = parser.parse_args()
+    reports = compile_all(*options.ops, *(["--asm", options.asm] if options.asm else []))
+    print(table(as_golden(reports), read_golden()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,10 +1,22 @@
 """Every kernel compiles for gfx942 and gfx950, within the hardware's limits, and no worse than golden.json says."""
 
 import importlib.util
-import json
 
 import pytest
-from budgets import ARCHS, GOLDEN, KINDS, RENEW, compile_all, over_limits, watched, worse
+from budgets import (
+    ARCHS,
+    GOLDEN,
+    KINDS,
+    RENEW,
+    as_golden,
+    compile_all,
+    dump,
+    over_limits,
+    read_golden,
+    table,
+    watched,
+    worse,
+)
 
 import wave64
 
@@ -14,6 +26,16 @@ KERNELS = [(kind, op.name) for op in wave64.OPS.values() for kind in KINDS if ki
 @pytest.fixture(scope="session")
 def reports():
     return compile_all()
+
+
+@pytest.fixture(scope="session")
+def golden(reports, request):
+    if request.config.getoption("renew_golden", default=False):
+        before, now = read_golden(), as_golden(reports)
+        GOLDEN.write_text(dump(now))
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{table(now, before)}")
+    return read_golden()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -42,8 +64,7 @@ def compare(rows: dict, golden: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_are_no_worse_than_golden(kind, reports):
-    golden = json.loads(GOLDEN.read_text())
+def test_kernels_are_no_worse_than_golden(kind, reports, golden):
     measured, used = golden["compilers"][kind], reports[ARCHS[0]]["compilers"][kind]
     if used != measured:
         pytest.skip(f"golden figures are of {kind} {measured}, these kernels of {used}: compiled, not compared")

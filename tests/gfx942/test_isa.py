@@ -7,8 +7,8 @@ from budgets import over_limits, worse
 
 from wave64.testing.isa import Resources, classify, lane_bytes, read_asm, read_elf, unpack, waves_per_simd
 
-KERNEL = Resources("k", "gfx942", vgpr=95, agpr=0, vgpr_allocated=96, sgpr=60, spills=0, scratch_bytes=0, lds_bytes=0,
-                   max_block=256)
+KERNEL = Resources("k", "gfx942", vgpr=95, agpr=0, vgpr_allocated=96, sgpr=60, spills=0, sgpr_spills=0,
+                   scratch_bytes=0, lds_bytes=0, max_block=256)
 
 ASM = """
 k:                                      ; @k
@@ -92,8 +92,8 @@ def test_what_is_no_code_object_is_refused():
         read_elf(b"not a code object")
 
 
-GOOD = {"vgpr": 96, "agpr": 0, "sgpr": 60, "spills": 0, "scratch_bytes": 0, "lds_bytes": 8192, "block_waves": 4,
-        "waves_per_simd": 5.0, "instructions": 300, "loops": 1, "loop": {"valu": 90, "matrix": 10},
+GOOD = {"vgpr": 96, "agpr": 0, "sgpr": 60, "spills": 0, "sgpr_spills": 0, "scratch_bytes": 0, "lds_bytes": 8192,
+        "block_waves": 4, "waves_per_simd": 5.0, "instructions": 300, "loops": 1, "loop": {"valu": 90, "matrix": 10},
         "matrix": {"v_mfma_f32_16x16x16_bf16": 10}, "loads": {"4": 1, "16": 4}, "stores": {"16": 1}}
 
 
@@ -111,6 +111,11 @@ def test_a_harmless_change_is_not(change):
 
 
 @pytest.mark.parametrize(("change", "text"), [
-    ({"spills": 1}, "spills"), ({"scratch_bytes": 8}, "scratch"), ({"lds_bytes": 65 * 1024}, "LDS")])
+    ({"spills": 1}, "vector"), ({"sgpr_spills": 1}, "scalar"), ({"scratch_bytes": 8}, "scratch"),
+    ({"lds_bytes": 65 * 1024}, "LDS")])
 def test_limits_hold_without_a_golden_row(change, text):
     assert [text in found for found in over_limits({**GOOD, **change}, "gfx942")] == [True]
+
+
+def test_a_small_variant_may_keep_a_scalar_in_a_vector_register():
+    assert over_limits({**GOOD, "sgpr_spills": 1, "large": False}, "gfx942") == []

@@ -18,7 +18,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,10 @@ def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
     return launches
 
 
-def triton_rows(op: Op, arch: str) -> Rows:
+def triton_rows(op: Op, arch: str, assembly: Path | None = None) -> Rows:
     """"<case> <kernel>" -> figures, over all cases, large ones first; a binary that cases share is listed once. "large"
-    tells the rows that belong in the golden file from variants that need only compile and stay within limits."""
+    tells the rows that belong in the golden file from variants that need only compile and stay within limits.
+    In the folder `assembly`, where it is given, the text of each row's machine code is left."""
     rows, seen = {}, set()
     for case in sorted(op.cases(), key=lambda case: not case.large):
         for launch in compile_case(op, case, arch):
@@ -132,7 +133,11 @@ def triton_rows(op: Op, arch: str) -> Rows:
                 seen.add(launch.kernel.hash)
                 name = f"{case.id} {launch.kernel.name}"
                 again = sum(key.split("#")[0] == name for key in rows)
-                rows[f"{name}#{again + 1}" if again else name] = launch.figures() | {"large": case.large}
+                key = f"{name}#{again + 1}" if again else name
+                rows[key] = launch.figures() | {"large": case.large}
+                if assembly:
+                    file = assembly / f"{arch}.{op.name}.{key.replace(' ', '.')}.s"
+                    file.write_text(launch.kernel.asm["amdgcn"])
     return rows
 
 
@@ -171,13 +176,13 @@ def kernels() -> set[str]:
             if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
 
 
-def measure(backend: str, arch: str, rows: Callable[[Op, str], Rows]) -> dict[str, Rows | str]:
+def measure(backend: str, ops: Iterable[Op], rows: Callable[[Op], Rows]) -> dict[str, Rows | str]:
     """op -> rows, or the error: what does not compile is a finding about that operator only."""
     found: dict[str, Rows | str] = {}
-    for op in OPS.values():
+    for op in ops:
         if backend in op.backends:
             try:
-                found[op.name] = rows(op, arch)
+                found[op.name] = rows(op)
             except Exception as e:
                 found[op.name] = f"{type(e).__name__}: {e}"
     return found
@@ -186,13 +191,21 @@ def measure(backend: str, arch: str, rows: Callable[[Op, str], Rows]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arch", help="gfx942, gfx950, ...")
-    arch = parser.parse_args().arch
-    compiled, version = measure("triton", arch, triton_rows), hip_compiler(arch)
+    parser.add_argument("ops", nargs="*", metavar="op", default=list(OPS), help="default: every operator")
+    parser.add_argument("--asm", type=Path, metavar="FOLDER", help="write each Triton kernel's assembly there")
+    options = parser.parse_args()
+    if unknown := [name for name in options.ops if name not in OPS]:
+        parser.error(f"op: expected some of {', '.join(OPS)}, got {', '.join(unknown)}")
+    if options.asm:
+        options.asm.mkdir(parents=True, exist_ok=True)
+    arch, ops = options.arch, [OPS[name] for name in options.ops]
+    compiled = measure("triton", ops, lambda op: triton_rows(op, arch, options.asm))
     reached = {key.split()[-1].partition("#")[0] for rows in compiled.values() if not isinstance(rows, str)
                for key, row in rows.items() if row["large"]}
+    version = hip_compiler(arch)
     print(json.dumps({
         "compilers": {"triton": triton.__version__, "hip": version},
-        "triton": compiled, "hip": measure("hip", arch, hip_rows) if version else {},
+        "triton": compiled, "hip": measure("hip", ops, lambda op: hip_rows(op, arch)) if version else {},
         "unreached": sorted(kernels() - reached)}))
 
 

@@ -34,7 +34,8 @@ class Resources:
     agpr: int              # those of them that are accumulation registers
     vgpr_allocated: int    # what the descriptor reserves: granularity, and padding by an occupancy limit, included
     sgpr: int
-    spills: int            # vector and scalar registers spilled
+    spills: int            # vector registers spilled, to memory
+    sgpr_spills: int       # scalar registers spilled, to lanes of a vector register
     scratch_bytes: int     # private memory per lane
     lds_bytes: int         # declared statically
     max_block: int         # lanes
@@ -45,7 +46,7 @@ class Resources:
         return cls(
             name=kernel[".name"], arch=target, vgpr=kernel[".vgpr_count"], agpr=kernel.get(".agpr_count", 0),
             vgpr_allocated=(granules + 1) * 8, sgpr=kernel[".sgpr_count"],
-            spills=kernel[".vgpr_spill_count"] + kernel[".sgpr_spill_count"],
+            spills=kernel[".vgpr_spill_count"], sgpr_spills=kernel[".sgpr_spill_count"],
             scratch_bytes=kernel[".private_segment_fixed_size"], lds_bytes=kernel[".group_segment_fixed_size"],
             max_block=kernel[".max_flat_workgroup_size"])
 
@@ -270,5 +271,5 @@ def _round_up(value: int, granule: int) -> int:
 def figures(kernel: Resources, lds_bytes: int, block_waves: int) -> dict[str, Any]:
     """A row of the golden file, JSON-ready; lds_bytes: declared and requested at launch together."""
     return {"vgpr": kernel.vgpr, "agpr": kernel.agpr, "sgpr": kernel.sgpr, "spills": kernel.spills,
-            "scratch_bytes": kernel.scratch_bytes, "lds_bytes": lds_bytes, "block_waves": block_waves,
-            "waves_per_simd": waves_per_simd(kernel, lds_bytes, block_waves)}
+            "sgpr_spills": kernel.sgpr_spills, "scratch_bytes": kernel.scratch_bytes, "lds_bytes": lds_bytes,
+            "block_waves": block_waves, "waves_per_simd": waves_per_simd(kernel, lds_bytes, block_waves)}
