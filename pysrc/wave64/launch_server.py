@@ -5,6 +5,7 @@ with status 0 when told to (SIGTERM, Ctrl-C), and with status 1 and one line on 
 """
 
 import asyncio
+import json
 import logging
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import uvicorn
 
@@ -22,7 +24,7 @@ from wave64.serve.client import EngineClient
 from wave64.serve.config import ConfigError, ModelConfig
 from wave64.serve.engine_process import LOG_FORMAT
 from wave64.serve.generation import Generator
-from wave64.serve.protocol import ApiError
+from wave64.serve.protocol import ApiError, NativeSampling, parse
 from wave64.serve.tokenizer import Tokenizer, TokenizerError
 from wave64.serve.weights import WeightsError, resolve_model_path
 
@@ -78,7 +80,7 @@ async def _serve(args: ServerArgs, listener: socket.socket) -> int:
     rows = wave64.report(None if args.device == "auto" else args.device)
     log.info("what serves each operator:\n%s", wave64.table(rows))
     folder = resolve_model_path(args.model_path, args.revision)
-    defaults = ModelConfig.from_folder(folder).sampling_defaults
+    defaults = _sampling_defaults(folder)
     client = EngineClient(replace(args, model_path=str(folder)))
     try:
         await client.start()
@@ -110,6 +112,16 @@ async def _serve(args: ServerArgs, listener: socket.socket) -> int:
         return 0
     finally:
         await client.stop()
+
+
+def _sampling_defaults(folder: Path) -> dict[str, float]:
+    """What the model recommends, held to what a request may ask for."""
+    defaults = ModelConfig.from_folder(folder).sampling_defaults
+    try:
+        parse(NativeSampling, json.dumps(defaults).encode())
+    except ApiError as error:
+        raise ConfigError(f"{folder / 'generation_config.json'}: {error}") from None
+    return defaults
 
 
 async def _announce(generator: Generator) -> None:

@@ -42,9 +42,9 @@ def damaged(folder: Path, target: Path, damage) -> Path:
     return target
 
 
-def edit_config(**changes):
+def edit_config(name: str = "config.json", **changes):
     def edit(folder: Path) -> None:
-        file = folder / "config.json"
+        file = folder / name
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
     return edit
@@ -72,9 +72,10 @@ def reshape(folder: Path) -> None:
         (reshape, ["model.safetensors", "proj.weight", "[32, 128]", "[64, 64]"]),
         (edit_config(architectures=["GPT2LMHeadModel"]), ["config.json", "architectures", "GPT2LMHeadModel"]),
         (edit_config(rope_parameters={"rope_type": "spiral"}), ["config.json", "rope_type", "spiral", "llama3"]),
+        (edit_config("generation_config.json", top_p=0), ["generation_config.json", "top_p", "greater than 0, got 0"]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer.json", "--tokenizer-path"]),
     ],
-    ids=["missing", "truncated", "shape", "architecture", "rope", "tokenizer"],
+    ids=["missing", "truncated", "shape", "architecture", "rope", "sampling", "tokenizer"],
 )
 def test_a_damaged_checkpoint_is_one_line(model_folder, tmp_path, damage, words):
     said = start_in_vain(damaged(model_folder, tmp_path / "copy", damage))
