@@ -360,7 +360,8 @@ def do_doctor(args: argparse.Namespace) -> None:
 def main() -> None:
     if sys.version_info < (3, 10):
         fail(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     commands = {"demo": do_demo, "test": do_test, "install": do_install, "develop": do_install, "wheel": do_wheel,
                 "doctor": do_doctor}
     parser.add_argument("command", choices=commands, metavar="command", help=", ".join(commands))
