@@ -4,7 +4,7 @@
     python3 setup_rocm.py demo       install, start the server on the model that ships with wave64, ask it over HTTP
     python3 setup_rocm.py test       install with what the tests need, then run them (arguments after it go to pytest)
     python3 setup_rocm.py install    install with the server
-    python3 setup_rocm.py develop    the same, editable: changes to Python files count at once
+    python3 setup_rocm.py develop    the same, editable, with what tests and style checks need
     python3 setup_rocm.py wheel      build dist/wave64-*.whl
     python3 setup_rocm.py doctor     what is here: GPU, torch, Triton, code objects, and which backend serves what
 
@@ -278,8 +278,13 @@ def next_step(text: str) -> None:
 
 
 def do_install(args: argparse.Namespace) -> None:
-    python = install(args, "serve", editable=args.command == "develop", develops=args.command == "develop")
+    python = install(args, "serve")
     next_step(f"{shown(python)} -m wave64.launch_server    (serves demo-llama; --model-path: a folder or a hub name)")
+
+
+def do_develop(args: argparse.Namespace) -> None:
+    python = install(args, "serve,test,lint", editable=True, develops=True)
+    next_step(f"{shown(python)} -m pytest -n 2 tests    (CONTRIBUTING.md tells how to add an operator or a model)")
 
 
 def do_wheel(args: argparse.Namespace) -> None:
@@ -362,7 +367,7 @@ def main() -> None:
         fail(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    commands = {"demo": do_demo, "test": do_test, "install": do_install, "develop": do_install, "wheel": do_wheel,
+    commands = {"demo": do_demo, "test": do_test, "install": do_install, "develop": do_develop, "wheel": do_wheel,
                 "doctor": do_doctor}
     parser.add_argument("command", choices=commands, metavar="command", help=", ".join(commands))
     parser.add_argument("--torch", metavar='"PIP ARGUMENTS"', help="the torch to install where there is none")
