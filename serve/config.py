@@ -237,7 +237,8 @@ def _sampling_defaults(generation: _Keys) -> dict[str, float]:
     given = [key for key in SAMPLING_KEYS if generation.get(key) is not None]
     for key in given:
         generation.number(key, above=float("-inf"))
-    return {key: generation.get(key) for key in given}
+    greedy = {"temperature": 0.0} if generation.get("do_sample") is False else {}
+    return {key: generation.get(key) for key in given} | greedy
 
 
 def _token_ids(keys: _Keys, absent: list[int]) -> tuple[int, ...]:

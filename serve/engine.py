@@ -43,6 +43,7 @@ from wave64.serve.weights import load_model, resolve_model_path
 log = logging.getLogger("wave64")
 
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
+ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
 PREFILL_CHUNK = {"cpu": 512, "cuda": 8192}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
@@ -205,7 +206,8 @@ def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if "OMP_NUM_THREADS" not in os.environ:
+    choose_threads = "OMP_NUM_THREADS" not in os.environ
+    if choose_threads:
         torch.set_num_threads(_usable_cpus())
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
@@ -217,6 +219,8 @@ def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
         outbox.connect(outputs)
         try:
             engine = Engine(args)
+            if choose_threads and engine.runner.weight_bytes < ONE_THREAD_BYTES:
+                torch.set_num_threads(1)
             outbox.send(encode(engine.ready()))
             _serve(engine, inbox, outbox, parent)
         except Exception as error:

@@ -37,6 +37,11 @@ class Runner:
         if capture:
             self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, self._page_table.shape[1])
 
+    @property
+    def weight_bytes(self) -> int:
+        """What the model's weights take; shared ones count once."""
+        return sum(weight.nbytes for weight in self.model.parameters())
+
     @torch.inference_mode()
     def run(self, step: Schedule) -> Tensor:
         """Run the model over the step and return the wanted logits, [sum(step.logits), vocab_size] float32.

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from wave64.serve.models import MODELS
 log = logging.getLogger(__name__)
 
 BUILT_IN = {"demo-llama": Path(__file__).parent / "demo" / "llama"}
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+HUB_FILES = (*TOKENIZER_FILES, "*.safetensors")
 DUMMY_SEED = 0
 
 
@@ -117,8 +119,9 @@ def _listed(names) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def resolve_model_path(model_path: str, revision: str | None = None) -> Path:
-    """The folder that `model_path` stands for: a folder, a built-in name, or a hub name, which is downloaded.
+def resolve_model_path(model_path: str, revision: str | None = None, files: Sequence[str] = HUB_FILES) -> Path:
+    """The folder that `model_path` stands for: a folder, a built-in name, or a hub name, of which `files` (patterns)
+    are downloaded.
 
     Raises WeightsError in one line if it is none of these or cannot be fetched.
     """
@@ -137,7 +140,7 @@ def resolve_model_path(model_path: str, revision: str | None = None) -> Path:
     import huggingface_hub  # only here: a local model needs no hub client
 
     try:
-        return Path(huggingface_hub.snapshot_download(model_path, revision=revision, allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(model_path, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
         reason = " ".join(str(e).split())[:200]
         raise WeightsError(f"{model_path}: neither a folder nor a built-in name ({built_in}), and the Hugging Face Hub "

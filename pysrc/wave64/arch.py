@@ -1,6 +1,7 @@
 """The capability table: what each GPU architecture is. Standard library only.
 
-Read by the build (`python arch.py --hip-targets`), by dispatch, by the kernels' launchers and by the tests. Figures are AMD's: the instruction set manuals for wave size, LDS and matrix cores, the product pages for rates.
+Read by the build (`python arch.py --hip-targets`), by dispatch, by the kernels' launchers and by the tests.
+Figures are AMD's: the instruction set manuals for wave size, LDS and matrix cores, the product pages for rates.
 """
 
 import argparse

@@ -26,7 +26,7 @@ from wave64.serve.engine_process import LOG_FORMAT
 from wave64.serve.generation import Generator
 from wave64.serve.protocol import ApiError, NativeSampling, parse
 from wave64.serve.tokenizer import Tokenizer, TokenizerError
-from wave64.serve.weights import WeightsError, resolve_model_path
+from wave64.serve.weights import TOKENIZER_FILES, WeightsError, resolve_model_path
 
 log = logging.getLogger("wave64")
 
@@ -85,7 +85,9 @@ async def _serve(args: ServerArgs, listener: socket.socket) -> int:
     try:
         await client.start()
         engine = asyncio.create_task(client.run())
-        place = resolve_model_path(args.tokenizer_path, args.revision) if args.tokenizer_path else folder
+        place = folder
+        if args.tokenizer_path:
+            place = resolve_model_path(args.tokenizer_path, args.revision, TOKENIZER_FILES)
         generator = Generator(args, client, await asyncio.to_thread(Tokenizer, place, args.chat_template), defaults)
         config = uvicorn.Config(create_app(generator), log_config=None, lifespan="off",
                                 timeout_graceful_shutdown=GRACE_S + 2)  # fmt: skip

@@ -115,7 +115,7 @@ class Op:
                 e.op = self.name
                 raise
         tensor = args[0] if args else kwargs[self._first]
-        candidates = self.bound[tensor.device.type]
+        candidates = self.bound.get(tensor.device.type) or (self.backends["reference"],)
         for backend in candidates:
             reason = backend.supports(*args, **kwargs) if backend.supports else None
             if reason is None:

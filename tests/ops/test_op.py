@@ -177,6 +177,11 @@ def test_environment_override_is_loud():
     assert done.stdout.strip() == "triton", done.stderr
 
 
+def test_triton_is_not_imported_where_it_cannot_serve(device):
+    done = python("-c", "import sys, wave64; print('triton' in sys.modules)", TRITON_INTERPRET="0")
+    assert done.stdout.strip() == str(device == "cuda"), done.stderr
+
+
 def test_command_line_prints_the_table_and_checks():
     done = python("-m", "wave64")
     assert done.returncode == 0, done.stderr

@@ -50,6 +50,12 @@ def test_llama_3_1(read):
     )  # fmt: skip
 
 
+def test_a_checkpoint_that_does_not_sample_is_greedy_unless_asked(read):
+    assert read(SMALLEST, {"do_sample": False}).sampling_defaults == {"temperature": 0.0}
+    assert read(SMALLEST, {"do_sample": False, "temperature": 0.7}).sampling_defaults == {"temperature": 0.0}
+    assert read(SMALLEST, {"do_sample": True}).sampling_defaults == {}
+
+
 def test_what_is_left_out_is_what_transformers_would_take(read):
     config = read(SMALLEST)
     assert (config.num_kv_heads, config.head_dim, config.max_position_embeddings) == (4, 8, 2048)

@@ -8,7 +8,7 @@ code. What is demanded and cannot serve raises `NotSupported` with the reason.
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import os
 import pkgutil
 from collections.abc import Iterator
@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from wave64 import platform
 from wave64.op import BACKENDS, OPS, Backend, NotSupported, Op
 
-DEVICE_TYPES = ("cpu", "cuda")
+#: Of tensors that operators are bound for: CPU tensors on a GPU machine are a convenience, the reference serves them.
+DEVICE_TYPES = ("cpu", "cuda") if platform.device_type() == "cuda" else ("cpu",)
 _overrides: dict[str, str] = {}
 
 
@@ -25,8 +26,8 @@ def strict() -> bool:
 
 
 @functools.cache
-def _triton_reason() -> str | None:
-    """None where Triton kernels can be imported, and they are."""
+def import_triton_kernels() -> str | None:
+    """Imports every module of triton_ops, which registers its kernels. None, or why that cannot be."""
     try:
         import triton  # noqa: F401
     except ImportError as e:
@@ -42,14 +43,16 @@ def probe(backend: str, device_type: str) -> str | None:
     """None if `backend` can serve tensors of `device_type` on this machine, else the reason in words."""
     if backend == "reference":
         return None
+    if device_type == "cuda" and platform.device_type() == "cpu":
+        return "no GPU is visible"
     if backend == "triton":
-        if reason := _triton_reason():
-            return reason
-        from triton import knobs
-
-        if device_type == "cpu" and not knobs.runtime.interpret:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        # Triton takes 75 MB to import: not where it cannot serve, hence the variable is read here, as Triton reads it.
+        interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+        if device_type == "cpu" and not interpret:
             return "needs a GPU (the interpreter runs it on CPU: TRITON_INTERPRET=1 before the start)"
-        return None
+        return import_triton_kernels()
     if backend == "hip":
         from wave64.backends import hip
 
@@ -94,8 +97,7 @@ def parse(text: str) -> dict[str, str]:
 def bind(overrides: dict[str, str]) -> None:
     """Binds every operator for every device type. Raises before anything is changed.
 
-    A demand must be servable by the device this machine computes on; CPU tensors on a GPU machine are a convenience
-    (the reference) that no override touches.
+    Overrides are for the device that this machine computes on; a demand must be servable there.
     """
     main = platform.device_type()
     chosen = {op: {d: order(op, d, overrides if d == main else {}) for d in DEVICE_TYPES} for op in OPS.values()}
@@ -108,8 +110,7 @@ def bind(overrides: dict[str, str]) -> None:
 def load() -> None:
     """Imports what kernels there are and binds them; called once, when `wave64` is imported."""
     for backend in BACKENDS:
-        for device_type in DEVICE_TYPES:
-            probe(backend, device_type)
+        probe(backend, platform.device_type())
     bind(parse(os.environ.get("WAVE64_BACKEND", "")))
 
 

@@ -32,11 +32,14 @@ from triton.runtime import JITFunction, driver
 
 from wave64 import OPS, platform, triton_ops
 from wave64.arch import Arch, lookup
-from wave64.backends import hip
+from wave64.backends import hip, import_triton_kernels
 from wave64.op import Case, Op
 from wave64.testing import isa
 
 Rows = dict[str, dict[str, Any]]
+
+if why := import_triton_kernels():  # on a machine without a GPU nothing else has imported them
+    raise ImportError(why)
 
 
 @dataclass(frozen=True)
