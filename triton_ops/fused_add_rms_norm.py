@@ -1,6 +1,6 @@
 """Residual add and RMSNorm in place: the sum never leaves the registers between the two.
 
-Bound by memory: x and residual in, both out. Where rows are aligned a lane has eight loads of 16 bytes under way.
+Bound by memory: x and residual in, both out. A lane of aligned rows has eight loads of 16 bytes under way.
 """
 
 import triton

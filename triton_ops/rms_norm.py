@@ -1,6 +1,6 @@
 """RMSNorm: a block holds one whole row in registers, so x is read once.
 
-Bound by memory: x in, y out; the weight stays in L2. Where rows are aligned a lane has four loads of 16 bytes under way.
+Bound by memory: x in, y out; the weight stays in L2. A lane of aligned rows has four loads of 16 bytes under way.
 """
 
 import torch

@@ -46,8 +46,9 @@ def _scale(temperature):
 
 @triton.jit
 def _weight(x, best, scale):
-    """2^((x - best) * scale), 0 from 2^-200 on; scale is log2(e) / temperature, or 0 to count."""
-    return tl.exp2(tl.maximum(x - best, -200.0 / tl.maximum(scale, 1e-36)) * scale)
+    """2^((x - best) * scale), 0 from 2^-200 on; scale is log2(e) / temperature, or 0 to count. Half the difference
+    and the bound keep huge logits from overflowing."""
+    return tl.exp2(tl.maximum(0.5 * x - 0.5 * best, -100.0 / tl.maximum(scale, 1e-36)) * (2.0 * scale))
 
 
 @triton.jit
