@@ -141,10 +141,10 @@ def constraints(python: str) -> Iterator[list[str]]:
 
 # ---- torch
 
-def amd_gpus() -> list[str]:
+def amd_gpus(nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> list[str]:
     """The architectures that the kernel driver lists, such as gfx942."""
     found = []
-    for file in sorted(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")):
+    for file in sorted(nodes.glob("*/properties")):
         with contextlib.suppress(OSError):
             version = int((re.findall(r"^gfx_target_version (\d+)", file.read_text(), re.MULTILINE) or ["0"])[0])
             if version:

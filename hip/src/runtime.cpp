@@ -124,7 +124,7 @@ int32_t open_cuda(Driver& driver, void* library) {
 }
 
 int32_t open_driver(Driver& driver) {
-    void* hip = already_loaded("libamdhip64.so");
+    void* hip = already_loaded("libamdhip64");
     if (!hip && !already_loaded("libcuda.so"))
         hip = open_first({"libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6"});
     if (hip) return open_hip(driver, hip);
