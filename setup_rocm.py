@@ -57,16 +57,15 @@ def run(title: str, command: list, env: dict | None = None) -> None:
     log = LOGS / f"{re.sub('[^a-z0-9]+', '-', title.lower())[:40]}.log"
     say(f"-> {title}")
     start = time.monotonic()
-    with log.open("w") as kept:
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)
+    with log.open("w") as kept, subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, text=True,
+                                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         for line in process.stdout:
             kept.write(line)
             if match := re.match(r"\s*Downloading (\S+?)(?:-\d\S*)? \((\d+\.?\d* [MG]B)\)", line):
                 say(f"   downloading {match[1].rsplit('/')[-1]}, {match[2]}")
             elif line.startswith("Installing collected packages:"):
                 say(f"   installing {line.count(',') + 1} packages")
-    if process.wait():
+    if process.returncode:
         say("".join(f"   | {line}\n" for line in log.read_text().splitlines()[-25:]))
         fail(f"this failed (exit status {process.returncode}): {shlex.join(map(str, command))}\n"
              f"The whole output is in {log.relative_to(ROOT)}.")
