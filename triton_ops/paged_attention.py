@@ -183,14 +183,15 @@ def _paged_attention_merge_kernel(out_ptr, partial_ptr, stats_ptr, seq_lens_ptr,
 
 @dataclass(frozen=True)
 class Config:
-    """How the kernel is launched. programs: how many a compute unit holds at a time; least: the fewest keys of one."""
+    """How the kernel is launched."""
 
-    block_h: int  # at most
+    block_h: int        # at most
     block_n: int
     num_warps: int
     num_stages: int
-    programs: int
-    least: int
+    programs: int       # that a compute unit holds at a time
+    least: int          # fewest keys that a sequence is split for
+    block_b: int = 256  # lengths looked at at a time
     options: dict = field(default_factory=dict)
 
 
@@ -223,7 +224,6 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
     group = heads // kv_heads
     block_h = max(16, min(config.block_h, triton.next_power_of_2(group)))
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_b = 64 if num_seqs <= 64 else 256
     tiles = kv_heads * triton.cdiv(group, block_h)
     room = page_table.shape[1] * page_size
     keys = min(room, sliding_window) if sliding_window > 0 else room
@@ -244,11 +244,11 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
         out, partial, stats, query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale, scale,
         logit_cap, *lengths, *(s // unit for s in strides), page_table.stride(0), UNIT=unit, GROUP=group,
         HEAD_DIM=head_dim, PAGE_SIZE=page_size, CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
-        BLOCK_B=block_b, BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d, num_warps=config.num_warps,
+        BLOCK_B=config.block_b, BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d, num_warps=config.num_warps,
         num_stages=config.num_stages, **config.options)
     if most > 1:
         _paged_attention_merge_kernel[heads, num_seqs](
-            out, partial, stats, seq_lens, sinks, *lengths, HEAD_DIM=head_dim, BLOCK_B=block_b, BLOCK_P=16,
+            out, partial, stats, seq_lens, sinks, *lengths, HEAD_DIM=head_dim, BLOCK_B=config.block_b, BLOCK_P=16,
             BLOCK_D=block_d, num_warps=4)
     return out
 
