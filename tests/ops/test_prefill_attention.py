@@ -1,0 +1,115 @@
+"""prefill_attention against a loop over tokens, heads and keys, in fp64 and in other words than the reference's."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_paged_attention import BACKENDS, assert_near, attend_one, drawn, groups, key_of, on_cpu, run, shapes
+
+from wave64 import ops
+from wave64.op import BadArgument
+from wave64.ops import prefill_attention as declared
+from wave64.ops.prefill_attention import make_prefill
+
+
+def naive(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max_seqlen_q, scale, causal=True,
+          sliding_window=-1, logit_cap=0.0, sinks=None, k_scale=None, v_scale=None):
+    heads, group = query.shape[1], query.shape[1] // key_cache.shape[2]
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    lse = torch.full(query.shape[:2], -math.inf, dtype=torch.float64)
+    starts = cu_seqlens_q.tolist()
+    for i, length in enumerate(seq_lens.tolist()):
+        for t in range(starts[i], starts[i + 1]):
+            position = length - (starts[i + 1] - t)
+            seen = [p for p in range(length) if (not causal or p <= position)
+                    and (sliding_window <= 0 or p > position - sliding_window)]
+            for h in range(heads):
+                keys = [key_of(key_cache, page_table[i], p, h // group, k_scale) for p in seen]
+                values = [key_of(value_cache, page_table[i], p, h // group, v_scale) for p in seen]
+                sink = None if sinks is None else sinks[h]
+                out[t, h], lse[t, h] = attend_one(query[t, h], keys, values, scale, logit_cap, sink)
+    return out, lse
+
+
+def assert_right(got, args):
+    out, lse = got
+    exact, exact_lse = naive(**on_cpu(args))
+    assert_near(out, exact, args)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(options=shapes, group=groups, causal=st.booleans(),
+       lengths=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 50)), min_size=1, max_size=3))
+@drawn
+def test_equals_a_loop_over_keys(device, backend, options, group, causal, lengths):
+    with torch.device(device):
+        args = make_prefill([new for new, _ in lengths], [new + before for new, before in lengths],
+                            heads=group * options["kv_heads"], causal=causal, **options)
+    assert_right(run("prefill_attention", backend, args), args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("new", "length", "window"), [(70, 70, -1), (40, 100, -1), (70, 100, 20), (100, 100, 64)])
+def test_several_blocks_of_queries(device, backend, new, length, window):
+    with torch.device(device):
+        args = make_prefill([new], [length], heads=2, kv_heads=1, head_dim=16, sliding_window=window)
+    assert_right(run("prefill_attention", backend, args), args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_without_keys_are_zeros(device, backend):
+    """A row of padding (no length), and more new tokens than the sequence is long."""
+    with torch.device(device):
+        args = make_prefill([2, 5, 3], [0, 3, 3])
+        sinks = torch.randn(4)
+    out, lse = run("prefill_attention", backend, args)
+    assert_right((out, lse), args)
+    assert not out[:4].any()
+    assert torch.isneginf(lse[:4]).all()
+    assert_right(run("prefill_attention", backend, {**args, "sinks": sinks}), {**args, "sinks": sinks})
+
+
+def test_the_reference_in_small_blocks(device, monkeypatch):
+    """Blocks of keys and queries much smaller than the sequence give what one block gives."""
+    with torch.device(device):
+        args = make_prefill([40, 9], [90, 30], sinks=True, sliding_window=60, dtype=torch.float32)
+    module = __import__(declared.reference.__module__, fromlist=["*"])
+    monkeypatch.setattr(module, "KEYS_AT_ONCE", 1)
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 1)
+    assert_right(declared.reference(**args), args)
+
+
+def test_chunks_give_what_the_whole_gives(device):
+    """Chunked prefill over a growing cache, token for token."""
+    with torch.device(device):
+        args = make_prefill([23], [23], dtype=torch.float32)
+    whole, _ = ops.prefill_attention(**args)
+    for chunk in (1, 2, 7, 22):
+        for start in range(0, 23, chunk):
+            end = min(start + chunk, 23)
+            part = {**args, "query": args["query"][start:end], "max_seqlen_q": chunk,
+                    "cu_seqlens_q": torch.tensor([0, end - start], dtype=torch.int32, device=device),
+                    "seq_lens": torch.tensor([end], dtype=torch.int32, device=device)}
+            torch.testing.assert_close(ops.prefill_attention(**part)[0], whole[start:end], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("argument", "change", "words"), [
+    ("query", lambda a: a["query"][:-1], "running sums from 0 to"),
+    ("query", lambda a: a["query"].double().long(), "bf16, fp16 or fp32"),
+    ("cu_seqlens_q", lambda a: a["cu_seqlens_q"][:-1], "contiguous int32 [3]"),
+    ("cu_seqlens_q", lambda a: a["cu_seqlens_q"].long(), "contiguous int32 [3]"),
+    ("max_seqlen_q", lambda a: 8, "at least 9"),
+    ("page_table", lambda a: a["page_table"][:, :1], "room for 20 tokens"),
+    ("key_cache", lambda a: a["key_cache"].float(), "that of query, or FP8"),
+])
+def test_refuses(argument, change, words):
+    args = make_prefill([9, 2], [20, 2])
+    args[argument] = change(args)
+    with pytest.raises(BadArgument) as refusal:
+        ops.prefill_attention(**args)
+    assert str(refusal.value).startswith("prefill_attention: ")
+    assert words in str(refusal.value)
