@@ -43,32 +43,38 @@ def compile_all(*arguments: str) -> dict[str, dict[str, Any]]:
         if process.returncode:
             raise RuntimeError(f"wave64.testing.compile {arch}: exit status {process.returncode}\n{err}")
         reports[arch] = json.loads(out)
-        if reports[arch]["hip"] and importlib.util.find_spec("ziglang"):
-            for op, rows in reports[arch]["hip"].items():
-                if not isinstance(rows, str):
-                    _add_instructions(rows, op, arch)
+        if importlib.util.find_spec("ziglang"):
+            hip = reports[arch]["hip"]
+            reports[arch]["hip"] = {op: _with_instructions(rows, op, arch) for op, rows in hip.items()}
     return reports
 
 
-def _add_instructions(rows: Rows, op: str, arch: str) -> None:
+def _with_instructions(rows: Rows | str, op: str, arch: str) -> Rows | str:
     """Adds to the figures of a code object those of its assembly text, which the package does not hold: from hip/ops.
-    Raises RuntimeError where that source no longer gives the code object's registers."""
+    Where that source does not compile, or no longer gives the code object's registers, it gives the reason instead."""
+    if isinstance(rows, str):
+        return rows
     with tempfile.TemporaryDirectory() as folder:
         bitcode, text = Path(folder, "k.bc"), Path(folder, "k.s")
         clang = [sys.executable, "-m", "ziglang", "clang"]
-        subprocess.run([*clang, "-x", "hip", f"--offload-arch={arch}", "--cuda-device-only", "--no-gpu-bundle-output",
-                        "-nogpulib", "-nogpuinc", "-O3", "-std=c++17", f"-I{HIP / 'include'}", "-c", "-emit-llvm",
-                        "-o", bitcode, HIP / "ops" / f"{op}.hip"], check=True)
-        subprocess.run([*clang, "--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-nogpulib", "-O3", "-S", "-o", text,
-                        bitcode], check=True)
+        for command in (
+                ["-x", "hip", f"--offload-arch={arch}", "--cuda-device-only", "--no-gpu-bundle-output", "-nogpulib",
+                 "-nogpuinc", "-O3", "-std=c++17", f"-I{HIP / 'include'}", "-c", "-emit-llvm", "-o", bitcode,
+                 HIP / "ops" / f"{op}.hip"],
+                ["--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-nogpulib", "-O3", "-S", "-o", text, bitcode]):
+            done = subprocess.run([*clang, *command], capture_output=True, text=True)
+            if done.returncode:
+                return done.stderr
         assembly = text.read_text()
+    measured = {}
     for key, row in rows.items():
         name = key.split()[-1]
-        vgprs = int(re.search(rf"\n{name}:.*?; TotalNumVgprs: (\d+)", assembly, re.S)[1])
-        if vgprs != row["vgpr"]:
-            raise RuntimeError(f"{op} on {arch}: {name}: expected a code object made of hip/ops/{op}.hip, which gives "
-                               f"{vgprs} VGPRs, got one with {row['vgpr']}; build the package again")
-        row |= isa.read_asm(assembly, name).figures()
+        found = re.search(rf"\n{name}:.*?; TotalNumVgprs: (\d+)", assembly, re.S)
+        if found is None or int(found[1]) != row["vgpr"]:
+            return (f"{name}: expected a code object made of hip/ops/{op}.hip as it is, got one with {row['vgpr']} "
+                    f"VGPRs where the source gives {found[1] if found else 'no such kernel'}; build the package again")
+        measured[key] = row | isa.read_asm(assembly, name).figures()
+    return measured
 
 
 def watched(rows: Rows) -> Rows:
@@ -108,6 +114,14 @@ def worse(row: dict[str, Any], golden: dict[str, Any]) -> list[str]:
                 and sum(row["loads"].values()) >= sum(golden["loads"].values())):
             found.append(f"loads by width in bytes {row['loads']}, golden {golden['loads']}")
     return found
+
+
+def compare(rows: Rows, golden: Rows) -> list[str]:
+    """What changed for the worse; a row that only one side has counts, for then nobody watches that kernel."""
+    found = [f"{name}: not in golden.json" for name in rows.keys() - golden.keys()]
+    found += [f"{name}: in golden.json, but no longer there" for name in golden.keys() - rows.keys()]
+    found += [f"{name}: {text}" for name in rows.keys() & golden.keys() for text in worse(rows[name], golden[name])]
+    return sorted(found)
 
 
 COLUMNS = ("VGPR", "AGPR", "SGPR", "spill", "LDS", "waves/SIMD", "instr", "loop", "matrix", "loads", "stores")

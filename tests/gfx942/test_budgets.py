@@ -1,22 +1,12 @@
 """Every kernel compiles for gfx942 and gfx950, within the hardware's limits, and no worse than golden.json says."""
 
+import fcntl
 import importlib.util
+import json
 
+import budgets
 import pytest
-from budgets import (
-    ARCHS,
-    GOLDEN,
-    KINDS,
-    RENEW,
-    as_golden,
-    compile_all,
-    dump,
-    over_limits,
-    read_golden,
-    table,
-    watched,
-    worse,
-)
+from budgets import ARCHS, KINDS, watched
 
 import wave64
 
@@ -24,18 +14,25 @@ KERNELS = [(kind, op.name) for op in wave64.OPS.values() for kind in KINDS if ki
 
 
 @pytest.fixture(scope="session")
-def reports():
-    return compile_all()
+def reports(request, tmp_path_factory):
+    if not hasattr(request.config, "workerinput"):
+        return budgets.compile_all()
+    shared = tmp_path_factory.getbasetemp().parent / "budgets.json"   # workers of one run have this folder in common
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            shared.write_text(json.dumps(budgets.compile_all()))
+    return json.loads(shared.read_text())
 
 
 @pytest.fixture(scope="session")
 def golden(reports, request):
     if request.config.getoption("renew_golden", default=False):
-        before, now = read_golden(), as_golden(reports)
-        GOLDEN.write_text(dump(now))
+        before, now = budgets.read_golden(), budgets.as_golden(reports)
+        budgets.GOLDEN.write_text(budgets.dump(now))
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n{table(now, before)}")
-    return read_golden()
+            print(f"\n{budgets.table(now, before)}")
+    return budgets.read_golden()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -46,21 +43,13 @@ def test_kernels_compile_within_limits(kind, op, arch, reports):
     rows = reports[arch][kind][op]
     assert not isinstance(rows, str), rows
     assert watched(rows), f"{op}: no large case reaches its {kind} kernel; give ops/{op}.py one: Case(..., large=True)"
-    found = [f"{name}: {text}" for name, row in rows.items() for text in over_limits(row, arch)]
+    found = [f"{name}: {text}" for name, row in rows.items() for text in budgets.over_limits(row, arch)]
     assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_triton_kernel_is_reached(arch, reports):
     assert not reports[arch]["unreached"], "no operator's large case launches these; give one of them such a case"
-
-
-def compare(rows: dict, golden: dict) -> list[str]:
-    """What changed for the worse; a row that only one side has counts, for then nobody watches that kernel."""
-    found = [f"{name}: not in golden.json" for name in rows.keys() - golden.keys()]
-    found += [f"{name}: in golden.json, but no longer there" for name in golden.keys() - rows.keys()]
-    found += [f"{name}: {text}" for name in rows.keys() & golden.keys() for text in worse(rows[name], golden[name])]
-    return sorted(found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +62,7 @@ def test_kernels_are_no_worse_than_golden(kind, reports, golden):
         now, then = reports[arch][kind], golden[kind][arch]
         for op in {**now, **then}:
             if not isinstance(rows := now.get(op, {}), str):   # what does not compile fails above
-                found += [f"{arch} {op} {text}" for text in compare(watched(rows), then.get(op, {}))]
-    assert not found, "\n".join([*found, f"where this is meant: {RENEW}, and commit golden.json"])
+                found += [f"{arch} {op} {text}" for text in budgets.compare(watched(rows), then.get(op, {}))]
+    assert not found, "\n".join([*found, f"where this is meant: {budgets.RENEW}, and commit golden.json"])
     if kind == "hip" and not importlib.util.find_spec("ziglang"):
         pytest.skip("no ziglang package: registers, LDS and waves were compared, instructions were not")
