@@ -165,7 +165,7 @@ def python(*args, **env):
     import os
 
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "TRITON_INTERPRET": "1", **env})
+                          env={**os.environ, **env})
 
 
 def test_environment_override_is_loud():

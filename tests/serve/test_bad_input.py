@@ -83,7 +83,7 @@ def beside(server):
 
     def ask() -> None:
         with httpx.Client(base_url=server.url, timeout=60) as http:
-            while not enough.is_set():
+            while not enough.is_set() or len(answers) < 2:
                 answers.append(http.post(COMPLETIONS, json=body).json()["choices"][0]["text"])
 
     thread = threading.Thread(target=ask)
