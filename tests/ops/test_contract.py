@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from wave64 import OPS, platform
 from wave64.backends import probe
 from wave64.testing import contract

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 import wave64
 from wave64 import OPS, BadArgument, Case, Cost, NotSupported, ops
 from wave64.op import BACKENDS, Op
