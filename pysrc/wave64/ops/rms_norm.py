@@ -43,5 +43,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     raises   BadArgument (a ValueError) if weight is not [hidden] of x's dtype
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse * weight).to(x.dtype).contiguous()
+    inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * inverse).mul_(weight).to(x.dtype).contiguous()

@@ -80,15 +80,17 @@ def cost(positions, query, key, head_size, cos_sin_cache, is_neox=True):
 
 
 def _rotate(x: Tensor, head_size: int, cos: Tensor, sin: Tensor, is_neox: bool) -> None:
-    """Rotates the pairs of `x` in place; cos and sin are [num_tokens, 1, rot_dim / 2]."""
+    """x cos + partner sin in place; cos and (signed) sin are [num_tokens, 1, rot_dim]."""
     if x.ndim == 2:
         x = x.view(x.shape[0], x.shape[1] // head_size, head_size)
-    half = cos.shape[-1]
-    first, second = (x[..., :half], x[..., half:2 * half]) if is_neox else (x[..., 0:2 * half:2], x[..., 1:2 * half:2])
-    a, b = first.to(cos.dtype), second.to(cos.dtype)
-    rotated = torch.addcmul(a * cos, b, sin, value=-1)
-    second.copy_(torch.addcmul(b * cos, a, sin))
-    first.copy_(rotated)
+    rot_dim = cos.shape[-1]
+    x = x[..., :rot_dim]
+    wide = x.to(cos.dtype)
+    if is_neox:
+        partner = wide.roll(rot_dim // 2, -1)
+    else:
+        partner = wide.view(*wide.shape[:2], rot_dim // 2, 2).flip(-1).flatten(-2)
+    x.copy_((wide * cos).add_(partner.mul_(sin)))
 
 
 @op(cases=cases, check=check, cost=cost, mutates=("query", "key"))
@@ -107,6 +109,10 @@ def rotary_embedding(positions: Tensor, query: Tensor, key: Tensor | None, head_
     """
     angles = cos_sin_cache.index_select(0, positions).to(torch.promote_types(query.dtype, torch.float32)).unsqueeze(1)
     cos, sin = angles.chunk(2, -1)
+    if is_neox:
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    else:
+        cos, sin = torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)
     _rotate(query, head_size, cos, sin, is_neox)
     if key is not None:
         _rotate(key, head_size, cos, sin, is_neox)

@@ -81,25 +81,37 @@ def check(logits, temperature, top_k, top_p, min_p, uniform):
             raise BadArgument(name, f"contiguous float32 {list(rows)}, one value per row of logits", x)
 
 
-def _scaled(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits in at least fp32 without NaN or +inf; each row's maximum; the maximum's distance over the temperature."""
+def _clean(logits: Tensor) -> Tensor:
+    """Logits in at least fp32, NaN as -inf and +inf as the largest number."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    wide = wide.nan_to_num(-torch.inf, torch.finfo(wide.dtype).max, -torch.inf)
-    best = wide.amax(-1, keepdim=True).clamp_(min=torch.finfo(wide.dtype).min)
-    return wide, best, (wide - best) / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
+    return wide.nan_to_num(-torch.inf, torch.finfo(wide.dtype).max, -torch.inf)
 
 
-def _threshold(wide: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest logit [B, 1] that top_k, then top_p of what remains, keep."""
-    vocab = wide.shape[1]
-    ordered = wide.sort(-1, descending=True).values
+def _best(wide: Tensor) -> Tensor:
+    """Each row's maximum [B, 1], finite even where nothing is."""
+    return wide.amax(-1, keepdim=True).clamp_(min=torch.finfo(wide.dtype).min)
+
+
+def _weight(wide: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
+    """exp((wide - best) / temperature), of greedy rows at temperature 1; `best` is each row's maximum [B, 1]."""
+    return (wide - best).div_(torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)).exp_()
+
+
+def _threshold(wide: Tensor, weight: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
+               width: int) -> tuple[Tensor, Tensor]:
+    """The smallest logit [B, 1] that top_k, then top_p of what remains, keep, found among the `width` largest; and the
+    rows [B, 1] for which these were enough to tell."""
+    vocab, top_p = wide.shape[1], top_p.unsqueeze(1)
+    ordered = wide.topk(width).values
     count = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).unsqueeze(1)
-    kth = ordered.gather(1, count - 1)
-    mass = ((ordered - best) / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)).exp_()
-    running = mass.masked_fill_(ordered < kth, 0.0).cumsum(-1)
+    found = count <= width
+    kth = torch.where(found, ordered.gather(1, count.clamp(max=width) - 1), -torch.inf)
+    want = top_p * weight.masked_fill(wide < kth, 0.0).sum(-1, keepdim=True)
+    running = _weight(ordered, best, temperature).masked_fill_(ordered < kth, 0.0).cumsum(-1)
     # a token stays while the mass before it is below top_p of all, the first one always
-    stay = 1 + (running[:, :-1] < top_p.unsqueeze(1) * running[:, -1:]).sum(-1, keepdim=True)
-    return torch.where(top_p.unsqueeze(1) < 1, ordered.gather(1, stay - 1).maximum(kth), kth)
+    stay = 1 + (running[:, :-1] < want).sum(-1, keepdim=True)
+    threshold = torch.where(top_p < 1, ordered.gather(1, stay - 1).maximum(kth), kth)
+    return threshold, found | ((count == vocab) & ((top_p >= 1) | (running[:, -1:] >= want)))
 
 
 def agree(args: dict[str, Tensor], result: Tensor, exact: Tensor) -> None:
@@ -111,15 +123,16 @@ def agree(args: dict[str, Tensor], result: Tensor, exact: Tensor) -> None:
     vocab = args["logits"].shape[1]
     if result.dtype != torch.int64 or result.shape != exact.shape or ((result < 0) | (result >= vocab)).any():
         raise AssertionError(f"expected int64 {list(exact.shape)} in [0, {vocab}), got {result}")
-    wide, best, scaled = _scaled(args["logits"], args["temperature"])
-    weight, eps = scaled.exp(), torch.finfo(torch.float32).eps
-    # exp turns the rounding of its argument, |scaled| eps, into a relative error; sums add a rounding per block
-    spread = (weight * scaled.abs().clamp(max=200.0)).sum(-1) / weight.sum(-1).clamp(min=1.0)
+    wide = _clean(args["logits"])
+    best = _best(wide)
+    weight, eps = _weight(wide, best, args["temperature"]), torch.finfo(torch.float32).eps
+    # exp turns the rounding of its argument z, |z| eps, into a relative error; sums add a rounding per block
+    spread = -torch.special.xlogy(weight, weight).sum(-1) / weight.sum(-1).clamp(min=1.0)
     off = (eps * (spread + 32 + vocab / 512)).unsqueeze(1)
     ids, allowed = result.unsqueeze(1), (result == exact)
     for shift in (-1.0, 0.0, 1.0):
         top_p = torch.where(args["top_p"] < 1, args["top_p"] + shift * off[:, 0], args["top_p"])
-        threshold = _threshold(wide, best, args["temperature"], args["top_k"], top_p)
+        threshold, _ = _threshold(wide, weight, best, args["temperature"], args["top_k"], top_p, vocab)
         for tilt in (-1.0, 0.0, 1.0):
             edge = (1 + 128 * tilt * eps) * args["min_p"].clamp(max=1.0).unsqueeze(1)
             kept = (wide >= threshold) & (weight >= edge.clamp(max=1.0))
@@ -154,12 +167,20 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     returns      [num_seqs]         int64 ids in [0, vocab)
     raises       BadArgument (a ValueError) if a shape or dtype is none of these
     """
-    wide, best, scaled = _scaled(logits, temperature)
-    weight = scaled.exp()
-    # Sorting costs more than all the rest; where looking costs nothing, see whether any row needs it.
-    sort = wide.device.type != "cpu" or bool(((top_k > 0) | (top_p < 1)).any())
-    threshold = _threshold(wide, best, temperature, top_k, top_p) if sort else best.new_tensor(-torch.inf)
-    kept = (weight >= min_p.clamp(max=1.0).unsqueeze(1)) & (wide >= threshold)
+    wide, vocab = _clean(logits), logits.shape[1]
+    # Looking at the settings costs nothing on a CPU, and saves most of the work; a GPU cannot without synchronising.
+    look = wide.device.type == "cpu"
+    if look and not (temperature > 0).any():
+        return wide.argmax(-1)
+    best = _best(wide)
+    weight = _weight(wide, best, temperature)
+    kept = weight >= min_p.clamp(max=1.0).unsqueeze(1)
+    if not look or ((top_k > 0) | (top_p < 1)).any():
+        for width in (min(256, vocab), vocab) if look else (vocab,):
+            threshold, enough = _threshold(wide, weight, best, temperature, top_k, top_p, width)
+            if look and enough.all():
+                break
+        kept &= wide >= threshold
     running = weight.masked_fill_(~kept, 0.0).cumsum(-1)
     hit = (running > uniform.unsqueeze(1) * running[:, -1:]) & kept
     drawn = (temperature > 0) & hit.any(-1)
