@@ -1,0 +1,64 @@
+"""Matrix products on a CPU: whatever way is chosen, the numbers are F.linear's and the memory is one copy."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from wave64.serve.cpu import choose_products
+from wave64.serve.layers import Embedding, Linear
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Tied(torch.nn.Module):
+    """The ends of a model with tied embeddings, and a layer between."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = Embedding(29, 24)
+        self.middle = Linear(24, 24, bias=True)
+        self.head = Linear(24, 29, tied=self.embed.weight)
+        for weight in self.parameters():
+            weight.data.normal_()
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def model(request):
+    said = choose_products(Tied().to(request.param))
+    if said != "products by oneDNN":
+        pytest.skip(said)
+    return Tied().to(request.param)
+
+
+def test_products_are_those_of_linear(model):
+    weight, bias = model.middle.weight.clone(), model.middle.bias.clone()
+    choose_products(model)
+    for tokens in (0, 1, 3, 4, 9):
+        x = torch.randn(tokens, 24).to(weight.dtype)
+        with torch.inference_mode():
+            got = model.middle(x)
+        torch.testing.assert_close(got, F.linear(x, weight, bias))
+        torch.testing.assert_close(model.head(x), F.linear(x, model.embed.weight))
+
+
+def test_layout_replaces_the_weight(model):
+    before = sum(weight.nbytes for weight in model.parameters())
+    values = model.middle.weight.clone()
+    choose_products(model)
+    assert sum(weight.nbytes for weight in model.parameters()) == before
+    layout = model.middle.weight
+    assert layout.is_mkldnn == (layout.dtype != torch.float32)
+    assert torch.equal(layout.to_dense() if layout.is_mkldnn else layout, values)
+
+
+def test_rows_that_are_looked_up_stay_plain(model):
+    choose_products(model)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.embed(torch.tensor([5]))[0], model.head.weight[5])
+
+
+def test_without_onednn_products_stay_and_the_reason_is_given(model, monkeypatch):
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    assert choose_products(model) == "products by torch, not oneDNN: this torch was built without it"
+    assert not model.middle.weight.is_mkldnn
+    assert model.middle.product is F.linear
