@@ -206,10 +206,10 @@ def config(arch: Arch | None, head_dim: int, dtype: torch.dtype) -> Config:
     if arch.matrix == "mfma":
         return Config(32, 16, 1, 1, programs=16, least=64, options={"matrix_instr_nonkdim": 16})
     if arch.vendor == "amd":
-        return Config(16, 32, 4, 1, programs=4, least=128)
+        return Config(16, 16, 4, 1, programs=8, least=128)
     if dtype == torch.float32 or arch.lds_bytes < 128 * 1024:
         return Config(16, 16, 4, 2, programs=4, least=128)
-    return Config(64, 64 if head_dim <= 128 else 32, 4, 3, programs=4, least=128)
+    return Config(64, 64 if head_dim <= 128 else 32, 4, 3, programs=8, least=128)
 
 
 def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
