@@ -1,6 +1,7 @@
 """GEGLU with the exact GELU: gate and up of the same columns meet in registers.
 
-Bound by memory: 2 d values of a row in, d out; erf is the dearest of the gates, yet below that.
+The trick is an erfc of our own, one branch-free polynomial, where the library's erf takes both sides of a branch and
+loses the tail to cancellation. Bound by memory: 2 d values of a row in, d out.
 """
 
 import triton
@@ -13,9 +14,27 @@ from wave64.triton_ops.gated import load_gate_and_up
 
 
 @triton.jit
+def _erfc(z):
+    """erfc of z >= 0 as exp(-z^2) P(t) t, t = 1 / (1 + 0.3 z). P was fitted to erfc(z) exp(z^2) on [0, 9.5] for the
+    least relative error, 2e-8; beyond that interval erfc is 0 in fp32."""
+    root = tl.rsqrt(1.0 + 0.3 * z)
+    t = root * root
+    p = 0.48509204315437604 - 0.12943317076501037 * t
+    p = -0.5112173147329285 + p * t
+    p = 0.5463845052620385 + p * t
+    p = -0.09362383983190588 + p * t
+    p = 0.21443303404423902 + p * t
+    p = 0.14848329322313394 + p * t
+    p = 0.17069180742285078 + p * t
+    p = 0.1691896228064133 + p * t
+    return p * t * tl.exp(-z * z)
+
+
+@triton.jit
 def _gelu_and_mul_kernel(y_ptr, x_ptr, x_stride, d, BLOCK: tl.constexpr):
     gate, up, offs, mask = load_gate_and_up(x_ptr, x_stride, d, BLOCK)
-    y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    below = 0.5 * _erfc(tl.abs(gate) * 0.7071067811865476)
+    y = gate * tl.where(gate > 0, 1.0 - below, below) * up
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
