@@ -197,27 +197,31 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
     num_seqs, heads, head_dim = query.shape
     num_pages, page_size, kv_heads, _ = key_cache.shape
     room = page_table.shape[1] * page_size
-    keys_read = min(room, sliding_window) if sliding_window > 0 else room
-    out = query.new_zeros(query.shape)
-    if keys_read == 0 or num_pages == 0:
-        return out
+    if room == 0 or num_pages == 0 or num_seqs == 0:
+        return query.new_zeros(query.shape)
     # Grouped by key head, so that keys and values are never expanded to the queries' heads.
     grouped = query.view(num_seqs, kv_heads, heads // kv_heads, head_dim)
-    back = torch.arange(keys_read, 0, -1, device=query.device)
+    in_page = torch.arange(page_size, device=query.device)
+    keys_read = min(room, sliding_window) if sliding_window > 0 else room
     at_once = max(1, KEYS_AT_ONCE // (keys_read * kv_heads * head_dim))
+    parts = []
     for first in range(0, num_seqs, at_once):
         some = slice(first, first + at_once)
         lengths = seq_lens[some, None]
-        # The last keys_read positions of each sequence. A sequence with fewer reads its first key in place of the
-        # missing ones, never a place that it does not own.
-        positions = (lengths - back).clamp_(min=0)
-        present = (lengths >= back)[:, None, None]
-        pages = page_table[some].gather(1, positions // page_size).clamp_(0, num_pages - 1)
-        slots = pages.long() * page_size + positions % page_size
+        slots = (page_table[some, :, None] * page_size + in_page).flatten(1)  # of every position there is room for
+        if keys_read < room:
+            start = (lengths - keys_read).clamp_(min=0)
+            positions = start + torch.arange(keys_read, device=query.device)
+            slots = slots.gather(1, positions)
+        else:
+            positions = torch.arange(room, device=query.device)
+        present = positions < lengths
+        # A sequence with fewer keys reads its first one in place of the missing, never a place that it does not own.
+        slots = torch.where(present, slots, slots[:, :1]).clamp_(0, num_pages * page_size - 1)
         keys, values = read_keys(key_cache, slots).transpose(1, 2), read_keys(value_cache, slots).transpose(1, 2)
-        mixed = attend(grouped[some], keys, values, present, scale, logit_cap, sinks, k_scale, v_scale)
-        out[some] = mixed.masked_fill_((lengths == 0)[..., None, None], 0).flatten(1, 2)
-    return out
+        mixed = attend(grouped[some], keys, values, present[:, None, None], scale, logit_cap, sinks, k_scale, v_scale)
+        parts.append(mixed.masked_fill_((lengths == 0)[..., None, None], 0).flatten(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, present: Tensor, scale: float, logit_cap: float,
