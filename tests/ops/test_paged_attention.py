@@ -104,10 +104,11 @@ def launch(args, keys_per_program=0, **changes):
     return kernels.launch(**{**rest, **args}, config=config, keys_per_program=keys_per_program)
 
 
-@pytest.mark.parametrize(("seq_lens", "share", "window"), [([0, 130, 31, 65], 32, -1), ([200, 50], 70, 90)])
+@pytest.mark.parametrize(("seq_lens", "share", "window"), [
+    ([0, 130, 31, 65], 32, -1), ([200, 50], 70, 90), ([900], 32, -1)])  # the last: more parts than merge in one step
 def test_fixed_shares_make_a_result_independent_of_its_batch(device, seq_lens, share, window):
     with torch.device(device):
-        args = make_case(seq_lens, heads=2, kv_heads=1, sliding_window=window)
+        args = make_case(seq_lens, heads=8, kv_heads=1, sliding_window=window, dtype=torch.float32)
     together = launch(args, keys_per_program=share)
     for b in range(len(seq_lens)):
         alone = {k: v[b:b + 1] if k in ("query", "page_table", "seq_lens") else v for k, v in args.items()}

@@ -73,6 +73,17 @@ def test_queries_without_keys_are_zeros(device, backend):
     assert_right(run("prefill_attention", backend, {**args, "sinks": sinks}), {**args, "sinks": sinks})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_capped_logits_are_accurate(device, backend):
+    """Of a single key lse is the logit itself: from the smallest to those at the cap."""
+    with torch.device(device):
+        args = make_prefill([60], [60], kv_heads=1, sliding_window=1, logit_cap=30.0, dtype=torch.float32)
+        args["query"] *= torch.logspace(-3, 1, 60)[:, None, None]
+    lse = run("prefill_attention", backend, args)[1]
+    exact = naive(**on_cpu(args))[1]
+    torch.testing.assert_close(lse.cpu().double(), exact, atol=5e-6, rtol=2e-6)
+
+
 def test_the_reference_in_small_blocks(device, monkeypatch):
     """Blocks of keys and queries much smaller than the sequence give what one block gives."""
     with torch.device(device):
