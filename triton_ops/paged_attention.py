@@ -82,11 +82,14 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
     length = tl.maximum(0, tl.minimum(tl.load(seq_lens_ptr + seq), room))
     keys = _keys(seq_lens_ptr, seq, num_seqs, room, window)
     parts = _parts(keys, share)
-    each = tl.cdiv(tl.cdiv(keys, parts), BLOCK_N) * BLOCK_N
     first_key = length - keys
-    # Blocks begin at multiples of BLOCK_N: then each lies inside one page where pages hold whole blocks.
-    start = first_key // BLOCK_N * BLOCK_N + (item - first_item) * each
-    end = tl.where(item - first_item == parts - 1, length, tl.minimum(start + each, length))
+    # Whole blocks are dealt out, to the first parts one more each. They begin at multiples of BLOCK_N, so that each
+    # lies inside one page where pages hold whole blocks.
+    part, first_block = item - first_item, first_key // BLOCK_N
+    blocks = tl.cdiv(length, BLOCK_N) - first_block
+    start = (first_block + part * (blocks // parts) + tl.minimum(part, blocks % parts)) * BLOCK_N
+    end = start + (blocks // parts + (part < blocks % parts).to(tl.int32)) * BLOCK_N
+    end = tl.minimum(end, length)
 
     tiles: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // tiles
