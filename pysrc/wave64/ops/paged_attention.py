@@ -112,7 +112,7 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
             raise BadArgument(name, expected, cache)
         if cache.dtype not in (query.dtype, *FP8.values()):
             raise BadArgument(name, f"dtype {query.dtype}, that of query, or FP8", cache)
-        arch = platform.arch() if cache.is_cuda else None
+        arch = platform.arch() if cache.device.type != "cpu" else None
         if cache.dtype != query.dtype and arch and arch.fp8 and cache.dtype != FP8[arch.fp8]:
             raise BadArgument(name, f"{FP8[arch.fp8]}, the FP8 type of {arch.name}", cache, "requantise the cache")
     if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
@@ -126,11 +126,15 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
             or page_table.stride(1) != 1 and page_table.shape[1] > 1:
         expected = f"int32 [{len(seq_lens)}, max_pages] with a contiguous last dimension"
         raise BadArgument("page_table", expected, page_table)
-    if not seq_lens.is_cuda and len(seq_lens):  # reading a GPU's memory here would stall it
+    if seq_lens.device.type == "cpu" and len(seq_lens):  # reading a GPU's memory here would stall it
         longest, room = int(seq_lens.max()), page_table.shape[1] * page_size
         if longest > room or longest > 0 and not num_pages:
             got = f"{list(page_table.shape)}, room for {room} tokens in {num_pages} pages of {page_size}"
             raise BadArgument("page_table", f"room for {longest} tokens, as seq_lens says", got, "pass a wider table")
+    for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache), ("page_table", page_table),
+                         ("seq_lens", seq_lens), ("sinks", sinks), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if tensor is not None and tensor.device != query.device:
+            raise BadArgument(name, f"on {query.device}, where query is", tensor)
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
         raise BadArgument("sinks", f"contiguous [{heads}], one logit per head", sinks)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
@@ -204,36 +208,44 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
     in_page = torch.arange(page_size, device=query.device)
     keys_read = min(room, sliding_window) if sliding_window > 0 else room
     at_once = max(1, KEYS_AT_ONCE // (keys_read * kv_heads * head_dim))
+    # On a CPU it costs nothing to see that all are as long, and then no key is masked.
+    known = set(seq_lens.tolist()) if query.device.type == "cpu" and keys_read == room else set()
+    length = known.pop() if len(known) == 1 else 0
     parts = []
     for first in range(0, num_seqs, at_once):
         some = slice(first, first + at_once)
-        lengths = seq_lens[some, None]
+        lengths, present = seq_lens[some, None], None
         slots = (page_table[some, :, None] * page_size + in_page).flatten(1)  # of every position there is room for
-        if keys_read < room:
-            start = (lengths - keys_read).clamp_(min=0)
-            positions = start + torch.arange(keys_read, device=query.device)
-            slots = slots.gather(1, positions)
+        if length:
+            slots = slots[:, :length]
         else:
-            positions = torch.arange(room, device=query.device)
-        present = positions < lengths
-        # A sequence with fewer keys reads its first one in place of the missing, never a place that it does not own.
-        slots = torch.where(present, slots, slots[:, :1]).clamp_(0, num_pages * page_size - 1)
+            positions = torch.arange(keys_read, device=query.device)
+            if keys_read < room:
+                positions = positions + (lengths - keys_read).clamp_(min=0)
+                slots = slots.gather(1, positions)
+            present = positions < lengths
+            # A sequence with fewer keys reads its first one in place of the missing, never a place it does not own.
+            slots = torch.where(present, slots, slots[:, :1]).clamp_(0, num_pages * page_size - 1)
+            present = present[:, None, None]
         keys, values = read_keys(key_cache, slots).transpose(1, 2), read_keys(value_cache, slots).transpose(1, 2)
-        mixed = attend(grouped[some], keys, values, present[:, None, None], scale, logit_cap, sinks, k_scale, v_scale)
-        parts.append(mixed.masked_fill_((lengths == 0)[..., None, None], 0).flatten(1, 2))
+        mixed = attend(grouped[some], keys, values, present, scale, logit_cap, sinks, k_scale, v_scale)
+        if not length:
+            mixed.masked_fill_((lengths == 0)[..., None, None], 0)
+        parts.append(mixed.flatten(1, 2))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, present: Tensor, scale: float, logit_cap: float,
+def attend(query: Tensor, keys: Tensor, values: Tensor, present: Tensor | None, scale: float, logit_cap: float,
            sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor:
-    """query [B, Hkv, G, D], keys and values [B, Hkv, S, D], present [B, 1, 1, S] -> [B, Hkv, G, D]"""
+    """query [B, Hkv, G, D], keys and values [B, Hkv, S, D], present [B, 1, 1, S] (None: all) -> [B, Hkv, G, D]"""
     if query.device.type == "cpu" and keys.dtype == query.dtype and not logit_cap and sinks is None:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=present, scale=scale)
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(wide) @ dequantise(keys, k_scale, wide).transpose(2, 3) * scale
     if logit_cap > 0:
         scores = logit_cap * torch.tanh(scores / logit_cap)
-    scores = scores.masked_fill(~present, float("-inf"))
+    if present is not None:
+        scores = scores.masked_fill(~present, float("-inf"))
     if sinks is not None:
         sink = sinks.to(wide).view(scores.shape[1], -1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
