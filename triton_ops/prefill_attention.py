@@ -158,7 +158,9 @@ def config(arch: Arch | None, head_dim: int, dtype: torch.dtype, capped: bool) -
         return Config(128, 64, 8, 1 if arch.name == "gfx90a" else 2, options)
     if arch.vendor == "amd":
         return Config(16, 16, 8, 1) if dtype == torch.float32 else Config(64, 16, 4, 1)
-    if dtype == torch.float32 or arch.lds_bytes < 128 * 1024:
+    if dtype == torch.float32:
+        return Config(32, 16, 8, 1)
+    if arch.lds_bytes < 128 * 1024:
         return Config(32, 32, 4, 1)
     return Config(64, 64, 4, 3 if head_dim <= 128 else 2)
 

@@ -170,6 +170,7 @@ def bad(**changes):
     ("page_table", lambda a: a["page_table"].long(), "int32 [2, max_pages]"),
     ("page_table", lambda a: a["page_table"][:, :2], "room for 37 tokens"),
     ("seq_lens", lambda a: a["seq_lens"].long(), "int32 [num_seqs]"),
+    ("seq_lens", lambda a: a["seq_lens"].to("meta"), "on cpu, where query is"),
     ("sinks", lambda a: torch.zeros(2), "one logit per head"),
     ("k_scale", lambda a: torch.ones(2), "one fp32 number"),
 ])
@@ -178,3 +179,18 @@ def test_refuses(argument, change, words):
         ops.paged_attention(**bad(**{argument: change}))
     assert str(refusal.value).startswith("paged_attention: ")
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(("arch", "right", "wrong"), [
+    ("gfx942", torch.float8_e4m3fnuz, torch.float8_e4m3fn), ("gfx950", torch.float8_e4m3fn, torch.float8_e4m3fnuz)])
+def test_refuses_fp8_of_another_architecture(arch, right, wrong):
+    with torch.device("meta"):
+        args = {k: torch.empty_like(v) if isinstance(v, torch.Tensor) else v for k, v in bad().items()}
+    with platform.target(arch):
+        for dtype in (right, wrong):
+            args.update(key_cache=args["key_cache"].to(dtype), value_cache=args["value_cache"].to(dtype))
+            if dtype == right:
+                ops.paged_attention.check(**args)
+            else:
+                with pytest.raises(BadArgument, match=f"{right}, the FP8 type of {arch}"):
+                    ops.paged_attention.check(**args)

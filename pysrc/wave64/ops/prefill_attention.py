@@ -38,7 +38,7 @@ def cases():
         "mqa": dict(new=[20], seq_lens=[33], heads=5, kv_heads=1),
         "page-1": dict(new=[10], seq_lens=[23], page_size=1),
         "page-5": dict(new=[10], seq_lens=[23], page_size=5),
-        "page-64": dict(new=[65], seq_lens=[130], page_size=64),
+        "page-64": dict(new=[34], seq_lens=[130], heads=2, page_size=64),
         "dim-24": dict(new=[20], seq_lens=[20], head_dim=24, dtype=full),
         "dim-33": dict(new=[20], seq_lens=[20], head_dim=33),
         "dim-80": dict(new=[20], seq_lens=[20], head_dim=80),
@@ -68,7 +68,9 @@ def check(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max
     entries = len(seq_lens) + 1
     if cu_seqlens_q.shape != (entries,) or cu_seqlens_q.dtype != torch.int32 or not cu_seqlens_q.is_contiguous():
         raise BadArgument("cu_seqlens_q", f"contiguous int32 [{entries}]: 0, then running sums", cu_seqlens_q)
-    if not cu_seqlens_q.is_cuda:  # reading a GPU's memory here would stall it
+    if cu_seqlens_q.device != query.device:
+        raise BadArgument("cu_seqlens_q", f"on {query.device}, where query is", cu_seqlens_q)
+    if cu_seqlens_q.device.type == "cpu":  # reading a GPU's memory here would stall it
         starts = cu_seqlens_q.tolist()
         new = [b - a for a, b in zip(starts, starts[1:], strict=False)]
         if starts[0] != 0 or starts[-1] != query.shape[0] or min(new, default=0) < 0:
