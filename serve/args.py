@@ -49,7 +49,7 @@ class ServerArgs:
     max_running_requests: int = _flag(256, "requests in one batch")
     page_size: int = _flag(16, "tokens per KV page")
     chunked_prefill_size: int | None = _flag(
-        None, "prompt tokens per step; -1: whole prompts; default: 512 on a CPU, 8192 on a GPU", kind=int
+        None, "prompt tokens per step; -1: whole prompts; default: 256 on a CPU, 8192 on a GPU", kind=int
     )
     max_prefill_tokens: int = _flag(16384, "prompt tokens of all requests per step")
     schedule_policy: str = _flag("fcfs", "order of waiting requests", choices=("fcfs",))

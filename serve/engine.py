@@ -44,7 +44,7 @@ log = logging.getLogger("wave64")
 
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
-PREFILL_CHUNK = {"cpu": 512, "cuda": 8192}
+PREFILL_CHUNK = {"cpu": 256, "cuda": 8192}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 

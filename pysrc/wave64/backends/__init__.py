@@ -57,7 +57,7 @@ def probe(backend: str, device_type: str) -> str | None:
         from wave64.backends import hip
 
         return hip.reason(device_type)
-    return "AITER is not supported by this version"
+    return "wave64 has no adapter to AITER yet"
 
 
 def reason(op: Op, backend: str, device_type: str) -> str | None:
