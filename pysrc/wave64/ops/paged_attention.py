@@ -167,6 +167,17 @@ def read_keys(cache: Tensor, slots: Tensor) -> Tensor:
     return rows.index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[2:])
 
 
+def _common_length(seq_lens: Tensor) -> int:
+    """The length of all sequences; 0 where they differ, or where looking would stall a GPU."""
+    lengths = set(seq_lens.tolist()) if seq_lens.device.type == "cpu" else ()
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
+def read_pages(cache: Tensor, pages: Tensor) -> Tensor:
+    """cache[pages], pages side by side: pages [B, P] -> [B, P * page_size, num_kv_heads, head_dim]."""
+    return cache.index_select(0, pages.flatten()).view(len(pages), -1, *cache.shape[2:])
+
+
 def dequantise(kv: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     kv = kv.to(dtype)
     return kv if scale is None else kv * scale.to(dtype)
@@ -205,33 +216,29 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
         return query.new_zeros(query.shape)
     # Grouped by key head, so that keys and values are never expanded to the queries' heads.
     grouped = query.view(num_seqs, kv_heads, heads // kv_heads, head_dim)
+    length = _common_length(seq_lens)
+    if length and sliding_window <= 0 and num_seqs * length * kv_heads * head_dim <= KEYS_AT_ONCE:
+        pages = page_table[:, :-(-length // page_size)]  # read whole, and nothing is masked
+        keys, values = (read_pages(cache, pages)[:, :length].transpose(1, 2) for cache in (key_cache, value_cache))
+        return attend(grouped, keys, values, None, scale, logit_cap, sinks, k_scale, v_scale).flatten(1, 2)
     in_page = torch.arange(page_size, device=query.device)
     keys_read = min(room, sliding_window) if sliding_window > 0 else room
     at_once = max(1, KEYS_AT_ONCE // (keys_read * kv_heads * head_dim))
-    # On a CPU it costs nothing to see that all are as long, and then no key is masked.
-    known = set(seq_lens.tolist()) if query.device.type == "cpu" and keys_read == room else set()
-    length = known.pop() if len(known) == 1 else 0
     parts = []
     for first in range(0, num_seqs, at_once):
         some = slice(first, first + at_once)
-        lengths, present = seq_lens[some, None], None
+        lengths = seq_lens[some, None]
         slots = (page_table[some, :, None] * page_size + in_page).flatten(1)  # of every position there is room for
-        if length:
-            slots = slots[:, :length]
-        else:
-            positions = torch.arange(keys_read, device=query.device)
-            if keys_read < room:
-                positions = positions + (lengths - keys_read).clamp_(min=0)
-                slots = slots.gather(1, positions)
-            present = positions < lengths
-            # A sequence with fewer keys reads its first one in place of the missing, never a place it does not own.
-            slots = torch.where(present, slots, slots[:, :1]).clamp_(0, num_pages * page_size - 1)
-            present = present[:, None, None]
-        keys, values = read_keys(key_cache, slots).transpose(1, 2), read_keys(value_cache, slots).transpose(1, 2)
-        mixed = attend(grouped[some], keys, values, present, scale, logit_cap, sinks, k_scale, v_scale)
-        if not length:
-            mixed.masked_fill_((lengths == 0)[..., None, None], 0)
-        parts.append(mixed.flatten(1, 2))
+        positions = torch.arange(keys_read, device=query.device)
+        if keys_read < room:
+            positions = positions + (lengths - keys_read).clamp_(min=0)
+            slots = slots.gather(1, positions)
+        present = positions < lengths
+        # A sequence with fewer keys reads its first one in place of the missing, never a place that it does not own.
+        slots = torch.where(present, slots, slots[:, :1]).clamp_(0, num_pages * page_size - 1)
+        keys, values = (read_keys(cache, slots).transpose(1, 2) for cache in (key_cache, value_cache))
+        mixed = attend(grouped[some], keys, values, present[:, None, None], scale, logit_cap, sinks, k_scale, v_scale)
+        parts.append(mixed.masked_fill_((lengths == 0)[..., None, None], 0).flatten(1, 2))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
