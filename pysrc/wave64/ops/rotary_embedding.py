@@ -79,18 +79,20 @@ def cost(positions, query, key, head_size, cos_sin_cache, is_neox=True):
     return Cost(bytes=2 * rotated + positions.nbytes + positions.numel() * rot_dim * cos_sin_cache.element_size())
 
 
-def _rotate(x: Tensor, head_size: int, cos: Tensor, sin: Tensor, is_neox: bool) -> None:
-    """x cos + partner sin in place; cos and (signed) sin are [num_tokens, 1, rot_dim]."""
+def _rotate(x: Tensor, head_size: int, cos: Tensor, sin: Tensor, pair: int) -> None:
+    """Rotates `x` in place; cos and sin are [num_tokens, 1, rot_dim / 2], `pair` the dimension of a pair: -2 or -1."""
+    half = cos.shape[-1]
     if x.ndim == 2:
         x = x.view(x.shape[0], x.shape[1] // head_size, head_size)
-    rot_dim = cos.shape[-1]
-    x = x[..., :rot_dim]
+    x = x[..., :2 * half]
+    x = x.view(*x.shape[:2], *((2, half) if pair == -2 else (half, 2)))
     wide = x.to(cos.dtype)
-    if is_neox:
-        partner = wide.roll(rot_dim // 2, -1)
-    else:
-        partner = wide.view(*wide.shape[:2], rot_dim // 2, 2).flip(-1).flatten(-2)
-    x.copy_((wide * cos).add_(partner.mul_(sin)))
+    rotated, crossed = wide * cos.unsqueeze(pair), wide * sin.unsqueeze(pair)
+    first, second = rotated.unbind(pair)
+    a, b = crossed.unbind(pair)
+    first.sub_(b)
+    second.add_(a)
+    x.copy_(rotated)
 
 
 @op(cases=cases, check=check, cost=cost, mutates=("query", "key"))
@@ -109,10 +111,7 @@ def rotary_embedding(positions: Tensor, query: Tensor, key: Tensor | None, head_
     """
     angles = cos_sin_cache.index_select(0, positions).to(torch.promote_types(query.dtype, torch.float32)).unsqueeze(1)
     cos, sin = angles.chunk(2, -1)
-    if is_neox:
-        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-    else:
-        cos, sin = torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)
-    _rotate(query, head_size, cos, sin, is_neox)
+    pair = -2 if is_neox else -1
+    _rotate(query, head_size, cos, sin, pair)
     if key is not None:
-        _rotate(key, head_size, cos, sin, is_neox)
+        _rotate(key, head_size, cos, sin, pair)
