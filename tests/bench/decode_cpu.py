@@ -7,8 +7,8 @@ decode greedily from the same prompts, in turns, since a machine's speed wanders
 tokens were checked: equal in fp32; in bf16 none of ours may be a worse choice, by the fp32 logits, than twice the
 worst of transformers' own. Beside it stands the floor: the time that reading the weights once takes on this machine.
 
-Memory is taken in a fresh process per dtype: the peak of resident memory over that of the imports, less the weights
-and the KV pool. The exit status is 1 if a check fails or a target is missed.
+Memory is that of a fresh process per dtype (memory_cpu.py). The exit status is 1 if a check fails or a target is
+missed.
 """
 
 import argparse
@@ -34,7 +34,6 @@ MODEL = LlamaConfig(
     architectures=["LlamaForCausalLM"],
 )  # fmt: skip
 TARGETS = {1: 1.0, 8: 1.2}  # batch -> tokens/s over those of transformers
-MEMORY_TARGET_MB = 300
 Tokens = list[list[int]]
 
 
@@ -136,30 +135,6 @@ def compare(folder: str, dtype: str, batches: list[int], rounds: int, count: int
     return fine
 
 
-def resident(key: str) -> int:
-    """Bytes of this process's memory: VmRSS, now, or VmHWM, at most so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def measure_memory(folder: str, dtype: str) -> bool:
-    """In a fresh process: load, serve 8 sequences, and print what that took beyond weights and KV pool."""
-    before = resident("VmRSS")
-    engine = Engine(ServerArgs(model_path=folder, device="cpu", dtype=dtype))
-    weights = sum(weight.nbytes for weight in engine.runner.model.parameters())
-    pool = sum(keys.nbytes + values.nbytes for keys, values in engine.runner.kv_cache)
-    for keys, values in engine.runner.kv_cache:  # touch every page, so that the whole pool is resident
-        keys.zero_()
-        values.zero_()
-    run_engine(engine, torch.randint(VOCAB, (8, 500)), 32)
-    peak = resident("VmHWM") - before
-    rest = (peak - weights - pool) / 1e6
-    met = rest <= MEMORY_TARGET_MB
-    print(f"| {dtype} | {peak / 1e6:.0f} | {weights / 1e6:.0f} | {pool / 1e6:.0f} | {rest:.0f} | {MEMORY_TARGET_MB} "
-          f"{'met' if met else 'MISSED'} |", flush=True)  # fmt: skip
-    return met
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Decode speed and memory on a CPU, beside transformers.")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
@@ -167,12 +142,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="default: %(default)s")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="default: %(default)s")
-    parser.add_argument("--memory-of", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.memory_of:
-        return 0 if measure_memory(args.memory_of, args.dtype[0]) else 1
     torch.manual_seed(0)
     exact = LlamaForCausalLM(MODEL).eval()
     parameters = sum(weight.numel() for weight in exact.parameters())
@@ -185,10 +157,10 @@ def main() -> int:
         print("|---|---|---|---|---|---|---|---|")
         for dtype in args.dtype:
             fine &= compare(folder, dtype, args.batch, args.rounds, args.tokens, exact)
-        print("\n| dtype | peak MB over the imports | weights | KV pool | the rest | at most |")
-        print("|---|---|---|---|---|---|", flush=True)
+        print("\n| dtype | peak MB | weights | KV pool | the rest | of that, imports | at most |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         for dtype in args.dtype:
-            command = [sys.executable, __file__, "--memory-of", folder, "--dtype", dtype]
+            command = [sys.executable, Path(__file__).with_name("memory_cpu.py"), folder, dtype]
             fine &= subprocess.run(command).returncode == 0
     return 0 if fine else 1
 
