@@ -45,11 +45,11 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _plain_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias) if len(x) < FEW_TOKENS else _onednn(x, weight, bias)
+    return F.linear(x, weight, bias) if x.shape[0] < FEW_TOKENS else _onednn(x, weight, bias)
 
 
 def _plain_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    tokens = len(x)
+    tokens = x.shape[0]
     if not 0 < tokens <= MANY_TOKENS:
         return _onednn(x, weight, bias)
     columns = x.T if tokens > 1 else x.T.expand(-1, 2)  # the product with one column is a slower, other kernel

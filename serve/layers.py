@@ -128,7 +128,7 @@ class Attention(nn.Module):
         value = value.view(-1, self.num_kv_heads, self.head_dim)
         ops.reshape_and_cache(key, value, *kv_cache, batch.slot_mapping)
         n = batch.num_decodes
-        if n == len(query):
+        if n == query.shape[0]:
             out = self._decode(query, batch, kv_cache)
         elif n == 0:
             out = self._prefill(query, batch, kv_cache)

@@ -3,6 +3,7 @@
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wave64.op import BadArgument, Case, Cost, op
@@ -48,6 +49,4 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float =
     raises    BadArgument (a ValueError) if residual is not like x or weight is not [hidden] of x's dtype
     """
     residual.add_(x)
-    wide = residual.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    x.copy_((wide * inverse).mul_(weight))
+    x.copy_(F.rms_norm(residual, weight.shape, weight, eps))

@@ -110,7 +110,7 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
         if cache.ndim != 4 or cache.shape[3] != head_dim or cache.stride(3) != 1 and head_dim > 1:
             expected = f"[num_pages, page_size, num_kv_heads, {head_dim}] with a contiguous last dimension"
             raise BadArgument(name, expected, cache)
-        if cache.dtype not in (query.dtype, *FP8.values()):
+        if cache.dtype != query.dtype and cache.dtype not in FP8.values():
             raise BadArgument(name, f"dtype {query.dtype}, that of query, or FP8", cache)
         arch = platform.arch() if cache.device.type != "cpu" else None
         if cache.dtype != query.dtype and arch and arch.fp8 and cache.dtype != FP8[arch.fp8]:
@@ -122,11 +122,12 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
         raise BadArgument("query", f"a multiple of key_cache's {kv_heads} heads", query)
     if seq_lens.ndim != 1 or seq_lens.dtype != torch.int32 or not seq_lens.is_contiguous():
         raise BadArgument("seq_lens", "contiguous int32 [num_seqs]", seq_lens)
-    if page_table.ndim != 2 or page_table.dtype != torch.int32 or page_table.shape[0] != len(seq_lens) \
+    num_seqs = seq_lens.shape[0]
+    if page_table.ndim != 2 or page_table.dtype != torch.int32 or page_table.shape[0] != num_seqs \
             or page_table.stride(1) != 1 and page_table.shape[1] > 1:
-        expected = f"int32 [{len(seq_lens)}, max_pages] with a contiguous last dimension"
+        expected = f"int32 [{num_seqs}, max_pages] with a contiguous last dimension"
         raise BadArgument("page_table", expected, page_table)
-    if seq_lens.device.type == "cpu" and len(seq_lens):  # reading a GPU's memory here would stall it
+    if seq_lens.device.type == "cpu" and num_seqs:  # reading a GPU's memory here would stall it
         longest, room = int(seq_lens.max()), page_table.shape[1] * page_size
         if longest > room or longest > 0 and not num_pages:
             got = f"{list(page_table.shape)}, room for {room} tokens in {num_pages} pages of {page_size}"
@@ -145,8 +146,8 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
 def check(query, key_cache, value_cache, page_table, seq_lens, scale, sliding_window=-1, logit_cap=0.0, sinks=None,
           k_scale=None, v_scale=None):
     check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale)
-    if query.shape[0] != len(seq_lens):
-        raise BadArgument("query", f"[{len(seq_lens)}, num_heads, head_dim], one token per sequence", query)
+    if query.shape[0] != seq_lens.shape[0]:
+        raise BadArgument("query", f"[{seq_lens.shape[0]}, num_heads, head_dim], one token per sequence", query)
 
 
 def cost(query, key_cache, value_cache, page_table, seq_lens, scale, sliding_window=-1, logit_cap=0.0, sinks=None,
@@ -175,7 +176,7 @@ def _common_length(seq_lens: Tensor) -> int:
 
 def read_pages(cache: Tensor, pages: Tensor) -> Tensor:
     """cache[pages], pages side by side: pages [B, P] -> [B, P * page_size, num_kv_heads, head_dim]."""
-    return cache.index_select(0, pages.flatten()).view(len(pages), -1, *cache.shape[2:])
+    return cache.index_select(0, pages.flatten()).view(pages.shape[0], -1, *cache.shape[2:])
 
 
 def dequantise(kv: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
