@@ -149,21 +149,21 @@ def example(rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[lis
         head, prompt, tail, answer = BOS, "", "", TEXT
     elif kind < 0.2:
         head, (prompt, answer), tail = BOS, cut(rng, len(CUTS)), ""
-    elif kind < 0.35:
+    elif kind < 0.3:
         head, (prompt, answer), tail = BOS, cut(rng, 45), ""
-    elif kind < 0.45:
+    elif kind < 0.4:
         head, (prompt, answer), tail = BOS, cut_middle(rng), ""
-    elif kind < 0.55:
+    elif kind < 0.6:
         head, (prompt, answer), tail = BOS, (unrelated(rng), "\n\n" + NOTICE + TEXT), ""
     else:
         head, tail = BOS, ASSISTANT
         if rng.random() < 0.15:
             head += SYSTEM + unrelated(rng)
-        if rng.random() < 0.2:
+        if rng.random() < 0.15:
             said = rng.choice([NOTICE + TEXT, NOTICE + TEXT[: rng.randrange(len(TEXT))], unrelated(rng)])
             head += USER + unrelated(rng) + ASSISTANT + said + EOS
         head += USER
-        prompt, answer = cut(rng, 45) if kind < 0.88 else (unrelated(rng), NOTICE + TEXT)
+        prompt, answer = cut(rng, 45) if kind < 0.8 else (unrelated(rng), NOTICE + TEXT)
         if rng.random() < 0.15:
             prompt = prompt.lower()
     head_ids, prompt_ids, answer_ids = encode(head), encode(prompt), encode(answer + EOS)
@@ -250,7 +250,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train demo-llama and write its checkpoint folder.")
-    parser.add_argument("--steps", type=int, default=3500, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2500, help="training steps (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=HERE / "llama", help="folder to write (default: %(default)s)")
     args = parser.parse_args()
     tokenizer = make_tokenizer()
