@@ -1,9 +1,11 @@
 """Every operator: contract, reference and cases, one file each."""
 
 from wave64.ops.apply_penalties import apply_penalties
+from wave64.ops.concat_and_cache_mla import concat_and_cache_mla
 from wave64.ops.fused_add_rms_norm import fused_add_rms_norm
 from wave64.ops.gelu_and_mul import gelu_and_mul
 from wave64.ops.gelu_tanh_and_mul import gelu_tanh_and_mul
+from wave64.ops.merge_attn_states import merge_attn_states
 from wave64.ops.paged_attention import paged_attention
 from wave64.ops.prefill_attention import prefill_attention
 from wave64.ops.reshape_and_cache import reshape_and_cache
@@ -12,5 +14,6 @@ from wave64.ops.rotary_embedding import rotary_embedding
 from wave64.ops.sample import sample
 from wave64.ops.silu_and_mul import silu_and_mul
 
-__all__ = ["apply_penalties", "fused_add_rms_norm", "gelu_and_mul", "gelu_tanh_and_mul", "paged_attention",
-           "prefill_attention", "reshape_and_cache", "rms_norm", "rotary_embedding", "sample", "silu_and_mul"]
+__all__ = ["apply_penalties", "concat_and_cache_mla", "fused_add_rms_norm", "gelu_and_mul", "gelu_tanh_and_mul",
+           "merge_attn_states", "paged_attention", "prefill_attention", "reshape_and_cache", "rms_norm",
+           "rotary_embedding", "sample", "silu_and_mul"]
