@@ -1,10 +1,12 @@
 """Prefill attention over a paged cache: the newest tokens of each sequence against all of its keys.
 
 The trick: a running maximum and sum per query, so that scores never leave the registers, and separate loops, so that
-only blocks on an edge (a window's start, the diagonal, the sequence's end) pay for masks.
+only blocks on an edge (a window's start, the diagonal, the sequence's end) pay for masks. A score costs a maximum, a
+fused multiply-add, an exponential, a sum and half a conversion; page numbers are read a block ahead.
 Bound by: the matrix units for prompts; by reading keys and values for a few new tokens behind a long prefix.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,49 +18,16 @@ from wave64 import platform
 from wave64.arch import Arch
 from wave64.ops import prefill_attention
 from wave64.triton_ops.attention import (
-    LN_2,
-    LOWEST,
     add_sink,
-    base2_logits,
-    dot,
+    attend_to_all,
+    deal_heads,
     is_wide,
-    load_pages,
-    load_rows,
+    load_query,
+    split_width,
+    store_rows,
     unit_of,
     unsupported,
 )
-
-
-@triton.jit
-def _attend(q, peak, total, mixed, position, first, last, lowest, length, window, k_ptr, v_ptr, table_ptr, scale,
-            logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
-            WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
-            HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Takes the blocks of keys from `first`, a multiple of BLOCK_N, to `last` into peak, total and mixed.
-
-    EDGE: some of the keys are hidden from some queries; those outside [lowest, length) may not even be read.
-    """
-    for block in range(first, last, BLOCK_N):
-        offs_n = block + tl.arange(0, BLOCK_N)
-        mask_n = (offs_n >= lowest) & (offs_n < length)
-        valid_n = tl.minimum(tl.maximum(offs_n, lowest), length - 1) if EDGE else offs_n
-        pages = load_pages(table_ptr, block, valid_n, PAGE_SIZE, BLOCK_N, WIDE)
-        k = load_rows(k_ptr, pages, valid_n, stride_kp, stride_kn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D)
-        s = base2_logits(dot(q, tl.trans(k.to(q.dtype))), scale, logit_cap, CAPPED)
-        if EDGE:
-            seen = mask_n[None, :]
-            if CAUSAL:
-                seen &= offs_n[None, :] <= position[:, None]
-            if WINDOWED:
-                seen &= offs_n[None, :] > position[:, None] - window
-            s = tl.where(seen, s, float("-inf"))
-        before, peak = peak, tl.maximum(peak, tl.max(s, 1))
-        p = tl.exp2(s - peak[:, None])
-        shrink = tl.exp2(before - peak)
-        total = total * shrink + tl.sum(p, 1)
-        v = load_rows(v_ptr, pages, valid_n, stride_vp, stride_vn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D)
-        mixed = dot(p.to(q.dtype), v.to(q.dtype), mixed * shrink[:, None])
-    return peak, total, mixed
 
 
 @triton.jit(do_not_specialize=["window", "room", "stride_qt", "stride_qh", "stride_kp", "stride_kn", "stride_kh",
@@ -66,70 +35,40 @@ def _attend(q, peak, total, mixed, position, first, last, lowest, length, window
 def _prefill_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, seq_lens_ptr, sinks_ptr,
                               k_scale_ptr, v_scale_ptr, scale, logit_cap, window, room, stride_qt, stride_qh, stride_kp,
                               stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_tb, UNIT: tl.constexpr,
-                              GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-                              WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                              GROUP: tl.constexpr, FLIPPED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+                              CAPPED: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, HALF_UP: tl.constexpr,
+                              HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+                              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+                              BLOCK_V: tl.constexpr):
     """One program: BLOCK_M new tokens of one sequence, one head."""
-    head, seq = tl.program_id(0), tl.program_id(2)
-    heads = tl.num_programs(0)
+    seq, heads = tl.program_id(2), tl.num_programs(0)
+    head, kv_head = deal_heads(tl.program_id(0), heads, GROUP)
     start = tl.load(starts_ptr + seq)
     new = tl.load(starts_ptr + seq + 1) - start
     row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # those with most keys to see begin first
     if row >= new:
         return
     length = tl.minimum(tl.load(seq_lens_ptr + seq), room)
-    offs_m = row + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_m = offs_m < new
-    mask_md = mask_m[:, None] & (offs_d < HEAD_DIM)
-    token = start.to(tl.int64)
-    q_ptr += (token * stride_qt + head * stride_qh) * UNIT
-    q = tl.load(q_ptr + offs_m[:, None] * stride_qt * UNIT + offs_d, mask=mask_md, other=0.0)
-    kv_head = (head // GROUP).to(tl.int64)
-    k_ptr += kv_head * stride_kh * UNIT
-    v_ptr += kv_head * stride_vh * UNIT
-    table_ptr += seq.to(tl.int64) * stride_tb
+    mask_m = row + tl.arange(0, BLOCK_M) < new
+    token = (start + row).to(tl.int64)
+    q, q_rest = load_query(q_ptr + (token * stride_qt + head * stride_qh) * UNIT, stride_qt * UNIT, mask_m, HEAD_DIM,
+                           BLOCK_M, BLOCK_D, BLOCK_R)
     if k_scale_ptr is not None:
         scale *= tl.load(k_scale_ptr)
-
-    # Keys [lowest, end) are seen by some query of this block, blocks [inner, outer) by all of them.
-    position = length - new + offs_m
-    first_query = length - new + row
-    last_query = tl.minimum(first_query + BLOCK_M, length) - 1
-    end = tl.maximum(0, last_query + 1) if CAUSAL else length
-    outer = (tl.maximum(0, first_query + 1) if CAUSAL else length) // BLOCK_N * BLOCK_N
-    lowest = tl.maximum(0, first_query - window + 1) if WINDOWED else 0
-    first = lowest // BLOCK_N * BLOCK_N
-    inner = first
-    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if WINDOWED:
-        inner = tl.minimum(tl.cdiv(tl.maximum(0, last_query - window + 1), BLOCK_N) * BLOCK_N, end)
-        peak, total, mixed = _attend(
-            q, peak, total, mixed, position, first, inner, lowest, length, window, k_ptr, v_ptr, table_ptr, scale,
-            logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, True, CAUSAL, WINDOWED, CAPPED, WIDE, UNIT,
-            HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
-    peak, total, mixed = _attend(
-        q, peak, total, mixed, position, inner, outer, lowest, length, window, k_ptr, v_ptr, table_ptr, scale,
-        logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, False, CAUSAL, WINDOWED, CAPPED, WIDE, UNIT, HEAD_DIM,
-        PAGE_SIZE, BLOCK_N, BLOCK_D)
-    peak, total, mixed = _attend(
-        q, peak, total, mixed, position, tl.maximum(inner, outer), end, lowest, length, window, k_ptr, v_ptr,
-        table_ptr, scale, logit_cap, stride_kp, stride_kn, stride_vp, stride_vn, True, CAUSAL, WINDOWED, CAPPED, WIDE,
-        UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
-
+    kv_head = kv_head.to(tl.int64) * UNIT
+    keys = (k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, table_ptr + seq.to(tl.int64) * stride_tb,
+            stride_kp, stride_kn, stride_vp, stride_vn)
+    peak, total, mixed = attend_to_all(
+        q, q_rest, row, new, length, window, scale, logit_cap, keys, FLIPPED, CAUSAL, WINDOWED, CAPPED, WIDE, ALIKE,
+        HALF_UP, UNIT, HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_V)
     if v_scale_ptr is not None:
         mixed *= tl.load(v_scale_ptr)
     if sinks_ptr is not None:
         peak, total, shrink = add_sink(tl.load(sinks_ptr + head), peak, total)
         mixed *= shrink[:, None]
-    some = total > 0
-    total = tl.where(some, total, 1)
-    mixed /= total[:, None]
-    out = (token + offs_m) * heads + head
-    tl.store(out_ptr + out[:, None] * HEAD_DIM + offs_d, mixed.to(out_ptr.dtype.element_ty), mask=mask_md)
-    tl.store(lse_ptr + out, tl.where(some, (peak + tl.log2(total)) * LN_2, float("-inf")), mask=mask_m)
+    place = token * heads + head
+    store_rows(out_ptr + place * HEAD_DIM, lse_ptr + place, heads, mask_m, peak, total, mixed, HEAD_DIM, BLOCK_M,
+               BLOCK_V)
 
 
 @dataclass(frozen=True)
@@ -140,29 +79,81 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    half_up: bool = False  # round weights to bf16 with two instructions, where there is none for it
     options: dict = field(default_factory=dict)
 
 
-def config(arch: Arch | None, head_dim: int, dtype: torch.dtype, capped: bool) -> Config:
-    """The configuration for an architecture (None: the interpreter)."""
+def config(arch: Arch | None, head_dim: int, dtype: torch.dtype, capped: bool = False, v_dim: int = 0) -> Config:
+    """The configuration for an architecture (None: the interpreter). v_dim: width of values, where not head_dim."""
+    v_dim = v_dim or head_dim
+    wide = head_dim > 192 or v_dim > 128
     if arch is None:
         return Config(32, 32, 1, 1)
     if arch.matrix == "mfma":  # the largest blocks that leave two waves on a SIMD, without spills
-        options = {"matrix_instr_nonkdim": 16}
+        half_up, options = arch.name in ("gfx90a", "gfx942"), {"matrix_instr_nonkdim": 16}
         if dtype == torch.float32:
-            return Config(64, 16, 4, 1, options) if head_dim <= 128 else Config(32, 16, 8, 1, options)
-        if head_dim > 128:
-            return Config(128, 16 if capped else 32, 8, 1, options)
+            narrow = max(head_dim, v_dim) <= 128
+            return Config(64, 16, 4, 1, options=options) if narrow else Config(32, 16, 8, 1, options=options)
+        if wide:
+            return Config(128, 16 if capped else 32, 8, 1, half_up, options)
         if capped:
-            return Config(128, 32, 8, 1, options)
-        return Config(128, 64, 8, 1 if arch.name == "gfx90a" else 2, options)
+            return Config(128, 32, 8, 1, half_up, options)
+        # Waves of 32 queries read keys and values from LDS half as often as those of 16.
+        stages = 1 if arch.name == "gfx90a" else 2
+        return Config(128, 32, 4, stages, half_up, {"matrix_instr_nonkdim": 32})
     if arch.vendor == "amd":
         return Config(16, 16, 8, 1) if dtype == torch.float32 else Config(64, 16, 4, 1)
     if dtype == torch.float32:
         return Config(32, 16, 8, 1)
     if arch.lds_bytes < 128 * 1024:
         return Config(32, 32, 4, 1)
-    return Config(64, 64, 4, 3 if head_dim <= 128 else 2)
+    if wide or capped:
+        return Config(128, 64, 8, 2)
+    return Config(128, 64, 8, 3) if head_dim > 128 else Config(128, 128, 8, 2)
+
+
+def candidates(arch: Arch, head_dim: int, dtype: torch.dtype) -> Iterator[Config]:
+    """What a tuner tries, the untuned configuration first."""
+    first = config(arch, head_dim, dtype)
+    yield first
+    if arch.matrix != "wgmma" or dtype == torch.float32:
+        return
+    # Two teams of four waves, each with a product of 64 queries under way; one, so that several blocks share a
+    # multiprocessor; four, with fewer registers each. Fewer keys at a time leave registers for a second block.
+    for block_m, num_warps, widths in (128, 8, (128, 64, 32)), (64, 4, (128, 64, 32)), (256, 16, (32,)):
+        for block_n, num_stages in ((n, stages) for n in widths for stages in (2, 3, 4) if n * stages >= 96):
+            found = Config(block_m, block_n, num_warps, num_stages)
+            key_bytes = dtype.itemsize * (head_dim + triton.next_power_of_2(head_dim))  # and of a value
+            lds_bytes = dtype.itemsize * head_dim * block_m + num_stages * block_n * key_bytes
+            if found != first and lds_bytes <= arch.lds_bytes:
+                yield found
+
+
+def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens_q: Tensor,
+           seq_lens: Tensor, max_seqlen_q: int, scale: float, causal: bool, sliding_window: int, logit_cap: float,
+           sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+           config: Config) -> tuple[Tensor, Tensor]:
+    tokens, heads, head_dim = query.shape
+    _, page_size, kv_heads, _ = key_cache.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty((tokens, heads), dtype=torch.float32, device=query.device)
+    if out.numel() == 0 or max_seqlen_q == 0:
+        return out, lse
+    grid = (heads, triton.cdiv(max_seqlen_q, config.block_m), len(seq_lens))
+    strides = (*query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3])
+    unit = unit_of(head_dim, *strides)
+    block_d, block_r = split_width(head_dim)
+    _prefill_attention_kernel[grid](
+        out, lse, query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, sinks, k_scale, v_scale,
+        float(scale), float(logit_cap), sliding_window, page_table.shape[1] * page_size, *(s // unit for s in strides),
+        page_table.stride(0), UNIT=unit, GROUP=heads // kv_heads,
+        FLIPPED=logit_cap <= 0 and (scale < 0 or k_scale is not None), CAUSAL=causal, WINDOWED=sliding_window > 0,
+        CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
+        ALIKE=key_cache.stride()[:2] == value_cache.stride()[:2], HALF_UP=config.half_up, HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_R=block_r,
+        BLOCK_V=max(16, triton.next_power_of_2(head_dim)), num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options)
+    return out, lse
 
 
 @prefill_attention.backend("triton", supports=lambda query, key_cache, *args, **kwargs: unsupported(query, key_cache))
@@ -170,21 +161,6 @@ def run(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tenso
         seq_lens: Tensor, max_seqlen_q: int, scale: float, causal: bool = True, sliding_window: int = -1,
         logit_cap: float = 0.0, sinks: Tensor | None = None, k_scale: Tensor | None = None,
         v_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    tokens, heads, head_dim = query.shape
-    _, page_size, kv_heads, _ = key_cache.shape
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty((tokens, heads), dtype=torch.float32, device=query.device)
-    if out.numel() == 0 or max_seqlen_q == 0:
-        return out, lse
-    chosen = config(platform.arch(), head_dim, query.dtype, logit_cap > 0)
-    grid = (heads, triton.cdiv(max_seqlen_q, chosen.block_m), len(seq_lens))
-    strides = (*query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3])
-    unit = unit_of(head_dim, *strides)
-    _prefill_attention_kernel[grid](
-        out, lse, query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, sinks, k_scale, v_scale, scale,
-        logit_cap, sliding_window, page_table.shape[1] * page_size, *(s // unit for s in strides),
-        page_table.stride(0), UNIT=unit, GROUP=heads // kv_heads, CAUSAL=causal, WINDOWED=sliding_window > 0,
-        CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache), HEAD_DIM=head_dim, PAGE_SIZE=page_size,
-        BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages, **chosen.options)
-    return out, lse
+    return launch(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max_seqlen_q, scale, causal,
+                  sliding_window, logit_cap, sinks, k_scale, v_scale,
+                  config(platform.arch(), query.shape[2], query.dtype, logit_cap > 0))

@@ -1,5 +1,6 @@
 """prefill_attention against a loop over tokens, heads and keys, in fp64 and in other words than the reference's."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_paged_attention import BACKENDS, assert_near, attend_one, drawn, groups, key_of, on_cpu, run, shapes
 
-from wave64 import ops
+from wave64 import ops, platform
 from wave64.op import BadArgument
 from wave64.ops import prefill_attention as declared
 from wave64.ops.prefill_attention import make_prefill
@@ -82,6 +83,42 @@ def test_capped_logits_are_accurate(device, backend):
     lse = run("prefill_attention", backend, args)[1]
     exact = naive(**on_cpu(args))[1]
     torch.testing.assert_close(lse.cpu().double(), exact, atol=5e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("scale", "k_scale"), [(-0.3, None), (0.0, None), (1, None), (0.2, -1.5), (-0.2, -1.5)])
+def test_any_scale(device, backend, scale, k_scale):
+    """Also such as turn the order of the logits round, or make all of them equal."""
+    with torch.device(device):
+        args = {**make_prefill([40], [70], dtype=torch.float32, fp8=k_scale is not None), "scale": scale}
+        if k_scale is not None:
+            args["k_scale"] = torch.tensor([k_scale])
+    assert_right(run("prefill_attention", backend, args), args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_and_values_in_different_layouts(device, backend):
+    with torch.device(device):
+        args = make_prefill([30, 5], [70, 5])
+    expected = run("prefill_attention", backend, args)
+    args["value_cache"] = args["value_cache"].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    assert torch.equal(run("prefill_attention", backend, args)[0], expected[0])
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16, 64])
+@pytest.mark.parametrize(("changes", "window"), [
+    (dict(block_m=16, block_n=64), -1), (dict(block_m=64, block_n=16), 50), (dict(half_up=True), 40)])
+def test_launch_settings(device, page_size, changes, window):
+    """The Triton kernel with other settings than the machine's: several pages to a block of keys, several blocks to a
+    page, and weights rounded as where a GPU has no instruction for it."""
+    from wave64.triton_ops import prefill_attention as kernels
+
+    with torch.device(device):
+        args = make_prefill([90, 3], [130, 60], heads=2, kv_heads=1, page_size=page_size, sliding_window=window)
+    arch = platform.arch() if args["query"].is_cuda else None
+    config = dataclasses.replace(kernels.config(arch, 64, args["query"].dtype), **changes)
+    rest = dict(causal=True, logit_cap=0.0, sinks=None, k_scale=None, v_scale=None)
+    assert_right(kernels.launch(**{**rest, **args}, config=config), args)
 
 
 def test_the_reference_in_small_blocks(device, monkeypatch):

@@ -13,7 +13,8 @@ from wave64.ops.rms_norm import rms_norm
 from wave64.ops.rotary_embedding import rotary_embedding
 from wave64.ops.sample import sample
 from wave64.ops.silu_and_mul import silu_and_mul
+from wave64.ops.varlen_attention import varlen_attention
 
 __all__ = ["apply_penalties", "concat_and_cache_mla", "fused_add_rms_norm", "gelu_and_mul", "gelu_tanh_and_mul",
            "merge_attn_states", "paged_attention", "prefill_attention", "reshape_and_cache", "rms_norm",
-           "rotary_embedding", "sample", "silu_and_mul"]
+           "rotary_embedding", "sample", "silu_and_mul", "varlen_attention"]
