@@ -7,6 +7,10 @@ matrix-vector products, more as oneDNN's matrix product. On one thread of an AVX
 parameters spends 24 ms instead of 40 on products in bf16, and with 8 tokens in fp32 65 instead of 105; the shared head
 of 49152 x 768 takes 8 ms instead of 12.
 The operators are those torch's own compiler calls on a CPU.
+
+oneDNN compiles a product anew for every number of tokens and keeps about 0.6 MB of each, half of it even where its
+cache of primitives is switched off (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0): prompts of all lengths would fill hundreds of
+megabytes. So it is asked for few numbers of tokens, whatever comes; rows of zeros fill up the rest.
 """
 
 import torch
@@ -17,6 +21,7 @@ from wave64.serve.layers import Embedding, Linear
 
 FEW_TOKENS = 4  # from here on oneDNN's fp32 product is faster than BLAS's
 MANY_TOKENS = 64  # beyond it a plain bf16 weight is better laid out anew than multiplied from the left
+COLUMNS = 16  # of a product with a plain bf16 weight on the left: a vector register's, fewer take as long
 TYPICAL_TOKENS = 8  # what oneDNN is told to choose the blocks for; it reads them well for any number
 
 
@@ -41,7 +46,18 @@ def choose_products(model: nn.Module) -> str:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    tokens = x.shape[0]
+    surplus = _filled(tokens) - tokens
+    if surplus:
+        x = F.pad(x, (0, 0, 0, surplus))
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y[:tokens] if surplus else y
+
+
+def _filled(tokens: int) -> int:
+    """The next of 16 numbers per power of two: a sixteenth more at most, and the same number where it is below 32."""
+    step = 1 << max(0, tokens.bit_length() - 5)
+    return -(-tokens // step) * step
 
 
 def _plain_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,7 +68,7 @@ def _plain_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tokens = x.shape[0]
     if not 0 < tokens <= MANY_TOKENS:
         return _onednn(x, weight, bias)
-    columns = x.T if tokens > 1 else x.T.expand(-1, 2)  # the product with one column is a slower, other kernel
+    columns = F.pad(x, (0, 0, 0, -tokens % COLUMNS)).T
     y = (weight @ columns)[:, :tokens].T.contiguous()
     return y if bias is None else y + bias
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wave64.serve.cpu import choose_products
+from wave64.serve.cpu import _filled, choose_products
 from wave64.serve.layers import Embedding, Linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,12 +33,20 @@ def model(request):
 def test_products_are_those_of_linear(model):
     weight, bias = model.middle.weight.clone(), model.middle.bias.clone()
     choose_products(model)
-    for tokens in (0, 1, 3, 4, 9, 65):
+    for tokens in (0, 1, 3, 4, 9, 17, 65, 300):
         x = torch.randn(tokens, 24).to(weight.dtype)
         with torch.inference_mode():
             got = model.middle(x)
         torch.testing.assert_close(got, F.linear(x, weight, bias))
         torch.testing.assert_close(model.head(x), F.linear(x, model.embed.weight))
+
+
+def test_few_numbers_of_tokens_are_compiled_for():
+    """Each leaves machine code behind for good (serve/cpu.py), so lengths of all kinds must not give as many."""
+    filled = [_filled(tokens) for tokens in range(513)]
+    assert filled[:33] == list(range(33))
+    assert all(tokens <= more <= tokens * 17 / 16 + 1 for tokens, more in enumerate(filled))
+    assert len(set(filled)) == 33 + 4 * 16
 
 
 def test_layout_replaces_the_weight(model):
