@@ -6,16 +6,20 @@ short one one, and the host need not know which. A second kernel merges the shar
 Bound by: reading keys and values.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from wave64 import platform
 from wave64.arch import Arch
 from wave64.ops import paged_attention
+from wave64.ops.paged_attention import FP8
+from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import (
     LOWEST,
     add_sink,
@@ -24,64 +28,49 @@ from wave64.triton_ops.attention import (
     is_wide,
     load_pages,
     load_rows,
+    narrow,
     unit_of,
     unsupported,
 )
+from wave64.triton_ops.splits import (
+    LENGTHS,
+    deal,
+    looks,
+    most_parts,
+    overlaps,
+    uniform,
+    widened,
+)
+from wave64.tuning import choose
 
-#: Arguments that vary from step to step or say nothing that UNIT does not: none of them is worth another compilation.
-LENGTHS = ["num_seqs", "heads", "room", "window", "programs", "least"]
+#: Say nothing that UNIT does not: none is worth another compilation.
 STRIDES = ["stride_qb", "stride_qh", "stride_kp", "stride_kn", "stride_kh", "stride_vp", "stride_vn", "stride_vh",
            "stride_tb"]
 
 
-@triton.jit
-def _keys(seq_lens_ptr, seq, num_seqs, room, window):
-    """Keys that sequences `seq` read, 0 beyond the last: of their lengths, what the page table and the window allow."""
-    keys = tl.minimum(tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0), room)
-    return tl.where(window > 0, tl.minimum(keys, window), keys)
-
-
-@triton.jit
-def _share(seq_lens_ptr, num_seqs, room, window, programs, least, BLOCK_B: tl.constexpr):
-    """Keys per program when the batch's keys are dealt out to `programs` of them, at least `least`."""
-    total = 0
-    for first in range(0, num_seqs, BLOCK_B):
-        total += tl.sum(_keys(seq_lens_ptr, first + tl.arange(0, BLOCK_B), num_seqs, room, window))
-    return tl.maximum(least, tl.cdiv(total, programs))
-
-
-@triton.jit
-def _parts(keys, share):
-    """Programs that so many keys of a sequence go to, each with about `share`, at most 1.5 times that; at least one."""
-    return tl.maximum(1, (keys + share // 2) // share)
-
-
-@triton.jit(do_not_specialize=[*LENGTHS, *STRIDES])
+@triton.jit(do_not_specialize=[*LENGTHS, "heads", *STRIDES])
 def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr,
-                            sinks_ptr, k_scale_ptr, v_scale_ptr, scale, logit_cap, num_seqs, heads, room, window,
-                            programs, least, stride_qb, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp,
+                            sinks_ptr, k_scale_ptr, v_scale_ptr, scale, logit_cap, num_seqs, room, window,
+                            programs, least, heads, stride_qb, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp,
                             stride_vn, stride_vh, stride_tb, UNIT: tl.constexpr, GROUP: tl.constexpr,
                             HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, CAPPED: tl.constexpr,
-                            WIDE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-                            BLOCK_D: tl.constexpr):
+                            WIDE: tl.constexpr, FP8_CACHE: tl.constexpr, CDNA: tl.constexpr, HALF_UP: tl.constexpr,
+                            OVERLAP: tl.constexpr, BLOCK_B: tl.constexpr, ONE_LOOK: tl.constexpr,
+                            BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program: BLOCK_H heads of one group, one part of one sequence's keys."""
     item = tl.program_id(1)
-    share = _share(seq_lens_ptr, num_seqs, room, window, programs, least, BLOCK_B)
-    seq, first_item, dealt = 0, 0, 0  # the sequence whose parts, counted through the batch, include `item`
-    for first in range(0, num_seqs, BLOCK_B):
-        offs_b = first + tl.arange(0, BLOCK_B)
-        parts = _parts(_keys(seq_lens_ptr, offs_b, num_seqs, room, window), share)
-        parts = tl.where(offs_b < num_seqs, parts, 0)
-        passed = (parts > 0) & (dealt + tl.cumsum(parts) <= item)
-        seq += tl.sum(passed.to(tl.int32))
-        first_item += tl.sum(tl.where(passed, parts, 0))
-        dealt += tl.sum(parts)
+    seq, first_item, keys, parts = deal(item, seq_lens_ptr, num_seqs, room, window, programs, least, 0,
+                                        BLOCK_B, ONE_LOOK)
+    seq, first_item = uniform(seq, CDNA), uniform(first_item, CDNA)
+    keys, parts = uniform(keys, CDNA), uniform(parts, CDNA)
+    if OVERLAP:
+        gdc_launch_dependents()
     if seq >= num_seqs:
         return
 
-    length = tl.maximum(0, tl.minimum(tl.load(seq_lens_ptr + seq), room))
-    keys = _keys(seq_lens_ptr, seq, num_seqs, room, window)
-    parts = _parts(keys, share)
+    length = keys
+    if window > 0:
+        length = tl.maximum(0, tl.minimum(tl.load(seq_lens_ptr + seq), room))
     first_key = length - keys
     # Whole blocks are dealt out, to the first parts one more each. They begin at multiples of BLOCK_N, so that each
     # lies inside one page where pages hold whole blocks.
@@ -116,15 +105,16 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
         mask_n = (offs_n >= first_key) & (offs_n < end)
         offs_n = tl.minimum(tl.maximum(offs_n, first_key), end - 1)
         pages = load_pages(table_ptr, block, offs_n, PAGE_SIZE, BLOCK_N, WIDE)
-        k = load_rows(k_ptr, pages, offs_n, stride_kp, stride_kn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D).to(q.dtype)
-        v = load_rows(v_ptr, pages, offs_n, stride_vp, stride_vn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D).to(q.dtype)
+        k = load_rows(k_ptr, pages, offs_n, stride_kp, stride_kn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D)
+        v = load_rows(v_ptr, pages, offs_n, stride_vp, stride_vn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D)
+        k, v = widened(k, q.dtype, HALF_UP and FP8_CACHE), widened(v, q.dtype, HALF_UP and FP8_CACHE)
         s = base2_logits(dot(q, tl.trans(k)), scale, logit_cap, CAPPED)
         s = tl.where(mask_n, s, float("-inf"))
         before, peak = peak, tl.maximum(peak, tl.max(s, 1))
         p = tl.exp2(s - peak[:, None])
         shrink = tl.exp2(before - peak)
         total = total * shrink + tl.sum(p, 1)
-        mixed = dot(p.to(v.dtype), v, mixed * shrink[:, None])
+        mixed = dot(narrow(p, v.dtype, HALF_UP), v, mixed * shrink[:, None])
     if v_scale_ptr is not None:
         mixed *= tl.load(v_scale_ptr)
 
@@ -143,47 +133,6 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
         tl.store(stats_ptr + line * 2 + 1, total, mask=mask_h)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _paged_attention_merge_kernel(out_ptr, partial_ptr, stats_ptr, seq_lens_ptr, sinks_ptr, num_seqs, heads, room,
-                                  window, programs, least, HEAD_DIM: tl.constexpr, BLOCK_B: tl.constexpr,
-                                  BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program: one head of one sequence, if its keys went to several programs."""
-    head = tl.program_id(0)
-    seq = tl.program_id(1)
-    share = _share(seq_lens_ptr, num_seqs, room, window, programs, least, BLOCK_B)
-    last_part = _parts(_keys(seq_lens_ptr, seq, num_seqs, room, window), share)
-    if last_part == 1:
-        return
-    first_item = 0
-    for first in range(0, seq, BLOCK_B):
-        offs_b = first + tl.arange(0, BLOCK_B)
-        parts = _parts(_keys(seq_lens_ptr, offs_b, num_seqs, room, window), share)
-        first_item += tl.sum(tl.where(offs_b < seq, parts, 0))
-
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < HEAD_DIM
-    peak, total = tl.full([], LOWEST, tl.float32), 0.0
-    mixed = tl.zeros([BLOCK_D], tl.float32)
-    for part in range(0, last_part, BLOCK_P):
-        offs_p = part + tl.arange(0, BLOCK_P)
-        mask_p = offs_p < last_part
-        line = (first_item + offs_p).to(tl.int64) * heads + head
-        peaks = tl.load(stats_ptr + line * 2, mask=mask_p, other=float("-inf"))
-        totals = tl.load(stats_ptr + line * 2 + 1, mask=mask_p, other=0.0)
-        partial = tl.load(partial_ptr + line[:, None] * HEAD_DIM + offs_d, mask=mask_p[:, None] & mask_d, other=0.0)
-        before, peak = peak, tl.maximum(peak, tl.max(peaks, 0))
-        weights = tl.exp2(peaks - peak)
-        shrink = tl.exp2(before - peak)
-        total = total * shrink + tl.sum(weights * totals, 0)
-        mixed = mixed * shrink + tl.sum(weights[:, None] * partial, 0)
-    if sinks_ptr is not None:
-        peak, total, shrink = add_sink(tl.load(sinks_ptr + head), peak, total)
-        mixed *= shrink
-    mixed /= tl.where(total > 0, total, 1.0)
-    out_ptr += (seq.to(tl.int64) * heads + head) * HEAD_DIM + offs_d
-    tl.store(out_ptr, mixed.to(out_ptr.dtype.element_ty), mask=mask_d)
-
-
 @dataclass(frozen=True)
 class Config:
     """How the kernel is launched."""
@@ -194,25 +143,47 @@ class Config:
     num_stages: int
     programs: int       # that a compute unit holds at a time
     least: int          # fewest keys that a sequence is split for
-    block_b: int = 256  # lengths looked at at a time
+    cdna: bool = False  # scalars kept in scalar registers
+    half_up: bool = False  # round weights to bf16 with two instructions, where there is none for it
+    block_b: int = 0    # lengths looked at at a time; 0: as suits the batch
     options: dict = field(default_factory=dict)
 
 
-def config(arch: Arch | None, head_dim: int, dtype: torch.dtype) -> Config:
-    """The configuration for an architecture (None: the interpreter).
+#: Bounds of the integer facts that the tuner takes for alike; a few sequences are all split.
+BUCKETS = {"head_dim": (64, 128, 192), "group": (16,), "num_seqs": (16,)}
 
-    On CDNA a program is one wave: with several, each would repeat the whole of Q K' and wait for the others at
-    barriers; four or more of them on a SIMD hide each other's loads.
-    """
-    if arch is None:
-        return Config(64, 32, 1, 1, programs=8, least=32)
+
+def facts(query: Tensor, key_cache: Tensor, **others) -> dict[str, int | bool]:
+    """Of a call's arguments, by their names, what the choice of a configuration depends on."""
+    num_seqs, heads, head_dim = query.shape
+    return {"head_dim": head_dim, "fp32": query.dtype == torch.float32, "fp8": key_cache.dtype.itemsize == 1,
+            "group": heads // key_cache.shape[2], "num_seqs": num_seqs}
+
+
+def pairs(config: Config, group: int, **others) -> int:
+    """Pairs of query head and key that a block takes at a time; rows beyond the group's heads do not count."""
+    return min(config.block_h, group) * config.block_n
+
+
+def candidates(arch: Arch, head_dim: int, fp32: bool, **others) -> Iterator[Config]:
+    """What the tuner tries beside the present configuration."""
     if arch.matrix == "mfma":
-        return Config(32, 16, 1, 1, programs=16, least=64, options={"matrix_instr_nonkdim": 16})
-    if arch.vendor == "amd":
-        return Config(16, 16, 4, 1, programs=8, least=128)
-    if dtype == torch.float32 or arch.lds_bytes < 128 * 1024:
-        return Config(16, 16, 4, 2, programs=4, least=128)
-    return Config(64, 64 if head_dim <= 128 else 32, 4, 3, programs=8, least=128)
+        for block_n in (16, 32, 64):
+            for num_warps, num_stages in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)):
+                yield Config(32, block_n, num_warps, num_stages, programs=16 // num_warps, least=64, cdna=True,
+                             half_up=arch.name != "gfx950", options={"matrix_instr_nonkdim": 16})
+        return
+    if arch.matrix == "wgmma" and not fp32:
+        shapes = [(32, 2, 4), (32, 4, 3), (32, 4, 4), (64, 2, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3),
+                  (128, 4, 2), (128, 8, 2), (128, 8, 3)]
+    else:
+        shapes = [(n, waves, stages) for n in (16, 32, 64) for waves in (2, 4) for stages in (1, 2)]
+    for block_n, num_warps, num_stages in shapes:
+        lds_bytes = 2 * num_stages * block_n * triton.next_power_of_2(head_dim) * (4 if fp32 else 2)
+        if lds_bytes <= arch.lds_bytes:
+            # As many as fit, so that all run at once; or more, shorter ones, whose ends leave less idle.
+            for programs in sorted({min(8, arch.lds_bytes // lds_bytes), 8}):
+                yield Config(64, block_n, num_warps, num_stages, programs, least=128)
 
 
 def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
@@ -234,25 +205,25 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
     # Where shares are fixed, more programs than any batch can use: then `least` decides.
     programs = 2**30 if keys_per_program else max(1, platform.compute_units() * config.programs // tiles)
     # Every sequence has a part; beyond that, at most one per share of the batch's keys: no need to know the lengths.
-    most = max(1, (keys + least // 2) // least)
+    most = most_parts(keys, least)
     items = min(num_seqs * most, num_seqs + programs)
     partial = stats = out  # unused where no sequence can have a second part
     if most > 1:
         partial = torch.empty((items, heads, head_dim), dtype=torch.float32, device=query.device)
         stats = torch.empty((items, heads, 2), dtype=torch.float32, device=query.device)
-    lengths = (num_seqs, heads, room, sliding_window, programs, least)
+    lengths = (num_seqs, room, sliding_window, programs, least)
     strides = (*query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3])
     unit = unit_of(head_dim, *strides)
+    overlap = most > 1 and overlaps()
     _paged_attention_kernel[tiles, items](
         out, partial, stats, query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale, scale,
-        logit_cap, *lengths, *(s // unit for s in strides), page_table.stride(0), UNIT=unit, GROUP=group,
+        logit_cap, *lengths, heads, *(s // unit for s in strides), page_table.stride(0), UNIT=unit, GROUP=group,
         HEAD_DIM=head_dim, PAGE_SIZE=page_size, CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
-        BLOCK_B=config.block_b, BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d, num_warps=config.num_warps,
-        num_stages=config.num_stages, **config.options)
+        FP8_CACHE=key_cache.dtype in FP8.values(), CDNA=config.cdna, HALF_UP=config.half_up, OVERLAP=overlap,
+        BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d, **looks(num_seqs, config.block_b),
+        num_warps=config.num_warps, num_stages=config.num_stages, **config.options)
     if most > 1:
-        _paged_attention_merge_kernel[heads, num_seqs](
-            out, partial, stats, seq_lens, sinks, *lengths, HEAD_DIM=head_dim, BLOCK_B=config.block_b, BLOCK_P=16,
-            BLOCK_D=block_d, num_warps=4)
+        merge_splits.launch(out, None, partial, stats, seq_lens, sinks, lengths, 0, most, overlap)
     return out
 
 
@@ -261,4 +232,4 @@ def run(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tenso
         sliding_window: int = -1, logit_cap: float = 0.0, sinks: Tensor | None = None, k_scale: Tensor | None = None,
         v_scale: Tensor | None = None) -> Tensor:
     return launch(query, key_cache, value_cache, page_table, seq_lens, scale, sliding_window, logit_cap, sinks, k_scale,
-                  v_scale, config(platform.arch(), query.shape[2], query.dtype))
+                  v_scale, choose("paged_attention", Config, **facts(query, key_cache)))

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wave64 import platform
 from wave64.arch import Arch
 from wave64.ops import prefill_attention
 from wave64.triton_ops.attention import (
@@ -28,6 +27,7 @@ from wave64.triton_ops.attention import (
     unit_of,
     unsupported,
 )
+from wave64.tuning import choose
 
 
 @triton.jit(do_not_specialize=["window", "room", "stride_qt", "stride_qh", "stride_kp", "stride_kn", "stride_kh",
@@ -83,50 +83,66 @@ class Config:
     options: dict = field(default_factory=dict)
 
 
-def config(arch: Arch | None, head_dim: int, dtype: torch.dtype, capped: bool = False, v_dim: int = 0) -> Config:
-    """The configuration for an architecture (None: the interpreter). v_dim: width of values, where not head_dim."""
-    v_dim = v_dim or head_dim
-    wide = head_dim > 192 or v_dim > 128
-    if arch is None:
-        return Config(32, 32, 1, 1)
-    if arch.matrix == "mfma":  # the largest blocks that leave two waves on a SIMD, without spills
-        half_up, options = arch.name in ("gfx90a", "gfx942"), {"matrix_instr_nonkdim": 16}
-        if dtype == torch.float32:
-            narrow = max(head_dim, v_dim) <= 128
-            return Config(64, 16, 4, 1, options=options) if narrow else Config(32, 16, 8, 1, options=options)
-        if wide:
-            return Config(128, 16 if capped else 32, 8, 1, half_up, options)
-        if capped:
-            return Config(128, 32, 8, 1, half_up, options)
-        # Waves of 32 queries read keys and values from LDS half as often as those of 16.
-        stages = 1 if arch.name == "gfx90a" else 2
-        return Config(128, 32, 4, stages, half_up, {"matrix_instr_nonkdim": 32})
-    if arch.vendor == "amd":
-        return Config(16, 16, 8, 1) if dtype == torch.float32 else Config(64, 16, 4, 1)
-    if dtype == torch.float32:
-        return Config(32, 16, 8, 1)
-    if arch.lds_bytes < 128 * 1024:
-        return Config(32, 32, 4, 1)
-    if wide or capped:
-        return Config(128, 64, 8, 2)
-    return Config(128, 64, 8, 3) if head_dim > 128 else Config(128, 128, 8, 2)
+#: Bounds of the integer facts that the tuner takes for alike: a few new tokens, a block of them, a prompt.
+BUCKETS = {"head_dim": (64, 128, 192), "max_seqlen_q": (16, 64)}
 
 
-def candidates(arch: Arch, head_dim: int, dtype: torch.dtype) -> Iterator[Config]:
-    """What a tuner tries, the untuned configuration first."""
-    first = config(arch, head_dim, dtype)
-    yield first
-    if arch.matrix != "wgmma" or dtype == torch.float32:
+def facts(query: Tensor, max_seqlen_q: int, logit_cap: float = 0.0, **others) -> dict[str, int | bool]:
+    """Of a call's arguments, by their names, what the choice of a configuration depends on."""
+    return {"head_dim": query.shape[2], "fp32": query.dtype == torch.float32, "capped": logit_cap > 0,
+            "max_seqlen_q": max_seqlen_q}
+
+
+def pairs(config: Config, max_seqlen_q: int, **others) -> int:
+    """Pairs of query and key that a block takes at a time; rows beyond the last query do not count."""
+    return min(config.block_m, max_seqlen_q) * config.block_n
+
+
+def blocks(arch: Arch, fp32: bool, max_seqlen_q: int, width: int, v_width: int) -> Iterator[Config]:
+    """Candidates for queries and keys of `width` columns and values of `v_width`: no rows that no query needs, and no
+    more LDS than there is, as far as that is known beforehand."""
+    if arch.matrix == "mfma":
+        yield from _cdna_blocks(arch, fp32, max_seqlen_q)
         return
-    # Two teams of four waves, each with a product of 64 queries under way; one, so that several blocks share a
-    # multiprocessor; four, with fewer registers each. Fewer keys at a time leave registers for a second block.
-    for block_m, num_warps, widths in (128, 8, (128, 64, 32)), (64, 4, (128, 64, 32)), (256, 16, (32,)):
-        for block_n, num_stages in ((n, stages) for n in widths for stages in (2, 3, 4) if n * stages >= 96):
-            found = Config(block_m, block_n, num_warps, num_stages)
-            key_bytes = dtype.itemsize * (head_dim + triton.next_power_of_2(head_dim))  # and of a value
-            lds_bytes = dtype.itemsize * head_dim * block_m + num_stages * block_n * key_bytes
-            if found != first and lds_bytes <= arch.lds_bytes:
-                yield found
+    if arch.matrix == "wgmma" and not fp32:
+        # Two teams of four waves, each with a product of 64 queries under way; one, so that several blocks share a
+        # multiprocessor; four, with fewer registers each. Fewer keys at a time leave registers for a second block.
+        shapes = [(128, 8, (128, 64, 32)), (64, 4, (128, 64, 32)), (256, 16, (32,))]
+        if max_seqlen_q <= 64:  # below 64 queries the products are those of single waves, which share the keys out
+            shapes = [(64, 4, (128, 64, 32)), (32, 4, (128, 64)), (16, 4, (128, 64, 32)), (16, 2, (64, 32))]
+            shapes = shapes[:2] if max_seqlen_q > 16 else shapes[2:] + shapes[:1]
+        found = [(m, n, waves, stages) for m, waves, widths in shapes for n in widths for stages in (2, 3, 4)
+                 if n * stages >= 96 or m < 64]
+    else:
+        rows = (16,) if max_seqlen_q <= 16 else (32, 64)
+        found = [(m, n, waves, stages) for m in rows for n in (16, 32, 64) for waves in (4, 8) for stages in (1, 2)
+                 if m * n <= 2048]
+    for block_m, block_n, num_warps, num_stages in found:
+        key_bytes = (4 if fp32 else 2) * (width + triton.next_power_of_2(v_width))  # and of a value
+        lds_bytes = (4 if fp32 else 2) * width * block_m + num_stages * block_n * key_bytes
+        if lds_bytes <= arch.lds_bytes:
+            yield Config(block_m, block_n, num_warps, num_stages)
+
+
+def _cdna_blocks(arch: Arch, fp32: bool, max_seqlen_q: int) -> Iterator[Config]:
+    """(block_m, waves, queries of one matrix instruction), each with keys at a time and stages."""
+    if fp32:
+        shapes = [(64, 4, 16), (32, 4, 16), (32, 8, 16), (16, 4, 16)]
+    elif max_seqlen_q <= 16:
+        shapes = [(16, 1, 16), (16, 2, 16), (16, 4, 16), (32, 1, 32)]
+    elif max_seqlen_q <= 64:
+        shapes = [(64, 4, 16), (64, 2, 32), (32, 2, 16), (32, 1, 32)]
+    else:
+        shapes = [(128, 4, 32), (128, 8, 16), (64, 2, 32), (64, 4, 16), (256, 8, 32)]
+    for block_m, num_warps, size in shapes:
+        for block_n, num_stages in ((16, 1), (32, 1)) if fp32 else ((32, 2), (32, 1), (64, 1), (16, 2)):
+            yield Config(block_m, block_n, num_warps, num_stages, not fp32 and arch.name in ("gfx90a", "gfx942"),
+                         {"matrix_instr_nonkdim": size})
+
+
+def candidates(arch: Arch, head_dim: int, fp32: bool, max_seqlen_q: int, **others) -> Iterator[Config]:
+    """What the tuner tries beside the present configuration."""
+    return blocks(arch, fp32, max_seqlen_q, head_dim, head_dim)
 
 
 def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens_q: Tensor,
@@ -163,4 +179,4 @@ def run(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tenso
         v_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return launch(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max_seqlen_q, scale, causal,
                   sliding_window, logit_cap, sinks, k_scale, v_scale,
-                  config(platform.arch(), query.shape[2], query.dtype, logit_cap > 0))
+                  choose("prefill_attention", Config, **facts(query, max_seqlen_q, logit_cap)))

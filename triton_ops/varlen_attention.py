@@ -4,12 +4,14 @@ The trick: heads whose width is no power of two (192 = 128 + 64, MLA's) are mult
 Bound by: the matrix units.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wave64 import platform
+from wave64.arch import Arch
 from wave64.ops import varlen_attention
 from wave64.triton_ops.attention import (
     attend_to_all,
@@ -20,9 +22,10 @@ from wave64.triton_ops.attention import (
     store_rows,
     unit_of,
 )
-from wave64.triton_ops.prefill_attention import Config, candidates, config
+from wave64.triton_ops.prefill_attention import Config, blocks, pairs
+from wave64.tuning import choose
 
-__all__ = ["Config", "candidates", "config", "launch"]  # of both operators
+__all__ = ["BUCKETS", "Config", "candidates", "facts", "launch", "pairs"]  # what the tuner looks for
 
 
 @triton.jit(do_not_specialize=["stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_vt", "stride_vh"])
@@ -63,6 +66,20 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> str | None:
     return f"keeps heads of at most 256 in registers, these have {widest}" if widest > 256 else None
 
 
+#: As prefill_attention's.
+BUCKETS = {"qk_dim": (64, 128, 192), "v_dim": (64, 128), "max_seqlen_q": (16, 64)}
+
+
+def facts(q: Tensor, v: Tensor, max_seqlen_q: int, **others) -> dict[str, int | bool]:
+    """Of a call's arguments, by their names, what the choice of a configuration depends on."""
+    return {"qk_dim": q.shape[2], "v_dim": v.shape[2], "fp32": q.dtype == torch.float32, "max_seqlen_q": max_seqlen_q}
+
+
+def candidates(arch: Arch, qk_dim: int, v_dim: int, fp32: bool, max_seqlen_q: int) -> Iterator[Config]:
+    """What the tuner tries beside the present configuration."""
+    return blocks(arch, fp32, max_seqlen_q, qk_dim, v_dim)
+
+
 def launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
            max_seqlen_k: int, scale: float, causal: bool, config: Config) -> tuple[Tensor, Tensor]:
     tokens, heads, qk_dim = q.shape
@@ -88,4 +105,4 @@ def launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
 def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
         max_seqlen_k: int, scale: float, causal: bool = True) -> tuple[Tensor, Tensor]:
     return launch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                  config(platform.arch(), q.shape[2], q.dtype, v_dim=v.shape[2]))
+                  choose("varlen_attention", Config, **facts(q, v, max_seqlen_q)))

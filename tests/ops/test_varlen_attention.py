@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_paged_attention import BACKENDS, TOLERANCE, drawn, on_cpu, run
 
-from wave64 import ops, platform
-from wave64.arch import lookup
+from wave64 import ops
 from wave64.op import BadArgument
 from wave64.ops import varlen_attention as declared
 from wave64.ops.varlen_attention import cases, cost, make_case
+from wave64.tuning import choose
 
 
 def naive(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True):
@@ -125,8 +125,7 @@ def launch(args, **changes):
     """The Triton kernel with other settings than the machine's."""
     from wave64.triton_ops import varlen_attention as kernels
 
-    arch = platform.arch() if args["q"].is_cuda else None
-    config = dataclasses.replace(kernels.config(arch, args["q"].shape[2], args["q"].dtype), **changes)
+    config = dataclasses.replace(choose("varlen_attention", kernels.Config, **kernels.facts(**args)), **changes)
     return kernels.launch(**args, config=config)
 
 
@@ -143,17 +142,6 @@ def test_weights_rounded_half_up(device):
         args = make_case([40, 1], [70, 1])
     assert_right(launch(args, half_up=True), args)
     assert torch.equal(launch(args, half_up=True)[0][40], args["v"][70].repeat_interleave(2, 0))
-
-
-def test_a_tuner_finds_different_settings_that_fit():
-    from wave64.triton_ops import varlen_attention as kernels
-
-    arch = lookup("sm_90")
-    for head_dim in (64, 128, 192):
-        found = list(kernels.candidates(arch, head_dim, torch.bfloat16))
-        assert found[0] == kernels.config(arch, head_dim, torch.bfloat16)
-        assert 9 <= len(found) <= 20
-        assert len({str(c) for c in found}) == len(found)
 
 
 def test_cost_counts_the_pairs_that_are_seen():

@@ -6,6 +6,8 @@ from wave64.ops.fused_add_rms_norm import fused_add_rms_norm
 from wave64.ops.gelu_and_mul import gelu_and_mul
 from wave64.ops.gelu_tanh_and_mul import gelu_tanh_and_mul
 from wave64.ops.merge_attn_states import merge_attn_states
+from wave64.ops.mla_decode import mla_decode
+from wave64.ops.mla_decode_rope import mla_decode_rope
 from wave64.ops.paged_attention import paged_attention
 from wave64.ops.prefill_attention import prefill_attention
 from wave64.ops.reshape_and_cache import reshape_and_cache
@@ -16,5 +18,5 @@ from wave64.ops.silu_and_mul import silu_and_mul
 from wave64.ops.varlen_attention import varlen_attention
 
 __all__ = ["apply_penalties", "concat_and_cache_mla", "fused_add_rms_norm", "gelu_and_mul", "gelu_tanh_and_mul",
-           "merge_attn_states", "paged_attention", "prefill_attention", "reshape_and_cache", "rms_norm",
-           "rotary_embedding", "sample", "silu_and_mul", "varlen_attention"]
+           "merge_attn_states", "mla_decode", "mla_decode_rope", "paged_attention", "prefill_attention",
+           "reshape_and_cache", "rms_norm", "rotary_embedding", "sample", "silu_and_mul", "varlen_attention"]

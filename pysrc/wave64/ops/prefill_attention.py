@@ -57,6 +57,7 @@ def cases():
         yield Case(name, lambda options=options: make_prefill(**options))
     for name, new, lengths in [("4x4096", [4096] * 4, [4096] * 4), ("1x16384", [16384], [16384]),
                                ("chunk-2048-of-16384", [2048] * 2, [16384] * 2),
+                               ("32x4-of-4096", [4] * 32, [4096] * 32), ("8x64-of-8192", [64] * 8, [8192] * 8),
                                ("ragged", [1, 300, 4096, 77, 1500], [4000, 300, 4096, 8000, 1700])]:
         yield Case(name, lambda new=new, lengths=lengths: make_prefill(
             new, lengths, heads=32, kv_heads=8, head_dim=128), large=True)
