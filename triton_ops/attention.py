@@ -274,9 +274,16 @@ def store_rows(out_ptr, lse_ptr, heads, mask_m, peak, total, mixed, WIDTH: tl.co
     tl.store(lse_ptr + rows, tl.where(blind, float("-inf"), (peak + tl.log2(total)) * LN_2), mask=mask_m)
 
 
+def tile_width(columns: int) -> int:
+    """Width of the tile that holds so many columns: a power of two of at least what a matrix instruction takes; for
+    Hopper at least 64, since Triton 3.6 lets its instructions read past the end of narrower tiles on chip."""
+    arch = platform.arch()
+    return max(64 if arch and arch.matrix == "wgmma" else 16, triton.next_power_of_2(columns))
+
+
 def split_width(head_dim: int) -> tuple[int, int]:
-    """Widths of the tiles, powers of two of at least 16, that hold head_dim columns: one (and 0) or, where that saves
-    work, a second for the rest (192 = 128 + 64)."""
-    whole = max(16, triton.next_power_of_2(head_dim))
-    rest = max(16, triton.next_power_of_2(head_dim - whole // 2))
-    return (whole, 0) if head_dim <= 16 or whole // 2 + rest >= whole else (whole // 2, rest)
+    """Widths of the tiles that hold head_dim columns: one (and 0) or, where that saves work, a second for the rest
+    (192 = 128 + 64)."""
+    whole = tile_width(head_dim)
+    rest = tile_width(head_dim - whole // 2)
+    return (whole, 0) if head_dim <= whole // 2 or whole // 2 + rest >= whole else (whole // 2, rest)

@@ -29,6 +29,7 @@ from wave64.triton_ops.attention import (
     load_pages,
     load_rows,
     narrow,
+    tile_width,
     unit_of,
     unsupported,
 )
@@ -197,7 +198,7 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
         return out
     group = heads // kv_heads
     block_h = max(16, min(config.block_h, triton.next_power_of_2(group)))
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = tile_width(head_dim)
     tiles = kv_heads * triton.cdiv(group, block_h)
     room = page_table.shape[1] * page_size
     keys = min(room, sliding_window) if sliding_window > 0 else room

@@ -24,6 +24,7 @@ from wave64.triton_ops.attention import (
     load_query,
     split_width,
     store_rows,
+    tile_width,
     unit_of,
     unsupported,
 )
@@ -167,7 +168,7 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
         CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
         ALIKE=key_cache.stride()[:2] == value_cache.stride()[:2], HALF_UP=config.half_up, HEAD_DIM=head_dim,
         PAGE_SIZE=page_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_R=block_r,
-        BLOCK_V=max(16, triton.next_power_of_2(head_dim)), num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_V=tile_width(head_dim), num_warps=config.num_warps, num_stages=config.num_stages,
         **config.options)
     return out, lse
 

@@ -20,6 +20,7 @@ from wave64.triton_ops.attention import (
     load_query,
     split_width,
     store_rows,
+    tile_width,
     unit_of,
 )
 from wave64.triton_ops.prefill_attention import Config, blocks, pairs
@@ -96,7 +97,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
         out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, float(scale), *(s // unit for s in strides), UNIT=unit,
         GROUP=heads // k.shape[1], FLIPPED=scale < 0, CAUSAL=causal, WIDE=is_wide(k, v),
         ALIKE=k.stride(0) == v.stride(0), HALF_UP=config.half_up, QK_DIM=qk_dim, V_DIM=v_dim, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_V=max(16, triton.next_power_of_2(v_dim)),
+        BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_V=tile_width(v_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **config.options)
     return out, lse
 
