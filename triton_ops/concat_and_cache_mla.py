@@ -15,7 +15,6 @@ from wave64.ops.reshape_and_cache import FP8
 from wave64.triton_ops.attention import is_wide, unit_of
 from wave64.triton_ops.geometry import num_warps
 
-
 #: Numbers per program, which is one CDNA wave.
 BLOCK = 1024
 

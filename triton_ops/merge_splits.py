@@ -47,7 +47,8 @@ def _merge_splits_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, seq_lens_ptr,
                 line = (before + offs_p).to(tl.int64) * rows + row
                 peaks = tl.load(stats_ptr + line * 2, mask=mask_p, other=float("-inf"))
                 totals = tl.load(stats_ptr + line * 2 + 1, mask=mask_p, other=0.0)
-                partial = tl.load(partial_ptr + line[:, None] * WIDTH + offs_d, mask=mask_p[:, None] & mask_d, other=0.0)
+                partial = tl.load(partial_ptr + line[:, None] * WIDTH + offs_d, mask=mask_p[:, None] & mask_d,
+                                  other=0.0)
                 last, peak = peak, tl.maximum(peak, tl.max(peaks, 0))
                 weights = tl.exp2(peaks - peak)
                 shrink = tl.exp2(last - peak)
@@ -68,7 +69,7 @@ def _merge_splits_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, seq_lens_ptr,
 def launch(out: Tensor, lse: Tensor | None, partial: Tensor, stats: Tensor, seq_lens: Tensor, sinks: Tensor | None,
            lengths: tuple[int, ...], held_back: int, most: int, overlap: bool) -> None:
     """partial [parts, rows, width] and stats [parts, rows, 2] (peak in base 2, total) of sequences dealt by `lengths`,
-    `most` parts at most, -> out [num_seqs, rows, width] and lse [num_seqs, rows]. Those of one part stay as they are."""
+    `most` parts at most, -> out [num_seqs, rows, width] and lse [num_seqs, rows]. Rows of one part stay as they are."""
     num_seqs, (_, rows, width) = lengths[0], partial.shape
     # Parts looked at at a time: what a sequence has where all are alike, which is a guess only of speed.
     block_p = max(2, min(64, triton.next_power_of_2(min(most, lengths[3] // num_seqs + 1))))

@@ -8,7 +8,8 @@ way through the cache.
 Bound by: reading the latents up to 16 heads; the matrix units from about 64 on.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from wave64.arch import Arch
 from wave64.ops import mla_decode
 from wave64.ops.paged_attention import FP8
 from wave64.triton_ops import merge_splits, mla_decode_hopper
-from wave64.triton_ops.attention import LN_2, LOG2_E, LOWEST, dot, is_wide, load_pages, narrow, unit_of
+from wave64.triton_ops.attention import LN_2, LOG2_E, LOWEST, dot, is_wide, load_pages, narrow, tile_width, unit_of
 from wave64.triton_ops.splits import (
     LENGTHS,
     deal,
@@ -34,6 +35,7 @@ from wave64.triton_ops.splits import (
     uniform,
     widened,
 )
+from wave64.tuning import choose
 
 #: New tokens per sequence that are taken at once: as few as a matrix instruction takes.
 MOST_NEW = tl.constexpr(16)
@@ -124,15 +126,14 @@ def _latents(kv_ptr, lines, offs_c, offs_r, dtype: tl.constexpr, CDNA: tl.conste
         r = tl.load(kv_ptr + RANK + lines + offs_r)
     if kv_ptr.dtype.element_ty == dtype:
         return c, r
-    else:
-        return settled(widened(c, dtype, HALF_UP), CDNA), settled(widened(r, dtype, HALF_UP), CDNA)
+    return settled(widened(c, dtype, HALF_UP), CDNA), settled(widened(r, dtype, HALF_UP), CDNA)
 
 
 @triton.jit
 def _edge(kv_ptr, table_ptr, block, end, limit, stride_kp, stride_kn, offs_c, offs_r, dtype: tl.constexpr,
           CDNA: tl.constexpr, HALF_UP: tl.constexpr, UNIT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
-          PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, SWAP: tl.constexpr, BANDS: tl.constexpr, BLOCK_N: tl.constexpr,
-          BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr):
+          PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, SWAP: tl.constexpr, BANDS: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr):
     """(c, r, seen) of a block of which some keys are beyond `end`, or, if CAUSAL, beyond a row's `limit`."""
     offs_n = block + tl.arange(0, BLOCK_N)
     valid_n = tl.minimum(offs_n, end - 1)
@@ -318,56 +319,59 @@ class Config:
     half_up: bool = False  # round weights to bf16 with two instructions, where there is none for it
     xcds: int = 1       # chiplets, each with a cache of its own, that programs are dealt to in turn
     block_b: int = 0    # lengths looked at at a time; 0: as suits the batch
-    fp8: dict = field(default_factory=dict)  # what is otherwise for an FP8 cache
     options: dict = field(default_factory=dict)
 
 
-def _cdna_config(arch: Arch, rows: int) -> Config:
-    """Figures are instructions per key and 16 heads, of all waves together, bf16; SGLang's take 83 on gfx942, 62 on
-    gfx950.
-
-    Four bands, each a wave's: of the queries a wave holds its band (18 registers for 16 heads, where whole rows take
-    72), no matrix work is done twice, and the scores' sum through LDS is the only price. With two stages the next block
-    comes into registers meanwhile, and one copy of a block in LDS serves both products.
-    """
-    narrows = arch.name == "gfx950"  # has conversions to bf16, and reads from LDS that transpose
-    options = {"matrix_instr_nonkdim": 16, "kpack": 1 if narrows else 2}
-    fp8 = {"num_stages": 1}  # converted before it goes to LDS, which Triton 3.6 cannot put in stages
-    common = dict(num_warps=4, num_stages=2, least=64, swap=False, bands=4, cdna=True, half_up=not narrows,
-                  xcds=arch.xcds, options=options)
-    if rows > 16:
-        # 36 and 33, 210 registers, two waves per SIMD. 64 rows would spill, or leave one wave per SIMD.
-        return Config(32, 16, programs=2, fp8=fp8, **common)
-    if narrows:
-        # 36, FP8 37, 212 registers, two waves per SIMD: 32 keys make one full step of the transposing reads; 16 take 47.
-        return Config(16, 32, programs=2, fp8=fp8, **common)
-    # 46, 144 registers, 16 KiB: three waves per SIMD, with 32 keys one. FP8 takes 51 and 186 registers with 32 keys,
-    # 59 with 16.
-    return Config(16, 16, programs=3, fp8={"block_n": 32, "programs": 2, **fp8}, **common)
+#: Bounds of the integer facts that the tuner takes for alike; a few sequences are all split.
+BUCKETS = {"rows": (16, 32, 64), "num_seqs": (16,)}
 
 
-def config(arch: Arch | None, rows: int, dtype: torch.dtype, hopper: bool = False) -> Config:
-    """The configuration for an architecture (None: the interpreter) and so many rows per sequence; hopper: Hopper's own
-    kernel could serve the call."""
-    if arch is None:  # a turn for every form
-        bands = 4 if rows <= 16 else 1
-        return Config(64, 32, 1, 1, programs=8, least=32, swap=16 < rows <= 64, bands=bands,
-                      cdna=rows <= 16 or 32 < rows <= 64, half_up=rows <= 16)
+def facts_of(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_c: Tensor | None) -> dict[str, int | bool]:
+    """Of these arguments, [B, Q, H, ...] and [B, Q, ...], what the choice of a configuration depends on."""
+    num_seqs, new, heads, _ = q_nope.shape
+    return {"rows": new * heads, "fp32": q_nope.dtype == torch.float32, "fp8": kv_cache.dtype.itemsize == 1,
+            "num_seqs": num_seqs, "hopper": mla_decode_hopper.serves(q_nope, q_pe, kv_cache, kv_c)}
+
+
+def facts(q: Tensor, kv_cache: Tensor, kv_lora_rank: int, **others) -> dict[str, int | bool]:
+    """The same of a call's arguments, by their names."""
+    q = with_queries(q, 4)
+    return facts_of(q[..., :kv_lora_rank], q[..., kv_lora_rank:], kv_cache, None)
+
+
+def pairs(config: Config, rows: int, **others) -> int:
+    """Pairs of row and key that a block takes at a time; rows beyond the last do not count."""
+    return min(config.block_h, rows) * config.block_n
+
+
+def candidates(arch: Arch, rows: int, fp32: bool, fp8: bool, hopper: bool, **others) -> Iterator[Config]:
+    """What the tuner tries beside the present configuration."""
+    most = 32 if rows <= 32 else 64  # of which a launch takes as many as there are rows
     if arch.matrix == "mfma":
-        return _cdna_config(arch, rows)
-    if hopper:
-        if rows <= 32:
-            return Config(32, 64, 4 if rows <= 16 else 8, 2, programs=1, least=64, swap=True, hopper=True)
-        return Config(64, 64, 8, 2, programs=1, least=64, swap=False, hopper=True)
-    if rows <= 32:
-        return Config(32, 64, 4, 3, programs=1, least=64, swap=True)
-    return Config(64, 64, 8, 2, programs=1, least=64, swap=False)
-
-
-def configured(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_c: Tensor | None) -> Config:
-    """The configuration for these arguments, [B, Q, H, ...] and [B, Q, ...]."""
-    hopper = mla_decode_hopper.serves(q_nope, q_pe, kv_cache, kv_c)
-    return config(platform.arch(), q_nope.shape[1] * q_nope.shape[2], q_nope.dtype, hopper)
+        narrows = arch.name == "gfx950"  # has conversions to bf16, and reads from LDS that transpose
+        for block_h in (16,) if rows <= 16 else (32, 16):
+            for waves, block_n, stages in ((4, 16, 2), (4, 32, 2), (4, 16, 1), (4, 32, 1), (4, 64, 1), (8, 16, 2),
+                                           (8, 32, 2), (8, 32, 1), (8, 64, 1), (2, 16, 1)):
+                yield Config(block_h, block_n, waves, stages, programs=2, least=64, swap=False, bands=waves, cdna=True,
+                             half_up=not narrows, xcds=arch.xcds,
+                             options={"matrix_instr_nonkdim": 16, "kpack": 1 if narrows else 2})
+        return
+    if hopper:  # its two blocks of keys fill the memory on chip, and its layouts are for 64 of them
+        for block_h, waves, swap in ((32, 4, True), (32, 8, True), (64, 8, True), (64, 8, False)):
+            if block_h <= most:
+                for programs, least in ((1, 64), (1, 128), (2, 64)):
+                    yield Config(block_h, 64, waves, 2, programs, least, swap, hopper=True)
+    if arch.matrix == "wgmma" and not fp32:
+        shapes = [(64, 4, 3), (64, 4, 2), (64, 8, 2), (32, 4, 3), (32, 4, 4), (32, 8, 4)]
+        for block_n, waves, stages in shapes:
+            yield Config(32, block_n, waves, stages, programs=2 if block_n * stages <= 96 else 1, least=64,
+                         swap=True)
+        for block_n, waves, stages in ((64, 8, 2), (32, 8, 3), (32, 4, 3)) if rows > 32 else ():
+            yield Config(64, block_n, waves, stages, programs=1, least=64, swap=False)
+        return
+    for block_n, waves in ((16, 4), (32, 4), (32, 8), (64, 8)):
+        for swap in (False, True):
+            yield Config(most, block_n, waves, 1, programs=1, least=64, swap=swap)
 
 
 def unsupported(q: Tensor, kv_cache: Tensor, rank: int, new: int = 0) -> str | None:
@@ -395,8 +399,6 @@ def launch(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, s
     if out.numel() == 0:
         return
     rows, page_size = new * heads, kv_cache.shape[1]
-    if kv_cache.dtype in FP8.values():
-        config = replace(config, **config.fp8)
     block_h = max(16, min(config.block_h, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, block_h)
     room = page_table.shape[1] * page_size
@@ -412,16 +414,16 @@ def launch(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, s
     lengths = (num_seqs, room, -1, programs, least)
     overlap = most > 1 and overlaps()
     if config.hopper:
-        mla_decode_hopper.launch(q_nope, q_pe, kv_cache, page_table, seq_lens, scale, out, lse, partial, stats, new_tokens,
-                                 is_neox, lengths, (tiles, items), config.swap, block_h, config.num_warps)
+        mla_decode_hopper.launch(q_nope, q_pe, kv_cache, page_table, seq_lens, scale, out, lse, partial, stats,
+                                 new_tokens, is_neox, lengths, (tiles, items), config.swap, block_h, config.num_warps)
         held_back = 0
     else:
         _launch_portable(q_nope, q_pe, kv_cache, page_table, seq_lens, scale, kv_scale, out, lse, partial, stats,
                          new_tokens, is_neox, lengths, (tiles, items), overlap, block_h, config)
         held_back = new if new_tokens else 0
     if most > 1:
-        merge_splits.launch(out.view(num_seqs, rows, rank), lse, partial, stats, seq_lens, None, lengths, held_back, most,
-                            overlap)
+        merge_splits.launch(out.view(num_seqs, rows, rank), lse, partial, stats, seq_lens, None, lengths, held_back,
+                            most, overlap)
 
 
 def _launch_portable(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
@@ -443,8 +445,8 @@ def _launch_portable(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table:
         RANK=rank, ROPE=rope, PAGE_SIZE=kv_cache.shape[1], FUSED=new_tokens is not None, NEOX=is_neox, LIMIT=limit,
         WIDE=is_wide(kv_cache), SWAP=config.swap and config.bands == 1, BANDS=config.bands, CDNA=config.cdna,
         HALF_UP=config.half_up, XCDS=xcds, OVERLAP=overlap, BLOCK_H=block_h, BLOCK_N=config.block_n,
-        BLOCK_C=max(16 * config.bands, triton.next_power_of_2(rank)),
-        BLOCK_R=max(16 * config.bands, triton.next_power_of_2(rope)), **looks(num_seqs, config.block_b),
+        BLOCK_C=max(16 * config.bands, tile_width(rank)),
+        BLOCK_R=max(16 * config.bands, tile_width(rope)), **looks(num_seqs, config.block_b),
         num_warps=config.num_warps, num_stages=config.num_stages, **config.options)
 
 
@@ -461,5 +463,6 @@ def run(q: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     q = with_queries(q, 4)
     launch(q[..., :kv_lora_rank], q[..., kv_lora_rank:], kv_cache, page_table, seq_lens, scale, kv_scale, out, lse,
-           None, False, configured(q[..., :kv_lora_rank], q[..., kv_lora_rank:], kv_cache, None))
+           None, False, choose("mla_decode", Config,
+                               **facts_of(q[..., :kv_lora_rank], q[..., kv_lora_rank:], kv_cache, None)))
     return out, lse

@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents
@@ -134,16 +133,16 @@ def _keep_new(kv_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_ptr,
         gl.store(lines_c[:, None] + offs_c[None, :], c, mask=(slot_c >= 0)[:, None])
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "room", "programs", "least", "stride_qb", "stride_qt", "stride_qh", "stride_pb",
-                              "stride_pt", "stride_ph", "stride_rb", "stride_rt", "stride_tb"])
-def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q_pe_ptr, kv_ptr, table_ptr, seq_lens_ptr,
-                              kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_ptr, angles_ptr, scale, num_seqs,
-                              room, programs, least, stride_qb, stride_qt, stride_qh, stride_pb, stride_pt, stride_ph,
-                              stride_kp, STRIDE_KN: gl.constexpr, stride_cb, stride_ct, stride_rb, stride_rt, stride_tb,
-                              HEADS: gl.constexpr,
-                              NEW: gl.constexpr, RANK: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
-                              FUSED: gl.constexpr, NEOX: gl.constexpr, WIDE: gl.constexpr, SWAP: gl.constexpr,
-                              BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr):
+@gluon.jit(do_not_specialize=["num_seqs", "room", "programs", "least", "stride_qb", "stride_qt", "stride_qh",
+                              "stride_pb", "stride_pt", "stride_ph", "stride_rb", "stride_rt", "stride_tb"])
+def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q_pe_ptr, kv_ptr, table_ptr,
+                              seq_lens_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_ptr, angles_ptr,
+                              scale, num_seqs, room, programs, least, stride_qb, stride_qt, stride_qh, stride_pb,
+                              stride_pt, stride_ph, stride_kp, STRIDE_KN: gl.constexpr, stride_cb, stride_ct,
+                              stride_rb, stride_rt, stride_tb, HEADS: gl.constexpr, NEW: gl.constexpr,
+                              RANK: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr, FUSED: gl.constexpr,
+                              NEOX: gl.constexpr, WIDE: gl.constexpr, SWAP: gl.constexpr, BLOCK_B: gl.constexpr,
+                              BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr):
     """One program: BLOCK_H rows (heads of new tokens) of one sequence, one part of its keys."""
     NW: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = kv_ptr.dtype.element_ty
@@ -205,15 +204,15 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
                        ROPE).to(dtype)
         if end == keys:  # the newest keys are this program's: rotated once more for itself, and kept by the first tile
             _keep_new(kv_ptr, kv_c_ptr, k_pe_ptr + seq * stride_rb, rotated_ptr, slots_ptr + seq * NEW, positions_ptr,
-                      angles_ptr, stride_kp, STRIDE_KN, stride_ct, stride_rt, NEW, RANK, ROPE, PAGE_SIZE, NEOX, c_layout,
-                      r_layout)
+                      angles_ptr, stride_kp, STRIDE_KN, stride_ct, stride_rt, NEW, RANK, ROPE, PAGE_SIZE, NEOX,
+                      c_layout, r_layout)
             barrier()  # what was rotated is copied from memory, by other lanes
     else:
         q_r = gl.load(pe_rows[:, None] + offs_r[None, :], mask=mask_h[:, None], other=0.0)
     c_lds = gl.allocate_shared_memory(dtype, [2, BLOCK_N, RANK], shared)
     r_lds = gl.allocate_shared_memory(dtype, [2, BLOCK_N, ROPE], shared)
-    _copy(c_lds.index(0), kv_ptr, kv_c_ptr, pages_c, start, end, first_new, stride_kp, STRIDE_KN, stride_ct, FUSED, RANK,
-          PAGE_SIZE, WIDE, BLOCK_N, c_layout)
+    _copy(c_lds.index(0), kv_ptr, kv_c_ptr, pages_c, start, end, first_new, stride_kp, STRIDE_KN, stride_ct, FUSED,
+          RANK, PAGE_SIZE, WIDE, BLOCK_N, c_layout)
     _copy(r_lds.index(0), kv_ptr + RANK, rotated_ptr, pages_r, start, end, first_new, stride_kp, STRIDE_KN, ROPE, FUSED,
           ROPE, PAGE_SIZE, WIDE, BLOCK_N, r_layout)
     async_copy.commit_group()
@@ -325,7 +324,7 @@ def launch(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, s
         strides = (*kv_c.stride()[:2], *k_pe.stride()[:2])
     _mla_decode_hopper_kernel[grid](
         out, lse, partial, stats, q_nope, q_pe, kv_cache, page_table, seq_lens, kv_c, k_pe, rotated, slots, positions,
-        angles, scale, num_seqs, room, programs, least, *q_nope.stride()[:3], *q_pe.stride()[:3], *kv_cache.stride()[:2],
-        *strides, page_table.stride(0), HEADS=heads, NEW=new, RANK=rank, ROPE=rope, PAGE_SIZE=kv_cache.shape[1],
-        FUSED=new_tokens is not None, NEOX=is_neox, WIDE=is_wide(kv_cache), SWAP=swap,
+        angles, scale, num_seqs, room, programs, least, *q_nope.stride()[:3], *q_pe.stride()[:3],
+        *kv_cache.stride()[:2], *strides, page_table.stride(0), HEADS=heads, NEW=new, RANK=rank, ROPE=rope,
+        PAGE_SIZE=kv_cache.shape[1], FUSED=new_tokens is not None, NEOX=is_neox, WIDE=is_wide(kv_cache), SWAP=swap,
         BLOCK_B=max(32, triton.next_power_of_2(num_seqs)), BLOCK_H=block_h, BLOCK_N=64, num_warps=num_warps)

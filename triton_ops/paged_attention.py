@@ -151,7 +151,7 @@ class Config:
 
 
 #: Bounds of the integer facts that the tuner takes for alike; a few sequences are all split.
-BUCKETS = {"head_dim": (64, 128, 192), "group": (16,), "num_seqs": (16,)}
+BUCKETS = {"head_dim": (64, 128, 192), "group": (16,), "num_seqs": (16, 64)}
 
 
 def facts(query: Tensor, key_cache: Tensor, **others) -> dict[str, int | bool]:
@@ -175,15 +175,15 @@ def candidates(arch: Arch, head_dim: int, fp32: bool, **others) -> Iterator[Conf
                              half_up=arch.name != "gfx950", options={"matrix_instr_nonkdim": 16})
         return
     if arch.matrix == "wgmma" and not fp32:
-        shapes = [(32, 2, 4), (32, 4, 3), (32, 4, 4), (64, 2, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3),
-                  (128, 4, 2), (128, 8, 2), (128, 8, 3)]
+        # A block's keys wait for its page numbers, so that five stages are two blocks of keys under way, seven three.
+        shapes = [(32, 1, 5), (32, 2, 5), (64, 2, 5), (64, 4, 3), (64, 4, 5), (64, 2, 7), (128, 4, 3)]
     else:
         shapes = [(n, waves, stages) for n in (16, 32, 64) for waves in (2, 4) for stages in (1, 2)]
     for block_n, num_warps, num_stages in shapes:
-        lds_bytes = 2 * num_stages * block_n * triton.next_power_of_2(head_dim) * (4 if fp32 else 2)
+        lds_bytes = (num_stages + 1) * block_n * triton.next_power_of_2(head_dim) * (4 if fp32 else 2)
         if lds_bytes <= arch.lds_bytes:
             # As many as fit, so that all run at once; or more, shorter ones, whose ends leave less idle.
-            for programs in sorted({min(8, arch.lds_bytes // lds_bytes), 8}):
+            for programs in (2, 4, 8):
                 yield Config(64, block_n, num_warps, num_stages, programs, least=128)
 
 

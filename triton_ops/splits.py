@@ -88,10 +88,9 @@ def rows_of(ptr, pages, block, stride_page, stride_row, UNIT: tl.constexpr, PAGE
     if PAGE_SIZE % BLOCK_N == 0:
         base = ptr + (pages.to(tl.int64) * stride_page + block % PAGE_SIZE * stride_row) * UNIT
         return base, offs_n * stride_row * UNIT
-    else:
-        rows = (offs_n if BLOCK_N % PAGE_SIZE == 0 else block + offs_n) % PAGE_SIZE
-        page = pages.to(tl.int64) if WIDE else pages
-        return ptr, (page * stride_page + rows * stride_row) * UNIT
+    rows = (offs_n if BLOCK_N % PAGE_SIZE == 0 else block + offs_n) % PAGE_SIZE
+    page = pages.to(tl.int64) if WIDE else pages
+    return ptr, (page * stride_page + rows * stride_row) * UNIT
 
 
 @triton.jit
@@ -100,8 +99,7 @@ def widened(x, dtype: tl.constexpr, EXACT: tl.constexpr):
     where there is no instruction for it."""
     if EXACT and dtype == tl.bfloat16:
         return (x.to(tl.float32).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -110,8 +108,7 @@ def settled(x, CDNA: tl.constexpr):
     operand from LDS, a byte at a time, and convert once for each."""
     if CDNA and not INTERPRETED and x.dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise("", "=v,0", [x], x.dtype, False, 2)
-    else:
-        return x
+    return x
 
 
 @triton.jit
@@ -120,8 +117,7 @@ def uniform(x, CDNA: tl.constexpr):
     follows from it, addresses and loops among it, in vector registers, and loads page numbers as vectors, too."""
     if CDNA and not INTERPRETED:  # no reader of a scalar register that a vector instruction wrote may follow sooner
         return tl.inline_asm_elementwise("v_readfirstlane_b32 $0, $1\ns_nop 4", "=s,v", [x], tl.int32, True, 1)
-    else:
-        return x
+    return x
 
 
 def most_parts(keys: int, least: int) -> int:

@@ -1,5 +1,6 @@
 """mla_decode_rope against a loop over sequences, new tokens and keys in fp64, and against what it is made of."""
 
+import contextlib
 import dataclasses
 import random
 
@@ -15,6 +16,7 @@ from wave64.arch import lookup
 from wave64.op import BadArgument
 from wave64.ops.mla_decode_rope import make_case
 from wave64.ops.paged_attention import FP8, fp8_dtype
+from wave64.tuning import choose
 
 #: Arguments that have a row for each sequence.
 BATCHED = ("q_nope", "q_pe", "kv_c", "k_pe", "slot_mapping", "page_table", "seq_lens", "positions")
@@ -232,11 +234,13 @@ def test_new_tokens_at_once_are_new_tokens_in_turn(device, backend, fp8):
 def launch(args, keys_per_program=0, arch=None, **changes):
     """(out, pool) of the Triton kernel with other settings than the machine's."""
     from wave64.triton_ops import mla_decode as kernels
+    from wave64.triton_ops.mla_decode_rope import facts
 
     q_nope, q_pe = (kernels.with_queries(args[name], 4) for name in ("q_nope", "q_pe"))
     new = [kernels.with_queries(args[name], 3) for name in ("kv_c", "k_pe")]
     out, pool = torch.full_like(args["q_nope"], float("nan")), args["kv_cache"].clone()
-    config = kernels.config(arch or platform.arch(), q_nope.shape[1] * q_nope.shape[2], q_nope.dtype)
+    with platform.target(arch.name) if arch else contextlib.nullcontext():
+        config = choose("mla_decode_rope", kernels.Config, **{**facts(**args), "hopper": False})
     kernels.launch(q_nope, q_pe, pool, args["page_table"], args["seq_lens"], args["scale"], args["kv_scale"], out, None,
                    (*new, args["slot_mapping"], args["positions"], args["cos_sin_cache"]), args["is_neox"],
                    dataclasses.replace(config, **changes), keys_per_program)

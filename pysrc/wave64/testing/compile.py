@@ -1,4 +1,4 @@
-"""Compiles what the Triton launchers really launch, for an AMD GPU that need not be there.
+"""Compiles what the Triton launchers really launch, for a GPU that need not be there (figures: for an AMD one).
 
 `capture(arch)` lets launchers run as they are, configured for `arch`: Triton specialises on their arguments (alignment,
 divisibility by 16, ones, None, storage below 2 GiB) and compiles, and where it would launch, the kernel is recorded.
@@ -71,6 +71,8 @@ class _Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
+        if self._arch.vendor == "nvidia":
+            return GPUTarget("cuda", int(self._arch.name.removeprefix("sm_")), self._arch.wave_size)
         return GPUTarget("hip", self._arch.name, self._arch.wave_size)
 
 
@@ -118,8 +120,9 @@ def _moved(args: dict[str, Any], device: str) -> dict[str, Any]:
 
 def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
     """What the operator's Triton backend launches for `case` on `arch`; nothing where it declines the arguments."""
-    backend, args = op.backends["triton"], arguments(case)
+    backend = op.backends["triton"]
     with capture(arch) as launches:
+        args = arguments(case)  # here, since which FP8 type a case draws is up to the architecture
         if backend.supports is None or backend.supports(**args) is None:
             backend.run(**args)
     return launches

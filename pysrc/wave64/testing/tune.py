@@ -1,0 +1,446 @@
+"""Finds the configurations that kernels are launched with, and writes them to `tuned/<arch>/<op>.json`.
+
+    python -m wave64.testing.tune OP [OP ...] [--arch ARCH] [--case TEXT ...] [--write [FOLDER]] [--jobs N]
+
+What an operator's launcher offers: `facts(**arguments)`, what a choice may depend on; `BUCKETS`, the bounds that divide
+an integer fact into ranges (other facts count exactly); `candidates(arch, **facts)`, what is worth a try beside the
+present choice; and `pairs(config, **facts)`, pairs of query row and key that a block takes at a time.
+
+On a GPU (ARCH its own, or not given): the large cases of each bucket are run with every candidate. A result must be
+near the reference's, within what the contract lets two right results differ, and is then timed, as a graph's replay.
+The candidate with the least geometric mean over the cases, of its time over the case's best, is chosen.
+For an AMD ARCH that is not here: the first case of each bucket is compiled with every candidate. What spills, wants
+more LDS than there is or leaves less than two waves on a SIMD (unless none does better) is refused; the candidate with
+the fewest instructions in its loops, of all waves, per pair is chosen (of those within 5% the one with most waves), and
+`programs`, where it is a field, set to the blocks that a compute unit holds.
+
+`--write` puts the choices into the table of ARCH, made from a kin's where it has none. Rows without measurements stay
+as they are, after the measured ones. It needs a process without TRITON_INTERPRET.
+"""
+
+import argparse
+import dataclasses
+import functools
+import gc
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+
+from wave64 import OPS, platform, tuning
+from wave64.arch import Arch, lookup
+from wave64.op import Case, Op
+from wave64.testing import compile as compiling
+from wave64.testing import contract, timing
+
+#: Times the contract's floor of a dtype that a result may be from the reference's, which was rounded itself.
+SLACK = 4
+#: A candidate that takes so many times the best of a case is not tried on others.
+HOPELESS = 2.0
+#: Times the fewest instructions that another candidate may have, if it leaves room for more waves.
+ALIKE = 1.05
+#: What a time is the median over: shorter than a benchmark's, for there are many of them.
+WARM_UP_MS, REPEAT_MS = 10, 40
+
+
+@dataclasses.dataclass
+class Candidate:
+    config: Any
+    reason: str = ""                                                    # why it cannot be chosen
+    us: dict[str, float] = dataclasses.field(default_factory=dict)      # case -> time
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)   # of its machine code
+    score: float = math.inf                                             # the least is chosen
+
+
+@dataclasses.dataclass
+class Bucket:
+    """Calls whose facts count as the same, and what is tried for them: the present choice first."""
+
+    op: Op
+    when: dict[str, Any]
+    facts: dict[str, Any]
+    cases: list[Case]
+    candidates: list[Candidate]
+
+    def __str__(self) -> str:
+        return f"{self.op.name} {json.dumps(self.when)}"
+
+    def describe(self, config: Any) -> str:
+        """The fields in which the candidates differ."""
+        values = [written(c.config) for c in self.candidates]
+        names = {name for v in values for name in v if any(w.get(name) != v.get(name) for w in values)}
+        return " ".join(f"{k}={_short(v)}" for k, v in written(config, defaults=True).items() if k in names)
+
+
+def _short(value: Any) -> str:
+    return "".join(json.dumps(value).split()).replace('"', "") if isinstance(value, dict) else str(value)
+
+
+def launcher(op: Op) -> ModuleType:
+    """The module that launches the operator's Triton kernel."""
+    return sys.modules[op.backends["triton"].run.__module__]
+
+
+def tunable() -> list[str]:
+    """The operators whose launchers choose a configuration."""
+    return [op.name for op in OPS.values() if "triton" in op.backends and hasattr(launcher(op), "facts")]
+
+
+def ranges(bounds: tuple[int, ...]) -> list[list[int | None]]:
+    """(16, 64) -> [[None, 16], [17, 64], [65, None]]"""
+    return [[low, high] for low, high in zip([None, *(b + 1 for b in bounds)], [*bounds, None], strict=True)]
+
+
+def bucket(module: ModuleType, facts: dict[str, Any]) -> dict[str, Any]:
+    """The `when` of the row that these facts are measured for."""
+    def one(name: str, value: Any) -> Any:
+        if name not in module.BUCKETS:
+            return value
+        return next(r for r in ranges(module.BUCKETS[name])
+                    if (r[0] is None or r[0] <= value) and (r[1] is None or value <= r[1]))
+
+    return {name: one(name, value) for name, value in facts.items()}
+
+
+def buckets(op: Op, arch: Arch, texts: list[str]) -> list[Bucket]:
+    """The large cases with one of `texts` in their names that the operator's Triton kernel serves on `arch`."""
+    module, found = launcher(op), {}
+    with platform.target(arch.name):
+        for case in op.cases():
+            if not case.large or not any(text in case.id for text in texts):
+                continue
+            args = compiling.arguments(case)
+            backend = op.backends["triton"]
+            if backend.supports is not None and backend.supports(**args):
+                continue
+            facts = module.facts(**args)
+            when = bucket(module, facts)
+            found.setdefault(json.dumps(when), Bucket(op, when, facts, [], [])).cases.append(case)
+        for b in found.values():
+            tried = [tuning.choose(op.name, module.Config, **b.facts)]
+            for config in module.candidates(arch, **b.facts):
+                if config not in tried:
+                    tried.append(config)
+            b.candidates = [Candidate(config) for config in tried]
+    return list(found.values())
+
+
+def written(config: Any, defaults: bool = False) -> dict[str, Any]:
+    """A configuration's fields as a table has them: those that differ from what they are by default."""
+    made = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        usual = field.default_factory() if callable(field.default_factory) else field.default
+        if defaults or value != usual:
+            made[field.name] = dict(value) if isinstance(value, Mapping) else value
+    return made
+
+
+# ---- compiling
+
+def compile_with(op: str, cases: list[str], config: dict[str, Any], arch: str) -> list[dict[str, Any]] | str:
+    """Compiles what the cases launch with a configuration: figures of the main kernel by case, nothing of NVIDIA's, or
+    why there are none. Runs in a process of its own, which a compiler may take down."""
+    found, declared = [], OPS[op]
+    made = launcher(declared).Config(**config)
+    try:
+        for case in (c for c in declared.cases() if c.id in cases):
+            with compiling.capture(arch) as launches, tuning.forced(op, made):
+                declared.backends["triton"].run(**compiling.arguments(case))
+            if lookup(arch).vendor == "amd":
+                found.append(max((launch.figures() for launch in launches), key=lambda f: sum(f["matrix"].values())))
+    except Exception as e:  # whatever a compiler raises is a finding about this candidate
+        return f"{type(e).__name__}: {first_line(e)}"
+    return found
+
+
+def tell(begin: float, words: str) -> None:
+    print(f"[{time.perf_counter() - begin:4.0f} s] {words}", flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:160]
+
+
+def processes(jobs: int) -> Executor:
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+def compile_all(work: list[Bucket], arch: str, jobs: int, cases_each: int | None) -> Iterator[tuple]:
+    """Yields (bucket, candidate, figures or reason) as candidates are compiled, for so many cases of each bucket."""
+    tasks = {(i, k): (b.op.name, [case.id for case in b.cases[:cases_each]], written(c.config), arch)
+             for i, b in enumerate(work) for k, c in enumerate(b.candidates)}
+    begin = time.perf_counter()
+
+    def report(key: tuple[int, int], result: Any, done: int) -> tuple:
+        b, c = work[key[0]], work[key[0]].candidates[key[1]]
+        words = result if isinstance(result, str) else "compiled"
+        tell(begin, f"{done}/{len(tasks)} {b.op.name}: {b.describe(c.config)}: {words}")
+        return b, c, result
+
+    if jobs == 0:
+        for done, (key, task) in enumerate(tasks.items(), 1):
+            yield report(key, compile_with(*task), done)
+        return
+    crashed, done = [], 0
+    with processes(min(jobs, len(tasks) or 1)) as pool:
+        running = {pool.submit(compile_with, *task): key for key, task in tasks.items()}
+        for future in as_completed(running):
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                crashed.append(running[future])
+                continue
+            done += 1
+            yield report(running[future], result, done)
+    for key in crashed:  # one of them took the others' processes with it: each by itself tells which
+        with processes(1) as alone:
+            try:
+                result = alone.submit(compile_with, *tasks[key]).result()
+            except BrokenProcessPool:
+                result = "the compiler's process ended"
+        done += 1
+        yield report(key, result, done)
+
+
+# ---- what is not here
+
+def judge_figures(b: Bucket, arch: Arch) -> None:
+    """Scores the compiled candidates of a bucket by their machine code."""
+    module = launcher(b.op)
+    for c in filter(lambda c: c.figures, b.candidates):
+        f = c.figures
+        if f["spills"] or f["scratch_bytes"]:
+            c.reason = f"spills {f['spills']} registers, {f['scratch_bytes']} bytes of scratch per lane"
+        elif f["lds_bytes"] > arch.lds_bytes:
+            c.reason = f"LDS {f['lds_bytes']} bytes, {arch.name} has {arch.lds_bytes}"
+        c.figures["per_pair"] = sum(f["loop"].values()) * f["block_waves"] / module.pairs(c.config, **b.facts)
+    left = [c for c in b.candidates if not c.reason]
+    if any(c.figures["waves_per_simd"] >= 2 for c in left):
+        for c in filter(lambda c: c.figures["waves_per_simd"] < 2, left):
+            c.reason = f"{c.figures['waves_per_simd']:g} waves per SIMD"
+    for c in filter(lambda c: not c.reason, b.candidates):
+        c.score = c.figures["per_pair"]
+        if hasattr(c.config, "programs"):
+            held = int(c.figures["waves_per_simd"] * 4) // c.figures["block_waves"]
+            c.config = dataclasses.replace(c.config, programs=max(1, held))
+
+
+def tune_by_figures(work: list[Bucket], arch: Arch, jobs: int) -> None:
+    for _, candidate, result in compile_all(work, arch.name, jobs, cases_each=1):
+        if isinstance(result, str):
+            candidate.reason = result
+        else:
+            candidate.figures, = result
+    for b in work:
+        judge_figures(b, arch)
+
+
+# ---- what is
+
+def right(op: Op, result: Any, args: dict[str, Any], expected: list[torch.Tensor]) -> str:
+    """"", or in what the result is too far from the reference's."""
+    for i, (got, wanted) in enumerate(zip(contract.outputs(op, result, args), expected, strict=True)):
+        off, allowed = contract.distance(got, wanted), SLACK * contract.floor(wanted.dtype)
+        if not off <= allowed:
+            return f"wrong: result {i} is {off:.2g} from the reference's, allowed {allowed:.2g}"
+    return ""
+
+
+def time_with(op: Op, args: dict[str, Any], originals: dict[str, Any], expected: list[torch.Tensor]) -> float | str:
+    """Microseconds of a call, or why it has none."""
+    run = op.backends["triton"].run
+    for name, original in originals.items():  # what the candidate before has written does not help this one
+        args[name].copy_(original)
+    try:
+        with contract.poisoned():
+            result = run(**args)
+        if wrong := right(op, result, args, expected):
+            return wrong
+        del result
+        device = platform.device_type()
+        replay = timing.captured(functools.partial(run, **args), device)
+        return timing.median_ms(replay, device, WARM_UP_MS, REPEAT_MS) * 1e3
+    except Exception as e:  # out of registers or of LDS, most often
+        return f"{type(e).__name__}: {first_line(e)}"
+
+
+def time_bucket(b: Bucket, begin: float) -> None:
+    """Scores the bucket's candidates by their times on its cases."""
+    for case in b.cases:
+        args = contract.draw(case, platform.device_type(), seed=0)
+        own = contract.copy(args)
+        expected = contract.outputs(b.op, b.op.reference(**own), own)
+        originals = {name: args[name].clone() for name in b.op.mutates if args.get(name) is not None}
+        for c in filter(lambda c: not c.reason, b.candidates):
+            with tuning.forced(b.op.name, c.config):
+                took = time_with(b.op, args, originals, expected)
+            if isinstance(took, str):
+                c.reason = f"{case.id}: {took}"
+            else:
+                c.us[case.id] = took
+            words = took if isinstance(took, str) else f"{took:.1f} us"
+            tell(begin, f"{b.op.name} {case.id}: {b.describe(c.config)}: {words}")
+        best = min((c.us[case.id] for c in b.candidates if case.id in c.us), default=math.inf)
+        for c in filter(lambda c: not c.reason, b.candidates):
+            if c.us[case.id] > HOPELESS * best:
+                c.reason = f"{c.us[case.id] / best:.1f} times the best of {case.id}"
+        del args, own, expected, originals
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    best = {case.id: min((c.us[case.id] for c in b.candidates if case.id in c.us), default=math.inf)
+            for case in b.cases}
+    for c in filter(lambda c: not c.reason, b.candidates):
+        c.score = math.exp(sum(math.log(us / best[case]) for case, us in c.us.items()) / len(c.us))
+
+
+def tune_by_timings(work: list[Bucket], arch: Arch, jobs: int) -> None:
+    begin = time.perf_counter()
+    for _, candidate, result in compile_all(work, arch.name, jobs, cases_each=None):
+        if isinstance(result, str):
+            candidate.reason = result
+    for b in work:
+        time_bucket(b, begin)
+
+
+# ---- what comes of it
+
+def report(b: Bucket) -> str:
+    """The bucket's table, best first, and what was refused."""
+    ranked = sorted((c for c in b.candidates if not c.reason), key=lambda c: c.score)
+    if any(c.us for c in b.candidates):
+        columns = [case.id for case in b.cases]
+        heading = "us: " + "  ".join(columns)
+        cells = {id(c): [f"{c.score:5.3f}", *(f"{c.us[i]:{max(8, len(i))}.1f}" for i in columns)] for c in ranked}
+    else:
+        heading = "per pair, VGPRs, LDS, waves per SIMD"
+        cells = {id(c): [f"{c.score:7.4f}", f"{c.figures['vgpr']:4}", f"{c.figures['lds_bytes']:6}",
+                         f"{c.figures['waves_per_simd']:4g}"] for c in ranked}
+    lines = ["", f"{b}   {heading}"]
+    for c in ranked:
+        mark = "*" if c is b.candidates[0] else " "
+        lines.append("  ".join([f" {mark}", *cells[id(c)], b.describe(c.config)]))
+    lines += [f"    refused: {b.describe(c.config)}: {c.reason}" for c in b.candidates if c.reason]
+    return "\n".join([*lines, "  * as it was before" if ranked else "  nothing can be chosen"])
+
+
+def chosen(b: Bucket) -> Candidate | None:
+    """The best candidate: by time, or, of those with nearly the fewest instructions, the one with most waves."""
+    left = [c for c in b.candidates if not c.reason]
+    near = ALIKE * min((c.score for c in left), default=0)
+    waves = {id(c): -c.figures["waves_per_simd"] if c.figures and c.score <= near else 0 for c in left}
+    return min(left, key=lambda c: (waves[id(c)], c.score), default=None)
+
+
+def row_of(b: Bucket, best: Candidate) -> tuning.Row:
+    """The bucket's row; of its sources, which it does not know yet, the first."""
+    if best.us:
+        measured = {"us": {case: round(us, 1) for case, us in best.us.items()}, "over_best": round(best.score, 3)}
+    else:
+        kept = ("per_pair", "vgpr", "lds_bytes", "waves_per_simd")
+        measured = {name: round(best.figures[name], 4) for name in kept}
+    return tuning.Row(b.when, written(best.config), 0, measured)
+
+
+def source(command: str, timed: bool) -> dict[str, Any]:
+    made = {"from": "timings" if timed else "static figures", "torch": torch.__version__, "triton": triton.__version__,
+            "command": command}
+    if timed:
+        made["device"] = torch.cuda.get_device_name()
+        made["driver"] = f"HIP {torch.version.hip}" if platform.is_hip() else f"CUDA {torch.version.cuda}"
+    return made
+
+
+def merged(before: tuning.Table, arch: str, rows: list[tuning.Row], made: dict[str, Any],
+           module: ModuleType) -> tuning.Table:
+    """`before` with its measured rows renewed: those of these buckets replaced, those of no bucket any more dropped."""
+    def current(row: tuning.Row) -> bool:
+        return all(row.when[name] in ranges(bounds) for name, bounds in module.BUCKETS.items() if name in row.when)
+
+    renewed = [row.when for row in rows]
+    kept = [row for row in before.rows if not (row.measured and (row.when in renewed or not current(row)))]
+    sources: list[Mapping[str, Any]] = []
+
+    def numbered(row: tuning.Row, of: Mapping[str, Any]) -> tuning.Row:
+        if of not in sources:
+            sources.append(of)
+        return dataclasses.replace(row, source=sources.index(of))
+
+    plain = [numbered(row, before.sources[row.source]) for row in kept if not row.measured]
+    told = [numbered(row, before.sources[row.source]) for row in kept if row.measured]
+    told = sorted(told + [numbered(row, made) for row in rows], key=lambda row: json.dumps(row.when))
+    return tuning.Table(before.file, before.op, arch, tuple(sources), (*told, *plain))
+
+
+def dump(table: tuning.Table) -> str:
+    """The table as a file, one source and one row a line."""
+    def line(row: tuning.Row) -> dict[str, Any]:
+        made = {"when": dict(row.when), "config": dict(row.config), "source": row.source}
+        return made | ({"measured": row.measured} if row.measured else {}) | ({"why": row.why} if row.why else {})
+
+    def block(items: list) -> str:
+        return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in items) + "\n  ]"
+
+    return (f'{{\n  "op": {json.dumps(table.op)},\n  "arch": {json.dumps(table.arch)},\n'
+            f'  "sources": {block([dict(s) for s in table.sources])},\n'
+            f'  "rows": {block([line(row) for row in table.rows])}\n}}\n')
+
+
+def write(work: list[Bucket], arch: Arch, folder: Path, made: dict[str, Any]) -> None:
+    for op in {b.op.name: b.op for b in work}.values():
+        found = [(b, c) for b in work if b.op is op and (c := chosen(b)) is not None]
+        table = merged(tuning.table(op.name, arch), arch.name, [row_of(b, c) for b, c in found], made, launcher(op))
+        file = folder / arch.name / f"{op.name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(dump(table))
+        print(f"wrote {file}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m wave64.testing.tune", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="+", metavar="OP", help=f"of {', '.join(tunable())}")
+    parser.add_argument("--arch", help="default: this GPU's")
+    parser.add_argument("--case", nargs="+", default=[""], metavar="TEXT", help="cases with one of these in their name")
+    parser.add_argument("--write", nargs="?", const=str(tuning.FOLDER), metavar="FOLDER",
+                        help="write the choices there, by default where launches read them")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                        help="processes that compile (default: %(default)s; 0: this one)")
+    args = parser.parse_args(argv)
+    if unknown := sorted(set(args.ops) - set(tunable())):
+        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(tunable())}")
+    here = platform.arch()
+    arch = lookup(args.arch) if args.arch else here
+    if arch is None or arch != here and arch.vendor != "amd":
+        parser.error(f"--arch {args.arch or '(none)'}: timings need that GPU, here is {here.name if here else 'none'}; "
+                     "of AMD's code there are figures without one: --arch gfx942")
+    begin, timed = time.perf_counter(), arch == here
+    work = [b for name in args.ops for b in buckets(OPS[name], arch, args.case)]
+    if not work:
+        parser.error(f"no large case of {', '.join(args.ops)} named {' or '.join(args.case)} is served on {arch.name}")
+    (tune_by_timings if timed else tune_by_figures)(work, arch, args.jobs)
+    for b in work:
+        print(report(b))
+    command = shlex.join(["python", "-m", "wave64.testing.tune", *args.ops, "--arch", arch.name,
+                          *(["--case", *args.case] if any(args.case) else []), "--write"])
+    if args.write:
+        write(work, arch, Path(args.write), source(command, timed))
+    print(f"{arch.name}: {len(work)} buckets in {time.perf_counter() - begin:.0f} s")
+    return 0 if all(chosen(b) for b in work) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Launch configurations: the tables that ship, how one is chosen from them, and the tuner that writes them."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import scikit_build_core.build
+
+from wave64 import OPS, arch, platform, tuning
+from wave64.testing import compile as compiling  # noqa: F401 - imports every launcher
+from wave64.testing import tune
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(tuning.FOLDER.glob("*/*.json"))
+#: What every operator that chooses has a table of its own for; gfx90a and the rest may use those of their kin.
+OWN = ("gfx942", "gfx950", "gfx1100", "sm_90", "sm_80", tuning.INTERPRETER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block: int
+    waves: int = 4
+    options: dict = dataclasses.field(default_factory=dict)
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """Writes tables of an operator `op` into a folder of the test's own, which launches then read."""
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuning, "_chosen", {})
+
+    def put(*rows, arch="gfx942", op="op", **more):
+        file = tmp_path / arch / f"{op}.json"
+        file.parent.mkdir(exist_ok=True)
+        content = {"op": op, "arch": arch, "sources": [{"from": "here"}],
+                   "rows": [{"when": when, "config": config, "source": 0} for when, config in rows], **more}
+        file.write_text(json.dumps(content))
+        tuning.read.cache_clear()
+        return file
+
+    yield put
+    tuning.read.cache_clear()
+
+
+def choose(name="gfx942", op="op", **facts):
+    with platform.target(name):
+        return tuning.choose(op, Config, **facts)
+
+
+# ---- the tables that ship
+
+@pytest.mark.parametrize("file", FILES, ids=[f"{f.parent.name}-{f.stem}" for f in FILES])
+def test_a_table_means_something(file):
+    table = tuning.read(file)
+    assert (table.arch, table.op) == (file.parent.name, file.stem)
+    assert table.op in tune.tunable()
+    assert table.arch in {*arch.ARCHS, *OWN}
+    module = tune.launcher(OPS[table.op])
+    facts = module.facts(**next(case for case in OPS[table.op].cases() if not case.large).make())
+    for row in table.rows:
+        tuning.build(module.Config, row, file)
+        assert set(row.when) <= set(facts), row
+        for name, wanted in row.when.items():
+            low = wanted[0] if isinstance(wanted, list) and wanted[0] is not None else wanted
+            assert isinstance(wanted, list) or type(low) is type(facts[name]), row
+    assert file.read_text() == tune.dump(table), "written by another than the tuner"
+
+
+@pytest.mark.parametrize("op", tune.tunable())
+def test_operators_have_tables_and_candidates(op):
+    for name in OWN:
+        assert (tuning.FOLDER / name / f"{op}.json").exists()
+    module = tune.launcher(OPS[op])
+    for b in tune.buckets(OPS[op], arch.lookup("gfx942"), [""]):
+        assert isinstance(b.candidates[0].config, module.Config)
+        for name in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "gfx908", "sm_90", "sm_80", "sm_120"):
+            configs = list(module.candidates(arch.lookup(name), **b.facts))
+            assert 4 <= len(configs) <= 25, (name, str(b))
+            assert all(one != other for i, one in enumerate(configs) for other in configs[:i])
+            assert all(module.pairs(config, **b.facts) > 0 for config in configs)
+
+
+def test_launchers_that_choose_are_known():
+    assert {"prefill_attention", "varlen_attention", "paged_attention", "mla_decode", "mla_decode_rope"} <= set(
+        tune.tunable())
+
+
+def test_a_wheel_holds_every_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = {"wheel.cmake": "false", "build-dir": str(tmp_path / "build")}
+    name = scikit_build_core.build.build_wheel(str(tmp_path), settings)
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        held = set(wheel.namelist())
+    assert {f"wave64/tuned/{f.parent.name}/{f.name}" for f in FILES} <= held
+
+
+# ---- choosing
+
+def test_the_first_row_that_fits_is_chosen(tables):
+    tables(({"n": [None, 16], "wide": True}, {"block": 1}), ({"n": [17, 64]}, {"block": 2}), ({"n": 100}, {"block": 3}),
+           ({"n": [65, None], "kind": "fp8"}, {"block": 4}), ({}, {"block": 5, "waves": 8}))
+
+    def block(n, wide=False, kind=""):
+        return choose(n=n, wide=wide, kind=kind).block
+
+    assert [block(n, wide=True) for n in (0, 16, 17, 64, 65, 100)] == [1, 1, 2, 2, 5, 3]
+    assert [block(n, kind="fp8") for n in (16, 17, 100, 101)] == [5, 2, 3, 4]
+    assert choose(n=70, wide=False, kind="") == Config(5, 8)
+
+
+def test_an_architecture_without_a_table_uses_its_kins(tables):
+    for i, name in enumerate(OWN):
+        tables(({}, {"block": i}), arch=name)
+    chosen = {name: OWN[choose(name).block] for name in (
+        "gfx90a", "gfx942:sramecc+", "gfx950", "gfx908", "gfx1030", "gfx1201", "sm_90", "sm_80", "sm_89", "sm_120")}
+    assert chosen == {
+        "gfx90a": "gfx942", "gfx942:sramecc+": "gfx942", "gfx950": "gfx950", "gfx908": "gfx1100", "gfx1030": "gfx1100",
+        "gfx1201": "gfx1100", "sm_90": "sm_90", "sm_80": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
+    tables(({}, {"block": -1}), arch="gfx90a")
+    tuning._chosen.clear()
+    assert choose("gfx90a").block == -1
+
+
+@pytest.mark.skipif(platform.arch() is not None, reason="there is a GPU here")
+def test_without_a_gpu_the_interpreters_table_serves(tables):
+    tables(({}, {"block": 7}), arch=tuning.INTERPRETER)
+    assert tuning.choose("op", Config).block == 7
+
+
+def test_what_is_chosen_cannot_be_changed(tables):
+    tables(({}, {"block": 1, "options": {"size": 16}}), ({}, {"block": 2}))
+    first = choose(n=1)
+    with pytest.raises(TypeError):
+        first.options["size"] = 32
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.block = 2
+    assert dict(**choose(n=1).options) == {"size": 16}
+    assert dataclasses.replace(first, block=3) == Config(3, options={"size": 16})
+    tables(({}, {"block": 1}))
+    tuning._chosen.clear()
+    with pytest.raises(TypeError):  # nor what is empty by default
+        choose(n=1).options["size"] = 32
+
+
+def test_a_choice_can_be_forced(tables):
+    tables(({}, {"block": 1}))
+    with tuning.forced("op", Config(9)):
+        assert choose().block == 9
+    assert choose().block == 1
+
+
+@pytest.mark.parametrize(("rows", "more", "words"), [
+    ([({}, {"blocks": 1})], {}, "config: blocks: expected fields among block, waves, options"),
+    ([({}, {"waves": 1})], {}, "block"),
+    ([({"m": 1}, {"block": 1}), ({}, {"block": 1})], {}, "m: expected one of the facts n"),
+    ([({"n": 2}, {"block": 1})], {}, "expected a last row that fits every call"),
+    ([], {}, "expected a last row that fits every call"),
+    ([({"n": [1]}, {"block": 1}), ({}, {"block": 1})], {}, "row 1: n: expected [low, high], got [1]"),
+    ([({}, {"block": 1})], {"sources": []}, "row 1: source: expected an index into 0 sources, got 0"),
+    ([({}, {"block": 1})], {"extra": 1}, "expected a table of launch configurations"),
+    ([({}, {"block": 1})], {"rows": [{"whenever": {}}]}, "expected a table of launch configurations"),
+])
+def test_what_a_table_cannot_mean_is_told(tables, rows, more, words):
+    file = tables(*rows, **more)
+    with pytest.raises(tuning.TunedTableError, match=re.escape(words)) as told:
+        choose(n=1)
+    assert str(file) in str(told.value)
+
+
+def test_a_missing_table_is_told(tables):
+    with pytest.raises(tuning.TunedTableError, match=r"op: no launch configuration: .*gfx90a/op.*, .*gfx942/op.json"):
+        choose("gfx90a")
+
+
+# ---- the tuner
+
+def test_buckets_are_ranges_of_facts():
+    module = tune.launcher(OPS["prefill_attention"])
+    assert tune.ranges((16, 64)) == [[None, 16], [17, 64], [65, None]]
+    facts = {"head_dim": 128, "fp32": False, "capped": True, "max_seqlen_q": 17}
+    assert tune.bucket(module, facts) == {**facts, "head_dim": [65, 128], "max_seqlen_q": [17, 64]}
+
+
+def figures(**changes):
+    return {"spills": 0, "scratch_bytes": 0, "lds_bytes": 0, "waves_per_simd": 2.0, "block_waves": 4, "vgpr": 100,
+            "loop": {"valu": 100}, "matrix": {}, **changes}
+
+
+def judged(*changes):
+    module = tune.launcher(OPS["prefill_attention"])
+    made = [tune.Candidate(module.Config(16 * (i + 1), 32, 4, 1), figures=figures(**c)) for i, c in enumerate(changes)]
+    b = tune.Bucket(OPS["prefill_attention"], {}, {"max_seqlen_q": 4096}, [], made)
+    tune.judge_figures(b, arch.lookup("gfx942"))
+    return b
+
+
+def test_machine_code_that_spills_or_does_not_fit_is_refused():
+    b = judged({}, {"spills": 1}, {"scratch_bytes": 8}, {"lds_bytes": 2**17}, {"waves_per_simd": 1.0})
+    words = ("spills 1 registers", "8 bytes of scratch", "LDS 131072 bytes, gfx942 has 65536", "1 waves per SIMD")
+    assert all(word in c.reason for word, c in zip(words, b.candidates[1:], strict=True))
+    assert tune.chosen(b) is b.candidates[0]
+    assert "refused: block_m=32: spills 1 registers" in tune.report(b)
+
+
+def test_of_nearly_as_few_instructions_most_waves_decide():
+    b = judged({"loop": {"valu": 50}}, {"loop": {"valu": 102}, "waves_per_simd": 4.0},
+               {"loop": {"valu": 200}, "waves_per_simd": 8.0})
+    assert [round(c.score, 4) for c in b.candidates] == [0.3906, 0.3984, 0.5208]
+    assert tune.chosen(b) is b.candidates[1]
+
+
+def test_where_none_leaves_two_waves_the_best_of_them_is_chosen():
+    assert tune.chosen(judged({"waves_per_simd": 1.0}, {"waves_per_simd": 1.0})).config.block_m == 32
+
+
+def test_times_decide_and_a_wrong_result_is_never_chosen(monkeypatch):
+    op = OPS["prefill_attention"]
+    module, cases = tune.launcher(op), [case for case in op.cases() if case.id in ("whole", "chunk")]
+    made = [tune.Candidate(module.Config(*shape)) for shape in ((16, 16, 1, 1), (32, 32, 1, 1), (48, 16, 1, 1))]
+    b = tune.Bucket(op, {}, {"max_seqlen_q": 64}, cases, made)
+    ms = iter([1.0, 1.5, 2.0, 1.0])  # of the first two on one case, then on the other: in all the second is faster
+    monkeypatch.setattr(tune.timing, "median_ms", lambda *args: next(ms))
+    tune.time_bucket(b, 0.0)
+    assert [c.us for c in made] == [{"whole": 1000, "chunk": 2000}, {"whole": 1500, "chunk": 1000}, {}]
+    assert tune.chosen(b) is made[1]
+    assert made[1].score == pytest.approx(1.5**0.5)
+    assert made[2].reason.startswith("whole: ")  # 48 rows are no power of two
+    monkeypatch.setattr(tune, "SLACK", 0)
+    wrong = tune.Bucket(op, {}, {"max_seqlen_q": 64}, cases, [tune.Candidate(made[0].config)])
+    tune.time_bucket(wrong, 0.0)
+    assert "wrong: result 0 is" in wrong.candidates[0].reason
+    assert tune.chosen(wrong) is None
+
+
+def test_new_measurements_replace_those_of_the_same_bucket_only():
+    module = tune.launcher(OPS["prefill_attention"])
+    old, new = {"from": "old"}, {"from": "new"}
+    ours, other, gone = ({"max_seqlen_q": r} for r in ([None, 16], [65, None], [None, 20]))
+    rows = [tuning.Row(when, {"block_m": 1}, 0, {"us": {}}) for when in (ours, other, gone)]
+    before = tuning.Table(Path("x"), "prefill_attention", "gfx942", (old,), (*rows, tuning.Row({}, {"block_m": 9}, 0)))
+    after = tune.merged(before, "gfx90a", [tuning.Row(ours, {"block_m": 2}, 0, {"us": {}})], new, module)
+    assert [(r.when, r.config["block_m"], after.sources[r.source]) for r in after.rows] == [
+        (other, 1, old), (ours, 2, new), ({}, 9, old)]
+    assert after.arch == "gfx90a"
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A run of the tuner for gfx942, of two small candidates; without the interpreter, hence in another process."""
+    folder = tmp_path_factory.mktemp("tuned")
+    code = """if True:
+        import sys
+        from wave64.testing import tune
+        from wave64.triton_ops import prefill_attention as kernels
+        some = [kernels.Config(16, 16, waves, 1) for waves in (1, 2)]
+        kernels.candidates = lambda arch, **facts: iter(some)
+        tune.tuning.choose = lambda *args, **facts: some[0]
+        sys.exit(tune.main(sys.argv[1:]))"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "prefill_attention", "--arch", "gfx942", "--case", "32x4", "--jobs", "0",
+         "--write", str(folder)], capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    assert done.returncode == 0, done.stderr
+    return folder / "gfx942" / "prefill_attention.json", done.stdout
+
+
+def test_the_tuner_writes_a_table_that_loads(tuned):
+    file, out = tuned
+    table = tuning.read(file)
+    shipped = tuning.read(tuning.FOLDER / "gfx942" / "prefill_attention.json")
+    row, = (row for row in table.rows if row.when.get("max_seqlen_q") == [None, 16])
+    assert row.measured["waves_per_simd"] >= 2
+    assert tuning.build(tune.launcher(OPS["prefill_attention"]).Config, row, file).block_m == 16
+    assert [r.config for r in table.rows if not r.measured] == [r.config for r in shipped.rows if not r.measured]
+    made = table.sources[row.source]
+    assert made["command"] == "python -m wave64.testing.tune prefill_attention --arch gfx942 --case 32x4 --write"
+    assert file.read_text() == tune.dump(table)
+    assert "waves per SIMD" in out
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["rms_norm"], "rms_norm: expected some of"),
+    (["prefill_attention", "--arch", "sm_75"], "--arch sm_75: timings need that GPU"),
+    (["prefill_attention", "--arch", "gfx942", "--case", "none"], "no large case of prefill_attention named none"),
+])
+def test_the_tuner_refuses_in_words(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        tune.main(arguments)
+    assert words in capsys.readouterr().err
