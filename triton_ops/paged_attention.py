@@ -174,7 +174,8 @@ def candidates(arch: Arch, head_dim: int, fp32: bool, **others) -> Iterator[Conf
                 yield Config(32, block_n, num_warps, num_stages, programs=16 // num_warps, least=64, cdna=True,
                              half_up=arch.name != "gfx950", options={"matrix_instr_nonkdim": 16})
         return
-    if arch.matrix == "wgmma" and not fp32:
+    hopper = arch.matrix == "wgmma" and not fp32
+    if hopper:
         # A block's keys wait for its page numbers, so that five stages are two blocks of keys under way, seven three.
         shapes = [(32, 1, 5), (32, 2, 5), (64, 2, 5), (64, 4, 3), (64, 4, 5), (64, 2, 7), (128, 4, 3)]
     else:
@@ -183,8 +184,8 @@ def candidates(arch: Arch, head_dim: int, fp32: bool, **others) -> Iterator[Conf
         lds_bytes = (num_stages + 1) * block_n * triton.next_power_of_2(head_dim) * (4 if fp32 else 2)
         if lds_bytes <= arch.lds_bytes:
             # As many as fit, so that all run at once; or more, shorter ones, whose ends leave less idle.
-            for programs in (2, 4, 8):
-                yield Config(64, block_n, num_warps, num_stages, programs, least=128)
+            for programs in (2, 4, 8) if hopper else sorted({min(8, arch.lds_bytes // lds_bytes), 8}):
+                yield Config(32, block_n, num_warps, num_stages, programs, least=128)
 
 
 def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
