@@ -125,7 +125,7 @@ def test_both_flavours_of_fp8(device, backend, flavour):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("largest", [1.0, 100.0])
 def test_lse_is_the_logarithm_of_the_sum(device, backend, largest):
-    """Where all keys are the same, out is their value and lse their logit + log(how many): exp of 100 is beyond fp32."""
+    """Where all keys are the same, out is their value and lse their logit + log(how many); exp(100) is beyond fp32."""
     lengths = [200, 1, 64, 33]
     with torch.device(device):
         args = make_case(lengths, heads=3, rank=24, rope=8, dtype=torch.float32)

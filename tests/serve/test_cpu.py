@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from wave64.serve import cpu
 from wave64.serve.cpu import _filled, choose_products
 from wave64.serve.layers import Embedding, Linear
 
@@ -30,7 +31,9 @@ def model(request):
     return Tied().to(request.param)
 
 
-def test_products_are_those_of_linear(model):
+@pytest.mark.parametrize("amd", [False, True])
+def test_products_are_those_of_linear(model, amd, monkeypatch):
+    monkeypatch.setattr(cpu, "_is_amd", lambda: amd)
     weight, bias = model.middle.weight.clone(), model.middle.bias.clone()
     choose_products(model)
     for tokens in (0, 1, 3, 4, 9, 17, 65, 300):
