@@ -10,6 +10,7 @@ Bound by: reading the latents up to 16 heads; the matrix units from about 64 on.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from wave64 import platform
 from wave64.arch import Arch
 from wave64.ops import mla_decode
 from wave64.ops.paged_attention import FP8
-from wave64.triton_ops import merge_splits, mla_decode_hopper
+from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import LN_2, LOG2_E, LOWEST, dot, is_wide, load_pages, narrow, tile_width, unit_of
 from wave64.triton_ops.splits import (
     LENGTHS,
@@ -313,13 +314,23 @@ class Config:
     programs: int       # that a compute unit holds at a time
     least: int          # fewest keys that a sequence is split for
     swap: bool          # keys, not heads, as rows of the matrix products; not with bands
-    hopper: bool = False  # mla_decode_hopper's kernel in place of this file's
+    hopper: bool = False  # the kernel of hopper/mla_decode.py in place of this file's
     bands: int = 1      # that latent columns are dealt to waves in: 1, or as many as waves
     cdna: bool = False  # whole blocks apart, without masks, and scalars kept in scalar registers
     half_up: bool = False  # round weights to bf16 with two instructions, where there is none for it
     xcds: int = 1       # chiplets, each with a cache of its own, that programs are dealt to in turn
     block_b: int = 0    # lengths looked at at a time; 0: as suits the batch
     options: dict = field(default_factory=dict)
+
+
+def on_hopper() -> ModuleType | None:
+    """The kernel for Hopper; None elsewhere, where Triton need not have what it is written in."""
+    arch = platform.arch()
+    if arch is None or arch.matrix != "wgmma":
+        return None
+    from wave64.triton_ops.hopper import mla_decode as kernel
+
+    return kernel
 
 
 #: Bounds of the integer facts that the tuner takes for alike; a few sequences are all split.
@@ -329,8 +340,9 @@ BUCKETS = {"rows": (16, 32, 64), "num_seqs": (16,)}
 def facts_of(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_c: Tensor | None) -> dict[str, int | bool]:
     """Of these arguments, [B, Q, H, ...] and [B, Q, ...], what the choice of a configuration depends on."""
     num_seqs, new, heads, _ = q_nope.shape
+    hopper = on_hopper()
     return {"rows": new * heads, "fp32": q_nope.dtype == torch.float32, "fp8": kv_cache.dtype.itemsize == 1,
-            "num_seqs": num_seqs, "hopper": mla_decode_hopper.serves(q_nope, q_pe, kv_cache, kv_c)}
+            "num_seqs": num_seqs, "hopper": hopper is not None and hopper.serves(q_nope, q_pe, kv_cache, kv_c)}
 
 
 def facts(q: Tensor, kv_cache: Tensor, kv_lora_rank: int, **others) -> dict[str, int | bool]:
@@ -414,8 +426,8 @@ def launch(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, s
     lengths = (num_seqs, room, -1, programs, least)
     overlap = most > 1 and overlaps()
     if config.hopper:
-        mla_decode_hopper.launch(q_nope, q_pe, kv_cache, page_table, seq_lens, scale, out, lse, partial, stats,
-                                 new_tokens, is_neox, lengths, (tiles, items), config.swap, block_h, config.num_warps)
+        on_hopper().launch(q_nope, q_pe, kv_cache, page_table, seq_lens, scale, out, lse, partial, stats, new_tokens,
+                           is_neox, lengths, (tiles, items), config.swap, block_h, config.num_warps)
         held_back = 0
     else:
         _launch_portable(q_nope, q_pe, kv_cache, page_table, seq_lens, scale, kv_scale, out, lse, partial, stats,

@@ -176,11 +176,10 @@ def hip_rows(op: Op, arch: str) -> Rows:
 
 
 def kernels() -> set[str]:
-    """Names of the kernels in wave64.triton_ops, as that folder names them, `_<stem>_kernel`, but for those in Gluon,
-    which spells out the instructions of one architecture."""
+    """Names of the kernels in wave64.triton_ops, as that folder names them: `_<stem>_kernel`."""
     modules = [m for name, m in sys.modules.items() if name.startswith(f"{triton_ops.__name__}.")]
     return {f.__name__ for m in modules for f in vars(m).values()
-            if isinstance(f, JITFunction) and not f.is_gluon() and f.__name__.endswith("_kernel")}
+            if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
 
 
 def measure(backend: str, ops: Iterable[Op], rows: Callable[[Op], Rows]) -> dict[str, Rows | str]:

@@ -1,8 +1,8 @@
 """mla_decode's kernel for Hopper, where the order of copies and matrix products decides: explicit, in Gluon.
 
 The trick: two blocks of latents on chip, and the copy of the next begins before the products of this one, so that it
-has their whole time to arrive. Triton's pipeliner begins it after them, and a third block does not fit. New tokens take
-the place of their rows as a block arrives: kv_c by where the copy reads from, k_pe by a store after it.
+has their whole time to arrive. Triton's pipeliner begins it after them, and a third block does not fit. New tokens join
+the others by where the copy reads from: kv_c itself, and k_pe where this program has just put it, rotated.
 Bound by: as mla_decode. Splits, partial results and their merge are mla_decode's.
 """
 
@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from wave64 import platform
 from wave64.triton_ops.attention import is_wide
 
 # Renamed after Triton 3.6.
@@ -298,13 +297,11 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
 
 
 def serves(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_c: Tensor | None) -> bool:
-    """True where this kernel can stand in for mla_decode's: Hopper, the widths its layouts are for, rows that can be
-    copied 16 bytes at a time, and a batch whose lengths are looked at at once. q_nope, q_pe [B, Q, H, ...]."""
-    arch = platform.arch()
-    if arch is None or arch.matrix != "wgmma" or q_nope.dtype not in (torch.bfloat16, torch.float16):
-        return False
+    """True where this kernel can stand in for mla_decode's: the widths its layouts are for, rows that can be copied 16
+    bytes at a time, and a batch whose lengths are looked at at once. q_nope, q_pe [B, Q, H, ...]."""
     copied = [kv_cache] if kv_c is None else [kv_cache, kv_c]
-    return (kv_cache.dtype == q_nope.dtype and q_nope.shape[3] == 512 and q_pe.shape[3] == 64
+    return (q_nope.dtype in (torch.bfloat16, torch.float16) and kv_cache.dtype == q_nope.dtype
+            and q_nope.shape[3] == 512 and q_pe.shape[3] == 64
             and q_nope.shape[0] <= 1024 and q_nope.shape[1] <= MOST_NEW.value
             and all(x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]) for x in copied))
 

@@ -1,0 +1,1 @@
+"""Kernels that spell out Hopper's instructions, in Gluon; imported there only."""
