@@ -201,7 +201,9 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
             at = gl.load(positions_ptr + row // HEADS, mask=mask_h, other=0).to(gl.int64)
         q_r = _rotated(pe_rows[:, None], offs_r[None, :], mask_h[:, None], (angles_ptr + at * ROPE)[:, None], NEOX,
                        ROPE).to(dtype)
-        if end == keys:  # the newest keys are this program's: rotated once more for itself, and kept by the first tile
+        # New tokens among this program's keys are rotated once more for itself, and kept by the first tile. Several of
+        # one sequence can lie in two parts, which then write the same.
+        if end > first_new:
             _keep_new(kv_ptr, kv_c_ptr, k_pe_ptr + seq * stride_rb, rotated_ptr, slots_ptr + seq * NEW, positions_ptr,
                       angles_ptr, stride_kp, STRIDE_KN, stride_ct, stride_rt, NEW, RANK, ROPE, PAGE_SIZE, NEOX,
                       c_layout, r_layout)
