@@ -10,6 +10,7 @@ speed. Peers get the same arguments and are held to four times our bound. The co
     error, allowed  distance from the fp64 evaluation, relative; how far it may be
     checked         what the reference was evaluated in, and on how many key heads where the whole takes too long
     us              median of graph replays, each after the L2 cache was overwritten
+    floor us        the same, of a kernel that does nothing but read as many bytes as the call must move (floor.py)
     GB/s, read %    bytes that a call must move at least over its time; that over the read bandwidth measured here
     roof %          the larger of those bytes at that bandwidth and the operations at the rate of torch's bf16 matrix
                     product of 8192 x 8192, over the time: what is left to win
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import floor
 import peers
 import torch
 import triton
@@ -66,6 +68,7 @@ class Row:
     allowed: float | None = None
     checked: str = ""
     speed: timing.Speed | None = None
+    floor_us: float | None = None
     ratio: float | None = None
     note: str = ""
     check_s: float = 0.0
@@ -75,15 +78,15 @@ class Row:
             return [self.op, self.case, self.kernel, self.note]
         s = self.speed
         return [self.op, self.case, self.kernel, f"{self.error:.1e}", f"{self.allowed:.1e}", self.checked,
-                f"{s.us:.1f}", f"{s.gbs:.0f}", f"{100 * s.read_share:.1f}", f"{100 * s.roofline_share:.1f}",
-                f"{s.tflops:.1f}", "" if self.ratio is None else f"{self.ratio:.2f}"]
+                f"{s.us:.1f}", f"{self.floor_us:.1f}", f"{s.gbs:.0f}", f"{100 * s.read_share:.1f}",
+                f"{100 * s.roofline_share:.1f}", f"{s.tflops:.1f}", "" if self.ratio is None else f"{self.ratio:.2f}"]
 
 
 class Table:
     """Prints rows as they come, and keeps them in a file of JSON lines, so that a run cut short has lost nothing."""
 
-    COLUMNS = {"op": -20, "case": -22, "kernel": -34, "error": 8, "allowed": 8, "checked": -17, "us": 9, "GB/s": 7,
-               "read %": 7, "roof %": 7, "TFLOP/s": 8, "vs ours": 8}  # width; negative: aligned left
+    COLUMNS = {"op": -20, "case": -22, "kernel": -34, "error": 8, "allowed": 8, "checked": -17, "us": 9, "floor us": 9,
+               "GB/s": 7, "read %": 7, "roof %": 7, "TFLOP/s": 8, "vs ours": 8}  # width; negative: aligned left
 
     def __init__(self, markdown: bool, file: str | None):
         self.markdown, self.rows = markdown, []
@@ -248,6 +251,7 @@ def run_case(op: Op, case: Case, backends: list[str], device: str, peaks: timing
         table.add(row("reference", note=f"FAILED: {type(e).__name__}: {peers.first_line(e)}"))
         return False
     took = time.perf_counter() - begin
+    least = floor.read_us(cost.bytes, device)
     for backend in backends:
         kernel = f"wave64 {backend}"
         supports = op.backends[backend].supports
@@ -262,14 +266,14 @@ def run_case(op: Op, case: Case, backends: list[str], device: str, peaks: timing
             fine = False
             continue
         ours = ours or ms
-        table.add(row(kernel, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), ms / ours,
-                      check_s=took))
+        table.add(row(kernel, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), least,
+                      ms / ours, check_s=took))
         release()
     for name, verdict, ms in time_peers(peers.peers(op.name, args, root), judge, device):
         if ms is None:
             table.add(row(name, note=verdict))
         else:
-            table.add(row(name, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks),
+            table.add(row(name, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), least,
                           ms / ours if ours else None, check_s=took))
     return fine
 
