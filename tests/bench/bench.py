@@ -10,7 +10,7 @@ speed. Peers get the same arguments and are held to four times our bound. The co
     error, allowed  distance from the fp64 evaluation, relative; how far it may be
     checked         what the reference was evaluated in, and on how many key heads where the whole takes too long
     us              median of graph replays, each after the L2 cache was overwritten
-    floor us        the same, of a kernel that does nothing but read as many bytes as the call must move (floor.py)
+    read us         the same, of a kernel that does nothing but read as many bytes as the call must move (floor.py)
     GB/s, read %    bytes that a call must move at least over its time; that over the read bandwidth measured here
     roof %          the larger of those bytes at that bandwidth and the operations at the rate of torch's bf16 matrix
                     product of 8192 x 8192, over the time: what is left to win
@@ -68,7 +68,7 @@ class Row:
     allowed: float | None = None
     checked: str = ""
     speed: timing.Speed | None = None
-    floor_us: float | None = None
+    read_us: float | None = None
     ratio: float | None = None
     note: str = ""
     check_s: float = 0.0
@@ -78,14 +78,14 @@ class Row:
             return [self.op, self.case, self.kernel, self.note]
         s = self.speed
         return [self.op, self.case, self.kernel, f"{self.error:.1e}", f"{self.allowed:.1e}", self.checked,
-                f"{s.us:.1f}", f"{self.floor_us:.1f}", f"{s.gbs:.0f}", f"{100 * s.read_share:.1f}",
+                f"{s.us:.1f}", f"{self.read_us:.1f}", f"{s.gbs:.0f}", f"{100 * s.read_share:.1f}",
                 f"{100 * s.roofline_share:.1f}", f"{s.tflops:.1f}", "" if self.ratio is None else f"{self.ratio:.2f}"]
 
 
 class Table:
     """Prints rows as they come, and keeps them in a file of JSON lines, so that a run cut short has lost nothing."""
 
-    COLUMNS = {"op": -20, "case": -22, "kernel": -34, "error": 8, "allowed": 8, "checked": -17, "us": 9, "floor us": 9,
+    COLUMNS = {"op": -20, "case": -22, "kernel": -34, "error": 8, "allowed": 8, "checked": -17, "us": 9, "read us": 9,
                "GB/s": 7, "read %": 7, "roof %": 7, "TFLOP/s": 8, "vs ours": 8}  # width; negative: aligned left
 
     def __init__(self, markdown: bool, file: str | None):
