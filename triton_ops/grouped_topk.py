@@ -1,0 +1,115 @@
+"""DeepSeek's gate: a wave takes one row, laid out as [groups, experts of a group], each padded to a power of two.
+
+Groups are ranked by counting those ahead of each, all pairs at once; experts are chosen by rounds (topk.py), without a
+bias by their logits, and loaded a second time, which is quicker than to bring them together from all lanes.
+Bound by latency: two loads, the scores, two steps for the groups, top_k rounds, a store.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from wave64.ops import grouped_topk
+from wave64.triton_ops.gated import logistic
+from wave64.triton_ops.geometry import num_warps
+from wave64.triton_ops.splits import overlaps
+from wave64.triton_ops.topk import INDICES, LOG2_E, choose, clean
+
+#: All pairs of so many groups fit into one wave's registers.
+MOST_GROUPS = 64
+
+
+@triton.jit
+def _score(x, shift, scale, SIGMOID: tl.constexpr):
+    """exp(x - shift) * scale, or of x alone the logistic function."""
+    if SIGMOID:
+        score = logistic(x)
+    else:
+        score = tl.exp2((x - shift) * LOG2_E) * scale
+    return score
+
+
+@triton.jit
+def _larger_two(a, a_next, b, b_next):
+    return tl.maximum(a, b), tl.maximum(tl.minimum(a, b), tl.maximum(a_next, b_next))
+
+
+@triton.jit
+def _best_groups(choice, TOPK_GROUP: tl.constexpr, BY_TWO: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Which of the groups of choice [BLOCK_G, experts of a group] are among the TOPK_GROUP best."""
+    if BY_TWO:
+        best, second = tl.reduce((choice, tl.full(choice.shape, float("-inf"), tl.float32)), 1, _larger_two)
+        best += second
+    else:
+        best = tl.max(choice, 1)
+    offs_g = tl.arange(0, BLOCK_G)
+    before = offs_g[None, :] < offs_g[:, None]
+    ahead = (best[None, :] > best[:, None]) | ((best[None, :] == best[:, None]) & before)
+    return tl.sum(ahead.to(tl.int32), 1) < TOPK_GROUP
+
+
+@triton.jit
+def _grouped_topk_kernel(weights_ptr, ids_ptr, gating_ptr, bias_ptr, gating_stride, factor, GROUPS: tl.constexpr,
+                         IN_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr,
+                         RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BF16: tl.constexpr, OVERLAP: tl.constexpr,
+                         BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
+    if OVERLAP:
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    gating_ptr += row * gating_stride
+    ids = tl.arange(0, BLOCK_G * BLOCK_P)
+    mask = (ids // BLOCK_P < GROUPS) & (ids % BLOCK_P < IN_GROUP)
+    if IN_GROUP < BLOCK_P:
+        ids = ids // BLOCK_P * IN_GROUP + ids % BLOCK_P
+    x = tl.where(mask, clean(tl.load(gating_ptr + ids, mask=mask, other=0.0)), float("-inf"))
+    if SIGMOID:
+        shift, scale = 0.0, 1.0
+    else:
+        shift = tl.max(x, 0)
+        scale = 1.0 / tl.sum(tl.exp2((x - shift) * LOG2_E), 0)
+    choice = x
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + ids, mask=mask, other=0.0)
+        choice = tl.where(mask, clean(_score(x, shift, scale, SIGMOID) + bias), float("-inf"))
+    if TOPK_GROUP < GROUPS:
+        grouped = tl.reshape(choice, (BLOCK_G, BLOCK_P))
+        kept = _best_groups(grouped, TOPK_GROUP, bias_ptr is not None, BLOCK_G)
+        choice = tl.reshape(tl.where(kept[:, None], grouped, float("-inf")), (BLOCK_G * BLOCK_P,))
+    chosen = choose(choice, ids, TOP_K, BLOCK_K, BF16)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < TOP_K
+    logits = clean(tl.load(gating_ptr + chosen, mask=mask_k, other=float("-inf")))
+    weights = tl.where(mask_k, _score(logits, shift, scale, SIGMOID), 0.0)
+    if RENORMALIZE:
+        factor /= tl.sum(weights, 0) + 1e-20
+    tl.store(weights_ptr + row * TOP_K + offs_k, weights * factor, mask=mask_k)
+    tl.store(ids_ptr + row * TOP_K + offs_k, chosen, mask=mask_k)
+
+
+def unsupported(gating: Tensor, top_k: int, num_expert_group: int, topk_group: int, renormalize: bool,
+                scoring_func: str = "softmax", correction_bias: Tensor | None = None,
+                routed_scaling_factor: float = 1.0) -> str | None:
+    if topk_group < num_expert_group > MOST_GROUPS:
+        return f"{num_expert_group} groups, the kernel ranks at most {MOST_GROUPS}"
+    return None
+
+
+@grouped_topk.backend("triton", supports=unsupported)
+def launch(gating: Tensor, top_k: int, num_expert_group: int, topk_group: int, renormalize: bool,
+           scoring_func: str = "softmax", correction_bias: Tensor | None = None,
+           routed_scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    tokens, experts = gating.shape
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=gating.device)
+    ids = torch.empty((tokens, top_k), dtype=torch.int32, device=gating.device)
+    if tokens:
+        groups = num_expert_group if topk_group < num_expert_group else 1
+        block_g, block_p = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
+        bf16 = gating.dtype == torch.bfloat16 and correction_bias is None and block_g * block_p <= INDICES.value
+        _grouped_topk_kernel[tokens,](
+            weights, ids, gating, correction_bias, gating.stride(0), routed_scaling_factor, GROUPS=groups,
+            IN_GROUP=experts // groups, TOPK_GROUP=min(topk_group, groups), TOP_K=top_k, RENORMALIZE=renormalize,
+            SIGMOID=scoring_func == "sigmoid", BF16=bf16, OVERLAP=overlaps(), BLOCK_G=block_g, BLOCK_P=block_p,
+            BLOCK_K=triton.next_power_of_2(top_k), num_warps=num_warps(block_g * block_p // 16))
+    return weights, ids
