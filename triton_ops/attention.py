@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wave64 import platform
-from wave64.ops.paged_attention import FP8
+from wave64.quant import FP8
 
 #: Where running maxima start: below any logit, and finite, so that no difference of two of them is NaN.
 LOWEST = tl.constexpr(-1e38)

@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from wave64 import platform
 from wave64.arch import Arch
 from wave64.ops import mla_decode
-from wave64.ops.paged_attention import FP8
+from wave64.quant import FP8
 from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import LN_2, LOG2_E, LOWEST, dot, is_wide, load_pages, narrow, tile_width, unit_of
 from wave64.triton_ops.splits import (

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from wave64 import platform
 from wave64.arch import Arch
 from wave64.ops import paged_attention
-from wave64.ops.paged_attention import FP8
+from wave64.quant import FP8
 from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import (
     LOWEST,

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from wave64.ops.paged_attention import fp8_dtype, read_keys
+from wave64 import quant
+from wave64.ops.paged_attention import read_keys
 
 SGLANG = [f"sglang/kernels/ops/attention/{name}.py" for name in ("score_mod", "decode_attention", "extend_attention")]
 VLLM = [f"vllm/v1/attention/ops/triton_{name}.py" for name in ("attention_helpers", "unified_attention")]
@@ -53,7 +54,7 @@ class Peer:
 def peers(op: str, args: dict[str, Any], root: str | None) -> Iterator[Peer | str]:
     """Every peer that serves this operator on these arguments; a str is why one of them cannot."""
     plain = args.get("causal", True) and not args.get("logit_cap") and args.get("sliding_window", -1) <= 0
-    extras = ("sinks", "k_scale", "v_scale", "kv_scale")
+    extras = ("sinks", "k_scale", "v_scale", "kv_scale", "bias")
     if op not in SOURCES or not plain or any(args.get(name) is not None for name in extras):
         return
     for source in SOURCES[op]:
@@ -230,8 +231,27 @@ def sglang_mla(args: dict[str, Any], root: Path) -> Iterator[Peer]:
         yield from _sglang_splits("sglang decode_attention", args["q"], pool, values, slots, args["scale"], root)
 
 
-OWN_TORCH = (torch_decode, torch_prefill, torch_varlen)
+def torch_mm(args: dict[str, Any]) -> Iterator[Peer]:
+    """The same product of the numbers that the FP8 ones mean, in bf16, and torch's own FP8 product: with scales of
+    blocks where this version has it."""
+    a, b, blocks = args["a"], args["b"], args.get("block_shape")
+    scales = [args["a_scale"], args["b_scale"]]
+    if not blocks:
+        scales = [scale.reshape(-1, 1) for scale in scales]
+    shapes = (blocks and [1, blocks[1]], blocks)
+    wide = [quant.dequantize(*of).to(torch.bfloat16) for of in zip((a, b), scales, shapes, strict=True)]
+    out = torch.empty(len(a), len(b), dtype=torch.bfloat16, device=a.device)
+    yield Peer("torch matmul in bf16", "", lambda: torch.mm(wide[0], wide[1].t(), out=out), lambda _: out)
+    if blocks:  # it wants scales of a column side by side
+        scales[0] = scales[0].t().contiguous().t()
+    scales[1] = scales[1].t()
+    yield Peer("torch _scaled_mm", "", lambda: torch._scaled_mm(a, b.t(), *scales, out_dtype=out.dtype))
+
+
+OWN_TORCH = (torch_decode, torch_prefill, torch_varlen, torch_mm)
 SOURCES = {
+    "fp8_block_scaled_mm": (torch_mm,),
+    "fp8_scaled_mm": (torch_mm,),
     "paged_attention": (torch_decode, vllm_unified, sglang_decode),
     "prefill_attention": (torch_prefill, vllm_unified, sglang_extend),
     "varlen_attention": (torch_varlen, sglang_dense),
@@ -256,7 +276,7 @@ class Platform:
     """What vLLM's kernels ask of `current_platform`; a question not foreseen here is an AttributeError."""
 
     def fp8_dtype(self) -> torch.dtype:
-        return fp8_dtype()
+        return quant.fp8_dtype()
 
     def is_device_capability_family(self, capability: int) -> bool:
         gpu = torch.cuda.is_available() and not torch.version.hip

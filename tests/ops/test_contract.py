@@ -38,7 +38,11 @@ def first_cases():
 @pytest.mark.parametrize(("op", "case"), first_cases())
 def test_registration_survives_opcheck(op, case, device):
     """Schema, fake implementation, autograd registration, and tracing with dynamic shapes."""
-    torch.library.opcheck(op.torch_op.default, (), contract.draw(case, device, seed=0))
+    args = contract.draw(case, device, seed=0)
+    which = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not any(isinstance(x, torch.Tensor) and x.dtype in contract.FP8 for x in args.values()):
+        which.append("test_schema")  # compares arguments by allclose, which torch does not have for FP8
+    torch.library.opcheck(op.torch_op.default, (), args, test_utils=which)
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())

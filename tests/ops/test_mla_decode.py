@@ -15,7 +15,7 @@ from wave64 import ops, platform
 from wave64.arch import lookup
 from wave64.op import BadArgument
 from wave64.ops.mla_decode import make_case
-from wave64.ops.paged_attention import FP8, fp8_dtype
+from wave64.quant import FP8, fp8_dtype
 from wave64.tuning import choose
 
 HEADS = [1, 3, 8, 12, 16, 20, 32, 64, 128]

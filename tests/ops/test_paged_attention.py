@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from wave64 import OPS, ops, platform
 from wave64.op import BadArgument
-from wave64.ops.paged_attention import fp8_dtype, make_case
+from wave64.ops.paged_attention import make_case
+from wave64.quant import fp8_dtype
 from wave64.tuning import choose
 
 BACKENDS = ("reference", "triton")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from wave64 import platform
 from wave64.op import BadArgument, Case, Cost, op
-from wave64.ops.paged_attention import FP8, fp8_dtype
+from wave64.quant import FP8, fp8_dtype
 
 #: The reference's bound on temporary memory: latent elements gathered at a time.
 LATENTS_AT_ONCE = 2**22

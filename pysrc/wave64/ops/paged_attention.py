@@ -6,16 +6,10 @@ from torch import Tensor
 
 from wave64 import platform
 from wave64.op import BadArgument, Case, Cost, op
+from wave64.quant import FP8, fp8_dtype
 
 #: The reference's bound on temporary memory: key (and as many value) elements gathered at a time.
 KEYS_AT_ONCE = 2**21
-FP8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
-
-
-def fp8_dtype() -> torch.dtype:
-    """The FP8 type of the machine's matrix cores; OCP's where there is no such machine."""
-    arch = platform.arch()
-    return FP8[arch.fp8 if arch and arch.fp8 else "e4m3fn"]
 
 
 def make_cache(seq_lens: list[int], page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype,

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from wave64 import quant
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.rms_norm import DTYPES
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+FP8 = tuple(quant.FP8.values())
 
 
 def _draw(tokens, pages, heads, head_dim, dtype=torch.bfloat16, cache_dtype=None, page_size=16, skip=(), scale=None):

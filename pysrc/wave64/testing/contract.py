@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wave64 import quant
 from wave64.op import Case, Op, describe
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+FP8 = tuple(quant.FP8.values())
 
 
 class ContractError(AssertionError):

@@ -1,0 +1,64 @@
+"""Quantises activations to FP8 with one scale, given or found."""
+
+import torch
+from torch import Tensor
+
+from wave64 import quant
+from wave64.op import BadArgument, Case, Cost, op
+from wave64.ops.per_token_group_quant_fp8 import agrees, check_x, inputs
+
+#: Least scale that has a finite reciprocal in fp32.
+LEAST_SCALE = 2.0**-126
+
+
+def cases():
+    for name, draw in inputs():
+        yield Case(name, lambda draw=draw: dict(x=draw()))
+        yield Case(f"{name}-static", lambda draw=draw: dict(x=draw(), scale=torch.tensor([1.23])))
+    yield Case("many", lambda: dict(x=torch.randn(150, 130)))
+    yield Case("scale-0", lambda: dict(x=torch.randn(2, 64), scale=torch.zeros(1)))
+    for tokens in (1, 128, 4096):
+        yield Case(f"{tokens}x7168", lambda t=tokens: dict(x=torch.randn(t, 7168, dtype=torch.bfloat16)), large=True)
+        yield Case(f"{tokens}x7168-static", lambda t=tokens: dict(
+            x=torch.randn(t, 7168, dtype=torch.bfloat16), scale=torch.tensor([1.23])), large=True)
+
+
+def check(x, scale=None):
+    check_x(x)
+    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
+        raise BadArgument("scale", "one fp32 number in a tensor", scale)
+    if scale is not None and scale.device != x.device:
+        raise BadArgument("scale", f"on {x.device}, where x is", scale)
+
+
+def agree(args, result, exact) -> None:
+    agrees(args["x"], result, exact, None)
+
+
+def cost(x, scale=None) -> Cost:
+    return Cost(bytes=x.nbytes + x.numel())
+
+
+@op(cases=cases, check=check, agree=agree, cost=cost)
+def per_tensor_quant_fp8(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q = x / scale, rounded to nearest even and saturated. Without a scale it is max(amax, 1e-10) / limit of all
+    numbers, limit the largest of the FP8 type (wave64/quant.py says how it is computed).   (Micikevicius et al. 2022)
+
+    x        [num_tokens, columns]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
+    scale    one fp32 number in a tensor, at least 0, which counts as 2^-126; numbers are multiplied by its reciprocal
+    returns  q [num_tokens, columns]  the architecture's FP8, contiguous, and scale [1]  fp32, found or copied
+    raises   BadArgument (a ValueError) if a shape or dtype is none of these
+
+    Errors as in per_token_group_quant_fp8, with the tensor for a group; with a given scale what lies beyond
+    limit * scale, infinities among it, becomes that, and NaN stays NaN.
+    """
+    dtype = quant.fp8_dtype()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if scale is not None:
+        limit = quant.limit(dtype)
+        inverse = scale.clamp(min=LEAST_SCALE).reciprocal()
+        return (wide * inverse).clamp_(-limit, limit).to(dtype).contiguous(), scale.reshape(1).clone()
+    # a row of the least size stands for those of an empty tensor
+    amax = torch.cat([quant.largest(wide, 1)[:, 0], wide.new_full((1,), quant.LEAST)]).amax(0, keepdim=True)
+    found, inverse = quant.scales(amax, dtype)
+    return (wide * inverse).to(dtype).contiguous(), found

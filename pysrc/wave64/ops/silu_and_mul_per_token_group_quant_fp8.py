@@ -1,0 +1,63 @@
+"""SwiGLU, and what comes of it quantised to FP8 in groups: the input of an FP8 MLP's second product."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wave64.op import Case, Cost, op
+from wave64.ops.per_token_group_quant_fp8 import agrees, check_group_size, grouped
+from wave64.ops.rms_norm import DTYPES
+from wave64.ops.silu_and_mul import check as check_x
+
+#: Of silu in fp32, whose exponential turns the rounding of its argument, 2^-24 |x|, into a relative error: 2^-18 at 64.
+SLACK = 2.0**-18
+
+
+def cases():
+    for tokens, d in [(1, 256), (3, 97), (0, 128), (5, 1)]:
+        for dtype in DTYPES:
+            yield Case(f"{tokens}x{d}-{dtype}", lambda t=tokens, n=d, dt=dtype: dict(
+                x=torch.randn(t, 2 * n).mul_(3).to(dt), group_size=128))
+    for group_size in (32, 64, 1024):
+        yield Case(f"group-{group_size}", lambda g=group_size: dict(x=torch.randn(3, 640), group_size=g))
+    yield Case("strided", lambda: dict(x=torch.randn(6, 900, dtype=torch.bfloat16)[:, 3:515], group_size=64))
+    yield Case("extremes", lambda: dict(x=torch.tensor([-200.0, -88.0, -9.0, -0.0, 0.0, 9.0, 200.0, 3.0]).repeat(3, 8),
+                                        group_size=32))
+    for tokens in (1, 128, 4096):
+        yield Case(f"{tokens}x2048", lambda t=tokens: dict(x=torch.randn(t, 4096, dtype=torch.bfloat16),
+                                                           group_size=128), large=True)
+
+
+def check(x, group_size):
+    check_x(x)
+    check_group_size(group_size)
+
+
+def activated(x: Tensor) -> Tensor:
+    gate, up = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def agree(args, result, exact) -> None:
+    agrees(activated(args["x"]), result, exact, [1, args["group_size"]], SLACK)
+
+
+def cost(x, group_size) -> Cost:
+    tokens, d = x.shape[0], x.shape[1] // 2
+    return Cost(bytes=x.nbytes + tokens * d + 4 * tokens * -(-d // group_size))
+
+
+@op(cases=cases, check=check, cost=cost, agree=agree)
+def silu_and_mul_per_token_group_quant_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """y = silu(x[:, :d]) * x[:, d:] in fp32, quantised as it is: q[t, i] = y[t, i] / scale[t, i // group_size], rounded
+    to nearest even; scale = max(amax, 1e-10) / limit of the group's numbers.   (Shazeer 2020; DeepSeek-AI 2024)
+
+    x           [num_tokens, 2 * d]  bf16, fp16 or fp32: gate then up; last dim contiguous, rows may be strided
+    group_size  a power of two up to 1024; the last group of a row may be shorter
+    returns     q [num_tokens, d]  the architecture's FP8, contiguous, and
+                scale [num_tokens, ceil(d / group_size)]  fp32, contiguous
+    raises      BadArgument (a ValueError) if a shape, dtype or group_size is none of these
+
+    Errors, NaN and infinities of y as in per_token_group_quant_fp8.
+    """
+    return grouped(activated(x), group_size)

@@ -1,0 +1,122 @@
+"""FP8: which of its two flavours an architecture takes, checkpoints of the other one, scales, and weights' layout.
+
+Both have 4 bits of exponent and 3 of fraction. e4m3fn (OCP's) ends at 448 and has two NaN, 0x7F and 0xFF. e4m3fnuz,
+which the MI300 series multiplies, has a bias that is larger by one: the same bits mean half the number. It ends at 240;
+its one NaN is 0x80, e4m3fn's -0.
+
+A number is stored as x / scale, rounded to nearest even; scale = amax / limit of the row, group or block that x is in,
+limit the largest number of the flavour. What is computed is x * inverse, inverse = below / amax in fp32, below the next
+number to limit towards 0. A product is one instruction and rounds alike on every machine; a quotient is ten or is not
+rounded right. No product exceeds limit, amax * inverse <= below (1 + 2^-24) < limit, so none is saturated. Amax counts
+as at least LEAST, so that zeros and subnormal numbers have a scale; NaN does not count.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wave64 import platform
+
+FP8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
+#: Least amax.
+LEAST = 1e-10
+
+
+def fp8_dtype() -> torch.dtype:
+    """The FP8 type of the architecture's matrix cores; OCP's where there is no such architecture."""
+    arch = platform.arch()
+    return FP8[arch.fp8 if arch and arch.fp8 else "e4m3fn"]
+
+
+def limit(dtype: torch.dtype) -> float:
+    """The largest number of an FP8 type: 448 or 240."""
+    return torch.finfo(dtype).max
+
+
+def below(dtype: torch.dtype) -> float:
+    """The fp32 number next to the largest of an FP8 type, towards 0."""
+    return limit(dtype) - 2.0 ** (math.frexp(limit(dtype))[1] - 24)
+
+
+def largest(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Amax over `dim`, which stays as 1; NaN do not count."""
+    return x.abs().nan_to_num_(0.0, posinf=float("inf")).amax(dim, keepdim=True).clamp_min_(LEAST)
+
+
+def scales(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(scale, what numbers are multiplied by instead of divided by it), of amax, which becomes scale."""
+    # where one of both is no tensor, torch multiplies with a reciprocal, which rounds twice
+    inverse = amax.new_full((), below(dtype)) / amax
+    return amax.div_(amax.new_full((), limit(dtype))), inverse
+
+
+def quantize(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(q, scale) of x, computed in at least fp32, with one scale for all of `dim`, which stays as 1 in scale."""
+    dtype = dtype or fp8_dtype()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale, inverse = scales(largest(wide, dim), dtype)
+    return (wide * inverse).to(dtype), scale
+
+
+def quantize_weight_blocks(weight: Tensor, block_shape: list[int],
+                           dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """weight [..., N, K] -> q [..., N, K] and scale [..., ceil(N / bn), ceil(K / bk)], block_shape = [bn, bk]."""
+    (rows, columns), (bn, bk) = weight.shape[-2:], block_shape
+    padded = F.pad(weight, (0, -columns % bk, 0, -rows % bn))
+    q, scale = quantize(padded.unflatten(-1, (-1, bk)).unflatten(-3, (-1, bn)), (-3, -1), dtype)
+    return q.flatten(-4, -3).flatten(-2)[..., :rows, :columns].contiguous(), scale[..., 0, :, 0]
+
+
+def quantize_weight_channels(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """weight [..., N, K] -> q and scale [..., N], a number per output channel."""
+    q, scale = quantize(weight, -1, dtype)
+    return q, scale.squeeze(-1)
+
+
+def quantize_weight_tensors(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> q and scale [1]; experts' weights [E, N, K] -> q and scale [E]."""
+    q, scale = quantize(weight, (-2, -1), dtype)
+    return q, scale.flatten()
+
+
+def dequantize(q: Tensor, scale: Tensor, block_shape: list[int] | None = None,
+               dtype: torch.dtype = torch.float32) -> Tensor:
+    """q [..., N, K] times scale in `dtype`: with block_shape [bn, bk] a number per block, [..., ceil(N / bn),
+    ceil(K / bk)] (a group of a row is a block of [1, group_size]); else whatever can be multiplied with q."""
+    scale = scale.to(dtype)
+    if block_shape is not None:
+        (rows, columns), (bn, bk) = q.shape[-2:], block_shape
+        if bn > 1:
+            scale = scale.repeat_interleave(bn, -2)[..., :rows, :]
+        scale = scale.repeat_interleave(bk, -1)[..., :columns]
+    return q.to(dtype) * scale
+
+
+def fn_to_fnuz(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """An e4m3fn weight and its scales as e4m3fnuz: the same bits, -0 as 0, and scales twice as large, so that no number
+    changes. Once, at load: it looks at the weight. Raises ValueError if there are NaN in it."""
+    if weight.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"fn_to_fnuz: weight: expected torch.float8_e4m3fn, got {weight.dtype}")
+    bits = weight.view(torch.uint8)
+    if wrong := int((bits & 0x7F == 0x7F).sum()):
+        raise ValueError(f"fn_to_fnuz: weight: expected numbers, got {wrong} NaN (0x7F or 0xFF) among {bits.numel()}")
+    return torch.where(bits == 0x80, 0, bits).view(torch.float8_e4m3fnuz), fn_to_fnuz_kv_scale(scale)
+
+
+def fn_to_fnuz_kv_scale(scale: Tensor) -> Tensor:
+    """A scale of an e4m3fn KV cache for one of e4m3fnuz: what 448 was is 224 there."""
+    return scale * 2
+
+
+def pad_rows(weight: Tensor) -> Tensor:
+    """The weight [..., N, K] as kernels read it fastest, once, at load: on gfx942 rows a multiple of 512 bytes apart,
+    which meet in few of an MI300X's memory channels, are put 256 bytes further apart, and a view of the same shape is
+    returned. Elsewhere, and where rows are otherwise apart, the weight itself."""
+    arch = platform.arch()
+    if arch is None or arch.name != "gfx942" or weight.ndim < 2 or weight.stride(-2) * weight.element_size() % 512:
+        return weight
+    columns = weight.shape[-1]
+    padded = weight.new_empty((*weight.shape[:-1], columns + 256 // weight.element_size()))[..., :columns]
+    return padded.copy_(weight)

@@ -1,0 +1,164 @@
+"""`fp8_block_scaled_mm` against numpy in fp64, within the bound that its docstring derives; all pairs of patterns."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wave64 import BadArgument, ops, platform, quant, tuning
+from wave64.testing.contract import same_bits
+from wave64.triton_ops.fp8_mm import Config
+
+BACKENDS = ("reference", "triton")
+FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+#: Unit roundoff and half the least step of what comes out.
+ROUNDED = {torch.bfloat16: (2.0**-8, 0.0), torch.float16: (2.0**-11, 2.0**-25), torch.float32: (2.0**-24, 0.0)}
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def run(backend, *args):
+    """Skips where the machine has another FP8 flavour."""
+    chosen = ops.fp8_block_scaled_mm.backends[backend]
+    if chosen.supports is not None and (why := chosen.supports(*args)):
+        pytest.skip(why)
+    return chosen.run(*args)
+
+
+def draw(m, n, k, block_shape, flavour=None, device="cpu"):
+    """Factors as views into larger ones, with NaN beside and below what may be read."""
+    bn, bk = block_shape
+    a, b = (torch.full((rows + 1, k + 16), float("nan")) for rows in (m, n))
+    a[:m, :k], b[:n, :k] = torch.randn(m, k) * 4, torch.randn(n, k) * 4
+    a, b = ((x.to(flavour or quant.fp8_dtype()).to(device)[:-1, :k]) for x in (a, b))
+    a_scale, b_scale = torch.rand(m, -(-k // bk)) + 0.1, torch.rand(-(-n // bn), -(-k // bk)) + 0.1
+    return a, b, a_scale.to(device), b_scale.to(device)
+
+
+def exact(a, b, a_scale, b_scale, block_shape):
+    """(y, S of the docstring) in fp64, group by group."""
+    bn, bk = block_shape
+    a, b, a_scale, b_scale = (x.cpu().double().numpy() for x in (a, b, a_scale, b_scale))
+    y, total = np.zeros((len(a), len(b))), np.zeros((len(a), len(b)))
+    for g in range(a_scale.shape[1]):
+        columns = slice(g * bk, (g + 1) * bk)
+        scale = a_scale[:, g, None] * b_scale[np.arange(len(b)) // bn, g]
+        y += scale * (a[:, columns] @ b[:, columns].T)
+        total += scale * (abs(a[:, columns]) @ abs(b[:, columns]).T)
+    return y, total
+
+
+def assert_within_bound(got, y, total, k):
+    u, least = ROUNDED[got.dtype]
+    arch = platform.arch()
+    cut = 4 * 33 * 2.0**-13 if arch and arch.matrix == "wgmma" else 0.0
+    allowed = ((k + 6) * 2.0**-23 + cut) * total * (1 + u) + u * abs(y) + least
+    assert (abs(got.cpu().double().numpy() - y) <= allowed).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flavour", FP8, ids=str)
+def test_all_pairs_of_patterns(backend, flavour, device):
+    """Every pattern of one factor times every pattern of the other, NaN among them, with one column."""
+    patterns = torch.arange(256, dtype=torch.uint8, device=device).view(flavour)[:, None]
+    scale = torch.ones(256, 1, device=device)
+    with np.errstate(invalid="ignore"):  # of the interpreter, which computes in numpy
+        got = run(backend, patterns, patterns, scale, scale[:2], [128, 128], torch.float32)
+    numbers = patterns[:, 0].cpu().double()
+    torch.testing.assert_close(got.cpu().double(), numbers[:, None] * numbers, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@quick
+@given(m=st.integers(1, 70), n=st.integers(1, 140), k=st.integers(1, 300), flavour=st.sampled_from(FP8),
+       out_dtype=st.sampled_from(sorted(ROUNDED, key=str)),
+       block_shape=st.sampled_from([[128, 128], [32, 64], [16, 32], [1, 96], [48, 160]]))
+def test_within_the_bound(backend, device, m, n, k, out_dtype, block_shape, flavour):
+    if platform.arch() is not None:
+        flavour = quant.fp8_dtype()
+    args = draw(m, n, k, block_shape, flavour, device)
+    got = run(backend, *args, block_shape, out_dtype)
+    assert (got.shape, got.dtype, got.is_contiguous()) == ((m, n), out_dtype, True)
+    assert_within_bound(got, *exact(*args, block_shape), k)
+
+
+@quick
+@given(m=st.integers(1, 100), n=st.integers(1, 70), k=st.integers(1, 300), block_n=st.sampled_from([32, 64]),
+       block_k=st.sampled_from([32, 64, 128]), group_m=st.integers(1, 5), xcds=st.sampled_from([1, 2, 3, 8]),
+       swap=st.booleans(), programs=st.sampled_from([1, 20]), least=st.sampled_from([32, 128]))
+def test_every_form_of_the_kernel(device, m, n, k, block_n, block_k, group_m, xcds, swap, programs, least):
+    """Every tile is computed once, whatever the order, and every column counts once, however K is split."""
+    args = draw(m, n, k, [32, 128], device=device)
+    config = Config(32, block_n, block_k, 4, 1, programs, least, group_m, xcds, swap)
+    with tuning.forced("fp8_block_scaled_mm", config):
+        got = run("triton", *args, [32, 128], torch.float32)
+        assert same_bits(got, run("triton", *args, [32, 128], torch.float32))
+    assert_within_bound(got, *exact(*args, [32, 128]), k)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantised_activations_and_weights(backend, device):
+    """What wave64's quantisers and the product make of a linear layer is off by their documented bounds at most."""
+    x, weight = torch.randn(9, 300, device=device), torch.randn(70, 300, device=device) * 0.05
+    (q, scale), (w, w_scale) = ops.per_token_group_quant_fp8(x, 64), quant.quantize_weight_blocks(weight, [32, 64])
+    got = run(backend, q, w, scale, w_scale, [32, 64], torch.float32)
+    x, weight = x.double(), weight.double()
+    least, w_least = torch.full_like(x, 2.0**-10), torch.full_like(weight, 2.0**-10)
+    off = 2.0**-4 * x.abs() + quant.dequantize(least, scale, [1, 64], torch.float64)
+    w_off = 2.0**-4 * weight.abs() + quant.dequantize(w_least, w_scale, [32, 64], torch.float64)
+    allowed = x.abs() @ w_off.t() + off @ (weight.abs() + w_off).t()
+    assert ((got.double() - x @ weight.t()).abs() <= allowed).all()
+    assert ((got.double() - x @ weight.t()).abs() > 2.0**-16 * allowed).any()
+
+
+def test_weights_with_padded_rows_give_the_same_bits(device):
+    a, b, a_scale, b_scale = (x.contiguous() for x in draw(5, 40, 512, [128, 128], FP8[1]))
+    if platform.arch() is not None:
+        pytest.skip("pads rows on gfx942, whose flavour is another")
+    with platform.target("gfx942"):
+        padded = quant.pad_rows(b)
+    assert padded.stride() == (768, 1)
+    first, second = (run("triton", a, w, a_scale, b_scale, [128, 128], torch.bfloat16) for w in (b, padded))
+    assert torch.equal(first, second)
+
+
+def test_rows_further_apart_than_two_to_the_31_bytes(device):
+    """Memory that nobody touches costs nothing on a CPU."""
+    a, b, a_scale, b_scale = draw(3, 20, 64, [32, 32], device=device)
+    far = torch.empty(3, 2**30 + 64, dtype=torch.uint8, device=device)[:, :64].view(a.dtype)
+    far.copy_(a)
+    first, second = (run("triton", x, b, a_scale, b_scale, [32, 32], torch.bfloat16) for x in (a, far))
+    assert torch.equal(first, second)
+
+
+def test_registration_but_for_fp8_arguments_compared(device):
+    """opcheck's test of the schema compares arguments before and after, which torch cannot do in FP8; the contract test
+    compares their bytes."""
+    args = (*draw(3, 16, 64, [16, 32], device=device), [16, 32], torch.bfloat16)
+    utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.fp8_block_scaled_mm.torch_op.default, args, test_utils=utils)
+
+
+def test_what_triton_declines():
+    a = torch.zeros(2, 64).to(FP8[0])
+    supports = ops.fp8_block_scaled_mm.backends["triton"].supports
+    assert supports(a, a, None, None, [1, 48], None) == "multiplies 32 columns at a time, a group has 48"
+    for name, words in (("gfx942", "does not multiply e4m3fn, its FP8 type is e4m3fnuz"), ("gfx950", None),
+                        ("gfx90a", "does not multiply e4m3fn, nor any FP8"), ("sm_90", None)):
+        with platform.target(name):
+            assert supports(a, a, None, None, [128, 128], None) == (words and f"{name} {words}")
+
+
+@pytest.mark.parametrize(("argument", "wrong"), [
+    ("a", torch.zeros(3, 64)), ("a", torch.zeros(64).to(FP8[0])), ("a", torch.zeros(64, 3).to(FP8[0]).t()),
+    ("a", torch.zeros(3, 0).to(FP8[0])), ("b", torch.zeros(40, 64).to(FP8[1])), ("b", torch.zeros(40, 32).to(FP8[0])),
+    ("b", torch.zeros(40, 64)), ("a_scale", torch.zeros(3, 1)), ("a_scale", torch.zeros(3, 2).double()),
+    ("a_scale", torch.zeros(2, 3)), ("b_scale", torch.zeros(40, 2)), ("b_scale", torch.zeros(2, 2)),
+    ("b_scale", torch.zeros(3, 2, device="meta")), ("block_shape", [16]), ("block_shape", [0, 32]),
+    ("out_dtype", torch.float64)])
+def test_refuses_by_name(argument, wrong):
+    a, b, a_scale, b_scale = draw(3, 40, 64, [16, 32], FP8[0])
+    args = dict(a=a, b=b, a_scale=a_scale, b_scale=b_scale, block_shape=[16, 32], out_dtype=torch.bfloat16)
+    assert ops.fp8_block_scaled_mm(**args).shape == (3, 40)
+    with pytest.raises(BadArgument, match=f"^fp8_block_scaled_mm: {argument}: "):
+        ops.fp8_block_scaled_mm(**args | {argument: wrong})

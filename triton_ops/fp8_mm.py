@@ -1,0 +1,235 @@
+"""What the FP8 products share: tiles, their order, the loop over K, the merge of split sums, and how they are launched.
+
+Both factors lie along K, as the matrix cores want them, and reach them in FP8: no conversion is in the loop. Few tokens
+make few tiles, so K is split among programs until the GPU is full, and a second launch adds up what they found, always
+in the same order. Bound by reading the weights up to about 64 tokens, by the matrix cores from some hundred on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from wave64 import platform
+from wave64.arch import Arch
+from wave64.triton_ops.attention import dot, is_wide
+from wave64.triton_ops.geometry import num_warps
+from wave64.triton_ops.splits import overlaps
+
+#: Numbers that a program of the merge takes.
+MERGED = 1024
+
+
+@triton.jit
+def deal_tiles(tiles_m, tiles_n, GROUP_M: tl.constexpr, XCDS: tl.constexpr):
+    """(row, column) of a program's tile. Programs go to chiplets in turn: each chiplet gets a range of tiles, in whose
+    order GROUP_M rows take turns at each column, so that programs that run together read the same of both factors."""
+    item = tl.program_id(0)
+    if XCDS > 1:
+        xcd, each, more = item % XCDS, tiles_m * tiles_n // XCDS, tiles_m * tiles_n % XCDS
+        item = xcd * each + tl.minimum(xcd, more) + item // XCDS
+    first = item // (GROUP_M * tiles_n) * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    place = item % (GROUP_M * tiles_n)
+    return first + place % rows, place // rows
+
+
+@triton.jit
+def load_steps(ptr, offs, first, K, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[rows, BLOCK_K] from column `first` on, offs [rows] apart; 0 from column K on."""
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    if EVEN:
+        return tl.load(ptr + first + offs[:, None] + offs_k)
+    return tl.load(ptr + first + offs[:, None] + offs_k, mask=offs_k < K - first, other=0.0)
+
+
+@triton.jit
+def products(a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, tile_m, tile_n, M, N, K, stride_a, stride_b, stride_am, stride_ak,
+             stride_bn, stride_bk, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SHORT: tl.constexpr,
+             SWAP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr):
+    """The tile [BLOCK_M, BLOCK_N] of a b^T, over the columns that are this program's. Rows beyond the last repeat it.
+
+    GROUP_K > 0: scaled by blocks of GROUP_N rows of b and GROUP_K columns; their scales are loaded a step ahead.
+    SHORT: each step's sum leaves the matrix cores, since Hopper's keep 14 bits of it. (Triton 3.6, told so by
+    max_num_imprecise_acc, uses the sums before it has waited for them.)
+    SWAP: computed as b a^T, so that weights, not few tokens, are the rows of matrix instructions.
+    """
+    offs_m = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
+    offs_n = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    offs_a = (offs_m.to(tl.int64) if WIDE else offs_m) * stride_a
+    offs_b = (offs_n.to(tl.int64) if WIDE else offs_n) * stride_b
+    steps = tl.cdiv(K, BLOCK_K)
+    each = tl.cdiv(steps, tl.num_programs(1))
+    begin = tl.program_id(1) * each * BLOCK_K
+    end = tl.minimum(begin + each * BLOCK_K, steps * BLOCK_K)
+    one: tl.constexpr = GROUP_K > 0 and GROUP_N % BLOCK_N == 0  # block that the tile lies in
+    if GROUP_K > 0:
+        a_scale_ptr += offs_m * stride_am
+        b_scale_ptr += (tile_n * BLOCK_N // GROUP_N if one else offs_n // GROUP_N) * stride_bn
+        a_scale = tl.load(a_scale_ptr + begin // GROUP_K * stride_ak)
+        b_scale = tl.load(b_scale_ptr + begin // GROUP_K * stride_bk)
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        a = load_steps(a_ptr, offs_a, first, K, EVEN, BLOCK_K)
+        b = load_steps(b_ptr, offs_b, first, K, EVEN, BLOCK_K)
+        left, right = (b, tl.trans(a)) if SWAP else (a, tl.trans(b))
+        if GROUP_K > 0:
+            d = dot(left, right)
+            if one:
+                scale = a_scale * b_scale
+                acc += d * (scale[None, :] if SWAP else scale[:, None])
+            elif SWAP:
+                acc += d * (b_scale[:, None] * a_scale[None, :])
+            else:
+                acc += d * (a_scale[:, None] * b_scale[None, :])
+            group = tl.minimum(first + BLOCK_K, end - BLOCK_K) // GROUP_K
+            a_scale = tl.load(a_scale_ptr + group * stride_ak)
+            b_scale = tl.load(b_scale_ptr + group * stride_bk)
+        elif SHORT:
+            acc += dot(left, right)
+        else:
+            acc = dot(left, right, acc)
+    return tl.trans(acc) if SWAP else acc
+
+
+@triton.jit
+def store_tile(y_ptr, acc, tile_m, tile_n, M, N, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Stores the tile into y [M, N], or into [splits, M, N] where K is split."""
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(1) * M + offs_m
+    offs = (rows.to(tl.int64) if WIDE else rows)[:, None] * N + offs_n[None, :]
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def _fp8_mm_merge_kernel(y_ptr, parts_ptr, bias_ptr, M, N, splits, OVERLAP: tl.constexpr, WIDE: tl.constexpr,
+                         BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """y [M, N] = the sum of its parts [splits, M, N] and bias; BLOCK_S is the power of two that holds the splits."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs_s = tl.arange(0, BLOCK_S)[:, None]
+    mask = offs < M * N
+    offs_p = (offs_s.to(tl.int64) if WIDE else offs_s) * (M * N) + offs[None, :]
+    if OVERLAP:
+        gdc_wait()
+    y = tl.sum(tl.load(parts_ptr + offs_p, mask=(offs_s < splits) & mask[None, :], other=0.0), 0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def announce(OVERLAP: tl.constexpr):
+    """Lets the merge be launched: it waits for the parts by itself."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernels are launched."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1   # that a compute unit holds at a time: K is split until there are so many
+    least: int = 1024   # fewest columns of a split
+    group_m: int = 8
+    xcds: int = 1       # chiplets, each with a cache of its own, that programs are dealt to in turn
+    swap: bool = False  # weights are the rows of matrix instructions
+    hopper: bool = False  # the kernel of hopper/fp8_block_scaled_mm.py, whose tiles are 128 x 128
+    options: dict = field(default_factory=dict)
+
+
+#: Bounds of the integer facts that the tuner takes for alike.
+BUCKETS = {"m": (16, 64, 256, 2048), "n": (2048,), "k": (1024,)}
+
+
+def facts_of(a: Tensor, b: Tensor, group_k: int) -> dict[str, int | bool]:
+    """Of these arguments, what the choice of a configuration depends on. even: tiles of 128 columns are whole, lie in
+    one group and can be copied 16 bytes at a time, without which Triton 3.6 gives wrong products on Hopper's cores."""
+    (m, k), n = a.shape, b.shape[0]
+    apart = a.stride(0) | b.stride(0) | a.data_ptr() | b.data_ptr()
+    return {"m": m, "n": n, "k": k, "even": k % 128 == 0 and group_k % 128 == 0 and apart % 16 == 0}
+
+
+def pairs(config: Config, m: int, **others) -> int:
+    """Products that a block computes at a time, in thousands; rows beyond the last do not count."""
+    return max(1, min(config.block_m, m)) * config.block_n * config.block_k // 1024
+
+
+def candidates(arch: Arch, m: int, k: int, even: bool, hopper: bool = False, **others) -> Iterator[Config]:
+    """What the tuner tries beside the present configuration."""
+    if hopper and m > 64:
+        yield from (Config(128, 128, 128, 4, 4, group_m=group_m, hopper=True) for group_m in (4, 8))
+    few = 16 if m <= 16 else 64
+    if arch.matrix == "mfma":
+        if m <= 256:
+            shapes = [(few, n, waves, stages, 16) for n in (32, 64, 128) for waves in (2, 4) for stages in (1, 2)]
+        else:
+            shapes = [(*tile, waves, stages, size)
+                      for tile, waves in (((128, 128), 4), ((128, 128), 8), ((128, 256), 8), ((256, 128), 8),
+                                          ((256, 256), 8)) for stages in (1, 2) for size in (16, 32)]
+        for block_m, block_n, waves, stages, size in shapes:
+            yield Config(block_m, block_n, 128, waves, stages, 2, 512 if m <= 16 else 1024, xcds=arch.xcds,
+                         options={"matrix_instr_nonkdim": size})
+    elif arch.matrix == "wgmma" and even and m <= 64:
+        for block_n, stages in ((64, 4), (64, 6), (128, 3), (128, 5)):
+            for programs in (1, 2, 3):
+                yield Config(few, block_n, 128, 4, stages, programs, 512, swap=True)
+    elif arch.matrix == "wgmma" and even:
+        # a short K is over before many stages are filled, and blocks that leave room for others hide its ends
+        for block_m, block_n, waves in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (64, 256, 8), (128, 128, 8)):
+            for stages in (2, 3) if k <= 1024 else (3, 4):
+                for swap in (False, True):
+                    yield Config(block_m, block_n, 128, waves, stages, swap=swap)
+        for block_m, block_n, waves in ((64, 256, 4), (128, 128, 4), (128, 256, 8)):
+            yield Config(block_m, block_n, 128, waves, 2 if k <= 1024 else 3)
+    else:
+        for block_n, waves, stages in ((32, 2, 2), (64, 4, 1), (64, 4, 2), (128, 4, 1), (128, 8, 2), (128, 8, 3)):
+            yield Config(min(few, 32), block_n, 128, waves, stages, 2)
+
+
+def unsupported(a: Tensor, group_k: int = 128) -> str | None:
+    """Why Triton cannot multiply these, or None."""
+    arch = platform.arch()
+    flavour = str(a.dtype).removeprefix("torch.float8_")
+    if arch is not None and arch.fp8 != flavour:
+        own = f"its FP8 type is {arch.fp8}" if arch.fp8 else "nor any FP8"
+        return f"{arch.name} does not multiply {flavour}, {own}"
+    return None if group_k % 32 == 0 else f"multiplies 32 columns at a time, a group has {group_k}"
+
+
+def launch(kernel, a: Tensor, b: Tensor, scales: tuple, group_k: int, out_dtype: torch.dtype, bias: Tensor | None,
+           config: Config, **constants) -> Tensor:
+    """kernel(y_ptr, a_ptr, b_ptr, *scales, bias_ptr, M, N, K, stride_a, stride_b, ...) over all tiles and splits, and
+    where there are several of these, the merge. group_k: columns that a tile's must divide; 0: any."""
+    (m, k), n, arch = a.shape, b.shape[0], platform.arch()
+    y = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    if y.numel() == 0:
+        return y
+    block_k = min(config.block_k, max(32, triton.next_power_of_2(k)), group_k & -group_k or config.block_k)
+    tiles, steps = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), triton.cdiv(k, block_k)
+    splits = max(1, min(platform.compute_units() * config.programs // tiles, k // config.least))
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
+    out, overlap, wide = y, splits > 1 and overlaps(), m * n * splits * 4 >= 2**31
+    if splits > 1:
+        out = torch.empty((splits, m, n), dtype=torch.float32, device=a.device)
+    short = arch is not None and arch.matrix == "wgmma"
+    kernel[tiles, splits](
+        out, a, b, *scales, None if splits > 1 else bias, m, n, k, a.stride(0), b.stride(0), **constants, SHORT=short,
+        SWAP=config.swap, EVEN=k % block_k == 0, WIDE=is_wide(a, b) or wide, OVERLAP=overlap, GROUP_M=config.group_m,
+        XCDS=config.xcds, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, num_warps=config.num_warps,
+        num_stages=config.num_stages, **config.options)
+    if splits > 1:
+        _fp8_mm_merge_kernel[triton.cdiv(m * n, MERGED),](
+            y, out, bias, m, n, splits, OVERLAP=overlap, WIDE=wide, BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK=MERGED, num_warps=num_warps(MERGED // 4), **({"launch_pdl": True} if overlap else {}))
+    return y

@@ -1,0 +1,62 @@
+"""FP8 product scaled per tensor, token or output channel: scales, bias and rounding come once, behind the loop.
+
+Bound as triton_ops/fp8_mm.py says; on Hopper sums leave the matrix cores, which keep 14 bits, every 128 columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wave64.ops import fp8_scaled_mm
+from wave64.triton_ops.fp8_mm import (
+    BUCKETS,
+    Config,
+    announce,
+    candidates,
+    deal_tiles,
+    facts_of,
+    launch,
+    pairs,
+    products,
+    store_tile,
+    unsupported,
+)
+from wave64.tuning import choose
+
+__all__ = ["BUCKETS", "Config", "candidates", "facts", "pairs"]  # what the tuner looks for
+
+
+@triton.jit
+def _scale(ptr, offs, size, EACH: tl.constexpr):
+    """Scales of rows offs, where there is one for EACH, or the one that there is."""
+    return tl.load(ptr + offs, mask=offs < size, other=0.0) if EACH else tl.load(ptr)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _fp8_scaled_mm_kernel(y_ptr, a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K, stride_a, stride_b,
+                          EACH_M: tl.constexpr, EACH_N: tl.constexpr, SHORT: tl.constexpr, SWAP: tl.constexpr,
+                          EVEN: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr, GROUP_M: tl.constexpr,
+                          XCDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    announce(OVERLAP)
+    tile_m, tile_n = deal_tiles(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
+    y = products(a_ptr, b_ptr, None, None, tile_m, tile_n, M, N, K, stride_a, stride_b, 0, 0, 0, 0, 0, 0, SHORT, SWAP,
+                 EVEN, WIDE, BLOCK_M, BLOCK_N, BLOCK_K)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    y *= _scale(a_scale_ptr, offs_m, M, EACH_M) * _scale(b_scale_ptr, offs_n, N, EACH_N)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+    store_tile(y_ptr, y, tile_m, tile_n, M, N, WIDE, BLOCK_M, BLOCK_N)
+
+
+def facts(a: Tensor, b: Tensor, **others) -> dict[str, int | bool]:
+    """Of a call's arguments, by their names, what the choice of a configuration depends on."""
+    return facts_of(a, b, 0)
+
+
+@fp8_scaled_mm.backend("triton", supports=lambda a, *args, **kwargs: unsupported(a))
+def run(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype,
+        bias: Tensor | None = None) -> Tensor:
+    return launch(_fp8_scaled_mm_kernel, a, b, (a_scale.contiguous(), b_scale.contiguous()), 0, out_dtype, bias,
+                  choose("fp8_scaled_mm", Config, **facts(a, b)), EACH_M=a_scale.ndim == 2, EACH_N=b_scale.numel() > 1)

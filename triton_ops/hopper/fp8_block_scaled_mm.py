@@ -1,0 +1,169 @@
+"""fp8_block_scaled_mm's kernel for Hopper: copying and multiplying at once, by different waves, in Gluon.
+
+The trick: one wave does nothing but copy tiles of both factors on chip (TMA), several blocks of K ahead and on into
+the next tile of the result; two teams of four waves multiply half of the rows each. A team has two blocks of K under
+way and scales and adds up one while the other is multiplied. Programs stay and take tile after tile.
+Bound by: the matrix units, and the L2 cache, of which tiles of 128 x 128 ask 7 TB/s.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from wave64 import platform
+
+# Renamed after Triton 3.6.
+begin_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+TEAM = gl.constexpr(64)  # rows of a matrix instruction, and of a team
+COLUMNS = gl.constexpr(128)  # of a tile
+#: Blocks of K on chip.
+STAGES = 4
+
+
+@gluon.jit
+def _place(tile, m, n, GROUP_M: gl.constexpr):
+    """(row, column) where a tile begins. GROUP_M tiles of rows go together along the columns, so that what programs
+    read at a time fits the L2 cache."""
+    rows, columns = gl.cdiv(m, 2 * TEAM), gl.cdiv(n, COLUMNS)
+    group = tile // (GROUP_M * columns)
+    height = gl.minimum(rows - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * columns)
+    return (group * GROUP_M + within % height) * (2 * TEAM), within // height * COLUMNS
+
+
+@gluon.jit
+def _tiles(m, n):
+    return gl.cdiv(m, 2 * TEAM) * gl.cdiv(n, COLUMNS)
+
+
+@gluon.jit
+def _copy(a_desc, b_desc, a_lds, b_lds, full, empty, m, n, k, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+          GROUP_M: gl.constexpr):
+    """The wave that copies. A stage is full when its bytes have come, and empty when both teams have read it."""
+    step = 0
+    for tile in range(gl.program_id(0), _tiles(m, n), gl.num_programs(0)):
+        row, column = _place(tile, m, n, GROUP_M)
+        for block in range(0, k, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            there = full.index(stage)
+            mbarrier.expect(there, (2 * TEAM + COLUMNS) * BLOCK_K)
+            begin_load(a_desc, [row, block], there, a_lds.index(2 * stage))
+            begin_load(a_desc, [row + TEAM, block], there, a_lds.index(2 * stage + 1))
+            begin_load(b_desc, [column, block], there, b_lds.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _begin(a_lds, b_lds, full, step, zeros, TEAM_NUMBER: gl.constexpr, STAGES: gl.constexpr):
+    """The product of a block of K, under way."""
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    return warpgroup_mma(a_lds.index(2 * stage + TEAM_NUMBER), b_lds.index(stage).permute((1, 0)), zeros, use_acc=False,
+                         is_async=True)
+
+
+@gluon.jit
+def _add(sums, found, scales):
+    return gl.fma(found, gl.expand_dims(scales, 1) + gl.zeros_like(sums), sums)
+
+
+@gluon.jit
+def _multiply(TEAM_NUMBER: gl.constexpr, c_ptr, a_scale_ptr, b_scale_ptr, a_lds, b_lds, full, empty, m, n, k, stride_c,
+              stride_am, stride_ak, stride_bn, stride_bk, SCALED_N: gl.constexpr, BLOCK_K: gl.constexpr,
+              STAGES: gl.constexpr, GROUP_M: gl.constexpr):
+    """A team: 64 rows of each tile. Blocks of K are taken in twos; their scales are loaded two blocks ahead."""
+    product: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
+                                                      instr_shape=[16, COLUMNS, 32])
+    written: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    zeros = gl.zeros([TEAM, COLUMNS], gl.float32, product)
+    blocks = gl.cdiv(k, BLOCK_K)
+    step = 0
+    for tile in range(gl.program_id(0), _tiles(m, n), gl.num_programs(0)):
+        row, column = _place(tile, m, n, GROUP_M)
+        row += TEAM_NUMBER * TEAM
+        rows = gl.minimum(row + gl.arange(0, TEAM, gl.SliceLayout(1, product)), m - 1)
+        a_scales = a_scale_ptr + rows.to(gl.int64) * stride_am
+        b_scales = b_scale_ptr + column // SCALED_N * stride_bn
+        second = gl.minimum(1, blocks - 1)
+        a_scale, b_scale = gl.load(a_scales), gl.load(b_scales)
+        a_scale2, b_scale2 = gl.load(a_scales + second * stride_ak), gl.load(b_scales + second * stride_bk)
+        sums = zeros
+        for block in range(0, blocks - 1, 2):
+            found = _begin(a_lds, b_lds, full, step, zeros, TEAM_NUMBER, STAGES)
+            found2 = _begin(a_lds, b_lds, full, step + 1, zeros, TEAM_NUMBER, STAGES)
+            scales, scales2 = a_scale * b_scale, a_scale2 * b_scale2
+            first, second = gl.minimum(block + 2, blocks - 1), gl.minimum(block + 3, blocks - 1)
+            a_scale, b_scale = gl.load(a_scales + first * stride_ak), gl.load(b_scales + first * stride_bk)
+            a_scale2, b_scale2 = gl.load(a_scales + second * stride_ak), gl.load(b_scales + second * stride_bk)
+            found = warpgroup_mma_wait(1, deps=[found])
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+            sums = _add(sums, found, scales)
+            found2 = warpgroup_mma_wait(0, deps=[found2])
+            mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
+            sums = _add(sums, found2, scales2)
+            step += 2
+        if blocks % 2 == 1:
+            found = _begin(a_lds, b_lds, full, step, zeros, TEAM_NUMBER, STAGES)
+            found = warpgroup_mma_wait(0, deps=[found])
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+            sums = _add(sums, found, a_scale * b_scale)
+            step += 1
+        out = gl.convert_layout(sums.to(c_ptr.dtype.element_ty), written)
+        rows_out = row + gl.arange(0, TEAM, gl.SliceLayout(1, written))
+        columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, written))
+        places = gl.expand_dims(rows_out.to(gl.int64) * stride_c, 1) + gl.expand_dims(columns, 0)
+        gl.store(c_ptr + places, out, mask=gl.expand_dims(rows_out < m, 1) & gl.expand_dims(columns < n, 0))
+
+
+@gluon.jit(do_not_specialize=["m", "stride_am", "stride_ak", "stride_bn", "stride_bk"])
+def _fp8_block_scaled_mm_hopper_kernel(c_ptr, a_desc, b_desc, a_scale_ptr, b_scale_ptr, m, n, k, stride_c, stride_am,
+                                       stride_ak, stride_bn, stride_bk, SCALED_N: gl.constexpr, BLOCK_K: gl.constexpr,
+                                       STAGES: gl.constexpr, GROUP_M: gl.constexpr):
+    """One program: every num_programs-th tile of 128 rows and 128 columns."""
+    a_lds = gl.allocate_shared_memory(a_desc.dtype, [2 * STAGES, TEAM, BLOCK_K], a_desc.layout)
+    b_lds = gl.allocate_shared_memory(b_desc.dtype, [STAGES, COLUMNS, BLOCK_K], b_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [(_multiply, (0, c_ptr, a_scale_ptr, b_scale_ptr, a_lds, b_lds, full, empty, m, n, k, stride_c, stride_am,
+                      stride_ak, stride_bn, stride_bk, SCALED_N, BLOCK_K, STAGES, GROUP_M)),
+         (_multiply, (1, c_ptr, a_scale_ptr, b_scale_ptr, a_lds, b_lds, full, empty, m, n, k, stride_c, stride_am,
+                      stride_ak, stride_bn, stride_bk, SCALED_N, BLOCK_K, STAGES, GROUP_M)),
+         (_copy, (a_desc, b_desc, a_lds, b_lds, full, empty, m, n, k, BLOCK_K, STAGES, GROUP_M))],
+        [4, 1], [232, 24])
+
+
+def serves(a: Tensor, b: Tensor, block_shape: list[int], out_dtype: torch.dtype) -> bool:
+    """True where this kernel can stand in for the portable one: blocks that its tiles lie in, rows that TMA can
+    copy."""
+    return (block_shape[1] == 128 and block_shape[0] % COLUMNS.value == 0
+            and out_dtype in (torch.bfloat16, torch.float16) and b.shape[0] % 8 == 0 and a.numel() > 0 < b.numel()
+            and all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in (a, b)))
+
+
+def launch(out: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],
+           group_m: int) -> None:
+    """out [M, N] = a [M, K] @ b [N, K].T, scaled."""
+    (m, k), n, block_k = a.shape, b.shape[0], block_shape[1]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    descriptors = (TensorDescriptor.from_tensor(a, [TEAM.value, block_k], layout),
+                   TensorDescriptor.from_tensor(b, [COLUMNS.value, block_k], layout))
+    grid = min(platform.compute_units(), triton.cdiv(m, 2 * TEAM.value) * triton.cdiv(n, COLUMNS.value))
+    _fp8_block_scaled_mm_hopper_kernel[grid,](
+        out, *descriptors, a_scale, b_scale, m, n, k, out.stride(0), *a_scale.stride(), *b_scale.stride(),
+        SCALED_N=block_shape[0], BLOCK_K=block_k, STAGES=STAGES, GROUP_M=group_m, num_warps=4)
