@@ -33,6 +33,7 @@ from typing import Any
 
 import floor
 import peers
+import stages
 import torch
 import triton
 from torch import Tensor
@@ -45,6 +46,9 @@ from wave64.testing import contract, timing
 SUITES = {
     "attention": ("paged_attention", "prefill_attention", "varlen_attention", "mla_decode", "mla_decode_rope",
                   "merge_attn_states", "concat_and_cache_mla"),
+    "moe": ("fused_moe", "grouped_topk", "topk_softmax", "moe_align_block_size", "per_token_group_quant_fp8",
+            "silu_and_mul_per_token_group_quant_fp8", "per_token_quant_fp8", "per_tensor_quant_fp8",
+            "fp8_block_scaled_mm", "fp8_scaled_mm"),
 }
 #: Operations up to which the reference is evaluated on the whole of a case: about half a second in fp64 on an H200.
 EXACT_FLOPS = 3e12
@@ -53,6 +57,9 @@ HEADS = {
     "prefill_attention": ("query", {"key_cache": 2, "value_cache": 2}),
     "varlen_attention": ("q", {"k": 1, "v": 1}),
 }
+#: Arguments that have a row per token, where tokens are independent; and so many are evaluated in fp64.
+TOKENS = {"fused_moe": ("x", "topk_weights", "topk_ids")}
+EXACT_TOKENS = 64
 #: Times our bound: a peer may round where our contract does not let us.
 PEER_SLACK = 4
 
@@ -77,7 +84,8 @@ class Row:
         if self.speed is None:
             return [self.op, self.case, self.kernel, self.note]
         s = self.speed
-        return [self.op, self.case, self.kernel, f"{self.error:.1e}", f"{self.allowed:.1e}", self.checked,
+        error, allowed = ("" if x is None else f"{x:.1e}" for x in (self.error, self.allowed))
+        return [self.op, self.case, self.kernel, error, allowed, self.checked,
                 f"{s.us:.1f}", f"{self.read_us:.1f}", f"{s.gbs:.0f}", f"{100 * s.read_share:.1f}",
                 f"{100 * s.roofline_share:.1f}", f"{s.tflops:.1f}", "" if self.ratio is None else f"{self.ratio:.2f}"]
 
@@ -123,6 +131,8 @@ class Table:
 def reduced(op: Op, args: dict[str, Any], cost: Cost, limit: float) -> tuple[dict[str, Any], Callable, str]:
     """(arguments, pick, words): the part of a case that the reference is evaluated on, what takes that part of results,
     and what to call it. Everything, or as many key heads, evenly spread, as come to `limit` operations."""
+    if op.name in TOKENS:
+        return some_tokens(args, TOKENS[op.name])
     if op.name not in HEADS or cost.flops <= limit:
         return args, list, ""
     queries, keys = HEADS[op.name]
@@ -137,6 +147,15 @@ def reduced(op: Op, args: dict[str, Any], cost: Cost, limit: float) -> tuple[dic
     if args.get("sinks") is not None:
         part["sinks"] = args["sinks"][rows]
     return part, lambda results: [r.index_select(1, rows) for r in results], f", {count} of {heads} heads"
+
+
+def some_tokens(args: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], Callable, str]:
+    count = len(args[names[0]])
+    if count <= EXACT_TOKENS:
+        return args, list, ""
+    kept = torch.linspace(0, count - 1, EXACT_TOKENS, device=args[names[0]].device).round().long()
+    part = {**args, **{name: args[name][kept] for name in names}}
+    return part, lambda results: [r[kept] for r in results], f", {EXACT_TOKENS} of {count} tokens"
 
 
 class Judge:
@@ -268,6 +287,11 @@ def run_case(op: Op, case: Case, backends: list[str], device: str, peaks: timing
         ours = ours or ms
         table.add(row(kernel, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), least,
                       ms / ours, check_s=took))
+        if backend == "triton":
+            for stage in stages.stages(op.name, args):
+                ms = timing.median_ms(timing.captured(stage.call, device), device)
+                table.add(row(f"wave64 {backend}, {stage.name}", speed=timing.speed(ms, stage.cost, peaks),
+                              read_us=floor.read_us(stage.cost.bytes, device), ratio=ms / ours))
         release()
     for name, verdict, ms in time_peers(peers.peers(op.name, args, root), judge, device):
         if ms is None:

@@ -1,0 +1,303 @@
+"""Mixture of experts: how its launches follow each other; the products are in moe_gemm.py.
+
+Many tokens: quantise x (FP8 weights), sort pairs of token and expert by expert, first product with the activation,
+second product, sum of each token's pairs: five launches. Few: the two products, which then take pairs as they come.
+Bound by reading the chosen experts' weights, with many tokens by the matrix cores.
+"""
+
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wave64 import platform
+from wave64.arch import Arch
+from wave64.ops import fused_moe
+from wave64.ops.fused_moe import granularity
+from wave64.quant import FP8
+from wave64.triton_ops import moe_align_block_size, per_token_group_quant_fp8, per_token_quant_fp8
+from wave64.triton_ops.attention import is_wide
+from wave64.triton_ops.geometry import num_warps
+from wave64.triton_ops.moe_gemm import (
+    BLOCKS,
+    PLAIN,
+    ROWS,
+    _moe_combine_kernel,
+    _moe_down_few_kernel,
+    _moe_down_kernel,
+    _moe_gate_up_kernel,
+)
+from wave64.triton_ops.quant import limits
+from wave64.tuning import choose
+
+KINDS = {"": PLAIN.value, "tensor": ROWS.value, "channel": ROWS.value, "block": BLOCKS.value}
+#: Experts a token for which rows of all of them are one tile, at most.
+FEW_EXPERTS = 16
+#: Columns that a program sums up.
+COMBINED = 2048
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernels are launched: up_ is the first product, down_ the second."""
+
+    block_m: int            # pairs of an expert that a program takes
+    up_n: int               # columns of h
+    up_k: int
+    up_warps: int
+    up_stages: int
+    down_n: int             # few: rows of weights, of all the token's experts
+    down_k: int
+    down_warps: int
+    down_stages: int
+    group_m: int = 1        # blocks of pairs that take turns at a tile of weights
+    xcds: int = 1           # chiplets, each with a cache of its own, that programs are dealt to in turn
+    few: bool = False       # pairs are not sorted: each is a block by itself
+    late: bool = False      # groups of x are quantised by each program that reads them
+    swap: bool = False      # weights are the left factor of products, for instructions that want 64 rows of it
+    unroll: int = 1         # steps of the first product whose loads are under way together
+    hopper: bool = False    # the first product by the kernel of hopper/fused_moe.py; blocks of 128 pairs
+    options: dict = field(default_factory=dict)
+
+
+def on_hopper() -> ModuleType | None:
+    """The kernel for Hopper; None elsewhere, where Triton need not have what it is written in."""
+    arch = platform.arch()
+    if arch is None or arch.matrix != "wgmma":
+        return None
+    from wave64.triton_ops.hopper import fused_moe as kernel
+
+    return kernel
+
+
+#: Bounds of the integer facts that the tuner takes for alike; per_expert: pairs of an expert, on average.
+BUCKETS = {"pairs": (32,), "per_expert": (4, 16, 64, 256), "inter": (512,)}
+#: (block_m, up_n, waves, swap) to try, by the bound of per_expert up to which they make sense.
+HOPPER = {16: [(16, 32, 4, True), (16, 64, 4, True), (16, 128, 4, True), (16, 128, 8, True), (32, 64, 4, True)],
+          64: [(32, 64, 4, True), (32, 128, 8, True), (64, 64, 4, False), (64, 128, 4, False), (64, 128, 8, False)],
+          None: [(64, 128, 4, False), (64, 128, 8, False), (128, 64, 4, False), (128, 64, 8, False),
+                 (128, 128, 8, False)]}
+OTHERS = {16: [(16, 32, 2, False), (16, 64, 4, False), (16, 128, 8, False), (32, 64, 4, False), (32, 128, 8, False)],
+          64: [(32, 128, 8, False), (64, 64, 4, False), (64, 128, 4, False), (64, 128, 8, False)],
+          None: [(64, 128, 8, False), (128, 64, 4, False), (128, 128, 4, False), (128, 128, 8, False),
+                 (256, 128, 8, False)]}
+#: (up_n, waves, swap) to try where pairs are not sorted.
+FEW = [(16, 1, False), (16, 2, True), (32, 2, True), (32, 4, True)]
+
+
+def facts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
+          w2_scale: Tensor | None = None, block_shape: list[int] | None = None, activation: str = "silu",
+          apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None) -> dict[str, int | str]:
+    """Of a call's arguments, by their names, what the choice of a configuration depends on."""
+    experts, hidden, inter = w2.shape
+    kind = granularity(w13_scale, block_shape) or ("fp32" if x.dtype == torch.float32 else "half")
+    kernel = on_hopper()
+    # Copies of 16 bytes, and tiles of 128 bytes a row, are what Hopper's matrix instructions can be fed with.
+    apart = (hidden, inter, x.stride(0), *w13.stride()[:2], *w2.stride()[:2])
+    aligned = all(n % 16 == 0 for n in apart) and (not block_shape or block_shape[1] == 128)
+    hopper = (kernel is not None and expert_map is None and not apply_router_weight_on_input
+              and kernel.serves(x, w13, block_shape, activation))
+    return {"kind": "row" if kind in ("tensor", "channel") else kind, "pairs": topk_ids.numel(),
+            "per_expert": triton.cdiv(topk_ids.numel(), experts), "inter": inter, "aligned": aligned, "hopper": hopper}
+
+
+def pairs(config: Config, per_expert: int, **others) -> int:
+    """Products that a program of the first kernel takes at a time; rows beyond an expert's pairs do not count."""
+    return min(config.block_m, per_expert) * config.up_n * config.up_k
+
+
+def candidates(arch: Arch, kind: str, pairs: int, per_expert: int, aligned: bool, **others) -> list[Config]:
+    """What the tuner tries beside the present configuration."""
+    size = 4 if kind == "fp32" else 2 if kind == "half" else 1
+    hopper, mfma = arch.matrix == "wgmma" and aligned and size < 4, arch.matrix == "mfma"
+    options, tried = {"matrix_instr_nonkdim": 16} if mfma else {}, []
+
+    def add(m: int, n: int, k: int, waves: int, s: int, down_n: int, **more) -> None:
+        lds_bytes = max(1, s - 1 if arch.vendor == "amd" else s) * more.get("unroll", 1) * (m + 2 * n) * k * size
+        config = Config(m, n, k, waves, s, down_n, max(k, 64), waves, min(s, 4), **more, options=options)
+        if lds_bytes <= arch.lds_bytes and config not in tried:
+            tried.append(config)
+
+    if pairs <= 32:
+        for n, waves, swap in FEW:
+            if hopper:
+                for s, late in ((4, False), (8, False), (8, kind == "block")):
+                    add(16, n, 128, waves, s, 128, few=True, swap=swap, late=late)
+            elif mfma:
+                for unroll in (1, 4, 8):
+                    add(16, n, 128, waves, 2, 128, few=True, swap=swap, unroll=unroll)
+            else:
+                for k, s in ((32, 1), (64, 2)):
+                    add(16, n, k, waves, s, 64, few=True, swap=swap)
+        return tried
+    if others.get("hopper"):
+        for down_n, waves in ((128, 4), (128, 8), (256, 8)):
+            tried.append(Config(128, 128, 128 // size, 8, 3, down_n, 128 // size, waves, 3, group_m=8, hopper=True))
+    last = 16 if per_expert <= 16 else 64 if per_expert <= 64 else None
+    for m, n, waves, swap in (HOPPER if hopper else OTHERS)[last]:
+        more = dict(swap=swap, group_m=1 if per_expert <= m else 8, xcds=arch.xcds)
+        for deep in (False, True):
+            if hopper:
+                add(m, n, 128 // size, waves, 4 if deep else 3, 2 * n if size == 2 else min(128, 2 * n), **more)
+            elif mfma:
+                add(m, n, (128 if deep else 64) // size, waves, 2, 2 * n if size == 2 else min(128, 2 * n), **more)
+            else:
+                add(min(m, 64), min(n, 64), 32, waves, 2 if deep else 1, 64, **more)
+    return tried
+
+
+# ---- the stages
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Blocks of pairs of token and expert, a pair being an index into topk_ids."""
+
+    topk_ids: Tensor
+    expert_map: Tensor | None
+    experts: int               # here
+    block_ids: Tensor          # the router's id of each block
+    pairs: Tensor | None       # sorted by expert, in blocks; None: a pair is a block by itself
+    end: Tensor | None         # behind the last of them
+
+    @property
+    def routed(self) -> int:
+        """Ids that the router knows."""
+        return self.experts if self.expert_map is None else self.expert_map.shape[0]
+
+    def arguments(self) -> tuple:
+        """What both products are told."""
+        return (self.block_ids, self.pairs, self.end, self.expert_map, self.topk_ids.numel(), self.routed,
+                self.experts, self.block_ids.numel())
+
+    def grid(self, tiles: int, config: Config) -> tuple[int]:
+        together = config.group_m * config.xcds
+        return (triton.cdiv(self.block_ids.numel(), together) * together * tiles,)
+
+
+def route(topk_ids: Tensor, expert_map: Tensor | None, experts: int, config: Config) -> Routing:
+    if config.few:
+        return Routing(topk_ids, expert_map, experts, topk_ids, None, None)
+    routed = experts if expert_map is None else expert_map.shape[0]
+    ordered, block_ids, end = moe_align_block_size.launch(topk_ids, config.block_m, routed)
+    return Routing(topk_ids, expert_map, experts, block_ids, ordered, end)
+
+
+def quantise(x: Tensor, block_shape: list[int] | None) -> tuple[Tensor, Tensor]:
+    """(q, scale) of rows, or of the groups of columns that blocks have."""
+    return per_token_group_quant_fp8.launch(x, block_shape[1]) if block_shape else per_token_quant_fp8.launch(x)
+
+
+def _about(weight: Tensor, scale: Tensor | None, block_shape: list[int] | None, block_k: int) -> dict[str, int | float]:
+    """What kernels are told of weights [E, N, K] and their scales. BLOCK_K divides the columns of a scale's block."""
+    kind = KINDS[granularity(scale, block_shape)]
+    group_n, group_k = block_shape or (1, 1)
+    if block_shape:
+        block_k = min(block_k, group_k)
+    of_type = limits(weight.dtype) if kind else dict(LIMIT=0.0, BELOW=0.0)
+    return dict(stride_we=weight.stride(0), stride_wn=weight.stride(1), stride_se=scale.stride(0) if kind else 0,
+                stride_sn=scale.stride(1) if scale is not None and scale.ndim > 1 else 0, K=weight.shape[2],
+                SCALED=kind, **of_type, GROUP_N=group_n, GROUP_K=group_k, EVEN=weight.shape[2] % block_k == 0,
+                BLOCK_K=block_k)
+
+
+def first_product(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype, w13: Tensor, w13_scale: Tensor | None,
+                  weights: Tensor | None, routing: Routing, block_shape: list[int] | None, activation: str,
+                  config: Config) -> tuple[Tensor, Tensor | None]:
+    """(h [pairs, inter], None), in dtype, or quantised in groups with their scales where programs hold whole ones."""
+    pairs, inter = routing.topk_ids.numel(), w13.shape[1] // 2
+    if config.hopper:
+        h = torch.empty((pairs, inter), dtype=dtype, device=x.device)
+        on_hopper().launch(h, x, x_scale, w13, w13_scale, routing.pairs, routing.block_ids, routing.end,
+                           routing.topk_ids.shape[1], block_shape)
+        return (h, None) if x_scale is None else quantise(h, block_shape)
+    group = block_shape[1] if block_shape else 0
+    whole = config.up_n == group and not config.few
+    h = torch.empty((pairs, inter), dtype=w13.dtype if whole else dtype, device=x.device)
+    h_scale = torch.empty((pairs, triton.cdiv(inter, group)), dtype=torch.float32, device=x.device) if whole else None
+    about = _about(w13, w13_scale, block_shape, config.up_k if x_scale is not None else max(config.up_k, group))
+    one = about["GROUP_N"] % config.up_n == 0 and inter % config.up_n == 0
+    _moe_gate_up_kernel[routing.grid(triton.cdiv(inter, config.up_n), config)](
+        h, h_scale, x, x_scale, w13, w13_scale, weights, *routing.arguments(), stride_x=x.stride(0), N=inter,
+        TOP_K=routing.topk_ids.shape[1], ACTIVATION=activation, DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
+        ONE=one, WIDE=is_wide(x), SWAP=config.swap, UNROLL=config.unroll, GROUP_M=config.group_m, XCDS=config.xcds,
+        BLOCK_M=config.block_m, BLOCK_N=config.up_n, **about, num_warps=config.up_warps, num_stages=config.up_stages,
+        **config.options)
+    return h, h_scale
+
+
+def second_product(h: Tensor, h_scale: Tensor | None, dtype: torch.dtype, w2: Tensor, w2_scale: Tensor | None,
+                   weights: Tensor | None, routing: Routing, block_shape: list[int] | None, config: Config) -> Tensor:
+    """y [pairs, hidden]; rows of pairs without an expert here are not written."""
+    hidden, group = w2.shape[1], block_shape[1] if block_shape else 0
+    y = torch.empty((h.shape[0], hidden), dtype=dtype, device=h.device)
+    about = _about(w2, w2_scale, block_shape, config.down_k if h_scale is not None else max(config.down_k, group))
+    _moe_down_kernel[routing.grid(triton.cdiv(hidden, config.down_n), config)](
+        y, h, h_scale, w2, w2_scale, weights, *routing.arguments(), N=hidden,
+        ONE=about["GROUP_N"] % config.down_n == 0, WIDE=is_wide(h), SWAP=config.swap, GROUP_M=config.group_m,
+        XCDS=config.xcds, BLOCK_M=config.block_m, BLOCK_N=config.down_n, **about, num_warps=config.down_warps,
+        num_stages=config.down_stages, **config.options)
+    return y
+
+
+def combine(out: Tensor, y: Tensor, routing: Routing) -> None:
+    tokens, hidden = out.shape
+    block = min(COMBINED, triton.next_power_of_2(hidden))
+    _moe_combine_kernel[tokens, triton.cdiv(hidden, block)](
+        out, y, routing.topk_ids, routing.expert_map, routing.routed, routing.experts, hidden,
+        TOP_K=routing.topk_ids.shape[1], BLOCK=block, num_warps=num_warps(block // 8))
+
+
+def second_product_of_few(out: Tensor, h: Tensor, w2: Tensor, w2_scale: Tensor | None, weights: Tensor | None,
+                          routing: Routing, block_shape: list[int] | None, config: Config) -> None:
+    (tokens, hidden), top_k = out.shape, routing.topk_ids.shape[1]
+    block_j = triton.next_power_of_2(top_k)
+    block_n = max(16, config.down_n // block_j)
+    about = _about(w2, w2_scale, block_shape, max(config.down_k, block_shape[1] if block_shape else 0))
+    _moe_down_few_kernel[triton.cdiv(hidden, block_n), tokens](
+        out, h, w2, w2_scale, weights, routing.topk_ids, routing.expert_map, routing.routed, routing.experts, N=hidden,
+        TOP_K=top_k, BLOCK_J=block_j, BLOCK_C=max(16, block_j), BLOCK_N=block_n, **about, num_warps=config.down_warps,
+        num_stages=config.down_stages, **config.options)
+
+
+def unsupported(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, block_shape=None,
+                *others, **options) -> str | None:
+    """Why Triton cannot serve these, or None."""
+    arch = platform.arch()
+    flavour = str(w13.dtype).removeprefix("torch.float8_")
+    if arch is not None and w13.dtype in FP8.values() and arch.fp8 != flavour:
+        return f"{flavour} weights on {arch.name}, whose FP8 type is {arch.fp8}"
+    if block_shape is not None and block_shape[1] not in (32, 64, 128):
+        return f"takes blocks of 32, 64 or 128 columns, not {block_shape[1]}"
+    if is_wide(w13[:1]) or is_wide(w2[:1]):
+        return "takes experts of at most 2 GiB"
+    return None
+
+
+@fused_moe.backend("triton", supports=unsupported)
+def launch(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
+           w2_scale: Tensor | None = None, block_shape: list[int] | None = None, activation: str = "silu",
+           apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    config = choose("fused_moe", Config, **facts(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, block_shape,
+                                                  activation, apply_router_weight_on_input, expert_map))
+    if topk_ids.shape[1] > FEW_EXPERTS:
+        config = replace(config, few=False)
+    before, after = (topk_weights, None) if apply_router_weight_on_input else (None, topk_weights)
+    routing = route(topk_ids, expert_map, w13.shape[0], config)
+    q, q_scale = x, None
+    if w13_scale is not None and not (config.late and block_shape):
+        q, q_scale = quantise(x, block_shape)
+    h, h_scale = first_product(q, q_scale, x.dtype, w13, w13_scale, before, routing, block_shape, activation, config)
+    if config.few:
+        second_product_of_few(out, h, w2, w2_scale, after, routing, block_shape, config)
+        return out
+    if w2_scale is not None and not block_shape:
+        h, h_scale = quantise(h, None)
+    combine(out, second_product(h, h_scale, x.dtype, w2, w2_scale, after, routing, block_shape, config), routing)
+    return out

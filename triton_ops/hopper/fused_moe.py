@@ -1,0 +1,222 @@
+"""fused_moe's first product for Hopper, for many tokens: copying and multiplying at once, by different waves, in Gluon.
+
+The trick: four waves do nothing but copy on chip, rows of x from wherever their tokens lie, and gate's and up's rows of
+weights side by side in one tile (TMA), several blocks of K ahead and on into the next tile of the result. Two teams of
+four waves multiply 64 pairs each; a team whose pairs are all padding leaves the matrix unit to the other. Gate and up
+of a column end in one lane's registers, where the activation takes them.
+Bound by: the matrix units.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from wave64 import platform
+from wave64.triton_ops.hopper.fp8_block_scaled_mm import begin_load
+from wave64.triton_ops.hopper.mla_decode import begin_copy
+
+TEAM = gl.constexpr(64)  # rows of a matrix instruction, and of a team
+COLUMNS = gl.constexpr(64)  # of gate, and of up, in a tile
+COPIERS = gl.constexpr(4)  # waves
+# Renamed after Triton 3.6.
+PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+#: Blocks of K on chip.
+STAGES = 6
+
+
+@gluon.jit
+def _copy_rows(lds, ptrs, there, copy: gl.constexpr):
+    """64 rows from ptrs on; padding comes as zeros."""
+    offs_k = gl.arange(0, lds.shape[1], gl.SliceLayout(0, copy))
+    wide = gl.expand_dims(ptrs, 1) + gl.expand_dims(offs_k, 0)
+    begin_copy(lds, gl.max_contiguous(gl.multiple_of(wide, [1, 16]), [1, 16]), mask=gl.expand_dims(there, 1))
+
+
+@gluon.jit
+def _copy(x_ptr, w_desc, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, items, tiles, pairs, k, stride_x,
+          TOP_K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+    """The waves that copy. A stage is full when every lane's copies and TMA's bytes have come, and empty when both
+    teams have read it."""
+    lanes: gl.constexpr = BLOCK_K * x_ptr.dtype.element_ty.primitive_bitwidth // 128  # that copy a row, 16 bytes each
+    copy: gl.constexpr = gl.BlockedLayout([1, BLOCK_K // lanes], [32 // lanes, lanes], [COPIERS, 1], [1, 0])
+    row = gl.arange(0, TEAM, gl.SliceLayout(1, copy))
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, tile = item // tiles, item % tiles
+        expert = gl.load(expert_ptr + block)
+        pair = gl.load(sorted_ptr + block * (2 * TEAM) + row)
+        pair2 = gl.load(sorted_ptr + block * (2 * TEAM) + TEAM + row)
+        rows = x_ptr + gl.minimum(pair, pairs - 1).to(gl.int64) // TOP_K * stride_x
+        rows2 = x_ptr + gl.minimum(pair2, pairs - 1).to(gl.int64) // TOP_K * stride_x
+        for first in range(0, k, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            there = full.index(stage)
+            mbarrier.expect(there, 2 * COLUMNS * BLOCK_K * (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
+            begin_load(w_desc, [expert * 2, tile * COLUMNS, first], there, b_lds.index(stage))
+            _copy_rows(a_lds.index(2 * stage), rows + first, pair < pairs, copy)
+            _copy_rows(a_lds.index(2 * stage + 1), rows2 + first, pair2 < pairs, copy)
+            async_copy.mbarrier_arrive(there, increment_count=False)
+            step += 1
+
+
+@gluon.jit
+def _begin(a_lds, b_lds, full, step, sums, ADD: gl.constexpr, TEAM_NUMBER: gl.constexpr, BLOCK_K: gl.constexpr,
+           STAGES: gl.constexpr):
+    """The product of a block of K, under way, added to `sums` if ADD."""
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    fence_async_shared()
+    a = a_lds.index(2 * stage + TEAM_NUMBER)
+    b = b_lds.index(stage)  # [2, 64, BLOCK_K]: gate's and up's rows lie as one tile would
+    if PUBLIC:
+        b = b.reinterpret(a.dtype, [2 * COLUMNS, BLOCK_K], a.layout)
+    else:
+        b = b._reinterpret(a.dtype, [2 * COLUMNS, BLOCK_K], a.layout)
+    return warpgroup_mma(a, b.permute((1, 0)), sums, use_acc=ADD, is_async=True)
+
+
+@gluon.jit
+def _halves(both):
+    """Columns of gate, and those of up, of [64, 128]: other names for the same registers."""
+    return gl.split(gl.permute(gl.reshape(both, [TEAM, 2, COLUMNS]), [0, 2, 1]))
+
+
+@gluon.jit
+def _add(gate, up, found, a_scale, gate_scale, up_scale):
+    d, e = _halves(found)
+    gate = gl.fma(d, gl.expand_dims(a_scale * gate_scale, 1) + gl.zeros_like(gate), gate)
+    up = gl.fma(e, gl.expand_dims(a_scale * up_scale, 1) + gl.zeros_like(up), up)
+    return gate, up
+
+
+@gluon.jit
+def _multiply(TEAM_NUMBER: gl.constexpr, h_ptr, x_scale_ptr, w_scale_ptr, sorted_ptr, expert_ptr, a_lds, b_lds, full,
+              empty, items, tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K: gl.constexpr,
+              GROUP_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+    """A team: 64 pairs of each tile. Blocks of K are taken in twos, so that one is multiplied while the other is added
+    up; their scales are loaded two blocks ahead. The number of blocks is even."""
+    size: gl.constexpr = a_lds.dtype.primitive_bitwidth
+    product: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
+                                                      instr_shape=[16, 2 * COLUMNS, 256 // size])
+    zeros = gl.zeros([TEAM, 2 * COLUMNS], gl.float32, product)
+    none, none_up = _halves(zeros)
+    half: gl.constexpr = none.type.layout
+    S_M: gl.constexpr = gl.SliceLayout(1, half)
+    written: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, tile = item // tiles, item % tiles
+        first_pair = sorted_ptr + block * (2 * TEAM) + TEAM_NUMBER * TEAM
+        gate, up = none, none_up
+        if gl.load(first_pair) < pairs:
+            if x_scale_ptr is not None:
+                pair = gl.minimum(gl.load(first_pair + gl.arange(0, TEAM, S_M)), pairs - 1)
+                a_scales = x_scale_ptr + pair.to(gl.int64) // TOP_K * stride_xs
+                gates = w_scale_ptr + gl.load(expert_ptr + block).to(gl.int64) * stride_se
+                ups = gates + (n + tile * COLUMNS) // GROUP_N * stride_sn
+                gates += tile * COLUMNS // GROUP_N * stride_sn
+                a_scale, gate_scale, up_scale = gl.load(a_scales), gl.load(gates), gl.load(ups)
+                a_scale2, gate_scale2, up_scale2 = gl.load(a_scales + 1), gl.load(gates + 1), gl.load(ups + 1)
+                blocks = k // BLOCK_K
+                for at in range(0, blocks, 2):
+                    found = _begin(a_lds, b_lds, full, step, zeros, False, TEAM_NUMBER, BLOCK_K, STAGES)
+                    found2 = _begin(a_lds, b_lds, full, step + 1, zeros, False, TEAM_NUMBER, BLOCK_K, STAGES)
+                    a, g, u, a2, g2, u2 = a_scale, gate_scale, up_scale, a_scale2, gate_scale2, up_scale2
+                    ahead = gl.minimum(at + 2, blocks - 2)
+                    a_scale, a_scale2 = gl.load(a_scales + ahead), gl.load(a_scales + ahead + 1)
+                    gate_scale, gate_scale2 = gl.load(gates + ahead), gl.load(gates + ahead + 1)
+                    up_scale, up_scale2 = gl.load(ups + ahead), gl.load(ups + ahead + 1)
+                    found = warpgroup_mma_wait(1, deps=[found])
+                    mbarrier.arrive(empty.index(step % STAGES), count=1)
+                    gate, up = _add(gate, up, found, a, g, u)
+                    found2 = warpgroup_mma_wait(0, deps=[found2])
+                    mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
+                    gate, up = _add(gate, up, found2, a2, g2, u2)
+                    step += 2
+            else:
+                sums = zeros
+                for _pair in range(0, k, 2 * BLOCK_K):
+                    sums = _begin(a_lds, b_lds, full, step, sums, True, TEAM_NUMBER, BLOCK_K, STAGES)
+                    sums = _begin(a_lds, b_lds, full, step + 1, sums, True, TEAM_NUMBER, BLOCK_K, STAGES)
+                    sums = warpgroup_mma_wait(0, deps=[sums])
+                    mbarrier.arrive(empty.index(step % STAGES), count=1)
+                    mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
+                    step += 2
+                gate, up = _halves(sums)
+            h = gate * up / (1 + gl.exp2(gate * -1.4426950408889634))
+            h = gl.convert_layout(h.to(h_ptr.dtype.element_ty), written)
+            to = gl.load(first_pair + gl.arange(0, TEAM, gl.SliceLayout(1, written)))
+            columns = tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, written))
+            places = gl.expand_dims(to.to(gl.int64) * n, 1) + gl.expand_dims(columns, 0)
+            gl.store(h_ptr + places, h, mask=gl.expand_dims(to < pairs, 1))
+        else:
+            for _passed in range(0, k, BLOCK_K):
+                mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+                mbarrier.arrive(empty.index(step % STAGES), count=1)
+                step += 1
+
+
+@gluon.jit(do_not_specialize=["pairs"])
+def _moe_gate_up_hopper_kernel(h_ptr, x_ptr, x_scale_ptr, w_desc, w_scale_ptr, sorted_ptr, expert_ptr, end_ptr, pairs,
+                               n, k, stride_x, stride_xs, stride_se, stride_sn, TOP_K: gl.constexpr,
+                               GROUP_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+    """h [pairs, n] = silu(gate) * up. One program: every num_programs-th tile of 128 pairs of one expert and 64
+    columns."""
+    rows: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128,
+                                              element_bitwidth=x_ptr.dtype.element_ty.primitive_bitwidth, rank=2)
+    a_lds = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [2 * STAGES, TEAM, BLOCK_K], rows)
+    b_lds = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 2, COLUMNS, BLOCK_K], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=COPIERS * 32 + 1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    tiles = n // COLUMNS
+    items = gl.load(end_ptr) // (2 * TEAM) * tiles
+    gl.warp_specialize(
+        [(_multiply, (0, h_ptr, x_scale_ptr, w_scale_ptr, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, items,
+                      tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K, GROUP_N, BLOCK_K, STAGES)),
+         (_multiply, (1, h_ptr, x_scale_ptr, w_scale_ptr, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, items,
+                      tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K, GROUP_N, BLOCK_K, STAGES)),
+         (_copy, (x_ptr, w_desc, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, items, tiles, pairs, k, stride_x,
+                  TOP_K, BLOCK_K, STAGES))],
+        [4, COPIERS], [216, 80])
+
+
+def serves(x: Tensor, w13: Tensor, block_shape: list[int] | None, activation: str) -> bool:
+    """True where this kernel can stand in for the portable one: whole tiles, rows that can be copied 16 bytes at a
+    time, experts side by side as TMA walks them. x: before it is quantised."""
+    (_, rows, hidden), size = w13.shape, w13.itemsize
+    if size == 1:
+        of_type = block_shape is not None and block_shape[1] == 128 and block_shape[0] % COLUMNS.value == 0
+        copied = [w13]
+    else:
+        of_type, copied = size == 2, [w13, x]
+    return (of_type and activation == "silu" and rows % (2 * COLUMNS.value) == 0 and hidden % (256 // size) == 0
+            and w13.stride(0) == rows * w13.stride(1)
+            and all(t.data_ptr() % 16 == 0 and t.stride(-2) * size % 16 == 0 for t in copied))
+
+
+def launch(h: Tensor, x: Tensor, x_scale: Tensor | None, w13: Tensor, w13_scale: Tensor | None, sorted_ids: Tensor,
+           expert_ids: Tensor, end: Tensor, top_k: int, block_shape: list[int] | None) -> None:
+    """h [pairs, inter] of pairs sorted in blocks of 128."""
+    experts, rows, hidden = w13.shape
+    block_k = 128 // w13.itemsize
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * w13.itemsize, rank=3)
+    halves = w13.as_strided((2 * experts, rows // 2, hidden), (rows // 2 * w13.stride(1), w13.stride(1), 1))
+    weights = TensorDescriptor.from_tensor(halves, [2, COLUMNS.value, block_k], layout)
+    scaled = x_scale is not None
+    _moe_gate_up_hopper_kernel[platform.compute_units(),](
+        h, x, x_scale, weights, w13_scale, sorted_ids, expert_ids, end, h.shape[0], rows // 2, hidden, x.stride(0),
+        x_scale.stride(0) if scaled else 0, w13_scale.stride(0) if scaled else 0, w13_scale.stride(1) if scaled else 0,
+        TOP_K=top_k, GROUP_N=block_shape[0] if block_shape else 1, BLOCK_K=block_k, STAGES=STAGES, num_warps=4)

@@ -1,0 +1,325 @@
+"""Mixture of experts, the products: gathered rows of tokens with their experts' weights.
+
+The trick: gate and up of the same columns are summed by the same program, so that the activation happens in registers
+and only its result is written, quantised there where a program holds whole groups. Programs that share an expert's
+weights run side by side, on one chiplet. A few tokens need no sorting: each (token, expert) pair is a tile of its own,
+and the second product takes rows of all of a token's experts as one tile, so that the sum over them stays in registers.
+Bound by reading weights while an expert has few tokens, by the matrix cores beyond.
+"""
+
+import triton
+import triton.language as tl
+
+from wave64.triton_ops.attention import INTERPRETED
+from wave64.triton_ops.gated import logistic
+from wave64.triton_ops.gelu_and_mul import _erfc
+from wave64.triton_ops.quant import scales
+
+#: What weights are scaled by: nothing, numbers of whole rows (which then count at the end), numbers of blocks.
+PLAIN, ROWS, BLOCKS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+#: Vary from call to call, none worth another compilation.
+COUNTS = ["pairs", "routed", "experts", "blocks"]
+
+
+@triton.jit
+def local_expert(expert, map_ptr, routed, experts):
+    """Which of the experts here an id means; -1: none."""
+    known = (expert >= 0) & (expert < routed)
+    if map_ptr is not None:
+        expert = tl.load(map_ptr + tl.where(known, expert, 0), mask=known, other=-1)
+        known = (expert >= 0) & (expert < experts)
+    return tl.where(known, expert, -1)
+
+
+@triton.jit
+def deal_tiles(tiles, GROUP_M: tl.constexpr, XCDS: tl.constexpr):
+    """(block of pairs, tile of columns) of a program. GROUP_M blocks, most likely of one expert, take turns at each
+    tile of its weights; programs go to chiplets in turn, so those of a group to one, in whose cache they meet."""
+    item = tl.program_id(0)
+    slot = item // XCDS
+    group = slot // (GROUP_M * tiles) * XCDS + item % XCDS
+    place = slot % (GROUP_M * tiles)
+    return group * GROUP_M + place % GROUP_M, place // GROUP_M
+
+
+@triton.jit
+def product(a, b, FP8: tl.constexpr):
+    """a @ b [K, N] in fp32. FP8: Hopper's sums have 14 bits, so they are kept short."""
+    if INTERPRETED:  # multiplies bf16 as the integers that it keeps them in
+        d = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif FP8:
+        d = tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
+    else:
+        d = tl.dot(a, b, input_precision="ieee")
+    return d
+
+
+@triton.jit
+def largest(x):
+    """Of each row of x, the largest magnitude."""
+    return tl.max(tl.abs(x), 1)
+
+
+@triton.jit
+def quantised(x, amax, LIMIT: tl.constexpr, BELOW: tl.constexpr, dtype: tl.constexpr):
+    """(q, scale) of rows x in fp32 whose largest magnitudes are amax."""
+    scale, inverse = scales(amax, LIMIT, BELOW)
+    return (x * inverse[:, None]).to(dtype), scale
+
+
+@triton.jit
+def activated(gate, up, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        share = logistic(gate)
+    elif ACTIVATION == "gelu":
+        below = 0.5 * _erfc(tl.abs(gate) * 0.7071067811865476)
+        share = tl.where(gate > 0, 1.0 - below, below)
+    else:
+        share = logistic(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    return gate * share * up
+
+
+@triton.jit
+def load_steps(ptr, offs, first, K, mask, BLOCK_K: tl.constexpr):
+    """[rows, BLOCK_K] from ptr + first on, offs [rows, 1] apart; 0 from column K on (K None: there is none) and where
+    mask [rows, 1] (None: all rows may be read) is false."""
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    if K is not None:
+        mask = offs_k < K - first if mask is None else mask & (offs_k < K - first)
+    return tl.load(ptr + first + offs + offs_k, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def block_scale(ptr, offs_n, first, stride, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr):
+    """Scales of the blocks that rows offs_n (one number where they share a block) lie in, at column `first`."""
+    return tl.load(ptr + offs_n // GROUP_N * stride + first // GROUP_K)
+
+
+@triton.jit
+def scaled(d, a_scale, b_scale, ONE: tl.constexpr):
+    """d [M, N] times a_scale [M] and b_scale [N], or ONE number."""
+    if ONE:
+        d *= (a_scale * b_scale)[:, None]
+    else:
+        d *= a_scale[:, None] * b_scale[None, :]
+    return d
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _moe_gate_up_kernel(h_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, weights_ptr, expert_ptr, sorted_ptr,
+                        end_ptr, map_ptr, pairs, routed, experts, blocks, stride_x, stride_we, stride_wn, stride_se,
+                        stride_sn, N, K, TOP_K: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr,
+                        DTYPE: tl.constexpr, LIMIT: tl.constexpr, BELOW: tl.constexpr, GROUP_N: tl.constexpr,
+                        GROUP_K: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+                        SWAP: tl.constexpr, UNROLL: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """h [pairs, N] = act(gate) * up for BLOCK_M pairs of one expert, BLOCK_N columns; of DTYPE. x is quantised on
+    the way where it has to be and has no scales; h where h_scale_ptr is given."""
+    block, tile = deal_tiles(tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
+    if block >= blocks:
+        return
+    offs_m = tl.arange(0, BLOCK_M)
+    if sorted_ptr is None:  # a pair by itself
+        pair = tl.where(offs_m == 0, block, pairs)
+    else:
+        if block * BLOCK_M >= tl.load(end_ptr):
+            return
+        pair = tl.load(sorted_ptr + block * BLOCK_M + offs_m)
+    expert = local_expert(tl.load(expert_ptr + block), map_ptr, routed, experts)
+    if expert < 0:
+        return
+    mask_m = pair < pairs
+    pair = tl.minimum(pair, pairs - 1)
+    token = pair // TOP_K
+    offs_a = (token.to(tl.int64) if WIDE else token)[:, None] * stride_x
+    # Of few rows most may be missing, so they are not even read; of many few, and their masks would take registers.
+    mask_a = mask_m[:, None] if BLOCK_M <= 32 else None
+
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    offs_n = tl.minimum(offs_n, N - 1)
+    w_ptr += expert.to(tl.int64) * stride_we
+    edge = None if EVEN else K
+    if SCALED != PLAIN:
+        w_scale_ptr += expert.to(tl.int64) * stride_se
+    if SWAP:  # rows of gate, then those of up, are the left factor
+        half = tl.arange(0, 2 * BLOCK_N)
+        row = tl.minimum(tile * BLOCK_N + half % BLOCK_N, N - 1) + half // BLOCK_N * N
+        both = tl.zeros([2 * BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        row = tile * BLOCK_N if ONE else offs_n
+        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    offs_w = (row if SWAP else offs_n)[:, None] * stride_wn
+    up_ptr = w_ptr + N * stride_wn
+
+    for first in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
+        a = load_steps(x_ptr, offs_a, first, edge, mask_a, BLOCK_K)
+        b = load_steps(w_ptr, offs_w, first, edge, None, BLOCK_K)
+        if SCALED == BLOCKS:
+            if x_scale_ptr is None:
+                wide = a.to(tl.float32)
+                a, a_scale = quantised(wide, largest(wide), LIMIT, BELOW, b.dtype)
+            else:
+                a_scale = tl.load(x_scale_ptr + token * tl.cdiv(K, GROUP_K) + first // GROUP_K)
+            b_scale = block_scale(w_scale_ptr, row, first, stride_sn, GROUP_N, GROUP_K)
+        if SWAP:
+            d = product(b, tl.trans(a), SCALED != PLAIN)
+            both += scaled(d, b_scale, a_scale, False) if SCALED == BLOCKS else d
+        else:
+            c = load_steps(up_ptr, offs_w, first, edge, None, BLOCK_K)
+            d = product(a, tl.trans(b), SCALED != PLAIN)
+            e = product(a, tl.trans(c), SCALED != PLAIN)
+            if SCALED == BLOCKS:
+                c_scale = block_scale(w_scale_ptr, row + N, first, stride_sn, GROUP_N, GROUP_K)
+                d = scaled(d, a_scale, b_scale, ONE)
+                e = scaled(e, a_scale, c_scale, ONE)
+            gate += d
+            up += e
+    if SWAP:
+        gate, up = tl.split(tl.permute(tl.reshape(both, (2, BLOCK_N, BLOCK_M)), (2, 1, 0)))
+    if SCALED == ROWS:
+        a_scale = tl.load(x_scale_ptr + token)
+        gate = scaled(gate, a_scale, tl.load(w_scale_ptr + offs_n * stride_sn), False)
+        up = scaled(up, a_scale, tl.load(w_scale_ptr + (offs_n + N) * stride_sn), False)
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + pair)[:, None]
+        gate *= weight
+        up *= weight
+    h = activated(gate, up, ACTIVATION)
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs_h = pair.to(tl.int64)[:, None] * N + offs_n[None, :]
+    if h_scale_ptr is None:
+        tl.store(h_ptr + offs_h, h.to(h_ptr.dtype.element_ty), mask=mask)
+    else:  # a tile is a group wide
+        h = tl.where(mask_n[None, :], h.to(DTYPE).to(tl.float32), 0.0)
+        q, scale = quantised(h, largest(h), LIMIT, BELOW, h_ptr.dtype.element_ty)
+        tl.store(h_ptr + offs_h, q, mask=mask)
+        tl.store(h_scale_ptr + pair * tl.cdiv(N, BLOCK_N) + tile, scale, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _moe_down_kernel(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weights_ptr, expert_ptr, sorted_ptr, end_ptr,
+                     map_ptr, pairs, routed, experts, blocks, stride_we, stride_wn, stride_se, stride_sn, N, K,
+                     SCALED: tl.constexpr, LIMIT: tl.constexpr, BELOW: tl.constexpr, GROUP_N: tl.constexpr,
+                     GROUP_K: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+                     SWAP: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """y [pairs, N] = weight * h w^T for BLOCK_M pairs of one expert, BLOCK_N columns. h is quantised on the way where
+    it has to be and has no scales."""
+    block, tile = deal_tiles(tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
+    if block >= blocks:
+        return
+    if block * BLOCK_M >= tl.load(end_ptr):
+        return
+    expert = local_expert(tl.load(expert_ptr + block), map_ptr, routed, experts)
+    if expert < 0:
+        return
+    pair = tl.load(sorted_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    mask_m = pair < pairs
+    pair = tl.minimum(pair, pairs - 1)
+    offs_a = (pair.to(tl.int64) if WIDE else pair)[:, None] * K
+    mask_a = mask_m[:, None] if BLOCK_M <= 32 else None
+
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    offs_n = tl.minimum(offs_n, N - 1)
+    offs_w = offs_n[:, None] * stride_wn
+    w_ptr += expert.to(tl.int64) * stride_we
+    edge = None if EVEN else K
+    if SCALED != PLAIN:
+        w_scale_ptr += expert.to(tl.int64) * stride_se
+    row = tile * BLOCK_N if ONE and not SWAP else offs_n
+
+    y = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        a = load_steps(h_ptr, offs_a, first, edge, mask_a, BLOCK_K)
+        b = load_steps(w_ptr, offs_w, first, edge, None, BLOCK_K)
+        if SCALED == BLOCKS:
+            if h_scale_ptr is None:
+                wide = a.to(tl.float32)
+                a, a_scale = quantised(wide, largest(wide), LIMIT, BELOW, b.dtype)
+            else:
+                a_scale = tl.load(h_scale_ptr + pair * tl.cdiv(K, GROUP_K) + first // GROUP_K)
+            b_scale = block_scale(w_scale_ptr, row, first, stride_sn, GROUP_N, GROUP_K)
+        d = product(b, tl.trans(a), SCALED != PLAIN) if SWAP else product(a, tl.trans(b), SCALED != PLAIN)
+        if SCALED == BLOCKS:
+            d = scaled(d, b_scale, a_scale, False) if SWAP else scaled(d, a_scale, b_scale, ONE)
+        y += d
+    if SWAP:
+        y = tl.trans(y)
+    if SCALED == ROWS:
+        y = scaled(y, tl.load(h_scale_ptr + pair), tl.load(w_scale_ptr + offs_n * stride_sn), False)
+    if weights_ptr is not None:
+        y *= tl.load(weights_ptr + pair)[:, None]
+    offs_y = pair.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["routed", "experts"])
+def _moe_combine_kernel(out_ptr, y_ptr, ids_ptr, map_ptr, routed, experts, N, TOP_K: tl.constexpr,
+                        BLOCK: tl.constexpr):
+    """out [tokens, N]: of a token, the sum of its pairs' rows of y, in order. Rows of ids that mean no expert here were
+    never written, and are not read."""
+    token = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in tl.static_range(TOP_K):
+        expert = local_expert(tl.load(ids_ptr + token * TOP_K + j), map_ptr, routed, experts)
+        written = tl.where(expert >= 0, N, 0)
+        total += tl.load(y_ptr + (token * TOP_K + j) * N + offs, mask=offs < written, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * N + offs, total.to(out_ptr.dtype.element_ty), mask=offs < N)
+
+
+@triton.jit(do_not_specialize=["routed", "experts"])
+def _moe_down_few_kernel(out_ptr, h_ptr, w_ptr, w_scale_ptr, weights_ptr, ids_ptr, map_ptr, routed, experts, stride_we,
+                         stride_wn, stride_se, stride_sn, N, K, TOP_K: tl.constexpr, SCALED: tl.constexpr,
+                         LIMIT: tl.constexpr, BELOW: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
+                         EVEN: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+                         BLOCK_K: tl.constexpr):
+    """out [tokens, N] for one token, BLOCK_N columns: rows (j, n) of its BLOCK_J experts' weights are the left factor,
+    its pairs' rows of h the right one. Only products of the same pair count: the others cost nothing, since a matrix
+    instruction takes 16 columns anyway, and no load waits for another expert's sum."""
+    token = tl.program_id(1).to(tl.int64)
+    rows = tl.arange(0, BLOCK_J * BLOCK_N)
+    offs_j = rows // BLOCK_N
+    offs_n = tl.minimum(tl.program_id(0) * BLOCK_N + rows % BLOCK_N, N - 1)
+    ids_ptr += token * TOP_K
+    expert = local_expert(tl.load(ids_ptr + offs_j, mask=offs_j < TOP_K, other=-1), map_ptr, routed, experts)
+    here = expert >= 0
+    expert = tl.maximum(expert, 0).to(tl.int64)
+    offs_c = tl.arange(0, BLOCK_C)
+    column = local_expert(tl.load(ids_ptr + offs_c, mask=offs_c < TOP_K, other=-1), map_ptr, routed, experts) >= 0
+    offs_h = offs_c[:, None] * K
+    h_ptr += token * TOP_K * K
+    offs_w = (expert * stride_we + offs_n * stride_wn)[:, None]
+    edge = None if EVEN else K
+    if SCALED != PLAIN:
+        w_scale_ptr += expert * stride_se
+    if SCALED == ROWS:
+        amax = tl.zeros([BLOCK_C], tl.float32)
+        for first in range(0, K, BLOCK_K):
+            h = load_steps(h_ptr, offs_h, first, edge, column[:, None], BLOCK_K)
+            amax = tl.maximum(amax, largest(h.to(tl.float32)))
+
+    y = tl.zeros([BLOCK_J * BLOCK_N, BLOCK_C], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        w = load_steps(w_ptr, offs_w, first, edge, here[:, None], BLOCK_K)
+        h = load_steps(h_ptr, offs_h, first, edge, column[:, None], BLOCK_K)
+        if SCALED == PLAIN:
+            y += product(w, tl.trans(h), False)
+        else:
+            wide = h.to(tl.float32)
+            h, h_scale = quantised(wide, largest(wide) if SCALED == BLOCKS else amax, LIMIT, BELOW, w.dtype)
+            d = product(w, tl.trans(h), True)
+            if SCALED == BLOCKS:
+                d = scaled(d, block_scale(w_scale_ptr, offs_n, first, stride_sn, GROUP_N, GROUP_K), h_scale, False)
+            y += d
+    if SCALED == ROWS:
+        y = scaled(y, tl.load(w_scale_ptr + offs_n * stride_sn), scales(amax, LIMIT, BELOW)[0], False)
+    if weights_ptr is not None:
+        y *= tl.load(weights_ptr + token * TOP_K + offs_c, mask=offs_c < TOP_K, other=0.0)[None, :]
+    y = tl.where(here[:, None] & (offs_j[:, None] == offs_c[None, :]), y, 0.0)
+    total = tl.sum(tl.reshape(tl.sum(y, 1), (BLOCK_J, BLOCK_N)), 0)
+    offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + token * N + offs, total.to(out_ptr.dtype.element_ty), mask=offs < N)
