@@ -75,17 +75,20 @@ def on_hopper() -> ModuleType | None:
 
 #: Bounds of the integer facts that the tuner takes for alike; per_expert: pairs of an expert, on average.
 BUCKETS = {"pairs": (32,), "per_expert": (4, 16, 64, 256), "inter": (512,)}
-#: (block_m, up_n, waves, swap) to try, by the bound of per_expert up to which they make sense.
-HOPPER = {16: [(16, 32, 4, True), (16, 64, 4, True), (16, 128, 4, True), (16, 128, 8, True), (32, 64, 4, True)],
-          64: [(32, 64, 4, True), (32, 128, 8, True), (64, 64, 4, False), (64, 128, 4, False), (64, 128, 8, False)],
-          None: [(64, 128, 4, False), (64, 128, 8, False), (128, 64, 4, False), (128, 64, 8, False),
-                 (128, 128, 8, False)]}
+#: To try, by the bound of per_expert up to which they make sense: (block_m, up_n, waves, stages, swap) ...
+HOPPER = {16: [(16, 32, 4, 6, True), (16, 64, 4, 3, True), (16, 64, 4, 5, True), (16, 128, 8, 3, True)],
+          64: [(32, 64, 4, 4, True), (32, 128, 8, 3, True), (64, 64, 4, 4, False), (64, 128, 8, 3, False)],
+          None: [(64, 128, 8, 3, False), (64, 128, 8, 4, False), (128, 64, 8, 4, False), (128, 128, 8, 3, False)]}
+#: ... and with each of them (down_n, waves, stages): rows are short, so deep pipelines only cost room for other blocks.
+HOPPER_DOWN = [(128, 4, 2), (256, 8, 2), (128, 4, 4)]
 OTHERS = {16: [(16, 32, 2, False), (16, 64, 4, False), (16, 128, 8, False), (32, 64, 4, False), (32, 128, 8, False)],
           64: [(32, 128, 8, False), (64, 64, 4, False), (64, 128, 4, False), (64, 128, 8, False)],
           None: [(64, 128, 8, False), (128, 64, 4, False), (128, 128, 4, False), (128, 128, 8, False),
                  (256, 128, 8, False)]}
-#: (up_n, waves, swap) to try where pairs are not sorted.
+#: (up_n, waves, swap) to try where pairs are not sorted; on Hopper (up_n, waves, stages, swap, late).
 FEW = [(16, 1, False), (16, 2, True), (32, 2, True), (32, 4, True)]
+HOPPER_FEW = [(16, 2, 8, True, True), (16, 4, 8, True, True), (16, 2, 12, True, True), (16, 1, 8, False, True),
+              (32, 4, 8, True, True), (16, 2, 8, True, False)]
 
 
 def facts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
@@ -112,8 +115,11 @@ def pairs(config: Config, per_expert: int, **others) -> int:
 def candidates(arch: Arch, kind: str, pairs: int, per_expert: int, aligned: bool, **others) -> list[Config]:
     """What the tuner tries beside the present configuration."""
     size = 4 if kind == "fp32" else 2 if kind == "half" else 1
-    hopper, mfma = arch.matrix == "wgmma" and aligned and size < 4, arch.matrix == "mfma"
-    options, tried = {"matrix_instr_nonkdim": 16} if mfma else {}, []
+    last = 16 if per_expert <= 16 else 64 if per_expert <= 64 else None
+    if arch.matrix == "wgmma" and aligned and size < 4:
+        return _on_hopper_candidates(arch, kind, size, pairs, per_expert, last, **others)
+    mfma, tried = arch.matrix == "mfma", []
+    options = {"matrix_instr_nonkdim": 16} if mfma else {}
 
     def add(m: int, n: int, k: int, waves: int, s: int, down_n: int, **more) -> None:
         lds_bytes = max(1, s - 1 if arch.vendor == "amd" else s) * more.get("unroll", 1) * (m + 2 * n) * k * size
@@ -123,30 +129,35 @@ def candidates(arch: Arch, kind: str, pairs: int, per_expert: int, aligned: bool
 
     if pairs <= 32:
         for n, waves, swap in FEW:
-            if hopper:
-                for s, late in ((4, False), (8, False), (8, kind == "block")):
-                    add(16, n, 128, waves, s, 128, few=True, swap=swap, late=late)
-            elif mfma:
-                for unroll in (1, 4, 8):
-                    add(16, n, 128, waves, 2, 128, few=True, swap=swap, unroll=unroll)
-            else:
-                for k, s in ((32, 1), (64, 2)):
-                    add(16, n, k, waves, s, 64, few=True, swap=swap)
+            for k, s, unroll in ((128, 2, 1), (128, 2, 4), (128, 2, 8)) if mfma else ((32, 1, 1), (64, 2, 1)):
+                add(16, n, k, waves, s, 128 if mfma else 64, few=True, swap=swap, unroll=unroll)
         return tried
-    if others.get("hopper"):
-        for down_n, waves in ((128, 4), (128, 8), (256, 8)):
-            tried.append(Config(128, 128, 128 // size, 8, 3, down_n, 128 // size, waves, 3, group_m=8, hopper=True))
-    last = 16 if per_expert <= 16 else 64 if per_expert <= 64 else None
-    for m, n, waves, swap in (HOPPER if hopper else OTHERS)[last]:
+    for m, n, waves, swap in OTHERS[last]:
         more = dict(swap=swap, group_m=1 if per_expert <= m else 8, xcds=arch.xcds)
         for deep in (False, True):
-            if hopper:
-                add(m, n, 128 // size, waves, 4 if deep else 3, 2 * n if size == 2 else min(128, 2 * n), **more)
-            elif mfma:
+            if mfma:
                 add(m, n, (128 if deep else 64) // size, waves, 2, 2 * n if size == 2 else min(128, 2 * n), **more)
             else:
                 add(min(m, 64), min(n, 64), 32, waves, 2 if deep else 1, 64, **more)
     return tried
+
+
+def _on_hopper_candidates(arch: Arch, kind: str, size: int, pairs: int, per_expert: int, last: int | None,
+                          hopper: bool = False, **others) -> list[Config]:
+    k = 128 // size
+    if pairs <= 32:
+        ups = [((16, n, 128, waves, s), dict(few=True, swap=swap, late=late and kind == "block"))
+               for n, waves, s, swap, late in HOPPER_FEW]
+        downs = [(n, 128, waves, s) for n, waves, s in HOPPER_DOWN[:2]]
+    else:
+        ups = [((m, n, k, waves, s), dict(swap=swap, group_m=1 if per_expert <= m else 8))
+               for m, n, waves, s, swap in HOPPER[last]]
+        if hopper:
+            ups.append(((128, 128, k, 8, 3), dict(group_m=8, hopper=True)))
+        downs = [(n, k, waves, s) for n, waves, s in HOPPER_DOWN]
+    fit = [up for up in ups if up[0][4] * (up[0][0] + 2 * up[0][1]) * up[0][2] * size <= arch.lds_bytes]
+    found = [Config(*up, *down, **more) for up, more in fit for down in downs]
+    return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
 # ---- the stages

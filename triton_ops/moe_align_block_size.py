@@ -17,7 +17,7 @@ from wave64.triton_ops.geometry import num_warps
 from wave64.triton_ops.splits import overlaps
 
 #: More ids than these are counted by a launch of its own, in PARTS parts.
-MOST_IDS = 32768
+MOST_IDS = 8192
 PARTS = 16
 #: Ids read and places filled at a time, at most.
 TILE = 2048

@@ -135,9 +135,9 @@ def _moe_gate_up_kernel(h_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_p
     # Of few rows most may be missing, so they are not even read; of many few, and their masks would take registers.
     mask_a = mask_m[:, None] if BLOCK_M <= 32 else None
 
-    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    offs_n = tl.minimum(offs_n, N - 1)
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = columns < N
+    offs_n = tl.minimum(columns, N - 1)  # which may be read; stores, to be wide, have to know that columns follow
     w_ptr += expert.to(tl.int64) * stride_we
     edge = None if EVEN else K
     if SCALED != PLAIN:
@@ -188,7 +188,7 @@ def _moe_gate_up_kernel(h_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_p
         up *= weight
     h = activated(gate, up, ACTIVATION)
     mask = mask_m[:, None] & mask_n[None, :]
-    offs_h = pair.to(tl.int64)[:, None] * N + offs_n[None, :]
+    offs_h = pair.to(tl.int64)[:, None] * N + columns[None, :]
     if h_scale_ptr is None:
         tl.store(h_ptr + offs_h, h.to(h_ptr.dtype.element_ty), mask=mask)
     else:  # a tile is a group wide
@@ -221,9 +221,9 @@ def _moe_down_kernel(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weights_ptr,
     offs_a = (pair.to(tl.int64) if WIDE else pair)[:, None] * K
     mask_a = mask_m[:, None] if BLOCK_M <= 32 else None
 
-    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    offs_n = tl.minimum(offs_n, N - 1)
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = columns < N
+    offs_n = tl.minimum(columns, N - 1)  # which may be read; stores, to be wide, have to know that columns follow
     offs_w = offs_n[:, None] * stride_wn
     w_ptr += expert.to(tl.int64) * stride_we
     edge = None if EVEN else K
@@ -252,7 +252,7 @@ def _moe_down_kernel(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weights_ptr,
         y = scaled(y, tl.load(h_scale_ptr + pair), tl.load(w_scale_ptr + offs_n * stride_sn), False)
     if weights_ptr is not None:
         y *= tl.load(weights_ptr + pair)[:, None]
-    offs_y = pair.to(tl.int64)[:, None] * N + offs_n[None, :]
+    offs_y = pair.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
