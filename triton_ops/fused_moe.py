@@ -59,7 +59,7 @@ class Config:
     late: bool = False      # groups of x are quantised by each program that reads them
     swap: bool = False      # weights are the left factor of products, for instructions that want 64 rows of it
     unroll: int = 1         # steps of the first product whose loads are under way together
-    hopper: bool = False    # the first product by the kernel of hopper/fused_moe.py; blocks of 128 pairs
+    hopper: bool = False    # both products by the kernel of hopper/fused_moe.py; blocks of 128 pairs
     options: dict = field(default_factory=dict)
 
 
@@ -85,10 +85,10 @@ OTHERS = {16: [(16, 32, 2, False), (16, 64, 4, False), (16, 128, 8, False), (32,
           64: [(32, 128, 8, False), (64, 64, 4, False), (64, 128, 4, False), (64, 128, 8, False)],
           None: [(64, 128, 8, False), (128, 64, 4, False), (128, 128, 4, False), (128, 128, 8, False),
                  (256, 128, 8, False)]}
-#: (up_n, waves, swap) to try where pairs are not sorted; on Hopper (up_n, waves, stages, swap, late).
+#: (up_n, waves, swap) to try where pairs are not sorted; on Hopper (up_n, waves, stages, unroll).
 FEW = [(16, 1, False), (16, 2, True), (32, 2, True), (32, 4, True)]
-HOPPER_FEW = [(16, 2, 8, True, True), (16, 4, 8, True, True), (16, 2, 12, True, True), (16, 1, 8, False, True),
-              (32, 4, 8, True, True), (16, 2, 8, True, False)]
+HOPPER_FEW = [(16, 2, 8, 1), (16, 4, 8, 1), (32, 4, 8, 1), (16, 2, 3, 4), (16, 4, 3, 4), (32, 4, 3, 4), (16, 2, 4, 2),
+              (32, 4, 4, 2)]
 
 
 def facts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
@@ -102,7 +102,7 @@ def facts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Te
     apart = (hidden, inter, x.stride(0), *w13.stride()[:2], *w2.stride()[:2])
     aligned = all(n % 16 == 0 for n in apart) and (not block_shape or block_shape[1] == 128)
     hopper = (kernel is not None and expert_map is None and not apply_router_weight_on_input
-              and kernel.serves(x, w13, block_shape, activation))
+              and kernel.serves(x, w13, w2, block_shape, activation))
     return {"kind": "row" if kind in ("tensor", "channel") else kind, "pairs": topk_ids.numel(),
             "per_expert": triton.cdiv(topk_ids.numel(), experts), "inter": inter, "aligned": aligned, "hopper": hopper}
 
@@ -117,7 +117,7 @@ def candidates(arch: Arch, kind: str, pairs: int, per_expert: int, aligned: bool
     size = 4 if kind == "fp32" else 2 if kind == "half" else 1
     last = 16 if per_expert <= 16 else 64 if per_expert <= 64 else None
     if arch.matrix == "wgmma" and aligned and size < 4:
-        return _on_hopper_candidates(arch, kind, size, pairs, per_expert, last, **others)
+        return _on_hopper_candidates(arch, size, pairs, per_expert, last, **others)
     mfma, tried = arch.matrix == "mfma", []
     options = {"matrix_instr_nonkdim": 16} if mfma else {}
 
@@ -142,21 +142,21 @@ def candidates(arch: Arch, kind: str, pairs: int, per_expert: int, aligned: bool
     return tried
 
 
-def _on_hopper_candidates(arch: Arch, kind: str, size: int, pairs: int, per_expert: int, last: int | None,
+def _on_hopper_candidates(arch: Arch, size: int, pairs: int, per_expert: int, last: int | None,
                           hopper: bool = False, **others) -> list[Config]:
     k = 128 // size
     if pairs <= 32:
-        ups = [((16, n, 128, waves, s), dict(few=True, swap=swap, late=late and kind == "block"))
-               for n, waves, s, swap, late in HOPPER_FEW]
+        ups = [((16, n, 128, waves, s), dict(few=True, swap=True, unroll=unroll)) for n, waves, s, unroll in HOPPER_FEW]
         downs = [(n, 128, waves, s) for n, waves, s in HOPPER_DOWN[:2]]
     else:
         ups = [((m, n, k, waves, s), dict(swap=swap, group_m=1 if per_expert <= m else 8))
                for m, n, waves, s, swap in HOPPER[last]]
-        if hopper:
-            ups.append(((128, 128, k, 8, 3), dict(group_m=8, hopper=True)))
         downs = [(n, k, waves, s) for n, waves, s in HOPPER_DOWN]
-    fit = [up for up in ups if up[0][4] * (up[0][0] + 2 * up[0][1]) * up[0][2] * size <= arch.lds_bytes]
+    fit = [(up, more) for up, more in ups
+           if up[4] * more.get("unroll", 1) * (up[0] + 2 * up[1]) * up[2] * size <= arch.lds_bytes]
     found = [Config(*up, *down, **more) for up, more in fit for down in downs]
+    if hopper and pairs > 32:
+        found.append(Config(128, 128, k, 4, 6, 128, k, 4, 6, hopper=True))
     return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
@@ -222,8 +222,8 @@ def first_product(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype, w13: Te
     pairs, inter = routing.topk_ids.numel(), w13.shape[1] // 2
     if config.hopper:
         h = torch.empty((pairs, inter), dtype=dtype, device=x.device)
-        on_hopper().launch(h, x, x_scale, w13, w13_scale, routing.pairs, routing.block_ids, routing.end,
-                           routing.topk_ids.shape[1], block_shape)
+        on_hopper().launch(h, x, x_scale, w13, w13_scale, None, routing.pairs, routing.block_ids, routing.end,
+                           routing.topk_ids.shape[1], 2, block_shape)
         return (h, None) if x_scale is None else quantise(h, block_shape)
     group = block_shape[1] if block_shape else 0
     whole = config.up_n == group and not config.few
@@ -245,6 +245,10 @@ def second_product(h: Tensor, h_scale: Tensor | None, dtype: torch.dtype, w2: Te
     """y [pairs, hidden]; rows of pairs without an expert here are not written."""
     hidden, group = w2.shape[1], block_shape[1] if block_shape else 0
     y = torch.empty((h.shape[0], hidden), dtype=dtype, device=h.device)
+    if config.hopper:
+        on_hopper().launch(y, h, h_scale, w2, w2_scale, weights, routing.pairs, routing.block_ids, routing.end, 1, 1,
+                           block_shape)
+        return y
     about = _about(w2, w2_scale, block_shape, config.down_k if h_scale is not None else max(config.down_k, group))
     _moe_down_kernel[routing.grid(triton.cdiv(hidden, config.down_n), config)](
         y, h, h_scale, w2, w2_scale, weights, *routing.arguments(), N=hidden,

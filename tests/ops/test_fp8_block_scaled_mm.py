@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wave64 import BadArgument, ops, platform, quant, tuning
+from wave64.testing import tune
 from wave64.testing.contract import same_bits
 from wave64.triton_ops.fp8_mm import Config
 
@@ -94,6 +95,19 @@ def test_every_form_of_the_kernel(device, m, n, k, block_n, block_k, group_m, xc
         got = run("triton", *args, [32, 128], torch.float32)
         assert same_bits(got, run("triton", *args, [32, 128], torch.float32))
     assert_within_bound(got, *exact(*args, [32, 128]), k)
+
+
+@pytest.mark.skipif(platform.arch() is None or platform.arch().matrix != "wgmma", reason="a kernel for Hopper")
+@pytest.mark.parametrize(("m", "n", "k"), [
+    (1, 8, 16), (64, 128, 128), (65, 136, 144), (128, 256, 384), (300, 1000, 656), (2000, 3000, 1024)])
+def test_hoppers_own_kernel_keeps_the_bound(device, m, n, k):
+    """Edges of tiles, odd and even numbers of blocks of K, fewer and more tiles than programs."""
+    args = draw(m, n, k, [128, 128], device=device)
+    module = tune.launcher(ops.fp8_block_scaled_mm)
+    assert module.facts(*args[:2], [128, 128], torch.bfloat16)["hopper"]
+    with tuning.forced("fp8_block_scaled_mm", Config(128, 128, 128, 4, 4, hopper=True)):
+        got = run("triton", *args, [128, 128], torch.bfloat16)
+    assert_within_bound(got, *exact(*args, [128, 128]), k)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

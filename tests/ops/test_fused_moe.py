@@ -129,6 +129,20 @@ def test_equals_a_dense_mixture_within_its_bound(backend, device, tokens, expert
     holds(run(backend, args), args)
 
 
+@pytest.mark.skipif(platform.arch() is None or platform.arch().matrix != "wgmma", reason="a kernel for Hopper")
+@pytest.mark.parametrize("kind", [{}, dict(dtype=HALF), dict(scales="block", block_shape=[128, 128])])
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "dropped"), [
+    (33, 3, 2, 0.0), (300, 5, 3, 0.3), (129, 1, 1, 0.0), (64, 2, 2, 0.0), (17, 4, 2, 1.0), (700, 4, 4, 0.0)])
+def test_hoppers_own_kernel_keeps_the_bound(device, kind, tokens, experts, top_k, dropped):
+    """Blocks of 128 pairs that are full, or end in either team's half, or are not there at all."""
+    torch.manual_seed(tokens)
+    args = on(device, make_case(tokens, experts, top_k, 512, 256, dropped=dropped, **kind))
+    module = tune.launcher(ops.fused_moe)
+    assert module.facts(**args)["hopper"]
+    with tuning.forced("fused_moe", module.Config(128, 128, 64, 4, 6, 128, 64, 4, 6, hopper=True)):
+        holds(run("triton", args), args)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_activations_in_fp32(backend, device, activation):

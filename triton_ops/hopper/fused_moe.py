@@ -1,10 +1,10 @@
-"""fused_moe's first product for Hopper, for many tokens: copying and multiplying at once, by different waves, in Gluon.
+"""fused_moe's products for Hopper, for many tokens: copying and multiplying at once, by different waves, in Gluon.
 
-The trick: four waves do nothing but copy on chip, rows of x from wherever their tokens lie, and gate's and up's rows of
-weights side by side in one tile (TMA), several blocks of K ahead and on into the next tile of the result. Two teams of
-four waves multiply 64 pairs each; a team whose pairs are all padding leaves the matrix unit to the other. Gate and up
-of a column end in one lane's registers, where the activation takes them.
-Bound by: the matrix units.
+The trick: four waves do nothing but copy on chip, rows of x or h from wherever they lie and tiles of weights (TMA),
+several blocks of K ahead and on into the next tile of the result. Two teams of four waves multiply 64 pairs each; a
+team whose pairs are all padding leaves the matrix unit to the other. A tile of the first product has gate's and up's
+rows side by side, so that both of a column end in one lane's registers, where the activation takes them.
+Bound by: the matrix units; the second product by writing its result.
 """
 
 from torch import Tensor
@@ -24,7 +24,7 @@ from wave64.triton_ops.hopper.fp8_block_scaled_mm import begin_load
 from wave64.triton_ops.hopper.mla_decode import begin_copy
 
 TEAM = gl.constexpr(64)  # rows of a matrix instruction, and of a team
-COLUMNS = gl.constexpr(64)  # of gate, and of up, in a tile
+ROWS = gl.constexpr(128)  # of weights in a tile: of the first product half of them gate's, half up's
 COPIERS = gl.constexpr(4)  # waves
 # Renamed after Triton 3.6.
 PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -42,7 +42,7 @@ def _copy_rows(lds, ptrs, there, copy: gl.constexpr):
 
 @gluon.jit
 def _copy(x_ptr, w_desc, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, items, tiles, pairs, k, stride_x,
-          TOP_K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+          TOP_K: gl.constexpr, PARTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
     """The waves that copy. A stage is full when every lane's copies and TMA's bytes have come, and empty when both
     teams have read it."""
     lanes: gl.constexpr = BLOCK_K * x_ptr.dtype.element_ty.primitive_bitwidth // 128  # that copy a row, 16 bytes each
@@ -60,8 +60,8 @@ def _copy(x_ptr, w_desc, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, item
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             there = full.index(stage)
-            mbarrier.expect(there, 2 * COLUMNS * BLOCK_K * (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
-            begin_load(w_desc, [expert * 2, tile * COLUMNS, first], there, b_lds.index(stage))
+            mbarrier.expect(there, ROWS * BLOCK_K * (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
+            begin_load(w_desc, [expert * PARTS, tile * (ROWS // PARTS), first], there, b_lds.index(stage))
             _copy_rows(a_lds.index(2 * stage), rows + first, pair < pairs, copy)
             _copy_rows(a_lds.index(2 * stage + 1), rows2 + first, pair2 < pairs, copy)
             async_copy.mbarrier_arrive(there, increment_count=False)
@@ -76,56 +76,60 @@ def _begin(a_lds, b_lds, full, step, sums, ADD: gl.constexpr, TEAM_NUMBER: gl.co
     mbarrier.wait(full.index(stage), step // STAGES & 1)
     fence_async_shared()
     a = a_lds.index(2 * stage + TEAM_NUMBER)
-    b = b_lds.index(stage)  # [2, 64, BLOCK_K]: gate's and up's rows lie as one tile would
+    b = b_lds.index(stage)  # [PARTS, ROWS / PARTS, BLOCK_K], which lies as one tile would
     if PUBLIC:
-        b = b.reinterpret(a.dtype, [2 * COLUMNS, BLOCK_K], a.layout)
+        b = b.reinterpret(a.dtype, [ROWS, BLOCK_K], a.layout)
     else:
-        b = b._reinterpret(a.dtype, [2 * COLUMNS, BLOCK_K], a.layout)
+        b = b._reinterpret(a.dtype, [ROWS, BLOCK_K], a.layout)
     return warpgroup_mma(a, b.permute((1, 0)), sums, use_acc=ADD, is_async=True)
 
 
 @gluon.jit
 def _halves(both):
     """Columns of gate, and those of up, of [64, 128]: other names for the same registers."""
-    return gl.split(gl.permute(gl.reshape(both, [TEAM, 2, COLUMNS]), [0, 2, 1]))
+    return gl.split(gl.permute(gl.reshape(both, [TEAM, 2, ROWS // 2]), [0, 2, 1]))
 
 
 @gluon.jit
-def _add(gate, up, found, a_scale, gate_scale, up_scale):
+def _add(sums, found, scales):
+    return gl.fma(found, gl.expand_dims(scales, 1) + gl.zeros_like(sums), sums)
+
+
+@gluon.jit
+def _add_halves(gate, up, found, a_scale, gate_scale, up_scale):
     d, e = _halves(found)
-    gate = gl.fma(d, gl.expand_dims(a_scale * gate_scale, 1) + gl.zeros_like(gate), gate)
-    up = gl.fma(e, gl.expand_dims(a_scale * up_scale, 1) + gl.zeros_like(up), up)
-    return gate, up
+    return _add(gate, d, a_scale * gate_scale), _add(up, e, a_scale * up_scale)
 
 
 @gluon.jit
-def _multiply(TEAM_NUMBER: gl.constexpr, h_ptr, x_scale_ptr, w_scale_ptr, sorted_ptr, expert_ptr, a_lds, b_lds, full,
-              empty, items, tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K: gl.constexpr,
-              GROUP_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+def _multiply(TEAM_NUMBER: gl.constexpr, y_ptr, x_scale_ptr, w_scale_ptr, weights_ptr, sorted_ptr, expert_ptr, a_lds,
+              b_lds, full, empty, items, tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K: gl.constexpr,
+              PARTS: gl.constexpr, GROUP_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
     """A team: 64 pairs of each tile. Blocks of K are taken in twos, so that one is multiplied while the other is added
     up; their scales are loaded two blocks ahead. The number of blocks is even."""
     size: gl.constexpr = a_lds.dtype.primitive_bitwidth
+    width: gl.constexpr = ROWS // PARTS
     product: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
-                                                      instr_shape=[16, 2 * COLUMNS, 256 // size])
-    zeros = gl.zeros([TEAM, 2 * COLUMNS], gl.float32, product)
+                                                      instr_shape=[16, ROWS, 256 // size])
+    written: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+    zeros = gl.zeros([TEAM, ROWS], gl.float32, product)
     none, none_up = _halves(zeros)
-    half: gl.constexpr = none.type.layout
-    S_M: gl.constexpr = gl.SliceLayout(1, half)
-    written: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    S_M: gl.constexpr = gl.SliceLayout(1, none.type.layout if PARTS == 2 else product)
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         block, tile = item // tiles, item % tiles
         first_pair = sorted_ptr + block * (2 * TEAM) + TEAM_NUMBER * TEAM
-        gate, up = none, none_up
+        sums, gate, up = zeros, none, none_up
         if gl.load(first_pair) < pairs:
             if x_scale_ptr is not None:
                 pair = gl.minimum(gl.load(first_pair + gl.arange(0, TEAM, S_M)), pairs - 1)
                 a_scales = x_scale_ptr + pair.to(gl.int64) // TOP_K * stride_xs
                 gates = w_scale_ptr + gl.load(expert_ptr + block).to(gl.int64) * stride_se
-                ups = gates + (n + tile * COLUMNS) // GROUP_N * stride_sn
-                gates += tile * COLUMNS // GROUP_N * stride_sn
-                a_scale, gate_scale, up_scale = gl.load(a_scales), gl.load(gates), gl.load(ups)
-                a_scale2, gate_scale2, up_scale2 = gl.load(a_scales + 1), gl.load(gates + 1), gl.load(ups + 1)
+                ups = gates + (n + tile * width) // GROUP_N * stride_sn if PARTS == 2 else gates
+                gates += tile * width // GROUP_N * stride_sn
+                a_scale, a_scale2 = gl.load(a_scales), gl.load(a_scales + 1)
+                gate_scale, gate_scale2 = gl.load(gates), gl.load(gates + 1)
+                up_scale, up_scale2 = gl.load(ups), gl.load(ups + 1)
                 blocks = k // BLOCK_K
                 for at in range(0, blocks, 2):
                     found = _begin(a_lds, b_lds, full, step, zeros, False, TEAM_NUMBER, BLOCK_K, STAGES)
@@ -137,13 +141,18 @@ def _multiply(TEAM_NUMBER: gl.constexpr, h_ptr, x_scale_ptr, w_scale_ptr, sorted
                     up_scale, up_scale2 = gl.load(ups + ahead), gl.load(ups + ahead + 1)
                     found = warpgroup_mma_wait(1, deps=[found])
                     mbarrier.arrive(empty.index(step % STAGES), count=1)
-                    gate, up = _add(gate, up, found, a, g, u)
+                    if PARTS == 2:
+                        gate, up = _add_halves(gate, up, found, a, g, u)
+                    else:
+                        sums = _add(sums, found, a * g)
                     found2 = warpgroup_mma_wait(0, deps=[found2])
                     mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
-                    gate, up = _add(gate, up, found2, a2, g2, u2)
+                    if PARTS == 2:
+                        gate, up = _add_halves(gate, up, found2, a2, g2, u2)
+                    else:
+                        sums = _add(sums, found2, a2 * g2)
                     step += 2
             else:
-                sums = zeros
                 for _pair in range(0, k, 2 * BLOCK_K):
                     sums = _begin(a_lds, b_lds, full, step, sums, True, TEAM_NUMBER, BLOCK_K, STAGES)
                     sums = _begin(a_lds, b_lds, full, step + 1, sums, True, TEAM_NUMBER, BLOCK_K, STAGES)
@@ -151,13 +160,20 @@ def _multiply(TEAM_NUMBER: gl.constexpr, h_ptr, x_scale_ptr, w_scale_ptr, sorted
                     mbarrier.arrive(empty.index(step % STAGES), count=1)
                     mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
                     step += 2
-                gate, up = _halves(sums)
-            h = gate * up / (1 + gl.exp2(gate * -1.4426950408889634))
-            h = gl.convert_layout(h.to(h_ptr.dtype.element_ty), written)
+                if PARTS == 2:
+                    gate, up = _halves(sums)
+            if PARTS == 2:
+                y = gate * up / (1 + gl.exp2(gate * -1.4426950408889634))
+            else:
+                y = sums
+                if weights_ptr is not None:
+                    to = gl.minimum(gl.load(first_pair + gl.arange(0, TEAM, S_M)), pairs - 1)
+                    y *= gl.expand_dims(gl.load(weights_ptr + to), 1)
+            y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), written)
             to = gl.load(first_pair + gl.arange(0, TEAM, gl.SliceLayout(1, written)))
-            columns = tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, written))
+            columns = tile * width + gl.arange(0, width, gl.SliceLayout(0, written))
             places = gl.expand_dims(to.to(gl.int64) * n, 1) + gl.expand_dims(columns, 0)
-            gl.store(h_ptr + places, h, mask=gl.expand_dims(to < pairs, 1))
+            gl.store(y_ptr + places, y, mask=gl.expand_dims(to < pairs, 1))
         else:
             for _passed in range(0, k, BLOCK_K):
                 mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
@@ -166,57 +182,62 @@ def _multiply(TEAM_NUMBER: gl.constexpr, h_ptr, x_scale_ptr, w_scale_ptr, sorted
 
 
 @gluon.jit(do_not_specialize=["pairs"])
-def _moe_gate_up_hopper_kernel(h_ptr, x_ptr, x_scale_ptr, w_desc, w_scale_ptr, sorted_ptr, expert_ptr, end_ptr, pairs,
-                               n, k, stride_x, stride_xs, stride_se, stride_sn, TOP_K: gl.constexpr,
-                               GROUP_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
-    """h [pairs, n] = silu(gate) * up. One program: every num_programs-th tile of 128 pairs of one expert and 64
-    columns."""
+def _moe_product_hopper_kernel(y_ptr, x_ptr, x_scale_ptr, w_desc, w_scale_ptr, weights_ptr, sorted_ptr, expert_ptr,
+                               end_ptr, pairs, n, k, stride_x, stride_xs, stride_se, stride_sn, TOP_K: gl.constexpr,
+                               PARTS: gl.constexpr, GROUP_N: gl.constexpr, BLOCK_K: gl.constexpr,
+                               STAGES: gl.constexpr):
+    """y [pairs, n] = silu(gate) * up of rows pair / TOP_K of x (PARTS 2), or weight * x w^T (PARTS 1). One program:
+    every num_programs-th tile of 128 pairs of one expert and 128 rows of its weights."""
     rows: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128,
                                               element_bitwidth=x_ptr.dtype.element_ty.primitive_bitwidth, rank=2)
     a_lds = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [2 * STAGES, TEAM, BLOCK_K], rows)
-    b_lds = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 2, COLUMNS, BLOCK_K], w_desc.layout)
+    b_lds = gl.allocate_shared_memory(w_desc.dtype, [STAGES, PARTS, ROWS // PARTS, BLOCK_K], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=COPIERS * 32 + 1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
-    tiles = n // COLUMNS
+    tiles = n // (ROWS // PARTS)
     items = gl.load(end_ptr) // (2 * TEAM) * tiles
     gl.warp_specialize(
-        [(_multiply, (0, h_ptr, x_scale_ptr, w_scale_ptr, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, items,
-                      tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K, GROUP_N, BLOCK_K, STAGES)),
-         (_multiply, (1, h_ptr, x_scale_ptr, w_scale_ptr, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, items,
-                      tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K, GROUP_N, BLOCK_K, STAGES)),
+        [(_multiply, (0, y_ptr, x_scale_ptr, w_scale_ptr, weights_ptr, sorted_ptr, expert_ptr, a_lds, b_lds, full,
+                      empty, items, tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K, PARTS, GROUP_N,
+                      BLOCK_K, STAGES)),
+         (_multiply, (1, y_ptr, x_scale_ptr, w_scale_ptr, weights_ptr, sorted_ptr, expert_ptr, a_lds, b_lds, full,
+                      empty, items, tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K, PARTS, GROUP_N,
+                      BLOCK_K, STAGES)),
          (_copy, (x_ptr, w_desc, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, items, tiles, pairs, k, stride_x,
-                  TOP_K, BLOCK_K, STAGES))],
+                  TOP_K, PARTS, BLOCK_K, STAGES))],
         [4, COPIERS], [216, 80])
 
 
-def serves(x: Tensor, w13: Tensor, block_shape: list[int] | None, activation: str) -> bool:
-    """True where this kernel can stand in for the portable one: whole tiles, rows that can be copied 16 bytes at a
+def serves(x: Tensor, w13: Tensor, w2: Tensor, block_shape: list[int] | None, activation: str) -> bool:
+    """True where this kernel can stand in for the portable ones: whole tiles, rows that can be copied 16 bytes at a
     time, experts side by side as TMA walks them. x: before it is quantised."""
-    (_, rows, hidden), size = w13.shape, w13.itemsize
+    (_, rows, hidden), inter, size = w13.shape, w2.shape[2], w13.itemsize
     if size == 1:
-        of_type = block_shape is not None and block_shape[1] == 128 and block_shape[0] % COLUMNS.value == 0
-        copied = [w13]
+        of_type = block_shape is not None and block_shape[1] == 128 and block_shape[0] % ROWS.value == 0
+        copied = [w13, w2]
     else:
-        of_type, copied = size == 2, [w13, x]
-    return (of_type and activation == "silu" and rows % (2 * COLUMNS.value) == 0 and hidden % (256 // size) == 0
-            and w13.stride(0) == rows * w13.stride(1)
+        of_type, copied = size == 2, [w13, w2, x]
+    return (of_type and activation == "silu" and rows % (2 * ROWS.value) == 0 and hidden % ROWS.value == 0
+            and all(k % (256 // size) == 0 for k in (hidden, inter))
+            and all(w.stride(0) == w.shape[1] * w.stride(1) for w in (w13, w2))
             and all(t.data_ptr() % 16 == 0 and t.stride(-2) * size % 16 == 0 for t in copied))
 
 
-def launch(h: Tensor, x: Tensor, x_scale: Tensor | None, w13: Tensor, w13_scale: Tensor | None, sorted_ids: Tensor,
-           expert_ids: Tensor, end: Tensor, top_k: int, block_shape: list[int] | None) -> None:
-    """h [pairs, inter] of pairs sorted in blocks of 128."""
-    experts, rows, hidden = w13.shape
-    block_k = 128 // w13.itemsize
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * w13.itemsize, rank=3)
-    halves = w13.as_strided((2 * experts, rows // 2, hidden), (rows // 2 * w13.stride(1), w13.stride(1), 1))
-    weights = TensorDescriptor.from_tensor(halves, [2, COLUMNS.value, block_k], layout)
-    scaled = x_scale is not None
-    _moe_gate_up_hopper_kernel[platform.compute_units(),](
-        h, x, x_scale, weights, w13_scale, sorted_ids, expert_ids, end, h.shape[0], rows // 2, hidden, x.stride(0),
-        x_scale.stride(0) if scaled else 0, w13_scale.stride(0) if scaled else 0, w13_scale.stride(1) if scaled else 0,
-        TOP_K=top_k, GROUP_N=block_shape[0] if block_shape else 1, BLOCK_K=block_k, STAGES=STAGES, num_warps=4)
+def launch(y: Tensor, x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, weights: Tensor | None,
+           sorted_ids: Tensor, expert_ids: Tensor, end: Tensor, top_k: int, parts: int,
+           block_shape: list[int] | None) -> None:
+    """y [pairs, n] of pairs sorted in blocks of 128; parts: 2 for w13, 1 for w2, whose x has a row per pair."""
+    experts, rows, columns = w.shape
+    block_k = 128 // w.itemsize
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * w.itemsize, rank=3)
+    whole = w.as_strided((parts * experts, rows // parts, columns), (rows // parts * w.stride(1), w.stride(1), 1))
+    tiles = TensorDescriptor.from_tensor(whole, [parts, ROWS.value // parts, block_k], layout)
+    strides = (x_scale.stride(0), w_scale.stride(0), w_scale.stride(1)) if x_scale is not None else (0, 0, 0)
+    _moe_product_hopper_kernel[platform.compute_units(),](
+        y, x, x_scale, tiles, w_scale, weights, sorted_ids, expert_ids, end, y.shape[0], rows // parts, columns,
+        x.stride(0), *strides, TOP_K=top_k, PARTS=parts, GROUP_N=block_shape[0] if block_shape else 1, BLOCK_K=block_k,
+        STAGES=STAGES, num_warps=4)
