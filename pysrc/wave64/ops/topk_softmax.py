@@ -89,4 +89,4 @@ def topk_softmax(gating: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
     weights = logits.softmax(-1).gather(1, ids)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights, ids.to(torch.int32)
+    return weights, ids.to(torch.int32, memory_format=torch.contiguous_format)
