@@ -39,3 +39,7 @@ class Batch:
     cu_seqlens_q: Tensor  # [B - num_decodes + 1] int32: running sum of new tokens of the prefilling sequences
     max_seqlen_q: int  # longest of the prefilling sequences' new tokens, 0 if none
     logit_rows: Tensor  # [R] int64: rows of the T hidden states whose logits are wanted
+    # What the prefilling sequences had before this step, for attention that reads it other than by the page table:
+    prefix_slots: Tensor | None = None  # [P] int64: page * page_size + offset of their tokens, sequence by sequence
+    cu_seqlens_prefix: Tensor | None = None  # [B - num_decodes + 1] int32: running sum of how many they are
+    max_prefix: int = 0  # the longest, 0 if there are none

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn}
 BUFFER_BYTES = 16 << 20
 
 
@@ -42,7 +43,7 @@ class StoredTensor:
         """
         if tuple(target.shape) != self.shape:
             raise WeightsError(f"{self.file}: {self.name}: expected shape {list(target.shape)}, got {list(self.shape)}")
-        dtype = self._plain_dtype()
+        dtype = self._plain_dtype(target)
         flat = target.view(-1)
         step = BUFFER_BYTES // dtype.itemsize
         buffer = torch.empty(min(step, flat.numel()), dtype=dtype, device="cpu")
@@ -68,10 +69,16 @@ class StoredTensor:
         """Whether `target` holds what `load` would put there."""
         return all(torch.equal(piece, values.to(piece)) for piece, values in self.chunks(target))
 
-    def _plain_dtype(self) -> torch.dtype:
-        if self.dtype not in DTYPES:
-            raise WeightsError(f"{self.file}: {self.name}: expected dtype {', '.join(DTYPES)}, got {self.dtype}; "
-                               "quantised weights are not served yet")
+    def _plain_dtype(self, target: Tensor) -> torch.dtype:
+        """FP8 is read as such, where there are scales for it, and nothing else is."""
+        fp8 = target.dtype == torch.float8_e4m3fn
+        accepted = ["F8_E4M3"] if fp8 else [name for name in DTYPES if name != "F8_E4M3"]
+        if self.dtype not in accepted:
+            hint = "config.json's quantization_config says FP8" if fp8 else (
+                "config.json has no quantization_config that says so" if self.dtype in DTYPES else
+                "such weights are not served")
+            raise WeightsError(f"{self.file}: {self.name}: expected dtype {', '.join(accepted)}, got {self.dtype}; "
+                               f"{hint}")
         return DTYPES[self.dtype]
 
     def _read(self, f, target: Tensor) -> None:

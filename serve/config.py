@@ -69,6 +69,44 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention; widths of one head, but for the ranks."""
+
+    q_lora_rank: int  # 0: queries have no latent of their own
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rope_interleave: bool  # pairs that turn lie side by side, not half a head apart
+    softmax_scale: float
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts: in layers from `first_dense_layers` on whose number `layer_freq` divides."""
+
+    num_experts: int
+    top_k: int
+    num_groups: int  # 1: none
+    topk_groups: int
+    scoring_func: str  # softmax or sigmoid
+    correction_bias: bool
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    num_shared_experts: int
+    intermediate_size: int  # of an expert
+    first_dense_layers: int
+    layer_freq: int
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Weights in FP8 (e4m3fn) with a scale per block of [rows, columns]; activations quantised as they come."""
+
+    weight_block_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer, sizes in elements. `sampling_defaults` holds those of SAMPLING_KEYS that the
     checkpoint's generation_config.json sets."""
@@ -93,6 +131,10 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     sampling_defaults: dict[str, float] = field(default_factory=dict)
+    mla: MLAConfig | None = None
+    moe: MoEConfig | None = None
+    quantization: QuantConfig | None = None
+    num_nextn_predict_layers: int = 0  # stored behind the last layer, for predicting the token after next
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "ModelConfig":

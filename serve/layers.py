@@ -17,7 +17,8 @@ from wave64.serve.rope import cos_sin_cache
 
 ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
 
-KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [num_pages, page_size, num_kv_heads, head_dim]
+#: of one layer: keys and values, each [num_pages, page_size, num_kv_heads, head_dim], or latents alone
+KVCache = tuple[Tensor, ...]
 
 
 class Layer(nn.Module):
@@ -28,12 +29,15 @@ class Layer(nn.Module):
 
         name  of this module within the model
         """
-        for weight_name, weight in self.named_parameters(recurse=False):
-            yield f"{name}.{weight_name}", weight.data
+        for own_name, parameter in self.named_parameters(recurse=False):
+            yield f"{name}.{own_name}", parameter.data
+
+    def finish(self) -> None:
+        """Called once, when all of the checkpoint's weights are in place."""
 
 
-def _weight(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+def weight(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
 class Embedding(Layer):
@@ -41,7 +45,7 @@ class Embedding(Layer):
 
     def __init__(self, vocab_size: int, hidden_size: int):
         super().__init__()
-        self.weight = _weight(vocab_size, hidden_size)
+        self.weight = weight(vocab_size, hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
@@ -55,8 +59,8 @@ class Linear(Layer):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, tied: nn.Parameter | None = None):
         super().__init__()
-        self.weight = _weight(out_features, in_features) if tied is None else tied
-        self.bias = _weight(out_features) if bias else None
+        self.weight = weight(out_features, in_features) if tied is None else tied
+        self.bias = weight(out_features) if bias else None
         self.product = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,16 +80,16 @@ class MergedLinear(Linear):
 
     def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
         parent = name.rpartition(".")[0]
-        for weight_name, weight in super().checkpoint(name):
-            kind = weight_name.rpartition(".")[2]
-            for part, rows in zip(self.parts, weight.split(list(self.parts.values())), strict=True):
+        for own_name, merged in super().checkpoint(name):
+            kind = own_name.rpartition(".")[2]
+            for part, rows in zip(self.parts, merged.split(list(self.parts.values())), strict=True):
                 yield f"{parent}.{part}.{kind}", rows
 
 
 class RMSNorm(Layer):
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
-        self.weight = _weight(hidden_size)
+        self.weight = weight(hidden_size)
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -94,19 +98,24 @@ class RMSNorm(Layer):
         ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
         return x
 
+    def alone(self, x: Tensor) -> Tensor:
+        """The norm of x, which rows apart may be; x stays."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
 
 class Rotary(nn.Module):
     """Turns queries and keys by their positions; one table for all layers of a model."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, length: int):
+    def __init__(self, rope: RopeConfig, head_dim: int, length: int, is_neox: bool = True):
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.is_neox = head_dim, is_neox
         table = cos_sin_cache(rope, head_dim, length).to(torch.get_default_device())
         self.register_buffer("cos_sin_cache", table, persistent=False)
 
-    def forward(self, positions: Tensor, heads: Tensor) -> None:
-        """heads [num_tokens, any number of heads * head_dim], in place: queries and keys side by side."""
-        ops.rotary_embedding(positions, heads, None, self.head_dim, self.cos_sin_cache)
+    def forward(self, positions: Tensor, heads: Tensor, more: Tensor | None = None) -> None:
+        """heads [num_tokens, any number of heads * head_dim], in place: queries and keys side by side, or keys in
+        `more`, of any number of heads, too."""
+        ops.rotary_embedding(positions, heads, more, self.head_dim, self.cos_sin_cache, self.is_neox)
 
 
 class Attention(nn.Module):

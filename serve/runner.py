@@ -68,18 +68,29 @@ class Runner:
             logit_rows = _ranges(ends - logits, logits)
             prompts = counts[step.num_decodes :]
             cu_seqlens, longest = np.append(0, np.cumsum(prompts)).astype(np.int32), int(prompts.max())
-        slots = table[index, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
         fields = {
             "input_ids": np.array(step.tokens),
             "positions": positions,
-            "slot_mapping": slots,
+            "slot_mapping": self._slots(table, index, positions),
             "page_table": table,
             "seq_lens": seq_lens.astype(np.int32),
             "cu_seqlens_q": cu_seqlens,
             "logit_rows": logit_rows,
         }
+        before = starts[step.num_decodes :]
+        if before.any():
+            earlier = _ranges(np.zeros_like(before), before)
+            whose = np.repeat(np.arange(step.num_decodes, len(rows)), before)
+            fields["prefix_slots"] = self._slots(table, whose, earlier)
+            fields["cu_seqlens_prefix"] = np.append(0, np.cumsum(before)).astype(np.int32)
         tensors = {name: torch.from_numpy(array).to(device) for name, array in fields.items()}
-        return Batch(num_decodes=step.num_decodes, max_seqlen_q=longest, **tensors)
+        return Batch(num_decodes=step.num_decodes, max_seqlen_q=longest, max_prefix=int(before.max(initial=0)),
+                     **tensors)
+
+    def _slots(self, table: NDArray, rows: NDArray, positions: NDArray) -> NDArray[np.int64]:
+        """Where in the pool the positions of `rows` of the page table lie."""
+        size = self.page_size
+        return table[rows, positions // size].astype(np.int64) * size + positions % size
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

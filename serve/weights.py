@@ -60,10 +60,14 @@ def fill_from(model: nn.Module, folder: Path) -> None:
     stored = stored_tensors(folder)
     places = _places(model)
     derived = tuple(f".{name}" for name in model.derived_weights)
-    surplus = [tensor for name, tensor in stored.items() if name not in places and not name.endswith(derived)]
+    unused = [name for name in stored if name.startswith(model.unused_weights)]
+    surplus = [tensor for name, tensor in stored.items()
+               if name not in places and not name.endswith(derived) and name not in unused]
     if surplus:
         raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model config.json "
                            "describes has no such weight; does it belong to these weights?")
+    if unused:
+        log.info("%s: %d weights of %s... are not used", folder, len(unused), unused[0].rpartition(".")[0])
     reads, copies = _plan(places, stored, folder)
     size, quiet = sum(t.end - t.begin for t in reads), not sys.stderr.isatty()
     with tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=quiet) as bar:
@@ -74,17 +78,28 @@ def fill_from(model: nn.Module, folder: Path) -> None:
         if not tensor.equals(places[tensor.name]):
             raise WeightsError(f"{tensor.file}: {tensor.name}: expected the values of {original}, because config.json "
                                "ties the two, got others; set tie_word_embeddings to false there")
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.finish()
 
 
 def fill_with_noise(model: nn.Module) -> None:
-    """Weights that keep activations in range: gains of norms 1, all else normal with deviation 0.02."""
+    """Weights that keep activations in range: gains of norms 1, all else normal with deviation 0.02, which FP8 leaves
+    to its scales."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(DUMMY_SEED)
     for module in model.modules():
-        for weight in module.parameters(recurse=False):
+        for name, weight in module.named_parameters(recurse=False):
             if isinstance(module, RMSNorm):
                 weight.data.fill_(1.0)
+            elif name.endswith("_scale"):
+                weight.data.fill_(0.02)
+            elif weight.dtype == torch.float8_e4m3fn:
+                for part in weight.data.view(-1).split(2**24):  # there may be no room for all of it in another dtype
+                    part.copy_(torch.empty(part.shape, device=part.device).normal_(generator=generator))
             else:
                 weight.data.normal_(std=0.02, generator=generator)
+        if isinstance(module, Layer):
+            module.finish()
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:

@@ -78,6 +78,8 @@ class LlamaForCausalLM(nn.Module):
 
     #: names that end so are in old checkpoints and hold what the configuration gives anyway
     derived_weights = ("rotary_emb.inv_freq",)
+    #: names that begin so are of no use here
+    unused_weights = ()
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -97,13 +97,20 @@ class PagedDriver:
     def __init__(self, model: torch.nn.Module, config: ModelConfig, device: str, page_size: int = 4,
                  num_pages: int = 128):
         self.model, self.device, self.page_size = model, device, page_size
-        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-        dtype = next(model.parameters()).dtype
-        self.kv_cache = [tuple(torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in "kv")
-                         for _ in range(config.num_layers)]
+        dtype = model.lm_head.weight.dtype
+        self.kv_cache = self.pool(config, num_pages, page_size, dtype, device)
         self.free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(2)).tolist()
         self.pages: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
+
+    def pool(self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: str) -> list[tuple]:
+        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
+        return [tuple(torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in "kv")
+                for _ in range(config.num_layers)]
+
+    def prefix(self, prefills: dict[str, list[int]]) -> dict:
+        """What a batch says of the prefilling sequences' earlier tokens."""
+        return {}
 
     @torch.inference_mode()
     def step(self, decodes: dict[str, int], prefills: dict[str, list[int]], rows: list[int] | None = None) -> Tensor:
@@ -139,6 +146,7 @@ class PagedDriver:
             cu_seqlens_q=tensor(starts, torch.int32),
             max_seqlen_q=max(map(len, prefills.values()), default=0),
             logit_rows=tensor(list(range(len(ids))) if rows is None else rows),
+            **self.prefix(prefills),
         )
         logits = self.model(batch, self.kv_cache)
         assert logits.dtype == torch.float32
