@@ -125,3 +125,16 @@ def test_a_file_of_a_peer_runs_alone(tmp_path: Path, monkeypatch):
     for _ in range(2):
         with pytest.raises(ImportError, match=r"peer_of_test\.engine"):
             peers.load(tmp_path, [a, b, c])
+
+
+@pytest.mark.parametrize("what", ["layers", "lite"])
+def test_decode_steps_of_deepseek_have_a_table(what):
+    """The real command at tiny sizes, on a machine whose GPU is hidden."""
+    command = [sys.executable, Path(bench.__file__).with_name("decode_deepseek.py"), what, "--tiny", "--batch", "2",
+               "--context", "64", "--tokens", "2"]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env={**os.environ, **hidden}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    row = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert row[0] == "2"
+    assert all(float(cell) > 0 for cell in row)
