@@ -167,4 +167,5 @@ def grouped_topk(gating: Tensor, top_k: int, num_expert_group: int, topk_group: 
         kept = torch.zeros_like(choice[:, :num_expert_group], dtype=torch.bool).scatter_(1, best, True)
         choice = choice.masked_fill(~kept.repeat_interleave(choice.shape[1] // num_expert_group, 1), -torch.inf)
     ids = largest(choice, top_k)
-    return _weights(scores, ids, renormalize, routed_scaling_factor), ids.to(torch.int32, memory_format=torch.contiguous_format)
+    weights = _weights(scores, ids, renormalize, routed_scaling_factor)
+    return weights, ids.to(torch.int32, memory_format=torch.contiguous_format)
