@@ -48,6 +48,7 @@ class ServerArgs:
     max_total_tokens: int | None = _flag(None, "size of the KV pool; default: from --mem-fraction-static", kind=int)
     max_running_requests: int = _flag(256, "requests in one batch")
     page_size: int = _flag(16, "tokens per KV page")
+    kv_cache_dtype: str = _flag("auto", "auto: the model's; fp8_e4m3: the device's", choices=("auto", "fp8_e4m3"))
     chunked_prefill_size: int | None = _flag(
         None, "prompt tokens per step; -1: whole prompts; default: 256 on a CPU, 8192 on a GPU", kind=int
     )

@@ -5,7 +5,6 @@ in silence is a model that answers wrongly in silence. Reads two JSON files and 
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,17 +141,24 @@ class ModelConfig:
 
         Raises ConfigError for a missing or malformed file, an architecture, value or key that is not supported.
         """
-        keys = _Keys(Path(path) / "config.json")
+        keys = Keys(Path(path) / "config.json")
         names = keys.raw.get("architectures") or []
         for name in names:
-            if name in ARCHITECTURES:
-                config = ARCHITECTURES[name](name, keys)
+            if name in architectures():
+                config = architectures()[name](name, keys)
                 keys.refuse_the_rest()
                 return config
-        raise keys.error("architectures", names, f"one of {', '.join(ARCHITECTURES)}")
+        raise keys.error("architectures", names, f"one of {', '.join(architectures())}")
 
 
-class _Keys:
+def architectures() -> dict[str, Any]:
+    """architecture as config.json names it -> how its keys are read; the models are in `wave64.serve.models`"""
+    from wave64.serve.config_deepseek import deepseek  # which is made of what is here
+
+    return {"DeepseekV2ForCausalLM": deepseek, "DeepseekV3ForCausalLM": deepseek, "LlamaForCausalLM": _llama}
+
+
+class Keys:
     """The keys of one JSON object, each asked for by name and type; what nobody asked for is refused at the end."""
 
     def __init__(self, file: Path, raw: dict[str, Any] | None = None, prefix: str = ""):
@@ -197,12 +203,12 @@ class _Keys:
             raise self.error(key, value, f"one of {', '.join(choices)}")
         return choices[value]
 
-    def group(self, key: str) -> "_Keys":
+    def group(self, key: str) -> "Keys":
         """The keys of the object under `key`; none where it is absent."""
         value = self.get(key, {})
         if not isinstance(value, dict):
             raise self.error(key, value, "an object or null")
-        return _Keys(self.file, value, f"{key}.")
+        return Keys(self.file, value, f"{key}.")
 
     def refuse_the_rest(self) -> None:
         """A key nobody asked for may change the mathematics. One that is off (null, false, empty) cannot, nor one
@@ -226,7 +232,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _llama(architecture: str, keys: _Keys) -> ModelConfig:
+def _llama(architecture: str, keys: Keys) -> ModelConfig:
     if keys.get("quantization_config") or keys.get("compression_config"):
         found = keys.get("quantization_config") or keys.get("compression_config")
         method = found.get("quant_method") if isinstance(found, dict) else found
@@ -248,34 +254,41 @@ def _llama(architecture: str, keys: _Keys) -> ModelConfig:
     layer_types = keys.get("layer_types", [])
     if any(kind != "full_attention" for kind in layer_types):
         raise keys.error("layer_types", layer_types, "full_attention in every layer")
-    rope = _rope(keys, max_position_embeddings)
-    generation_file = keys.file.with_name("generation_config.json")
-    generation = _Keys(generation_file, _read_json(generation_file) if generation_file.exists() else {})
+    rope = read_rope(keys, max_position_embeddings)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=keys.count("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=keys.count("intermediate_size"),
-        num_layers=keys.count("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
         rope=rope,
         max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=keys.flag("tie_word_embeddings"),
         attention_bias=keys.flag("attention_bias"),
         mlp_bias=keys.flag("mlp_bias"),
+        context_length=int(max_position_embeddings * (rope.factor if rope.rope_type in ("linear", "dynamic") else 1)),
+        **common(keys),
+    )
+
+
+def common(keys: Keys) -> dict[str, Any]:
+    """The fields of ModelConfig that every model's config.json spells alike."""
+    generation_file = keys.file.with_name("generation_config.json")
+    generation = Keys(generation_file, _read_json(generation_file) if generation_file.exists() else {})
+    return dict(
+        vocab_size=keys.count("vocab_size"),
+        hidden_size=keys.count("hidden_size"),
+        intermediate_size=keys.count("intermediate_size"),
+        num_layers=keys.count("num_hidden_layers"),
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=keys.flag("tie_word_embeddings"),
         hidden_act=keys.choice("hidden_act", "silu", ACTIVATIONS),
         dtype=_dtype(keys),
-        context_length=int(max_position_embeddings * (rope.factor if rope.rope_type in ("linear", "dynamic") else 1)),
         bos_token_id=generation.get("bos_token_id", keys.raw.get("bos_token_id", 1)),
         eos_token_ids=_token_ids(generation, absent=[]) or _token_ids(keys, absent=[2]),
         sampling_defaults=_sampling_defaults(generation),
     )
 
 
-def _sampling_defaults(generation: _Keys) -> dict[str, float]:
+def _sampling_defaults(generation: Keys) -> dict[str, float]:
     given = [key for key in SAMPLING_KEYS if generation.get(key) is not None]
     for key in given:
         generation.number(key, above=float("-inf"))
@@ -283,7 +296,7 @@ def _sampling_defaults(generation: _Keys) -> dict[str, float]:
     return {key: generation.get(key) for key in given} | greedy
 
 
-def _token_ids(keys: _Keys, absent: list[int]) -> tuple[int, ...]:
+def _token_ids(keys: Keys, absent: list[int]) -> tuple[int, ...]:
     """The tokens that end a text; an explicit null means none, `absent` is what a missing key means."""
     value = keys.get("eos_token_id", [] if "eos_token_id" in keys.raw else absent)
     ids = value if isinstance(value, list) else [value]
@@ -292,17 +305,17 @@ def _token_ids(keys: _Keys, absent: list[int]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _dtype(keys: _Keys) -> torch.dtype:
+def _dtype(keys: Keys) -> torch.dtype:
     """`dtype` is transformers 5's spelling of `torch_dtype`; old checkpoints that say neither hold float32."""
     key = "dtype" if keys.get("dtype") is not None else "torch_dtype"
     return keys.choice(key, "float32", DTYPES | {f"torch.{name}": dtype for name, dtype in DTYPES.items()})
 
 
-def _rope(keys: _Keys, max_position_embeddings: int) -> RopeConfig:
+def read_rope(keys: Keys, max_position_embeddings: int) -> RopeConfig:
     """Either `rope_theta` beside `rope_scaling`, or everything in `rope_parameters`; the type under `rope_type` or
     `type`. Two spellings of one thing may stand side by side as long as they agree."""
     given = [keys.group(name) for name in ("rope_scaling", "rope_parameters") if keys.get(name)]
-    rope = given[0] if given else _Keys(keys.file, {}, "rope_scaling.")
+    rope = given[0] if given else Keys(keys.file, {}, "rope_scaling.")
     if len(given) == 2 and given[0].raw != given[1].raw:
         raise keys.error("rope_parameters", given[1].raw, f"the same as rope_scaling, {json.dumps(given[0].raw)}")
     types = {name: rope.get(name) for name in ("rope_type", "type") if rope.get(name) is not None}
@@ -317,7 +330,7 @@ def _rope(keys: _Keys, max_position_embeddings: int) -> RopeConfig:
     for place in (keys, rope):
         if place.number("partial_rotary_factor", 1.0) != 1.0:
             value = place.get("partial_rotary_factor")
-            raise place.error("partial_rotary_factor", value, "1.0: a Llama turns whole heads")
+            raise place.error("partial_rotary_factor", value, "1.0: whole heads turn")
 
     required, optional = ROPE_KEYS[rope_type]
     unknown = {k for k, v in rope.raw.items() if v is not None} - {*required, *optional, *rope.asked, "finetuned"}
@@ -347,6 +360,3 @@ def _rope(keys: _Keys, max_position_embeddings: int) -> RopeConfig:
         raise rope.error("high_freq_factor", values["high_freq_factor"], "more than low_freq_factor")
     return RopeConfig(rope_type=rope_type, theta=theta, **values)
 
-
-#: architecture as config.json names it -> how its keys are read; the models are in `wave64.serve.models`
-ARCHITECTURES: dict[str, Callable[[str, _Keys], ModelConfig]] = {"LlamaForCausalLM": _llama}

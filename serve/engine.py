@@ -60,11 +60,12 @@ class Engine:
         self.device = _device(args.device)
         self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
         model = load_model(self.config, folder, self.dtype, self.device, args.load_format)
-        self.pool = PagePool(pool_pages(args, self.config, self.dtype, self.device), args.page_size)
+        kv_dtype = _kv_dtype(args.kv_cache_dtype, self.dtype, self.device)
+        self.pool = PagePool(pool_pages(args, self.config, kv_dtype, self.device), args.page_size)
         capture = self.device.type == "cuda" and not args.disable_cuda_graph
         max_running = min(args.max_running_requests, self.pool.num_pages)
         self.runner = Runner(
-            model, self.config, self.dtype, self.device, self.pool.num_pages, args.page_size, max_running, capture
+            model, self.config, kv_dtype, self.device, self.pool.num_pages, args.page_size, max_running, capture
         )
         self.scheduler = Scheduler(self.pool, max_running, self._prefill_budget(args))
         self._eos = frozenset(self.config.eos_token_ids)
@@ -195,6 +196,16 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ArgsError("--device: cuda was asked for, and torch sees no GPU; use cpu, or see python -m wave64")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _kv_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys, values and latents are kept in. A CPU keeps OCP's FP8."""
+    if name == "auto":
+        return model_dtype
+    arch = wave64.platform.arch() if device.type == "cuda" else None
+    if arch and arch.fp8 is None:
+        raise ArgsError(f"--kv-cache-dtype: {arch.name} has no FP8, got {name}; use auto")
+    return wave64.quant.fp8_dtype()
 
 
 def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:

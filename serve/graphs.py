@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wave64.serve.batch import Batch
+from wave64.serve.layers import KVCache
 
 log = logging.getLogger("wave64")
 
@@ -29,7 +30,7 @@ class DecodeGraphs:
     """Graphs of `model` over fixed input tensors, for up to `max_batch` sequences of up to `max_pages` pages each."""
 
     def __init__(
-        self, model: nn.Module, kv_cache: list[tuple[Tensor, Tensor]], device: torch.device, max_batch: int,
+        self, model: nn.Module, kv_cache: list[KVCache], device: torch.device, max_batch: int,
         max_pages: int,
     ) -> None:  # fmt: skip
         long = dict(dtype=torch.int64, device=device)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import torch
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.config import ConfigError, ModelConfig
+from wave64.serve.layers import KVCache
 
 log = logging.getLogger("wave64")
 
@@ -17,12 +19,26 @@ CPU_CONTEXTS = 4  # without a flag, a pool in main memory holds this many whole 
 CPU_POOL_BYTES = 1 << 30  # or this much, whichever is less
 
 
+def kv_shapes(config: ModelConfig, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
+    """Of the tensors that a layer keeps its tokens in: keys and values of each KV head, or one latent of all heads."""
+    if config.mla:
+        return ((num_pages, page_size, config.mla.kv_lora_rank + config.mla.qk_rope_head_dim),)
+    return ((num_pages, page_size, config.num_kv_heads, config.head_dim),) * 2
+
+
+def kv_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype,
+             device: torch.device) -> list[KVCache]:
+    """The pool, layer by layer, uninitialised."""
+    return [tuple(torch.empty(shape, dtype=dtype, device=device) for shape in kv_shapes(config, num_pages, page_size))
+            for _ in range(config.num_layers)]
+
+
 def pool_pages(args: ServerArgs, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """The number of KV pages, at least 1; says in the log how it was chosen.
+    """The number of KV pages, at least 1; says in the log how it was chosen. dtype: of what they hold.
 
     Raises ConfigError when not even one page fits.
     """
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    per_token = config.num_layers * sum(math.prod(shape) for shape in kv_shapes(config, 1, 1)) * dtype.itemsize
     if args.max_total_tokens is not None:
         tokens, why = args.max_total_tokens, "--max-total-tokens"
         pages = -(-tokens // args.page_size)

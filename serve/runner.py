@@ -14,23 +14,18 @@ from torch import Tensor, nn
 from wave64.serve.batch import Batch, Schedule
 from wave64.serve.config import ModelConfig
 from wave64.serve.graphs import DecodeGraphs
-
-KVCache = list[tuple[Tensor, Tensor]]
+from wave64.serve.memory import kv_cache
 
 
 class Runner:
     """Owns the KV pool of one rank and the page table of its running sequences, `max_running` rows."""
 
     def __init__(
-        self, model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device, num_pages: int,
+        self, model: nn.Module, config: ModelConfig, kv_dtype: torch.dtype, device: torch.device, num_pages: int,
         page_size: int, max_running: int, capture: bool,
     ) -> None:  # fmt: skip
         self.model, self.device, self.page_size = model, device, page_size
-        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-        self.kv_cache: KVCache = [
-            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(config.num_layers)
-        ]
+        self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device)
         max_pages = -(-config.context_length // page_size)
         self._page_table = np.zeros((max_running, min(max_pages, num_pages)), dtype=np.int32)
         self._graphs = None

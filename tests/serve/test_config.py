@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_llama import make_llama
 
-from wave64.serve.config import ARCHITECTURES, ConfigError, ModelConfig, RopeConfig
+from wave64.serve.config import ConfigError, ModelConfig, RopeConfig, architectures
 from wave64.serve.models import MODELS
 
 LLAMA_3_1_8B = {
@@ -35,7 +35,7 @@ def read(tmp_path):
 
 
 def test_every_architecture_read_has_a_model():
-    assert ARCHITECTURES.keys() == MODELS.keys()
+    assert architectures().keys() == MODELS.keys()
 
 
 def test_llama_3_1(read):

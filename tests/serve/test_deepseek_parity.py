@@ -55,11 +55,21 @@ def test_ragged_batch_of_decodes_and_prefills(deepseek, driver):
     torch.testing.assert_close(got, torch.cat(want), **TOLERANCE)
 
 
-def test_greedy_with_three_prompts_in_flight(deepseek, driver):
+def clear(model, prompt, steps):
+    """`greedy`, or None where logits equal to 1e-4 may still choose another token."""
+    try:
+        return greedy(model, prompt, steps)
+    except AssertionError:
+        return None
+
+
+def test_greedy_with_several_prompts_in_flight(deepseek, driver):
     """A new prompt joins every step while the others decode."""
     steps = 64
-    prompts = {str(n): PROMPT[:n] for n in (2, 7, 13)}
-    answers = {name: greedy(deepseek[0], prompt, steps) for name, prompt in prompts.items()}
+    prompts = {str(n): PROMPT[:n] for n in range(1, 14, 2)}
+    answers = {name: answer for name, prompt in prompts.items() if (answer := clear(deepseek[0], prompt, steps))}
+    prompts = {name: prompts[name] for name in answers}
+    assert len(prompts) >= 3
     tokens = {name: [] for name in prompts}
     waiting = list(prompts)
     while waiting or any(len(t) < steps for t in tokens.values()):
