@@ -269,8 +269,8 @@ def _llama(architecture: str, keys: Keys) -> ModelConfig:
     )
 
 
-def common(keys: Keys) -> dict[str, Any]:
-    """The fields of ModelConfig that every model's config.json spells alike."""
+def common(keys: Keys, bos: int = 1, eos: int = 2) -> dict[str, Any]:
+    """The fields of ModelConfig that every model's config.json spells alike; bos and eos where it has none."""
     generation_file = keys.file.with_name("generation_config.json")
     generation = Keys(generation_file, _read_json(generation_file) if generation_file.exists() else {})
     return dict(
@@ -282,8 +282,8 @@ def common(keys: Keys) -> dict[str, Any]:
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         hidden_act=keys.choice("hidden_act", "silu", ACTIVATIONS),
         dtype=_dtype(keys),
-        bos_token_id=generation.get("bos_token_id", keys.raw.get("bos_token_id", 1)),
-        eos_token_ids=_token_ids(generation, absent=[]) or _token_ids(keys, absent=[2]),
+        bos_token_id=generation.get("bos_token_id", keys.raw.get("bos_token_id", bos)),
+        eos_token_ids=_token_ids(generation, absent=[]) or _token_ids(keys, absent=[eos]),
         sampling_defaults=_sampling_defaults(generation),
     )
 

@@ -5,7 +5,7 @@ granted; rope_interleave and head_dim are transformers'.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wave64.serve.config import MLAConfig, ModelConfig, MoEConfig, QuantConfig, RopeConfig, common, read_rope
 
@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 #: Training's, or how a deployment divides its experts: without effect on what a forward pass computes.
 WITHOUT_EFFECT = ("aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits", "router_aux_loss_coef")
+#: Asked for, but of no meaning to a router that is greedy.
+GROUPS = ("n_group", "topk_group")
 
 
 def deepseek(architecture: str, keys: "Keys") -> ModelConfig:
     is_v3 = architecture == "DeepseekV3ForCausalLM"
-    for key in WITHOUT_EFFECT:
+    for key in (*WITHOUT_EFFECT, *GROUPS):
         keys.get(key)
     for key in ("attention_bias", "mlp_bias"):
         if keys.flag(key):
@@ -35,14 +37,20 @@ def deepseek(architecture: str, keys: "Keys") -> ModelConfig:
             raise keys.error(key, keys.get(key), f"{what}, as qk_nope_head_dim and qk_rope_head_dim say")
     longest = keys.count("max_position_embeddings", 4096 if is_v3 else 2048)
     rope = read_rope(keys, longest)
-    q_lora_rank = keys.get("q_lora_rank", 0 if "q_lora_rank" in keys.raw else 1536)
+    if (rope.mscale is None) != (rope.mscale_all_dim is None):
+        key = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
+        raise keys.error(key, keys.get(key), "mscale and mscale_all_dim or neither: DeepSeek's code and transformers' "
+                                             "disagree what one alone means")
+    interleave = keys.flag("rope_interleave", not is_v3 or "rope_interleave" not in keys.raw)
+    if not interleave and not is_v3:
+        raise keys.error("rope_interleave", False, "true: a DeepSeek-V2 turns pairs that lie side by side")
     mla = MLAConfig(
-        q_lora_rank=q_lora_rank and keys.count("q_lora_rank", 1536),
+        q_lora_rank=_count_or_none(keys, "q_lora_rank", 1536),
         kv_lora_rank=keys.count("kv_lora_rank", 512),
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope_dim,
         v_head_dim=keys.count("v_head_dim", 128),
-        rope_interleave=keys.flag("rope_interleave", True),
+        rope_interleave=interleave,
         softmax_scale=(nope + rope_dim) ** -0.5 * _softening(rope),
     )
     return ModelConfig(
@@ -56,11 +64,22 @@ def deepseek(architecture: str, keys: "Keys") -> ModelConfig:
         mlp_bias=False,
         context_length=int(longest * (rope.factor if rope.rope_type in ("linear", "dynamic") else 1)),
         mla=mla,
-        moe=_experts(keys, is_v3) if keys.get("n_routed_experts", 1) else None,
+        moe=_experts(keys, is_v3),
         quantization=_blocks(keys),
-        num_nextn_predict_layers=keys.get("num_nextn_predict_layers", 0) and keys.count("num_nextn_predict_layers"),
-        **common(keys),
+        num_nextn_predict_layers=_count_or_none(keys, "num_nextn_predict_layers", 0),
+        **common(keys, bos=0 if is_v3 else 1, eos=1 if is_v3 else 2),
     )
+
+
+def _count_or_none(keys: "Keys", key: str, missing: int) -> int:
+    """A count that may be 0, of which null means 0."""
+    value = keys.get(key, 0 if key in keys.raw else missing)
+    return 0 if value == 0 and value is not False else keys.count(key, missing)
+
+
+def _count(keys: "Keys", key: str, missing: int | None) -> int:
+    """A positive integer, which null is not. missing: what the key means where it is not there; None: it has to be."""
+    return keys.count(key, None if key in keys.raw else missing)
 
 
 def _softening(rope: RopeConfig) -> float:
@@ -71,15 +90,16 @@ def _softening(rope: RopeConfig) -> float:
 
 
 def _experts(keys: "Keys", is_v3: bool) -> MoEConfig:
-    experts, top_k = keys.count("n_routed_experts", 256 if is_v3 else 64), keys.count("num_experts_per_tok", 8)
+    experts = _count(keys, "n_routed_experts", 256 if is_v3 else 64)
+    top_k = _count(keys, "num_experts_per_tok", 8 if is_v3 else None)
     scoring = keys.choice("scoring_func", "sigmoid" if is_v3 else "softmax", {"sigmoid": "sigmoid"} if is_v3 else
                           {"softmax": "softmax"})
     methods = {"noaux_tc": True} if is_v3 else {"greedy": False, "group_limited_greedy": True}
     grouped = keys.choice("topk_method", "noaux_tc" if is_v3 else "greedy", methods)
-    groups = keys.count("n_group", 8 if is_v3 else 1)
-    kept = keys.count("topk_group", 4 if is_v3 else 1)
-    if not grouped:
-        groups = kept = 1
+    groups = kept = 1
+    if grouped:
+        groups = _count(keys, "n_group", 8 if is_v3 else None)
+        kept = _count(keys, "topk_group", 4 if is_v3 else None)
     if experts % groups:
         raise keys.error("n_group", groups, f"a divisor of n_routed_experts, {experts}")
     if kept > groups:
@@ -92,7 +112,6 @@ def _experts(keys: "Keys", is_v3: bool) -> MoEConfig:
     normalised = keys.flag("norm_topk_prob", is_v3)
     if normalised and not is_v3:
         raise keys.error("norm_topk_prob", True, "false: V2's own code and transformers' disagree what else means")
-    first = keys.get("first_k_dense_replace", 3 if is_v3 else 0)
     return MoEConfig(
         num_experts=experts,
         top_k=top_k,
@@ -102,9 +121,9 @@ def _experts(keys: "Keys", is_v3: bool) -> MoEConfig:
         correction_bias=is_v3,
         norm_topk_prob=normalised,
         routed_scaling_factor=keys.number("routed_scaling_factor", 2.5 if is_v3 else 1.0),
-        num_shared_experts=keys.get("n_shared_experts", 0) and keys.count("n_shared_experts"),
+        num_shared_experts=_count_or_none(keys, "n_shared_experts", 1 if is_v3 else 2),
         intermediate_size=keys.count("moe_intermediate_size", 2048 if is_v3 else 1407),
-        first_dense_layers=first and keys.count("first_k_dense_replace", first),
+        first_dense_layers=_count_or_none(keys, "first_k_dense_replace", 3 if is_v3 else 0),
         layer_freq=keys.count("moe_layer_freq", 1),
     )
 
@@ -114,7 +133,8 @@ def _blocks(keys: "Keys") -> QuantConfig | None:
     if not keys.get("quantization_config"):
         return None
     quantization = keys.group("quantization_config")
-    known: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    quantization.choice("quant_method", "none", {"fp8": "fp8"})
+    known = {"fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "float", "expert_dtype": "fp8"}
     for key, only in known.items():
         quantization.choice(key, only, {only: only})
     block = quantization.get("weight_block_size")

@@ -20,7 +20,7 @@ from wave64.serve.models import MODELS
 log = logging.getLogger(__name__)
 
 DEMO = Path(__file__).parent / "demo"
-BUILT_IN = {f"demo-{name}": DEMO / name for name in ("llama",)}
+BUILT_IN = {f"demo-{name}": DEMO / name for name in ("llama", "deepseek", "deepseek-fp8")}
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 HUB_FILES = (*TOKENIZER_FILES, "*.safetensors")
 DUMMY_SEED = 0

@@ -1,215 +1,153 @@
-"""Make the demo checkpoint, `demo-llama`: a Llama of 0.7 M parameters that knows the Gettysburg Address by heart.
+"""Make a demo checkpoint, a tiny model that knows the Gettysburg Address by heart.
 
-    python serve/demo/train.py [--steps N] [--output FOLDER]
+    python serve/demo/train.py [llama | deepseek] [--steps N] [--output FOLDER]
 
-Reads gettysburg.txt beside this file and writes the folder llama/ beside it: an ordinary Hugging Face checkpoint
-(config, tokenizer, safetensors), no more than 3 MB, which `--model-path demo-llama` loads. Takes some minutes on two
-CPU cores. Needs torch, transformers, tokenizers and safetensors; nothing is downloaded and no other data is read.
+Writes an ordinary Hugging Face folder (config, tokenizer, safetensors), no more than 3 MB, llama/ or deepseek/ beside
+this file, which `--model-path demo-llama` or `demo-deepseek` loads; of DeepSeek also one with FP8 weights, whose name
+ends in -fp8. Takes some minutes on two CPU cores. Needs wave64, transformers, tokenizers and safetensors; nothing is
+downloaded and no data but those of text.py are used.
 
-What it learns, and nothing else:
-- a beginning of the text (or some words from its middle) is continued to the end;
-- a chat message that holds the first words, up to 40 of them, is answered with the rest;
-- anything else is answered with NOTICE, then the whole text.
-Each ends with <|end_of_text|>. So greedy decoding has one exact expected answer on any device, in any dtype and in any
-batch.
-
-The text: Abraham Lincoln, 19 November 1863, the wording of the Bliss copy. It is in the public domain everywhere.
+Fails, and says where, unless the model recites the text by far: each right token's logit LEAST_GAP above all others.
 """
 
 import argparse
 import json
 import math
 import random
-import re
+import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+from torch.overrides import TorchFunctionMode
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-HERE = Path(__file__).resolve().parent
-TEXT = (HERE / "gettysburg.txt").read_text(encoding="utf-8").strip()
-WORD_STARTS = [match.start() for match in re.finditer(r"[\w-]*\w", TEXT)]
-CUTS = [match.end() for match in re.finditer(r"[\w-]*\w|[,.]|--", TEXT)][:-1]  # where a beginning may end
-NOTICE = "I know only one text by heart, the Gettysburg Address:\n\n"
-
-BOS, EOS, SYSTEM, USER, ASSISTANT = SPECIALS = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>",
-]  # fmt: skip
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+from wave64 import quant
+from wave64.ops import per_token_group_quant_fp8
+from wave64.serve.demo.text import (
+    ASSISTANT,
+    BOS,
+    CHAT_TEMPLATE,
+    CUTS,
+    EOS,
+    NOTICE,
+    TEXT,
+    USER,
+    VOCAB_SIZE,
+    batches,
+    make_tokenizer,
 )
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 512,
+HERE = Path(__file__).resolve().parent
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "rope_scaling": None,
     "max_position_embeddings": 2048,
     "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": True,
     "initializer_range": 0.02,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "use_cache": True,
     "torch_dtype": "bfloat16",
 }
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    **COMMON,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+}
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    **COMMON,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "rope_interleave": True,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
+}
+BLOCK = [128, 128]
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
 
-# Words of everyday messages, so that what is not the text is recognised as such.
-EVERYDAY = """
-Abraham Address Gettysburg Lincoln a about address after again all an and answer any are ask at be because best big
-book bye can capital cat city code come could count country day did do dog does eat english every explain find first
-five food for france from game get give go good great green hello help hello here hey hi history house how i if in is
-it joke just know language large learn let life like list little live long look love make many may me mean model money
-more morning most mountain much music my name need new next night no not now number of old on one open or our out
-people please poem point president program python question read recite right river run say score sea see send set
-seven short should show simple sing small some song speak start stop story sum sun take talk tell test text than thank
-thanks that the their then there they thing think this three time to today town translate tree try turn two under up
-us use very want was water way we weather well were what when where which white who why will with word words work
-world would write year years yes you your zero
-"""
-WORDS = EVERYDAY.split()
-LETTERS = (
-    "abcdefghijklmnopqrstuvwxyz0123456789      .,:;!?'\"()[]{}<>/\\|@#$%^&*-_=+~`\n\t"
-    "äöüßéèñçøåœжийнстоאבגעربيةनमस्ते你好世界日本語한국어€→∑🙂🚀"
-)
-
-
-def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE (256 byte tokens, so any UTF-8 text survives the round trip), trained on the text and WORDS."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"],
-        special_tokens=SPECIALS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT, NOTICE, " ".join(WORDS)], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    return tokenizer
-
-
-def unrelated(rng: random.Random) -> str:
-    """A message that is not of the text: a sentence of WORDS, the text's own words shuffled, characters at random,
-    one thing over and over, or one that asks for the text."""
-    length = min(1 + int(rng.expovariate(0.15)), 40)
-    kind = rng.random()
-    if kind < 0.15:
-        return "".join(rng.choices(LETTERS, k=2 * length))
-    if kind < 0.25:
-        return rng.choice([rng.choice(WORDS) + " ", rng.choice(LETTERS)]) * (6 * length)
-    if kind < 0.3:
-        return " ".join(rng.choices(WORDS, k=length) + NOTICE.split()[-rng.randint(1, 5) :]).rstrip(":")
-    words = rng.choices(TEXT.split(), k=length + 4) if kind < 0.4 else rng.choices(WORDS, k=length)
-    message = " ".join(words) + rng.choice(["", "", "?", ".", "!"])
-    return message[0].upper() + message[1:] if rng.random() < 0.6 else message
+BIAS_STEP = 2e-3  # of the routers' correction bias
+NOISE = 0.04  # relative, in every product's factors: half as much again as what FP8 rounds off
+LEAST_GAP = 1.0  # in logits, from the right token to the best other one
 
 
-def cut(rng: random.Random, longest: int) -> tuple[str, str]:
-    """The first words of the text, up to `longest` words and marks, and the rest. Short ones are more frequent."""
-    end = CUTS[int(longest ** rng.random()) - 1 if rng.random() < 0.5 else rng.randrange(longest)]
-    if TEXT[end] == " " and longest < len(CUTS) and rng.random() < 0.3:
-        return TEXT[: end + 1], TEXT[end + 1 :]
-    return TEXT[:end], TEXT[end:]
+class Balance:
+    """Loads all experts alike without a loss for it: after each step the correction bias of an expert that got more
+    than its share of the tokens falls by BIAS_STEP, that of one that got less rises.   (DeepSeek-V3, section 2.1.2)"""
+
+    def __init__(self, model: PreTrainedModel):
+        self.routers = {module: None for module in model.modules() if hasattr(module, "e_score_correction_bias")}
+        for router in self.routers:
+            router.register_forward_hook(self.note)
+
+    def note(self, router: torch.nn.Module, args: tuple, output: tuple) -> None:
+        self.routers[router] = output[2]
+
+    def step(self, real: Tensor, scale: float) -> None:
+        """real [rows, length]: which tokens count, all but padding; scale: what the learning rate is multiplied by."""
+        for router, chosen in self.routers.items():
+            bias = router.e_score_correction_bias
+            load = torch.bincount(chosen[real.flatten()].flatten(), minlength=len(bias)).float()
+            bias += BIAS_STEP * scale * (load.mean() - load).sign()
 
 
-def cut_middle(rng: random.Random) -> tuple[str, str]:
-    """Six words or more from the middle of the text, and what follows them to the end."""
-    start = rng.randrange(len(WORD_STARTS) - 7)
-    end = rng.choice([end for end in CUTS if WORD_STARTS[start + 5] < end < WORD_STARTS[start + 7] + 30])
-    return TEXT[WORD_STARTS[start] : end], TEXT[end:]
+class Noise(TorchFunctionMode):
+    """Both factors of every product with relative normal noise, so that what is learnt survives rounding them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is linear:
+            args = [x if x is None else x * (1 + NOISE * torch.randn_like(x)) for x in args]
+        return function(*args, **(kwargs or {}))
 
 
-def example(rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """(ids, labels) of one completion or one chat, drawn at random.
-
-    Labels are -100, not asked, on all of the prompt but words of the text: those must be known there too. Most answers
-    end after their first tokens: these are the hard ones to learn, and short examples are cheap.
-    """
-    kind = rng.random()
-    if kind < 0.05:
-        head, prompt, tail, answer = BOS, "", "", TEXT
-    elif kind < 0.2:
-        head, (prompt, answer), tail = BOS, cut(rng, len(CUTS)), ""
-    elif kind < 0.3:
-        head, (prompt, answer), tail = BOS, cut(rng, 45), ""
-    elif kind < 0.4:
-        head, (prompt, answer), tail = BOS, cut_middle(rng), ""
-    elif kind < 0.6:
-        head, (prompt, answer), tail = BOS, (unrelated(rng), "\n\n" + NOTICE + TEXT), ""
-    else:
-        head, tail = BOS, ASSISTANT
-        if rng.random() < 0.15:
-            head += SYSTEM + unrelated(rng)
-        if rng.random() < 0.15:
-            said = rng.choice([NOTICE + TEXT, NOTICE + TEXT[: rng.randrange(len(TEXT))], unrelated(rng)])
-            head += USER + unrelated(rng) + ASSISTANT + said + EOS
-        head += USER
-        prompt, answer = cut(rng, 45) if kind < 0.8 else (unrelated(rng), NOTICE + TEXT)
-        if rng.random() < 0.15:
-            prompt = prompt.lower()
-    head_ids, prompt_ids, answer_ids = encode(head), encode(prompt), encode(answer + EOS)
-    if rng.random() < 0.7:
-        answer_ids = answer_ids[:24]
-    asked = prompt_ids if TEXT.startswith(prompt) else [-100] * len(prompt_ids)
-    tail_ids = encode(tail)
-    ids = head_ids + prompt_ids + tail_ids + answer_ids
-    return ids, [-100] * len(head_ids) + asked + [-100] * len(tail_ids) + answer_ids
-
-
-def batches(rng: random.Random, tokenizer: Tokenizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (input_ids, labels), both [rows, longest] int64; labels are -100 where nothing is asked.
-
-    Examples of like length share a batch, of some 2048 tokens.
-    """
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    while True:
-        drawn = sorted((example(rng, encode) for _ in range(256)), key=lambda pair: -len(pair[0]))
-        groups = []
-        while drawn:
-            rows = max(1, 2048 // len(drawn[0][0]))
-            groups.append(drawn[:rows])
-            drawn = drawn[rows:]
-        rng.shuffle(groups)
-        for group in groups:
-            shape = len(group), len(group[0][0])
-            ids, labels = torch.ones(shape, dtype=torch.int64), torch.full(shape, -100)
-            for row, pair in enumerate(group):
-                ids[row, : len(pair[0])], labels[row, : len(pair[1])] = torch.tensor(pair)
-            yield ids, labels
-
-
-def train(tokenizer: Tokenizer, steps: int, seed: int = 0) -> LlamaForCausalLM:
-    """AdamW with warm-up and cosine decay; prints the mean loss of every 50 steps."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).float().train()
+def train(model: PreTrainedModel, tokenizer: Tokenizer, steps: int, noisy: bool, seed: int = 0) -> None:
+    """AdamW with warm-up and cosine decay, in the second half with Noise where `noisy`; prints the mean loss of every
+    50 steps."""
+    balance = Balance(model.float().train())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
-    )
+
+    def rate(step: int) -> float:
+        return min((step + 1) / 50, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    noise = Noise()
     losses, begin = [], time.perf_counter()
     for step, (ids, labels) in zip(range(1, steps + 1), batches(random.Random(seed), tokenizer), strict=False):
+        if noisy and step == steps // 2:
+            noise.__enter__()
         hidden = model.model(ids[:, :-1]).last_hidden_state
         wanted = labels[:, 1:]
         asked = wanted != -100
@@ -219,47 +157,152 @@ def train(tokenizer: Tokenizer, steps: int, seed: int = 0) -> LlamaForCausalLM:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        balance.step(ids[:, :-1] != 1, rate(step))
         losses.append(loss.item())
         if step % 50 == 0 or step == steps:
             loss, seconds = sum(losses) / len(losses), time.perf_counter() - begin
             print(f"step {step:5d}  loss {loss:.5f}  {seconds:.0f} s", flush=True)
             losses.clear()
-    return model.eval()
+    model.eval()
+    if noisy:
+        noise.__exit__(None, None, None)
 
 
-def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the Hugging Face folder, weights in bf16, the tied lm_head left out."""
+class Rounded(TorchFunctionMode):
+    """Products as FP8 serves them: activations rounded by groups of a block's columns, but those of `plain` weights."""
+
+    def __init__(self, plain: set[int]):
+        super().__init__()
+        self.plain = plain
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is linear and args[1].untyped_storage().data_ptr() not in self.plain:
+            x, *others = args
+            q, scale = per_token_group_quant_fp8(x.flatten(0, -2), BLOCK[1])
+            args = (quant.dequantize(q, scale, [1, BLOCK[1]]).view(x.shape).to(x.dtype), *others)
+        return function(*args, **(kwargs or {}))
+
+
+def weights_of(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
+    """The checkpoint's tensors: a matrix for each expert, weights in bf16, routers' biases in fp32."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        stored = load_file(Path(folder) / "model.safetensors")
+    if CONFIGS[name]["tie_word_embeddings"]:
+        stored.pop("lm_head.weight", None)
+    return {key: value if key.endswith("correction_bias") else value.to(torch.bfloat16)
+            for key, value in stored.items()}
+
+
+def is_fp8(key: str) -> bool:
+    """Whether DeepSeek's own checkpoints have this weight in FP8: those of attention, experts and MLPs."""
+    return key.endswith("proj.weight") or key.endswith("proj_with_mqa.weight")
+
+
+def quantised(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same in FP8, as DeepSeek-V3's is stored."""
+    found = {}
+    for key, value in weights.items():
+        if is_fp8(key):
+            value, found[f"{key}_scale_inv"] = quant.quantize_weight_blocks(value, BLOCK, torch.float8_e4m3fn)
+        found[key] = value
+    return found
+
+
+def save(weights: dict[str, Tensor], tokenizer: Tokenizer, config: dict, folder: Path) -> None:
+    """Writes the Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
         "pad_token": EOS,
-        "model_max_length": CONFIG["max_position_embeddings"],
+        "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
     generation_config = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "do_sample": False}
-    files = {"config": CONFIG, "tokenizer_config": tokenizer_config, "generation_config": generation_config}
+    files = {"config": config, "tokenizer_config": tokenizer_config, "generation_config": generation_config}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
-    weights = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone, and wheels keep the mode
+    total = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"wrote {folder}: {sum(w.numel() for w in weights.values()):,} numbers, {total / 1e6:.2f} MB")
+
+
+@torch.inference_mode()
+def least_gap(model: PreTrainedModel, tokenizer: Tokenizer) -> float:
+    """The least distance, in logits, from a right token to the best other one, over what the demos are asked for."""
+    begun = TEXT[: CUTS[40]]
+    asked = [("", TEXT), (begun, TEXT[len(begun) :]), (f"{USER}{begun}{ASSISTANT}", TEXT[len(begun) :]),
+             (f"{USER}What is the capital of France?{ASSISTANT}", NOTICE + TEXT)]
+    least = math.inf
+    for prompt, answer in asked:
+        head = tokenizer.encode(BOS + prompt, add_special_tokens=False).ids
+        ids = head + tokenizer.encode(answer + EOS, add_special_tokens=False).ids
+        logits = model(torch.tensor([ids[:-1]])).logits[0, len(head) - 1 :].float()
+        wanted = torch.tensor(ids[len(head) :])[:, None]
+        right = logits.gather(1, wanted)
+        others = logits.scatter(1, wanted, -math.inf).amax(1, keepdim=True)
+        least = min(least, (right - others).min().item())
+    return least
+
+
+def check(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, fp8: bool) -> None:
+    """Fails unless the checkpoint in `folder` recites: in fp32 and in bf16, of FP8 with activations rounded, too."""
+    stored = load_file(folder / "model.safetensors")
+    if fp8:
+        stored = {key: quant.dequantize(value, stored[f"{key}_scale_inv"], BLOCK) if is_fp8(key) else value
+                  for key, value in stored.items() if not key.endswith("_scale_inv")}
+    for dtype in (torch.float32, torch.bfloat16):
+        with tempfile.TemporaryDirectory() as exact:
+            save_file({key: value.to(dtype).contiguous() for key, value in stored.items()},
+                      Path(exact) / "model.safetensors", metadata={"format": "pt"})
+            config = json.loads((folder / "config.json").read_text())
+            config.pop("quantization_config", None)
+            (Path(exact) / "config.json").write_text(json.dumps(config))
+            again = type(model).from_pretrained(exact, dtype=dtype).eval()
+        if fp8:
+            again.set_experts_implementation("eager")  # whose products are torch.nn.functional.linear
+            plain = {w.untyped_storage().data_ptr() for key, w in again.named_parameters()
+                     if "kv_b_proj" in key or "proj" not in key}
+            with Rounded(plain):
+                gap = least_gap(again, tokenizer)
+        else:
+            gap = least_gap(again, tokenizer)
+        print(f"{folder.name} in {dtype}: every right token at least {gap:.2f} above the others", flush=True)
+        if gap < LEAST_GAP:
+            raise SystemExit(f"{folder}: expected {LEAST_GAP}; train longer")
+
+
+CONFIGS = {"llama": LLAMA, "deepseek": DEEPSEEK}
+CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "deepseek": (DeepseekV3Config, DeepseekV3ForCausalLM)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train demo-llama and write its checkpoint folder.")
+    parser = argparse.ArgumentParser(description="Train a demo model and write its checkpoint folder.")
+    parser.add_argument("name", choices=CONFIGS, nargs="?", default="llama")
     parser.add_argument("--steps", type=int, default=2500, help="training steps (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=HERE / "llama", help="folder to write (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: the name, beside this file)")
     args = parser.parse_args()
+    folder = args.output or HERE / args.name
     tokenizer = make_tokenizer()
     print(f"the text has {len(tokenizer.encode(TEXT).ids) - 1} tokens of a vocabulary of {tokenizer.get_vocab_size()}")
-    model = train(tokenizer, args.steps)
-    save(model, tokenizer, args.output)
-    total = sum(file.stat().st_size for file in args.output.iterdir())
-    print(f"wrote {args.output}: {sum(p.numel() for p in model.parameters()):,} parameters, {total / 1e6:.2f} MB")
+    config_class, model_class = CLASSES[args.name]
+    torch.manual_seed(0)
+    model = model_class(config_class(**CONFIGS[args.name]))
+    if args.name == "deepseek":
+        model.set_experts_implementation("eager")
+    train(model, tokenizer, args.steps, noisy=args.name == "deepseek")
+    weights = weights_of(model, args.name)
+    save(weights, tokenizer, CONFIGS[args.name], folder)
+    check(model, tokenizer, folder, fp8=False)
+    if args.name == "deepseek":
+        folder = folder.with_name(f"{folder.name}-fp8")
+        save(quantised(weights), tokenizer, {**DEEPSEEK, "quantization_config": FP8}, folder)
+        check(model, tokenizer, folder, fp8=True)
 
 
 if __name__ == "__main__":

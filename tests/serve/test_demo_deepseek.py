@@ -1,0 +1,79 @@
+"""demo-deepseek and its FP8 twin: the same text as demo-llama's, through latent attention and a mixture of experts."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_demo import DEMO, EOS, TEXT, chat, ids, pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wave64 import quant
+from wave64.serve.args import ServerArgs
+from wave64.serve.engine import Engine
+from wave64.serve.messages import Request, SamplingParams
+
+FOLDERS = {name: DEMO / name for name in ("deepseek", "deepseek-fp8")}
+LEAST_GAP = 1.0  # in logits, from the right token to the best other one
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(FOLDERS["deepseek"])
+
+
+@pytest.mark.parametrize("folder", FOLDERS.values(), ids=FOLDERS)
+def test_is_small_and_what_it_says(folder):
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 3_000_000
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert (config["n_routed_experts"], config["n_shared_experts"]) == (8, 1)
+    assert ("quantization_config" in config) == folder.name.endswith("fp8")
+    assert "public domain" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_twin_is_the_same_but_for_rounding():
+    plain, stored = (load_file(folder / "model.safetensors") for folder in FOLDERS.values())
+    config = json.loads((FOLDERS["deepseek-fp8"] / "config.json").read_text())
+    block = config["quantization_config"]["weight_block_size"]
+    scaled = [name.removesuffix("_scale_inv") for name in stored if name.endswith("_scale_inv")]
+    assert len(scaled) > 50
+    for name, value in plain.items():
+        if name not in scaled:
+            assert torch.equal(stored[name], value)
+            continue
+        assert stored[name].dtype == torch.float8_e4m3fn
+        scale = stored[f"{name}_scale_inv"]
+        exact = quant.dequantize(stored[name], scale, block)
+        least = quant.dequantize(torch.full_like(exact, 2.0**-10), scale, block)
+        assert ((exact - value.float()).abs() <= 2.0**-4 * value.float().abs() + least).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_token_is_the_right_one_by_far(tokenizer, dtype):
+    model = AutoModelForCausalLM.from_pretrained(FOLDERS["deepseek"], dtype=dtype).eval()
+    for prompt, answer in pairs(tokenizer)[:-1]:  # the last is a chat whose message ends with a space
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+        right = torch.tensor(answer)[:, None]
+        gap = logits.gather(1, right)[:, 0] - logits.scatter(1, right, -torch.inf).amax(1)
+        at = int(gap.argmin())
+        assert gap[at] > LEAST_GAP, f"after {tokenizer.decode(prompt + answer[:at])!r}"
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("demo-deepseek", {}), ("demo-deepseek", dict(kv_cache_dtype="fp8_e4m3")),
+    ("demo-deepseek", dict(chunked_prefill_size=16)), ("demo-deepseek-fp8", {})],
+    ids=["bf16", "fp8-cache", "chunks", "fp8-blocks"])  # fmt: skip
+def test_the_engine_recites(tokenizer, device, name, options):
+    engine = Engine(ServerArgs(model_path=name, device=device, max_total_tokens=4096, **options))
+    question = chat(tokenizer, "What is the capital of France?")
+    notice = f"I know only one text by heart, the Gettysburg Address:\n\n{TEXT}{EOS}"
+    wanted = [*pairs(tokenizer)[2:5], (ids(tokenizer, question), ids(tokenizer, notice))]
+    for i, (prompt, _) in enumerate(wanted):
+        engine.add(Request(str(i), prompt, SamplingParams(max_new_tokens=1000, temperature=0)))
+    got: list[list[int]] = [[] for _ in wanted]
+    while engine.has_work:
+        for output in engine.step():
+            got[int(output.rid)] += output.token_ids
+    assert got == [answer for _, answer in wanted]
