@@ -11,6 +11,7 @@ Fails, and says where, unless the model recites the text by far: each right toke
 """
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -143,15 +144,13 @@ def train(model: PreTrainedModel, tokenizer: Tokenizer, steps: int, noisy: bool,
         return min((step + 1) / 50, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    noise = Noise()
     losses, begin = [], time.perf_counter()
     for step, (ids, labels) in zip(range(1, steps + 1), batches(random.Random(seed), tokenizer), strict=False):
-        if noisy and step == steps // 2:
-            noise.__enter__()
-        hidden = model.model(ids[:, :-1]).last_hidden_state
         wanted = labels[:, 1:]
         asked = wanted != -100
-        loss = cross_entropy(model.lm_head(hidden[asked]), wanted[asked])
+        with Noise() if noisy and step >= steps // 2 else contextlib.nullcontext():
+            hidden = model.model(ids[:, :-1]).last_hidden_state
+            loss = cross_entropy(model.lm_head(hidden[asked]), wanted[asked])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,8 +163,6 @@ def train(model: PreTrainedModel, tokenizer: Tokenizer, steps: int, noisy: bool,
             print(f"step {step:5d}  loss {loss:.5f}  {seconds:.0f} s", flush=True)
             losses.clear()
     model.eval()
-    if noisy:
-        noise.__exit__(None, None, None)
 
 
 class Rounded(TorchFunctionMode):
