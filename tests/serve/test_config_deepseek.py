@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from wave64.serve.config import ConfigError, ModelConfig
 
@@ -88,6 +89,12 @@ def test_transformers_spelling_says_the_same(tmp_path):
     (dict(quantization_config={**FP8, "weight_block_size": None}), "quantization_config.weight_block_size"),
     (dict(quantization_config={**FP8, "weight_block_size": [128, 48]}), "quantization_config.weight_block_size"),
     (dict(quantization_config={**FP8, "kv_cache_scheme": "static"}), "quantization_config.kv_cache_scheme"),
+    (dict(quantization_config={**FP8, "scale_fmt": "ue8m0"}), "quantization_config.scale_fmt"),
+    (dict(quantization_config={**FP8, "quant_method": None}), "quantization_config.quant_method"),
+    (dict(n_routed_experts=None), "n_routed_experts"), (dict(n_group=None), "n_group"),
+    (dict(n_shared_experts=-1), "n_shared_experts"), (dict(q_lora_rank=False), "q_lora_rank"),
+    (dict(rope_scaling={**YARN, "mscale": None}), "rope_scaling"),
+    (dict(rope_scaling={**YARN, "mscale_all_dim": None}), "rope_scaling"),
     (dict(index_topk=2048), "index_topk")])  # fmt: skip
 def test_what_the_model_does_not_know_is_refused(tmp_path, changed, named):
     with pytest.raises(ConfigError) as refused:
@@ -100,3 +107,33 @@ def test_what_the_model_does_not_know_is_refused(tmp_path, changed, named):
 def test_a_v2_that_normalises_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="norm_topk_prob: expected false"):
         read(tmp_path, {**V2, "norm_topk_prob": True})
+
+
+@pytest.mark.parametrize("key", ["n_group", "topk_group", "num_experts_per_tok"])
+def test_a_v2_that_does_not_say_how_experts_are_chosen_is_refused(tmp_path, key):
+    with pytest.raises(ConfigError, match=f"{key}: expected a positive integer, got null"):
+        read(tmp_path, {**V2, key: None})
+
+
+def test_a_v2_that_turns_half_heads_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="rope_interleave: expected true"):
+        read(tmp_path, {**V2, "rope_interleave": False})
+
+
+@pytest.mark.parametrize(("name", "config_class"), [("V2", transformers.DeepseekV2Config),
+                                                    ("V3", transformers.DeepseekV3Config)])
+def test_what_is_left_out_is_what_transformers_would_take(tmp_path, name, config_class):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    chosen = dict(num_experts_per_tok=6) if name == "V2" else {}
+    ours = read(tmp_path, dict(architectures=[f"Deepseek{name}ForCausalLM"], **sizes, **chosen))
+    theirs = config_class(**sizes, **chosen)
+    mla, moe = ours.mla, ours.moe
+    assert (mla.q_lora_rank, mla.kv_lora_rank, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) == (
+        theirs.q_lora_rank, theirs.kv_lora_rank, theirs.qk_nope_head_dim, theirs.qk_rope_head_dim, theirs.v_head_dim)
+    assert (moe.num_experts, moe.top_k, moe.num_groups, moe.topk_groups) == (
+        theirs.n_routed_experts, theirs.num_experts_per_tok, theirs.n_group or 1, theirs.topk_group or 1)
+    assert (moe.num_shared_experts, moe.intermediate_size, moe.first_dense_layers, moe.norm_topk_prob) == (
+        theirs.n_shared_experts, theirs.moe_intermediate_size, theirs.first_k_dense_replace, theirs.norm_topk_prob)
+    assert (moe.routed_scaling_factor, ours.rms_norm_eps, ours.max_position_embeddings) == (
+        theirs.routed_scaling_factor, theirs.rms_norm_eps, theirs.max_position_embeddings)
+    assert (ours.bos_token_id, ours.eos_token_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
