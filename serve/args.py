@@ -25,7 +25,7 @@ def _flag(default: Any, text: str, *aliases: str, choices: tuple[str, ...] = (),
 class ServerArgs:
     """The server's settings. Sizes are in tokens unless said otherwise. Raises ArgsError for a value out of range."""
 
-    model_path: str = _flag("demo-llama", "a Hugging Face folder, a hub name, or demo-llama", "--model")
+    model_path: str = _flag("demo-llama", "a Hugging Face folder, a hub name, or a demo, such as demo-llama", "--model")
     tokenizer_path: str | None = _flag(None, "folder or hub name of the tokenizer; default: the model's", kind=str)
     revision: str | None = _flag(None, "branch, tag or commit, when the model is a hub name", kind=str)
     host: str = _flag("127.0.0.1", "address to listen on")

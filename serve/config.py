@@ -254,26 +254,25 @@ def _llama(architecture: str, keys: Keys) -> ModelConfig:
     layer_types = keys.get("layer_types", [])
     if any(kind != "full_attention" for kind in layer_types):
         raise keys.error("layer_types", layer_types, "full_attention in every layer")
-    rope = read_rope(keys, max_position_embeddings)
     return ModelConfig(
         architecture=architecture,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rope=rope,
-        max_position_embeddings=max_position_embeddings,
         attention_bias=keys.flag("attention_bias"),
         mlp_bias=keys.flag("mlp_bias"),
-        context_length=int(max_position_embeddings * (rope.factor if rope.rope_type in ("linear", "dynamic") else 1)),
-        **common(keys),
+        **common(keys, read_rope(keys, max_position_embeddings), max_position_embeddings),
     )
 
 
-def common(keys: Keys, bos: int = 1, eos: int = 2) -> dict[str, Any]:
+def common(keys: Keys, rope: RopeConfig, max_position_embeddings: int, bos: int = 1, eos: int = 2) -> dict[str, Any]:
     """The fields of ModelConfig that every model's config.json spells alike; bos and eos where it has none."""
     generation_file = keys.file.with_name("generation_config.json")
     generation = Keys(generation_file, _read_json(generation_file) if generation_file.exists() else {})
     return dict(
+        rope=rope,
+        max_position_embeddings=max_position_embeddings,
+        context_length=int(max_position_embeddings * (rope.factor if rope.rope_type in ("linear", "dynamic") else 1)),
         vocab_size=keys.count("vocab_size"),
         hidden_size=keys.count("hidden_size"),
         intermediate_size=keys.count("intermediate_size"),

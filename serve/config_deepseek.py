@@ -58,16 +58,13 @@ def deepseek(architecture: str, keys: "Keys") -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=1,
         head_dim=nope + rope_dim,
-        rope=rope,
-        max_position_embeddings=longest,
         attention_bias=False,
         mlp_bias=False,
-        context_length=int(longest * (rope.factor if rope.rope_type in ("linear", "dynamic") else 1)),
         mla=mla,
         moe=_experts(keys, is_v3),
         quantization=_blocks(keys),
         num_nextn_predict_layers=_count_or_none(keys, "num_nextn_predict_layers", 0),
-        **common(keys, bos=0 if is_v3 else 1, eos=1 if is_v3 else 2),
+        **common(keys, rope, longest, bos=0 if is_v3 else 1, eos=1 if is_v3 else 2),
     )
 
 

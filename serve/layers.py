@@ -4,7 +4,7 @@ Weights are allocated uninitialised, on the default device and in the default dt
 then fills the places that `checkpoint()` names. Activations are token-major, [num_tokens, ...].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from wave64 import ops
 from wave64.serve.batch import Batch
-from wave64.serve.config import RopeConfig
+from wave64.serve.config import ModelConfig, RopeConfig
 from wave64.serve.rope import cos_sin_cache
 
 ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
@@ -154,3 +154,37 @@ class Attention(nn.Module):
         out, _ = ops.prefill_attention(query, *kv_cache, batch.page_table[n:], batch.cu_seqlens_q, batch.seq_lens[n:],
                                        batch.max_seqlen_q, self.scale)
         return out
+
+
+class Block(nn.Module):
+    """Two sub-layers, attention and MLP, each fed with the norm of the residual stream and added to it."""
+
+    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """x is what the block before has yet to add to the residual stream; returns what this one has."""
+        x = self.self_attn(self.input_layernorm(x, residual), batch, kv_cache)
+        return self.mlp(self.post_attention_layernorm(x, residual))
+
+
+class Decoder(nn.Module):
+    """Token ids through all blocks."""
+
+    def __init__(self, config: ModelConfig, blocks: Iterable[Block]):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
+        """The final hidden states of the rows in batch.logit_rows, [R, hidden]."""
+        x = self.embed_tokens(batch.input_ids)
+        residual = torch.zeros_like(x)
+        for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
+            x = layer(x, residual, batch, layer_cache)
+        return self.norm(x[batch.logit_rows], residual[batch.logit_rows])

@@ -25,6 +25,7 @@ class Runner:
         page_size: int, max_running: int, capture: bool,
     ) -> None:  # fmt: skip
         self.model, self.device, self.page_size = model, device, page_size
+        self._expands_prefixes = config.mla is not None
         self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device)
         max_pages = -(-config.context_length // page_size)
         self._page_table = np.zeros((max_running, min(max_pages, num_pages)), dtype=np.int32)
@@ -72,7 +73,7 @@ class Runner:
             "cu_seqlens_q": cu_seqlens,
             "logit_rows": logit_rows,
         }
-        before = starts[step.num_decodes :]
+        before = starts[step.num_decodes :] if self._expands_prefixes else np.zeros(1, dtype=np.int64)
         if before.any():
             earlier = _ranges(np.zeros_like(before), before)
             whose = np.repeat(np.arange(step.num_decodes, len(rows)), before)

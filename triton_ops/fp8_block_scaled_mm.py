@@ -4,14 +4,12 @@ The trick: a tile's columns of b share a block, so the scale of a step is one nu
 and joining costs one fused multiply-add per number. Bound as triton_ops/fp8_mm.py says.
 """
 
-from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wave64 import platform
 from wave64.ops import fp8_block_scaled_mm
 from wave64.triton_ops.fp8_mm import (
     BUCKETS,
@@ -26,6 +24,7 @@ from wave64.triton_ops.fp8_mm import (
     store_tile,
     unsupported,
 )
+from wave64.triton_ops.geometry import on_hopper
 from wave64.tuning import choose
 
 __all__ = ["BUCKETS", "Config", "candidates", "facts", "pairs"]  # what the tuner looks for
@@ -45,19 +44,9 @@ def _fp8_block_scaled_mm_kernel(y_ptr, a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, s
     store_tile(y_ptr, acc, tile_m, tile_n, M, N, WIDE, BLOCK_M, BLOCK_N)
 
 
-def on_hopper() -> ModuleType | None:
-    """The kernel for Hopper; None elsewhere, where Triton need not have what it is written in."""
-    arch = platform.arch()
-    if arch is None or arch.matrix != "wgmma":
-        return None
-    from wave64.triton_ops.hopper import fp8_block_scaled_mm as kernel
-
-    return kernel
-
-
 def facts(a: Tensor, b: Tensor, block_shape: list[int], out_dtype: torch.dtype, **others) -> dict[str, int | bool]:
     """Of a call's arguments, by their names, what the choice of a configuration depends on."""
-    kernel = on_hopper()
+    kernel = on_hopper("fp8_block_scaled_mm")
     hopper = kernel is not None and kernel.serves(a, b, block_shape, out_dtype)
     return facts_of(a, b, block_shape[1]) | {"hopper": hopper}
 
@@ -70,7 +59,7 @@ def run(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: lis
     config = choose("fp8_block_scaled_mm", Config, **facts(a, b, block_shape, out_dtype))
     if config.hopper:
         out = torch.empty((len(a), len(b)), dtype=out_dtype, device=a.device)
-        on_hopper().launch(out, a, b, a_scale, b_scale, block_shape, config.group_m)
+        on_hopper("fp8_block_scaled_mm").launch(out, a, b, a_scale, b_scale, block_shape, config.group_m)
         return out
     return launch(_fp8_block_scaled_mm_kernel, a, b, (a_scale, b_scale, *a_scale.stride(), *b_scale.stride()), bk,
                   out_dtype, None, config, GROUP_N=bn, GROUP_K=bk)

@@ -6,7 +6,6 @@ Bound by reading the chosen experts' weights, with many tokens by the matrix cor
 """
 
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 
 import torch
 import triton
@@ -20,7 +19,7 @@ from wave64.ops.fused_moe import granularity
 from wave64.quant import FP8
 from wave64.triton_ops import moe_align_block_size, per_token_group_quant_fp8, per_token_quant_fp8
 from wave64.triton_ops.attention import is_wide
-from wave64.triton_ops.geometry import num_warps
+from wave64.triton_ops.geometry import num_warps, on_hopper
 from wave64.triton_ops.moe_gemm import (
     BLOCKS,
     PLAIN,
@@ -63,16 +62,6 @@ class Config:
     options: dict = field(default_factory=dict)
 
 
-def on_hopper() -> ModuleType | None:
-    """The kernel for Hopper; None elsewhere, where Triton need not have what it is written in."""
-    arch = platform.arch()
-    if arch is None or arch.matrix != "wgmma":
-        return None
-    from wave64.triton_ops.hopper import fused_moe as kernel
-
-    return kernel
-
-
 #: Bounds of the integer facts that the tuner takes for alike; per_expert: pairs of an expert, on average.
 BUCKETS = {"pairs": (32,), "per_expert": (4, 16, 64, 256), "inter": (512,)}
 #: To try, by the bound of per_expert up to which they make sense: (block_m, up_n, waves, stages, swap) ...
@@ -97,7 +86,7 @@ def facts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Te
     """Of a call's arguments, by their names, what the choice of a configuration depends on."""
     experts, hidden, inter = w2.shape
     kind = granularity(w13_scale, block_shape) or ("fp32" if x.dtype == torch.float32 else "half")
-    kernel = on_hopper()
+    kernel = on_hopper("fused_moe")
     # Copies of 16 bytes, and tiles of 128 bytes a row, are what Hopper's matrix instructions can be fed with.
     apart = (hidden, inter, x.stride(0), *w13.stride()[:2], *w2.stride()[:2])
     aligned = all(n % 16 == 0 for n in apart) and (not block_shape or block_shape[1] == 128)
@@ -222,8 +211,8 @@ def first_product(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype, w13: Te
     pairs, inter = routing.topk_ids.numel(), w13.shape[1] // 2
     if config.hopper:
         h = torch.empty((pairs, inter), dtype=dtype, device=x.device)
-        on_hopper().launch(h, x, x_scale, w13, w13_scale, None, routing.pairs, routing.block_ids, routing.end,
-                           routing.topk_ids.shape[1], 2, block_shape)
+        on_hopper("fused_moe").launch(h, x, x_scale, w13, w13_scale, None, routing.pairs, routing.block_ids,
+                                      routing.end, routing.topk_ids.shape[1], 2, block_shape)
         return (h, None) if x_scale is None else quantise(h, block_shape)
     group = block_shape[1] if block_shape else 0
     whole = config.up_n == group and not config.few
@@ -246,8 +235,8 @@ def second_product(h: Tensor, h_scale: Tensor | None, dtype: torch.dtype, w2: Te
     hidden, group = w2.shape[1], block_shape[1] if block_shape else 0
     y = torch.empty((h.shape[0], hidden), dtype=dtype, device=h.device)
     if config.hopper:
-        on_hopper().launch(y, h, h_scale, w2, w2_scale, weights, routing.pairs, routing.block_ids, routing.end, 1, 1,
-                           block_shape)
+        on_hopper("fused_moe").launch(y, h, h_scale, w2, w2_scale, weights, routing.pairs, routing.block_ids,
+                                      routing.end, 1, 1, block_shape)
         return y
     about = _about(w2, w2_scale, block_shape, config.down_k if h_scale is not None else max(config.down_k, group))
     _moe_down_kernel[routing.grid(triton.cdiv(hidden, config.down_n), config)](

@@ -10,7 +10,6 @@ Bound by: reading the latents up to 16 heads; the matrix units from about 64 on.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 import triton
@@ -24,6 +23,7 @@ from wave64.ops import mla_decode
 from wave64.quant import FP8
 from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import LN_2, LOG2_E, LOWEST, dot, is_wide, load_pages, narrow, tile_width, unit_of
+from wave64.triton_ops.geometry import on_hopper
 from wave64.triton_ops.splits import (
     LENGTHS,
     deal,
@@ -323,16 +323,6 @@ class Config:
     options: dict = field(default_factory=dict)
 
 
-def on_hopper() -> ModuleType | None:
-    """The kernel for Hopper; None elsewhere, where Triton need not have what it is written in."""
-    arch = platform.arch()
-    if arch is None or arch.matrix != "wgmma":
-        return None
-    from wave64.triton_ops.hopper import mla_decode as kernel
-
-    return kernel
-
-
 #: Bounds of the integer facts that the tuner takes for alike; a few sequences are all split.
 BUCKETS = {"rows": (16, 32, 64), "num_seqs": (16,)}
 
@@ -340,7 +330,7 @@ BUCKETS = {"rows": (16, 32, 64), "num_seqs": (16,)}
 def facts_of(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_c: Tensor | None) -> dict[str, int | bool]:
     """Of these arguments, [B, Q, H, ...] and [B, Q, ...], what the choice of a configuration depends on."""
     num_seqs, new, heads, _ = q_nope.shape
-    hopper = on_hopper()
+    hopper = on_hopper("mla_decode")
     return {"rows": new * heads, "fp32": q_nope.dtype == torch.float32, "fp8": kv_cache.dtype.itemsize == 1,
             "num_seqs": num_seqs, "hopper": hopper is not None and hopper.serves(q_nope, q_pe, kv_cache, kv_c)}
 
@@ -426,8 +416,9 @@ def launch(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, s
     lengths = (num_seqs, room, -1, programs, least)
     overlap = most > 1 and overlaps()
     if config.hopper:
-        on_hopper().launch(q_nope, q_pe, kv_cache, page_table, seq_lens, scale, out, lse, partial, stats, new_tokens,
-                           is_neox, lengths, (tiles, items), config.swap, block_h, config.num_warps)
+        on_hopper("mla_decode").launch(q_nope, q_pe, kv_cache, page_table, seq_lens, scale, out, lse, partial, stats,
+                                       new_tokens, is_neox, lengths, (tiles, items), config.swap, block_h,
+                                       config.num_warps)
         held_back = 0
     else:
         _launch_portable(q_nope, q_pe, kv_cache, page_table, seq_lens, scale, kv_scale, out, lse, partial, stats,

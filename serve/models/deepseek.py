@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from wave64 import ops
 from wave64.serve.batch import Batch
 from wave64.serve.config import ModelConfig, MoEConfig
-from wave64.serve.layers import ACTIVATIONS, Embedding, KVCache, Layer, Linear, RMSNorm, Rotary, weight
+from wave64.serve.layers import ACTIVATIONS, Block, Decoder, KVCache, Layer, Linear, RMSNorm, Rotary, weight
 from wave64.serve.quantised import Experts, UpProjection, linear
 
 LATENT_EPS = 1e-6  # of the norms inside attention, whatever rms_norm_eps says
@@ -138,40 +138,6 @@ class MixtureOfExperts(nn.Module):
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
 
-class DeepseekBlock(nn.Module):
-    def __init__(self, config: ModelConfig, rotary: Rotary, number: int):
-        super().__init__()
-        moe = config.moe
-        sparse = moe is not None and number >= moe.first_dense_layers and number % moe.layer_freq == 0
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config, rotary)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MixtureOfExperts(config) if sparse else GatedMLP(config, config.intermediate_size)
-
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """x is what the block before has yet to add to the residual stream; returns what this one has."""
-        x = self.self_attn(self.input_layernorm(x, residual), batch, kv_cache)
-        return self.mlp(self.post_attention_layernorm(x, residual))
-
-
-class DeepseekModel(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        mla = config.mla
-        rotary = Rotary(config.rope, mla.qk_rope_head_dim, config.context_length, is_neox=not mla.rope_interleave)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DeepseekBlock(config, rotary, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
-        """The final hidden states of the rows in batch.logit_rows, [R, hidden]."""
-        x = self.embed_tokens(batch.input_ids)
-        residual = torch.zeros_like(x)
-        for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, residual, batch, layer_cache)
-        return self.norm(x[batch.logit_rows], residual[batch.logit_rows])
-
-
 class DeepseekForCausalLM(nn.Module):
     """Built uninitialised on the default device, in the default dtype; `wave64.serve.weights.load_model` fills it."""
 
@@ -180,7 +146,15 @@ class DeepseekForCausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.model = DeepseekModel(config)
+        mla, moe = config.mla, config.moe
+        rotary = Rotary(config.rope, mla.qk_rope_head_dim, config.context_length, is_neox=not mla.rope_interleave)
+
+        def mlp(number: int) -> nn.Module:
+            sparse = moe is not None and number >= moe.first_dense_layers and number % moe.layer_freq == 0
+            return MixtureOfExperts(config) if sparse else GatedMLP(config, config.intermediate_size)
+
+        self.model = Decoder(config, (Block(config, MultiHeadLatentAttention(config, rotary), mlp(i))
+                                      for i in range(config.num_layers)))
         tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
         self.lm_head = Linear(config.hidden_size, config.vocab_size, tied=tied)
         #: layers behind the last predict the token after next, for speculation, which is not served

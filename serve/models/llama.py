@@ -4,12 +4,11 @@ A block adds to the residual stream twice, each time the output of a sub-layer f
 grouped-query attention with rotary positions, then a gated MLP.
 """
 
-import torch
 from torch import Tensor, nn
 
 from wave64.serve.batch import Batch
 from wave64.serve.config import ModelConfig
-from wave64.serve.layers import ACTIVATIONS, Attention, Embedding, KVCache, Linear, MergedLinear, RMSNorm, Rotary
+from wave64.serve.layers import ACTIVATIONS, Attention, Block, Decoder, KVCache, Linear, MergedLinear, Rotary
 
 
 class LlamaAttention(nn.Module):
@@ -42,37 +41,6 @@ class LlamaMLP(nn.Module):
         return self.down_proj(self.activation_and_mul(self.gate_up_proj(x)))
 
 
-class LlamaBlock(nn.Module):
-    def __init__(self, config: ModelConfig, rotary: Rotary):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config, rotary)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
-
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """x is what the block before has yet to add to the residual stream; returns what this one has."""
-        x = self.self_attn(self.input_layernorm(x, residual), batch, kv_cache)
-        return self.mlp(self.post_attention_layernorm(x, residual))
-
-
-class LlamaModel(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        rotary = Rotary(config.rope, config.head_dim, config.context_length)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaBlock(config, rotary) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
-        """The final hidden states of the rows in batch.logit_rows, [R, hidden]."""
-        x = self.embed_tokens(batch.input_ids)
-        residual = torch.zeros_like(x)
-        for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, residual, batch, layer_cache)
-        return self.norm(x[batch.logit_rows], residual[batch.logit_rows])
-
-
 class LlamaForCausalLM(nn.Module):
     """Built uninitialised on the default device, in the default dtype; `wave64.serve.weights.load_model` fills it."""
 
@@ -83,7 +51,9 @@ class LlamaForCausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.model = LlamaModel(config)
+        rotary = Rotary(config.rope, config.head_dim, config.context_length)
+        self.model = Decoder(config, (Block(config, LlamaAttention(config, rotary), LlamaMLP(config))
+                                      for _ in range(config.num_layers)))
         tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
         self.lm_head = Linear(config.hidden_size, config.vocab_size, tied=tied)
 

@@ -1,5 +1,6 @@
 """`fp8_scaled_mm` against numpy in fp64, within the bound that its docstring derives; all pairs of bit patterns."""
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -18,11 +19,7 @@ quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def run(backend, *args):
-    """Skips where the machine has another FP8 flavour."""
-    chosen = ops.fp8_scaled_mm.backends[backend]
-    if chosen.supports is not None and (why := chosen.supports(*args)):
-        pytest.skip(why)
-    return chosen.run(*args)
+    return helpers.run(ops.fp8_scaled_mm, backend, *args)
 
 
 def draw(m, n, k, per, device, flavour=None, bias=None):

@@ -74,7 +74,8 @@ def _begin(a_lds, b_lds, full, step, zeros, TEAM_NUMBER: gl.constexpr, STAGES: g
 
 
 @gluon.jit
-def _add(sums, found, scales):
+def add_scaled(sums, found, scales):
+    """sums + found with each row times its scale"""
     return gl.fma(found, gl.expand_dims(scales, 1) + gl.zeros_like(sums), sums)
 
 
@@ -108,16 +109,16 @@ def _multiply(TEAM_NUMBER: gl.constexpr, c_ptr, a_scale_ptr, b_scale_ptr, a_lds,
             a_scale2, b_scale2 = gl.load(a_scales + second * stride_ak), gl.load(b_scales + second * stride_bk)
             found = warpgroup_mma_wait(1, deps=[found])
             mbarrier.arrive(empty.index(step % STAGES), count=1)
-            sums = _add(sums, found, scales)
+            sums = add_scaled(sums, found, scales)
             found2 = warpgroup_mma_wait(0, deps=[found2])
             mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
-            sums = _add(sums, found2, scales2)
+            sums = add_scaled(sums, found2, scales2)
             step += 2
         if blocks % 2 == 1:
             found = _begin(a_lds, b_lds, full, step, zeros, TEAM_NUMBER, STAGES)
             found = warpgroup_mma_wait(0, deps=[found])
             mbarrier.arrive(empty.index(step % STAGES), count=1)
-            sums = _add(sums, found, a_scale * b_scale)
+            sums = add_scaled(sums, found, a_scale * b_scale)
             step += 1
         out = gl.convert_layout(sums.to(c_ptr.dtype.element_ty), written)
         rows_out = row + gl.arange(0, TEAM, gl.SliceLayout(1, written))

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from wave64 import platform
-from wave64.triton_ops.hopper.fp8_block_scaled_mm import begin_load
+from wave64.triton_ops.hopper.fp8_block_scaled_mm import add_scaled, begin_load
 from wave64.triton_ops.hopper.mla_decode import begin_copy
 
 TEAM = gl.constexpr(64)  # rows of a matrix instruction, and of a team
@@ -91,14 +91,9 @@ def _halves(both):
 
 
 @gluon.jit
-def _add(sums, found, scales):
-    return gl.fma(found, gl.expand_dims(scales, 1) + gl.zeros_like(sums), sums)
-
-
-@gluon.jit
 def _add_halves(gate, up, found, a_scale, gate_scale, up_scale):
     d, e = _halves(found)
-    return _add(gate, d, a_scale * gate_scale), _add(up, e, a_scale * up_scale)
+    return add_scaled(gate, d, a_scale * gate_scale), add_scaled(up, e, a_scale * up_scale)
 
 
 @gluon.jit
@@ -144,13 +139,13 @@ def _multiply(TEAM_NUMBER: gl.constexpr, y_ptr, x_scale_ptr, w_scale_ptr, weight
                     if PARTS == 2:
                         gate, up = _add_halves(gate, up, found, a, g, u)
                     else:
-                        sums = _add(sums, found, a * g)
+                        sums = add_scaled(sums, found, a * g)
                     found2 = warpgroup_mma_wait(0, deps=[found2])
                     mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
                     if PARTS == 2:
                         gate, up = _add_halves(gate, up, found2, a2, g2, u2)
                     else:
-                        sums = _add(sums, found2, a2 * g2)
+                        sums = add_scaled(sums, found2, a2 * g2)
                     step += 2
             else:
                 for _pair in range(0, k, 2 * BLOCK_K):
