@@ -1,0 +1,26 @@
+"""What the runner makes of a schedule: decodes beside prompts that were read in part, each in its own pages."""
+
+import pytest
+import torch
+from helpers_deepseek import make_deepseek
+from helpers_llama import load, make_llama
+
+from wave64.serve.batch import Schedule
+from wave64.serve.runner import Runner
+
+A, B, C = [17, 3, 99, 42, 8], [8, 71, 0, 55, 23, 64, 90, 12], [5, 5, 60, 1, 33, 7]
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_prompts_go_on_beside_decodes(tmp_path, device, name):
+    theirs = make_llama(tmp_path) if name == "llama" else make_deepseek(tmp_path, 3)
+    model, config = load(tmp_path, device)
+    runner = Runner(model, config, torch.float32, torch.device(device), 32, 2, 4, capture=False)
+    # Rows in another order than sequences, prompts of different lengths before and after.
+    runner.run(Schedule(0, [2, 0, 1], [0, 0, 0], [4, 5, 2], [1, 1, 1], A[:4] + B[:5] + C[:2],
+                        [(2, 0, [9, 4, 30]), (0, 0, [7, 21, 3, 0]), (1, 0, [11, 2, 5])]))
+    got = runner.run(Schedule(1, [2, 0, 1], [4, 5, 2], [1, 3, 4], [1, 3, 4], A[4:] + B[5:] + C[2:], []))
+    with torch.inference_mode():
+        want = torch.cat([theirs(torch.tensor([tokens])).logits[0, first:]
+                          for tokens, first in ((A, 4), (B, 5), (C, 2))])
+    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-4)
