@@ -5,17 +5,20 @@
 // Strides are in elements. Fields after "set by the launcher" are not the caller's.
 #pragma once
 
-#if defined(__HIP__) || defined(__CUDACC__)
+#if defined(__HIP__) || defined(__CUDACC__) || defined(WAVE64_CPU)
 #define WAVE64_DEVICE_CODE 1
 using int32_t = __INT32_TYPE__;
 using int64_t = __INT64_TYPE__;
+using uint32_t = __UINT32_TYPE__;
+using uint64_t = __UINT64_TYPE__;
 #else
 #include <cstdint>
 #endif
 
 namespace wave64 {
 
-enum Dtype : int32_t { kBf16 = 0, kFp16 = 1, kFp32 = 2 };
+// kFp8 is the architecture's own flavour: e4m3fnuz on gfx942, e4m3fn elsewhere (fp8.h).
+enum Dtype : int32_t { kBf16 = 0, kFp16 = 1, kFp32 = 2, kFp8 = 3 };
 
 // What a launcher returns; the words are in wave64_error().
 enum Status : int32_t {

@@ -25,17 +25,22 @@ def strict() -> bool:
     return os.environ.get("WAVE64_STRICT") == "1"
 
 
+def import_modules(package) -> None:
+    """Imports every module of a package of kernels, each of which registers what it holds."""
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
 @functools.cache
 def import_triton_kernels() -> str | None:
-    """Imports every module of triton_ops, which registers its kernels. None, or why that cannot be."""
+    """None, or why the kernels of triton_ops cannot be had."""
     try:
         import triton  # noqa: F401
     except ImportError as e:
         return f"triton cannot be imported ({e})"
     import wave64.triton_ops as kernels
 
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    import_modules(kernels)
     return None
 
 
@@ -54,8 +59,9 @@ def probe(backend: str, device_type: str) -> str | None:
             return "needs a GPU (the interpreter runs it on CPU: TRITON_INTERPRET=1 before the start)"
         return import_triton_kernels()
     if backend == "hip":
-        from wave64.backends import hip
+        from wave64.backends import hip, hip_ops
 
+        import_modules(hip_ops)
         return hip.reason(device_type)
     return "wave64 has no adapter to AITER yet"
 

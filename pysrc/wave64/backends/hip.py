@@ -1,4 +1,5 @@
-"""The hip backend: a tensor becomes an address, sizes and strides; the C++ launcher of the op does the rest.
+"""The hip backend. An operator's file in hip_ops/ makes a tensor an address, sizes and strides and calls `launch`; the
+C++ launcher of the op does the rest.
 
 `reason` says whether it can serve. `record` keeps launches instead of making them, on CPU tensors and without a GPU:
 that is how the emulator runs the real host code and the real code objects. `arguments` reads a kept launch.
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wave64 import ops, platform
+from wave64 import platform
 
 #: None, or why wave64._hip cannot be imported.
 extension_error: str | None = None
@@ -23,7 +24,9 @@ except ImportError as e:
     _hip = None
     extension_error = f"the extension wave64._hip is not built ({e}): python3 setup_rocm.py install"
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # abi.h, enum Dtype
+#: abi.h, enum Dtype
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float8_e4m3fn: 3, torch.float8_e4m3fnuz: 3}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def code_objects() -> dict[str, list[str]]:
@@ -81,8 +84,9 @@ def arguments(launch) -> dict[str, int | float]:
             for name, kind, offset in _hip.fields()[launch.op]}
 
 
-def _launch(function, tensor: Tensor, *args) -> None:
-    """Calls an op of `_hip` for the device that holds `tensor`, on that device's current stream."""
+def launch(op: str, tensor: Tensor, *args) -> None:
+    """Calls an operator of `_hip` for the device that holds `tensor`, on that device's current stream."""
+    function = getattr(_hip, op)
     if not tensor.is_cuda:
         if not _hip.recording():
             raise ValueError(f"hip: expected GPU tensors outside of record(), got one on {tensor.device}")
@@ -94,13 +98,11 @@ def _launch(function, tensor: Tensor, *args) -> None:
             function(*args, torch._C._cuda_getCurrentRawStream(index))
 
 
-def _supports_dtype(x: Tensor, *args, **kwargs) -> str | None:
-    return None if x.dtype in DTYPES else f"dtype {x.dtype}"
+def bind(op, supports):
+    """Registers the decorated function as backend hip of `op`, if the extension is there and has the operator."""
+    return op.backend("hip", supports=supports) if hasattr(_hip, op.name) else lambda run: run
 
 
-@ops.rms_norm.backend("hip", supports=_supports_dtype)
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(_hip.rms_norm, x, x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), *x.shape,
-            eps, DTYPES[x.dtype])
-    return out
+def floats_only(x: Tensor, *args, **kwargs) -> str | None:
+    """`supports` of operators whose first argument says the dtype of all."""
+    return None if x.dtype in FLOATS else f"dtype {x.dtype}"

@@ -1,0 +1,135 @@
+// What kernels may call, on clang's builtins for AMD: no HIP headers, no device libraries. nvidia.h has the same names.
+#pragma once
+
+#include "wave64/abi.h"
+
+#define WAVE64_DEVICE __attribute__((device, always_inline)) inline
+#define WAVE64_LDS __attribute__((shared))
+// A kernel whose blocks have at most MAX_LANES lanes: the bound decides how many registers a lane may use.
+#define WAVE64_KERNEL(MAX_LANES) \
+    extern "C" __attribute__((global, amdgpu_flat_work_group_size(1, MAX_LANES), visibility("protected"))) void
+
+namespace wave64 {
+
+using bf16 = __bf16;
+using fp16 = _Float16;
+using Bits8 = unsigned char;
+using Bits16 = unsigned short;
+using Bits32 = unsigned;
+using Bits64 = unsigned __attribute__((ext_vector_type(2)));
+using Bits128 = unsigned __attribute__((ext_vector_type(4)));
+
+WAVE64_DEVICE int wave_size() { return __builtin_amdgcn_wavefrontsize(); }
+WAVE64_DEVICE int lane_in_block() { return __builtin_amdgcn_workitem_id_x(); }
+WAVE64_DEVICE int block_id() { return __builtin_amdgcn_workgroup_id_x(); }
+WAVE64_DEVICE int block_id_y() { return __builtin_amdgcn_workgroup_id_y(); }
+WAVE64_DEVICE float rsqrt(float x) { return __builtin_amdgcn_rsqf(x); }
+WAVE64_DEVICE float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }  // within one unit in the last place
+WAVE64_DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }       // denormal results are 0
+WAVE64_DEVICE float log2(float x) { return __builtin_amdgcn_logf(x); }
+WAVE64_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }  // of a number and NaN, the number
+WAVE64_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
+
+WAVE64_DEVICE void block_barrier() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+// Orders a wave's own accesses to LDS, for what its lanes exchange without the other waves.
+WAVE64_DEVICE void wave_barrier() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+    __builtin_amdgcn_wave_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
+
+// x of another lane of the wave.
+WAVE64_DEVICE int from_lane(int x, int lane) { return __builtin_amdgcn_ds_bpermute(lane * 4, x); }
+WAVE64_DEVICE float from_lane(float x, int lane) {
+    return __builtin_bit_cast(float, from_lane(__builtin_bit_cast(int, x), lane));
+}
+
+// A bit per lane of the wave: where `yes` holds.
+WAVE64_DEVICE uint64_t ballot(bool yes) {
+#if defined(__GFX9__)
+    return __builtin_amdgcn_ballot_w64(yes);
+#else
+    return __builtin_amdgcn_ballot_w32(yes);
+#endif
+}
+
+// Adds to a number in LDS or in device memory that other lanes of this GPU add to as well; gives what it was.
+WAVE64_DEVICE int atomic_add(int* at, int x) {
+    return __hip_atomic_fetch_add(at, x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+
+// Tells the compiler nothing about a value it knew: what is computed from it stays after this point.
+template <typename Bits>
+WAVE64_DEVICE void forget(Bits& bits) {
+    asm volatile("" : "+v"(bits));
+}
+
+template <int CONTROL>
+WAVE64_DEVICE float moved_in_row(float x) {
+    return __builtin_bit_cast(float,
+                              __builtin_amdgcn_update_dpp(0, __builtin_bit_cast(int, x), CONTROL, 0xf, 0xf, true));
+}
+
+// The largest over the wave's lanes, in every lane; as wave_sum.
+WAVE64_DEVICE float wave_max(float x) {
+    x = max(x, moved_in_row<0xB1>(x));
+    x = max(x, moved_in_row<0x4E>(x));
+    x = max(x, moved_in_row<0x141>(x));
+    x = max(x, moved_in_row<0x140>(x));
+    float most = x;
+    for (int lane = 0; lane < wave_size(); lane += 16)
+        most = max(most, __builtin_bit_cast(float, __builtin_amdgcn_readlane(__builtin_bit_cast(int, x), lane)));
+    return most;
+}
+
+// The sum over the wave's lanes, in every lane. Within 16 lanes the exchange rides on the addition (DPP); the sums of
+// the 16s, equal in all their lanes, are then read as scalars. All lanes of the wave must be active.
+WAVE64_DEVICE float wave_sum(float x) {
+    x += moved_in_row<0xB1>(x);   // from lane ^ 1
+    x += moved_in_row<0x4E>(x);   // from lane ^ 2
+    x += moved_in_row<0x141>(x);  // from the other quad of 8: mirrored
+    x += moved_in_row<0x140>(x);  // from the other half of 16: mirrored
+    float sum = 0;
+    for (int lane = 0; lane < wave_size(); lane += 16)
+        sum += __builtin_bit_cast(float, __builtin_amdgcn_readlane(__builtin_bit_cast(int, x), lane));
+    return sum;
+}
+
+// Memory whose end the hardware knows (a buffer resource): what lies past it reads as zero and is not written, so no
+// lane branches. `base` must be the same in all lanes; `at` counts bytes.
+class Bounded {
+    __amdgpu_buffer_rsrc_t resource;
+
+public:
+    WAVE64_DEVICE Bounded(const void* base, int bytes) {
+#if defined(__GFX9__)
+        constexpr int kind = 0x00027000;
+#else  // RDNA also wants to know how bounds are checked: by byte offset
+        constexpr int kind = 0x31027000;
+#endif
+        resource = __builtin_amdgcn_make_buffer_rsrc(const_cast<void*>(base), 0, bytes, kind);
+    }
+    template <typename Bits>
+    WAVE64_DEVICE Bits load(int at) const {
+        if constexpr (sizeof(Bits) == 1) return __builtin_amdgcn_raw_buffer_load_b8(resource, at, 0, 0);
+        if constexpr (sizeof(Bits) == 2) return __builtin_amdgcn_raw_buffer_load_b16(resource, at, 0, 0);
+        if constexpr (sizeof(Bits) == 4) return __builtin_amdgcn_raw_buffer_load_b32(resource, at, 0, 0);
+        if constexpr (sizeof(Bits) == 8) return __builtin_amdgcn_raw_buffer_load_b64(resource, at, 0, 0);
+        if constexpr (sizeof(Bits) == 16) return __builtin_amdgcn_raw_buffer_load_b128(resource, at, 0, 0);
+    }
+    template <typename Bits>
+    WAVE64_DEVICE void store(int at, Bits bits) const {
+        if constexpr (sizeof(Bits) == 1) __builtin_amdgcn_raw_buffer_store_b8(bits, resource, at, 0, 0);
+        if constexpr (sizeof(Bits) == 2) __builtin_amdgcn_raw_buffer_store_b16(bits, resource, at, 0, 0);
+        if constexpr (sizeof(Bits) == 4) __builtin_amdgcn_raw_buffer_store_b32(bits, resource, at, 0, 0);
+        if constexpr (sizeof(Bits) == 8) __builtin_amdgcn_raw_buffer_store_b64(bits, resource, at, 0, 0);
+        if constexpr (sizeof(Bits) == 16) __builtin_amdgcn_raw_buffer_store_b128(bits, resource, at, 0, 0);
+    }
+};
+
+}  // namespace wave64

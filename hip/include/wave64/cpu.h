@@ -1,0 +1,123 @@
+// What kernels may call, on an ordinary CPU: for tests without a GPU. Every lane is a fiber that src/lanes.cpp switches
+// to; a block's lanes meet at barriers, a wave's also where they exchange values. amd.h has the same names.
+//
+// The source is compiled as if for one AMD architecture (its macros are given), so wave size and FP8 flavour are that
+// architecture's.
+#pragma once
+
+#include "wave64/abi.h"
+
+#define WAVE64_DEVICE __attribute__((always_inline)) inline
+#define WAVE64_LDS __attribute__((section("wave64_lds")))
+#define WAVE64_KERNEL(MAX_LANES) extern "C" __attribute__((visibility("default"))) void
+
+namespace wave64 {
+
+using bf16 = __bf16;
+using fp16 = _Float16;
+using Bits8 = unsigned char;
+using Bits16 = unsigned short;
+using Bits32 = unsigned;
+using Bits64 = unsigned __attribute__((ext_vector_type(2)));
+using Bits128 = unsigned __attribute__((ext_vector_type(4)));
+
+// The lane that runs, and where it is.
+struct Lane {
+    int in_block, block, block_y, wave_size;
+};
+extern Lane running;
+
+// Waits until every lane of the wave (of the block) that has not returned is here as well.
+void meet_block();
+// Gives the values that all lanes of the wave brought to the meeting, 0 of lanes that have returned. `kind` tells
+// meetings apart: lanes of one wave that meet for different purposes are an error.
+const uint64_t* meet_wave(int kind, uint64_t mine);
+
+WAVE64_DEVICE int wave_size() { return running.wave_size; }
+WAVE64_DEVICE int lane_in_block() { return running.in_block; }
+WAVE64_DEVICE int block_id() { return running.block; }
+WAVE64_DEVICE int block_id_y() { return running.block_y; }
+WAVE64_DEVICE float rsqrt(float x) { return 1 / __builtin_sqrtf(x); }
+WAVE64_DEVICE float reciprocal(float x) { return 1 / x; }
+WAVE64_DEVICE float exp2(float x) { return __builtin_exp2f(x); }
+WAVE64_DEVICE float log2(float x) { return __builtin_log2f(x); }
+WAVE64_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }
+WAVE64_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
+
+WAVE64_DEVICE void block_barrier() { meet_block(); }
+WAVE64_DEVICE void wave_barrier() { meet_wave(0, 0); }
+WAVE64_DEVICE int from_lane(int x, int lane) { return int(meet_wave(1, unsigned(x))[lane % wave_size()]); }
+WAVE64_DEVICE float from_lane(float x, int lane) {
+    return __builtin_bit_cast(float, from_lane(__builtin_bit_cast(int, x), lane));
+}
+WAVE64_DEVICE uint64_t ballot(bool yes) {
+    const uint64_t* all = meet_wave(2, yes);
+    uint64_t bits = 0;
+    for (int lane = 0; lane < wave_size(); lane++) bits |= all[lane] << lane;
+    return bits;
+}
+WAVE64_DEVICE int atomic_add(int* at, int x) {
+    const int before = *at;
+    *at = before + x;
+    return before;
+}
+
+template <typename Bits>
+WAVE64_DEVICE void forget(Bits&) {}
+
+WAVE64_DEVICE float wave_sum(float x) {
+    const uint64_t* all = meet_wave(3, __builtin_bit_cast(unsigned, x));
+    float values[64];
+    for (int lane = 0; lane < wave_size(); lane++) values[lane] = __builtin_bit_cast(float, unsigned(all[lane]));
+    for (int step = 1; step < wave_size(); step *= 2)
+        for (int lane = 0; lane < wave_size(); lane += 2 * step) values[lane] += values[lane + step];
+    return values[0];
+}
+WAVE64_DEVICE float wave_max(float x) {
+    const uint64_t* all = meet_wave(4, __builtin_bit_cast(unsigned, x));
+    float most = x;
+    for (int lane = 0; lane < wave_size(); lane++)
+        most = max(most, __builtin_bit_cast(float, unsigned(all[lane])));
+    return most;
+}
+
+class Bounded {
+    char* base;
+    int bytes;
+
+public:
+    WAVE64_DEVICE Bounded(const void* base, int bytes)
+        : base(static_cast<char*>(const_cast<void*>(base))), bytes(bytes) {}
+    template <typename Bits>
+    WAVE64_DEVICE Bits load(int at) const {
+        Bits bits{};
+        if (at < bytes) __builtin_memcpy(&bits, base + at, sizeof bits);
+        return bits;
+    }
+    template <typename Bits>
+    WAVE64_DEVICE void store(int at, Bits bits) const {
+        if (at < bytes) __builtin_memcpy(base + at, &bits, sizeof bits);
+    }
+};
+
+// One number in FP8 of the flavour with this bias and largest number, rounded to nearest, ties to even, saturating.
+inline unsigned fp8_bits(float x, int bias, float largest) {
+    const unsigned sign = __builtin_signbit(x) ? 0x80 : 0;
+    if (x != x) return bias == 8 ? 0x80 : 0x7f;
+    const float size = min(__builtin_fabsf(x), largest);
+    int exponent = int(__builtin_bit_cast(unsigned, size) >> 23) - 127;
+    if (exponent < 1 - bias) exponent = 1 - bias;
+    const int eighths = int(__builtin_rintf(__builtin_ldexpf(size, 3 - exponent)));  // 8 to 16 of a normal number
+    const unsigned bits = eighths < 8 ? eighths : unsigned((exponent + bias - 1) * 8 + eighths);
+    return bits == 0 && bias == 8 ? 0 : sign | bits;
+}
+
+inline float fp8_value(unsigned bits, int bias) {
+    if (bits == (bias == 8 ? 0x80u : 0x7fu) || (bias == 7 && bits == 0xff)) return __builtin_nanf("");
+    const int exponent = (bits >> 3) & 15, eighths = bits & 7;
+    const float size = exponent ? __builtin_ldexpf(float(8 + eighths), exponent - bias - 3)
+                                : __builtin_ldexpf(float(eighths), -bias - 2);
+    return bits & 0x80 ? -size : size;
+}
+
+}  // namespace wave64

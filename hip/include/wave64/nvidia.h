@@ -1,0 +1,79 @@
+// What kernels may call, on nvcc's builtins: for development on NVIDIA only. amd.h has the same names.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include "wave64/abi.h"
+
+#define WAVE64_DEVICE __device__ __forceinline__
+#define WAVE64_LDS __shared__
+#define WAVE64_KERNEL(MAX_LANES) extern "C" __global__ __launch_bounds__(MAX_LANES) void
+
+namespace wave64 {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+using Bits8 = unsigned char;
+using Bits16 = unsigned short;
+using Bits32 = unsigned;
+using Bits64 = uint2;
+using Bits128 = uint4;
+
+WAVE64_DEVICE int wave_size() { return 32; }
+WAVE64_DEVICE int lane_in_block() { return threadIdx.x; }
+WAVE64_DEVICE int block_id() { return blockIdx.x; }
+WAVE64_DEVICE int block_id_y() { return blockIdx.y; }
+WAVE64_DEVICE float rsqrt(float x) { return ::rsqrtf(x); }
+WAVE64_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
+WAVE64_DEVICE float exp2(float x) { return ::exp2f(x); }
+WAVE64_DEVICE float log2(float x) { return ::log2f(x); }
+WAVE64_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }
+WAVE64_DEVICE float min(float a, float b) { return ::fminf(a, b); }
+WAVE64_DEVICE void block_barrier() { __syncthreads(); }
+
+WAVE64_DEVICE void wave_barrier() { __syncwarp(); }
+WAVE64_DEVICE int from_lane(int x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
+WAVE64_DEVICE float from_lane(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
+WAVE64_DEVICE uint64_t ballot(bool yes) { return __ballot_sync(0xffffffff, yes); }
+WAVE64_DEVICE int atomic_add(int* at, int x) { return atomicAdd(at, x); }
+
+WAVE64_DEVICE void forget(Bits8& bits) {
+    Bits16 wide = bits;
+    asm volatile("" : "+h"(wide));
+    bits = Bits8(wide);
+}
+WAVE64_DEVICE void forget(Bits16& bits) { asm volatile("" : "+h"(bits)); }
+WAVE64_DEVICE void forget(Bits32& bits) { asm volatile("" : "+r"(bits)); }
+WAVE64_DEVICE void forget(Bits64& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y)); }
+WAVE64_DEVICE void forget(Bits128& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w)); }
+
+WAVE64_DEVICE float wave_sum(float x) {
+    for (int mask = 1; mask < wave_size(); mask *= 2) x += __shfl_xor_sync(0xffffffff, x, mask);
+    return x;
+}
+
+WAVE64_DEVICE float wave_max(float x) {
+    for (int mask = 1; mask < wave_size(); mask *= 2) x = max(x, __shfl_xor_sync(0xffffffff, x, mask));
+    return x;
+}
+
+class Bounded {
+    char* base;
+    int bytes;
+
+public:
+    WAVE64_DEVICE Bounded(const void* base, int bytes)
+        : base(static_cast<char*>(const_cast<void*>(base))), bytes(bytes) {}
+    template <typename Bits>
+    WAVE64_DEVICE Bits load(int at) const {
+        return at < bytes ? *reinterpret_cast<const Bits*>(base + at) : Bits{};
+    }
+    template <typename Bits>
+    WAVE64_DEVICE void store(int at, Bits bits) const {
+        if (at < bytes) *reinterpret_cast<Bits*>(base + at) = bits;
+    }
+};
+
+}  // namespace wave64

@@ -1,0 +1,151 @@
+// Runs one launch of a kernel on a CPU (include/wave64/cpu.h): the blocks one after another, a block's waves in turn, a
+// wave's lanes as fibers. Compiled together with an op's device section by wave64/testing/lanes.py.
+//
+// What is stricter than hardware: LDS is full of NaN when a block starts; the order of waves and lanes turns round at
+// every meeting, so that a missing barrier shows; lanes of a wave that wait for each other at different places, and
+// lanes that never meet, are errors.
+#include <setjmp.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include "wave64/cpu.h"
+
+extern "C" char __start_wave64_lds[] __attribute__((weak)), __stop_wave64_lds[] __attribute__((weak));
+
+namespace wave64 {
+
+Lane running;
+
+namespace {
+
+constexpr int kMaxLanes = 1024;
+constexpr size_t kStackBytes = 1 << 18;
+
+struct Arguments {  // passed by value as any struct of more than 16 bytes is: the kernel's own comes first in it
+    char bytes[1024];
+};
+using Kernel = void (*)(Arguments);
+
+enum Place { kReady, kAtWave, kAtBlock, kReturned };
+
+struct Fiber {
+    jmp_buf at;
+    Place place;
+    int kind;
+    bool begun;
+};
+
+Fiber fibers[kMaxLanes];
+jmp_buf scheduler;
+char* stacks;
+Kernel kernel;
+Arguments arguments;
+uint64_t brought[2][kMaxLanes];
+int turn[kMaxLanes];  // which half of `brought` a lane uses next
+
+void leave(Place place, int kind) {
+    Fiber& self = fibers[running.in_block];
+    self.place = place;
+    self.kind = kind;
+    if (_setjmp(self.at) == 0) _longjmp(scheduler, 1);
+}
+
+void begin() {
+    kernel(arguments);
+    fibers[running.in_block].place = kReturned;
+    _longjmp(scheduler, 1);
+}
+
+void resume(int lane) {
+    running.in_block = lane;
+    Fiber& fiber = fibers[lane];
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.at, 1);
+    fiber.begun = true;
+    static ucontext_t start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = stacks + lane * kStackBytes;
+    start.uc_stack.ss_size = kStackBytes;
+    makecontext(&start, begin, 0);
+    setcontext(&start);
+}
+
+// Runs a wave until each of its lanes has returned or waits for the block. Null, or what is wrong.
+const char* run_wave(int first, int end, bool backwards) {
+    for (;; backwards = !backwards) {
+        for (int i = first; i < end; i++) {
+            const int lane = backwards ? first + end - 1 - i : i;
+            if (fibers[lane].place == kReady) resume(lane);
+        }
+        int at_wave = 0, at_block = 0, kind = -1;
+        for (int lane = first; lane < end; lane++) {
+            const Fiber& fiber = fibers[lane];
+            at_block += fiber.place == kAtBlock;
+            if (fiber.place != kAtWave) continue;
+            at_wave++;
+            if (kind >= 0 && fiber.kind != kind) return "lanes of a wave exchange values at different places";
+            kind = fiber.kind;
+        }
+        if (at_wave == 0) return nullptr;
+        if (at_block) return "some lanes of a wave wait at a barrier while others exchange values";
+        for (int lane = first; lane < end; lane++)
+            if (fibers[lane].place == kAtWave) fibers[lane].place = kReady;
+    }
+}
+
+const char* run_block(int lanes) {
+    if (__start_wave64_lds) memset(__start_wave64_lds, 0xff, __stop_wave64_lds - __start_wave64_lds);
+    memset(brought, 0, sizeof brought);
+    for (int lane = 0; lane < lanes; lane++) fibers[lane].place = kReady, fibers[lane].begun = false, turn[lane] = 0;
+    const int size = running.wave_size, waves = (lanes + size - 1) / size;
+    for (bool backwards = false;; backwards = !backwards) {
+        for (int i = 0; i < waves; i++) {
+            const int first = (backwards ? waves - 1 - i : i) * size, end = first + size < lanes ? first + size : lanes;
+            if (const char* wrong = run_wave(first, end, backwards)) return wrong;
+        }
+        bool waiting = false;
+        for (int lane = 0; lane < lanes; lane++)
+            if (fibers[lane].place == kAtBlock) fibers[lane].place = kReady, waiting = true;
+        if (!waiting) return nullptr;
+    }
+}
+
+}  // namespace
+
+void meet_block() { leave(kAtBlock, 0); }
+
+const uint64_t* meet_wave(int kind, uint64_t mine) {
+    const int lane = running.in_block, half = turn[lane];
+    turn[lane] ^= 1;
+    brought[half][lane] = mine;
+    leave(kAtWave, kind);
+    return &brought[half][lane / running.wave_size * running.wave_size];
+}
+
+}  // namespace wave64
+
+// Null, or what went wrong, in words.
+extern "C" __attribute__((visibility("default"))) const char* wave64_run(void (*function)(wave64::Arguments),
+                                                                         const uint32_t* grid, uint32_t lanes,
+                                                                         int wave_size, const void* args, size_t size) {
+    using namespace wave64;
+    if (lanes > kMaxLanes || size > sizeof arguments.bytes) return "more lanes, or larger arguments, than there is room for";
+    if (!stacks)
+        stacks = static_cast<char*>(mmap(nullptr, kMaxLanes * kStackBytes, PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    kernel = function;
+    memcpy(arguments.bytes, args, size);
+    running.wave_size = wave_size;
+    for (uint32_t y = 0; y < grid[1]; y++)
+        for (uint32_t x = 0; x < grid[0]; x++) {
+            running.block = int(x), running.block_y = int(y);
+            static char words[200];
+            if (const char* wrong = run_block(int(lanes))) {
+                snprintf(words, sizeof words, "block %u of row %u: %s", x, y, wrong);
+                return words;
+            }
+        }
+    return nullptr;
+}

@@ -1,0 +1,66 @@
+"""Runs HIP kernels on a CPU, every lane a fiber: the launches are planned and recorded by the real host code, and the
+device section of hip/ops/<op>.hip, compiled for this CPU, executes them on the CPU tensors that they point at.
+
+    with lanes.on_cpu("gfx942"):
+        out = OPS["rms_norm"].backends["hip"].run(x, weight)
+    # out is there when the block ends
+
+What it shows is what the source means, barriers included (hip/src/lanes.cpp says what is stricter than hardware). What
+a GPU's compiler makes of it, it does not show. Needs the repository's hip/ folder and the package ziglang.
+"""
+
+import contextlib
+import ctypes
+import functools
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from wave64.arch import lookup
+from wave64.backends import hip
+
+HIP = Path(__file__).resolve().parents[3] / "hip"
+#: what the compiler of each architecture defines, as far as kernels look at it
+MACROS = {"gfx90a": ("__GFX9__",), "gfx942": ("__GFX9__", "__gfx942__"), "gfx950": ("__GFX9__", "__gfx950__"),
+          "gfx1100": ("__GFX11__",), "gfx1201": ("__GFX12__",)}
+
+
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="wave64-lanes-")
+
+
+@functools.cache
+def library(op: str, arch: str) -> ctypes.CDLL:
+    """hip/ops/<op>.hip, its device section compiled for this CPU as if for `arch`."""
+    built = Path(folder().name, f"{op}-{arch}.so")
+    command = [sys.executable, "-m", "ziglang", "c++", "-std=c++17", "-O1", "-fno-sanitize=undefined", "-shared",
+               "-fPIC", "-fvisibility=hidden", "-DWAVE64_CPU", *(f"-D{macro}" for macro in MACROS[arch]),
+               f"-I{HIP / 'include'}", "-o", built, "-x", "c++", HIP / "ops" / f"{op}.hip", HIP / "src" / "lanes.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{op}: its device section does not compile for a CPU\n{done.stderr}")
+    loaded = ctypes.CDLL(str(built))
+    loaded.wave64_run.restype = ctypes.c_char_p
+    return loaded
+
+
+def execute(launch, arch: str) -> None:
+    """Makes a recorded launch, here and now. Raises RuntimeError where its lanes do not meet as they must."""
+    code = library(launch.op, arch)
+    kernel = ctypes.cast(getattr(code, launch.kernel), ctypes.c_void_p)
+    wrong = code.wave64_run(kernel, (ctypes.c_uint32 * 3)(*launch.grid), ctypes.c_uint32(launch.block[0]),
+                            lookup(arch).wave_size, launch.args, ctypes.c_size_t(len(launch.args)))
+    if wrong:
+        raise RuntimeError(f"{launch.kernel}: {wrong.decode()}")
+
+
+@contextlib.contextmanager
+def on_cpu(arch: str) -> Iterator[None]:
+    """Inside, hip operators take CPU tensors; their launches are made, in order, when the block ends."""
+    with hip.record(arch) as launches:
+        yield
+    for launch in launches:
+        execute(launch, arch)
