@@ -26,6 +26,14 @@ def batch_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
+def _fields(memory: Tensor, rows: int) -> dict[str, Tensor]:
+    """Of 28 bytes a row, the fields of a decoding Batch that change at every step."""
+    names = ("input_ids", "positions", "slot_mapping", "seq_lens")
+    parts = memory.split([8 * rows, 8 * rows, 8 * rows, 4 * rows])
+    return {name: part.view(torch.int32 if name == "seq_lens" else torch.int64)
+            for name, part in zip(names, parts, strict=True)}
+
+
 class DecodeGraphs:
     """Graphs of `model` over fixed input tensors, for up to `max_batch` sequences of up to `max_pages` pages each."""
 
@@ -33,18 +41,21 @@ class DecodeGraphs:
         self, model: nn.Module, kv_cache: list[KVCache], device: torch.device, max_batch: int,
         max_pages: int,
     ) -> None:  # fmt: skip
-        long = dict(dtype=torch.int64, device=device)
-        short = dict(dtype=torch.int32, device=device)
+        # What changes at every step lies in one piece of memory, here and on the device, so that one copy brings it
+        # over; the page table, which seldom changes and is large, comes in another.
+        self._host = torch.zeros(max_batch * 28, dtype=torch.uint8, pin_memory=True)
+        self._there = torch.zeros_like(self._host, device=device, pin_memory=False)
+        self._copied = torch.cuda.Event()
+        self._staged, fixed = _fields(self._host, max_batch), _fields(self._there, max_batch)
+        self._table = torch.zeros(0, 0, dtype=torch.int32)
+        fixed["slot_mapping"].fill_(-1)
         self._inputs = Batch(
-            input_ids=torch.zeros(max_batch, **long),
-            positions=torch.zeros(max_batch, **long),
-            slot_mapping=torch.full((max_batch,), -1, **long),
-            page_table=torch.zeros(max_batch, max_pages, **short),
-            seq_lens=torch.zeros(max_batch, **short),
+            **fixed,
+            page_table=torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device),
             num_decodes=max_batch,
-            cu_seqlens_q=torch.zeros(1, **short),
+            cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),
             max_seqlen_q=0,
-            logit_rows=torch.arange(max_batch, **long),
+            logit_rows=torch.arange(max_batch, device=device),
         )
         self._sizes = batch_sizes(max_batch)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -69,15 +80,16 @@ class DecodeGraphs:
         """The logits [B, vocab_size] of a batch that only decodes, its tensors in main memory; valid until the next."""
         count, width = batch.page_table.shape
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
-        fixed = self._inputs
-        fixed.input_ids[:count].copy_(batch.input_ids)
-        fixed.positions[:count].copy_(batch.positions)
-        fixed.slot_mapping[:count].copy_(batch.slot_mapping)
-        fixed.page_table[:count, :width].copy_(batch.page_table)
-        fixed.seq_lens[:count].copy_(batch.seq_lens)
-        if count < size:
-            fixed.slot_mapping[count:size].fill_(-1)
-            fixed.seq_lens[count:size].zero_()
+        self._copied.synchronize()  # of the step before: what it reads must not change under it
+        for name, staged in self._staged.items():
+            staged[:count].copy_(getattr(batch, name))
+        self._staged["slot_mapping"][count:size].fill_(-1)
+        self._staged["seq_lens"][count:size].zero_()
+        self._there.copy_(self._host, non_blocking=True)
+        self._copied.record()
+        if not torch.equal(batch.page_table, self._table):
+            self._inputs.page_table[:count, :width].copy_(batch.page_table)
+            self._table = batch.page_table
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[:count]

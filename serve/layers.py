@@ -17,6 +17,9 @@ from wave64.serve.rope import cos_sin_cache
 
 ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
 
+#: whether ROCm's torch multiplies matrices of 16-bit numbers into fp32
+MIXED_ON_ROCM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
 #: of one layer: keys and values, each [num_pages, page_size, num_kv_heads, head_dim], or latents alone
 KVCache = tuple[Tensor, ...]
 
@@ -38,6 +41,14 @@ class Layer(nn.Module):
 
 def weight(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+def mm_fp32(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix.T in fp32, both of one dtype. Of 16-bit numbers every product is exact in fp32, so nothing is widened
+    first where torch has the mixed product: on GPUs, ROCm's since torch 2.10."""
+    if x.is_cuda and x.dtype != torch.float32 and (torch.version.hip is None or MIXED_ON_ROCM):
+        return torch.mm(x, matrix.t(), out_dtype=torch.float32)
+    return F.linear(x.float(), matrix.float())
 
 
 class Embedding(Layer):

@@ -95,11 +95,13 @@ class Fp8Linear(Layer):
 
 
 class Experts(Layer):
-    """The gated MLPs of a mixture, [num_experts, ...] in one tensor for each product."""
+    """The gated MLPs of a mixture, [num_experts, ...] in one tensor for each product; the last one may be shared."""
 
-    def __init__(self, config: ModelConfig, num_experts: int, inter: int):
+    def __init__(self, config: ModelConfig, num_experts: int, inter: int, shared: bool):
         super().__init__()
         hidden = config.hidden_size
+        self.names = [f"experts.{e}" for e in range(num_experts)] + ["shared_experts"] * shared
+        num_experts = len(self.names)
         self.inter, self.activation, self.scales = inter, config.hidden_act, None
         dtype = torch.float8_e4m3fn if config.quantization else None
         self.w13 = weight(num_experts, 2 * inter, hidden, dtype=dtype)
@@ -111,15 +113,15 @@ class Experts(Layer):
             self.w2_scale = weight(num_experts, *self.scales.shape(hidden, inter), dtype=torch.float32)
 
     def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        hidden = self.w2.shape[1]
-        for e in range(len(self.w13)):
+        hidden, parent = self.w2.shape[1], name.rpartition(".")[0]
+        for e, expert in enumerate(self.names):
             for part, of, scale, first, rows in (
                     ("gate_proj", self.w13, self.w13_scale, 0, self.inter),
                     ("up_proj", self.w13, self.w13_scale, self.inter, self.inter),
                     ("down_proj", self.w2, self.w2_scale, 0, hidden)):
-                yield f"{name}.{e}.{part}.weight", of.data[e, first : first + rows]
+                yield f"{parent}.{expert}.{part}.weight", of.data[e, first : first + rows]
                 if scale is not None:
-                    yield f"{name}.{e}.{part}.weight_scale_inv", self.scales.place(scale.data[e], first, rows)
+                    yield f"{parent}.{expert}.{part}.weight_scale_inv", self.scales.place(scale.data[e], first, rows)
 
     def finish(self) -> None:
         if self.scales is not None:

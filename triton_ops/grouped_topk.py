@@ -52,7 +52,7 @@ def _best_groups(choice, TOPK_GROUP: tl.constexpr, BY_TWO: tl.constexpr, BLOCK_G
 
 @triton.jit
 def _grouped_topk_kernel(weights_ptr, ids_ptr, gating_ptr, bias_ptr, gating_stride, factor, GROUPS: tl.constexpr,
-                         IN_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr,
+                         IN_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
                          RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BF16: tl.constexpr, OVERLAP: tl.constexpr,
                          BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
     if OVERLAP:
@@ -84,13 +84,18 @@ def _grouped_topk_kernel(weights_ptr, ids_ptr, gating_ptr, bias_ptr, gating_stri
     weights = tl.where(mask_k, _score(logits, shift, scale, SIGMOID), 0.0)
     if RENORMALIZE:
         factor /= tl.sum(weights, 0) + 1e-20
-    tl.store(weights_ptr + row * TOP_K + offs_k, weights * factor, mask=mask_k)
-    tl.store(ids_ptr + row * TOP_K + offs_k, chosen, mask=mask_k)
+    weights *= factor
+    if SHARED:
+        weights = tl.where(mask_k, weights, 1.0)
+        chosen = tl.where(mask_k, chosen, GROUPS * IN_GROUP + offs_k - TOP_K)
+    width: tl.constexpr = TOP_K + SHARED
+    tl.store(weights_ptr + row * width + offs_k, weights, mask=offs_k < width)
+    tl.store(ids_ptr + row * width + offs_k, chosen, mask=offs_k < width)
 
 
 def unsupported(gating: Tensor, top_k: int, num_expert_group: int, topk_group: int, renormalize: bool,
                 scoring_func: str = "softmax", correction_bias: Tensor | None = None,
-                routed_scaling_factor: float = 1.0) -> str | None:
+                routed_scaling_factor: float = 1.0, num_fused_shared_experts: int = 0) -> str | None:
     if topk_group < num_expert_group > MOST_GROUPS:
         return f"{num_expert_group} groups, the kernel ranks at most {MOST_GROUPS}"
     return None
@@ -99,17 +104,18 @@ def unsupported(gating: Tensor, top_k: int, num_expert_group: int, topk_group: i
 @grouped_topk.backend("triton", supports=unsupported)
 def launch(gating: Tensor, top_k: int, num_expert_group: int, topk_group: int, renormalize: bool,
            scoring_func: str = "softmax", correction_bias: Tensor | None = None,
-           routed_scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+           routed_scaling_factor: float = 1.0, num_fused_shared_experts: int = 0) -> tuple[Tensor, Tensor]:
     tokens, experts = gating.shape
-    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=gating.device)
-    ids = torch.empty((tokens, top_k), dtype=torch.int32, device=gating.device)
+    width = top_k + num_fused_shared_experts
+    weights = torch.empty((tokens, width), dtype=torch.float32, device=gating.device)
+    ids = torch.empty((tokens, width), dtype=torch.int32, device=gating.device)
     if tokens:
         groups = num_expert_group if topk_group < num_expert_group else 1
         block_g, block_p = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
         bf16 = gating.dtype == torch.bfloat16 and correction_bias is None and block_g * block_p <= INDICES.value
         _grouped_topk_kernel[tokens,](
             weights, ids, gating, correction_bias, gating.stride(0), routed_scaling_factor, GROUPS=groups,
-            IN_GROUP=experts // groups, TOPK_GROUP=min(topk_group, groups), TOP_K=top_k, RENORMALIZE=renormalize,
-            SIGMOID=scoring_func == "sigmoid", BF16=bf16, OVERLAP=overlaps(), BLOCK_G=block_g, BLOCK_P=block_p,
-            BLOCK_K=triton.next_power_of_2(top_k), num_warps=num_warps(block_g * block_p // 16))
+            IN_GROUP=experts // groups, TOPK_GROUP=min(topk_group, groups), TOP_K=top_k,
+            SHARED=num_fused_shared_experts, RENORMALIZE=renormalize, SIGMOID=scoring_func == "sigmoid", BF16=bf16,
+            OVERLAP=overlaps(), BLOCK_G=block_g, BLOCK_P=block_p, BLOCK_K=triton.next_power_of_2(width), num_warps=num_warps(block_g * block_p // 16))
     return weights, ids

@@ -8,12 +8,11 @@ and shared experts serve all.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wave64 import ops
 from wave64.serve.batch import Batch
 from wave64.serve.config import ModelConfig, MoEConfig
-from wave64.serve.layers import ACTIVATIONS, Block, Decoder, KVCache, Layer, Linear, RMSNorm, Rotary, weight
+from wave64.serve.layers import ACTIVATIONS, Block, Decoder, KVCache, Layer, Linear, RMSNorm, Rotary, mm_fp32, weight
 from wave64.serve.quantised import Experts, UpProjection, linear
 
 LATENT_EPS = 1e-6  # of the norms inside attention, whatever rms_norm_eps says
@@ -97,19 +96,20 @@ class Router(Layer):
     groups of experts, a group counting as its best. V3: sigmoid, a bias on the choice alone, which keeps the load
     balanced, and a group counts as its best two."""
 
-    def __init__(self, config: MoEConfig, hidden_size: int):
+    def __init__(self, config: MoEConfig, hidden_size: int, fused_shared: int):
         super().__init__()
-        self.config = config
-        self.weight = weight(config.num_experts, hidden_size, dtype=torch.float32)
+        self.config, self.fused_shared = config, fused_shared
+        self.weight = weight(config.num_experts, hidden_size)
         self.e_score_correction_bias = None
         if config.correction_bias:
             self.e_score_correction_bias = weight(config.num_experts, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights [num_tokens, top_k] fp32, ids [num_tokens, top_k] int32)"""
+        """(weights fp32, ids int32), of each token its top_k and then `fused_shared` experts"""
         c = self.config
-        return ops.grouped_topk(F.linear(x.float(), self.weight), c.top_k, c.num_groups, c.topk_groups,
-                                c.norm_topk_prob, c.scoring_func, self.e_score_correction_bias, c.routed_scaling_factor)
+        return ops.grouped_topk(mm_fp32(x, self.weight), c.top_k, c.num_groups, c.topk_groups, c.norm_topk_prob,
+                                c.scoring_func, self.e_score_correction_bias, c.routed_scaling_factor,
+                                self.fused_shared)
 
 
 class GatedMLP(nn.Module):
@@ -125,12 +125,15 @@ class GatedMLP(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
+    """One shared expert is one more expert that every token chooses; several are a gated MLP of their joint width."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         moe = config.moe
-        self.gate = Router(moe, config.hidden_size)
-        self.experts = Experts(config, moe.num_experts, moe.intermediate_size)
-        shared = moe.num_shared_experts * moe.intermediate_size
+        fused = moe.num_shared_experts == 1
+        self.gate = Router(moe, config.hidden_size, int(fused))
+        self.experts = Experts(config, moe.num_experts, moe.intermediate_size, fused)
+        shared = 0 if fused else moe.num_shared_experts * moe.intermediate_size
         self.shared_experts = GatedMLP(config, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import argparse
 import collections
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -26,6 +27,7 @@ from wave64.serve.config import MLAConfig, ModelConfig, MoEConfig, QuantConfig, 
 from wave64.serve.graphs import DecodeGraphs
 from wave64.serve.layers import Layer
 from wave64.serve.models import DeepseekForCausalLM
+from wave64.serve.quantised import Experts
 from wave64.serve.weights import fill_with_noise
 from wave64.testing import timing
 
@@ -93,30 +95,46 @@ def decode_batch(sequences: int, length: int, tokens: int, device: str, ids: Ten
                     for name in Batch.__slots__ for value in [getattr(batch, name)]})
 
 
-def roofline_bytes(model: nn.Module, of: ModelConfig, sequences: int, context: int) -> int:
-    """What a step reads at least: of the experts, as many as random choices of so many tokens hit."""
-    moe, total = of.moe, 0
-    hit = 1 - (1 - moe.top_k / moe.num_experts) ** sequences
+def experts_chosen(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+    """How many experts a step reads, by the name of the layer that holds them."""
+    chosen = {}
+
+    def look(name: str, ids: Tensor) -> None:
+        chosen[name] = ids.unique().numel()
+
+    hooks = [module.register_forward_pre_hook(lambda _, args, name=name: look(name, args[2]))
+             for name, module in model.model.layers.named_modules() if isinstance(module, Experts)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return chosen
+
+
+def roofline_bytes(model: nn.Module, of: ModelConfig, chosen: dict[str, int], sequences: int, context: int) -> int:
+    """What a step reads at least: of the experts, those that its tokens chose."""
+    total = 0
     for name, layer in model.model.layers.named_modules():
         if isinstance(layer, Layer):
             own = sum(w.nbytes for w in layer.parameters(recurse=False))
-            total += int(own * hit) if name.endswith("experts") and "shared" not in name else own
+            total += own * chosen[name] // len(layer.w13) if name in chosen else own
     width = of.mla.kv_lora_rank + of.mla.qk_rope_head_dim
     return total + of.num_layers * sequences * context * width * of.dtype.itemsize
 
 
-def breakdown(run, device: str) -> list[tuple[str, float]]:
-    """(kernel, microseconds of one run), the longest first."""
+def breakdown(run: Callable[[], object], device: str) -> list[tuple[str, int, float]]:
+    """(kernel, launches, microseconds of one run), the longest first. A merge that is launched early waits for the
+    attention before it, and that counts as its time, too."""
     if device != "cuda":
         return []
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    found = collections.Counter()
+    spent, launches = collections.Counter(), collections.Counter()
     for event in profile.events():
-        found[event.name] += event.device_time
-    return [(name, us) for name, us in found.most_common() if us > 0]
+        spent[event.name] += event.device_time
+        launches[event.name] += 1
+    return [(name, launches[name], us) for name, us in spent.most_common() if us > 0]
 
 
 @torch.inference_mode()
@@ -126,23 +144,26 @@ def layers(args: argparse.Namespace, device: str) -> None:
     peaks = timing.measure_peaks(device)
     print(f"{of.num_layers} layers of DeepSeek-V3 as one of 8 GPUs, context {args.context}, reads "
           f"{peaks.read_gbs:.0f} GB/s")
-    print("| batch | us per step | roofline us | ratio |\n|---|---:|---:|---:|")
+    print("| batch | us per step | roofline us | ratio | experts read |\n|---|---:|---:|---:|---:|")
     for sequences in args.batch:
         cache = pool(of, sequences, args.context, device)
-        batch = decode_batch(sequences, args.context, args.context, device)
+        ids = torch.randint(of.vocab_size, (sequences,))
+        batch = decode_batch(sequences, args.context, args.context, device, ids)
+        chosen = experts_chosen(model, functools.partial(model, batch, cache))
         if device == "cuda":
             graphs = DecodeGraphs(model, cache, torch.device(device), sequences, batch.page_table.shape[1])
-            host = decode_batch(sequences, args.context, args.context, "cpu")
+            host = decode_batch(sequences, args.context, args.context, "cpu", ids)
             first = graphs.replay(host).clone()
             assert torch.equal(first, model(batch, cache)), "a captured step gives other bits than a plain one"
             run = functools.partial(graphs.replay, host)
         else:
             run = functools.partial(model, batch, cache)
         us = timing.median_ms(run, device) * 1e3
-        least = roofline_bytes(model, of, sequences, args.context) / peaks.read_gbs / 1e3
-        print(f"| {sequences} | {us:.1f} | {least:.1f} | {us / least:.2f} |", flush=True)
-        for name, spent in breakdown(run, device)[:12]:
-            print(f"    {spent:8.1f} us  {name[:90]}")
+        least = roofline_bytes(model, of, chosen, sequences, args.context) / peaks.read_gbs / 1e3
+        print(f"| {sequences} | {us:.1f} | {least:.1f} | {us / least:.2f} | "
+              f"{sum(chosen.values()) / max(1, len(chosen)):.0f} |", flush=True)
+        for name, count, spent in breakdown(run, device)[:20]:
+            print(f"    {spent:8.1f} us  {count:3} x {name[:90]}")
         del cache
 
 

@@ -38,6 +38,8 @@ def cases():
     yield Case("sigmoid-without-bias", lambda: _v3(4, 48, 6, 4, 2) | dict(correction_bias=None))
     yield Case("sigmoid-as-it-is", lambda: _v3(4, 48, 6, 4, 2, renormalize=False))
     yield Case("ties", lambda: _v2(6, 40, 9, 5, 3) | dict(gating=torch.randint(-1, 2, (6, 40)).half()))
+    yield Case("shared-expert", lambda: _v3(5) | dict(num_fused_shared_experts=1))
+    yield Case("shared-experts", lambda: _v2(3, 60, 6, 5, 2) | dict(num_fused_shared_experts=3))
     yield Case("strided", lambda: _v3(3, 64) | dict(gating=torch.randn(3, 99)[:, 31:95]))
     for scoring in SCORING:
         for bias in (False, True):
@@ -50,7 +52,7 @@ def cases():
 
 
 def check(gating, top_k, num_expert_group, topk_group, renormalize, scoring_func="softmax", correction_bias=None,
-          routed_scaling_factor=1.0):
+          routed_scaling_factor=1.0, num_fused_shared_experts=0):
     check_gating(gating, top_k)
     experts = gating.shape[1]
     if num_expert_group < 1 or experts % num_expert_group:
@@ -62,6 +64,8 @@ def check(gating, top_k, num_expert_group, topk_group, renormalize, scoring_func
         raise BadArgument("top_k", f"at most {topk_group * in_group}, the experts of {topk_group} groups", top_k)
     if scoring_func not in SCORING:
         raise BadArgument("scoring_func", " or ".join(map(repr, SCORING)), repr(scoring_func))
+    if num_fused_shared_experts < 0:
+        raise BadArgument("num_fused_shared_experts", "at least 0", num_fused_shared_experts)
     if correction_bias is None:
         return
     if correction_bias.shape != gating.shape[1:] or correction_bias.dtype != torch.float32 \
@@ -75,9 +79,9 @@ def check(gating, top_k, num_expert_group, topk_group, renormalize, scoring_func
 
 
 def cost(gating, top_k, num_expert_group, topk_group, renormalize, scoring_func="softmax", correction_bias=None,
-         routed_scaling_factor=1.0) -> Cost:
+         routed_scaling_factor=1.0, num_fused_shared_experts=0) -> Cost:
     bias = 0 if correction_bias is None else correction_bias.nbytes
-    return Cost(bytes=gating.nbytes + bias + 8 * top_k * gating.shape[0])
+    return Cost(bytes=gating.nbytes + bias + 8 * (top_k + num_fused_shared_experts) * gating.shape[0])
 
 
 def _scores(gating: Tensor, scoring_func: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -103,6 +107,12 @@ def agree(args: dict, result: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor
     """Raises AssertionError unless the ids are those that someone could choose who computes scores in fp32, and the
     weights those of these ids. Without a bias nothing is rounded before the choice: the very ids."""
     args = {"scoring_func": "softmax", "correction_bias": None, "routed_scaling_factor": 1.0} | args
+    if shared := args.get("num_fused_shared_experts", 0):
+        if not all(torch.equal(got[:, -shared:], expected[:, -shared:].to(got.dtype))
+                   for got, expected in zip(result, exact, strict=True)):
+            raise AssertionError(f"expected shared experts {exact[1][:, -shared:].tolist()} of weight 1, got "
+                                 f"{result[1][:, -shared:].tolist()} of {result[0][:, -shared:].tolist()}")
+        result, exact = ([part[:, :-shared] for part in pair] for pair in (result, exact))
     bias, groups, topk_group = args["correction_bias"], args["num_expert_group"], args["topk_group"]
     weights, ids = result
     if ids.dtype != torch.int32 or ids.shape != exact[1].shape or ((ids < 0) | (ids >= args["gating"].shape[1])).any():
@@ -141,7 +151,8 @@ def agree(args: dict, result: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor
 @op(cases=cases, check=check, cost=cost, agree=agree)
 def grouped_topk(gating: Tensor, top_k: int, num_expert_group: int, topk_group: int, renormalize: bool,
                  scoring_func: str = "softmax", correction_bias: Tensor | None = None,
-                 routed_scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+                 routed_scaling_factor: float = 1.0,
+                 num_fused_shared_experts: int = 0) -> tuple[Tensor, Tensor]:
     """The top_k experts of each token, best first, of its topk_group best groups of equally many experts each.
     s = softmax(gating[t]) or sigmoid(gating[t]); an expert is chosen by
       s, a group by its largest                          (DeepSeek-AI 2024, DeepSeek-V2), or with a correction_bias
@@ -150,6 +161,8 @@ def grouped_topk(gating: Tensor, top_k: int, num_expert_group: int, topk_group: 
     Of equals, experts or groups, the lower index comes first. Logits and s + correction_bias beyond 2^126 count as
     2^126, those below -2^126 and NaN as -2^126: a row of nothing else gets, unless a bias tells experts apart, the
     first top_k of them, with equal weights of softmax and weights 0 of sigmoid.
+    Behind the chosen come num_fused_shared_experts that every token has, num_experts and up, each with weight 1: for a
+    mixture whose shared experts lie behind the others in one tensor.
 
     gating           [num_tokens, num_experts]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     top_k            1 to topk_group * num_experts / num_expert_group
@@ -157,7 +170,9 @@ def grouped_topk(gating: Tensor, top_k: int, num_expert_group: int, topk_group: 
     topk_group       1 to num_expert_group
     scoring_func     "softmax" or "sigmoid"
     correction_bias  [num_experts]  fp32
-    returns          weights [num_tokens, top_k] fp32, computed in fp32; ids [num_tokens, top_k] int32
+    num_fused_shared_experts  at least 0
+    returns          weights [num_tokens, top_k + num_fused_shared_experts] fp32, computed in fp32; ids, the same shape,
+                     int32
     raises           BadArgument (a ValueError) if an argument is none of these, or if there is a correction_bias, but
                      only one expert in a group
     """
@@ -168,4 +183,8 @@ def grouped_topk(gating: Tensor, top_k: int, num_expert_group: int, topk_group: 
         choice = choice.masked_fill(~kept.repeat_interleave(choice.shape[1] // num_expert_group, 1), -torch.inf)
     ids = largest(choice, top_k)
     weights = _weights(scores, ids, renormalize, routed_scaling_factor)
+    if num_fused_shared_experts:
+        shared = torch.arange(num_fused_shared_experts, device=ids.device) + gating.shape[1]
+        ids = torch.cat((ids, shared.expand(len(ids), -1)), 1)
+        weights = torch.cat((weights, torch.ones_like(weights[:, :1]).expand(-1, num_fused_shared_experts)), 1)
     return weights, ids.to(torch.int32, memory_format=torch.contiguous_format)
