@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers_server import serve
 from safetensors.torch import load_file
 from test_demo import DEMO, EOS, TEXT, chat, ids, pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,3 +78,14 @@ def test_the_engine_recites(tokenizer, device, name, options):
         for output in engine.step():
             got[int(output.rid)] += output.token_ids
     assert got == [answer for _, answer in wanted]
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("demo-deepseek", ()), ("demo-deepseek-fp8", ()), ("demo-deepseek", ("--kv-cache-dtype", "fp8_e4m3"))],
+    ids=["bf16", "fp8-blocks", "fp8-cache"])  # fmt: skip
+def test_the_server_recites(tmp_path, device, name, flags):
+    beginning = "Four score and seven years ago"
+    with serve(name, tmp_path / "log", "--device", device, *flags) as server:
+        answer = server.complete(prompt=beginning, max_tokens=1000)
+    assert beginning + answer["choices"][0]["text"] == TEXT
+    assert answer["choices"][0]["finish_reason"] == "stop"
