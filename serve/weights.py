@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,9 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     raises       WeightsError naming file and tensor
     """
     started = time.perf_counter()
-    default_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = MODELS[config.architecture](config).eval()
-    finally:
-        torch.set_default_dtype(default_dtype)
+    if load_format != "dummy":
+        _plan(_build(config, dtype, "meta"), Path(folder))  # what it refuses is refused before memory is taken
+    model = _build(config, dtype, device)
     if load_format == "dummy":
         fill_with_noise(model)
     else:
@@ -53,23 +50,24 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     return model
 
 
+def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return MODELS[config.architecture](config).eval()
+    finally:
+        torch.set_default_dtype(default_dtype)
+
+
 def fill_from(model: nn.Module, folder: Path) -> None:
     """Reads every weight of `model` from the checkpoint in `folder`.
 
     Raises WeightsError if a weight is missing there, has another shape, or if there is one the model has no place for.
     """
-    stored = stored_tensors(folder)
-    places = _places(model)
-    derived = tuple(f".{name}" for name in model.derived_weights)
-    unused = [name for name in stored if name.startswith(model.unused_weights)]
-    surplus = [tensor for name, tensor in stored.items()
-               if name not in places and not name.endswith(derived) and name not in unused]
-    if surplus:
-        raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model config.json "
-                           "describes has no such weight; does it belong to these weights?")
+    places, reads, copies, unused = _plan(model, folder)
     if unused:
         log.info("%s: %d weights of %s... are not used", folder, len(unused), unused[0].rpartition(".")[0])
-    reads, copies = _plan(places, stored, folder)
     size, quiet = sum(t.end - t.begin for t in reads), not sys.stderr.isatty()
     with tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=quiet) as bar:
         for tensor in sorted(reads, key=lambda t: (t.file, t.begin)):
@@ -112,12 +110,27 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def _plan(places: dict[str, Tensor], stored: dict[str, StoredTensor],
-          folder: Path) -> tuple[list[StoredTensor], list[tuple[StoredTensor, str]]]:
-    """What to read, and what is stored a second time, with the name it was read under."""
+class Plan(NamedTuple):
+    places: dict[str, Tensor]
+    reads: list[StoredTensor]
+    copies: list[tuple[StoredTensor, str]]  # what is stored a second time, and the name it is read under
+    unused: list[str]
+
+
+def _plan(model: nn.Module, folder: Path) -> Plan:
+    """Which of the checkpoint's tensors goes where. Raises WeightsError as fill_from does, of shapes and dtypes apart;
+    reads no weight, and needs none of the model's memory."""
+    stored, places = stored_tensors(folder), _places(model)
+    derived = tuple(f".{name}" for name in model.derived_weights)
+    unused = [name for name in stored if name.startswith(model.unused_weights)]
+    surplus = [tensor for name, tensor in stored.items()
+               if name not in places and not name.endswith(derived) and name not in unused]
+    if surplus:
+        raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model config.json "
+                           "describes has no such weight; does it belong to these weights?")
     names: dict[tuple, list[str]] = {}
     for name, view in places.items():
-        names.setdefault((view.data_ptr(), view.shape), []).append(name)
+        names.setdefault((view.untyped_storage()._cdata, view.storage_offset(), view.shape), []).append(name)
     reads, copies, missing = [], [], []
     for tied in names.values():
         found = [name for name in tied if name in stored]
@@ -127,7 +140,7 @@ def _plan(places: dict[str, Tensor], stored: dict[str, StoredTensor],
         copies += [(stored[name], found[0]) for name in found[1:]]
     if missing:
         raise WeightsError(f"{folder}: {_listed(missing)}: expected by the model, not in any of its safetensors files")
-    return reads, copies
+    return Plan(places, reads, copies, unused)
 
 
 def _listed(names) -> str:

@@ -1,6 +1,8 @@
 """DeepSeek checkpoints as they are found: with layers nobody uses, without scales, in another form than they say."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,9 +10,32 @@ from helpers_deepseek import make_deepseek, quantise
 from helpers_llama import edit_json, load
 from safetensors.torch import load_file, save_file
 
-from wave64.serve.checkpoint import WeightsError
+from wave64.serve import weights
+from wave64.serve.checkpoint import BUFFER_BYTES, WeightsError
 
 FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[16, 32])
+
+
+#: prints by how much the peak of this process's memory rose during a load, and what the model's weights take, in bytes
+MEMORY_OF_A_LOAD = """
+import sys
+from pathlib import Path
+
+import torch
+
+from wave64.serve.config import ModelConfig
+from wave64.serve.weights import load_model
+
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+config = ModelConfig.from_folder(sys.argv[1])
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+before = resident("VmRSS")
+model = load_model(config, sys.argv[1], torch.bfloat16, "cpu")
+print(resident("VmHWM") - before, sum(weight.nbytes for weight in model.parameters()))
+"""
 
 
 @pytest.fixture
@@ -42,10 +67,31 @@ def test_a_layer_behind_those_is_refused(folder, device):
         load(folder, device)
 
 
-def test_an_expert_that_is_missing(folder, device):
+def test_an_expert_that_is_missing(folder, device, monkeypatch):
+    """It is said before the model takes memory: what is built by then is on no device."""
+    built, build = [], weights._build
+    monkeypatch.setattr(weights, "_build", lambda *args: (built.append(args[2]), build(*args))[1])
     edit(folder, lambda t: t.pop("model.layers.2.mlp.experts.5.up_proj.weight"))
     with pytest.raises(WeightsError, match=r"experts\.5\.up_proj\.weight: expected by the model, not in any"):
         load(folder, device)
+    assert built == ["meta"]
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_loading_takes_the_model_and_next_to_nothing_beside(tmp_path, fp8):
+    """In a process of its own. The buffers are of the reading, and of what a converting load keeps of one tensor."""
+    config = dict(hidden_size=512, moe_intermediate_size=256, n_routed_experts=64, num_experts_per_tok=4)
+    make_deepseek(tmp_path, 3, **config).to(torch.bfloat16).save_pretrained(tmp_path)
+    if fp8:
+        quantise(tmp_path, (128, 128))
+        edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config=FP8 | dict(
+            weight_block_size=[128, 128])))
+    found = subprocess.run([sys.executable, "-c", MEMORY_OF_A_LOAD, tmp_path], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    peak, size = map(int, found.stdout.split())
+    stored = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert size > 5e7
+    assert peak <= 1.1 * stored + 2 * BUFFER_BYTES
 
 
 def test_fp8_without_its_scales(folder, device):
