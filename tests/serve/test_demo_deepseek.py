@@ -85,7 +85,7 @@ def test_the_engine_recites(tokenizer, device, name, options):
     ids=["bf16", "fp8-blocks", "fp8-cache"])  # fmt: skip
 def test_the_server_recites(tmp_path, device, name, flags):
     beginning = "Four score and seven years ago"
-    with serve(name, tmp_path / "log", "--device", device, *flags) as server:
+    with serve(name, tmp_path / "log", "--device", device, "--max-total-tokens", "4096", *flags) as server:
         answer = server.complete(prompt=beginning, max_tokens=1000)
     assert beginning + answer["choices"][0]["text"] == TEXT
     assert answer["choices"][0]["finish_reason"] == "stop"
