@@ -404,7 +404,8 @@ from wave64.serve.engine import run_engine
 if __name__ == "__main__":
     model, folder = sys.argv[1:]
     ends = (f"ipc://{folder}/requests", f"ipc://{folder}/outputs")
-    engine = multiprocessing.get_context("spawn").Process(target=run_engine, args=(ServerArgs(model, max_total_tokens=512), *ends))
+    args = ServerArgs(model, max_total_tokens=512)
+    engine = multiprocessing.get_context("spawn").Process(target=run_engine, args=(args, *ends))
     engine.start()
     print(engine.pid, flush=True)
     engine.join()

@@ -44,6 +44,196 @@ struct RmsNormArgs {
     int32_t grid;   // blocks
 };
 
+// q = x / scale in FP8 with a scale for each group of columns, which is written.
+struct PerTokenGroupQuantFp8Args {
+    const void* x;  // [num_tokens, columns], rows x_stride apart
+    void* q;        // [num_tokens, columns]
+    float* scale;   // [num_tokens, ceil(columns / group_size)]
+    int64_t x_stride;
+    int64_t num_tokens;
+    int64_t columns;
+    int32_t group_size;  // a power of two, at most 1024
+    int32_t dtype;       // of x
+    // set by the launcher
+    int64_t numbers;     // of q
+    int32_t chunk;       // columns of a block
+    int32_t group_bits;  // 2^group_bits is group_size
+    int32_t lane_bits;   // 2^lane_bits lanes share a group
+    int32_t packs;       // of a group that each of them has
+    int32_t spans;       // groups of a lane
+};
+
+// q = x / scale in FP8 with a scale for each row, which is written.
+struct PerTokenQuantFp8Args {
+    const void* x;  // [num_tokens, columns], rows x_stride apart
+    void* q;        // [num_tokens, columns]
+    float* scale;   // [num_tokens]
+    int64_t x_stride;
+    int64_t num_tokens;
+    int32_t columns;
+    int32_t dtype;  // of x
+    // set by the launcher
+    int32_t block;  // lanes of a block
+    int32_t grid;   // blocks
+};
+
+// q = x / scale in FP8; the scale is given, or found from all numbers. Either way it is written to found.
+struct PerTensorQuantFp8Args {
+    const void* x;       // [num_tokens, columns], rows x_stride apart
+    const float* scale;  // one number, or null
+    void* q;             // [num_tokens, columns]
+    float* found;        // one number
+    float* amax;         // [num_parts] to work in, without a scale
+    int64_t x_stride;
+    int64_t num_tokens;
+    int64_t columns;
+    int32_t num_parts;  // at least 1
+    int32_t dtype;      // of x
+    // set by the launcher
+    int32_t block;       // lanes of a block
+    int32_t grid;        // blocks, at most num_parts
+    int32_t chunks;      // of a row
+    int32_t all_chunks;  // of all rows
+};
+
+// residual += x, rounded to its dtype; then x = rms_norm(residual), as above.
+struct FusedAddRmsNormArgs {
+    void* x;             // [num_tokens, hidden], rows x_stride apart
+    void* residual;      // [num_tokens, hidden], rows residual_stride apart
+    const void* weight;  // [hidden]
+    int64_t x_stride;
+    int64_t residual_stride;
+    int64_t num_tokens;
+    int32_t hidden;
+    float eps;
+    int32_t dtype;  // of x, residual and weight
+    // set by the launcher
+    int32_t block;  // lanes of a block
+    int32_t grid;   // blocks
+};
+
+// How a launch covers rows of packs that need nothing of each other (rows.h). Set by the launcher.
+struct RowShares {
+    int32_t packs;       // of a row
+    int32_t row_lanes;   // lanes side by side on a row
+    int32_t block_rows;  // rows side by side in a block
+    int32_t grid;        // blocks from row to row; the grid's other dimension goes along a row
+};
+
+// out[t] = f(x[t, :d]) * x[t, d:], in fp32, rounded once; f is the operator's.
+struct GatedArgs {
+    const void* x;  // [num_tokens, 2 * d], rows x_stride apart
+    void* out;      // [num_tokens, d]
+    int64_t x_stride;
+    int64_t num_tokens;
+    int32_t d;
+    int32_t dtype;  // of x and out
+    // set by the launcher
+    RowShares shares;
+};
+
+// Turns the first rot_dim columns of every head by its token's angles, in place.
+struct RotaryEmbeddingArgs {
+    const void* positions;  // [num_tokens] int64 or int32, positions_stride apart
+    void* query;            // [num_tokens, num_heads, ...], its rows and heads query_*stride apart
+    void* key;              // [num_tokens, num_kv_heads, ...], likewise; unused where there are no heads
+    const void* angles;     // [max_pos, rot_dim], cosines then sines
+    int64_t positions_stride;
+    int64_t query_stride;
+    int64_t query_head_stride;
+    int64_t key_stride;
+    int64_t key_head_stride;
+    int64_t num_tokens;
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t rot_dim;
+    int32_t is_neox;          // 1: pairs are half a rotation's width apart; 0: they are neighbours
+    int32_t position_bytes;   // 8 or 4
+    int32_t dtype;            // of query and key
+    int32_t angles_dtype;
+    // set by the launcher
+    int32_t packs;        // of half a rotation's width
+    int32_t block_heads;  // heads side by side in a block
+    int32_t grid;         // blocks from token to token
+    int32_t head_blocks;  // blocks from head to head
+};
+
+// cache[slot] = new, for a token's keys and values, each in a cache of its own. In FP8 caches, new / scale.
+struct ReshapeAndCacheArgs {
+    const void* key;    // [num_tokens, num_heads, head_dim], rows and heads key_*stride apart
+    const void* value;  // likewise
+    void* key_cache;    // [slots, num_heads, head_dim]
+    void* value_cache;
+    const int64_t* slot_mapping;  // [num_tokens]; -1: not written
+    const float* k_scale;         // one number, or null: 1
+    const float* v_scale;
+    int64_t key_stride;
+    int64_t key_head_stride;
+    int64_t value_stride;
+    int64_t value_head_stride;
+    int64_t num_tokens;
+    int32_t num_heads;
+    int32_t head_dim;
+    int32_t dtype;        // of key and value
+    int32_t cache_dtype;  // dtype, or FP8
+    // set by the launcher
+    RowShares shares;
+};
+
+// kv_cache[slot] = [kv_c, k_pe]. In FP8 caches, the same / scale.
+struct ConcatAndCacheMlaArgs {
+    const void* kv_c;  // [num_tokens, kv_lora_rank], rows kv_c_stride apart
+    const void* k_pe;  // [num_tokens, rope_dim], rows k_pe_stride apart
+    void* kv_cache;    // [slots, kv_lora_rank + rope_dim]
+    const int64_t* slot_mapping;  // [num_tokens]; -1: not written
+    const float* scale;           // one number, or null: 1
+    int64_t kv_c_stride;
+    int64_t k_pe_stride;
+    int64_t num_tokens;
+    int32_t kv_lora_rank;
+    int32_t rope_dim;
+    int32_t dtype;        // of kv_c and k_pe
+    int32_t cache_dtype;  // dtype, or FP8
+    // set by the launcher
+    RowShares shares;
+};
+
+// dst[dst_slots[i]] = src[src_slots[i]], byte by byte; strides are in bytes, too. A pair of which a slot lies outside
+// its pool is skipped.
+struct TransferKvArgs {
+    const void* src;  // [num_src_slots, row_bytes]
+    void* dst;        // [num_dst_slots, row_bytes]
+    const int64_t* src_slots;  // [num_pairs]
+    const int64_t* dst_slots;  // [num_pairs]
+    int64_t src_stride;
+    int64_t dst_stride;
+    int64_t num_src_slots;
+    int64_t num_dst_slots;
+    int64_t num_pairs;
+    int64_t row_bytes;
+    // set by the launcher
+    RowShares shares;
+};
+
+// Lowers the logits of tokens that occur among the ids, in place; ids outside of the vocabulary are skipped.
+struct ApplyPenaltiesArgs {
+    void* logits;               // [num_seqs, vocab_size], rows logits_stride apart
+    const int64_t* prompt_ids;  // [num_seqs, prompt_width]
+    const int64_t* output_ids;  // [num_seqs, output_width]
+    const float* presence_penalty;  // [num_seqs], as the next two
+    const float* frequency_penalty;
+    const float* repetition_penalty;
+    int64_t logits_stride;
+    int64_t num_seqs;
+    int32_t vocab_size;
+    int32_t prompt_width;
+    int32_t output_width;
+    int32_t dtype;  // of logits
+    // set by the launcher
+    int32_t slice;  // tokens of a block
+    int32_t grid;   // blocks from sequence to sequence; the grid's other dimension goes along the vocabulary
+};
+
 }  // namespace wave64
 
 #ifndef WAVE64_DEVICE_CODE
@@ -53,5 +243,17 @@ extern "C" {
 const char* wave64_error();
 
 int32_t wave64_rms_norm(const wave64::RmsNormArgs* args, void* stream);
+int32_t wave64_per_token_group_quant_fp8(const wave64::PerTokenGroupQuantFp8Args* args, void* stream);
+int32_t wave64_per_token_quant_fp8(const wave64::PerTokenQuantFp8Args* args, void* stream);
+int32_t wave64_per_tensor_quant_fp8(const wave64::PerTensorQuantFp8Args* args, void* stream);
+int32_t wave64_fused_add_rms_norm(const wave64::FusedAddRmsNormArgs* args, void* stream);
+int32_t wave64_silu_and_mul(const wave64::GatedArgs* args, void* stream);
+int32_t wave64_gelu_and_mul(const wave64::GatedArgs* args, void* stream);
+int32_t wave64_gelu_tanh_and_mul(const wave64::GatedArgs* args, void* stream);
+int32_t wave64_rotary_embedding(const wave64::RotaryEmbeddingArgs* args, void* stream);
+int32_t wave64_reshape_and_cache(const wave64::ReshapeAndCacheArgs* args, void* stream);
+int32_t wave64_concat_and_cache_mla(const wave64::ConcatAndCacheMlaArgs* args, void* stream);
+int32_t wave64_transfer_kv(const wave64::TransferKvArgs* args, void* stream);
+int32_t wave64_apply_penalties(const wave64::ApplyPenaltiesArgs* args, void* stream);
 }
 #endif

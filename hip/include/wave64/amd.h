@@ -69,35 +69,58 @@ WAVE64_DEVICE void forget(Bits& bits) {
     asm volatile("" : "+v"(bits));
 }
 
-template <int CONTROL>
-WAVE64_DEVICE float moved_in_row(float x) {
-    return __builtin_bit_cast(float,
-                              __builtin_amdgcn_update_dpp(0, __builtin_bit_cast(int, x), CONTROL, 0xf, 0xf, true));
+// x of one lane of the wave, the same one for all.
+WAVE64_DEVICE int broadcast(int x, int lane) { return __builtin_amdgcn_readlane(x, lane); }
+WAVE64_DEVICE float broadcast(float x, int lane) {
+    return __builtin_bit_cast(float, broadcast(__builtin_bit_cast(int, x), lane));
 }
 
-// The largest over the wave's lanes, in every lane; as wave_sum.
-WAVE64_DEVICE float wave_max(float x) {
-    x = max(x, moved_in_row<0xB1>(x));
-    x = max(x, moved_in_row<0x4E>(x));
-    x = max(x, moved_in_row<0x141>(x));
-    x = max(x, moved_in_row<0x140>(x));
-    float most = x;
-    for (int lane = 0; lane < wave_size(); lane += 16)
-        most = max(most, __builtin_bit_cast(float, __builtin_amdgcn_readlane(__builtin_bit_cast(int, x), lane)));
-    return most;
+// How many of the mask's bits belong to lanes before this one.
+WAVE64_DEVICE int bits_before(uint64_t mask) {
+    return __builtin_amdgcn_mbcnt_hi(unsigned(mask >> 32), __builtin_amdgcn_mbcnt_lo(unsigned(mask), 0));
 }
 
-// The sum over the wave's lanes, in every lane. Within 16 lanes the exchange rides on the addition (DPP); the sums of
-// the 16s, equal in all their lanes, are then read as scalars. All lanes of the wave must be active.
+template <int CONTROL, typename T>
+WAVE64_DEVICE T moved_in_row(T x) {
+    return __builtin_bit_cast(T, __builtin_amdgcn_update_dpp(0, __builtin_bit_cast(int, x), CONTROL, 0xf, 0xf, true));
+}
+
+// x of a lane in the other half of each run of 2 * HALF lanes: which one is not said, so what is taken has to be the
+// same in all lanes of a half.
+template <int HALF, typename T>
+WAVE64_DEVICE T from_other_half(T x) {
+    if constexpr (HALF == 1) return moved_in_row<0xB1>(x);   // from lane ^ 1
+    if constexpr (HALF == 2) return moved_in_row<0x4E>(x);   // from lane ^ 2
+    if constexpr (HALF == 4) return moved_in_row<0x141>(x);  // from the other quad of 8: mirrored
+    if constexpr (HALF == 8) return moved_in_row<0x140>(x);  // from the other half of 16: mirrored
+    if constexpr (HALF > 8) return from_lane(x, (lane_in_block() % wave_size()) ^ HALF);
+}
+
+// All lanes' x put together by `join`, in every lane. Within 16 lanes the exchange rides on the joining (DPP); what the
+// 16s have, equal in all their lanes, is then read as scalars. All lanes of the wave must be active.
+template <typename T, typename Join>
+WAVE64_DEVICE T joined(T x, Join join) {
+    x = join(x, from_other_half<1>(x));
+    x = join(x, from_other_half<2>(x));
+    x = join(x, from_other_half<4>(x));
+    x = join(x, from_other_half<8>(x));
+    T all = broadcast(x, 0);
+    for (int lane = 16; lane < wave_size(); lane += 16) all = join(all, broadcast(x, lane));
+    return all;
+}
+
+// The sum over the wave's lanes, or the largest of theirs, in every lane.
 WAVE64_DEVICE float wave_sum(float x) {
-    x += moved_in_row<0xB1>(x);   // from lane ^ 1
-    x += moved_in_row<0x4E>(x);   // from lane ^ 2
-    x += moved_in_row<0x141>(x);  // from the other quad of 8: mirrored
-    x += moved_in_row<0x140>(x);  // from the other half of 16: mirrored
-    float sum = 0;
-    for (int lane = 0; lane < wave_size(); lane += 16)
-        sum += __builtin_bit_cast(float, __builtin_amdgcn_readlane(__builtin_bit_cast(int, x), lane));
-    return sum;
+    return joined(x, [](float a, float b) { return a + b; });
+}
+WAVE64_DEVICE int wave_sum(int x) {
+    return joined(x, [](int a, int b) { return a + b; });
+}
+WAVE64_DEVICE float wave_max(float x) {
+    return joined(x, [](float a, float b) { return max(a, b); });
+}
+WAVE64_DEVICE int wave_max(int x) {
+    return joined(x, [](int a, int b) { return a > b ? a : b; });
 }
 
 // Memory whose end the hardware knows (a buffer resource): what lies past it reads as zero and is not written, so no

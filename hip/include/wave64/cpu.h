@@ -65,6 +65,16 @@ WAVE64_DEVICE int atomic_add(int* at, int x) {
 template <typename Bits>
 WAVE64_DEVICE void forget(Bits&) {}
 
+WAVE64_DEVICE int broadcast(int x, int lane) { return from_lane(x, lane); }
+WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
+WAVE64_DEVICE int bits_before(uint64_t mask) {
+    return __builtin_popcountll(mask & ((uint64_t(1) << lane_in_block() % wave_size()) - 1));
+}
+template <int HALF, typename T>
+WAVE64_DEVICE T from_other_half(T x) {
+    return from_lane(x, (lane_in_block() % wave_size()) ^ HALF);
+}
+
 WAVE64_DEVICE float wave_sum(float x) {
     const uint64_t* all = meet_wave(3, __builtin_bit_cast(unsigned, x));
     float values[64];
@@ -78,6 +88,18 @@ WAVE64_DEVICE float wave_max(float x) {
     float most = x;
     for (int lane = 0; lane < wave_size(); lane++)
         most = max(most, __builtin_bit_cast(float, unsigned(all[lane])));
+    return most;
+}
+WAVE64_DEVICE int wave_sum(int x) {
+    const uint64_t* all = meet_wave(5, unsigned(x));
+    int sum = 0;
+    for (int lane = 0; lane < wave_size(); lane++) sum += int(unsigned(all[lane]));
+    return sum;
+}
+WAVE64_DEVICE int wave_max(int x) {
+    const uint64_t* all = meet_wave(6, unsigned(x));
+    int most = x;
+    for (int lane = 0; lane < wave_size(); lane++) most = int(unsigned(all[lane])) > most ? int(unsigned(all[lane])) : most;
     return most;
 }
 

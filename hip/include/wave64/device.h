@@ -62,6 +62,18 @@ public:
     WAVE64_DEVICE void store(int i, const Pack<T, N>& pack) const { memory.store(i * int(sizeof(T)) * N, pack.bits); }
 };
 
+// The largest over each run of `lanes` lanes, a power of two, in every lane of the run.
+WAVE64_DEVICE int run_max(int x, int lanes) {
+    const auto larger = [](int a, int b) { return a > b ? a : b; };
+    if (lanes > 1) x = larger(x, from_other_half<1>(x));
+    if (lanes > 2) x = larger(x, from_other_half<2>(x));
+    if (lanes > 4) x = larger(x, from_other_half<4>(x));
+    if (lanes > 8) x = larger(x, from_other_half<8>(x));
+    if (lanes > 16) x = larger(x, from_other_half<16>(x));
+    if (lanes > 32) x = larger(x, from_other_half<32>(x));
+    return x;
+}
+
 // The sum over the block's lanes, in every lane; `lds` holds a float per wave and may be read until the next barrier.
 WAVE64_DEVICE float block_sum(float x, float* lds, int block) {
     x = wave_sum(x);

@@ -23,22 +23,30 @@ constexpr float kFp8Max = 240;
 constexpr float kFp8Max = 448;
 #endif
 
-// Four numbers, rounded to nearest, ties to even; beyond the range they become its end. NaN stays NaN.
-WAVE64_DEVICE Bits32 to_fp8(float a, float b, float c, float d) {
+// Four numbers within the range, rounded to nearest, ties to even. NaN stays NaN.
+WAVE64_DEVICE Bits32 to_fp8_in_range(float a, float b, float c, float d) {
 #if defined(WAVE64_CPU)
     constexpr int bias = kFp8Max == 240 ? 8 : 7;
     return fp8_bits(a, bias, kFp8Max) | fp8_bits(b, bias, kFp8Max) << 8 | fp8_bits(c, bias, kFp8Max) << 16 |
            fp8_bits(d, bias, kFp8Max) << 24;
 #elif defined(__HIP__)
-    // The instruction turns what is out of range into NaN, so it is clamped first; a NaN would become -kFp8Max by that.
-    const auto inside = [](float x) { return x != x ? x : __builtin_amdgcn_fmed3f(x, kFp8Max, -kFp8Max); };
-    const int low = __builtin_amdgcn_cvt_pk_fp8_f32(inside(a), inside(b), 0, false);
-    return __builtin_amdgcn_cvt_pk_fp8_f32(inside(c), inside(d), low, true);
+    return __builtin_amdgcn_cvt_pk_fp8_f32(c, d, __builtin_amdgcn_cvt_pk_fp8_f32(a, b, 0, false), true);
 #else
     const auto pair = [](float x, float y) {
         return Bits32(__nv_cvt_float2_to_fp8x2(float2{x, y}, __NV_SATFINITE, __NV_E4M3));
     };
     return pair(a, b) | pair(c, d) << 16;
+#endif
+}
+
+// Any four numbers; those beyond the range become its end.
+WAVE64_DEVICE Bits32 to_fp8(float a, float b, float c, float d) {
+#if defined(__HIP__)
+    // The instruction turns what is out of range into NaN, so it is clamped first; a NaN would become -kFp8Max by that.
+    const auto inside = [](float x) { return x != x ? x : __builtin_amdgcn_fmed3f(x, kFp8Max, -kFp8Max); };
+    return to_fp8_in_range(inside(a), inside(b), inside(c), inside(d));
+#else
+    return to_fp8_in_range(a, b, c, d);
 #endif
 }
 

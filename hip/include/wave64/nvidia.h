@@ -49,6 +49,14 @@ WAVE64_DEVICE void forget(Bits32& bits) { asm volatile("" : "+r"(bits)); }
 WAVE64_DEVICE void forget(Bits64& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y)); }
 WAVE64_DEVICE void forget(Bits128& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w)); }
 
+WAVE64_DEVICE int broadcast(int x, int lane) { return from_lane(x, lane); }
+WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
+WAVE64_DEVICE int bits_before(uint64_t mask) { return __popc(unsigned(mask) & ((1u << threadIdx.x % 32) - 1)); }
+template <int HALF, typename T>
+WAVE64_DEVICE T from_other_half(T x) {
+    return __shfl_xor_sync(0xffffffff, x, HALF);
+}
+
 WAVE64_DEVICE float wave_sum(float x) {
     for (int mask = 1; mask < wave_size(); mask *= 2) x += __shfl_xor_sync(0xffffffff, x, mask);
     return x;
@@ -58,6 +66,8 @@ WAVE64_DEVICE float wave_max(float x) {
     for (int mask = 1; mask < wave_size(); mask *= 2) x = max(x, __shfl_xor_sync(0xffffffff, x, mask));
     return x;
 }
+WAVE64_DEVICE int wave_sum(int x) { return __reduce_add_sync(0xffffffff, x); }
+WAVE64_DEVICE int wave_max(int x) { return __reduce_max_sync(0xffffffff, x); }
 
 class Bounded {
     char* base;

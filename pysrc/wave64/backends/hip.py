@@ -106,3 +106,9 @@ def bind(op, supports):
 def floats_only(x: Tensor, *args, **kwargs) -> str | None:
     """`supports` of operators whose first argument says the dtype of all."""
     return None if x.dtype in FLOATS else f"dtype {x.dtype}"
+
+
+def fp8_only(*args, **kwargs) -> str | None:
+    """`supports` of operators whose kernels are there only where the architecture converts FP8."""
+    arch = platform.arch()
+    return f"{arch.name} has no FP8 conversion" if arch and arch.fp8 is None else None
