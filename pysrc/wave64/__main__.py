@@ -1,11 +1,12 @@
-"""`python -m wave64`: what serves here, and why the rest does not. `python -m wave64 check [OP ...]`: is it right?"""
+"""`python -m wave64`: what serves here, and why the rest does not. `python -m wave64 check [OP ...]`: is it right?
+`python -m wave64 --hashes`: the code objects that are installed, to compare with another build's."""
 
 import argparse
 import sys
 
 import wave64
 from wave64 import OPS, platform
-from wave64.backends import probe
+from wave64.backends import hip, probe
 from wave64.op import BACKENDS
 from wave64.testing import contract
 
@@ -48,10 +49,14 @@ def check(names: list[str], large: bool) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wave64", description=__doc__)
     commands = parser.add_subparsers(dest="command")
+    parser.add_argument("--hashes", action="store_true", help="print the SHA-256 of every code object, and no more")
     checking = commands.add_parser("check", help="hold every backend that serves here to the contract")
     checking.add_argument("ops", nargs="*", metavar="OP")
     checking.add_argument("--large", action="store_true", help="the large cases, too (they want a GPU)")
     args = parser.parse_args(argv)
+    if args.hashes:
+        print("\n".join(f"{digest}  {name}" for name, digest in hip.hashes().items()))
+        return 0
     if args.command is None:
         return table()
     if unknown := [name for name in args.ops if name not in OPS]:

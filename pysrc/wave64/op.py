@@ -83,7 +83,8 @@ class Op:
     """A declared operator; call it like the function it was declared as."""
 
     def __init__(self, reference: Callable, cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost],
-                 mutates: tuple[str, ...], check: Callable | None, fake: Callable | None, agree: Callable | None):
+                 mutates: tuple[str, ...], check: Callable | None, fake: Callable | None, agree: Callable | None,
+                 place: Callable | None = None):
         self.name: str = reference.__name__
         self.reference, self.cases, self.cost = reference, cases, cost
         self.mutates, self.check, self.agree = mutates, check, agree
@@ -92,7 +93,8 @@ class Op:
         self.backends = {"reference": Backend("reference", reference)}
         #: device type -> backends to try in turn, filled by wave64.backends.bind
         self.bound: dict[str, tuple[Backend, ...]] = {}
-        self._first = next(iter(self.signature.parameters))
+        first = next(iter(self.signature.parameters))
+        self.place = place or (lambda *args, **kwargs: args[0] if args else kwargs[first])
         self._declined: set[tuple[str, str]] = set()
         registered = torch.library.custom_op(f"wave64::{self.name}", self._run, mutates_args=mutates,
                                              schema=torch.library.infer_schema(reference, mutates_args=mutates))
@@ -114,8 +116,7 @@ class Op:
             except BadArgument as e:
                 e.op = self.name
                 raise
-        tensor = args[0] if args else kwargs[self._first]
-        candidates = self.bound.get(tensor.device.type) or (self.backends["reference"],)
+        candidates = self.bound.get(self.place(*args, **kwargs).device.type) or (self.backends["reference"],)
         for backend in candidates:
             reason = backend.supports(*args, **kwargs) if backend.supports else None
             if reason is None:
@@ -143,7 +144,8 @@ class Op:
 
 
 def op(*, cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost], mutates: tuple[str, ...] = (),
-       check: Callable | None = None, fake: Callable | None = None, agree: Callable | None = None):
+       check: Callable | None = None, fake: Callable | None = None, agree: Callable | None = None,
+       place: Callable | None = None):
     """Declares the decorated function as an operator.
 
     cases    yields the `Case`s that matter: decode of the served models, one token, odd sizes, empty, longest
@@ -153,10 +155,11 @@ def op(*, cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost], mutate
     fake     shapes and dtypes of the result, only where the reference cannot run on fake tensors (it looks at data)
     agree    (args, result, exact) -> None or AssertionError: replaces closeness where an answer is not a rounded
              number; `args` and `exact` are the arguments and the result of the evaluation in fp64
+    place    (same arguments) -> the tensor on whose device the call runs, where that need not be the first argument
     """
 
     def declare(reference: Callable) -> Op:
-        OPS[reference.__name__] = declared = Op(reference, cases, cost, mutates, check, fake, agree)
+        OPS[reference.__name__] = declared = Op(reference, cases, cost, mutates, check, fake, agree, place)
         return declared
 
     return declare

@@ -11,6 +11,7 @@ speed. Peers get the same arguments and are held to four times our bound. The co
     checked         what the reference was evaluated in, and on how many key heads where the whole takes too long
     us              median of graph replays, each after the L2 cache was overwritten
     read us         the same, of a kernel that does nothing but read as many bytes as the call must move (floor.py)
+    copy us         the same, of torch's copy of half as many bytes, which moves as many
     GB/s, read %    bytes that a call must move at least over its time; that over the read bandwidth measured here
     roof %          the larger of those bytes at that bandwidth and the operations at the rate of torch's bf16 matrix
                     product of 8192 x 8192, over the time: what is left to win
@@ -49,6 +50,10 @@ SUITES = {
     "moe": ("fused_moe", "grouped_topk", "topk_softmax", "moe_align_block_size", "per_token_group_quant_fp8",
             "silu_and_mul_per_token_group_quant_fp8", "per_token_quant_fp8", "per_tensor_quant_fp8",
             "fp8_block_scaled_mm", "fp8_scaled_mm"),
+    "memory": ("rms_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul",
+               "rotary_embedding", "reshape_and_cache", "concat_and_cache_mla", "transfer_kv", "merge_attn_states",
+               "per_token_group_quant_fp8", "per_token_quant_fp8", "per_tensor_quant_fp8"),
+    "sampling": ("sample", "apply_penalties", "apply_token_bitmask"),
 }
 #: Operations up to which the reference is evaluated on the whole of a case: about half a second in fp64 on an H200.
 EXACT_FLOPS = 3e12
@@ -76,6 +81,7 @@ class Row:
     checked: str = ""
     speed: timing.Speed | None = None
     read_us: float | None = None
+    copy_us: float | None = None
     ratio: float | None = None
     note: str = ""
     check_s: float = 0.0
@@ -86,15 +92,17 @@ class Row:
         s = self.speed
         error, allowed = ("" if x is None else f"{x:.1e}" for x in (self.error, self.allowed))
         return [self.op, self.case, self.kernel, error, allowed, self.checked,
-                f"{s.us:.1f}", f"{self.read_us:.1f}", f"{s.gbs:.0f}", f"{100 * s.read_share:.1f}",
-                f"{100 * s.roofline_share:.1f}", f"{s.tflops:.1f}", "" if self.ratio is None else f"{self.ratio:.2f}"]
+                f"{s.us:.1f}", f"{self.read_us:.1f}", f"{self.copy_us:.1f}", f"{s.gbs:.0f}",
+                f"{100 * s.read_share:.1f}", f"{100 * s.roofline_share:.1f}", f"{s.tflops:.1f}",
+                "" if self.ratio is None else f"{self.ratio:.2f}"]
 
 
 class Table:
     """Prints rows as they come, and keeps them in a file of JSON lines, so that a run cut short has lost nothing."""
 
+    #: heading: width; negative: aligned left
     COLUMNS = {"op": -20, "case": -22, "kernel": -34, "error": 8, "allowed": 8, "checked": -17, "us": 9, "read us": 9,
-               "GB/s": 7, "read %": 7, "roof %": 7, "TFLOP/s": 8, "vs ours": 8}  # width; negative: aligned left
+               "copy us": 9, "GB/s": 7, "read %": 7, "roof %": 7, "TFLOP/s": 8, "vs ours": 8}
 
     def __init__(self, markdown: bool, file: str | None):
         self.markdown, self.rows = markdown, []
@@ -102,7 +110,8 @@ class Table:
 
     def begin(self, facts: dict[str, Any]) -> None:
         text = (f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}, reads {facts['read_gbs']:.0f} "
-                f"GB/s, bf16 matrix product {facts['matmul_tflops']:.1f} TFLOP/s")
+                f"GB/s, bf16 matrix product {facts['matmul_tflops']:.1f} TFLOP/s, an empty launch "
+                f"{facts['launch_us']:.1f} us")
         print(f"`{facts['command']}`\n{text}\n" if self.markdown else text, flush=True)
         self._write(facts)
         self._print(list(self.COLUMNS))
@@ -270,7 +279,7 @@ def run_case(op: Op, case: Case, backends: list[str], device: str, peaks: timing
         table.add(row("reference", note=f"FAILED: {type(e).__name__}: {peers.first_line(e)}"))
         return False
     took = time.perf_counter() - begin
-    least = floor.read_us(cost.bytes, device)
+    least = floor.read_us(cost.bytes, device), floor.copy_us(cost.bytes, device)
     for backend in backends:
         kernel = f"wave64 {backend}"
         supports = op.backends[backend].supports
@@ -285,19 +294,20 @@ def run_case(op: Op, case: Case, backends: list[str], device: str, peaks: timing
             fine = False
             continue
         ours = ours or ms
-        table.add(row(kernel, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), least,
+        table.add(row(kernel, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), *least,
                       ms / ours, check_s=took))
         if backend == "triton":
             for stage in stages.stages(op.name, args):
                 ms = timing.median_ms(timing.captured(stage.call, device), device)
                 table.add(row(f"wave64 {backend}, {stage.name}", speed=timing.speed(ms, stage.cost, peaks),
-                              read_us=floor.read_us(stage.cost.bytes, device), ratio=ms / ours))
+                              read_us=floor.read_us(stage.cost.bytes, device),
+                              copy_us=floor.copy_us(stage.cost.bytes, device), ratio=ms / ours))
         release()
     for name, verdict, ms in time_peers(peers.peers(op.name, args, root), judge, device):
         if ms is None:
             table.add(row(name, note=verdict))
         else:
-            table.add(row(name, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), least,
+            table.add(row(name, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), *least,
                           ms / ours if ours else None, check_s=took))
     return fine
 
@@ -338,6 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     table.begin(dict(
         device=f"{torch.cuda.get_device_name()}{f' ({arch.name})' if arch else ''}" if device == "cuda" else "CPU",
         torch=torch.__version__, triton=triton.__version__, read_gbs=peaks.read_gbs, matmul_tflops=peaks.matmul_tflops,
+        launch_us=floor.read_us(0, device),
         command=" ".join(["python tests/bench/bench.py", *(sys.argv[1:] if argv is None else argv)])))
     fine = True
     for op, case in work:

@@ -42,3 +42,11 @@ def read_us(nbytes: int, device: str) -> float:
         launch = functools.partial(_read_kernel[grid,], out, x, len(x), STEPS=steps, BLOCK=WORDS, num_warps=num_warps)
         found.append(timing.median_ms(timing.captured(launch, device), device, repeat_ms=20))
     return min(found) * 1e3
+
+
+@functools.cache
+def copy_us(nbytes: int, device: str) -> float:
+    """Microseconds that torch's copy takes to read half of `nbytes` and write the other half, by the same clock."""
+    source = torch.zeros(max(1, nbytes // 2), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return timing.median_ms(timing.captured(lambda: target.copy_(source), device), device, repeat_ms=20) * 1e3

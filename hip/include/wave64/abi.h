@@ -152,10 +152,9 @@ struct RotaryEmbeddingArgs {
     int32_t dtype;            // of query and key
     int32_t angles_dtype;
     // set by the launcher
-    int32_t packs;        // of half a rotation's width
+    int32_t packs;        // of half a rotation's width: the lanes of a head
     int32_t block_heads;  // heads side by side in a block
     int32_t grid;         // blocks from token to token
-    int32_t head_blocks;  // blocks from head to head
 };
 
 // cache[slot] = new, for a token's keys and values, each in a cache of its own. In FP8 caches, new / scale.
@@ -234,6 +233,115 @@ struct ApplyPenaltiesArgs {
     int32_t grid;   // blocks from sequence to sequence; the grid's other dimension goes along the vocabulary
 };
 
+// Logits of tokens whose bit is 0 become -inf: bit i % 32 of word i / 32 is that of token i.
+struct ApplyTokenBitmaskArgs {
+    void* logits;             // [num_seqs, vocab_size], rows logits_stride apart
+    const uint32_t* bitmask;  // [num_seqs, ceil(vocab_size / 32)], rows bitmask_stride apart
+    int64_t logits_stride;
+    int64_t bitmask_stride;
+    int64_t num_seqs;
+    int32_t vocab_size;
+    int32_t dtype;  // of logits
+    // set by the launcher
+    int32_t block;  // lanes of a block
+    int32_t grid;   // blocks from sequence to sequence; the grid's other dimension goes along the vocabulary
+};
+
+// The top_k largest of softmax(gating[t]), largest first, and whose they are.
+struct TopkSoftmaxArgs {
+    const void* gating;  // [num_tokens, num_experts], rows gating_stride apart
+    float* weights;      // [num_tokens, top_k]
+    int32_t* ids;        // [num_tokens, top_k]
+    int64_t gating_stride;
+    int64_t num_tokens;
+    int32_t num_experts;
+    int32_t top_k;
+    int32_t renormalize;  // weights are divided by their sum
+    int32_t dtype;        // of gating
+    // set by the launcher
+    int32_t grid;  // waves
+};
+
+// As TopkSoftmaxArgs, of the topk_group best of num_groups groups of experts; then num_shared experts of weight 1.
+struct GroupedTopkArgs {
+    const void* gating;  // [num_tokens, num_experts], rows gating_stride apart
+    const float* bias;   // [num_experts], or null
+    float* weights;      // [num_tokens, top_k + num_shared]
+    int32_t* ids;        // [num_tokens, top_k + num_shared]
+    int64_t gating_stride;
+    int64_t num_tokens;
+    int32_t num_experts;
+    int32_t top_k;
+    int32_t num_groups;
+    int32_t topk_group;
+    int32_t num_shared;
+    int32_t renormalize;  // weights are divided by their sum
+    int32_t sigmoid;      // scores are sigmoid(gating), not softmax
+    float factor;         // what weights are multiplied by
+    int32_t dtype;        // of gating
+    // set by the launcher
+    int32_t grid;       // waves
+    int32_t in_group;   // experts of a group
+    int32_t lane_bits;  // 2^lane_bits lanes hold a group
+};
+
+// A token per row: the first at which the running sum of what the settings keep exceeds uniform times all of it.
+struct SampleArgs {
+    const void* logits;        // [num_seqs, vocab_size], rows logits_stride apart
+    const float* temperature;  // [num_seqs], as all below; at most 0: the largest logit
+    const int32_t* top_k;      // at most 0: all
+    const float* top_p;        // at least 1: all
+    const float* min_p;        // at most 0: all
+    const float* uniform;      // in [0, 1)
+    int64_t* out;
+    int64_t logits_stride;
+    int64_t num_seqs;
+    int32_t vocab_size;
+    int32_t dtype;  // of logits
+};
+
+// out = (e^lse_a a + e^lse_b b) / (e^lse_a + e^lse_b), lse = log(e^lse_a + e^lse_b). A side of lse -inf or +inf is
+// absent: what it holds does not matter.
+struct MergeAttnStatesArgs {
+    const void* a;       // [num_tokens, num_heads, head_dim], its rows and heads a_*stride apart
+    const float* lse_a;  // [num_tokens, num_heads], likewise
+    const void* b;       // as a
+    const float* lse_b;
+    void* out;   // [num_tokens, num_heads, head_dim]
+    float* lse;  // [num_tokens, num_heads]
+    int64_t a_stride;
+    int64_t a_head_stride;
+    int64_t lse_a_stride;
+    int64_t lse_a_head_stride;
+    int64_t b_stride;
+    int64_t b_head_stride;
+    int64_t lse_b_stride;
+    int64_t lse_b_head_stride;
+    int64_t num_tokens;
+    int32_t num_heads;
+    int32_t head_dim;
+    int32_t dtype;  // of a, b and out
+    // set by the launcher
+    RowShares shares;
+    int64_t num_rows;  // num_tokens * num_heads
+};
+
+// Indices into ids, sorted by expert, each expert's run padded with num_ids to whole blocks; so is what is behind.
+struct MoeAlignBlockSizeArgs {
+    const int32_t* ids;   // [num_ids], those outside [0, num_experts) are left out
+    int32_t* sorted_ids;  // [num_blocks * block_size]
+    int32_t* expert_ids;  // [num_blocks], -1 behind the last run
+    int32_t* num_padded;  // one number: places of all runs
+    int32_t* counts;      // [64, num_experts] to work in; null: each block counts all ids, in one launch
+    int32_t num_ids;
+    int32_t num_experts;
+    int32_t block_size;
+    int32_t num_blocks;  // ceil((num_ids + min(num_ids, num_experts) * (block_size - 1)) / block_size)
+    // set by the launcher
+    int32_t part;  // ids that a block places
+    int32_t grid;  // blocks
+};
+
 }  // namespace wave64
 
 #ifndef WAVE64_DEVICE_CODE
@@ -255,5 +363,11 @@ int32_t wave64_reshape_and_cache(const wave64::ReshapeAndCacheArgs* args, void* 
 int32_t wave64_concat_and_cache_mla(const wave64::ConcatAndCacheMlaArgs* args, void* stream);
 int32_t wave64_transfer_kv(const wave64::TransferKvArgs* args, void* stream);
 int32_t wave64_apply_penalties(const wave64::ApplyPenaltiesArgs* args, void* stream);
+int32_t wave64_apply_token_bitmask(const wave64::ApplyTokenBitmaskArgs* args, void* stream);
+int32_t wave64_topk_softmax(const wave64::TopkSoftmaxArgs* args, void* stream);
+int32_t wave64_grouped_topk(const wave64::GroupedTopkArgs* args, void* stream);
+int32_t wave64_sample(const wave64::SampleArgs* args, void* stream);
+int32_t wave64_merge_attn_states(const wave64::MergeAttnStatesArgs* args, void* stream);
+int32_t wave64_moe_align_block_size(const wave64::MoeAlignBlockSizeArgs* args, void* stream);
 }
 #endif

@@ -29,6 +29,7 @@ WAVE64_DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }       //
 WAVE64_DEVICE float log2(float x) { return __builtin_amdgcn_logf(x); }
 WAVE64_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }  // of a number and NaN, the number
 WAVE64_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
+WAVE64_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }  // a * b + c, rounded once
 
 WAVE64_DEVICE void block_barrier() {
     __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
@@ -62,6 +63,9 @@ WAVE64_DEVICE uint64_t ballot(bool yes) {
 WAVE64_DEVICE int atomic_add(int* at, int x) {
     return __hip_atomic_fetch_add(at, x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
+WAVE64_DEVICE void atomic_add(uint64_t* at, uint64_t x) {
+    __hip_atomic_fetch_add(at, x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
 
 // Tells the compiler nothing about a value it knew: what is computed from it stays after this point.
 template <typename Bits>
@@ -74,6 +78,25 @@ WAVE64_DEVICE int broadcast(int x, int lane) { return __builtin_amdgcn_readlane(
 WAVE64_DEVICE float broadcast(float x, int lane) {
     return __builtin_bit_cast(float, broadcast(__builtin_bit_cast(int, x), lane));
 }
+
+// x, which is the same in all lanes, where the compiler cannot know it.
+WAVE64_DEVICE int uniform(int x) { return __builtin_amdgcn_readfirstlane(x); }
+
+// The number at an address that is the same in all lanes, in memory that the kernel does not write.
+WAVE64_DEVICE int load_uniform(const int32_t* at) {
+    return *reinterpret_cast<const __attribute__((address_space(4))) int32_t*>(reinterpret_cast<uint64_t>(at));
+}
+
+// What lies `at` bytes behind `base`, which is the same in all lanes.
+template <typename Bits>
+WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
+    using Byte = const __attribute__((address_space(1))) char;
+    return *reinterpret_cast<const __attribute__((address_space(1))) Bits*>(reinterpret_cast<Byte*>(uint64_t(base)) + at);
+}
+
+// The low 16 bits of a, then those of b; and the high ones.
+WAVE64_DEVICE Bits32 low_halves(Bits32 a, Bits32 b) { return __builtin_amdgcn_perm(b, a, 0x05040100); }
+WAVE64_DEVICE Bits32 high_halves(Bits32 a, Bits32 b) { return __builtin_amdgcn_perm(b, a, 0x07060302); }
 
 // How many of the mask's bits belong to lanes before this one.
 WAVE64_DEVICE int bits_before(uint64_t mask) {
@@ -121,6 +144,12 @@ WAVE64_DEVICE float wave_max(float x) {
 }
 WAVE64_DEVICE int wave_max(int x) {
     return joined(x, [](int a, int b) { return a > b ? a : b; });
+}
+
+// wave_max where `none` is the least and as a rule all lanes but one have it: then that one is asked.
+WAVE64_DEVICE int wave_max_of_rare(int x, int none) {
+    const uint64_t some = ballot(x != none);
+    return some & (some - 1) ? wave_max(x) : broadcast(x, __builtin_ctzll(some | uint64_t(1) << 63) % wave_size());
 }
 
 // Memory whose end the hardware knows (a buffer resource): what lies past it reads as zero and is not written, so no

@@ -43,6 +43,7 @@ WAVE64_DEVICE float exp2(float x) { return __builtin_exp2f(x); }
 WAVE64_DEVICE float log2(float x) { return __builtin_log2f(x); }
 WAVE64_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }
 WAVE64_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
+WAVE64_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 WAVE64_DEVICE void block_barrier() { meet_block(); }
 WAVE64_DEVICE void wave_barrier() { meet_wave(0, 0); }
@@ -61,9 +62,21 @@ WAVE64_DEVICE int atomic_add(int* at, int x) {
     *at = before + x;
     return before;
 }
+WAVE64_DEVICE void atomic_add(uint64_t* at, uint64_t x) { *at += x; }
 
 template <typename Bits>
 WAVE64_DEVICE void forget(Bits&) {}
+
+WAVE64_DEVICE int uniform(int x) { return x; }
+WAVE64_DEVICE int load_uniform(const int32_t* at) { return *at; }
+template <typename Bits>
+WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
+    Bits bits;
+    __builtin_memcpy(&bits, static_cast<const char*>(base) + at, sizeof bits);
+    return bits;
+}
+WAVE64_DEVICE Bits32 low_halves(Bits32 a, Bits32 b) { return (a & 0xffff) | b << 16; }
+WAVE64_DEVICE Bits32 high_halves(Bits32 a, Bits32 b) { return a >> 16 | (b & 0xffff0000); }
 
 WAVE64_DEVICE int broadcast(int x, int lane) { return from_lane(x, lane); }
 WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
@@ -102,6 +115,7 @@ WAVE64_DEVICE int wave_max(int x) {
     for (int lane = 0; lane < wave_size(); lane++) most = int(unsigned(all[lane])) > most ? int(unsigned(all[lane])) : most;
     return most;
 }
+WAVE64_DEVICE int wave_max_of_rare(int x, int) { return wave_max(x); }
 
 class Bounded {
     char* base;

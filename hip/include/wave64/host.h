@@ -78,4 +78,12 @@ bool register_op(const char* name, std::initializer_list<Field> fields) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Whether 16 divides all of these: addresses, and sizes and strides in bytes.
+inline bool is_16_aligned(std::initializer_list<const void*> addresses, std::initializer_list<int64_t> steps) {
+    uint64_t bits = 0;
+    for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
+    for (int64_t step : steps) bits |= uint64_t(step);
+    return bits % 16 == 0;
+}
+
 }  // namespace wave64

@@ -27,10 +27,15 @@ WAVE64_DEVICE int block_id() { return blockIdx.x; }
 WAVE64_DEVICE int block_id_y() { return blockIdx.y; }
 WAVE64_DEVICE float rsqrt(float x) { return ::rsqrtf(x); }
 WAVE64_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
-WAVE64_DEVICE float exp2(float x) { return ::exp2f(x); }
+WAVE64_DEVICE float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 WAVE64_DEVICE float log2(float x) { return ::log2f(x); }
 WAVE64_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }
 WAVE64_DEVICE float min(float a, float b) { return ::fminf(a, b); }
+WAVE64_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 WAVE64_DEVICE void block_barrier() { __syncthreads(); }
 
 WAVE64_DEVICE void wave_barrier() { __syncwarp(); }
@@ -38,6 +43,12 @@ WAVE64_DEVICE int from_lane(int x, int lane) { return __shfl_sync(0xffffffff, x,
 WAVE64_DEVICE float from_lane(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 WAVE64_DEVICE uint64_t ballot(bool yes) { return __ballot_sync(0xffffffff, yes); }
 WAVE64_DEVICE int atomic_add(int* at, int x) { return atomicAdd(at, x); }
+// In LDS only halves are added without a loop; the sum is whole when all who add to it have.
+WAVE64_DEVICE void atomic_add(uint64_t* at, uint64_t x) {
+    unsigned* const halves = reinterpret_cast<unsigned*>(at);
+    const unsigned low = unsigned(x), carry = atomicAdd(halves, low) + low < low, high = unsigned(x >> 32) + carry;
+    if (high) atomicAdd(halves + 1, high);
+}
 
 WAVE64_DEVICE void forget(Bits8& bits) {
     Bits16 wide = bits;
@@ -48,6 +59,15 @@ WAVE64_DEVICE void forget(Bits16& bits) { asm volatile("" : "+h"(bits)); }
 WAVE64_DEVICE void forget(Bits32& bits) { asm volatile("" : "+r"(bits)); }
 WAVE64_DEVICE void forget(Bits64& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y)); }
 WAVE64_DEVICE void forget(Bits128& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w)); }
+
+WAVE64_DEVICE int uniform(int x) { return x; }
+WAVE64_DEVICE int load_uniform(const int32_t* at) { return __ldg(at); }
+template <typename Bits>
+WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
+    return __ldg(reinterpret_cast<const Bits*>(static_cast<const char*>(base) + at));
+}
+WAVE64_DEVICE Bits32 low_halves(Bits32 a, Bits32 b) { return __byte_perm(a, b, 0x5410); }
+WAVE64_DEVICE Bits32 high_halves(Bits32 a, Bits32 b) { return __byte_perm(a, b, 0x7632); }
 
 WAVE64_DEVICE int broadcast(int x, int lane) { return from_lane(x, lane); }
 WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
@@ -68,6 +88,7 @@ WAVE64_DEVICE float wave_max(float x) {
 }
 WAVE64_DEVICE int wave_sum(int x) { return __reduce_add_sync(0xffffffff, x); }
 WAVE64_DEVICE int wave_max(int x) { return __reduce_max_sync(0xffffffff, x); }
+WAVE64_DEVICE int wave_max_of_rare(int x, int) { return wave_max(x); }
 
 class Bounded {
     char* base;

@@ -7,7 +7,9 @@ that is how the emulator runs the real host code and the real code objects. `arg
 
 import contextlib
 import functools
+import hashlib
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +36,17 @@ def code_objects() -> dict[str, list[str]]:
     folder = Path(_hip.code_object_folder())
     return {arch.name: sorted(path.stem for path in arch.glob("*.co"))
             for arch in sorted(folder.glob("*/"), key=lambda path: path.name)}
+
+
+def code_object(arch: str, op: str) -> bytes:
+    """What was built of hip/ops/<op>.hip for `arch`."""
+    return Path(_hip.code_object_folder(), arch, f"{op}.co").read_bytes()
+
+
+def hashes() -> dict[str, str]:
+    """<arch>/<op>.co -> SHA-256, in hexadecimal: equal where a build is reproduced. Empty without the extension."""
+    return {f"{arch}/{op}.co": hashlib.sha256(code_object(arch, op)).hexdigest()
+            for arch, names in (code_objects() if _hip else {}).items() for op in names}
 
 
 def missing_code_objects() -> str:
@@ -63,13 +76,23 @@ def reason(device_type: str) -> str | None:
     return None
 
 
+class Launches(list):
+    """Recorded launches, and the workspaces that they point at."""
+
+    def __init__(self):
+        self.workspaces: list[Tensor] = []
+
+
+_recording = threading.local()
+
+
 @contextlib.contextmanager
-def record(arch: str) -> Iterator[list]:
+def record(arch: str) -> Iterator[Launches]:
     """This thread's launches inside the block are planned for `arch` and kept, not made; the list it gives is filled
     when the block ends. A launch has op, kernel, code_object (a path), grid (in blocks), block (in lanes), lds_bytes
     and args (the bytes of the op's struct).
     """
-    launches = []
+    _recording.launches = launches = Launches()
     with platform.target(arch) as row:
         _hip.record_begin(_hip.Device(row.name, row.compute_units or 1, row.wave_size, row.lds_bytes))
         try:
@@ -98,6 +121,14 @@ def launch(op: str, tensor: Tensor, *args) -> None:
             function(*args, torch._C._cuda_getCurrentRawStream(index))
 
 
+def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty for what only the launches of one call use; recorded launches keep it alive."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if _hip.recording():
+        _recording.launches.workspaces.append(tensor)
+    return tensor
+
+
 def bind(op, supports):
     """Registers the decorated function as backend hip of `op`, if the extension is there and has the operator."""
     return op.backend("hip", supports=supports) if hasattr(_hip, op.name) else lambda run: run
@@ -106,6 +137,14 @@ def bind(op, supports):
 def floats_only(x: Tensor, *args, **kwargs) -> str | None:
     """`supports` of operators whose first argument says the dtype of all."""
     return None if x.dtype in FLOATS else f"dtype {x.dtype}"
+
+
+def other_fp8(dtype: torch.dtype) -> str | None:
+    """None, or that `dtype` is FP8 of a flavour that the architecture does not convert."""
+    arch, flavour = platform.arch(), str(dtype).removeprefix("torch.float8_")
+    if arch is None or DTYPES.get(dtype) != 3 or arch.fp8 == flavour:
+        return None
+    return f"{flavour} on {arch.name}, whose kernels have {arch.fp8 or 'no FP8'}"
 
 
 def fp8_only(*args, **kwargs) -> str | None:

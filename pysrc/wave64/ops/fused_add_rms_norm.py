@@ -25,7 +25,7 @@ def cases():
     for (tokens, hidden), dtype in itertools.product(shapes, DTYPES):
         yield Case(f"{tokens}x{hidden}-{dtype}", lambda t=tokens, h=hidden, d=dtype: _draw(t, h, d))
     yield Case("strided", _draw_strided)
-    for tokens, hidden in [(128, 4096), (128, 8192), (4096, 4096), (4096, 7168)]:
+    for tokens, hidden in [(128, 4096), (128, 7168), (128, 8192), (4096, 4096), (4096, 7168)]:
         yield Case(f"{tokens}x{hidden}", lambda t=tokens, h=hidden: _draw(t, h, torch.bfloat16), large=True)
 
 

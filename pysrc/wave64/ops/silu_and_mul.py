@@ -16,7 +16,7 @@ def cases():
         yield Case(f"{tokens}x{d}-{dtype}", lambda t=tokens, n=d, dt=dtype: dict(x=torch.randn(t, 2 * n, dtype=dt) * 3))
     yield Case("strided", lambda: dict(x=torch.randn(6, 900, dtype=torch.bfloat16)[:, 3:515]))
     yield Case("extremes", lambda: dict(x=torch.tensor([-200.0, -88.0, -9.0, -0.0, 0.0, 9.0, 200.0]).repeat(3, 4)))
-    for tokens, d in [(1, 28672), (64, 14336), (64, 3584), (4096, 14336)]:
+    for tokens, d in [(1, 28672), (64, 14336), (64, 3584), (128, 7168), (4096, 7168), (4096, 14336)]:
         yield Case(f"{tokens}x{d}", lambda t=tokens, n=d: dict(x=torch.randn(t, 2 * n, dtype=DTYPES[0])), large=True)
 
 

@@ -39,6 +39,7 @@ class Resources:
     scratch_bytes: int     # private memory per lane
     lds_bytes: int         # declared statically
     max_block: int         # lanes
+    argument_bytes: int    # that the caller gives
 
     @classmethod
     def of(cls, kernel: dict[str, Any], target: str, descriptor: bytes) -> "Resources":
@@ -48,7 +49,9 @@ class Resources:
             vgpr_allocated=(granules + 1) * 8, sgpr=kernel[".sgpr_count"],
             spills=kernel[".vgpr_spill_count"], sgpr_spills=kernel[".sgpr_spill_count"],
             scratch_bytes=kernel[".private_segment_fixed_size"], lds_bytes=kernel[".group_segment_fixed_size"],
-            max_block=kernel[".max_flat_workgroup_size"])
+            max_block=kernel[".max_flat_workgroup_size"],
+            argument_bytes=sum(argument[".size"] for argument in kernel.get(".args", ())
+                               if not argument[".value_kind"].startswith("hidden_")))
 
 
 def read_elf(code: bytes) -> list[Resources]:

@@ -1,0 +1,141 @@
+// Writes to KV caches: what is kept of a token lies in two parts, keys and values or latents and rotated keys, and is
+// one row to the lanes: the packs of the first part, then those of the second.
+//
+// The trick: data is on its way before the slot is known that it goes to, of several tokens at a time.
+// Bound by memory: the new numbers in, 16 bytes per lane and access, the same or half of it (FP8) out.
+#pragma once
+
+#include "wave64/rows.h"
+
+namespace wave64 {
+constexpr int kCacheRows = 4;  // that a lane holds
+}  // namespace wave64
+
+#ifdef WAVE64_DEVICE_CODE
+#include "wave64/fp8.h"
+
+namespace wave64 {
+
+// New heads of `head` columns each, and the cache in which a slot's heads lie without gaps. In and Out are bits where
+// numbers are only moved.
+template <typename In, typename Out>
+struct CachePart {
+    const In* from;
+    int64_t stride, head_stride;
+    int head;
+    Out* to;
+    int64_t slot_stride;
+    const float* scale;  // null: 1
+};
+
+// A divisor and 1 / it.
+struct Divisor {
+    float value, inverse;
+};
+
+// x / by, rounded to nearest, in a third of a division's instructions: a guess and its correction.
+WAVE64_DEVICE float quotient(float x, const Divisor& by) {
+    const float guess = x * by.inverse, better = fma(fma(-guess, by.value, x), by.inverse, guess);
+    return better == better ? better : guess;  // an infinite guess has no correction
+}
+
+// What a cache keeps of a pack: the bits, or x / scale in FP8.
+template <typename Bits, int N>
+WAVE64_DEVICE Pack<Bits, N> kept(const Pack<Bits, N>& x, const Divisor&, Bits*) {
+    return x;
+}
+#if WAVE64_HAS_FP8
+template <typename T, int N>
+WAVE64_DEVICE Pack<Bits8, N> kept(const Pack<T, N>& x, const Divisor& scale, Bits8*) {
+    struct {
+        Bits32 at[(N + 3) / 4];
+    } words;
+    const auto values = x.values();
+    for (int i = 0; i < N; i += 4) {
+        float q[4] = {};
+        for (int j = 0; j < 4 && i + j < N; j++) q[j] = quotient(float(values.at[i + j]), scale);
+        words.at[i / 4] = to_fp8(q[0], q[1], q[2], q[3]);
+    }
+    if constexpr (N == 1)
+        return {Bits8(words.at[0])};
+    else
+        return {__builtin_bit_cast(typename Pack<Bits8, N>::Bits, words)};
+}
+#endif
+
+template <int N, typename In, typename Out>
+WAVE64_DEVICE void write_cache(const RowShares& shares, int64_t num_tokens, const int64_t* slots, int first_packs,
+                               const CachePart<In, Out>& first_part, const CachePart<In, Out>& second_part) {
+    const RowShare share = row_share(shares);
+    const bool is_first = share.pack < first_packs;
+    const CachePart<In, Out> part = is_first ? first_part : second_part;
+    const unsigned column = (is_first ? share.pack : share.pack - first_packs) * N;
+    const unsigned head = column / unsigned(part.head);
+    const In* from = part.from + head * part.head_stride + (column - head * part.head);
+    Out* to = part.to + column;
+
+    for (int64_t first = share.first; first < num_tokens; first += kCacheRows * share.step) {
+        int64_t slot[kCacheRows];
+        Pack<In, N> x[kCacheRows];
+#pragma unroll
+        for (int i = 0; i < kCacheRows; i++) {
+            const int64_t token = first + i * share.step;
+            if (token >= num_tokens) break;
+            slot[i] = slots[token];
+            x[i] = load_pack<In, N>(from + token * part.stride);
+        }
+        const float divisor = part.scale ? *part.scale : 1;  // here, so that no load waits for it
+        const Divisor scale{divisor, 1 / divisor};
+#pragma unroll
+        for (int i = 0; i < kCacheRows; i++) {
+            if (first + i * share.step >= num_tokens) break;
+            if (slot[i] >= 0) store_pack(to + slot[i] * part.slot_stride, kept(x[i], scale, to));
+        }
+    }
+}
+
+}  // namespace wave64
+
+// The kernels of operator OP, whose template OP<In, Out, N>(args) calls write_cache.
+#define WAVE64_CACHE_KERNEL(OP, NAME, ARGS, IN, OUT, N)                                 \
+    WAVE64_KERNEL(512) OP##_##NAME(wave64::ARGS args) { wave64::OP<IN, OUT, N>(args); } \
+    WAVE64_KERNEL(512) OP##_##NAME##_unaligned(wave64::ARGS args) { wave64::OP<IN, OUT, 1>(args); }
+#define WAVE64_CACHE_COPIES(OP, ARGS)                                       \
+    WAVE64_CACHE_KERNEL(OP, 16bit, ARGS, wave64::Bits16, wave64::Bits16, 8) \
+    WAVE64_CACHE_KERNEL(OP, 32bit, ARGS, wave64::Bits32, wave64::Bits32, 4)
+#define WAVE64_CACHE_FP8(OP, ARGS)                                               \
+    WAVE64_CACHE_KERNEL(OP, fp8_from_bf16, ARGS, wave64::bf16, wave64::Bits8, 8) \
+    WAVE64_CACHE_KERNEL(OP, fp8_from_fp16, ARGS, wave64::fp16, wave64::Bits8, 8) \
+    WAVE64_CACHE_KERNEL(OP, fp8_from_fp32, ARGS, float, wave64::Bits8, 4)
+#if WAVE64_HAS_FP8
+#define WAVE64_CACHE_WRITE(OP, ARGS) WAVE64_CACHE_COPIES(OP, ARGS) WAVE64_CACHE_FP8(OP, ARGS)
+#else
+#define WAVE64_CACHE_WRITE(OP, ARGS) WAVE64_CACHE_COPIES(OP, ARGS)
+#endif
+
+#else
+namespace wave64 {
+
+struct CacheKernels {
+    int element_bytes;    // of new numbers
+    const char* copy[2];  // aligned or not
+    const char* to_fp8[2];
+};
+
+#define WAVE64_CACHE_KERNELS(OP)                                                                                   \
+    {                                                                                                              \
+        {2, {#OP "_16bit", #OP "_16bit_unaligned"}, {#OP "_fp8_from_bf16", #OP "_fp8_from_bf16_unaligned"}},       \
+            {2, {#OP "_16bit", #OP "_16bit_unaligned"}, {#OP "_fp8_from_fp16", #OP "_fp8_from_fp16_unaligned"}}, { \
+            4, {#OP "_32bit", #OP "_32bit_unaligned"}, {#OP "_fp8_from_fp32", #OP "_fp8_from_fp32_unaligned"}      \
+        }                                                                                                          \
+    }
+
+// Refuses dtypes that no kernel has.
+inline int32_t check_cache_dtypes(const char* op, int32_t dtype, int32_t cache_dtype) {
+    if (dtype < kBf16 || dtype > kFp32) return refuse(op, "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", dtype);
+    if (cache_dtype != dtype && cache_dtype != kFp8) return refuse(op, "cache_dtype", "dtype, or 3 (FP8)", cache_dtype);
+    return kOk;
+}
+
+}  // namespace wave64
+#endif

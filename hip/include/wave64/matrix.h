@@ -1,0 +1,147 @@
+// Matrix instructions, in one shape for all architectures:
+//
+//     sums[row][head] += x[row][k] * y[head][k], over 16 k and for 16 heads
+//
+// The lanes of a wave are kLines lines of kParts parts. A lane holds the row `line` of x's kLines rows and the heads
+// line, line + kLines, ... of y's, and of each the kNumbers k that its part has. Of the sums it gets the same heads, of
+// the rows those from kRows * part on. So the sums of 16 rows lie as a y does: a lane that finds logits of some keys
+// needs, for the weighted sum of values, the weights of the very same keys, and lanes exchange nothing.
+//
+//          kLines  kParts  line       part
+//     gfx9     16       4  lane % 16  lane / 16
+//     gfx12    16       2  lane % 16  lane / 16
+//     sm_90     8       4  lane / 4   lane % 4
+//
+// Which k a part has is nobody's business as long as x and y agree. WAVE64_HAS_MATRIX is 0 where there is no wrapper.
+#pragma once
+
+#include "wave64/device.h"
+
+#if defined(__GFX11__)
+#define WAVE64_HAS_MATRIX 0
+#else
+#define WAVE64_HAS_MATRIX 1
+
+namespace wave64 {
+
+#if defined(__GFX9__)
+constexpr int kLines = 16, kParts = 4;
+#elif defined(__GFX12__)
+constexpr int kLines = 16, kParts = 2;
+#else
+constexpr int kLines = 8, kParts = 4;
+#endif
+constexpr int kLanes = kLines * kParts;  // the wave size
+constexpr int kHeads = 16 / kLines;      // of a lane
+constexpr int kTiles = 16 / kLines;      // products that make 16 rows
+constexpr int kNumbers = 16 / kParts;    // k of a lane
+constexpr int kRows = kLines / kParts;   // of a lane, in a product's sums
+
+struct Place {
+    int line, part;
+
+    // Of 16 rows, the one that the lane holds of the tile-th x. Then its sums are of rows kNumbers * part + 0, 1, ...
+    WAVE64_DEVICE int row(int tile) const { return line / kRows * kNumbers + tile * kRows + line % kRows; }
+};
+
+WAVE64_DEVICE Place place_in_wave() {
+    const int lane = lane_in_block() % kLanes;
+    if constexpr (kLines == 16) return {lane % 16, lane / 16};
+    return {lane / kParts, lane % kParts};
+}
+
+// The sum over the parts of a line, or the largest, in all of them.
+template <typename Join>
+WAVE64_DEVICE float joined_parts(float x, Join join) {
+    constexpr int step = kLines == 16 ? 16 : 1;
+    for (int bit = step; bit < step * kParts; bit *= 2) x = join(x, from_lane(x, lane_in_block() % kLanes ^ bit));
+    return x;
+}
+WAVE64_DEVICE float sum_of_parts(float x) {
+    return joined_parts(x, [](float a, float b) { return a + b; });
+}
+WAVE64_DEVICE float max_of_parts(float x) {
+    return joined_parts(x, [](float a, float b) { return max(a, b); });
+}
+
+// A lane's k of a row or head, two numbers of 16 bits to a word.
+struct Operand {
+    Bits32 words[kNumbers / 2];
+};
+
+struct Sums {
+    float at[kHeads][kRows];
+};
+
+#if defined(WAVE64_CPU)
+
+template <typename T>
+WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& sums) {
+    const auto [line, part] = place_in_wave();
+    const auto lane_of = [](int line, int part) { return kLines == 16 ? part * 16 + line : line * kParts + part; };
+    T rows[kRows][kParts][kNumbers], heads[kHeads][kParts][kNumbers];
+    for (int word = 0; word < kNumbers / 2; word++) {
+        const uint64_t* all = meet_wave(7, x.words[word]);
+        for (int p = 0; p < kParts; p++)
+            for (int i = 0; i < kRows; i++) __builtin_memcpy(&rows[i][p][2 * word], all + lane_of(kRows * part + i, p), 4);
+        for (int h = 0; h < kHeads; h++) {
+            all = meet_wave(8, y[h].words[word]);
+            for (int p = 0; p < kParts; p++) __builtin_memcpy(&heads[h][p][2 * word], all + lane_of(line, p), 4);
+        }
+    }
+    for (int h = 0; h < kHeads; h++)
+        for (int i = 0; i < kRows; i++)
+            for (int p = 0; p < kParts; p++)
+                for (int n = 0; n < kNumbers; n++) sums.at[h][i] += float(rows[i][p][n]) * float(heads[h][p][n]);
+}
+
+#elif defined(__HIP__)
+
+template <typename T>
+WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& sums) {
+    using Floats = float __attribute__((ext_vector_type(kRows)));
+    using Halves = fp16 __attribute__((ext_vector_type(kNumbers)));
+    using Shorts = short __attribute__((ext_vector_type(kNumbers)));
+    const auto before = __builtin_bit_cast(Floats, sums);
+    Floats after;
+    if constexpr (__is_same(T, fp16)) {
+        const auto rows = __builtin_bit_cast(Halves, x), heads = __builtin_bit_cast(Halves, y[0]);
+#if defined(__GFX9__)
+        after = __builtin_amdgcn_mfma_f32_16x16x16f16(rows, heads, before, 0, 0, 0);
+#else
+        after = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(rows, heads, before);
+#endif
+    } else {
+        const auto rows = __builtin_bit_cast(Shorts, x), heads = __builtin_bit_cast(Shorts, y[0]);
+#if defined(__GFX9__)
+        after = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(rows, heads, before, 0, 0, 0);
+#else
+        after = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(rows, heads, before);
+#endif
+    }
+    sums = __builtin_bit_cast(Sums, after);
+}
+
+#else
+
+// The instruction's rows are the heads, its columns x's rows.
+template <typename T>
+WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& sums) {
+    auto& [low, high] = sums.at;
+#define WAVE64_MMA(TYPE)                                                                                  \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
+        "{%8, %9}, {%0, %1, %2, %3};"                                                                     \
+        : "+f"(low[0]), "+f"(low[1]), "+f"(high[0]), "+f"(high[1])                                        \
+        : "r"(y[0].words[0]), "r"(y[1].words[0]), "r"(y[0].words[1]), "r"(y[1].words[1]), "r"(x.words[0]), \
+          "r"(x.words[1]))
+    if constexpr (__is_same(T, fp16))
+        WAVE64_MMA("f16");
+    else
+        WAVE64_MMA("bf16");
+#undef WAVE64_MMA
+}
+
+#endif
+
+}  // namespace wave64
+#endif

@@ -1,0 +1,123 @@
+// What the gates of experts share: the largest numbers of a row that lies in one wave's registers, by rounds of maxima
+// over integers in the order of the numbers.
+//
+// Of 16-bit numbers the integer has room for the expert as well, and a round is one maximum; else it is two.
+#pragma once
+
+#ifdef WAVE64_DEVICE_CODE
+#include "wave64/device.h"
+
+namespace wave64 {
+
+constexpr float kLargestLogit = 0x1p126f;  // so that differences of two stay finite
+constexpr float kLog2E = 1.44269504f;
+constexpr float kNowhere = -__builtin_inff();  // the number of a slot without an expert: is never chosen
+
+// A number within the limit, NaN as the lowest.
+WAVE64_DEVICE float clean(float x) { return min(max(x, -kLargestLogit), kLargestLogit); }
+
+// Integers in the order of the numbers; zeros of both signs are one.
+WAVE64_DEVICE int order_of(float x) {
+    const int bits = __builtin_bit_cast(int, x + 0.0f);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+WAVE64_DEVICE float number_of(int order) { return __builtin_bit_cast(float, order ^ ((order >> 31) & 0x7fffffff)); }
+
+struct Chosen {
+    float number;
+    int expert;
+};
+
+// The experts that a wave chooses among: SLOTS per lane, of which slot i is first + i * step. NARROW: their numbers
+// were of 16 bits, so that of 32 the lowest 13 are zeros: there the expert stands, the first as the largest.
+template <int SLOTS, bool NARROW>
+class Candidates {
+    static constexpr int kRoom = (1 << 13) - 1, kTaken = -2147483647 - 1;
+    int first, step, key[SLOTS];
+
+public:
+    WAVE64_DEVICE Candidates(int first, int step, const float (&numbers)[SLOTS]) : first(first), step(step) {
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) {
+            key[i] = order_of(numbers[i]);
+            if (NARROW) key[i] = (key[i] & ~kRoom) | (kRoom - (first + i * step));
+        }
+    }
+
+    // The largest that was not taken before, of equals the lowest expert: the same in all lanes.
+    WAVE64_DEVICE Chosen take() {
+        int best = key[0];
+#pragma unroll
+        for (int i = 1; i < SLOTS; i++) best = key[i] > best ? key[i] : best;
+        best = wave_max(best);
+        if (NARROW) {
+#pragma unroll
+            for (int i = 0; i < SLOTS; i++) key[i] = key[i] == best ? kTaken : key[i];
+            return {number_of((best & ~kRoom) | ((best >> 31) & kRoom)), kRoom - (best & kRoom)};
+        }
+        int lowest = kTaken;  // of ~expert the largest
+#pragma unroll
+        for (int i = SLOTS - 1; i >= 0; i--) lowest = key[i] == best ? ~(first + i * step) : lowest;
+        const int expert = ~wave_max_of_rare(lowest, kTaken);
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) key[i] = expert == first + i * step ? kTaken : key[i];
+        return {number_of(best), expert};
+    }
+};
+
+// The `count` largest, at most one for each lane of the wave: the j-th in lane j.
+template <bool NARROW, int SLOTS>
+WAVE64_DEVICE Chosen choose(int count, int first, int step, const float (&numbers)[SLOTS]) {
+    Candidates<SLOTS, NARROW> candidates(first, step, numbers);
+    Chosen mine = {};
+    for (int j = 0; j < count; j++) {
+        const Chosen best = candidates.take();
+        if (j == lane_in_block() % wave_size()) mine = best;
+    }
+    return mine;
+}
+
+}  // namespace wave64
+
+// A kernel for every dtype and number of slots.
+#define WAVE64_GATE_OF(OP, DTYPE, T, SLOTS, ARGS) \
+    WAVE64_KERNEL(64) OP##_##DTYPE##_##SLOTS(wave64::ARGS args) { wave64::OP<T, SLOTS>(args); }
+#define WAVE64_GATES_OF(OP, DTYPE, T, ARGS) \
+    WAVE64_GATE_OF(OP, DTYPE, T, 2, ARGS)   \
+    WAVE64_GATE_OF(OP, DTYPE, T, 4, ARGS)   \
+    WAVE64_GATE_OF(OP, DTYPE, T, 8, ARGS)   \
+    WAVE64_GATE_OF(OP, DTYPE, T, 16, ARGS)
+#define WAVE64_GATES(OP, ARGS)                    \
+    WAVE64_GATES_OF(OP, bf16, wave64::bf16, ARGS) \
+    WAVE64_GATES_OF(OP, fp16, wave64::fp16, ARGS) \
+    WAVE64_GATES_OF(OP, fp32, float, ARGS)
+
+#else
+#include <algorithm>
+
+#include "wave64/host.h"
+
+namespace wave64 {
+
+constexpr int kMostSlots = 16;
+constexpr int kWavesPerUnit = 32;  // enough to fill a compute unit; more tokens than that share waves
+
+// By dtype and by slots: 2, 4, 8, 16.
+using GateKernels = const char* [3][4];
+#define WAVE64_GATE_NAMES(OP)                                              \
+    {{#OP "_bf16_2", #OP "_bf16_4", #OP "_bf16_8", #OP "_bf16_16"},        \
+     {#OP "_fp16_2", #OP "_fp16_4", #OP "_fp16_8", #OP "_fp16_16"},        \
+     {#OP "_fp32_2", #OP "_fp32_4", #OP "_fp32_8", #OP "_fp32_16"}}
+
+// A wave per token; `slots` is at most kMostSlots.
+template <typename Args>
+int32_t launch_gate(const char* op, const GateKernels& kernels, int64_t slots, const Device& device, Args& args,
+                    void* stream) {
+    args.grid = int32_t(std::min<int64_t>(args.num_tokens, int64_t(device.compute_units) * kWavesPerUnit));
+    const char* kernel = kernels[args.dtype][slots > 8 ? 3 : slots > 4 ? 2 : slots > 2 ? 1 : 0];
+    return launch({op, kernel, {uint32_t(args.grid), 1, 1}, {uint32_t(device.wave_size), 1, 1}, 0}, &args,
+                  sizeof args, stream);
+}
+
+}  // namespace wave64
+#endif

@@ -1,0 +1,147 @@
+// Presence, frequency and repetition penalties on the logits, in place.
+//
+// The trick: a block counts one slice of the vocabulary in LDS, so counts need no scratch and no clearing of it; blocks
+// of a row all read its ids, and each takes those of its slice.
+// Bound by latency: of the ids (8 bytes each, from the cache for all but the first block), then of the logits that
+// were seen, a sector each, all asked for at once.
+#include "wave64/abi.h"
+
+namespace wave64 {
+constexpr int kMaxSlice = 8192;  // tokens whose counts a block holds
+constexpr int kLanes = 1024;
+}  // namespace wave64
+
+#ifdef WAVE64_DEVICE_CODE
+#include "wave64/device.h"
+
+namespace wave64 {
+
+constexpr int kHeld = 4;            // ids, or logits, that a lane has under way
+constexpr int kInPrompt = 1 << 30;  // the bit of a token of the prompt; below it, times in the output
+
+// Calls count(at) for each of a row's ids that lies in the slice; `at` is its place there.
+template <typename Count>
+WAVE64_DEVICE void for_each_in_slice(const int64_t* ids, int width, int slice_begin, int slice_size, Count count) {
+    const Row<int64_t, 1> row(ids, width);
+    for (int begin = lane_in_block(); begin < width; begin += kHeld * kLanes) {
+        Pack<int64_t, 1> held[kHeld];
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) held[i] = row.load(begin + i * kLanes);
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            const uint64_t at = uint64_t(held[i].values().at[0] - slice_begin);
+            if (begin + i * kLanes < width && at < uint64_t(slice_size)) count(int(at));
+        }
+    }
+}
+
+template <typename T>
+WAVE64_DEVICE void apply_penalties(const ApplyPenaltiesArgs& args) {
+    WAVE64_LDS static int seen[kMaxSlice];
+    const int slice_begin = block_id() * args.slice, vocab = args.vocab_size;
+    const int slice_size = vocab - slice_begin < args.slice ? vocab - slice_begin : args.slice;
+    for (int at = lane_in_block(); at < slice_size; at += kLanes) seen[at] = 0;
+
+    for (int64_t seq = block_id_y(); seq < args.num_seqs; seq += args.grid) {
+        const float presence = args.presence_penalty[seq], frequency = args.frequency_penalty[seq];
+        const float repetition = args.repetition_penalty[seq];
+        block_barrier();
+        for_each_in_slice(args.prompt_ids + seq * args.prompt_width, args.prompt_width, slice_begin, slice_size,
+                          [&](int at) { seen[at] = kInPrompt; });
+        block_barrier();
+        for_each_in_slice(args.output_ids + seq * args.output_width, args.output_width, slice_begin, slice_size,
+                          [&](int at) { atomic_add(&seen[at], 1); });
+        block_barrier();
+
+        const Row<T, 1> logits(static_cast<T*>(args.logits) + seq * args.logits_stride + slice_begin, slice_size);
+        for (int begin = lane_in_block(); begin < slice_size; begin += kHeld * kLanes) {
+            int counts[kHeld], places[kHeld];
+            Pack<T, 1> held[kHeld];
+#pragma unroll
+            for (int i = 0; i < kHeld; i++) {
+                const int at = begin + i * kLanes;
+                counts[i] = at < slice_size ? seen[at] : 0;
+                places[i] = counts[i] ? at : slice_size;  // past the end nothing is read or written
+                held[i] = logits.load(places[i]);
+                if (counts[i]) seen[at] = 0;  // for the next sequence
+            }
+#pragma unroll
+            for (int i = 0; i < kHeld; i++) {
+                const int in_output = counts[i] & (kInPrompt - 1);
+                float logit = float(held[i].values().at[0]);
+                logit = logit > 0 ? logit / repetition : logit * repetition;
+                if (in_output) logit -= frequency * float(in_output) + presence;
+                logits.store(places[i], Pack<T, 1>::of({{T(logit)}}));
+            }
+        }
+    }
+}
+
+}  // namespace wave64
+
+#define APPLY_PENALTIES(NAME, T) \
+    WAVE64_KERNEL(wave64::kLanes) NAME(wave64::ApplyPenaltiesArgs args) { wave64::apply_penalties<T>(args); }
+
+APPLY_PENALTIES(apply_penalties_bf16, wave64::bf16)
+APPLY_PENALTIES(apply_penalties_fp16, wave64::fp16)
+APPLY_PENALTIES(apply_penalties_fp32, float)
+
+#else
+#include <algorithm>
+
+#include "wave64/host.h"
+
+namespace wave64 {
+namespace {
+
+constexpr const char* kKernels[] = {"apply_penalties_bf16", "apply_penalties_fp16", "apply_penalties_fp32"};
+constexpr int kMinSlice = 1024;
+constexpr int64_t kMaxGrid = 65535;
+
+}  // namespace
+}  // namespace wave64
+
+int32_t wave64_apply_penalties(const wave64::ApplyPenaltiesArgs* caller_args, void* stream) {
+    using namespace wave64;
+    const auto refused = [](const char* argument, const char* expected, int64_t got) {
+        return refuse("apply_penalties", argument, expected, got);
+    };
+    ApplyPenaltiesArgs args = *caller_args;
+    if (args.dtype < kBf16 || args.dtype > kFp32)
+        return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
+    if (args.num_seqs < 0) return refused("num_seqs", "at least 0", args.num_seqs);
+    if (args.vocab_size < 0 || args.vocab_size > 1 << 28)
+        return refused("vocab_size", "0 to 2^28", args.vocab_size);
+    for (auto [name, width] : {std::pair{"prompt_width", args.prompt_width}, {"output_width", args.output_width}})
+        if (width < 0 || width > 1 << 27) return refused(name, "0 to 2^27", width);
+    if (args.num_seqs == 0 || args.vocab_size == 0 || args.prompt_width + args.output_width == 0) return kOk;
+    for (auto [name, pointer] : {std::pair{"logits", (const void*)args.logits},
+                                 {"presence_penalty", args.presence_penalty},
+                                 {"frequency_penalty", args.frequency_penalty},
+                                 {"repetition_penalty", args.repetition_penalty}})
+        if (!pointer) return refused(name, "an address", 0);
+    if (args.prompt_width > 0 && !args.prompt_ids) return refused("prompt_ids", "an address", 0);
+    if (args.output_width > 0 && !args.output_ids) return refused("output_ids", "an address", 0);
+
+    const Device* device;
+    if (int32_t status = current_device(&device)) return status;
+    // Every slice reads all ids of its row: no more of them than there are compute units for.
+    args.slice = kMaxSlice;
+    while (args.slice > kMinSlice &&
+           args.num_seqs * ceil_div(args.vocab_size, args.slice / 2) <= device->compute_units)
+        args.slice /= 2;
+    args.grid = int32_t(std::min(args.num_seqs, kMaxGrid));
+
+    const uint32_t slices = ceil_div(args.vocab_size, args.slice), grid = args.grid;
+    return launch({"apply_penalties", kKernels[args.dtype], {slices, grid, 1}, {kLanes, 1, 1}, 0}, &args, sizeof args,
+                  stream);
+}
+
+#define FIELD(NAME) WAVE64_FIELD(wave64::ApplyPenaltiesArgs, NAME)
+static const bool registered = wave64::register_op<wave64::ApplyPenaltiesArgs, wave64_apply_penalties>(
+    "apply_penalties",
+    {FIELD(logits), FIELD(prompt_ids), FIELD(output_ids), FIELD(presence_penalty), FIELD(frequency_penalty),
+     FIELD(repetition_penalty), FIELD(logits_stride), FIELD(num_seqs), FIELD(vocab_size), FIELD(prompt_width),
+     FIELD(output_width), FIELD(dtype)});
+
+#endif

@@ -1,0 +1,127 @@
+// Keeps the tokens that a grammar allows: logits whose bit is 0 become -inf, in place.
+//
+// The trick: logits are decided on by packs of 16 bytes. One without a forbidden token is left alone, one without an
+// allowed token is written, only a mixed one is read before. Packs begin where 16 divides the address, which need not
+// be where the row begins: what of its first and last pack is not the row's counts as allowed and is not touched.
+// Bound by memory: a bit per token in, the forbidden logits out.
+#include "wave64/abi.h"
+
+namespace wave64 {
+constexpr int kMaxLanes = 256;
+constexpr int kHeld = 4;  // packs of a lane
+}  // namespace wave64
+
+#ifdef WAVE64_DEVICE_CODE
+#include "wave64/device.h"
+
+namespace wave64 {
+
+// A bit for each of the N tokens from `token` on that is of the row and forbidden.
+template <int N>
+WAVE64_DEVICE unsigned forbidden_from(const Row<unsigned, 1>& words, int token, int vocab) {
+    constexpr unsigned all = (1u << N) - 1;
+    const int word = token >> 5, shift = token & 31;
+    unsigned allowed = word < 0 ? 0 : words.load(word).bits >> shift;
+    if (shift + N > 32) allowed |= words.load(word + 1).bits << (32 - shift);
+    const unsigned begun = token < 0 ? all << -token : all;
+    const unsigned unended = token + N > vocab ? (token < vocab ? all >> (token + N - vocab) : 0) : all;
+    return ~allowed & begun & unended;
+}
+
+template <typename T, int N>
+WAVE64_DEVICE void apply_token_bitmask(const ApplyTokenBitmaskArgs& args) {
+    constexpr unsigned all = (1u << N) - 1;
+    const T never = T(-__builtin_inff());
+    typename Pack<T, N>::Values nevers;
+    for (int i = 0; i < N; i++) nevers.at[i] = never;
+    const int first = block_id() * args.block * kHeld + lane_in_block(), vocab = args.vocab_size;
+
+    for (int64_t seq = block_id_y(); seq < args.num_seqs; seq += args.grid) {
+        T* const logits = static_cast<T*>(args.logits) + seq * args.logits_stride;
+        const int lead = int(reinterpret_cast<uint64_t>(logits) / sizeof(T) % N);
+        const Row<T, N> row(logits - lead, (lead + vocab + N - 1) / N);
+        const Row<unsigned, 1> words(args.bitmask + seq * args.bitmask_stride, (vocab + 31) / 32);
+
+        unsigned forbidden[kHeld];
+#pragma unroll
+        for (int i = 0; i < kHeld; i++)
+            forbidden[i] = forbidden_from<N>(words, (first + i * args.block) * N - lead, vocab);
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            const int pack = first + i * args.block, token = pack * N - lead;
+            if (forbidden[i] == all) {
+                row.store(pack, Pack<T, N>::of(nevers));
+            } else if (forbidden[i] && token >= 0 && token + N <= vocab) {
+                auto values = row.load(pack).values();
+                for (int j = 0; j < N; j++)
+                    if (forbidden[i] >> j & 1) values.at[j] = never;
+                row.store(pack, Pack<T, N>::of(values));
+            } else if (forbidden[i]) {
+                for (int j = 0; j < N; j++)
+                    if (forbidden[i] >> j & 1) logits[token + j] = never;
+            }
+        }
+    }
+}
+
+}  // namespace wave64
+
+#define APPLY_TOKEN_BITMASK(NAME, T, N)                                    \
+    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::ApplyTokenBitmaskArgs args) { \
+        wave64::apply_token_bitmask<T, N>(args);                           \
+    }
+
+APPLY_TOKEN_BITMASK(apply_token_bitmask_bf16, wave64::bf16, 8)
+APPLY_TOKEN_BITMASK(apply_token_bitmask_fp16, wave64::fp16, 8)
+APPLY_TOKEN_BITMASK(apply_token_bitmask_fp32, float, 4)
+
+#else
+#include <algorithm>
+
+#include "wave64/host.h"
+
+namespace wave64 {
+namespace {
+
+constexpr const char* kKernels[] = {"apply_token_bitmask_bf16", "apply_token_bitmask_fp16", "apply_token_bitmask_fp32"};
+constexpr int64_t kMaxGrid = 65535;
+
+}  // namespace
+}  // namespace wave64
+
+int32_t wave64_apply_token_bitmask(const wave64::ApplyTokenBitmaskArgs* caller_args, void* stream) {
+    using namespace wave64;
+    const auto refused = [](const char* argument, const char* expected, int64_t got) {
+        return refuse("apply_token_bitmask", argument, expected, got);
+    };
+    ApplyTokenBitmaskArgs args = *caller_args;
+    if (args.dtype < kBf16 || args.dtype > kFp32)
+        return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
+    if (args.num_seqs < 0) return refused("num_seqs", "at least 0", args.num_seqs);
+    if (args.vocab_size < 0 || args.vocab_size > 1 << 28)
+        return refused("vocab_size", "0 to 2^28", args.vocab_size);
+    if (args.num_seqs == 0 || args.vocab_size == 0) return kOk;
+    if (!args.logits) return refused("logits", "an address", 0);
+    if (!args.bitmask) return refused("bitmask", "an address", 0);
+
+    const Device* device;
+    if (int32_t status = current_device(&device)) return status;
+    const int64_t per_pack = args.dtype == kFp32 ? 4 : 8;
+    const int64_t packs = ceil_div(args.vocab_size, per_pack) + 1;  // one more where a row begins within a pack
+    args.block = kMaxLanes;
+    while (args.block > device->wave_size &&
+           args.num_seqs * ceil_div(packs, args.block * kHeld) < device->compute_units)
+        args.block /= 2;
+    args.grid = int32_t(std::min(args.num_seqs, kMaxGrid));
+
+    const uint32_t pieces = ceil_div(packs, args.block * kHeld), grid = args.grid, block = args.block;
+    return launch({"apply_token_bitmask", kKernels[args.dtype], {pieces, grid, 1}, {block, 1, 1}, 0}, &args,
+                  sizeof args, stream);
+}
+
+#define FIELD(NAME) WAVE64_FIELD(wave64::ApplyTokenBitmaskArgs, NAME)
+static const bool registered = wave64::register_op<wave64::ApplyTokenBitmaskArgs, wave64_apply_token_bitmask>(
+    "apply_token_bitmask", {FIELD(logits), FIELD(bitmask), FIELD(logits_stride), FIELD(bitmask_stride),
+                            FIELD(num_seqs), FIELD(vocab_size), FIELD(dtype)});
+
+#endif

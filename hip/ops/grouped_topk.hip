@@ -1,0 +1,180 @@
+// DeepSeek's gate: the top_k best experts of every token, out of its topk_group best groups of experts.
+//
+// The trick: a wave has a token's logits in registers, each group in a run of lanes of its own: the group's score is
+// a maximum over the run, its rank the count of those ahead, one broadcast each. Experts are chosen as topk.h does.
+// Bound by latency: a load, the scores, the groups' ranks, top_k rounds, a store.
+#include "wave64/abi.h"
+#include "wave64/topk.h"
+
+#ifdef WAVE64_DEVICE_CODE
+namespace wave64 {
+
+// A logit's share in the softmax, or its logistic function: without a branch, for there are many.
+struct Score {
+    bool sigmoid;
+    float largest = 0, scale = 1;
+
+    WAVE64_DEVICE float operator()(float logit) const {
+        const float power = exp2((logit - largest) * (sigmoid ? -kLog2E : kLog2E)), logistic = reciprocal(1 + power);
+        return sigmoid ? logistic : power * scale;
+    }
+};
+
+template <int SLOTS>
+WAVE64_DEVICE Score score_of(bool sigmoid, const float (&logits)[SLOTS]) {
+    Score score{sigmoid};
+    if (sigmoid) return score;
+    score.largest = logits[0];
+#pragma unroll
+    for (int i = 1; i < SLOTS; i++) score.largest = max(score.largest, logits[i]);
+    score.largest = wave_max(score.largest);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < SLOTS; i++) sum += score(logits[i]);
+    score.scale = 1 / wave_sum(sum);
+    return score;
+}
+
+struct LargestTwo {
+    float first = kNowhere, second = kNowhere;
+
+    WAVE64_DEVICE void add(float x) {
+        second = max(second, min(first, x));
+        first = max(first, x);
+    }
+    template <int HALF>
+    WAVE64_DEVICE void join_other_half() {
+        const float other = from_other_half<HALF>(first);
+        second = max(max(second, from_other_half<HALF>(second)), min(first, other));
+        first = max(first, other);
+    }
+    // Over each run of `lanes` lanes: at most half a wave's, since there are two groups or more.
+    WAVE64_DEVICE void join_run(int lanes) {
+        if (lanes > 1) join_other_half<1>();
+        if (lanes > 2) join_other_half<2>();
+        if (lanes > 4) join_other_half<4>();
+        if (lanes > 8) join_other_half<8>();
+        if (lanes > 16) join_other_half<16>();
+    }
+};
+
+// Whether the lane's group is among the best: by its largest number, or by the sum of its two largest.
+template <int SLOTS>
+WAVE64_DEVICE bool in_best_groups(const GroupedTopkArgs& args, int group, const float (&numbers)[SLOTS]) {
+    LargestTwo two;
+#pragma unroll
+    for (int i = 0; i < SLOTS; i++) two.add(numbers[i]);
+    int order;
+    if (args.bias) {
+        two.join_run(1 << args.lane_bits);
+        order = order_of(two.first + two.second);
+    } else {
+        order = run_max(order_of(two.first), 1 << args.lane_bits);
+    }
+    int ahead = 0;
+    for (int other = 0; other < args.num_groups; other++) {
+        const int its_order = broadcast(order, other << args.lane_bits);
+        ahead += its_order > order || (its_order == order && other < group);
+    }
+    return ahead < args.topk_group;
+}
+
+template <typename T, int SLOTS>
+WAVE64_DEVICE void grouped_topk(const GroupedTopkArgs& args) {
+    const int lane = lane_in_block(), lanes = 1 << args.lane_bits, group = lane >> args.lane_bits;
+    const int member = lane & (lanes - 1), members = group < args.num_groups ? args.in_group : 0;
+    const int first = group * args.in_group + member, width = args.top_k + args.num_shared;
+    const Row<float, 1> bias(args.bias, args.bias ? args.num_experts : 0);
+    for (int64_t token = block_id(); token < args.num_tokens; token += args.grid) {
+        const Row<T, 1> gating(static_cast<const T*>(args.gating) + token * args.gating_stride, args.num_experts);
+        Pack<T, 1> loaded[SLOTS];
+        Pack<float, 1> biases[SLOTS];
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) loaded[i] = gating.load(first + i * lanes);
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) biases[i] = bias.load(first + i * lanes);
+        float logits[SLOTS], choice[SLOTS];
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++)
+            logits[i] = member + i * lanes < members ? clean(float(loaded[i].values().at[0])) : kNowhere;
+
+        const Score score = score_of(args.sigmoid, logits);
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) {
+            const float biased = clean(score(logits[i]) + biases[i].values().at[0]);
+            choice[i] = args.bias && logits[i] != kNowhere ? biased : logits[i];
+        }
+        if (args.topk_group < args.num_groups && !in_best_groups(args, group, choice)) {
+#pragma unroll
+            for (int i = 0; i < SLOTS; i++) choice[i] = kNowhere;
+        }
+
+        const bool narrow = sizeof(T) == 2 && !args.bias;
+        const Chosen mine = narrow ? choose<true>(args.top_k, first, lanes, choice)
+                                   : choose<false>(args.top_k, first, lanes, choice);
+        // With a bias the number is not the logit. To load it again is quicker than to bring it from its lane.
+        const float logit = args.bias ? clean(float(gating.load(mine.expert).values().at[0])) : mine.number;
+        float weight = lane < args.top_k ? score(logit) : 0, factor = args.factor;
+        if (args.renormalize) factor /= wave_sum(weight) + 1e-20f;
+        if (lane < width) {
+            const bool shared = lane >= args.top_k;
+            args.weights[token * width + lane] = shared ? 1 : weight * factor;
+            args.ids[token * width + lane] = shared ? args.num_experts + lane - args.top_k : mine.expert;
+        }
+    }
+}
+
+}  // namespace wave64
+
+WAVE64_GATES(grouped_topk, GroupedTopkArgs)
+
+#else
+
+int32_t wave64_grouped_topk(const wave64::GroupedTopkArgs* caller_args, void* stream) {
+    using namespace wave64;
+    constexpr const char* op = "grouped_topk";
+    GroupedTopkArgs args = *caller_args;
+    if (args.dtype < kBf16 || args.dtype > kFp32)
+        return refuse(op, "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
+    if (args.num_tokens < 0) return refuse(op, "num_tokens", "at least 0", args.num_tokens);
+    const Device* device;
+    if (int32_t status = current_device(&device)) return status;
+    const int wave_size = device->wave_size;
+    if (args.num_experts < 1 || args.num_experts > kMostSlots * wave_size)
+        return refuse(op, "num_experts", "1 to 16 for each lane of a wave", args.num_experts);
+    if (args.num_groups < 1 || args.num_experts % args.num_groups)
+        return refuse(op, "num_groups", "a divisor of num_experts", args.num_groups);
+    if (args.topk_group < 1 || args.topk_group > args.num_groups)
+        return refuse(op, "topk_group", "1 to num_groups", args.topk_group);
+    args.in_group = args.num_experts / args.num_groups;
+    if (args.top_k < 1 || args.top_k > args.topk_group * args.in_group)
+        return refuse(op, "top_k", "1 to the experts of topk_group groups", args.top_k);
+    if (args.num_shared < 0 || args.num_shared > wave_size - args.top_k)
+        return refuse(op, "num_shared", "at least 0, with top_k at most a wave's lanes", args.num_shared);
+    if (args.topk_group == args.num_groups) {  // no limit
+        args.num_groups = args.topk_group = 1;
+        args.in_group = args.num_experts;
+    } else if (args.bias && args.in_group < 2) {
+        return refuse(op, "num_groups", "two experts or more in each, with a bias", args.num_groups);
+    }
+    if (args.num_groups > wave_size) return refuse(op, "num_groups", "at most a wave's lanes", args.num_groups);
+    // As many lanes for each group as there are, a power of two.
+    args.lane_bits = 0;
+    while (args.num_groups << (args.lane_bits + 1) <= wave_size) args.lane_bits++;
+    const int64_t slots = ceil_div(args.in_group, 1 << args.lane_bits);
+    if (slots > kMostSlots) return refuse(op, "num_groups", "so many that 16 experts a lane are enough", args.num_groups);
+    if (args.num_tokens == 0) return kOk;
+    for (auto [name, pointer] : {std::pair{"gating", args.gating}, {"weights", args.weights}, {"ids", args.ids}})
+        if (!pointer) return refuse(op, name, "an address", 0);
+    constexpr GateKernels kernels = WAVE64_GATE_NAMES(grouped_topk);
+    return launch_gate(op, kernels, slots, *device, args, stream);
+}
+
+#define FIELD(NAME) WAVE64_FIELD(wave64::GroupedTopkArgs, NAME)
+static const bool registered = wave64::register_op<wave64::GroupedTopkArgs, wave64_grouped_topk>(
+    "grouped_topk",
+    {FIELD(gating), FIELD(bias), FIELD(weights), FIELD(ids), FIELD(gating_stride), FIELD(num_tokens),
+     FIELD(num_experts), FIELD(top_k), FIELD(num_groups), FIELD(topk_group), FIELD(num_shared), FIELD(renormalize),
+     FIELD(sigmoid), FIELD(factor), FIELD(dtype)});
+
+#endif

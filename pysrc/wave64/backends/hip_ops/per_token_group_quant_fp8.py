@@ -1,0 +1,15 @@
+import torch
+from torch import Tensor
+
+from wave64 import ops, quant
+from wave64.backends.hip import DTYPES, bind, fp8_only, launch
+
+
+@bind(ops.per_token_group_quant_fp8, supports=fp8_only)
+def per_token_group_quant_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    tokens, columns = x.shape
+    q = torch.empty((tokens, columns), dtype=quant.fp8_dtype(), device=x.device)
+    scale = torch.empty((tokens, -(-columns // group_size)), dtype=torch.float32, device=x.device)
+    launch("per_token_group_quant_fp8", x, x.data_ptr(), q.data_ptr(), scale.data_ptr(), x.stride(0), tokens, columns,
+           group_size, DTYPES[x.dtype])
+    return q, scale
