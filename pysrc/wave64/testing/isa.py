@@ -39,7 +39,7 @@ class Resources:
     scratch_bytes: int     # private memory per lane
     lds_bytes: int         # declared statically
     max_block: int         # lanes
-    argument_bytes: int    # that the caller gives
+    argument_bytes: int = 0  # that the caller gives
 
     @classmethod
     def of(cls, kernel: dict[str, Any], target: str, descriptor: bytes) -> "Resources":
