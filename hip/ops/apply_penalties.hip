@@ -1,14 +1,16 @@
 // Presence, frequency and repetition penalties on the logits, in place.
 //
-// The trick: a block counts one slice of the vocabulary in LDS, so counts need no scratch and no clearing of it; blocks
-// of a row all read its ids, and each takes those of its slice.
-// Bound by latency: of the ids (8 bytes each, from the cache for all but the first block), then of the logits that
-// were seen, a sector each, all asked for at once.
+// The trick: tokens are counted in LDS. A row's few ids go to a hash table there, and the lane that was first with a
+// token changes its logit. Where there are too many for that, a row's blocks all read its ids, and each counts those of
+// its slice of the vocabulary.
+// Bound by latency: of the ids, 8 bytes each, then of the logits that were seen, a sector each, all asked for at once.
 #include "wave64/abi.h"
 
 namespace wave64 {
-constexpr int kMaxSlice = 8192;  // tokens whose counts a block holds
 constexpr int kLanes = 1024;
+constexpr int kSlice = 8192;         // tokens whose counts a block holds
+constexpr int kTable = 4096;         // slots of the hash table
+constexpr int kFew = 3 * kLanes;     // ids of a row that go there
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -16,7 +18,72 @@ constexpr int kLanes = 1024;
 
 namespace wave64 {
 
-constexpr int kHeld = 4;            // ids, or logits, that a lane has under way
+struct Penalties {
+    float presence, frequency, repetition;
+
+    WAVE64_DEVICE Penalties(const ApplyPenaltiesArgs& args, int64_t seq)
+        : presence(args.presence_penalty[seq]), frequency(args.frequency_penalty[seq]),
+          repetition(args.repetition_penalty[seq]) {}
+    // The logit of a token that was seen, `in_output` times in the output.
+    WAVE64_DEVICE float of(float logit, int in_output) const {
+        logit = logit > 0 ? logit / repetition : logit * repetition;
+        return in_output ? logit - (frequency * float(in_output) + presence) : logit;
+    }
+};
+
+template <typename T>
+WAVE64_DEVICE void apply_penalties_few(const ApplyPenaltiesArgs& args) {
+    WAVE64_LDS static int tokens[kTable], counts[kTable];
+    constexpr int held = kFew / kLanes, empty = -1;
+    const int lane = lane_in_block(), vocab = args.vocab_size;
+
+    for (int64_t seq = block_id(); seq < args.num_seqs; seq += args.grid) {
+        const Penalties penalties(args, seq);
+        const Row<int64_t, 1> prompt(args.prompt_ids + seq * args.prompt_width, args.prompt_width);
+        const Row<int64_t, 1> output(args.output_ids + seq * args.output_width, args.output_width);
+        const Row<T, 1> logits(static_cast<T*>(args.logits) + seq * args.logits_stride, vocab);
+        Pack<int64_t, 1> in_prompt[held], in_output[held];  // a lane's ids, at the same place one or the other
+#pragma unroll
+        for (int i = 0; i < held; i++) {
+            const int at = lane + i * kLanes, behind = at - args.prompt_width;
+            in_prompt[i] = prompt.load(at);
+            in_output[i] = output.load(behind < 0 ? args.output_width : behind);
+        }
+        for (int slot = lane; slot < kTable; slot += kLanes) {
+            tokens[slot] = empty;
+            counts[slot] = 0;
+        }
+        block_barrier();
+
+        int slots[held], places[held];
+        Pack<T, 1> first[held];
+#pragma unroll
+        for (int i = 0; i < held; i++) {
+            const int at = lane + i * kLanes, behind = at - args.prompt_width;
+            const int64_t id = (behind < 0 ? in_prompt[i] : in_output[i]).values().at[0];
+            places[i] = vocab;  // past the end nothing is read or written
+            if (behind < args.output_width && id >= 0 && id < vocab) {
+                const int token = int(id);
+                int slot = int(unsigned(token) * 0x9e3779b1u / (0xffffffffu / kTable + 1)), there;
+                while ((there = atomic_swap_if(&tokens[slot], empty, token)) != empty && there != token)
+                    slot = (slot + 1) % kTable;
+                if (behind >= 0) atomic_add(&counts[slot], 1);
+                if (there == empty) places[i] = token;
+                slots[i] = slot;
+            }
+            first[i] = logits.load(places[i]);
+        }
+        block_barrier();
+#pragma unroll
+        for (int i = 0; i < held; i++) {
+            const int in_output = places[i] < vocab ? counts[slots[i]] : 0;
+            logits.store(places[i], Pack<T, 1>::of({{T(penalties.of(float(first[i].values().at[0]), in_output))}}));
+        }
+        block_barrier();  // before the table is cleared
+    }
+}
+
+constexpr int kHeld = 8;            // ids, or logits, that a lane has under way
 constexpr int kInPrompt = 1 << 30;  // the bit of a token of the prompt; below it, times in the output
 
 // Calls count(at) for each of a row's ids that lies in the slice; `at` is its place there.
@@ -37,14 +104,13 @@ WAVE64_DEVICE void for_each_in_slice(const int64_t* ids, int width, int slice_be
 
 template <typename T>
 WAVE64_DEVICE void apply_penalties(const ApplyPenaltiesArgs& args) {
-    WAVE64_LDS static int seen[kMaxSlice];
+    WAVE64_LDS static int seen[kSlice];
     const int slice_begin = block_id() * args.slice, vocab = args.vocab_size;
     const int slice_size = vocab - slice_begin < args.slice ? vocab - slice_begin : args.slice;
     for (int at = lane_in_block(); at < slice_size; at += kLanes) seen[at] = 0;
 
     for (int64_t seq = block_id_y(); seq < args.num_seqs; seq += args.grid) {
-        const float presence = args.presence_penalty[seq], frequency = args.frequency_penalty[seq];
-        const float repetition = args.repetition_penalty[seq];
+        const Penalties penalties(args, seq);
         block_barrier();
         for_each_in_slice(args.prompt_ids + seq * args.prompt_width, args.prompt_width, slice_begin, slice_size,
                           [&](int at) { seen[at] = kInPrompt; });
@@ -67,10 +133,7 @@ WAVE64_DEVICE void apply_penalties(const ApplyPenaltiesArgs& args) {
             }
 #pragma unroll
             for (int i = 0; i < kHeld; i++) {
-                const int in_output = counts[i] & (kInPrompt - 1);
-                float logit = float(held[i].values().at[0]);
-                logit = logit > 0 ? logit / repetition : logit * repetition;
-                if (in_output) logit -= frequency * float(in_output) + presence;
+                const float logit = penalties.of(float(held[i].values().at[0]), counts[i] & (kInPrompt - 1));
                 logits.store(places[i], Pack<T, 1>::of({{T(logit)}}));
             }
         }
@@ -79,8 +142,9 @@ WAVE64_DEVICE void apply_penalties(const ApplyPenaltiesArgs& args) {
 
 }  // namespace wave64
 
-#define APPLY_PENALTIES(NAME, T) \
-    WAVE64_KERNEL(wave64::kLanes) NAME(wave64::ApplyPenaltiesArgs args) { wave64::apply_penalties<T>(args); }
+#define APPLY_PENALTIES(NAME, T)                                                                              \
+    WAVE64_KERNEL(wave64::kLanes) NAME(wave64::ApplyPenaltiesArgs args) { wave64::apply_penalties<T>(args); } \
+    WAVE64_KERNEL(wave64::kLanes) NAME##_few(wave64::ApplyPenaltiesArgs args) { wave64::apply_penalties_few<T>(args); }
 
 APPLY_PENALTIES(apply_penalties_bf16, wave64::bf16)
 APPLY_PENALTIES(apply_penalties_fp16, wave64::fp16)
@@ -94,7 +158,13 @@ APPLY_PENALTIES(apply_penalties_fp32, float)
 namespace wave64 {
 namespace {
 
-constexpr const char* kKernels[] = {"apply_penalties_bf16", "apply_penalties_fp16", "apply_penalties_fp32"};
+struct Kernels {
+    const char* many;
+    const char* few;
+};
+constexpr Kernels kKernels[] = {{"apply_penalties_bf16", "apply_penalties_bf16_few"},
+                                {"apply_penalties_fp16", "apply_penalties_fp16_few"},
+                                {"apply_penalties_fp32", "apply_penalties_fp32_few"}};
 constexpr int kMinSlice = 1024;
 constexpr int64_t kMaxGrid = 65535;
 
@@ -125,16 +195,18 @@ int32_t wave64_apply_penalties(const wave64::ApplyPenaltiesArgs* caller_args, vo
 
     const Device* device;
     if (int32_t status = current_device(&device)) return status;
+    const Kernels& kernels = kKernels[args.dtype];
+    args.grid = int32_t(std::min(args.num_seqs, kMaxGrid));
+    const uint32_t grid = args.grid;
+    if (args.prompt_width + args.output_width <= kFew)
+        return launch({"apply_penalties", kernels.few, {grid, 1, 1}, {kLanes, 1, 1}, 0}, &args, sizeof args, stream);
     // Every slice reads all ids of its row: no more of them than there are compute units for.
-    args.slice = kMaxSlice;
+    args.slice = kSlice;
     while (args.slice > kMinSlice &&
            args.num_seqs * ceil_div(args.vocab_size, args.slice / 2) <= device->compute_units)
         args.slice /= 2;
-    args.grid = int32_t(std::min(args.num_seqs, kMaxGrid));
-
-    const uint32_t slices = ceil_div(args.vocab_size, args.slice), grid = args.grid;
-    return launch({"apply_penalties", kKernels[args.dtype], {slices, grid, 1}, {kLanes, 1, 1}, 0}, &args, sizeof args,
-                  stream);
+    const uint32_t slices = ceil_div(args.vocab_size, args.slice);
+    return launch({"apply_penalties", kernels.many, {slices, grid, 1}, {kLanes, 1, 1}, 0}, &args, sizeof args, stream);
 }
 
 #define FIELD(NAME) WAVE64_FIELD(wave64::ApplyPenaltiesArgs, NAME)

@@ -16,47 +16,60 @@ constexpr int kHeld = 4;  // packs of a lane
 
 namespace wave64 {
 
-// A bit for each of the N tokens from `token` on that is of the row and forbidden.
+// The bits of N tokens from `token` on, which may begin before the row and end after it, and lie in two words.
 template <int N>
-WAVE64_DEVICE unsigned forbidden_from(const Row<unsigned, 1>& words, int token, int vocab) {
-    constexpr unsigned all = (1u << N) - 1;
-    const int word = token >> 5, shift = token & 31;
-    unsigned allowed = word < 0 ? 0 : words.load(word).bits >> shift;
-    if (shift + N > 32) allowed |= words.load(word + 1).bits << (32 - shift);
-    const unsigned begun = token < 0 ? all << -token : all;
-    const unsigned unended = token + N > vocab ? (token < vocab ? all >> (token + N - vocab) : 0) : all;
-    return ~allowed & begun & unended;
-}
+class Window {
+    int token;
+    Bits32 low, high;
+
+public:
+    WAVE64_DEVICE Window(const Row<Bits32, 1>& words, int num_words, int token)
+        : token(token), low(words.load(token < 0 ? num_words : token >> 5).bits), high(words.load((token >> 5) + 1).bits) {}
+    // A bit for each of them that is of the row and forbidden.
+    WAVE64_DEVICE unsigned forbidden(int vocab) const {
+        constexpr unsigned all = (1u << N) - 1;
+        const unsigned allowed = unsigned((uint64_t(high) << 32 | low) >> (token & 31));
+        const unsigned begun = token < 0 ? all << -token : all;
+        const unsigned unended = token + N > vocab ? (token < vocab ? all >> (token + N - vocab) : 0) : all;
+        return ~allowed & begun & unended;
+    }
+};
 
 template <typename T, int N>
 WAVE64_DEVICE void apply_token_bitmask(const ApplyTokenBitmaskArgs& args) {
     constexpr unsigned all = (1u << N) - 1;
     const T never = T(-__builtin_inff());
-    typename Pack<T, N>::Values nevers;
-    for (int i = 0; i < N; i++) nevers.at[i] = never;
-    const int first = block_id() * args.block * kHeld + lane_in_block(), vocab = args.vocab_size;
+    const int first = block_id() * args.block * kHeld + lane_in_block();
+    const int vocab = args.vocab_size, num_words = (vocab + 31) / 32;
 
     for (int64_t seq = block_id_y(); seq < args.num_seqs; seq += args.grid) {
         T* const logits = static_cast<T*>(args.logits) + seq * args.logits_stride;
-        const int lead = int(reinterpret_cast<uint64_t>(logits) / sizeof(T) % N);
-        const Row<T, N> row(logits - lead, (lead + vocab + N - 1) / N);
-        const Row<unsigned, 1> words(args.bitmask + seq * args.bitmask_stride, (vocab + 31) / 32);
+        const int lead = int(reinterpret_cast<uint64_t>(logits) / sizeof(T) % N), num_packs = (lead + vocab + N - 1) / N;
+        const Row<T, N> row(logits - lead, num_packs);
+        const Row<Bits32, 1> words(args.bitmask + seq * args.bitmask_stride, num_words);
 
         unsigned forbidden[kHeld];
 #pragma unroll
         for (int i = 0; i < kHeld; i++)
-            forbidden[i] = forbidden_from<N>(words, (first + i * args.block) * N - lead, vocab);
+            forbidden[i] = Window<N>(words, num_words, (first + i * args.block) * N - lead).forbidden(vocab);
+        // A pack that shares its 16 bytes with what is not the row's is written token by token. Of the others, those to
+        // be left alone are read from and written to past the end: nowhere.
+        bool whole[kHeld];
+        Pack<T, N> packs[kHeld];
 #pragma unroll
         for (int i = 0; i < kHeld; i++) {
             const int pack = first + i * args.block, token = pack * N - lead;
-            if (forbidden[i] == all) {
-                row.store(pack, Pack<T, N>::of(nevers));
-            } else if (forbidden[i] && token >= 0 && token + N <= vocab) {
-                auto values = row.load(pack).values();
-                for (int j = 0; j < N; j++)
-                    if (forbidden[i] >> j & 1) values.at[j] = never;
-                row.store(pack, Pack<T, N>::of(values));
-            } else if (forbidden[i]) {
+            whole[i] = token >= 0 && token + N <= vocab;
+            packs[i] = row.load(whole[i] && forbidden[i] && forbidden[i] != all ? pack : num_packs);
+        }
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            const int pack = first + i * args.block, token = pack * N - lead;
+            auto values = packs[i].values();
+            for (int j = 0; j < N; j++)
+                if (forbidden[i] >> j & 1) values.at[j] = never;
+            row.store(whole[i] && forbidden[i] ? pack : num_packs, Pack<T, N>::of(values));
+            if (!whole[i] && forbidden[i]) {
                 for (int j = 0; j < N; j++)
                     if (forbidden[i] >> j & 1) logits[token + j] = never;
             }

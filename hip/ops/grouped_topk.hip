@@ -110,8 +110,8 @@ WAVE64_DEVICE void grouped_topk(const GroupedTopkArgs& args) {
         }
 
         const bool narrow = sizeof(T) == 2 && !args.bias;
-        const Chosen mine = narrow ? choose<true>(args.top_k, first, lanes, choice)
-                                   : choose<false>(args.top_k, first, lanes, choice);
+        const Chosen mine =
+            narrow ? choose<true>(args.top_k, first, lanes, choice) : choose<false>(args.top_k, first, lanes, choice);
         // With a bias the number is not the logit. To load it again is quicker than to bring it from its lane.
         const float logit = args.bias ? clean(float(gating.load(mine.expert).values().at[0])) : mine.number;
         float weight = lane < args.top_k ? score(logit) : 0, factor = args.factor;
@@ -162,7 +162,7 @@ int32_t wave64_grouped_topk(const wave64::GroupedTopkArgs* caller_args, void* st
     args.lane_bits = 0;
     while (args.num_groups << (args.lane_bits + 1) <= wave_size) args.lane_bits++;
     const int64_t slots = ceil_div(args.in_group, 1 << args.lane_bits);
-    if (slots > kMostSlots) return refuse(op, "num_groups", "so many that 16 experts a lane are enough", args.num_groups);
+    if (slots > kMostSlots) return refuse(op, "num_groups", "enough for 16 experts a lane", args.num_groups);
     if (args.num_tokens == 0) return kOk;
     for (auto [name, pointer] : {std::pair{"gating", args.gating}, {"weights", args.weights}, {"ids", args.ids}})
         if (!pointer) return refuse(op, name, "an address", 0);
@@ -172,9 +172,8 @@ int32_t wave64_grouped_topk(const wave64::GroupedTopkArgs* caller_args, void* st
 
 #define FIELD(NAME) WAVE64_FIELD(wave64::GroupedTopkArgs, NAME)
 static const bool registered = wave64::register_op<wave64::GroupedTopkArgs, wave64_grouped_topk>(
-    "grouped_topk",
-    {FIELD(gating), FIELD(bias), FIELD(weights), FIELD(ids), FIELD(gating_stride), FIELD(num_tokens),
-     FIELD(num_experts), FIELD(top_k), FIELD(num_groups), FIELD(topk_group), FIELD(num_shared), FIELD(renormalize),
-     FIELD(sigmoid), FIELD(factor), FIELD(dtype)});
+    "grouped_topk", {FIELD(gating), FIELD(bias), FIELD(weights), FIELD(ids), FIELD(gating_stride), FIELD(num_tokens),
+                     FIELD(num_experts), FIELD(top_k), FIELD(num_groups), FIELD(topk_group), FIELD(num_shared),
+                     FIELD(renormalize), FIELD(sigmoid), FIELD(factor), FIELD(dtype)});
 
 #endif

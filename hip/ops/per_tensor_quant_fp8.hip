@@ -77,10 +77,10 @@ WAVE64_DEVICE void per_tensor_quant_fp8(const PerTensorQuantFp8Args& args) {
 
 }  // namespace wave64
 
-#define PER_TENSOR_QUANT_FP8(AMAX, NAME, T, N)                                                                  \
+#define PER_TENSOR_QUANT_FP8(AMAX, NAME, T, N)                                                                         \
     WAVE64_KERNEL(wave64::kMaxLanes) AMAX(wave64::PerTensorQuantFp8Args args) { wave64::per_tensor_amax<T, N>(args); } \
-    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::PerTensorQuantFp8Args args) {                                 \
-        wave64::per_tensor_quant_fp8<T, N>(args);                                                               \
+    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::PerTensorQuantFp8Args args) {                                        \
+        wave64::per_tensor_quant_fp8<T, N>(args);                                                                      \
     }
 
 PER_TENSOR_QUANT_FP8(per_tensor_amax_bf16, per_tensor_quant_fp8_bf16, wave64::bf16, 8)

@@ -57,9 +57,9 @@ WAVE64_DEVICE void per_token_group_quant_fp8(const PerTokenGroupQuantFp8Args& ar
 
 }  // namespace wave64
 
-#define PER_TOKEN_GROUP_QUANT_FP8(NAME, T, N)                                     \
+#define PER_TOKEN_GROUP_QUANT_FP8(NAME, T, N)                                       \
     WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::PerTokenGroupQuantFp8Args args) { \
-        wave64::per_token_group_quant_fp8<T, N>(args);                            \
+        wave64::per_token_group_quant_fp8<T, N>(args);                              \
     }
 
 PER_TOKEN_GROUP_QUANT_FP8(per_token_group_quant_fp8_bf16, wave64::bf16, 8)
@@ -83,10 +83,9 @@ struct Kernels {
     const char* aligned;
     const char* unaligned;
 };
-constexpr Kernels kKernels[] = {
-    {2, "per_token_group_quant_fp8_bf16", "per_token_group_quant_fp8_bf16_unaligned"},
-    {2, "per_token_group_quant_fp8_fp16", "per_token_group_quant_fp8_fp16_unaligned"},
-    {4, "per_token_group_quant_fp8_fp32", "per_token_group_quant_fp8_fp32_unaligned"}};
+constexpr Kernels kKernels[] = {{2, "per_token_group_quant_fp8_bf16", "per_token_group_quant_fp8_bf16_unaligned"},
+                                {2, "per_token_group_quant_fp8_fp16", "per_token_group_quant_fp8_fp16_unaligned"},
+                                {4, "per_token_group_quant_fp8_fp32", "per_token_group_quant_fp8_fp32_unaligned"}};
 
 int32_t bits_of(int power_of_two) { return __builtin_ctz(unsigned(power_of_two)); }
 
@@ -138,18 +137,14 @@ int32_t wave64_per_token_group_quant_fp8(const wave64::PerTokenGroupQuantFp8Args
     }
     if (rows * block > UINT32_MAX) return refuse(op, "num_tokens", "at most 2^32 lanes", rows * block);
     if (chunks > UINT16_MAX) return refuse(op, "columns", "at most 65535 blocks", chunks);
-    return launch({op,
-                   aligned ? kernels.aligned : kernels.unaligned,
-                   {uint32_t(rows), uint32_t(chunks), 1},
-                   {block, 1, 1},
-                   0},
-                  &args, sizeof args, stream);
+    return launch(
+        {op, aligned ? kernels.aligned : kernels.unaligned, {uint32_t(rows), uint32_t(chunks), 1}, {block, 1, 1}, 0},
+        &args, sizeof args, stream);
 }
 
 #define FIELD(NAME) WAVE64_FIELD(wave64::PerTokenGroupQuantFp8Args, NAME)
-static const bool registered =
-    wave64::register_op<wave64::PerTokenGroupQuantFp8Args, wave64_per_token_group_quant_fp8>(
-        "per_token_group_quant_fp8", {FIELD(x), FIELD(q), FIELD(scale), FIELD(x_stride), FIELD(num_tokens),
-                                      FIELD(columns), FIELD(group_size), FIELD(dtype)});
+static const bool registered = wave64::register_op<wave64::PerTokenGroupQuantFp8Args, wave64_per_token_group_quant_fp8>(
+    "per_token_group_quant_fp8", {FIELD(x), FIELD(q), FIELD(scale), FIELD(x_stride), FIELD(num_tokens), FIELD(columns),
+                                  FIELD(group_size), FIELD(dtype)});
 
 #endif

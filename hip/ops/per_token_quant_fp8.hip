@@ -37,16 +37,17 @@ WAVE64_DEVICE void per_token_quant_fp8(const PerTokenQuantFp8Args& args) {
         const Scale scale = scale_of(block_max(amax, lds[turn], block));
 #pragma unroll
         for (int i = 0; i < kHeld; i++) q.store(first + i * block, quantized(held[i], scale.inverse));
-        for (int i = first + kHeld * block; i < num_packs; i += block)
-            q.store(i, quantized(x.load(i), scale.inverse));
+        for (int i = first + kHeld * block; i < num_packs; i += block) q.store(i, quantized(x.load(i), scale.inverse));
         if (first == 0) args.scale[token] = scale.scale;
     }
 }
 
 }  // namespace wave64
 
-#define PER_TOKEN_QUANT_FP8(NAME, T, N) \
-    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::PerTokenQuantFp8Args args) { wave64::per_token_quant_fp8<T, N>(args); }
+#define PER_TOKEN_QUANT_FP8(NAME, T, N)                                        \
+    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::PerTokenQuantFp8Args args) { \
+        wave64::per_token_quant_fp8<T, N>(args);                               \
+    }
 
 PER_TOKEN_QUANT_FP8(per_token_quant_fp8_bf16, wave64::bf16, 8)
 PER_TOKEN_QUANT_FP8(per_token_quant_fp8_fp16, wave64::fp16, 8)

@@ -62,6 +62,7 @@ int32_t wave64_reshape_and_cache(const wave64::ReshapeAndCacheArgs* caller_args,
     if (args.key_head_stride == args.head_dim && args.value_head_stride == args.head_dim) {  // one wide head
         args.head_dim = int32_t(row);
         args.num_heads = 1;
+        args.key_head_stride = args.value_head_stride = 0;
     }
     const CacheKernels& kernels = kKernels[args.dtype];
     const int64_t bytes = kernels.element_bytes;

@@ -1,15 +1,19 @@
 // Draws a token per row: temperature, top_k, top_p, min_p, then inversion of the running sum.
 //
-// The trick: a block reads its row once and lists the few logits that can matter, those above a cut that the row's
-// first tile suggests. All that follows is one search, over the list: the first key, in order, at which a running sum
-// reaches a goal. It finds the k-th largest logit (counts by logit), the end of the nucleus (weights by logit) and the
-// token (weights by id). Weights are summed as whole numbers, so the order of additions, and with it the cut, cannot
-// show. Where the list turns out not to hold all that is kept, the row is searched instead.
-// Bound by memory: the logits once. One row takes as long as a compute unit needs to read it.
+// The trick: the first of two launches reads the logits, over all compute units, and leaves the peak of every 16 of
+// them and a mass per chunk. The second, a block per row, gathers the groups with the highest peaks into a list. All
+// that follows is one search, over peaks, list or chunks: the first key, in order, at which a running sum reaches a
+// goal. It finds the k-th largest logit (counts by logit), the end of the nucleus (weights by logit) and the token
+// (weights by id). Weights are summed as whole numbers, so no order of additions can show. Where the list does not hold
+// all that is kept (a flat distribution), the row is searched instead.
+// Bound by memory in the first launch, the logits once, and by latency in the second.
 #include "wave64/abi.h"
 
 namespace wave64 {
-constexpr int kLanes = 1024;
+constexpr int kLanes = 1024;      // of a block that draws
+constexpr int kPeakLanes = 256;   // of a block that finds peaks
+constexpr int kHeld = 4;          // packs of a lane of these
+constexpr int kGroup = 16;        // logits that a peak stands for
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -17,22 +21,21 @@ constexpr int kLanes = 1024;
 
 namespace wave64 {
 
-constexpr int kTaken = 16;       // logits that a lane takes at a time
-constexpr int kListed = 4992;    // logits there is room for in the list
-constexpr float kAimed = 3600;   // and how many the cut is meant to leave there, for a nucleus of unknown size
-constexpr int kBinBits = 10;     // a search has a bin per lane
+constexpr int kFew = 256, kMany = 2900;  // groups to gather for a nucleus of unknown size: first so many, then so many
+constexpr int kGroups = 3328;            // groups there is room for: an eighth more, for peaks that are told apart late
+constexpr int kListed = 4480;            // and logits
 constexpr float kLargest = 0x1.fffffep127f;
-constexpr unsigned kFirstRank = 0x00800000, kLastRank = 0xff7fffff;  // of the largest and the smallest finite logit
-static_assert(kLanes == 1 << kBinBits);
+constexpr unsigned kLastRank = 0xff7fffff;  // of the smallest finite logit
+static_assert(kGroups * kGroup <= 1 << 16);
 
 struct Lds {
-    float logits[kListed];  // the list, in any order
-    int ids[kListed];
+    float logits[kListed];   // the list, in any order
+    Bits16 places[kListed];  // where in the groups they are
+    int groups[kGroups];
     uint64_t bins[kLanes];  // all 0 between searches
     uint64_t totals[kLanes / 32];
     float maxima[kLanes / 32];
-    float masses[kLanes / 32];
-    int listed;
+    int num_groups, num_listed;
     struct {
         int bin;
         uint64_t before, here;
@@ -93,24 +96,33 @@ WAVE64_DEVICE Sums running_sums(uint64_t x, uint64_t* totals) {
 // Among keys in [low, high], finds the first at which the running sum of their quantities, in the order of the keys,
 // reaches a goal, and narrows [low, high] to it, or to a range that holds no more than `slack`. `each` calls its
 // argument with key and quantity of everything that this lane has; `goal_of` makes a goal, at least 1, of the sum over
-// all of them. False if the sum does not reach it. All lanes get the same.
+// all of them. Gives what the last range has to add for the goal, or 0 if the sum does not reach it; in all lanes.
 template <typename Each, typename Goal>
-WAVE64_DEVICE bool search(Lds& lds, unsigned& low, unsigned& high, uint64_t slack, Goal goal_of, Each each) {
+WAVE64_DEVICE uint64_t search(Lds& lds, unsigned& low, unsigned& high, uint64_t slack, Goal goal_of, Each each) {
     const int lane = lane_in_block();
     uint64_t goal = 0;
     for (;;) {
         const unsigned begin = low, span = high - low;
         int shift = 0;
         while (span >> shift >= kLanes) shift++;
+        unsigned bin = 0;
+        uint64_t sum = 0;  // of neighbours in one bin, so that equal logits do not all wait for each other
         each([&](unsigned key, uint64_t quantity) {
-            if (key - begin <= span && quantity) atomic_add(&lds.bins[(key - begin) >> shift], quantity);
+            if (key - begin > span) return;
+            if (const unsigned next = (key - begin) >> shift; next != bin) {
+                if (sum) atomic_add(&lds.bins[bin], sum);
+                bin = next;
+                sum = 0;
+            }
+            sum += quantity;
         });
+        if (sum) atomic_add(&lds.bins[bin], sum);
         block_barrier();
         const uint64_t here = lds.bins[lane];
         lds.bins[lane] = 0;
         const Sums sums = running_sums(here, lds.totals);
         if (goal == 0) goal = goal_of(sums.total);
-        if (sums.total < goal) return false;
+        if (sums.total < goal) return 0;
         if (sums.running >= goal && sums.running - here < goal) {
             lds.found.bin = lane;
             lds.found.before = sums.running - here;
@@ -120,7 +132,7 @@ WAVE64_DEVICE bool search(Lds& lds, unsigned& low, unsigned& high, uint64_t slac
         low += unsigned(lds.found.bin) << shift;
         high = low + ((1u << shift) - 1) < high ? low + ((1u << shift) - 1) : high;
         goal -= lds.found.before;
-        if (shift == 0 || lds.found.here <= slack) return true;
+        if (shift == 0 || lds.found.here <= slack) return goal;
     }
 }
 
@@ -154,19 +166,19 @@ public:
                 if (id + i < 0 || id + i >= vocab) x[i] = -__builtin_inff();
     }
 
-    // Calls visit(logit, id) for the logits of the packs [begin, end) that this lane shares out to itself.
+    // Calls visit(logit, id) for what this lane takes of the packs [begin, end).
     template <typename Visit>
     WAVE64_DEVICE void for_each(int begin, int end, Visit visit) const {
-        constexpr int packs_taken = kTaken / N;
-        for (int first = begin + lane_in_block(); first < end; first += packs_taken * kLanes) {
-            Pack<T, N> taken[packs_taken];
+        constexpr int taken = kGroup / N;  // packs at a time
+        for (int first = begin + lane_in_block(); first < end; first += taken * kLanes) {
+            Pack<T, N> held[taken];
 #pragma unroll
-            for (int i = 0; i < packs_taken; i++) taken[i] = load(first + i * kLanes);
+            for (int i = 0; i < taken; i++) held[i] = load(first + i * kLanes);
 #pragma unroll
-            for (int i = 0; i < packs_taken; i++) {
+            for (int i = 0; i < taken; i++) {
                 const int pack = first + i * kLanes;
                 float x[N];
-                unpack(taken[i], pack, x);
+                unpack(held[i], pack, x);
                 if (pack < end)
                     for (int j = 0; j < N; j++) visit(x[j], first_id(pack) + j);
             }
@@ -174,153 +186,207 @@ public:
     }
 };
 
-// Appends to the list what of a lane's packs lies above the cut. Whole waves call it.
-template <int N>
-WAVE64_DEVICE void list_above(Lds& lds, float cut, const float* logits, const int* first_ids) {
-    int count = 0;
+// What the first launch leaves of a row: peaks of groups, and of every chunk, which is what a wave reads, its largest
+// logit and its mass relative to that.
+struct Summary {
+    float *peaks, *bests, *masses;
+
+    WAVE64_DEVICE Summary(const SampleArgs& args, int64_t seq)
+        : peaks(args.work + seq * args.work_stride), bests(peaks + args.groups), masses(bests + args.chunks) {}
+};
+
+// log2(e) / temperature, within what makes no NaN of any difference of logits.
+WAVE64_DEVICE float scale_of(float temperature) { return 1.44269504f / min(max(temperature, 1e-30f), 1e36f); }
+
+template <typename T, int N>
+WAVE64_DEVICE void sample_peaks(const SampleArgs& args) {
+    constexpr int group_lanes = kGroup / N;
+    const int lane = lane_in_block() % wave_size();
+    const int chunk = block_id() * (kPeakLanes / wave_size()) + lane_in_block() / wave_size();
+    if (chunk >= args.chunks) return;
+    for (int64_t seq = block_id_y(); seq < args.num_seqs; seq += args.grid) {
+        const auto row = Logits<T, N>::of(args, seq);
+        const Summary summary(args, seq);
+        const float scale = scale_of(args.temperature[seq]);
+        const int first = chunk * kHeld * wave_size() + lane;
+        Pack<T, N> held[kHeld];
 #pragma unroll
-    for (int i = 0; i < kTaken; i++) count += logits[i] > cut;
-    if (ballot(count > 0) == 0) return;
-    int at = 0;  // how many the lanes before this one have: the sum of their counts, bit by bit
-    for (int bit = 0; kTaken >> bit; bit++) at += bits_before(ballot(count >> bit & 1)) << bit;
-    const int last_lane = wave_size() - 1;
-    int begin = 0;
-    if (lane_in_block() % wave_size() == last_lane) begin = atomic_add(&lds.listed, at + count);
-    at += broadcast(begin, last_lane);
+        for (int i = 0; i < kHeld; i++) held[i] = row.load(first + i * wave_size());
+        float x[kHeld][N], best = -__builtin_inff(), mass = 0;
 #pragma unroll
-    for (int i = 0; i < kTaken; i++) {
-        if (!(logits[i] > cut)) continue;
-        if (at < kListed) {
-            lds.logits[at] = logits[i];
-            lds.ids[at] = first_ids[i / N] + i % N;
+        for (int i = 0; i < kHeld; i++) {
+            const int pack = first + i * wave_size();
+            row.unpack(held[i], pack, x[i]);
+            float peak = x[i][0];
+            for (int j = 1; j < N; j++) peak = max(peak, x[i][j]);
+            peak = max(peak, from_other_half<1>(peak));
+            if (group_lanes > 2) peak = max(peak, from_other_half<2>(peak));
+            if (lane % group_lanes == i % group_lanes) summary.peaks[pack / group_lanes] = peak;  // they take turns
+            best = max(best, peak);
         }
-        at++;
+        best = wave_max(best);
+#pragma unroll
+        for (int i = 0; i < kHeld; i++)
+            for (int j = 0; j < N; j++) mass += exp2((x[i][j] - best) * scale);
+        mass = wave_sum(mass);
+        if (lane == 0) {
+            summary.bests[chunk] = best;
+            summary.masses[chunk] = best > -__builtin_inff() ? mass : 0;
+        }
     }
+}
+
+// Where this lane's item goes that is to be appended to a list of `count` items. Whole waves call it, with how many
+// items each lane has.
+template <int MOST>
+WAVE64_DEVICE int append(int& count, int items) {
+    int before = 0;  // the sum of their numbers over the lanes before this one, bit by bit
+    for (int bit = 0; MOST >> bit; bit++) before += bits_before(ballot(items >> bit & 1)) << bit;
+    const int last = wave_size() - 1;
+    int begin = 0;
+    if (lane_in_block() % wave_size() == last && before + items > 0) begin = atomic_add(&count, before + items);
+    return before + broadcast(begin, last);
+}
+
+// Lists all logits up to a rank, by way of the groups whose peaks are; false if there is no room for them.
+template <typename T, int N>
+WAVE64_DEVICE bool list_up_to(Lds& lds, unsigned rank, const Logits<T, N>& row, const float* peaks, int groups) {
+    constexpr int group_packs = kGroup / N;
+    const int lane = lane_in_block();
+    for (int first = 0; first < groups; first += kLanes) {
+        const bool chosen = first + lane < groups && rank_of(peaks[first + lane]) <= rank;
+        const int at = append<1>(lds.num_groups, chosen);
+        if (chosen && at < kGroups) lds.groups[at] = first + lane;
+    }
+    block_barrier();
+    if (lds.num_groups > kGroups) return false;
+    const int num_packs = lds.num_groups * group_packs;
+    for (int first = 0; first < num_packs; first += group_packs * kLanes) {
+        Pack<T, N> held[group_packs];
+        int packs[group_packs];
+#pragma unroll
+        for (int i = 0; i < group_packs; i++) {
+            const int at = first + i * kLanes + lane;
+            packs[i] = at < num_packs ? lds.groups[at / group_packs] * group_packs + at % group_packs : row.num_packs;
+            held[i] = row.load(packs[i]);
+        }
+        float x[group_packs][N];
+        int count = 0;
+#pragma unroll
+        for (int i = 0; i < group_packs; i++) {
+            row.unpack(held[i], packs[i], x[i]);
+            for (int j = 0; j < N; j++) count += rank_of(x[i][j]) <= rank;
+        }
+        int to = append<kGroup>(lds.num_listed, count);
+#pragma unroll
+        for (int i = 0; i < group_packs; i++) {
+            for (int j = 0; j < N; j++) {
+                if (rank_of(x[i][j]) > rank) continue;
+                if (to < kListed) {
+                    lds.logits[to] = x[i][j];
+                    lds.places[to] = Bits16((first + i * kLanes + lane) * N + j);
+                }
+                to++;
+            }
+        }
+    }
+    block_barrier();
+    return lds.num_listed <= kListed;
 }
 
 template <typename T, int N>
 WAVE64_DEVICE void sample(const SampleArgs& args) {
     WAVE64_LDS static Lds lds;
-    const int lane = lane_in_block(), wave = lane / wave_size(), num_waves = kLanes / wave_size();
+    const int lane = lane_in_block();
     const int64_t seq = block_id();
     const auto row = Logits<T, N>::of(args, seq);
+    const Summary summary(args, seq);
     const int vocab = args.vocab_size, top_k = args.top_k[seq];
     const float temperature = args.temperature[seq], top_p = args.top_p[seq], min_p = min(args.min_p[seq], 1);
     const bool greedy = !(temperature > 0), by_count = top_k > 0 && top_k < vocab;
-    const bool filtered = !greedy && (by_count || top_p < 1 || min_p > 0);
-    const bool weighed = !greedy && !by_count && (top_p < 1 || !filtered);
-    // Between these, no difference of logits but an infinite one makes a NaN.
-    const float scale = 1.44269504f / min(max(temperature, 1e-30f), 1e36f);
+    const float scale = scale_of(temperature), uniform = args.uniform[seq];
+
     lds.bins[lane] = 0;
-    if (lane == 0) lds.listed = 0;
-    block_barrier();
-
-    // Every wave reads a stretch of the row; the packs of a tile lie spread over it, so that the first one is a sample.
-    constexpr int held = kTaken / N;
-    const int tiles = (row.num_packs + held * kLanes - 1) / (held * kLanes), stretch = tiles * held * wave_size();
-    const int first = wave * stretch + lane % wave_size();
-    float cut = filtered && (!by_count || top_k < kListed) ? -__builtin_inff() : __builtin_inff();
-    float most = -__builtin_inff(), mass = 0;  // of this lane; mass is relative to most
-    Pack<T, N> next[held];  // of the tile to come
-#pragma unroll
-    for (int i = 0; i < held; i++) next[i] = row.load(first + i * tiles * wave_size());
-    for (int tile = 0; tile < tiles; tile++) {
-        float x[kTaken], peak = -__builtin_inff();
-        int ids[held];
-#pragma unroll
-        for (int i = 0; i < held; i++) {
-            const int pack = first + (i * tiles + tile) * wave_size();
-            row.unpack(next[i], pack, x + i * N);
-            ids[i] = row.first_id(pack);
-            if (tile + 1 < tiles) next[i] = row.load(pack + wave_size());
-        }
-#pragma unroll
-        for (int i = 0; i < kTaken; i++) peak = max(peak, x[i]);
-
-        if (tile == 0 && cut < 0 && vocab > kListed) {
-            // The cut leaves `aim` of all logits if the share of lanes with one above it is that of a random sample.
-            const float aim = by_count ? __builtin_sqrtf(float(top_k) * kListed) : kAimed;
-            const float none = exp2(kTaken * log2(1 - aim / float(vocab)));
-            const int rank = int(float(vocab) / float(tiles * kTaken) * (1 - none)) + 1;
-            unsigned low = kFirstRank, high = kLastRank;
-            if (search(lds, low, high, rank / 8, [&](uint64_t) { return uint64_t(rank); },
-                       [&](auto add) { add(rank_of(peak), 1); }))
-                cut = logit_of(high);
-        }
-        if (peak > most) {
-            mass *= exp2((most - peak) * scale);
-            most = peak;
-        }
-        if (weighed && most > -__builtin_inff())
-            for (int i = 0; i < kTaken; i++) mass += exp2((x[i] - most) * scale);
-        if (cut < __builtin_inff()) list_above<N>(lds, cut, x, ids);
-    }
-
+    float most = -__builtin_inff();
+    for (int i = lane; i < args.chunks; i += kLanes) most = max(most, summary.bests[i]);
     const float best = block_max(most, lds.maxima, kLanes);
-    const auto weight_of = [&](float logit) { return exp2((logit - best) * scale); };
     if (best == -__builtin_inff()) {
         if (lane == 0) args.out[seq] = 0;
         return;
     }
-    // A stretch's part of the whole: its mass, or whether the largest logit is there.
-    const float wave_mass = wave_sum(most > -__builtin_inff() ? mass * weight_of(most) : 0);
-    const bool here = ballot(most == best) != 0;
-    if (lane % wave_size() == 0) lds.masses[wave] = greedy ? float(here) : wave_mass;
-    block_barrier();
-    uint64_t whole = 0;
-    for (int i = 0; i < num_waves; i++) whole += fixed(lds.masses[i]);
+    const auto weight_of = [&](float logit) { return exp2((logit - best) * scale); };
+    const auto chunk_mass = [&](int chunk) { return fixed(summary.masses[chunk] * weight_of(summary.bests[chunk])); };
 
-    int begin = 0, end = row.num_packs;  // where the token is, if not in the list
     bool from_list = false;
-    unsigned last = kLastRank;  // the rank of the least logit that top_k and top_p keep
-    uint64_t goal = 0;
+    int begin = 0, end = row.num_packs;  // where the token is, if not in the list
+    unsigned low = 0, high = vocab - 1;  // its id
+    unsigned last = kLastRank;           // of what top_k and top_p keep
+    uint64_t goal = 0;                   // what the running sum is to reach there, if it is known
     const auto each = [&](auto visit) {
         if (from_list)
-            for (int i = lane; i < lds.listed; i += kLanes) visit(lds.logits[i], lds.ids[i]);
+            for (int i = lane; i < lds.num_listed; i += kLanes)
+                visit(lds.logits[i], row.first_id(0) + lds.groups[lds.places[i] / kGroup] * kGroup + lds.places[i] % kGroup);
         else
             row.for_each(begin, end, visit);
     };
-    if (filtered) {
-        const bool complete = cut == -__builtin_inff();
-        const bool narrow = !by_count && weight_of(cut) < min_p;
-        from_list = lds.listed <= kListed && cut < __builtin_inff();
-        for (;; from_list = false) {
-            bool enough = !from_list || complete || narrow;
+
+    if (greedy || !(by_count || top_p < 1 || min_p > 0)) {
+        unsigned chunk = 0, last_chunk = args.chunks - 1;
+        goal = search(
+            lds, chunk, last_chunk, 0, [&](uint64_t sum) { return greedy ? 1 : share(sum, uniform) + 1; },
+            [&](auto add) {
+                for (int i = lane; i < args.chunks; i += kLanes)
+                    add(unsigned(i), greedy ? uint64_t(summary.bests[i] == best) : chunk_mass(i));
+            });
+        begin = int(chunk) * kHeld * wave_size();
+        end = begin + kHeld * wave_size() < end ? begin + kHeld * wave_size() : end;
+        low = begin > 0 ? row.first_id(begin) : 0;
+        high = (row.first_id(end) < vocab ? row.first_id(end) : vocab) - 1;
+    } else {
+        uint64_t whole = 0;
+        if (!by_count && top_p < 1) {
+            for (int i = lane; i < args.chunks; i += kLanes) whole += chunk_mass(i);
+            whole = running_sums(whole, lds.totals).total;
+        }
+        for (int aim = by_count ? top_k : kFew;; aim = aim < kMany && !by_count ? kMany : kMany + 1) {
+            bool enough = true;
+            from_list = aim <= kMany;
+            if (from_list) {
+                if (lane == 0) lds.num_groups = lds.num_listed = 0;
+                unsigned listed_from = rank_of(best), listed_to = kLastRank;
+                const bool found = search(
+                    lds, listed_from, listed_to, aim / 8, [&](uint64_t) { return uint64_t(aim); },
+                    [&](auto add) {
+                        for (int i = lane; i < args.groups; i += kLanes) add(rank_of(summary.peaks[i]), 1);
+                    });
+                from_list = list_up_to(lds, listed_to, row, summary.peaks, args.groups);
+                // Enough: all there are, all there is room for to be kept by min_p, or no list at all.
+                enough = !found || !from_list || (!by_count && weight_of(logit_of(listed_to)) < min_p);
+            }
             last = kLastRank;
             for (int by_mass = !by_count; by_mass < (top_p < 1 ? 2 : 1); by_mass++) {
-                unsigned low = rank_of(best), high = last;
+                unsigned from = rank_of(best), to = last;
                 const auto goal_of = [&](uint64_t sum) {
                     if (!by_mass) return uint64_t(top_k);
                     const uint64_t part = share(by_count ? sum : whole, top_p);
                     return part > 0 ? part : 1;
                 };
-                const bool found = search(lds, low, high, !by_mass, goal_of, [&](auto add) {
+                const bool found = search(lds, from, to, !by_mass, goal_of, [&](auto add) {
                     each([&](float x, int) { add(rank_of(x), by_mass ? fixed(weight_of(x)) : 1); });
                 });
-                if (found) last = high;
+                if (found) last = to;
                 enough = enough || found;
                 if (!enough) break;
             }
             if (enough) break;
         }
-    } else {
-        goal = greedy ? 1 : share(whole, args.uniform[seq]) + 1;
-        int stretch_of = 0;
-        for (; stretch_of < num_waves - 1; stretch_of++) {
-            const uint64_t part = fixed(lds.masses[stretch_of]);
-            if (part >= goal) break;
-            goal -= part;
-        }
-        begin = stretch_of * stretch;
-        end = begin + stretch < end ? begin + stretch : end;
     }
 
-    unsigned low = 0, high = vocab - 1;
     search(
         lds, low, high, 0,
         [&](uint64_t sum) {
-            const uint64_t wanted = filtered ? share(sum, args.uniform[seq]) + 1 : goal;
-            return wanted < sum ? wanted : sum;
+            const uint64_t wanted = goal ? goal : share(sum, uniform) + 1;
+            return wanted < sum ? wanted : sum;  // a chunk's sum may be less than its mass, by rounding
         },
         [&](auto add) {
             each([&](float x, int id) {
@@ -333,7 +399,8 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
 
 }  // namespace wave64
 
-#define SAMPLE(NAME, T, N) \
+#define SAMPLE(NAME, T, N)                                                                                      \
+    WAVE64_KERNEL(wave64::kPeakLanes) NAME##_peaks(wave64::SampleArgs args) { wave64::sample_peaks<T, N>(args); } \
     WAVE64_KERNEL(wave64::kLanes) NAME(wave64::SampleArgs args) { wave64::sample<T, N>(args); }
 
 SAMPLE(sample_bf16, wave64::bf16, 8)
@@ -341,40 +408,69 @@ SAMPLE(sample_fp16, wave64::fp16, 8)
 SAMPLE(sample_fp32, float, 4)
 
 #else
+#include <algorithm>
+
 #include "wave64/host.h"
 
 namespace wave64 {
 namespace {
 
-constexpr const char* kKernels[] = {"sample_bf16", "sample_fp16", "sample_fp32"};
+struct Kernels {
+    int64_t per_pack;
+    const char* peaks;
+    const char* draw;
+};
+constexpr Kernels kKernels[] = {{8, "sample_bf16_peaks", "sample_bf16"},
+                                {8, "sample_fp16_peaks", "sample_fp16"},
+                                {4, "sample_fp32_peaks", "sample_fp32"}};
+constexpr int64_t kMaxGrid = 65535;
 
 }  // namespace
 }  // namespace wave64
 
-int32_t wave64_sample(const wave64::SampleArgs* args, void* stream) {
+int32_t wave64_sample(const wave64::SampleArgs* caller_args, void* stream) {
     using namespace wave64;
-    if (args->dtype < kBf16 || args->dtype > kFp32)
-        return refuse("sample", "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args->dtype);
-    if (args->num_seqs < 0 || args->num_seqs > 1 << 21)
-        return refuse("sample", "num_seqs", "0 to 2^21", args->num_seqs);
-    if (args->vocab_size < 1 || args->vocab_size > 1 << 26)
-        return refuse("sample", "vocab_size", "1 to 2^26", args->vocab_size);
-    if (args->num_seqs == 0) return kOk;
-    for (auto [name, pointer] : {std::pair{"logits", args->logits},
-                                 {"temperature", args->temperature},
-                                 {"top_k", args->top_k},
-                                 {"top_p", args->top_p},
-                                 {"min_p", args->min_p},
-                                 {"uniform", args->uniform},
-                                 {"out", args->out}})
-        if (!pointer) return refuse("sample", name, "an address", 0);
-    const uint32_t grid = uint32_t(args->num_seqs);
-    return launch({"sample", kKernels[args->dtype], {grid, 1, 1}, {kLanes, 1, 1}, 0}, args, sizeof *args, stream);
+    const auto refused = [](const char* argument, const char* expected, int64_t got) {
+        return refuse("sample", argument, expected, got);
+    };
+    SampleArgs args = *caller_args;
+    if (args.dtype < kBf16 || args.dtype > kFp32)
+        return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
+    if (args.num_seqs < 0 || args.num_seqs > 1 << 21) return refused("num_seqs", "0 to 2^21", args.num_seqs);
+    if (args.vocab_size < 1 || args.vocab_size > 1 << 26)
+        return refused("vocab_size", "1 to 2^26", args.vocab_size);
+    if (args.num_seqs == 0) return kOk;
+    for (auto [name, pointer] : {std::pair{"logits", args.logits},
+                                 {"temperature", args.temperature},
+                                 {"top_k", args.top_k},
+                                 {"top_p", args.top_p},
+                                 {"min_p", args.min_p},
+                                 {"uniform", args.uniform},
+                                 {"out", args.out},
+                                 {"work", args.work}})
+        if (!pointer) return refused(name, "an address", 0);
+
+    const Device* device;
+    if (int32_t status = current_device(&device)) return status;
+    const Kernels& kernels = kKernels[args.dtype];
+    const int64_t chunk = kHeld * device->wave_size * kernels.per_pack;
+    args.chunks = int32_t(ceil_div(args.vocab_size + kernels.per_pack - 1, chunk));  // a row may begin within a pack
+    args.groups = int32_t(args.chunks * chunk / kGroup);
+    if (args.work_stride < args.groups + 2 * int64_t(args.chunks))
+        return refused("work_stride", "room for the peaks", args.work_stride);
+    args.grid = int32_t(std::min(args.num_seqs, kMaxGrid));
+
+    const uint32_t waves = kPeakLanes / device->wave_size, blocks = uint32_t(ceil_div(args.chunks, waves));
+    if (int32_t status = launch({"sample", kernels.peaks, {blocks, uint32_t(args.grid), 1}, {kPeakLanes, 1, 1}, 0},
+                                &args, sizeof args, stream))
+        return status;
+    return launch({"sample", kernels.draw, {uint32_t(args.num_seqs), 1, 1}, {kLanes, 1, 1}, 0}, &args, sizeof args,
+                  stream);
 }
 
 #define FIELD(NAME) WAVE64_FIELD(wave64::SampleArgs, NAME)
 static const bool registered = wave64::register_op<wave64::SampleArgs, wave64_sample>(
     "sample", {FIELD(logits), FIELD(temperature), FIELD(top_k), FIELD(top_p), FIELD(min_p), FIELD(uniform), FIELD(out),
-               FIELD(logits_stride), FIELD(num_seqs), FIELD(vocab_size), FIELD(dtype)});
+               FIELD(work), FIELD(logits_stride), FIELD(work_stride), FIELD(num_seqs), FIELD(vocab_size), FIELD(dtype)});
 
 #endif

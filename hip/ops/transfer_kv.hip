@@ -55,8 +55,7 @@ int32_t wave64_transfer_kv(const wave64::TransferKvArgs* caller_args, void* stre
                                 {"num_dst_slots", args.num_dst_slots},
                                 {"num_pairs", args.num_pairs}})
         if (number < 0) return refuse(op, name, "at least 0", number);
-    if (args.row_bytes < 0 || args.row_bytes > INT32_MAX)
-        return refuse(op, "row_bytes", "0 to 2^31 - 1", args.row_bytes);
+    if (args.row_bytes < 0 || args.row_bytes > 1 << 30) return refuse(op, "row_bytes", "0 to 2^30", args.row_bytes);
     if (args.num_pairs == 0 || args.row_bytes == 0 || args.num_src_slots == 0 || args.num_dst_slots == 0) return kOk;
     for (auto [name, pointer] : {std::pair{"src", args.src},
                                  {"dst", (const void*)args.dst},

@@ -147,9 +147,9 @@ struct RotaryEmbeddingArgs {
     int32_t num_heads;
     int32_t num_kv_heads;
     int32_t rot_dim;
-    int32_t is_neox;          // 1: pairs are half a rotation's width apart; 0: they are neighbours
-    int32_t position_bytes;   // 8 or 4
-    int32_t dtype;            // of query and key
+    int32_t is_neox;         // 1: pairs are half a rotation's width apart; 0: they are neighbours
+    int32_t position_bytes;  // 8 or 4
+    int32_t dtype;           // of query and key
     int32_t angles_dtype;
     // set by the launcher
     int32_t packs;        // of half a rotation's width: the lanes of a head
@@ -181,9 +181,9 @@ struct ReshapeAndCacheArgs {
 
 // kv_cache[slot] = [kv_c, k_pe]. In FP8 caches, the same / scale.
 struct ConcatAndCacheMlaArgs {
-    const void* kv_c;  // [num_tokens, kv_lora_rank], rows kv_c_stride apart
-    const void* k_pe;  // [num_tokens, rope_dim], rows k_pe_stride apart
-    void* kv_cache;    // [slots, kv_lora_rank + rope_dim]
+    const void* kv_c;             // [num_tokens, kv_lora_rank], rows kv_c_stride apart
+    const void* k_pe;             // [num_tokens, rope_dim], rows k_pe_stride apart
+    void* kv_cache;               // [slots, kv_lora_rank + rope_dim]
     const int64_t* slot_mapping;  // [num_tokens]; -1: not written
     const float* scale;           // one number, or null: 1
     int64_t kv_c_stride;
@@ -200,8 +200,8 @@ struct ConcatAndCacheMlaArgs {
 // dst[dst_slots[i]] = src[src_slots[i]], byte by byte; strides are in bytes, too. A pair of which a slot lies outside
 // its pool is skipped.
 struct TransferKvArgs {
-    const void* src;  // [num_src_slots, row_bytes]
-    void* dst;        // [num_dst_slots, row_bytes]
+    const void* src;           // [num_src_slots, row_bytes]
+    void* dst;                 // [num_dst_slots, row_bytes]
     const int64_t* src_slots;  // [num_pairs]
     const int64_t* dst_slots;  // [num_pairs]
     int64_t src_stride;
@@ -229,8 +229,8 @@ struct ApplyPenaltiesArgs {
     int32_t output_width;
     int32_t dtype;  // of logits
     // set by the launcher
-    int32_t slice;  // tokens of a block
-    int32_t grid;   // blocks from sequence to sequence; the grid's other dimension goes along the vocabulary
+    int32_t slice;  // tokens of a block, where there are many ids
+    int32_t grid;   // blocks from sequence to sequence; the grid's other dimension, if any, goes along the vocabulary
 };
 
 // Logits of tokens whose bit is 0 become -inf: bit i % 32 of word i / 32 is that of token i.
@@ -294,10 +294,16 @@ struct SampleArgs {
     const float* min_p;        // at most 0: all
     const float* uniform;      // in [0, 1)
     int64_t* out;
+    float* work;  // [num_seqs, work_stride] to work in; vocab_size / 8 + 512 of each row are enough
     int64_t logits_stride;
+    int64_t work_stride;
     int64_t num_seqs;
     int32_t vocab_size;
     int32_t dtype;  // of logits
+    // set by the launcher
+    int32_t chunks;  // of a row: what a wave of the first launch reads
+    int32_t groups;  // of a row: what has a peak
+    int32_t grid;    // blocks of the first launch from sequence to sequence; its other dimension goes along a row
 };
 
 // out = (e^lse_a a + e^lse_b b) / (e^lse_a + e^lse_b), lse = log(e^lse_a + e^lse_b). A side of lse -inf or +inf is
@@ -342,6 +348,52 @@ struct MoeAlignBlockSizeArgs {
     int32_t grid;  // blocks
 };
 
+// out[b] = softmax(cap(scale query[b] K[b]^T)) V[b] over the keys of sequence b, of which key p is row p % page_size of
+// page page_table[b, p / page_size].
+struct PagedAttentionArgs {
+    const void* query;  // [num_seqs, num_heads, head_dim], rows and heads query_*stride apart
+    const void* key_cache;      // [pages, page_size, num_kv_heads, head_dim], each key_*_stride apart
+    const void* value_cache;    // likewise
+    const int32_t* page_table;  // [num_seqs, max_pages], rows table_stride apart
+    const int32_t* seq_lens;    // [num_seqs]
+    const float* sinks;         // [num_heads], or null
+    const float* k_scale;       // one number, or null: 1
+    const float* v_scale;
+    void* out;       // [num_seqs, num_heads, head_dim]
+    float* partial;  // [num_seqs + shares, num_heads, head_dim] to work in, as the next two, where there are shares
+    float* stats;    // [num_seqs + shares, num_heads, 2]
+    int32_t* plan;   // [num_seqs, 2]
+    int64_t query_stride;
+    int64_t query_head_stride;
+    int64_t key_page_stride;
+    int64_t key_row_stride;
+    int64_t key_head_stride;
+    int64_t value_page_stride;
+    int64_t value_row_stride;
+    int64_t value_head_stride;
+    int64_t table_stride;
+    int32_t num_seqs;
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;   // 64 or 128
+    int32_t page_size;  // a multiple of 16
+    int32_t max_pages;
+    int32_t window;  // above 0: only so many last keys are seen
+    int32_t shares;  // that the batch's keys are dealt in; 0: no sequence is split
+    float scale;
+    float logit_cap;      // above 0: cap(x) = logit_cap tanh(x / logit_cap)
+    int32_t dtype;        // of query and out
+    int32_t cache_dtype;  // dtype, or FP8
+    // set by the launcher
+    int32_t room;          // keys that a row of page_table has room for
+    int32_t group;         // heads of a key head
+    int32_t tiles;         // blocks of a part
+    int32_t step_entries;  // what a wave goes on by in the page table, and in a page
+    int32_t step_rows;
+    int32_t merge_grid;  // blocks of the merge
+    int64_t num_rows;    // num_seqs * num_heads
+};
+
 }  // namespace wave64
 
 #ifndef WAVE64_DEVICE_CODE
@@ -369,5 +421,6 @@ int32_t wave64_grouped_topk(const wave64::GroupedTopkArgs* args, void* stream);
 int32_t wave64_sample(const wave64::SampleArgs* args, void* stream);
 int32_t wave64_merge_attn_states(const wave64::MergeAttnStatesArgs* args, void* stream);
 int32_t wave64_moe_align_block_size(const wave64::MoeAlignBlockSizeArgs* args, void* stream);
+int32_t wave64_paged_attention(const wave64::PagedAttentionArgs* args, void* stream);
 }
 #endif

@@ -66,6 +66,12 @@ WAVE64_DEVICE int atomic_add(int* at, int x) {
 WAVE64_DEVICE void atomic_add(uint64_t* at, uint64_t x) {
     __hip_atomic_fetch_add(at, x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
+// Where `expected` stands, puts x; gives what was there.
+WAVE64_DEVICE int atomic_swap_if(int* at, int expected, int x) {
+    __hip_atomic_compare_exchange_strong(at, &expected, x, __ATOMIC_RELAXED, __ATOMIC_RELAXED,
+                                         __HIP_MEMORY_SCOPE_AGENT);
+    return expected;
+}
 
 // Tells the compiler nothing about a value it knew: what is computed from it stays after this point.
 template <typename Bits>
@@ -87,11 +93,18 @@ WAVE64_DEVICE int load_uniform(const int32_t* at) {
     return *reinterpret_cast<const __attribute__((address_space(4))) int32_t*>(reinterpret_cast<uint64_t>(at));
 }
 
+// Keeps an address, the same in all lanes, apart from the offsets that are added to it: it stays in scalar registers.
+WAVE64_DEVICE void keep_uniform(const char*& address) { asm("" : "+s"(address)); }
+
+// What comes before this point is issued before what comes after it.
+WAVE64_DEVICE void keep_order() { __builtin_amdgcn_sched_barrier(0); }
+
 // What lies `at` bytes behind `base`, which is the same in all lanes.
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
     using Byte = const __attribute__((address_space(1))) char;
-    return *reinterpret_cast<const __attribute__((address_space(1))) Bits*>(reinterpret_cast<Byte*>(uint64_t(base)) + at);
+    using Place = const __attribute__((address_space(1))) Bits;
+    return *reinterpret_cast<Place*>(reinterpret_cast<Byte*>(uint64_t(base)) + at);
 }
 
 // The low 16 bits of a, then those of b; and the high ones.

@@ -33,9 +33,9 @@ struct Divisor {
     float value, inverse;
 };
 
-// x / by, rounded to nearest, in a third of a division's instructions: a guess and its correction.
+// x / by, rounded to nearest, in half the instructions of a division: a guess and its correction.
 WAVE64_DEVICE float quotient(float x, const Divisor& by) {
-    const float guess = x * by.inverse, better = fma(fma(-guess, by.value, x), by.inverse, guess);
+    const float guess = x * by.inverse, better = fma(-fma(guess, by.value, -x), by.inverse, guess);
     return better == better ? better : guess;  // an infinite guess has no correction
 }
 
@@ -122,13 +122,12 @@ struct CacheKernels {
     const char* to_fp8[2];
 };
 
-#define WAVE64_CACHE_KERNELS(OP)                                                                                   \
-    {                                                                                                              \
-        {2, {#OP "_16bit", #OP "_16bit_unaligned"}, {#OP "_fp8_from_bf16", #OP "_fp8_from_bf16_unaligned"}},       \
-            {2, {#OP "_16bit", #OP "_16bit_unaligned"}, {#OP "_fp8_from_fp16", #OP "_fp8_from_fp16_unaligned"}}, { \
-            4, {#OP "_32bit", #OP "_32bit_unaligned"}, {#OP "_fp8_from_fp32", #OP "_fp8_from_fp32_unaligned"}      \
-        }                                                                                                          \
-    }
+#define WAVE64_CACHE_NAMES(OP, BYTES, COPY, TO_FP8) \
+    {BYTES, {OP COPY, OP COPY "_unaligned"}, {OP TO_FP8, OP TO_FP8 "_unaligned"}}
+// By dtype.
+#define WAVE64_CACHE_KERNELS(OP)                                                                                     \
+    {WAVE64_CACHE_NAMES(#OP, 2, "_16bit", "_fp8_from_bf16"), WAVE64_CACHE_NAMES(#OP, 2, "_16bit", "_fp8_from_fp16"), \
+     WAVE64_CACHE_NAMES(#OP, 4, "_32bit", "_fp8_from_fp32")}
 
 // Refuses dtypes that no kernel has.
 inline int32_t check_cache_dtypes(const char* op, int32_t dtype, int32_t cache_dtype) {

@@ -63,12 +63,19 @@ WAVE64_DEVICE int atomic_add(int* at, int x) {
     return before;
 }
 WAVE64_DEVICE void atomic_add(uint64_t* at, uint64_t x) { *at += x; }
+WAVE64_DEVICE int atomic_swap_if(int* at, int expected, int x) {
+    const int before = *at;
+    if (before == expected) *at = x;
+    return before;
+}
 
 template <typename Bits>
 WAVE64_DEVICE void forget(Bits&) {}
 
 WAVE64_DEVICE int uniform(int x) { return x; }
 WAVE64_DEVICE int load_uniform(const int32_t* at) { return *at; }
+WAVE64_DEVICE void keep_uniform(const char*&) {}
+WAVE64_DEVICE void keep_order() {}
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
     Bits bits;
@@ -112,7 +119,8 @@ WAVE64_DEVICE int wave_sum(int x) {
 WAVE64_DEVICE int wave_max(int x) {
     const uint64_t* all = meet_wave(6, unsigned(x));
     int most = x;
-    for (int lane = 0; lane < wave_size(); lane++) most = int(unsigned(all[lane])) > most ? int(unsigned(all[lane])) : most;
+    for (int lane = 0; lane < wave_size(); lane++)
+        if (int(unsigned(all[lane])) > most) most = int(unsigned(all[lane]));
     return most;
 }
 WAVE64_DEVICE int wave_max_of_rare(int x, int) { return wave_max(x); }

@@ -2,31 +2,26 @@
 //
 //     sums[row][head] += x[row][k] * y[head][k], over 16 k and for 16 heads
 //
-// The lanes of a wave are kLines lines of kParts parts. A lane holds the row `line` of x's kLines rows and the heads
-// line, line + kLines, ... of y's, and of each the kNumbers k that its part has. Of the sums it gets the same heads, of
-// the rows those from kRows * part on. So the sums of 16 rows lie as a y does: a lane that finds logits of some keys
-// needs, for the weighted sum of values, the weights of the very same keys, and lanes exchange nothing.
+// The lanes of a wave are kLines lines of kParts parts. A lane holds one of x's kLines rows and the heads line,
+// line + kLines, ... of y's, and of each the kNumbers k that its part has. Of the sums it gets the same heads, of the
+// rows those from kRows * part on. So the sums of 16 rows lie as a y does: a lane that finds logits of some keys needs,
+// for the weighted sum of values, the weights of the very same keys, and lanes exchange nothing.
 //
-//          kLines  kParts  line       part
-//     gfx9     16       4  lane % 16  lane / 16
-//     gfx12    16       2  lane % 16  lane / 16
-//     sm_90     8       4  lane / 4   lane % 4
+//                   kLines  kParts  line       part
+//     gfx9              16       4  lane % 16  lane / 16
+//     gfx11, gfx12      16       2  lane % 16  lane / 16
+//     sm_90              8       4  lane / 4   lane % 4
 //
-// Which k a part has is nobody's business as long as x and y agree. WAVE64_HAS_MATRIX is 0 where there is no wrapper.
+// Which k a part has is nobody's business as long as x and y agree.
 #pragma once
 
 #include "wave64/device.h"
-
-#if defined(__GFX11__)
-#define WAVE64_HAS_MATRIX 0
-#else
-#define WAVE64_HAS_MATRIX 1
 
 namespace wave64 {
 
 #if defined(__GFX9__)
 constexpr int kLines = 16, kParts = 4;
-#elif defined(__GFX12__)
+#elif defined(__GFX11__) || defined(__GFX12__)
 constexpr int kLines = 16, kParts = 2;
 #else
 constexpr int kLines = 8, kParts = 4;
@@ -39,15 +34,20 @@ constexpr int kRows = kLines / kParts;   // of a lane, in a product's sums
 
 struct Place {
     int line, part;
+    int row;  // of an x
 
     // Of 16 rows, the one that the lane holds of the tile-th x. Then its sums are of rows kNumbers * part + 0, 1, ...
-    WAVE64_DEVICE int row(int tile) const { return line / kRows * kNumbers + tile * kRows + line % kRows; }
+    WAVE64_DEVICE int row_of_16(int tile) const { return row / kRows * kNumbers + tile * kRows + row % kRows; }
 };
 
 WAVE64_DEVICE Place place_in_wave() {
     const int lane = lane_in_block() % kLanes;
-    if constexpr (kLines == 16) return {lane % 16, lane / 16};
-    return {lane / kParts, lane % kParts};
+    if constexpr (kLines == 8) return {lane / kParts, lane % kParts, lane / kParts};
+#if defined(__GFX11__)  // gives a part every other row
+    return {lane % 16, lane / 16, lane % 2 * 8 + lane % 16 / 2};
+#else
+    return {lane % 16, lane / 16, lane % 16};
+#endif
 }
 
 // The sum over the parts of a line, or the largest, in all of them.
@@ -77,13 +77,17 @@ struct Sums {
 
 template <typename T>
 WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& sums) {
-    const auto [line, part] = place_in_wave();
+    const auto [line, part, row] = place_in_wave();
     const auto lane_of = [](int line, int part) { return kLines == 16 ? part * 16 + line : line * kParts + part; };
+    int line_of[kLines];  // of the lanes that hold a row of x
+    const uint64_t* all = meet_wave(9, row);
+    for (int l = 0; l < kLines; l++) line_of[all[lane_of(l, part)]] = l;
     T rows[kRows][kParts][kNumbers], heads[kHeads][kParts][kNumbers];
     for (int word = 0; word < kNumbers / 2; word++) {
-        const uint64_t* all = meet_wave(7, x.words[word]);
+        all = meet_wave(7, x.words[word]);
         for (int p = 0; p < kParts; p++)
-            for (int i = 0; i < kRows; i++) __builtin_memcpy(&rows[i][p][2 * word], all + lane_of(kRows * part + i, p), 4);
+            for (int i = 0; i < kRows; i++)
+                __builtin_memcpy(&rows[i][p][2 * word], all + lane_of(line_of[kRows * part + i], p), 4);
         for (int h = 0; h < kHeads; h++) {
             all = meet_wave(8, y[h].words[word]);
             for (int p = 0; p < kParts; p++) __builtin_memcpy(&heads[h][p][2 * word], all + lane_of(line, p), 4);
@@ -97,29 +101,51 @@ WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& 
 
 #elif defined(__HIP__)
 
+#if defined(__GFX11__)
+// All 16 k of a row or head, which the instruction takes from both parts alike.
+struct Whole {
+    Bits32 words[8];
+
+    WAVE64_DEVICE Whole(const Operand& mine) {
+        const bool second = lane_in_block() % kLanes >= 16;
+        for (int i = 0; i < 4; i++) {
+            const Bits32 other =
+                __builtin_amdgcn_permlanex16(0, mine.words[i], 0x76543210, 0xfedcba98, false, false);  // from lane ^ 16
+            words[i] = second ? other : mine.words[i], words[i + 4] = second ? mine.words[i] : other;
+        }
+    }
+};
+#else
+using Whole = Operand;
+#endif
+
 template <typename T>
 WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& sums) {
+    constexpr int numbers = sizeof(Whole) / 2;
     using Floats = float __attribute__((ext_vector_type(kRows)));
-    using Halves = fp16 __attribute__((ext_vector_type(kNumbers)));
-    using Shorts = short __attribute__((ext_vector_type(kNumbers)));
-    const auto before = __builtin_bit_cast(Floats, sums);
-    Floats after;
+    using Halves = fp16 __attribute__((ext_vector_type(numbers)));
+    using Shorts = short __attribute__((ext_vector_type(numbers)));
+    const auto a = __builtin_bit_cast(Shorts, Whole(x)), b = __builtin_bit_cast(Shorts, Whole(y[0]));
+    auto c = __builtin_bit_cast(Floats, sums);
     if constexpr (__is_same(T, fp16)) {
-        const auto rows = __builtin_bit_cast(Halves, x), heads = __builtin_bit_cast(Halves, y[0]);
+        const auto rows = __builtin_bit_cast(Halves, a), heads = __builtin_bit_cast(Halves, b);
 #if defined(__GFX9__)
-        after = __builtin_amdgcn_mfma_f32_16x16x16f16(rows, heads, before, 0, 0, 0);
+        c = __builtin_amdgcn_mfma_f32_16x16x16f16(rows, heads, c, 0, 0, 0);
+#elif defined(__GFX11__)
+        c = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(rows, heads, c);
 #else
-        after = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(rows, heads, before);
+        c = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(rows, heads, c);
 #endif
     } else {
-        const auto rows = __builtin_bit_cast(Shorts, x), heads = __builtin_bit_cast(Shorts, y[0]);
 #if defined(__GFX9__)
-        after = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(rows, heads, before, 0, 0, 0);
+        c = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(a, b, c, 0, 0, 0);
+#elif defined(__GFX11__)
+        c = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(a, b, c);
 #else
-        after = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(rows, heads, before);
+        c = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(a, b, c);
 #endif
     }
-    sums = __builtin_bit_cast(Sums, after);
+    sums = __builtin_bit_cast(Sums, c);
 }
 
 #else
@@ -144,4 +170,3 @@ WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& 
 #endif
 
 }  // namespace wave64
-#endif

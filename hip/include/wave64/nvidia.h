@@ -25,14 +25,23 @@ WAVE64_DEVICE int wave_size() { return 32; }
 WAVE64_DEVICE int lane_in_block() { return threadIdx.x; }
 WAVE64_DEVICE int block_id() { return blockIdx.x; }
 WAVE64_DEVICE int block_id_y() { return blockIdx.y; }
-WAVE64_DEVICE float rsqrt(float x) { return ::rsqrtf(x); }
-WAVE64_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
+WAVE64_DEVICE float rsqrt(float x) {
+    asm("rsqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+WAVE64_DEVICE float reciprocal(float x) {
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
 WAVE64_DEVICE float exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-WAVE64_DEVICE float log2(float x) { return ::log2f(x); }
+WAVE64_DEVICE float log2(float x) {
+    asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
 WAVE64_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }
 WAVE64_DEVICE float min(float a, float b) { return ::fminf(a, b); }
 WAVE64_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
@@ -49,6 +58,7 @@ WAVE64_DEVICE void atomic_add(uint64_t* at, uint64_t x) {
     const unsigned low = unsigned(x), carry = atomicAdd(halves, low) + low < low, high = unsigned(x >> 32) + carry;
     if (high) atomicAdd(halves + 1, high);
 }
+WAVE64_DEVICE int atomic_swap_if(int* at, int expected, int x) { return atomicCAS(at, expected, x); }
 
 WAVE64_DEVICE void forget(Bits8& bits) {
     Bits16 wide = bits;
@@ -62,6 +72,8 @@ WAVE64_DEVICE void forget(Bits128& bits) { asm volatile("" : "+r"(bits.x), "+r"(
 
 WAVE64_DEVICE int uniform(int x) { return x; }
 WAVE64_DEVICE int load_uniform(const int32_t* at) { return __ldg(at); }
+WAVE64_DEVICE void keep_uniform(const char*&) {}
+WAVE64_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
     return __ldg(reinterpret_cast<const Bits*>(static_cast<const char*>(base) + at));

@@ -82,8 +82,7 @@ namespace wave64 {
 // Sets the lanes and blocks of a launch.
 template <typename Args>
 void share_rms_rows(Args& args, int64_t num_packs, int max_lanes, const Device& device) {
-    constexpr int kBlocksPerUnit =
-        32;  // enough to fill a compute unit; more tokens than that share blocks, and weights
+    constexpr int kBlocksPerUnit = 32;  // fill a compute unit; more tokens than that share blocks, and weights
     // Many tokens: few lanes per row, so that each has much in flight. Few tokens: as many as shorten the row.
     const int packs_per_lane = args.num_tokens > device.compute_units ? kRmsHeld : 1;
     args.block = int32_t(std::min<int64_t>(round_up(ceil_div(num_packs, packs_per_lane), device.wave_size), max_lanes));

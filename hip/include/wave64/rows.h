@@ -44,7 +44,7 @@ WAVE64_DEVICE RowShare row_share(const RowShares& shares) {
 namespace wave64 {
 
 // The launch of a kernel over rows of which a lane holds up to `held` at a time. Both sizes are at least 1, and a row
-// is less than 2^31 packs.
+// is at most 2^30 packs.
 inline Launch over_rows(const char* op, const char* kernel, int64_t num_rows, int64_t packs, int held,
                         const Device& device, RowShares& shares) {
     constexpr int64_t kRowLanes = 256, kBlockLanes = 512, kLanesThatFill = 1024, kMaxGrid = 65535;

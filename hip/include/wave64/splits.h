@@ -29,30 +29,37 @@ WAVE64_DEVICE int sum_up_to_lane(int x) {
     return x;
 }
 
+// Lanes with some parts each, and the one among them that has the item-th, counted from 0.
+struct Found {
+    int lane, before;  // the parts of the lanes before it; lane is the wave size if there are fewer parts
+
+    WAVE64_DEVICE Found(int item, int parts) {
+        const bool passed = sum_up_to_lane(parts) <= item;
+        lane = wave_sum(int(passed)), before = wave_sum(passed ? parts : 0);
+    }
+};
+
 // The item-th part, counted through the batch. All work is dealt in `shares` parts, and one more for each sequence at
-// most, but none for less than `least`. work_of(seq) is what a sequence takes; every wave asks for all.
+// most, but none for less than `least`. work_of(seq) is what a sequence takes. There are at most as many sequences as
+// the square of the wave size: first each lane looks at several neighbours, then each at one of a lane's.
 template <typename Work>
 WAVE64_DEVICE Part find_part(int item, int num_seqs, int shares, int least, Work work_of) {
-    const int lane = lane_in_block() % wave_size();
-    const auto work_of_any = [&](int seq) { return seq < num_seqs ? work_of(seq) : 0; };
-    const int first_work = work_of_any(lane);  // kept: mostly there are no more sequences than lanes
-    int work = first_work;
-    for (int seq = wave_size(); seq < num_seqs; seq += wave_size()) work += work_of_any(seq + lane);
+    const int lane = lane_in_block() % wave_size(), each = (num_seqs + wave_size() - 1) / wave_size();
+    int work = 0;
+    for (int seq = lane * each; seq < (lane + 1) * each && seq < num_seqs; seq++) work += work_of(seq);
     const int total = wave_sum(work), even = total / shares + (total % shares > 0), share = even > least ? even : least;
 
-    int dealt = 0;
-    for (int seq = 0; seq < num_seqs; seq += wave_size()) {
-        const int parts = seq + lane < num_seqs ? parts_of(seq ? work_of_any(seq + lane) : first_work, share) : 0;
-        const int end = dealt + sum_up_to_lane(parts);
-        const bool passed = end <= item;
-        const int skipped = wave_sum(passed ? parts : 0), num_passed = wave_sum(int(passed));
-        if (num_passed < wave_size()) {
-            const int count = from_lane(parts, num_passed);
-            return {seq + num_passed, item - dealt - skipped, uniform(count)};
-        }
-        dealt += skipped;
-    }
-    return {num_seqs, 0, 0};
+    int parts = 0;
+    for (int seq = lane * each; seq < (lane + 1) * each && seq < num_seqs; seq++)
+        parts += parts_of(each == 1 ? work : work_of(seq), share);
+    const Found run(item, parts);
+    if (run.lane == wave_size()) return {num_seqs, 0, 0};
+    if (each == 1) return {run.lane, item - run.before, uniform(from_lane(parts, run.lane))};
+
+    const int seq = run.lane * each + lane;
+    parts = lane < each && seq < num_seqs ? parts_of(work_of(seq), share) : 0;
+    const Found one(item - run.before, parts);
+    return {run.lane * each + one.lane, item - run.before - one.before, uniform(from_lane(parts, one.lane))};
 }
 
 }  // namespace wave64

@@ -13,8 +13,8 @@ constexpr float kLargestLogit = 0x1p126f;  // so that differences of two stay fi
 constexpr float kLog2E = 1.44269504f;
 constexpr float kNowhere = -__builtin_inff();  // the number of a slot without an expert: is never chosen
 
-// A number within the limit, NaN as the lowest.
-WAVE64_DEVICE float clean(float x) { return min(max(x, -kLargestLogit), kLargestLogit); }
+// A number within the limit, NaN (signalling ones, too, which max does not pass over) as the lowest.
+WAVE64_DEVICE float clean(float x) { return x == x ? min(max(x, -kLargestLogit), kLargestLogit) : -kLargestLogit; }
 
 // Integers in the order of the numbers; zeros of both signs are one.
 WAVE64_DEVICE int order_of(float x) {
@@ -104,9 +104,9 @@ constexpr int kWavesPerUnit = 32;  // enough to fill a compute unit; more tokens
 
 // By dtype and by slots: 2, 4, 8, 16.
 using GateKernels = const char* [3][4];
-#define WAVE64_GATE_NAMES(OP)                                              \
-    {{#OP "_bf16_2", #OP "_bf16_4", #OP "_bf16_8", #OP "_bf16_16"},        \
-     {#OP "_fp16_2", #OP "_fp16_4", #OP "_fp16_8", #OP "_fp16_16"},        \
+#define WAVE64_GATE_NAMES(OP)                                       \
+    {{#OP "_bf16_2", #OP "_bf16_4", #OP "_bf16_8", #OP "_bf16_16"}, \
+     {#OP "_fp16_2", #OP "_fp16_4", #OP "_fp16_8", #OP "_fp16_16"}, \
      {#OP "_fp32_2", #OP "_fp32_4", #OP "_fp32_8", #OP "_fp32_16"}}
 
 // A wave per token; `slots` is at most kMostSlots.
@@ -115,8 +115,8 @@ int32_t launch_gate(const char* op, const GateKernels& kernels, int64_t slots, c
                     void* stream) {
     args.grid = int32_t(std::min<int64_t>(args.num_tokens, int64_t(device.compute_units) * kWavesPerUnit));
     const char* kernel = kernels[args.dtype][slots > 8 ? 3 : slots > 4 ? 2 : slots > 2 ? 1 : 0];
-    return launch({op, kernel, {uint32_t(args.grid), 1, 1}, {uint32_t(device.wave_size), 1, 1}, 0}, &args,
-                  sizeof args, stream);
+    return launch({op, kernel, {uint32_t(args.grid), 1, 1}, {uint32_t(device.wave_size), 1, 1}, 0}, &args, sizeof args,
+                  stream);
 }
 
 }  // namespace wave64

@@ -7,7 +7,6 @@ from wave64 import quant
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.rms_norm import DTYPES
 
-
 #: Slots that no pool has: of which pool, and the number.
 OUTSIDE = ((0, -1), (1, -1), (1, 2**40), (0, 2**60), (0, -2), (1, -2**40))
 

@@ -1,0 +1,273 @@
+// How a wave attends to keys in pages of a cache, 16 at a time: what its lanes hold, and what they do with it. Keys and
+// values go from memory straight into the registers that the matrix instructions read them from, 16 bytes at a time
+// where a lane has as many. Logits are in base 2, for exp2.
+#pragma once
+
+#include "wave64/fp8.h"
+#include "wave64/matrix.h"
+#include "wave64/rows.h"
+
+namespace wave64 {
+
+constexpr int kGroup = 16;  // keys that a wave takes at a time
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLowest = -1e38f;  // below any logit, and finite, so that no difference of two is NaN
+
+// The keys or the values of one head.
+struct Pool {
+    const char* base;
+    int64_t page_bytes;
+    int row_bytes;
+
+    WAVE64_DEVICE const char* rows(int page, int row) const {
+        const char* rows = base + page * page_bytes + int64_t(row) * row_bytes;
+        keep_uniform(rows);
+        return rows;
+    }
+};
+
+// cap(scale x) in base 2, where cap(x) = c tanh(x / c).
+struct Logit {
+    float factor, cap;
+
+    WAVE64_DEVICE float capped(float y) const {
+        const float size = y < 0 ? -y : y, square = y * y;
+        // Near 0 a series, since 1 - e would cancel.
+        const float near = size * (1 - square * (1.f / 3 - square * (2.f / 15 - square * (17.f / 315))));
+        const float e = exp2(size * (-2 * kLog2E)), tanh = size < 0.2f ? near : (1 - e) * reciprocal(1 + e);
+        return (y < 0 ? -tanh : tanh) * (cap * kLog2E);
+    }
+};
+
+template <typename T, int N>
+struct Array {
+    T at[N];
+};
+
+template <typename T>
+WAVE64_DEVICE Bits32 rounded_pair(float x, float y) {
+    return __builtin_bit_cast(Bits32, Array<T, 2>{{T(x), T(y)}});
+}
+
+// A pack of the cache in T, two numbers to a word. T holds every number of FP8: nothing is rounded.
+template <typename T, typename Stored, int N>
+WAVE64_DEVICE Array<Bits32, N / 2> widened(const Pack<Stored, N>& pack) {
+    if constexpr (sizeof(Stored) == 2) {
+        return __builtin_bit_cast(Array<Bits32, N / 2>, pack.bits);
+    } else {
+        const auto quads = __builtin_bit_cast(Array<Bits32, N / 4>, pack.bits);
+        Array<Bits32, N / 2> words;
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            const auto [x] = from_fp8(quads.at[i / 2]);
+            const float a = x[i % 2 * 2], b = x[i % 2 * 2 + 1];
+            if constexpr (__is_same(T, bf16))
+                words.at[i] = high_halves(__builtin_bit_cast(Bits32, a), __builtin_bit_cast(Bits32, b));
+            else
+                words.at[i] = rounded_pair<T>(a, b);
+        }
+        return words;
+    }
+}
+
+// What a lane holds while its wave attends: queries in T of D columns, keys and values as Stored.
+template <typename T, typename Stored, int D>
+struct Attention {
+    static constexpr int kKeyPack = 16 / sizeof(Stored), kKeyPacks = D / kParts / kKeyPack;
+    static constexpr int kColumns = D / kLines;  // of the values
+    static constexpr int kValuePack = kColumns < kKeyPack ? kColumns : kKeyPack, kValuePacks = kColumns / kValuePack;
+    static constexpr int kOperands = kKeyPack / kNumbers;            // in a pack of keys
+    static constexpr int kJoined = kHeads * (kColumns * kRows + 2);  // numbers that waves tell each other
+    using Logits = float[kHeads][kNumbers];
+
+    Place place = place_in_wave();
+    // In packs that are kParts (values: kLines) packs apart, a lane has
+    Operand query[D / 16][kHeads] = {};                      // of heads head(h) the columns that it has of keys
+    Pack<Stored, kKeyPack> keys[kTiles][kKeyPacks];          // of rows row_of_16(tile) the packs from `part` on
+    Pack<Stored, kValuePack> values[kNumbers][kValuePacks];  // of rows kNumbers * part + n the packs from `row` on
+    float peak[kHeads], total[kHeads];                       // total: of the weights of these rows
+    Sums mixed[kValuePacks][kValuePack] = {};                // row i of [u][t]: column first_column(u, i) + t
+
+    WAVE64_DEVICE Attention() {
+        for (int h = 0; h < kHeads; h++) peak[h] = kLowest, total[h] = 0;
+    }
+
+    WAVE64_DEVICE int head(int h) const { return place.line + kLines * h; }
+    WAVE64_DEVICE int first_column(int u, int i) const { return kValuePack * (kRows * place.part + i + kLines * u); }
+
+    // Heads from num_heads on stay zeros.
+    WAVE64_DEVICE void load_query(const T* first_head, int64_t head_stride, int num_heads) {
+#pragma unroll
+        for (int h = 0; h < kHeads; h++) {
+            if (head(h) >= num_heads) continue;
+            const T* at = first_head + head(h) * head_stride + kKeyPack * place.part;
+#pragma unroll
+            for (int j = 0; j < kKeyPacks; j++) {
+                Array<Pack<T, 8>, kKeyPack / 8> packs;
+                for (int i = 0; i < kKeyPack / 8; i++)
+                    packs.at[i] = load_pack<T, 8>(at + kKeyPack * kParts * j + 8 * i);
+                const auto operands = __builtin_bit_cast(Array<Operand, kOperands>, packs);
+                for (int k = 0; k < kOperands; k++) query[j * kOperands + k][h] = operands.at[k];
+            }
+        }
+    }
+
+    WAVE64_DEVICE void load_keys(const Pool& pool, int page, int row) {
+        const char* rows = pool.rows(page, row);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++) {
+            const unsigned at = unsigned(place.row_of_16(tile) * pool.row_bytes + 16 * place.part);
+#pragma unroll
+            for (int j = 0; j < kKeyPacks; j++) keys[tile][j] = {load_behind<Bits128>(rows + 16 * kParts * j, at)};
+        }
+    }
+
+    WAVE64_DEVICE void load_values(const Pool& pool, int page, int row) {
+        constexpr int bytes = kValuePack * sizeof(Stored);
+        const char* rows = pool.rows(page, row);
+        const unsigned at = unsigned(kNumbers * place.part * pool.row_bytes + bytes * place.row);
+#pragma unroll
+        for (int n = 0; n < kNumbers; n++)
+#pragma unroll
+            for (int u = 0; u < kValuePacks; u++)
+                values[n][u] = {load_behind<typename BitsOf<bytes>::type>(
+                    rows + int64_t(n) * pool.row_bytes + bytes * kLines * u, at)};
+    }
+
+    // Of the group's keys kNumbers * part + ...
+    WAVE64_DEVICE void find_logits(const Logit& logit, Logits& logits) const {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++) {
+            Sums sums = {};
+#pragma unroll
+            for (int j = 0; j < kKeyPacks; j++) {
+                const auto operands = __builtin_bit_cast(Array<Operand, kOperands>, widened<T>(keys[tile][j]));
+#pragma unroll
+                for (int k = 0; k < kOperands; k++) multiply<T>(operands.at[k], query[j * kOperands + k], sums);
+            }
+            for (int h = 0; h < kHeads; h++)
+                for (int i = 0; i < kRows; i++) logits[h][tile * kRows + i] = sums.at[h][i];
+        }
+        for (auto& row : logits)
+            for (float& x : row) x *= logit.factor;
+        if (logit.cap > 0)
+            for (auto& row : logits)
+                for (float& x : row) x = logit.capped(x);
+    }
+
+    // Of a group that begins with first_key, leaves the keys from `first` to `end`. The others weigh nothing, and their
+    // values become zeros: 0 times what lies there could be NaN.
+    WAVE64_DEVICE void hide_all_but(int first, int end, int first_key, Logits& logits) {
+#pragma unroll
+        for (int n = 0; n < kNumbers; n++) {
+            const int key = first_key + kNumbers * place.part + n;
+            if (key >= first && key < end) continue;
+            for (int h = 0; h < kHeads; h++) logits[h][n] = -__builtin_huge_valf();
+            for (int u = 0; u < kValuePacks; u++) values[n][u].bits = {};
+        }
+    }
+
+    WAVE64_DEVICE void raise_peak(int h, float higher) {
+        const float shrink = exp2(peak[h] - higher);
+        peak[h] = higher, total[h] *= shrink;
+#pragma unroll
+        for (int u = 0; u < kValuePacks; u++)
+#pragma unroll
+            for (int t = 0; t < kValuePack; t++)
+                for (int i = 0; i < kRows; i++) mixed[u][t].at[h][i] *= shrink;
+    }
+
+    WAVE64_DEVICE void raise_peaks(const Logits& logits) {
+        constexpr float slack = 8;
+        float top[kHeads];
+        bool above = false;
+        for (int h = 0; h < kHeads; h++) {
+            top[h] = logits[h][0];
+            for (int n = 1; n < kNumbers; n++) top[h] = max(top[h], logits[h][n]);
+            above |= top[h] > peak[h] + slack;
+        }
+        if (!ballot(above)) return;
+        for (int h = 0; h < kHeads; h++) raise_peak(h, max(peak[h], max_of_parts(top[h])));
+    }
+
+    WAVE64_DEVICE void mix(const Logits& logits) {
+        Operand weights[kHeads];
+        for (int h = 0; h < kHeads; h++)
+            for (int n = 0; n < kNumbers; n += 2) {
+                const float x = exp2(logits[h][n] - peak[h]), y = exp2(logits[h][n + 1] - peak[h]);
+                total[h] += x + y;
+                weights[h].words[n / 2] = rounded_pair<T>(x, y);
+            }
+#pragma unroll
+        for (int u = 0; u < kValuePacks; u++) {
+            Array<Bits32, kValuePack / 2> rows[kNumbers];
+#pragma unroll
+            for (int n = 0; n < kNumbers; n++) rows[n] = widened<T>(values[n][u]);
+#pragma unroll
+            for (int t = 0; t < kValuePack; t++) {
+                Operand column;
+                for (int n = 0; n < kNumbers; n += 2) {
+                    const Bits32 x = rows[n].at[t / 2], y = rows[n + 1].at[t / 2];
+                    column.words[n / 2] = t % 2 ? high_halves(x, y) : low_halves(x, y);
+                }
+                multiply<T>(column, weights, mixed[u][t]);
+            }
+        }
+    }
+
+    // Takes in what the others of a block's WAVES waves found; the first then has all.
+    template <int WAVES>
+    WAVE64_DEVICE void join_waves(int wave) {
+        WAVE64_LDS static float lds[WAVES / 2][kJoined][kLanes];
+        const int lane = lane_in_block() % kLanes;
+        const auto place_of = [](int u, int t, int h, int i) {
+            return 2 * kHeads + ((u * kValuePack + t) * kHeads + h) * kRows + i;
+        };
+        for (int h = 0; h < kHeads; h++) total[h] = sum_of_parts(total[h]);
+        for (int half = WAVES / 2; half > 0; half /= 2) {
+            if (wave >= half && wave < 2 * half) {
+                auto& theirs = lds[wave - half];
+                for (int h = 0; h < kHeads; h++) theirs[2 * h][lane] = peak[h], theirs[2 * h + 1][lane] = total[h];
+#pragma unroll
+                for (int u = 0; u < kValuePacks; u++)
+#pragma unroll
+                    for (int t = 0; t < kValuePack; t++)
+                        for (int h = 0; h < kHeads; h++)
+                            for (int i = 0; i < kRows; i++) theirs[place_of(u, t, h, i)][lane] = mixed[u][t].at[h][i];
+            }
+            block_barrier();
+            if (wave < half) {
+                const auto& theirs = lds[wave];
+                for (int h = 0; h < kHeads; h++) {
+                    const float other = theirs[2 * h][lane];
+                    raise_peak(h, max(peak[h], other));
+                    const float scale = exp2(other - peak[h]);
+                    total[h] += theirs[2 * h + 1][lane] * scale;
+#pragma unroll
+                    for (int u = 0; u < kValuePacks; u++)
+#pragma unroll
+                        for (int t = 0; t < kValuePack; t++)
+                            for (int i = 0; i < kRows; i++)
+                                mixed[u][t].at[h][i] += theirs[place_of(u, t, h, i)][lane] * scale;
+                }
+            }
+            block_barrier();
+        }
+    }
+
+    // Hands out what the lane has of its h-th head, times `scale`, four columns at a time: store(column, numbers).
+    template <typename Store>
+    WAVE64_DEVICE void store_mixed(int h, float scale, Store store) const {
+#pragma unroll
+        for (int u = 0; u < kValuePacks; u++)
+            for (int i = 0; i < kRows; i++)
+#pragma unroll
+                for (int t = 0; t < kValuePack; t += 4)
+                    store(first_column(u, i) + t,
+                          Array<float, 4>{{mixed[u][t].at[h][i] * scale, mixed[u][t + 1].at[h][i] * scale,
+                                           mixed[u][t + 2].at[h][i] * scale, mixed[u][t + 3].at[h][i] * scale}});
+    }
+};
+
+}  // namespace wave64
