@@ -62,9 +62,9 @@ def test_launches_fit_the_architecture(arch, tokens, hidden):
     lanes = launch.block[0]
     assert lanes % row.wave_size == 0
     assert row.wave_size <= lanes <= 1024
-    if tokens <= row.compute_units:  # a lane per pack, no wave without work
-        packs = hidden // 4 if hidden % 4 == 0 else hidden
-        assert lanes == min(-(-packs // row.wave_size) * row.wave_size, 1024)
+    packs = hidden // 4 if hidden % 4 == 0 else hidden
+    needed = -(-packs // 4)  # four packs of a row each, no wave without work
+    assert lanes == min(-(-needed // row.wave_size) * row.wave_size, 1024)
 
 
 @pytest.mark.parametrize(("dtype", "name", "elements"), [

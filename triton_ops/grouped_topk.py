@@ -117,5 +117,6 @@ def launch(gating: Tensor, top_k: int, num_expert_group: int, topk_group: int, r
             weights, ids, gating, correction_bias, gating.stride(0), routed_scaling_factor, GROUPS=groups,
             IN_GROUP=experts // groups, TOPK_GROUP=min(topk_group, groups), TOP_K=top_k,
             SHARED=num_fused_shared_experts, RENORMALIZE=renormalize, SIGMOID=scoring_func == "sigmoid", BF16=bf16,
-            OVERLAP=overlaps(), BLOCK_G=block_g, BLOCK_P=block_p, BLOCK_K=triton.next_power_of_2(width), num_warps=num_warps(block_g * block_p // 16))
+            OVERLAP=overlaps(), BLOCK_G=block_g, BLOCK_P=block_p, BLOCK_K=triton.next_power_of_2(width),
+            num_warps=num_warps(block_g * block_p // 16))
     return weights, ids

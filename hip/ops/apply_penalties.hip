@@ -1,16 +1,18 @@
 // Presence, frequency and repetition penalties on the logits, in place.
 //
 // The trick: tokens are counted in LDS. A row's few ids go to a hash table there, and the lane that was first with a
-// token changes its logit. Where there are too many for that, a row's blocks all read its ids, and each counts those of
+// token changes its logit. Where they are too many for that, several blocks read a row's ids, and each counts those of
 // its slice of the vocabulary.
 // Bound by latency: of the ids, 8 bytes each, then of the logits that were seen, a sector each, all asked for at once.
 #include "wave64/abi.h"
 
 namespace wave64 {
 constexpr int kLanes = 1024;
-constexpr int kSlice = 8192;         // tokens whose counts a block holds
-constexpr int kTable = 4096;         // slots of the hash table
-constexpr int kFew = 3 * kLanes;     // ids of a row that go there
+constexpr int kTable = 8192;             // slots of the hash table
+constexpr int kFew = 6 * kLanes;         // ids of a row that go there
+constexpr int kCountBits = 14;           // of a slot; above them is the token
+constexpr int kFewTokens = 1 << 18;      // of a vocabulary whose tokens go there
+constexpr int kSlice = 8192;             // tokens whose counts a block holds, where these are too many
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -33,8 +35,9 @@ struct Penalties {
 
 template <typename T>
 WAVE64_DEVICE void apply_penalties_few(const ApplyPenaltiesArgs& args) {
-    WAVE64_LDS static int tokens[kTable], counts[kTable];
+    WAVE64_LDS static int table[kTable];
     constexpr int held = kFew / kLanes, empty = -1;
+    static_assert(kFew < (1 << kCountBits) - 1);  // so that no slot in use looks empty
     const int lane = lane_in_block(), vocab = args.vocab_size;
 
     for (int64_t seq = block_id(); seq < args.num_seqs; seq += args.grid) {
@@ -49,10 +52,7 @@ WAVE64_DEVICE void apply_penalties_few(const ApplyPenaltiesArgs& args) {
             in_prompt[i] = prompt.load(at);
             in_output[i] = output.load(behind < 0 ? args.output_width : behind);
         }
-        for (int slot = lane; slot < kTable; slot += kLanes) {
-            tokens[slot] = empty;
-            counts[slot] = 0;
-        }
+        for (int slot = lane; slot < kTable; slot += kLanes) table[slot] = empty;
         block_barrier();
 
         int slots[held], places[held];
@@ -63,11 +63,12 @@ WAVE64_DEVICE void apply_penalties_few(const ApplyPenaltiesArgs& args) {
             const int64_t id = (behind < 0 ? in_prompt[i] : in_output[i]).values().at[0];
             places[i] = vocab;  // past the end nothing is read or written
             if (behind < args.output_width && id >= 0 && id < vocab) {
-                const int token = int(id);
+                const int token = int(id), taken = int(unsigned(token) << kCountBits);
                 int slot = int(unsigned(token) * 0x9e3779b1u / (0xffffffffu / kTable + 1)), there;
-                while ((there = atomic_swap_if(&tokens[slot], empty, token)) != empty && there != token)
+                while ((there = atomic_swap_if(&table[slot], empty, taken)) != empty &&
+                       (there ^ taken) >> kCountBits != 0)
                     slot = (slot + 1) % kTable;
-                if (behind >= 0) atomic_add(&counts[slot], 1);
+                if (behind >= 0) atomic_add(&table[slot], 1);
                 if (there == empty) places[i] = token;
                 slots[i] = slot;
             }
@@ -76,7 +77,7 @@ WAVE64_DEVICE void apply_penalties_few(const ApplyPenaltiesArgs& args) {
         block_barrier();
 #pragma unroll
         for (int i = 0; i < held; i++) {
-            const int in_output = places[i] < vocab ? counts[slots[i]] : 0;
+            const int in_output = places[i] < vocab ? table[slots[i]] & ((1 << kCountBits) - 1) : 0;
             logits.store(places[i], Pack<T, 1>::of({{T(penalties.of(float(first[i].values().at[0]), in_output))}}));
         }
         block_barrier();  // before the table is cleared
@@ -198,7 +199,7 @@ int32_t wave64_apply_penalties(const wave64::ApplyPenaltiesArgs* caller_args, vo
     const Kernels& kernels = kKernels[args.dtype];
     args.grid = int32_t(std::min(args.num_seqs, kMaxGrid));
     const uint32_t grid = args.grid;
-    if (args.prompt_width + args.output_width <= kFew)
+    if (args.prompt_width + args.output_width <= kFew && args.vocab_size <= kFewTokens)
         return launch({"apply_penalties", kernels.few, {grid, 1, 1}, {kLanes, 1, 1}, 0}, &args, sizeof args, stream);
     // Every slice reads all ids of its row: no more of them than there are compute units for.
     args.slice = kSlice;

@@ -16,24 +16,18 @@ constexpr int kHeld = 4;  // packs of a lane
 
 namespace wave64 {
 
-// The bits of N tokens from `token` on, which may begin before the row and end after it, and lie in two words.
+// A bit for each of the N tokens from `token` on that is of the row and forbidden. Rows that begin within a pack have
+// packs whose bits lie in two words.
 template <int N>
-class Window {
-    int token;
-    Bits32 low, high;
-
-public:
-    WAVE64_DEVICE Window(const Row<Bits32, 1>& words, int num_words, int token)
-        : token(token), low(words.load(token < 0 ? num_words : token >> 5).bits), high(words.load((token >> 5) + 1).bits) {}
-    // A bit for each of them that is of the row and forbidden.
-    WAVE64_DEVICE unsigned forbidden(int vocab) const {
-        constexpr unsigned all = (1u << N) - 1;
-        const unsigned allowed = unsigned((uint64_t(high) << 32 | low) >> (token & 31));
-        const unsigned begun = token < 0 ? all << -token : all;
-        const unsigned unended = token + N > vocab ? (token < vocab ? all >> (token + N - vocab) : 0) : all;
-        return ~allowed & begun & unended;
-    }
-};
+WAVE64_DEVICE unsigned forbidden_from(const Row<Bits32, 1>& words, int num_words, int token, int vocab, int lead) {
+    constexpr unsigned all = (1u << N) - 1;
+    const Bits32 low = words.load(token < 0 ? num_words : token >> 5).bits;  // past the end nothing is read
+    const Bits32 high = words.load(lead ? (token >> 5) + 1 : num_words).bits;
+    const unsigned allowed = unsigned((uint64_t(high) << 32 | low) >> (token & 31));
+    const unsigned begun = token < 0 ? all << -token : all;
+    const unsigned unended = token + N > vocab ? (token < vocab ? all >> (token + N - vocab) : 0) : all;
+    return ~allowed & begun & unended;
+}
 
 template <typename T, int N>
 WAVE64_DEVICE void apply_token_bitmask(const ApplyTokenBitmaskArgs& args) {
@@ -51,7 +45,7 @@ WAVE64_DEVICE void apply_token_bitmask(const ApplyTokenBitmaskArgs& args) {
         unsigned forbidden[kHeld];
 #pragma unroll
         for (int i = 0; i < kHeld; i++)
-            forbidden[i] = Window<N>(words, num_words, (first + i * args.block) * N - lead).forbidden(vocab);
+            forbidden[i] = forbidden_from<N>(words, num_words, (first + i * args.block) * N - lead, vocab, lead);
         // A pack that shares its 16 bytes with what is not the row's is written token by token. Of the others, those to
         // be left alone are read from and written to past the end: nowhere.
         bool whole[kHeld];

@@ -24,10 +24,10 @@ struct FusedAddRow {
           residual(static_cast<const T*>(args.residual) + token * args.residual_stride, num_packs) {}
     WAVE64_DEVICE Loaded load(int i) const { return {in_out.load(i), residual.load(i)}; }
     WAVE64_DEVICE Pack<T, N> x(int i, const Loaded& loaded) const {
-        auto sum = loaded.residual.values();
-        const auto added = loaded.x.values();
-        for (int j = 0; j < N; j++) sum.at[j] = T(float(sum.at[j]) + float(added.at[j]));
-        const auto rounded = Pack<T, N>::of(sum);
+        const auto before = loaded.residual.values(), added = loaded.x.values();
+        float sum[N];
+        for (int j = 0; j < N; j++) sum[j] = float(before.at[j]) + float(added.at[j]);
+        const auto rounded = Pack<T, N>::rounded(sum);
         residual.store(i, rounded);
         return rounded;
     }

@@ -33,11 +33,10 @@ struct Weights {
 
 template <typename T, int N>
 WAVE64_DEVICE Pack<T, N> merged(const Pack<T, N>& a, const Pack<T, N>& b, const Weights& weights) {
-    auto values = a.values();
-    const auto others = b.values();
-    for (int i = 0; i < N; i++)
-        values.at[i] = T(float(values.at[i]) * weights.a + float(others.at[i]) * weights.b);
-    return Pack<T, N>::of(values);
+    const auto values = a.values(), others = b.values();
+    float mixed[N];
+    for (int i = 0; i < N; i++) mixed[i] = float(values.at[i]) * weights.a + float(others.at[i]) * weights.b;
+    return Pack<T, N>::rounded(mixed);
 }
 
 // Where a token's head begins. Factors of 32 bits take one instruction, those of 64 four.

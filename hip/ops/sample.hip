@@ -1,19 +1,20 @@
 // Draws a token per row: temperature, top_k, top_p, min_p, then inversion of the running sum.
 //
 // The trick: the first of two launches reads the logits, over all compute units, and leaves the peak of every 16 of
-// them and a mass per chunk. The second, a block per row, gathers the groups with the highest peaks into a list. All
-// that follows is one search, over peaks, list or chunks: the first key, in order, at which a running sum reaches a
-// goal. It finds the k-th largest logit (counts by logit), the end of the nucleus (weights by logit) and the token
-// (weights by id). Weights are summed as whole numbers, so no order of additions can show. Where the list does not hold
-// all that is kept (a flat distribution), the row is searched instead.
+// them, and the largest logit and the mass of every chunk. The second, a block per row, gathers into a list the logits
+// of the groups with the highest peaks. All that follows is one search over the list: the first key, in order, at which
+// a running sum reaches a goal. It finds the k-th largest logit (counts by logit), the end of the nucleus (weights by
+// logit) and the token (weights by id). Weights are summed as whole numbers, so no order of additions can show. Where
+// the list does not hold all that is kept (a flat distribution), the row is searched instead; where all is kept, one
+// wave finds the chunk and then the token.
 // Bound by memory in the first launch, the logits once, and by latency in the second.
 #include "wave64/abi.h"
 
 namespace wave64 {
-constexpr int kLanes = 1024;      // of a block that draws
-constexpr int kPeakLanes = 256;   // of a block that finds peaks
-constexpr int kHeld = 4;          // packs of a lane of these
-constexpr int kGroup = 16;        // logits that a peak stands for
+constexpr int kPeakLanes = 256;  // of a block that finds peaks
+constexpr int kHeld = 4;         // packs of a lane of these
+constexpr int kLanes = 512;      // of a block that draws
+constexpr int kGroup = 16;       // logits that a peak stands for
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -21,24 +22,26 @@ constexpr int kGroup = 16;        // logits that a peak stands for
 
 namespace wave64 {
 
-constexpr int kFew = 256, kMany = 2900;  // groups to gather for a nucleus of unknown size: first so many, then so many
-constexpr int kGroups = 3328;            // groups there is room for: an eighth more, for peaks that are told apart late
-constexpr int kListed = 4480;            // and logits
-constexpr float kLargest = 0x1.fffffep127f;
+constexpr int kMany = 3500;     // groups to gather for a nucleus that is not small
+constexpr int kGroups = 3584;   // groups there is room for
+constexpr int kListed = 5376;   // and logits
+constexpr int kListedBits = 13;  // of the number of these
+constexpr int kBins = 256;
+constexpr float kLargest = 0x1.fffffep127f, kNever = -__builtin_inff();
 constexpr unsigned kLastRank = 0xff7fffff;  // of the smallest finite logit
-static_assert(kGroups * kGroup <= 1 << 16);
+static_assert(kGroups * kGroup <= 1 << 16 && kListed < 1 << kListedBits);
 
 struct Lds {
     float logits[kListed];   // the list, in any order
     Bits16 places[kListed];  // where in the groups they are
     int groups[kGroups];
-    uint64_t bins[kLanes];  // all 0 between searches
-    uint64_t totals[kLanes / 32];
-    float maxima[kLanes / 32];
+    uint64_t bins[kBins];  // all 0 between searches
+    float maxima[kLanes / 32], minima[kLanes / 32];
+    uint64_t sums[kLanes / 32];
     int num_groups, num_listed;
     struct {
-        int bin;
-        uint64_t before, here;
+        int bin;  // negative: none
+        uint64_t before, here;  // sums of the bins before it, and its own
     } found;
 };
 
@@ -51,7 +54,7 @@ WAVE64_DEVICE float logit_of(unsigned rank) {
     return __builtin_bit_cast(float, rank >> 31 ? rank : 0x7fffffff - rank);
 }
 
-// A weight, at most 2^26 of them, in units of 2^-36: sums of these are exact and below 2^63.
+// A weight in units of 2^-36. Sums of up to 2^26 of them are exact, and below 2^63.
 WAVE64_DEVICE uint64_t fixed(float weight) {
     const float high = float(unsigned(weight * 16));
     return uint64_t(unsigned(high)) << 32 | unsigned((weight * 16 - high) * 0x1p32f);
@@ -77,34 +80,28 @@ WAVE64_DEVICE uint64_t running_sum(uint64_t x) {
     return x;
 }
 
-struct Sums {
-    uint64_t running, total;
-};
-
-// The same over the block, and over all of it.
-WAVE64_DEVICE Sums running_sums(uint64_t x, uint64_t* totals) {
-    const int lane = lane_in_block() % wave_size(), wave = lane_in_block() / wave_size();
-    const int num_waves = kLanes / wave_size();
+// The sum over the block.
+WAVE64_DEVICE uint64_t sum_of_all(uint64_t x, uint64_t* lds) {
+    const int lane = lane_in_block() % wave_size();
     x = running_sum(x);
-    if (lane == wave_size() - 1) totals[wave] = x;
+    if (lane == wave_size() - 1) lds[lane_in_block() / wave_size()] = x;
     block_barrier();
-    const uint64_t waves = running_sum(lane < num_waves ? totals[lane] : 0);
-    const uint64_t before = from_lane(waves, wave > 0 ? wave - 1 : 0);
-    return {wave > 0 ? x + before : x, from_lane(waves, num_waves - 1)};
+    uint64_t sum = 0;
+    for (int wave = 0; wave < kLanes / wave_size(); wave++) sum += lds[wave];
+    return sum;
 }
 
 // Among keys in [low, high], finds the first at which the running sum of their quantities, in the order of the keys,
-// reaches a goal, and narrows [low, high] to it, or to a range that holds no more than `slack`. `each` calls its
+// reaches a goal, and narrows [low, high] to it, or to the range of a bin whose sum may stay as it is. `each` calls its
 // argument with key and quantity of everything that this lane has; `goal_of` makes a goal, at least 1, of the sum over
-// all of them. Gives what the last range has to add for the goal, or 0 if the sum does not reach it; in all lanes.
-template <typename Each, typename Goal>
-WAVE64_DEVICE uint64_t search(Lds& lds, unsigned& low, unsigned& high, uint64_t slack, Goal goal_of, Each each) {
+// all of them. False if the sum does not reach it. All lanes get the same.
+template <typename Goal, typename Stay, typename Each>
+WAVE64_DEVICE bool search(Lds& lds, unsigned& low, unsigned& high, Goal goal_of, Stay may_stay, Each each) {
     const int lane = lane_in_block();
     uint64_t goal = 0;
     for (;;) {
         const unsigned begin = low, span = high - low;
-        int shift = 0;
-        while (span >> shift >= kLanes) shift++;
+        const int shift = span < kBins ? 0 : 24 - __builtin_clz(span);
         unsigned bin = 0;
         uint64_t sum = 0;  // of neighbours in one bin, so that equal logits do not all wait for each other
         each([&](unsigned key, uint64_t quantity) {
@@ -118,21 +115,36 @@ WAVE64_DEVICE uint64_t search(Lds& lds, unsigned& low, unsigned& high, uint64_t 
         });
         if (sum) atomic_add(&lds.bins[bin], sum);
         block_barrier();
-        const uint64_t here = lds.bins[lane];
-        lds.bins[lane] = 0;
-        const Sums sums = running_sums(here, lds.totals);
-        if (goal == 0) goal = goal_of(sums.total);
-        if (sums.total < goal) return 0;
-        if (sums.running >= goal && sums.running - here < goal) {
-            lds.found.bin = lane;
-            lds.found.before = sums.running - here;
-            lds.found.here = here;
+        if (lane < wave_size()) {
+            const int own = kBins / wave_size();
+            uint64_t running = 0;
+            for (int i = 0; i < own; i++) running += lds.bins[lane * own + i];
+            const uint64_t mine = running;
+            running = running_sum(running);
+            const uint64_t total = from_lane(running, wave_size() - 1);
+            if (goal == 0) goal = goal_of(total);
+            if (lane == 0) lds.found.bin = -1;
+            wave_barrier();
+            uint64_t before = running - mine;
+            for (int i = 0; i < own; i++) {
+                const uint64_t here = lds.bins[lane * own + i];
+                lds.bins[lane * own + i] = 0;
+                if (before < goal && goal <= before + here) {
+                    lds.found.bin = lane * own + i;
+                    lds.found.here = here;
+                    lds.found.before = before;
+                }
+                before += here;
+            }
+            wave_barrier();
+            goal -= lds.found.before;
         }
         block_barrier();
-        low += unsigned(lds.found.bin) << shift;
+        const int found = lds.found.bin;
+        if (found < 0) return false;
+        low += unsigned(found) << shift;
         high = low + ((1u << shift) - 1) < high ? low + ((1u << shift) - 1) : high;
-        goal -= lds.found.before;
-        if (shift == 0 || lds.found.here <= slack) return goal;
+        if (shift == 0 || may_stay(lds.found.here)) return true;
     }
 }
 
@@ -159,18 +171,21 @@ public:
     // of two are never NaN.
     WAVE64_DEVICE void unpack(const Pack<T, N>& bits, int pack, float* x) const {
         const auto values = bits.values();
-        for (int i = 0; i < N; i++) x[i] = min(max(float(values.at[i]), -__builtin_inff()), kLargest);
+        for (int i = 0; i < N; i++) {
+            const float logit = float(values.at[i]);
+            x[i] = logit == logit ? min(logit, kLargest) : kNever;
+        }
         const int id = first_id(pack);
         if (id < 0 || id + N > vocab)
             for (int i = 0; i < N; i++)
-                if (id + i < 0 || id + i >= vocab) x[i] = -__builtin_inff();
+                if (id + i < 0 || id + i >= vocab) x[i] = kNever;
     }
 
-    // Calls visit(logit, id) for what this lane takes of the packs [begin, end).
+    // Calls visit(logit, id) for what this lane takes of the row.
     template <typename Visit>
-    WAVE64_DEVICE void for_each(int begin, int end, Visit visit) const {
-        constexpr int taken = kGroup / N;  // packs at a time
-        for (int first = begin + lane_in_block(); first < end; first += taken * kLanes) {
+    WAVE64_DEVICE void for_each(Visit visit) const {
+        constexpr int taken = 32 / N;  // packs at a time
+        for (int first = lane_in_block(); first < num_packs; first += taken * kLanes) {
             Pack<T, N> held[taken];
 #pragma unroll
             for (int i = 0; i < taken; i++) held[i] = load(first + i * kLanes);
@@ -179,7 +194,7 @@ public:
                 const int pack = first + i * kLanes;
                 float x[N];
                 unpack(held[i], pack, x);
-                if (pack < end)
+                if (pack < num_packs)
                     for (int j = 0; j < N; j++) visit(x[j], first_id(pack) + j);
             }
         }
@@ -212,7 +227,7 @@ WAVE64_DEVICE void sample_peaks(const SampleArgs& args) {
         Pack<T, N> held[kHeld];
 #pragma unroll
         for (int i = 0; i < kHeld; i++) held[i] = row.load(first + i * wave_size());
-        float x[kHeld][N], best = -__builtin_inff(), mass = 0;
+        float x[kHeld][N], best = kNever, mass = 0;
 #pragma unroll
         for (int i = 0; i < kHeld; i++) {
             const int pack = first + i * wave_size();
@@ -231,7 +246,7 @@ WAVE64_DEVICE void sample_peaks(const SampleArgs& args) {
         mass = wave_sum(mass);
         if (lane == 0) {
             summary.bests[chunk] = best;
-            summary.masses[chunk] = best > -__builtin_inff() ? mass : 0;
+            summary.masses[chunk] = best > kNever ? mass : 0;
         }
     }
 }
@@ -294,6 +309,61 @@ WAVE64_DEVICE bool list_up_to(Lds& lds, unsigned rank, const Logits<T, N>& row, 
     return lds.num_listed <= kListed;
 }
 
+// The token of a row of which all is kept, or the largest logit asked for. A wave does it.
+template <typename T, int N>
+WAVE64_DEVICE int draw_from_all(const Logits<T, N>& row, const Summary& summary, int chunks, bool greedy, float scale,
+                                float uniform) {
+    const int lane = lane_in_block() % wave_size();
+    float best = kNever;
+    for (int i = lane; i < chunks; i += wave_size()) best = max(best, summary.bests[i]);
+    best = wave_max(best);
+    if (best == kNever) return 0;
+    const auto quantity = [&](float x) { return greedy ? uint64_t(x == best) : fixed(exp2((x - best) * scale)); };
+    const auto chunk_quantity = [&](int chunk) {
+        if (greedy) return quantity(summary.bests[chunk]);
+        return fixed(summary.masses[chunk] * exp2((summary.bests[chunk] - best) * scale));
+    };
+
+    // The chunk: lanes have neighbouring ones, so that their sums are in order.
+    const int own = (chunks + wave_size() - 1) / wave_size(), first_chunk = lane * own;
+    uint64_t sum = 0;
+    for (int i = first_chunk; i < first_chunk + own && i < chunks; i++) sum += chunk_quantity(i);
+    uint64_t running = running_sum(sum), total = from_lane(running, wave_size() - 1);
+    uint64_t goal = greedy ? 1 : share(total, uniform) + 1;
+    int finder = int(__builtin_popcountll(ballot(running < goal))), chunk = first_chunk;
+    uint64_t rest = goal - (running - sum);
+    for (uint64_t part; lane == finder && (part = chunk_quantity(chunk)) < rest; chunk++) rest -= part;
+    chunk = broadcast(chunk, finder);
+    goal = from_lane(rest, finder);
+
+    // The token, in the same way; lanes have neighbouring packs.
+    Pack<T, N> held[kHeld];
+    const int first = (chunk * wave_size() + lane) * kHeld;
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) held[i] = row.load(first + i);
+    float x[kHeld][N];
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) {
+        row.unpack(held[i], first + i, x[i]);
+        for (int j = 0; j < N; j++) sum += quantity(x[i][j]);
+    }
+    running = running_sum(sum);
+    total = from_lane(running, wave_size() - 1);
+    goal = goal < total ? goal : total;  // rounding may have made the mass more than its parts
+    finder = int(__builtin_popcountll(ballot(running < goal)));
+    uint64_t reached = running - sum;
+    int token = -1;
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) {
+        for (int j = 0; j < N; j++) {
+            reached += quantity(x[i][j]);
+            if (token < 0 && reached >= goal) token = row.first_id(first + i) + j;
+        }
+    }
+    return broadcast(token, finder);
+}
+
 template <typename T, int N>
 WAVE64_DEVICE void sample(const SampleArgs& args) {
     WAVE64_LDS static Lds lds;
@@ -303,98 +373,102 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
     const Summary summary(args, seq);
     const int vocab = args.vocab_size, top_k = args.top_k[seq];
     const float temperature = args.temperature[seq], top_p = args.top_p[seq], min_p = min(args.min_p[seq], 1);
-    const bool greedy = !(temperature > 0), by_count = top_k > 0 && top_k < vocab;
     const float scale = scale_of(temperature), uniform = args.uniform[seq];
+    const bool greedy = !(temperature > 0), by_count = top_k > 0 && top_k < vocab;
+    if (greedy || !(by_count || top_p < 1 || min_p > 0)) {
+        if (lane >= wave_size()) return;
+        const int token = draw_from_all(row, summary, args.chunks, greedy, scale, uniform);
+        if (lane == 0) args.out[seq] = token;
+        return;
+    }
 
-    lds.bins[lane] = 0;
-    float most = -__builtin_inff();
+    if (lane < kBins) lds.bins[lane] = 0;
+    float most = kNever;
     for (int i = lane; i < args.chunks; i += kLanes) most = max(most, summary.bests[i]);
     const float best = block_max(most, lds.maxima, kLanes);
-    if (best == -__builtin_inff()) {
+    if (best == kNever) {
         if (lane == 0) args.out[seq] = 0;
         return;
     }
     const auto weight_of = [&](float logit) { return exp2((logit - best) * scale); };
-    const auto chunk_mass = [&](int chunk) { return fixed(summary.masses[chunk] * weight_of(summary.bests[chunk])); };
+    uint64_t whole = 0;
+    if (!by_count && top_p < 1) {
+        for (int i = lane; i < args.chunks; i += kLanes) whole += fixed(summary.masses[i] * weight_of(summary.bests[i]));
+        whole = sum_of_all(whole, lds.sums);
+    }
 
-    bool from_list = false;
-    int begin = 0, end = row.num_packs;  // where the token is, if not in the list
-    unsigned low = 0, high = vocab - 1;  // its id
-    unsigned last = kLastRank;           // of what top_k and top_p keep
-    uint64_t goal = 0;                   // what the running sum is to reach there, if it is known
+    bool from_list;
+    int count_bits;  // of quantities of weight: below them, how many; of the row there is no room for that
+    unsigned last;   // rank of what top_k and top_p keep
     const auto each = [&](auto visit) {
         if (from_list)
             for (int i = lane; i < lds.num_listed; i += kLanes)
                 visit(lds.logits[i], row.first_id(0) + lds.groups[lds.places[i] / kGroup] * kGroup + lds.places[i] % kGroup);
         else
-            row.for_each(begin, end, visit);
+            row.for_each(visit);
     };
+    const auto quantity_of = [&](float weight) { return fixed(weight) << count_bits | (from_list && fixed(weight)); };
+    const auto is_one = [&](uint64_t quantity) { return from_list && (quantity & ((1 << kListedBits) - 1)) == 1; };
 
-    if (greedy || !(by_count || top_p < 1 || min_p > 0)) {
-        unsigned chunk = 0, last_chunk = args.chunks - 1;
-        goal = search(
-            lds, chunk, last_chunk, 0, [&](uint64_t sum) { return greedy ? 1 : share(sum, uniform) + 1; },
-            [&](auto add) {
-                for (int i = lane; i < args.chunks; i += kLanes)
-                    add(unsigned(i), greedy ? uint64_t(summary.bests[i] == best) : chunk_mass(i));
-            });
-        begin = int(chunk) * kHeld * wave_size();
-        end = begin + kHeld * wave_size() < end ? begin + kHeld * wave_size() : end;
-        low = begin > 0 ? row.first_id(begin) : 0;
-        high = (row.first_id(end) < vocab ? row.first_id(end) : vocab) - 1;
-    } else {
-        uint64_t whole = 0;
-        if (!by_count && top_p < 1) {
-            for (int i = lane; i < args.chunks; i += kLanes) whole += chunk_mass(i);
-            whole = running_sums(whole, lds.totals).total;
-        }
-        for (int aim = by_count ? top_k : kFew;; aim = aim < kMany && !by_count ? kMany : kMany + 1) {
-            bool enough = true;
-            from_list = aim <= kMany;
-            if (from_list) {
-                if (lane == 0) lds.num_groups = lds.num_listed = 0;
-                unsigned listed_from = rank_of(best), listed_to = kLastRank;
-                const bool found = search(
-                    lds, listed_from, listed_to, aim / 8, [&](uint64_t) { return uint64_t(aim); },
-                    [&](auto add) {
-                        for (int i = lane; i < args.groups; i += kLanes) add(rank_of(summary.peaks[i]), 1);
-                    });
-                from_list = list_up_to(lds, listed_to, row, summary.peaks, args.groups);
-                // Enough: all there are, all there is room for to be kept by min_p, or no list at all.
-                enough = !found || !from_list || (!by_count && weight_of(logit_of(listed_to)) < min_p);
-            }
-            last = kLastRank;
-            for (int by_mass = !by_count; by_mass < (top_p < 1 ? 2 : 1); by_mass++) {
-                unsigned from = rank_of(best), to = last;
-                const auto goal_of = [&](uint64_t sum) {
-                    if (!by_mass) return uint64_t(top_k);
-                    const uint64_t part = share(by_count ? sum : whole, top_p);
-                    return part > 0 ? part : 1;
-                };
-                const bool found = search(lds, from, to, !by_mass, goal_of, [&](auto add) {
-                    each([&](float x, int) { add(rank_of(x), by_mass ? fixed(weight_of(x)) : 1); });
+    // So many of the largest logits are listed: k; else as many as there are chunks with a peak of their own, or many.
+    const int few = args.chunks * 4 / 5;
+    for (int aim = by_count ? top_k : few;; aim = aim < kMany && !by_count ? kMany : kMany + 1) {
+        bool enough = true;
+        from_list = aim <= kMany;
+        if (from_list) {
+            // Among the largest logits of the chunks are as many that are at least as large; peaks are needed for more.
+            const float* const peaks = aim <= few ? summary.bests : summary.peaks;
+            const int num_peaks = aim <= few ? args.chunks : args.groups;
+            float least = best;
+            for (int i = lane; i < num_peaks; i += kLanes) least = min(least, peaks[i]);
+            if (lane == 0) lds.num_groups = lds.num_listed = 0;
+            unsigned from = rank_of(best), to = rank_of(-block_max(-least, lds.minima, kLanes));
+            to = to < kLastRank ? to : kLastRank;
+            const bool found = search(
+                lds, from, to, [&](uint64_t) { return uint64_t(aim); },
+                [&](uint64_t count) { return count <= uint64_t(aim / 64); },
+                [&](auto add) {
+                    for (int i = lane; i < num_peaks; i += kLanes) add(rank_of(peaks[i]), 1);
                 });
-                if (found) last = to;
-                enough = enough || found;
-                if (!enough) break;
-            }
-            if (enough) break;
+            if (!found) to = kLastRank;
+            from_list = list_up_to(lds, to, row, summary.peaks, args.groups);
+            // Enough: all there are, all that min_p keeps, or no list at all.
+            enough = !found || !from_list || (!by_count && weight_of(logit_of(to)) < min_p);
         }
+        count_bits = from_list ? kListedBits : 0;
+        last = kLastRank;
+        for (int by_mass = !by_count; by_mass < (top_p < 1 ? 2 : 1); by_mass++) {
+            unsigned from = rank_of(best), to = last;
+            const auto goal_of = [&](uint64_t sum) {
+                if (!by_mass) return uint64_t(top_k);
+                const uint64_t part = share(by_count ? sum >> count_bits : whole, top_p);
+                return (part > 0 ? part : 1) << count_bits;
+            };
+            const bool found = search(lds, from, to, goal_of, is_one, [&](auto add) {
+                each([&](float x, int) { add(rank_of(x), by_mass ? quantity_of(weight_of(x)) : 1); });
+            });
+            if (found) last = to;
+            enough = enough || found;
+            if (!enough) break;
+        }
+        if (enough) break;
     }
 
+    unsigned low = 0, high = vocab - 1;
+    const auto kept = [&](float x) { return rank_of(x) <= last && weight_of(x) >= min_p; };
     search(
-        lds, low, high, 0,
-        [&](uint64_t sum) {
-            const uint64_t wanted = goal ? goal : share(sum, uniform) + 1;
-            return wanted < sum ? wanted : sum;  // a chunk's sum may be less than its mass, by rounding
-        },
+        lds, low, high, [&](uint64_t sum) { return (share(sum >> count_bits, uniform) + 1) << count_bits; }, is_one,
         [&](auto add) {
             each([&](float x, int id) {
-                const float weight = greedy ? float(x == best) : weight_of(x);
-                if (rank_of(x) <= last && weight >= min_p) add(unsigned(id), fixed(weight));
+                if (kept(x)) add(unsigned(id), quantity_of(weight_of(x)));
             });
         });
-    if (lane == 0) args.out[seq] = low;
+    if (low == high && lane == 0) args.out[seq] = low;
+    if (low < high) {  // it is the one there that is listed
+        each([&](float x, int id) {
+            if (unsigned(id) - low <= high - low && kept(x) && fixed(weight_of(x)) > 0) args.out[seq] = id;
+        });
+    }
 }
 
 }  // namespace wave64

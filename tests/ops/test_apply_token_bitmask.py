@@ -1,4 +1,4 @@
-"""`apply_token_bitmask` against NumPy's own idea of bits in words, and against xgrammar's function where it is there."""
+"""`apply_token_bitmask` against NumPy's own idea of bits in words, and xgrammar's function where it is there."""
 
 import math
 

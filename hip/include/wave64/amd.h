@@ -31,6 +31,15 @@ WAVE64_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }  // 
 WAVE64_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
 WAVE64_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }  // a * b + c, rounded once
 
+// Two numbers of a 16-bit dtype.
+template <typename T>
+WAVE64_DEVICE Bits32 rounded_pair(float a, float b, T) {
+    struct {
+        T a, b;
+    } pair{T(a), T(b)};
+    return __builtin_bit_cast(Bits32, pair);
+}
+
 WAVE64_DEVICE void block_barrier() {
     __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
     __builtin_amdgcn_s_barrier();

@@ -45,11 +45,6 @@ struct Array {
     T at[N];
 };
 
-template <typename T>
-WAVE64_DEVICE Bits32 rounded_pair(float x, float y) {
-    return __builtin_bit_cast(Bits32, Array<T, 2>{{T(x), T(y)}});
-}
-
 // A pack of the cache in T, two numbers to a word. T holds every number of FP8: nothing is rounded.
 template <typename T, typename Stored, int N>
 WAVE64_DEVICE Array<Bits32, N / 2> widened(const Pack<Stored, N>& pack) {
@@ -65,7 +60,7 @@ WAVE64_DEVICE Array<Bits32, N / 2> widened(const Pack<Stored, N>& pack) {
             if constexpr (__is_same(T, bf16))
                 words.at[i] = high_halves(__builtin_bit_cast(Bits32, a), __builtin_bit_cast(Bits32, b));
             else
-                words.at[i] = rounded_pair<T>(a, b);
+                words.at[i] = rounded_pair(a, b, T());
         }
         return words;
     }
@@ -197,7 +192,7 @@ struct Attention {
             for (int n = 0; n < kNumbers; n += 2) {
                 const float x = exp2(logits[h][n] - peak[h]), y = exp2(logits[h][n + 1] - peak[h]);
                 total[h] += x + y;
-                weights[h].words[n / 2] = rounded_pair<T>(x, y);
+                weights[h].words[n / 2] = rounded_pair(x, y, T());
             }
 #pragma unroll
         for (int u = 0; u < kValuePacks; u++) {

@@ -45,6 +45,15 @@ WAVE64_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }
 WAVE64_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
 WAVE64_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
+// Two numbers of a 16-bit dtype.
+template <typename T>
+WAVE64_DEVICE Bits32 rounded_pair(float a, float b, T) {
+    struct {
+        T a, b;
+    } pair{T(a), T(b)};
+    return __builtin_bit_cast(Bits32, pair);
+}
+
 WAVE64_DEVICE void block_barrier() { meet_block(); }
 WAVE64_DEVICE void wave_barrier() { meet_wave(0, 0); }
 WAVE64_DEVICE int from_lane(int x, int lane) { return int(meet_wave(1, unsigned(x))[lane % wave_size()]); }

@@ -47,6 +47,19 @@ struct Pack {
 
     WAVE64_DEVICE Values values() const { return __builtin_bit_cast(Values, bits); }
     WAVE64_DEVICE static Pack of(const Values& values) { return {__builtin_bit_cast(Bits, values)}; }
+    WAVE64_DEVICE static Pack rounded(const float (&x)[N]) {
+        if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+            struct {
+                Bits32 at[N / 2];
+            } pairs;
+            for (int i = 0; i < N; i += 2) pairs.at[i / 2] = rounded_pair(x[i], x[i + 1], T());
+            return {__builtin_bit_cast(Bits, pairs)};
+        } else {
+            Values values;
+            for (int i = 0; i < N; i++) values.at[i] = T(x[i]);
+            return of(values);
+        }
+    }
 };
 
 // A row of num_packs packs. Past the end it reads zeros and swallows writes. N * sizeof(T) must divide its address.

@@ -19,10 +19,11 @@ WAVE64_DEVICE float logistic(float x) { return reciprocal(1 + exp2(-1.44269504f 
 
 template <typename T, int N, float F(float)>
 WAVE64_DEVICE Pack<T, N> gated(const Pack<T, N>& gate, const Pack<T, N>& up) {
-    auto values = gate.values();
+    const auto gates = gate.values();
     const auto ups = up.values();
-    for (int i = 0; i < N; i++) values.at[i] = T(F(float(values.at[i])) * float(ups.at[i]));
-    return Pack<T, N>::of(values);
+    float y[N];
+    for (int i = 0; i < N; i++) y[i] = F(float(gates.at[i])) * float(ups.at[i]);
+    return Pack<T, N>::rounded(y);
 }
 
 template <typename T, int N, float F(float)>

@@ -24,10 +24,11 @@ WAVE64_DEVICE float sum_of_squares(const Pack<T, N>& x) {
 
 template <typename T, int N>
 WAVE64_DEVICE Pack<T, N> scaled(const Pack<T, N>& x, const Pack<T, N>& weight, float scale) {
-    auto values = x.values();
+    const auto values = x.values();
     const auto weights = weight.values();
-    for (int i = 0; i < N; i++) values.at[i] = T(float(values.at[i]) * scale * float(weights.at[i]));
-    return Pack<T, N>::of(values);
+    float y[N];
+    for (int i = 0; i < N; i++) y[i] = float(values.at[i]) * scale * float(weights.at[i]);
+    return Pack<T, N>::rounded(y);
 }
 
 // Normalises the rows of a block of at most MAX_LANES. A TokenRow is made of (args, token, num_packs) and has
@@ -39,6 +40,7 @@ template <typename T, int N, int MAX_LANES, typename TokenRow, typename Args>
 WAVE64_DEVICE void normalize_rows(const Args& args) {
     WAVE64_LDS static float lds[2][MAX_LANES / 32];  // two, so that a row's sum may begin while the last one's is read
     const int num_packs = args.hidden / N, first = lane_in_block(), block = args.block;
+    const float share = 1 / float(args.hidden);  // here, so that no row waits for a division
 
     // A lane's columns are the same in every row, so its weights are read once, and beside the first row, not after it.
     const Row<T, N> weight(args.weight, num_packs);
@@ -59,7 +61,7 @@ WAVE64_DEVICE void normalize_rows(const Args& args) {
         for (int i = 0; i < kRmsHeld; i++) sum += sum_of_squares(held[i] = row.x(first + i * block, loaded[i]));
         for (int i = first + kRmsHeld * block; i < num_packs; i += block) sum += sum_of_squares(row.x(i, row.load(i)));
 
-        const float scale = rsqrt(block_sum(sum, lds[turn], block) / float(args.hidden) + args.eps);
+        const float scale = rsqrt(block_sum(sum, lds[turn], block) * share + args.eps);
 #pragma unroll
         for (int i = 0; i < kRmsHeld; i++) {
             forget(held_weight[i].bits);  // unpacked ahead of the loop, weights double in size and make x's load wait
@@ -79,13 +81,12 @@ WAVE64_DEVICE void normalize_rows(const Args& args) {
 
 namespace wave64 {
 
-// Sets the lanes and blocks of a launch.
+// Sets the lanes and blocks of a launch: few lanes per row, so that each has much in flight and few waves meet for its
+// sum, which is quicker even for a single row.
 template <typename Args>
 void share_rms_rows(Args& args, int64_t num_packs, int max_lanes, const Device& device) {
     constexpr int kBlocksPerUnit = 32;  // fill a compute unit; more tokens than that share blocks, and weights
-    // Many tokens: few lanes per row, so that each has much in flight. Few tokens: as many as shorten the row.
-    const int packs_per_lane = args.num_tokens > device.compute_units ? kRmsHeld : 1;
-    args.block = int32_t(std::min<int64_t>(round_up(ceil_div(num_packs, packs_per_lane), device.wave_size), max_lanes));
+    args.block = int32_t(std::min<int64_t>(round_up(ceil_div(num_packs, kRmsHeld), device.wave_size), max_lanes));
     args.grid = int32_t(std::min<int64_t>(args.num_tokens, int64_t(device.compute_units) * kBlocksPerUnit));
 }
 

@@ -66,16 +66,15 @@ private:
         struct Flat {
             T at[2 * N];
         };
-        auto x = __builtin_bit_cast(Flat, Both{low.values(), high.values()});
+        const auto x = __builtin_bit_cast(Flat, Both{low.values(), high.values()});
+        float y[2][N];
         for (int i = 0; i < N; i++) {
-            T& first = x.at[IS_NEOX ? i : 2 * i];
-            T& second = x.at[IS_NEOX ? i + N : 2 * i + 1];
-            const float a = float(first), b = float(second);
-            first = T(a * angles.cos[i] - b * angles.sin[i]);
-            second = T(b * angles.cos[i] + a * angles.sin[i]);
+            const int first = IS_NEOX ? i : 2 * i, second = IS_NEOX ? i + N : 2 * i + 1;
+            const float a = float(x.at[first]), b = float(x.at[second]);
+            y[first / N][first % N] = a * angles.cos[i] - b * angles.sin[i];
+            y[second / N][second % N] = b * angles.cos[i] + a * angles.sin[i];
         }
-        const auto both = __builtin_bit_cast(Both, x);
-        return {Pack<T, N>::of(both.low), Pack<T, N>::of(both.high)};
+        return {Pack<T, N>::rounded(y[0]), Pack<T, N>::rounded(y[1])};
     }
 };
 

@@ -37,7 +37,7 @@ def cases():
     for dtype in DTYPES:
         yield Case(f"3x1009-{dtype}", lambda d=dtype: _draw(3, 1009, 17, 9, d))
         yield Case(f"repeats-{dtype}", lambda d=dtype: _draw(4, 500, 40, 300, d, distinct=5))
-    yield Case("many-ids", lambda: _draw(2, 9001, 3000, 2000))
+    yield Case("many-ids", lambda: _draw(2, 9001, 5000, 2000))
     yield Case("no-prompt", lambda: _draw(2, 1000, 0, 5))
     yield Case("no-output", lambda: _draw(2, 1000, 5, 0))
     yield Case("neither", lambda: _draw(2, 1000, 0, 0))

@@ -6,7 +6,7 @@ from wave64.backends.hip import DTYPES, bind, launch, workspace
 
 #: Shares of a batch that a compute unit gets: several run at once, and the rest evens out what remains at the end.
 SHARES = 8
-#: No sequence is split for fewer keys.
+#: No sequence is split for fewer keys: kLeastGroups of the kernel.
 LEAST = 128
 #: Larger batches fill every GPU with whole sequences.
 MOST_SPLIT = 1024
@@ -15,9 +15,9 @@ MOST_SPLIT = 1024
 def supports(query, key_cache, value_cache, page_table, *args, **kwargs) -> str | None:
     arch = platform.arch()
     if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"has no matrix instructions for {query.dtype}"
+        return f"multiplies bf16 and fp16, not {query.dtype}"
     if arch and arch.matrix is None:
-        return f"{arch.name} has no matrix instructions that it knows"
+        return f"knows no matrix instructions of {arch.name}"
     if key_cache.dtype != query.dtype and arch and arch.fp8 is None:
         return f"{arch.name} has no FP8 conversion"
     if query.shape[2] not in (64, 128):
@@ -31,8 +31,8 @@ def supports(query, key_cache, value_cache, page_table, *args, **kwargs) -> str 
 
 
 def shares_of(num_seqs: int, keys: int, tiles: int) -> int:
-    """In how many shares the keys of a batch, at most `keys` of a sequence, are dealt out to blocks, each of which
-    makes `tiles` blocks; 0: no sequence is worth splitting."""
+    """In how many shares the keys of a batch, at most `keys` of a sequence, are dealt out; a share takes `tiles`
+    blocks. 0: no sequence is split."""
     most = max(1, (keys + LEAST // 2) // LEAST)
     if num_seqs > MOST_SPLIT:
         return 0
@@ -57,9 +57,12 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
     num_pages, page_size, kv_heads, _ = key_cache.shape
     max_pages = page_table.shape[1] if num_pages else 0
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out.numel() == 0:
+        return out
     keys = max_pages * page_size
-    shares = shares_of(num_seqs, min(keys, sliding_window) if sliding_window > 0 else keys,
-                       kv_heads * -(-heads // kv_heads // 16))
+    window = min(sliding_window, keys)
+    tiles = kv_heads * -(-heads // kv_heads // 16)
+    shares = shares_of(num_seqs, window if window > 0 else keys, tiles)
     device, parts = query.device, num_seqs + shares
     spaces = [workspace(parts, heads, head_dim, dtype=torch.float32, device=device),
               workspace(parts, heads, 2, dtype=torch.float32, device=device),
@@ -68,6 +71,6 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
     launch("paged_attention", query, query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),
            page_table.data_ptr(), seq_lens.data_ptr(), *map(address, optional), out.data_ptr(), *map(address, spaces),
            *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], page_table.stride(0), num_seqs,
-           heads, kv_heads, head_dim, page_size, max_pages, sliding_window, shares, scale, logit_cap,
+           heads, kv_heads, head_dim, page_size, max_pages, window, shares, scale, logit_cap,
            DTYPES[query.dtype], DTYPES[key_cache.dtype])
     return out
