@@ -8,11 +8,11 @@
 
 namespace wave64 {
 constexpr int kLanes = 1024;
-constexpr int kTable = 8192;             // slots of the hash table
-constexpr int kFew = 6 * kLanes;         // ids of a row that go there
-constexpr int kCountBits = 14;           // of a slot; above them is the token
-constexpr int kFewTokens = 1 << 18;      // of a vocabulary whose tokens go there
-constexpr int kSlice = 8192;             // tokens whose counts a block holds, where these are too many
+constexpr int kTable = 8192;         // slots of the hash table
+constexpr int kFew = 6 * kLanes;     // ids of a row that go there
+constexpr int kCountBits = 14;       // of a slot; above them is the token
+constexpr int kFewTokens = 1 << 18;  // of a vocabulary whose tokens go there
+constexpr int kSlice = 8192;         // tokens whose counts a block holds, where these are too many
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -24,7 +24,8 @@ struct Penalties {
     float presence, frequency, repetition;
 
     WAVE64_DEVICE Penalties(const ApplyPenaltiesArgs& args, int64_t seq)
-        : presence(args.presence_penalty[seq]), frequency(args.frequency_penalty[seq]),
+        : presence(args.presence_penalty[seq]),
+          frequency(args.frequency_penalty[seq]),
           repetition(args.repetition_penalty[seq]) {}
     // The logit of a token that was seen, `in_output` times in the output.
     WAVE64_DEVICE float of(float logit, int in_output) const {
@@ -37,6 +38,7 @@ template <typename T>
 WAVE64_DEVICE void apply_penalties_few(const ApplyPenaltiesArgs& args) {
     WAVE64_LDS static int table[kTable];
     constexpr int held = kFew / kLanes, empty = -1;
+    static_assert(int64_t(kFewTokens) << kCountBits == int64_t(1) << 32);
     static_assert(kFew < (1 << kCountBits) - 1);  // so that no slot in use looks empty
     const int lane = lane_in_block(), vocab = args.vocab_size;
 
@@ -60,7 +62,8 @@ WAVE64_DEVICE void apply_penalties_few(const ApplyPenaltiesArgs& args) {
 #pragma unroll
         for (int i = 0; i < held; i++) {
             const int at = lane + i * kLanes, behind = at - args.prompt_width;
-            const int64_t id = (behind < 0 ? in_prompt[i] : in_output[i]).values().at[0];
+            const int64_t of_prompt = in_prompt[i].values().at[0], of_output = in_output[i].values().at[0];
+            const int64_t id = behind < 0 ? of_prompt : of_output;
             places[i] = vocab;  // past the end nothing is read or written
             if (behind < args.output_width && id >= 0 && id < vocab) {
                 const int token = int(id), taken = int(unsigned(token) << kCountBits);
@@ -178,11 +181,9 @@ int32_t wave64_apply_penalties(const wave64::ApplyPenaltiesArgs* caller_args, vo
         return refuse("apply_penalties", argument, expected, got);
     };
     ApplyPenaltiesArgs args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32)
-        return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
+    if (args.dtype < kBf16 || args.dtype > kFp32) return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
     if (args.num_seqs < 0) return refused("num_seqs", "at least 0", args.num_seqs);
-    if (args.vocab_size < 0 || args.vocab_size > 1 << 28)
-        return refused("vocab_size", "0 to 2^28", args.vocab_size);
+    if (args.vocab_size < 0 || args.vocab_size > 1 << 28) return refused("vocab_size", "0 to 2^28", args.vocab_size);
     for (auto [name, width] : {std::pair{"prompt_width", args.prompt_width}, {"output_width", args.output_width}})
         if (width < 0 || width > 1 << 27) return refused(name, "0 to 2^27", width);
     if (args.num_seqs == 0 || args.vocab_size == 0 || args.prompt_width + args.output_width == 0) return kOk;
@@ -203,8 +204,7 @@ int32_t wave64_apply_penalties(const wave64::ApplyPenaltiesArgs* caller_args, vo
         return launch({"apply_penalties", kernels.few, {grid, 1, 1}, {kLanes, 1, 1}, 0}, &args, sizeof args, stream);
     // Every slice reads all ids of its row: no more of them than there are compute units for.
     args.slice = kSlice;
-    while (args.slice > kMinSlice &&
-           args.num_seqs * ceil_div(args.vocab_size, args.slice / 2) <= device->compute_units)
+    while (args.slice > kMinSlice && args.num_seqs * ceil_div(args.vocab_size, args.slice / 2) <= device->compute_units)
         args.slice /= 2;
     const uint32_t slices = ceil_div(args.vocab_size, args.slice);
     return launch({"apply_penalties", kernels.many, {slices, grid, 1}, {kLanes, 1, 1}, 0}, &args, sizeof args, stream);
@@ -212,9 +212,8 @@ int32_t wave64_apply_penalties(const wave64::ApplyPenaltiesArgs* caller_args, vo
 
 #define FIELD(NAME) WAVE64_FIELD(wave64::ApplyPenaltiesArgs, NAME)
 static const bool registered = wave64::register_op<wave64::ApplyPenaltiesArgs, wave64_apply_penalties>(
-    "apply_penalties",
-    {FIELD(logits), FIELD(prompt_ids), FIELD(output_ids), FIELD(presence_penalty), FIELD(frequency_penalty),
-     FIELD(repetition_penalty), FIELD(logits_stride), FIELD(num_seqs), FIELD(vocab_size), FIELD(prompt_width),
-     FIELD(output_width), FIELD(dtype)});
+    "apply_penalties", {FIELD(logits), FIELD(prompt_ids), FIELD(output_ids), FIELD(presence_penalty),
+                        FIELD(frequency_penalty), FIELD(repetition_penalty), FIELD(logits_stride), FIELD(num_seqs),
+                        FIELD(vocab_size), FIELD(prompt_width), FIELD(output_width), FIELD(dtype)});
 
 #endif

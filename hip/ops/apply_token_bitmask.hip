@@ -16,20 +16,25 @@ constexpr int kHeld = 4;  // packs of a lane
 
 namespace wave64 {
 
-// A bit for each of the N tokens from `token` on that is of the row and forbidden. Rows that begin within a pack have
-// packs whose bits lie in two words.
+// A bit for each of the N tokens from `token` on that is of the row and forbidden. The bits of a pack lie in one word,
+// or, where the row begins `lead` tokens within a pack, in two.
 template <int N>
 WAVE64_DEVICE unsigned forbidden_from(const Row<Bits32, 1>& words, int num_words, int token, int vocab, int lead) {
     constexpr unsigned all = (1u << N) - 1;
-    const Bits32 low = words.load(token < 0 ? num_words : token >> 5).bits;  // past the end nothing is read
-    const Bits32 high = words.load(lead ? (token >> 5) + 1 : num_words).bits;
-    const unsigned allowed = unsigned((uint64_t(high) << 32 | low) >> (token & 31));
-    const unsigned begun = token < 0 ? all << -token : all;
-    const unsigned unended = token + N > vocab ? (token < vocab ? all >> (token + N - vocab) : 0) : all;
-    return ~allowed & begun & unended;
+    const int word = token >> 5, shift = token & 31;
+    unsigned forbidden;
+    if (lead == 0) {
+        forbidden = ~words.load(word).bits >> shift & all;
+    } else {
+        const Bits32 low = words.load(word < 0 ? num_words : word).bits, high = words.load(word + 1).bits;
+        forbidden = ~unsigned((uint64_t(high) << 32 | low) >> shift) & (token < 0 ? all << -token : all);
+    }
+    if (token + N > vocab) forbidden &= token < vocab ? all >> (token + N - vocab) : 0;
+    return forbidden;
 }
 
-template <typename T, int N>
+// ALIGNED: all rows begin with a pack.
+template <typename T, int N, bool ALIGNED>
 WAVE64_DEVICE void apply_token_bitmask(const ApplyTokenBitmaskArgs& args) {
     constexpr unsigned all = (1u << N) - 1;
     const T never = T(-__builtin_inff());
@@ -38,7 +43,8 @@ WAVE64_DEVICE void apply_token_bitmask(const ApplyTokenBitmaskArgs& args) {
 
     for (int64_t seq = block_id_y(); seq < args.num_seqs; seq += args.grid) {
         T* const logits = static_cast<T*>(args.logits) + seq * args.logits_stride;
-        const int lead = int(reinterpret_cast<uint64_t>(logits) / sizeof(T) % N), num_packs = (lead + vocab + N - 1) / N;
+        const int lead = ALIGNED ? 0 : int(reinterpret_cast<uint64_t>(logits) / sizeof(T) % N);
+        const int num_packs = (lead + vocab + N - 1) / N;
         const Row<T, N> row(logits - lead, num_packs);
         const Row<Bits32, 1> words(args.bitmask + seq * args.bitmask_stride, num_words);
 
@@ -73,9 +79,12 @@ WAVE64_DEVICE void apply_token_bitmask(const ApplyTokenBitmaskArgs& args) {
 
 }  // namespace wave64
 
-#define APPLY_TOKEN_BITMASK(NAME, T, N)                                    \
-    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::ApplyTokenBitmaskArgs args) { \
-        wave64::apply_token_bitmask<T, N>(args);                           \
+#define APPLY_TOKEN_BITMASK(NAME, T, N)                                                     \
+    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::ApplyTokenBitmaskArgs args) {             \
+        wave64::apply_token_bitmask<T, N, true>(args);                                      \
+    }                                                                                       \
+    WAVE64_KERNEL(wave64::kMaxLanes) NAME##_unaligned(wave64::ApplyTokenBitmaskArgs args) { \
+        wave64::apply_token_bitmask<T, N, false>(args);                                     \
     }
 
 APPLY_TOKEN_BITMASK(apply_token_bitmask_bf16, wave64::bf16, 8)
@@ -90,7 +99,14 @@ APPLY_TOKEN_BITMASK(apply_token_bitmask_fp32, float, 4)
 namespace wave64 {
 namespace {
 
-constexpr const char* kKernels[] = {"apply_token_bitmask_bf16", "apply_token_bitmask_fp16", "apply_token_bitmask_fp32"};
+struct Kernels {
+    int64_t element_bytes;
+    const char* aligned;
+    const char* unaligned;
+};
+constexpr Kernels kKernels[] = {{2, "apply_token_bitmask_bf16", "apply_token_bitmask_bf16_unaligned"},
+                                {2, "apply_token_bitmask_fp16", "apply_token_bitmask_fp16_unaligned"},
+                                {4, "apply_token_bitmask_fp32", "apply_token_bitmask_fp32_unaligned"}};
 constexpr int64_t kMaxGrid = 65535;
 
 }  // namespace
@@ -102,19 +118,18 @@ int32_t wave64_apply_token_bitmask(const wave64::ApplyTokenBitmaskArgs* caller_a
         return refuse("apply_token_bitmask", argument, expected, got);
     };
     ApplyTokenBitmaskArgs args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32)
-        return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
+    if (args.dtype < kBf16 || args.dtype > kFp32) return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
     if (args.num_seqs < 0) return refused("num_seqs", "at least 0", args.num_seqs);
-    if (args.vocab_size < 0 || args.vocab_size > 1 << 28)
-        return refused("vocab_size", "0 to 2^28", args.vocab_size);
+    if (args.vocab_size < 0 || args.vocab_size > 1 << 28) return refused("vocab_size", "0 to 2^28", args.vocab_size);
     if (args.num_seqs == 0 || args.vocab_size == 0) return kOk;
     if (!args.logits) return refused("logits", "an address", 0);
     if (!args.bitmask) return refused("bitmask", "an address", 0);
 
     const Device* device;
     if (int32_t status = current_device(&device)) return status;
-    const int64_t per_pack = args.dtype == kFp32 ? 4 : 8;
-    const int64_t packs = ceil_div(args.vocab_size, per_pack) + 1;  // one more where a row begins within a pack
+    const Kernels& kernels = kKernels[args.dtype];
+    const bool aligned = is_16_aligned({args.logits}, {args.logits_stride * kernels.element_bytes});
+    const int64_t packs = ceil_div(args.vocab_size * kernels.element_bytes, 16) + !aligned;
     args.block = kMaxLanes;
     while (args.block > device->wave_size &&
            args.num_seqs * ceil_div(packs, args.block * kHeld) < device->compute_units)
@@ -122,13 +137,14 @@ int32_t wave64_apply_token_bitmask(const wave64::ApplyTokenBitmaskArgs* caller_a
     args.grid = int32_t(std::min(args.num_seqs, kMaxGrid));
 
     const uint32_t pieces = ceil_div(packs, args.block * kHeld), grid = args.grid, block = args.block;
-    return launch({"apply_token_bitmask", kKernels[args.dtype], {pieces, grid, 1}, {block, 1, 1}, 0}, &args,
-                  sizeof args, stream);
+    return launch(
+        {"apply_token_bitmask", aligned ? kernels.aligned : kernels.unaligned, {pieces, grid, 1}, {block, 1, 1}, 0},
+        &args, sizeof args, stream);
 }
 
 #define FIELD(NAME) WAVE64_FIELD(wave64::ApplyTokenBitmaskArgs, NAME)
 static const bool registered = wave64::register_op<wave64::ApplyTokenBitmaskArgs, wave64_apply_token_bitmask>(
-    "apply_token_bitmask", {FIELD(logits), FIELD(bitmask), FIELD(logits_stride), FIELD(bitmask_stride),
-                            FIELD(num_seqs), FIELD(vocab_size), FIELD(dtype)});
+    "apply_token_bitmask", {FIELD(logits), FIELD(bitmask), FIELD(logits_stride), FIELD(bitmask_stride), FIELD(num_seqs),
+                            FIELD(vocab_size), FIELD(dtype)});
 
 #endif

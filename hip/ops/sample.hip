@@ -18,135 +18,26 @@ constexpr int kGroup = 16;       // logits that a peak stands for
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
-#include "wave64/device.h"
+#include "wave64/search.h"
 
 namespace wave64 {
 
-constexpr int kMany = 3500;     // groups to gather for a nucleus that is not small
-constexpr int kGroups = 3584;   // groups there is room for
-constexpr int kListed = 5376;   // and logits
+constexpr int kMany = 3500;      // groups to gather for a nucleus that is not small
+constexpr int kGroups = 3584;    // groups there is room for
+constexpr int kListed = 5312;    // and logits
 constexpr int kListedBits = 13;  // of the number of these
-constexpr int kBins = 256;
 constexpr float kLargest = 0x1.fffffep127f, kNever = -__builtin_inff();
-constexpr unsigned kLastRank = 0xff7fffff;  // of the smallest finite logit
 static_assert(kGroups * kGroup <= 1 << 16 && kListed < 1 << kListedBits);
 
 struct Lds {
     float logits[kListed];   // the list, in any order
     Bits16 places[kListed];  // where in the groups they are
     int groups[kGroups];
-    uint64_t bins[kBins];  // all 0 between searches
+    Bins bins;
     float maxima[kLanes / 32], minima[kLanes / 32];
     uint64_t sums[kLanes / 32];
     int num_groups, num_listed;
-    struct {
-        int bin;  // negative: none
-        uint64_t before, here;  // sums of the bins before it, and its own
-    } found;
 };
-
-// Places of logits in descending order: the larger one has the lower rank, equals have the same.
-WAVE64_DEVICE unsigned rank_of(float x) {
-    const unsigned bits = __builtin_bit_cast(unsigned, x + 0.0f);  // -0 becomes 0
-    return bits >> 31 ? bits : 0x7fffffff - bits;
-}
-WAVE64_DEVICE float logit_of(unsigned rank) {
-    return __builtin_bit_cast(float, rank >> 31 ? rank : 0x7fffffff - rank);
-}
-
-// A weight in units of 2^-36. Sums of up to 2^26 of them are exact, and below 2^63.
-WAVE64_DEVICE uint64_t fixed(float weight) {
-    const float high = float(unsigned(weight * 16));
-    return uint64_t(unsigned(high)) << 32 | unsigned((weight * 16 - high) * 0x1p32f);
-}
-
-// The share of a sum, less than all of it.
-WAVE64_DEVICE uint64_t share(uint64_t sum, float part) {
-    const uint64_t scaled = unsigned(min(max(part, 0), 1 - 0x1p-24f) * 0x1p32f);
-    return (sum >> 32) * scaled + ((sum & 0xffffffff) * scaled >> 32);
-}
-
-WAVE64_DEVICE uint64_t from_lane(uint64_t x, int lane) {
-    return uint64_t(unsigned(from_lane(int(x >> 32), lane))) << 32 | unsigned(from_lane(int(x), lane));
-}
-
-// The sum of x over the wave's lanes up to this one.
-WAVE64_DEVICE uint64_t running_sum(uint64_t x) {
-    const int lane = lane_in_block() % wave_size();
-    for (int step = 1; step < wave_size(); step *= 2) {
-        const uint64_t below = from_lane(x, lane < step ? lane : lane - step);
-        if (lane >= step) x += below;
-    }
-    return x;
-}
-
-// The sum over the block.
-WAVE64_DEVICE uint64_t sum_of_all(uint64_t x, uint64_t* lds) {
-    const int lane = lane_in_block() % wave_size();
-    x = running_sum(x);
-    if (lane == wave_size() - 1) lds[lane_in_block() / wave_size()] = x;
-    block_barrier();
-    uint64_t sum = 0;
-    for (int wave = 0; wave < kLanes / wave_size(); wave++) sum += lds[wave];
-    return sum;
-}
-
-// Among keys in [low, high], finds the first at which the running sum of their quantities, in the order of the keys,
-// reaches a goal, and narrows [low, high] to it, or to the range of a bin whose sum may stay as it is. `each` calls its
-// argument with key and quantity of everything that this lane has; `goal_of` makes a goal, at least 1, of the sum over
-// all of them. False if the sum does not reach it. All lanes get the same.
-template <typename Goal, typename Stay, typename Each>
-WAVE64_DEVICE bool search(Lds& lds, unsigned& low, unsigned& high, Goal goal_of, Stay may_stay, Each each) {
-    const int lane = lane_in_block();
-    uint64_t goal = 0;
-    for (;;) {
-        const unsigned begin = low, span = high - low;
-        const int shift = span < kBins ? 0 : 24 - __builtin_clz(span);
-        unsigned bin = 0;
-        uint64_t sum = 0;  // of neighbours in one bin, so that equal logits do not all wait for each other
-        each([&](unsigned key, uint64_t quantity) {
-            if (key - begin > span) return;
-            if (const unsigned next = (key - begin) >> shift; next != bin) {
-                if (sum) atomic_add(&lds.bins[bin], sum);
-                bin = next;
-                sum = 0;
-            }
-            sum += quantity;
-        });
-        if (sum) atomic_add(&lds.bins[bin], sum);
-        block_barrier();
-        if (lane < wave_size()) {
-            const int own = kBins / wave_size();
-            uint64_t running = 0;
-            for (int i = 0; i < own; i++) running += lds.bins[lane * own + i];
-            const uint64_t mine = running;
-            running = running_sum(running);
-            const uint64_t total = from_lane(running, wave_size() - 1);
-            if (goal == 0) goal = goal_of(total);
-            if (lane == 0) lds.found.bin = -1;
-            wave_barrier();
-            uint64_t before = running - mine;
-            for (int i = 0; i < own; i++) {
-                const uint64_t here = lds.bins[lane * own + i];
-                lds.bins[lane * own + i] = 0;
-                if (before < goal && goal <= before + here) {
-                    lds.found.bin = lane * own + i;
-                    lds.found.here = here;
-                    lds.found.before = before;
-                }
-                before += here;
-            }
-            wave_barrier();
-            goal -= lds.found.before;
-        }
-        block_barrier();
-        const int found = lds.found.bin;
-        if (found < 0) return false;
-        low += unsigned(found) << shift;
-        high = low + ((1u << shift) - 1) < high ? low + ((1u << shift) - 1) : high;
-        if (shift == 0 || may_stay(lds.found.here)) return true;
-    }
-}
 
 // A row of logits in packs that begin where 16 divides the address, `lead` logits before the row does.
 template <typename T, int N>
@@ -158,7 +49,9 @@ public:
     int num_packs;
 
     WAVE64_DEVICE Logits(const T* row, int lead, int vocab)
-        : packs(row - lead, (lead + vocab + N - 1) / N), lead(lead), vocab(vocab),
+        : packs(row - lead, (lead + vocab + N - 1) / N),
+          lead(lead),
+          vocab(vocab),
           num_packs((lead + vocab + N - 1) / N) {}
     WAVE64_DEVICE static Logits of(const SampleArgs& args, int64_t seq) {
         const T* row = static_cast<const T*>(args.logits) + seq * args.logits_stride;
@@ -184,7 +77,7 @@ public:
     // Calls visit(logit, id) for what this lane takes of the row.
     template <typename Visit>
     WAVE64_DEVICE void for_each(Visit visit) const {
-        constexpr int taken = 32 / N;  // packs at a time
+        constexpr int taken = 16 / N;  // packs at a time
         for (int first = lane_in_block(); first < num_packs; first += taken * kLanes) {
             Pack<T, N> held[taken];
 #pragma unroll
@@ -255,12 +148,26 @@ WAVE64_DEVICE void sample_peaks(const SampleArgs& args) {
 // items each lane has.
 template <int MOST>
 WAVE64_DEVICE int append(int& count, int items) {
-    int before = 0;  // the sum of their numbers over the lanes before this one, bit by bit
-    for (int bit = 0; MOST >> bit; bit++) before += bits_before(ballot(items >> bit & 1)) << bit;
+    unsigned before = 0;  // the sum of their numbers over the lanes before this one, bit by bit
+    for (int bit = 0; MOST >> bit; bit++) {
+        before += bits_before(ballot(items >> bit & 1)) << bit;
+        forget(before);  // one ballot at a time: each takes two scalar registers, of which there are few left
+    }
     const int last = wave_size() - 1;
     int begin = 0;
-    if (lane_in_block() % wave_size() == last && before + items > 0) begin = atomic_add(&count, before + items);
-    return before + broadcast(begin, last);
+    if (lane_in_block() % wave_size() == last && before + items > 0) begin = atomic_add(&count, int(before) + items);
+    return int(before) + broadcast(begin, last);
+}
+
+// The sum over the block.
+WAVE64_DEVICE uint64_t sum_of_all(uint64_t x, uint64_t* lds) {
+    const int lane = lane_in_block() % wave_size();
+    x = running_sum(x);
+    if (lane == wave_size() - 1) lds[lane_in_block() / wave_size()] = x;
+    block_barrier();
+    uint64_t sum = 0;
+    for (int wave = 0; wave < kLanes / wave_size(); wave++) sum += lds[wave];
+    return sum;
 }
 
 // Lists all logits up to a rank, by way of the groups whose peaks are; false if there is no room for them.
@@ -268,14 +175,26 @@ template <typename T, int N>
 WAVE64_DEVICE bool list_up_to(Lds& lds, unsigned rank, const Logits<T, N>& row, const float* peaks, int groups) {
     constexpr int group_packs = kGroup / N;
     const int lane = lane_in_block();
-    for (int first = 0; first < groups; first += kLanes) {
-        const bool chosen = first + lane < groups && rank_of(peaks[first + lane]) <= rank;
-        const int at = append<1>(lds.num_groups, chosen);
-        if (chosen && at < kGroups) lds.groups[at] = first + lane;
+    for (int first = 0; first < groups; first += kGroup * kLanes) {
+        unsigned chosen = 0;  // a bit for each: as many flags would take two scalar registers each
+#pragma unroll
+        for (int i = 0; i < kGroup; i++) {
+            const int group = first + i * kLanes + lane;
+            chosen |= unsigned(rank_of(group < groups ? peaks[group] : kNever) <= rank) << i;
+        }
+        forget(chosen);
+        int to = append<kGroup>(lds.num_groups, __builtin_popcount(chosen));
+#pragma unroll
+        for (int i = 0; i < kGroup; i++) {
+            if (!(chosen >> i & 1)) continue;
+            if (to < kGroups) lds.groups[to] = first + i * kLanes + lane;
+            to++;
+        }
     }
     block_barrier();
-    if (lds.num_groups > kGroups) return false;
-    const int num_packs = lds.num_groups * group_packs;
+    const int num_groups = uniform(lds.num_groups);
+    if (num_groups > kGroups) return false;
+    const int num_packs = num_groups * group_packs;
     for (int first = 0; first < num_packs; first += group_packs * kLanes) {
         Pack<T, N> held[group_packs];
         int packs[group_packs];
@@ -286,17 +205,18 @@ WAVE64_DEVICE bool list_up_to(Lds& lds, unsigned rank, const Logits<T, N>& row, 
             held[i] = row.load(packs[i]);
         }
         float x[group_packs][N];
-        int count = 0;
+        unsigned chosen = 0;
 #pragma unroll
         for (int i = 0; i < group_packs; i++) {
             row.unpack(held[i], packs[i], x[i]);
-            for (int j = 0; j < N; j++) count += rank_of(x[i][j]) <= rank;
+            for (int j = 0; j < N; j++) chosen |= unsigned(rank_of(x[i][j]) <= rank) << (i * N + j);
         }
-        int to = append<kGroup>(lds.num_listed, count);
+        forget(chosen);
+        int to = append<kGroup>(lds.num_listed, __builtin_popcount(chosen));
 #pragma unroll
         for (int i = 0; i < group_packs; i++) {
             for (int j = 0; j < N; j++) {
-                if (rank_of(x[i][j]) > rank) continue;
+                if (!(chosen >> (i * N + j) & 1)) continue;
                 if (to < kListed) {
                     lds.logits[to] = x[i][j];
                     lds.places[to] = Bits16((first + i * kLanes + lane) * N + j);
@@ -306,7 +226,7 @@ WAVE64_DEVICE bool list_up_to(Lds& lds, unsigned rank, const Logits<T, N>& row, 
         }
     }
     block_barrier();
-    return lds.num_listed <= kListed;
+    return uniform(lds.num_listed) <= kListed;
 }
 
 // The token of a row of which all is kept, or the largest logit asked for. A wave does it.
@@ -318,27 +238,39 @@ WAVE64_DEVICE int draw_from_all(const Logits<T, N>& row, const Summary& summary,
     for (int i = lane; i < chunks; i += wave_size()) best = max(best, summary.bests[i]);
     best = wave_max(best);
     if (best == kNever) return 0;
-    const auto quantity = [&](float x) { return greedy ? uint64_t(x == best) : fixed(exp2((x - best) * scale)); };
     const auto chunk_quantity = [&](int chunk) {
-        if (greedy) return quantity(summary.bests[chunk]);
-        return fixed(summary.masses[chunk] * exp2((summary.bests[chunk] - best) * scale));
+        if (chunk >= chunks) return uint64_t(0);
+        const float most = summary.bests[chunk];
+        return greedy ? uint64_t(most == best) : fixed(summary.masses[chunk] * exp2((most - best) * scale));
     };
 
-    // The chunk: lanes have neighbouring ones, so that their sums are in order.
-    const int own = (chunks + wave_size() - 1) / wave_size(), first_chunk = lane * own;
+    // The chunk, and which part of it comes before the token: lanes have neighbouring chunks, so that their sums are in
+    // order.
+    const int own = (chunks + wave_size() - 1) / wave_size();
     uint64_t sum = 0;
-    for (int i = first_chunk; i < first_chunk + own && i < chunks; i++) sum += chunk_quantity(i);
-    uint64_t running = running_sum(sum), total = from_lane(running, wave_size() - 1);
-    uint64_t goal = greedy ? 1 : share(total, uniform) + 1;
-    int finder = int(__builtin_popcountll(ballot(running < goal))), chunk = first_chunk;
-    uint64_t rest = goal - (running - sum);
-    for (uint64_t part; lane == finder && (part = chunk_quantity(chunk)) < rest; chunk++) rest -= part;
+#pragma unroll 8
+    for (int i = 0; i < own; i++) sum += chunk_quantity(lane * own + i);
+    uint64_t running = running_sum(sum), goal = share(from_lane(running, wave_size() - 1), greedy ? 0 : uniform) + 1;
+    int finder = __builtin_popcountll(ballot(running < goal)), chunk = -1;
+    uint64_t reached = running - sum;
+    float before = 0;
+#pragma unroll 8
+    for (int i = 0; i < own; i++) {
+        const uint64_t here = chunk_quantity(lane * own + i);
+        if (chunk < 0 && reached + here >= goal) {
+            chunk = lane * own + i;
+            before = float(goal - 1 - reached) / float(here);
+        }
+        reached += here;
+    }
     chunk = broadcast(chunk, finder);
-    goal = from_lane(rest, finder);
+    before = greedy ? 0 : broadcast(before, finder);
 
-    // The token, in the same way; lanes have neighbouring packs.
-    Pack<T, N> held[kHeld];
+    // The token, in the same way, by weights relative to the chunk's largest logit; lanes have neighbouring packs.
+    const float most = summary.bests[chunk];
+    const auto quantity = [&](float x) { return greedy ? uint64_t(x == most) : fixed(exp2((x - most) * scale)); };
     const int first = (chunk * wave_size() + lane) * kHeld;
+    Pack<T, N> held[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; i++) held[i] = row.load(first + i);
     float x[kHeld][N];
@@ -349,16 +281,15 @@ WAVE64_DEVICE int draw_from_all(const Logits<T, N>& row, const Summary& summary,
         for (int j = 0; j < N; j++) sum += quantity(x[i][j]);
     }
     running = running_sum(sum);
-    total = from_lane(running, wave_size() - 1);
-    goal = goal < total ? goal : total;  // rounding may have made the mass more than its parts
-    finder = int(__builtin_popcountll(ballot(running < goal)));
-    uint64_t reached = running - sum;
-    int token = -1;
+    goal = share(from_lane(running, wave_size() - 1), before) + 1;
+    finder = __builtin_popcountll(ballot(running < goal));
+    reached = running - sum;
+    int token = row.first_id(first);
 #pragma unroll
     for (int i = 0; i < kHeld; i++) {
         for (int j = 0; j < N; j++) {
             reached += quantity(x[i][j]);
-            if (token < 0 && reached >= goal) token = row.first_id(first + i) + j;
+            token += reached < goal;
         }
     }
     return broadcast(token, finder);
@@ -375,6 +306,8 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
     const float temperature = args.temperature[seq], top_p = args.top_p[seq], min_p = min(args.min_p[seq], 1);
     const float scale = scale_of(temperature), uniform = args.uniform[seq];
     const bool greedy = !(temperature > 0), by_count = top_k > 0 && top_k < vocab;
+    float most = kNever;
+    for (int i = lane; i < args.chunks; i += kLanes) most = max(most, summary.bests[i]);
     if (greedy || !(by_count || top_p < 1 || min_p > 0)) {
         if (lane >= wave_size()) return;
         const int token = draw_from_all(row, summary, args.chunks, greedy, scale, uniform);
@@ -382,9 +315,7 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
         return;
     }
 
-    if (lane < kBins) lds.bins[lane] = 0;
-    float most = kNever;
-    for (int i = lane; i < args.chunks; i += kLanes) most = max(most, summary.bests[i]);
+    clear(lds.bins, kLanes);
     const float best = block_max(most, lds.maxima, kLanes);
     if (best == kNever) {
         if (lane == 0) args.out[seq] = 0;
@@ -393,25 +324,27 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
     const auto weight_of = [&](float logit) { return exp2((logit - best) * scale); };
     uint64_t whole = 0;
     if (!by_count && top_p < 1) {
-        for (int i = lane; i < args.chunks; i += kLanes) whole += fixed(summary.masses[i] * weight_of(summary.bests[i]));
+        for (int i = lane; i < args.chunks; i += kLanes)
+            whole += fixed(summary.masses[i] * weight_of(summary.bests[i]));
         whole = sum_of_all(whole, lds.sums);
     }
 
     bool from_list;
     int count_bits;  // of quantities of weight: below them, how many; of the row there is no room for that
     unsigned last;   // rank of what top_k and top_p keep
+    const int first_id = row.first_id(0);
     const auto each = [&](auto visit) {
         if (from_list)
             for (int i = lane; i < lds.num_listed; i += kLanes)
-                visit(lds.logits[i], row.first_id(0) + lds.groups[lds.places[i] / kGroup] * kGroup + lds.places[i] % kGroup);
+                visit(lds.logits[i], first_id + lds.groups[lds.places[i] / kGroup] * kGroup + lds.places[i] % kGroup);
         else
             row.for_each(visit);
     };
     const auto quantity_of = [&](float weight) { return fixed(weight) << count_bits | (from_list && fixed(weight)); };
     const auto is_one = [&](uint64_t quantity) { return from_list && (quantity & ((1 << kListedBits) - 1)) == 1; };
 
-    // So many of the largest logits are listed: k; else as many as there are chunks with a peak of their own, or many.
-    const int few = args.chunks * 4 / 5;
+    // So many of the largest logits are listed: k; else a few, as most chunks have one of these; else many.
+    const int few = args.chunks * 4 / 5 + 1;
     for (int aim = by_count ? top_k : few;; aim = aim < kMany && !by_count ? kMany : kMany + 1) {
         bool enough = true;
         from_list = aim <= kMany;
@@ -424,16 +357,17 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
             if (lane == 0) lds.num_groups = lds.num_listed = 0;
             unsigned from = rank_of(best), to = rank_of(-block_max(-least, lds.minima, kLanes));
             to = to < kLastRank ? to : kLastRank;
+            const int spare = aim / 8 + 4 < kGroups - aim ? aim / 8 + 4 : kGroups - aim;
             const bool found = search(
-                lds, from, to, [&](uint64_t) { return uint64_t(aim); },
-                [&](uint64_t count) { return count <= uint64_t(aim / 64); },
+                lds.bins, from, to, [&](uint64_t) { return uint64_t(aim); },
+                [&](uint64_t count) { return count <= uint64_t(spare); },
                 [&](auto add) {
                     for (int i = lane; i < num_peaks; i += kLanes) add(rank_of(peaks[i]), 1);
                 });
             if (!found) to = kLastRank;
             from_list = list_up_to(lds, to, row, summary.peaks, args.groups);
             // Enough: all there are, all that min_p keeps, or no list at all.
-            enough = !found || !from_list || (!by_count && weight_of(logit_of(to)) < min_p);
+            enough = !found || !from_list || (!by_count && weight_of(number_of_rank(to)) < min_p);
         }
         count_bits = from_list ? kListedBits : 0;
         last = kLastRank;
@@ -441,10 +375,11 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
             unsigned from = rank_of(best), to = last;
             const auto goal_of = [&](uint64_t sum) {
                 if (!by_mass) return uint64_t(top_k);
-                const uint64_t part = share(by_count ? sum >> count_bits : whole, top_p);
+                const uint64_t there = sum >> count_bits, part = share(by_count ? there : whole, top_p);
+                if (part > there) return sum + 1;
                 return (part > 0 ? part : 1) << count_bits;
             };
-            const bool found = search(lds, from, to, goal_of, is_one, [&](auto add) {
+            const bool found = search(lds.bins, from, to, goal_of, is_one, [&](auto add) {
                 each([&](float x, int) { add(rank_of(x), by_mass ? quantity_of(weight_of(x)) : 1); });
             });
             if (found) last = to;
@@ -457,7 +392,8 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
     unsigned low = 0, high = vocab - 1;
     const auto kept = [&](float x) { return rank_of(x) <= last && weight_of(x) >= min_p; };
     search(
-        lds, low, high, [&](uint64_t sum) { return (share(sum >> count_bits, uniform) + 1) << count_bits; }, is_one,
+        lds.bins, low, high, [&](uint64_t sum) { return (share(sum >> count_bits, uniform) + 1) << count_bits; },
+        is_one,
         [&](auto add) {
             each([&](float x, int id) {
                 if (kept(x)) add(unsigned(id), quantity_of(weight_of(x)));
@@ -465,15 +401,17 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
         });
     if (low == high && lane == 0) args.out[seq] = low;
     if (low < high) {  // it is the one there that is listed
-        each([&](float x, int id) {
+        for (int i = lane; i < lds.num_listed; i += kLanes) {
+            const float x = lds.logits[i];
+            const int id = first_id + lds.groups[lds.places[i] / kGroup] * kGroup + lds.places[i] % kGroup;
             if (unsigned(id) - low <= high - low && kept(x) && fixed(weight_of(x)) > 0) args.out[seq] = id;
-        });
+        }
     }
 }
 
 }  // namespace wave64
 
-#define SAMPLE(NAME, T, N)                                                                                      \
+#define SAMPLE(NAME, T, N)                                                                                        \
     WAVE64_KERNEL(wave64::kPeakLanes) NAME##_peaks(wave64::SampleArgs args) { wave64::sample_peaks<T, N>(args); } \
     WAVE64_KERNEL(wave64::kLanes) NAME(wave64::SampleArgs args) { wave64::sample<T, N>(args); }
 
@@ -508,11 +446,9 @@ int32_t wave64_sample(const wave64::SampleArgs* caller_args, void* stream) {
         return refuse("sample", argument, expected, got);
     };
     SampleArgs args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32)
-        return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
+    if (args.dtype < kBf16 || args.dtype > kFp32) return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
     if (args.num_seqs < 0 || args.num_seqs > 1 << 21) return refused("num_seqs", "0 to 2^21", args.num_seqs);
-    if (args.vocab_size < 1 || args.vocab_size > 1 << 26)
-        return refused("vocab_size", "1 to 2^26", args.vocab_size);
+    if (args.vocab_size < 1 || args.vocab_size > 1 << 26) return refused("vocab_size", "1 to 2^26", args.vocab_size);
     if (args.num_seqs == 0) return kOk;
     for (auto [name, pointer] : {std::pair{"logits", args.logits},
                                  {"temperature", args.temperature},
@@ -544,7 +480,8 @@ int32_t wave64_sample(const wave64::SampleArgs* caller_args, void* stream) {
 
 #define FIELD(NAME) WAVE64_FIELD(wave64::SampleArgs, NAME)
 static const bool registered = wave64::register_op<wave64::SampleArgs, wave64_sample>(
-    "sample", {FIELD(logits), FIELD(temperature), FIELD(top_k), FIELD(top_p), FIELD(min_p), FIELD(uniform), FIELD(out),
-               FIELD(work), FIELD(logits_stride), FIELD(work_stride), FIELD(num_seqs), FIELD(vocab_size), FIELD(dtype)});
+    "sample",
+    {FIELD(logits), FIELD(temperature), FIELD(top_k), FIELD(top_p), FIELD(min_p), FIELD(uniform), FIELD(out),
+     FIELD(work), FIELD(logits_stride), FIELD(work_stride), FIELD(num_seqs), FIELD(vocab_size), FIELD(dtype)});
 
 #endif

@@ -48,6 +48,7 @@ class Launch:
 
     kernel: Any   # triton.compiler.CompiledKernel: .name, .asm["amdgcn"], .asm["hsaco"], .metadata
     grid: Any     # as the launcher gave it: a tuple, or a function of the kernel's arguments
+    arguments: dict[str, Any]  # by name
 
     def figures(self) -> dict[str, Any]:
         """Its row of the golden file."""
@@ -77,8 +78,9 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def capture(arch: str) -> Iterator[list[Launch]]:
-    """Inside the block Triton launches compile for `arch` and are recorded, in order, instead of launched."""
+def capture(arch: str, perform: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Inside the block Triton launches compile for `arch` and are recorded, in order, instead of launched. perform: what
+    is done with each there and then, in its place."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("capture: TRITON_INTERPRET: expected unset, got 1; unset it and start a new process")
     launches: list[Launch] = []
@@ -86,7 +88,11 @@ def capture(arch: str) -> Iterator[list[Launch]]:
 
     def record(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launches.append(Launch(kernel, grid))
+        given = dict(zip((p.name for p in self.params), args, strict=False))
+        bound = {p.name: given.get(p.name, kwargs.get(p.name, p.default)) for p in self.params}
+        launches.append(Launch(kernel, grid, bound))
+        if perform:
+            perform(launches[-1])
         return kernel
 
     before = dict(vars(driver))

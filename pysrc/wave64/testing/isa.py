@@ -56,24 +56,32 @@ class Resources:
 
 def read_elf(code: bytes) -> list[Resources]:
     """The kernels of a code object. Raises ValueError where `code` is none."""
+    described, addresses, sections_of = metadata(code), symbols(code), list(sections(code))
+    target = re.search(r"gfx[0-9a-f]+", described["amdhsa.target"])[0]
+    kernels = []
+    for kernel in described["amdhsa.kernels"]:
+        at = _file_offset(sections_of, addresses[kernel[".symbol"]])
+        kernels.append(Resources.of(kernel, target, code[at:at + 64]))
+    return kernels
+
+
+def metadata(code: bytes) -> dict[str, Any]:
+    """The AMDGPU metadata note of a code object. Raises ValueError where `code` is none."""
     if code[:6] != b"\x7fELF\x02\x01":
         raise ValueError(f"expected a little-endian 64-bit ELF code object, got {code[:8]!r}")
-    sections = list(_sections(code))
-    symbols = dict(s for kind, offset, _, size, link in sections if kind in SHT_SYMTAB_KINDS
-                   for s in _symbols(code, offset, size, sections[link][1]))
-    kernels = []
-    for kind, offset, _, size, _ in sections:
+    for kind, offset, _, size, _ in sections(code):
         if kind == SHT_NOTE:
             for note_type, payload in _notes(code[offset:offset + size]):
                 if note_type == NT_AMDGPU_METADATA:
-                    metadata = unpack(payload)
-                    target = re.search(r"gfx[0-9a-f]+", metadata["amdhsa.target"])[0]
-                    for kernel in metadata["amdhsa.kernels"]:
-                        at = _file_offset(sections, symbols[kernel[".symbol"]])
-                        kernels.append(Resources.of(kernel, target, code[at:at + 64]))
-    if not kernels:
-        raise ValueError("expected an AMDGPU code object, got an ELF file without AMDGPU kernel metadata")
-    return kernels
+                    return unpack(payload)
+    raise ValueError("expected an AMDGPU code object, got an ELF file without AMDGPU kernel metadata")
+
+
+def symbols(code: bytes) -> dict[str, int]:
+    """Symbol -> address."""
+    table = list(sections(code))
+    return dict(symbol for kind, offset, _, size, link in table if kind in SHT_SYMTAB_KINDS
+                for symbol in _symbols(code, offset, size, table[link][1]))
 
 
 def compiler(code: bytes) -> str:
@@ -82,7 +90,7 @@ def compiler(code: bytes) -> str:
     return found[0].decode() if found else "unknown"
 
 
-def _sections(code: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+def sections(code: bytes) -> Iterator[tuple[int, int, int, int, int]]:
     """(type, file offset, address, size, linked section) of every section."""
     table, = struct.unpack_from("<Q", code, 40)
     entry_size, count = struct.unpack_from("<HH", code, 58)
