@@ -79,8 +79,8 @@ class _Driver:
 
 @contextlib.contextmanager
 def capture(arch: str, perform: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
-    """Inside the block Triton launches compile for `arch` and are recorded, in order, instead of launched. perform: what
-    is done with each there and then, in its place."""
+    """Inside the block Triton launches compile for `arch` and are recorded, in order, instead of launched. perform:
+    what is done with each there and then, in its place."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("capture: TRITON_INTERPRET: expected unset, got 1; unset it and start a new process")
     launches: list[Launch] = []
