@@ -38,8 +38,9 @@ def library(op: str, arch: str) -> ctypes.CDLL:
     built = Path(folder().name, f"{op}-{arch}.so")
     # as C, so that no C++ library is built first, which takes a minute
     command = [sys.executable, "-m", "ziglang", "cc", "-std=c++17", "-O1", "-fno-sanitize=undefined", "-shared",
-               "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden", "-DWAVE64_CPU", *(f"-D{macro}" for macro in MACROS[arch]),
-               f"-I{HIP / 'include'}", "-o", built, "-x", "c++", HIP / "ops" / f"{op}.hip", HIP / "src" / "lanes.cpp"]
+               "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden", "-DWAVE64_CPU",
+               *(f"-D{macro}" for macro in MACROS[arch]), f"-I{HIP / 'include'}", "-o", built, "-x", "c++",
+               HIP / "ops" / f"{op}.hip", HIP / "src" / "lanes.cpp"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{op}: its device section does not compile for a CPU\n{done.stderr}")
