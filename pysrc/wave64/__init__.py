@@ -1,5 +1,11 @@
 """wave64: ROCm operators for LLM inference. `wave64.ops.<name>(...)` or `torch.ops.wave64.<name>(...)`."""
 
+import importlib.util
+
+if importlib.util.find_spec("torch") is None:
+    raise ImportError("wave64 needs torch, and installs none, lest it replace a ROCm build: install AMD's or PyTorch's "
+                      "wheel for your ROCm first, or pip install wave64[cpu] for a machine without a GPU")
+
 from wave64 import backends, ops, platform
 from wave64.backends import report, table, use
 from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op

@@ -21,10 +21,20 @@ from pathlib import Path
 from wave64.arch import lookup
 from wave64.backends import hip
 
-HIP = Path(__file__).resolve().parents[3] / "hip"
 #: what the compiler of each architecture defines, as far as kernels look at it
 MACROS = {"gfx90a": ("__GFX9__",), "gfx942": ("__GFX9__", "__gfx942__"), "gfx950": ("__GFX9__", "__gfx950__"),
           "gfx1100": ("__GFX11__",), "gfx1201": ("__GFX12__",)}
+
+
+@functools.cache
+def sources() -> Path:
+    """The repository's hip/ folder: around this file where the package is installed editable, else around the working
+    directory."""
+    here = Path.cwd()
+    for root in (Path(__file__).resolve().parents[3], here, *here.parents):
+        if (root / "hip" / "src" / "lanes.cpp").is_file():
+            return root / "hip"
+    raise FileNotFoundError(f"hip/src/lanes.cpp: expected in a folder around {here}; work inside the repository")
 
 
 @functools.cache
@@ -35,12 +45,12 @@ def folder() -> tempfile.TemporaryDirectory:
 @functools.cache
 def library(op: str, arch: str) -> ctypes.CDLL:
     """hip/ops/<op>.hip, its device section compiled for this CPU as if for `arch`."""
-    built = Path(folder().name, f"{op}-{arch}.so")
+    hip_folder, built = sources(), Path(folder().name, f"{op}-{arch}.so")
     # as C, so that no C++ library is built first, which takes a minute
     command = [sys.executable, "-m", "ziglang", "cc", "-std=c++17", "-O1", "-fno-sanitize=undefined", "-shared",
                "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden", "-DWAVE64_CPU",
-               *(f"-D{macro}" for macro in MACROS[arch]), f"-I{HIP / 'include'}", "-o", built, "-x", "c++",
-               HIP / "ops" / f"{op}.hip", HIP / "src" / "lanes.cpp"]
+               *(f"-D{macro}" for macro in MACROS[arch]), f"-I{hip_folder / 'include'}", "-o", built, "-x", "c++",
+               hip_folder / "ops" / f"{op}.hip", hip_folder / "src" / "lanes.cpp"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{op}: its device section does not compile for a CPU\n{done.stderr}")
