@@ -354,6 +354,7 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
             const int num_peaks = aim <= few ? args.chunks : args.groups;
             float least = best;
             for (int i = lane; i < num_peaks; i += kLanes) least = min(least, peaks[i]);
+            block_barrier();  // the last round's counts are read until here
             if (lane == 0) lds.num_groups = lds.num_listed = 0;
             unsigned from = rank_of(best), to = rank_of(-block_max(-least, lds.minima, kLanes));
             to = to < kLastRank ? to : kLastRank;

@@ -1,0 +1,118 @@
+"""Holds operators' machine code to the contract, executed on the emulator: what a kernel developer without a GPU runs.
+
+    python -m wave64.testing.emulator.check gfx942 rms_norm              both backends, a line each
+    python -m wave64.testing.emulator.check gfx942 rms_norm --case 5x97  cases with this in their name
+    python -m wave64.testing.emulator.check gfx950 --backend triton --json
+
+Without names: every operator. Cases marked large are left out, and those named in LONG unless --long is given.
+The exit status is 1 where a case broke the contract or could not be executed.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from wave64 import OPS, platform
+from wave64.op import Case, Op
+from wave64.testing import contract
+from wave64.testing.emulator.jit import emulate_triton
+from wave64.testing.emulator.run import Counts, emulate
+
+BACKENDS = {"hip": emulate, "triton": emulate_triton}
+#: (op, backend, case) that take more than half a minute.
+LONG = {("apply_penalties", "triton", "many-ids")}
+
+
+@dataclass
+class Result:
+    """Of one operator's backend: cases that kept the contract, that it declined, that broke it and why; what ran."""
+
+    op: str
+    backend: str
+    arch: str
+    passed: int = 0
+    declined: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    kernels: list[tuple[str, str]] = field(default_factory=list)  # (code object, kernel)
+    launches: int = 0
+    waves: int = 0
+    instructions: int = 0
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        text = (f"{self.op:40} {self.backend:7} {self.arch}  {self.passed:3} cases kept the contract, "
+                f"{self.instructions:10,} instructions of {self.waves:7,} waves in {self.seconds:5.1f} s")
+        text += f", {self.declined} declined" if self.declined else ""
+        return "\n".join([text, *(f"    {case}: {why}" for case, why in self.failures.items())])
+
+
+def check(op: Op, backend: str, arch: str, cases: list[Case]) -> Result:
+    """Runs the cases one after another; a failure is kept, and the next case runs."""
+    result, own = Result(op.name, backend, arch), op.backends[backend]
+    began, kernels = time.monotonic(), set()
+
+    def run(**args: Any) -> Any:
+        with BACKENDS[backend](arch) as counts:
+            returned = own.run(**args)
+        add(counts)
+        return returned
+
+    def add(counts: Counts) -> None:
+        kernels.update(counts.kernels)
+        result.launches += counts.launches
+        result.waves += counts.waves
+        result.instructions += counts.instructions
+
+    with platform.target(arch):
+        for case in cases:
+            try:
+                if own.supports is not None and own.supports(**contract.draw(case, "cpu", 0)):
+                    result.declined += 1
+                    continue
+                contract.verify(op, backend, case, "cpu", run=run)
+                result.passed += 1
+            except Exception as e:  # whatever a kernel does wrong is a finding; the other cases still run
+                result.failures[case.id] = f"{type(e).__name__}: {e}"
+    result.kernels, result.seconds = sorted(kernels), time.monotonic() - began
+    return result
+
+
+def results(arch: str, backends: list[str], ops: list[Op], part: str = "", first: int | None = None,
+            long: bool = False) -> Iterator[Result]:
+    """One after another, of operators that have the backend and a case to run."""
+    for op in ops:
+        for backend in backends:
+            if backend in op.backends:
+                cases = [case for case in op.cases() if not case.large and part in case.id
+                         and (long or (op.name, backend, case.id) not in LONG)]
+                if cases:
+                    yield check(op, backend, arch, cases[:first])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m wave64.testing.emulator.check", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arch", choices=("gfx942", "gfx950"))
+    parser.add_argument("ops", nargs="*", metavar="OP")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="default: both")
+    parser.add_argument("--case", default="", help="cases with this in their name only")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first so many cases of each operator")
+    parser.add_argument("--long", action="store_true", help="the cases that take long, too")
+    parser.add_argument("--json", action="store_true", help="a JSON object per line instead of text")
+    args = parser.parse_args()
+    if unknown := [name for name in args.ops if name not in OPS]:
+        parser.error(f"no operator {', '.join(unknown)}; there are {', '.join(OPS)}")
+    failed = False
+    ops = [OPS[name] for name in args.ops or OPS]
+    for result in results(args.arch, args.backend, ops, args.case, args.first, args.long):
+        failed |= bool(result.failures)
+        print(json.dumps(asdict(result)) if args.json else result.line(), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

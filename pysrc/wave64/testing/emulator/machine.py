@@ -1,0 +1,257 @@
+"""The machine: waves of some workgroups, each with its registers and program counter, that advance together.
+
+Waves at the same instruction are a `Party`: a slice of the register arrays, so that one NumPy operation serves them
+all and costs what one wave would. The scheduler always runs the waves that are furthest behind, so that waves which
+parted at a branch meet again where its arms do. Instructions are bound to a party once, operands resolved to views of
+the register arrays (see binding.py), and are then called without arguments.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from wave64.testing.emulator import forms
+from wave64.testing.emulator.binding import BARRIER, END, Binding, lanes_of
+from wave64.testing.emulator.code_object import CodeObject, Kernel
+from wave64.testing.emulator.decode import EXEC, Instruction, decode
+from wave64.testing.emulator.memory import EmulationError, Memory, OutOfBounds, Space
+
+ARCHS = ("gfx942", "gfx950")
+NEAREST_WITH_DENORMALS = 0xF0  # MODE as compilers of the operators have it: what arithmetic here computes
+LANES = 64
+SGPRS = 128            # the whole scalar space: registers, VCC, M0, EXEC
+PATIENCE = 20_000      # steps of one party after which others get their turn, for they may be what it waits for
+READY, WAITING, ENDED = range(3)
+FULL = np.uint64(2**64 - 1)
+
+
+class Program:
+    """The instructions of a code object, decoded as they are reached; a place is a dword of its executable segment."""
+
+    def __init__(self, code: CodeObject):
+        self.code = code
+        start, end = code.text
+        self.text = code.image[start:end]
+        self.length = (end - start) // 4
+        self.instructions: list[Instruction | None] = [None] * self.length
+        self.address = code.image.ctypes.data + start
+
+    def at(self, place: int) -> Instruction:
+        if not 0 <= place < self.length:
+            raise EmulationError(f"the program counter left the code, to offset 0x{place * 4:x}")
+        if self.instructions[place] is None:
+            self.instructions[place] = decode(self.text[place * 4:place * 4 + 16].tobytes())
+        return self.instructions[place]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a machine holds: workgroups, waves in each, bytes of LDS in each."""
+
+    groups: int
+    waves: int
+    lds_bytes: int
+
+
+class Machine:
+    """Registers, LDS and scratch of `shape`, and the run of one kernel on them, batch after batch."""
+
+    def __init__(self, program: Program, kernel: Kernel, shape: Shape, checks: tuple[type, ...] = ()):
+        n = shape.groups * shape.waves
+        self.program, self.kernel, self.shape, self.memory, self.count = program, kernel, shape, Memory(), n
+        self.arch = program.code.arch
+        if self.arch not in ARCHS:
+            raise NotImplementedError(f"{kernel.name}: code for {self.arch}, expected {' or '.join(ARCHS)}")
+        if kernel.mode != NEAREST_WITH_DENORMALS or not kernel.ieee:
+            raise NotImplementedError(f"{kernel.name}: starts with MODE 0x{kernel.mode:02x}, IEEE {kernel.ieee}; "
+                                      f"expected 0x{NEAREST_WITH_DENORMALS:02x}, IEEE True")
+        self.vgprs = np.zeros((kernel.vgprs, n, LANES), np.uint32)
+        self.sgprs = np.zeros((n, SGPRS), np.uint32)
+        self.scc = np.zeros(n, bool)
+        self.fp16_overflow = np.zeros(n, bool)  # of MODE, the one bit that kernels change
+        self.places = np.zeros(n, np.int64)
+        self.states = np.zeros(n, np.uint8)
+        self.group = np.arange(n) // shape.waves
+        self.lds_stride = max(16, -(-shape.lds_bytes // 16) * 16)
+        self.lds = Space(np.zeros(shape.groups * self.lds_stride, np.uint8))
+        self.scratch_bytes = -(-kernel.scratch_bytes // 16) * 16
+        self.scratch = Space(np.zeros(max(16, n * LANES * self.scratch_bytes), np.uint8))
+        self.counts = [0] * program.length  # wave instructions executed in this batch, by place
+        self.checks = [check(self) for check in checks]
+        self._parties: dict[tuple[int, int, int], Party] = {}
+
+    def start(self, live: int) -> None:
+        """All waves of the first `live` workgroups stand at the kernel's entry, EXEC full. Registers, LDS and scratch
+        hold what nobody wrote: NaN in every format."""
+        self.counts[:] = [0] * len(self.counts)
+        waves = live * self.shape.waves
+        self.places[:] = (self.kernel.entry - self.program.code.text[0]) // 4
+        self.states[:waves], self.states[waves:] = READY, ENDED
+        for unwritten in (self.vgprs, self.sgprs, self.lds.u32, self.scratch.u32):
+            unwritten.fill(0xFFFFFFFF)
+        self.scc[:] = False
+        self.fp16_overflow[:] = self.kernel.fp16_overflow
+        for check in self.checks:
+            check.start()
+
+    def run(self, seconds: float) -> None:
+        """Until every wave has ended. Raises EmulationError where one cannot go on, or after `seconds`."""
+        until = time.monotonic() + seconds
+        turn = 0  # no wave at an earlier place runs: 0, unless a party ran out of patience
+        while True:
+            ready = self.states == READY
+            if not ready.any():
+                if (self.states == ENDED).all():
+                    return
+                self._meet()
+                continue
+            ahead = self.places[ready]
+            if turn and not (ahead >= turn).any():
+                turn = 0
+                if (self.states == WAITING).any():
+                    self._meet(partly=True)
+                    continue
+            place = int(ahead[ahead >= turn].min())
+            others = ahead[ahead > place]
+            limit = int(others.min()) if others.size else self.program.length
+            patient = True
+            for piece in progressions(np.flatnonzero(ready & (self.places == place))):
+                patient &= self.party(*piece).run(place, limit)
+            if not patient:
+                turn = place + 1
+                if time.monotonic() > until:
+                    raise EmulationError(f"{self.where(place)}: still running after {seconds:g} s; do its waves wait "
+                                         "for a workgroup that starts only when they have ended?")
+
+    def party(self, start: int, stop: int, step: int) -> "Party":
+        key = (start, stop, step)
+        if key not in self._parties:
+            self._parties[key] = Party(self, slice(*key))
+        return self._parties[key]
+
+    def where(self, place: int) -> str:
+        """An instruction's place as error messages show it."""
+        offset = place * 4 + self.program.code.text[0] - self.kernel.entry
+        return f"{self.kernel.name}+0x{offset:x}: {self.program.at(place).text}"
+
+    def _meet(self, partly: bool = False) -> None:
+        """Lets the workgroups go on whose waves have all come to a barrier."""
+        states = self.states.reshape(self.shape.groups, self.shape.waves)
+        waiting = (states == WAITING).any(1)
+        stuck = waiting & (states == ENDED).any(1)
+        if stuck.any():
+            group = int(np.flatnonzero(stuck)[0])
+            first = group * self.shape.waves + int(np.flatnonzero(states[group] == WAITING)[0])
+            raise EmulationError(
+                f"{self.where(int(self.places[first]) - 1)}: {int((states[group] == WAITING).sum())} waves of a "
+                f"workgroup wait at a barrier that {int((states[group] == ENDED).sum())} of its waves never come to: "
+                "they have ended")
+        met = waiting & (states == WAITING).all(1)
+        if not (partly or met.any()):
+            raise EmulationError(f"{self.kernel.name}: no wave can go on")
+        states[met] = READY
+        for check in self.checks:
+            check.met(met)
+
+
+def progressions(waves: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Increasing numbers cut into runs with equal steps: (start, stop, step) of each."""
+    at = 0
+    while at < len(waves):
+        if at + 1 == len(waves):
+            yield int(waves[at]), int(waves[at]) + 1, 1
+            return
+        step = int(waves[at + 1] - waves[at])
+        breaks = np.flatnonzero(np.diff(waves[at:]) != step)
+        end = at + (int(breaks[0]) + 1 if breaks.size else len(waves) - at)
+        if end - at == 2 and step > 1:  # two strangers: the second may start a longer run
+            end = at + 1
+            step = 1
+        yield int(waves[at]), int(waves[end - 1]) + 1, step
+        at = end
+
+
+class Party:
+    """Waves that run in step: views of their registers, and the instructions bound to those."""
+
+    def __init__(self, machine: Machine, waves: slice):
+        self.machine, self.waves = machine, waves
+        self.V, self.A = machine.vgprs[:, waves], machine.vgprs[machine.kernel.agpr_offset:, waves]
+        self.S = machine.sgprs[waves]
+        self.S64 = machine.sgprs.view(np.uint64)[waves]
+        self.scc = machine.scc[waves]
+        self.count = len(self.scc)
+        self.group = machine.group[waves]
+        self.numbers = np.arange(machine.count)[waves]
+        self.exec = self.S64[:, EXEC // 2]
+        self.bound: list[Callable | None] = [None] * machine.program.length
+        self.following = [0] * machine.program.length
+        self.mask = np.ones((self.count, LANES), bool)
+        self.full = True
+
+    def exec_changed(self) -> None:
+        """After a write to EXEC: `mask` and `full` follow."""
+        self.full = bool((self.exec == FULL).all())
+        self.mask = lanes_of(self.exec)
+
+    def run(self, place: int, limit: int) -> bool:
+        """From `place` until the waves part, end, meet a barrier or come to `limit`, where others stand (or, jumping
+        back, come behind them no more). False where patience ended first."""
+        machine, bound, following = self.machine, self.bound, self.following
+        counts, count = machine.counts, self.count
+        self.exec_changed()
+        try:
+            for _ in range(PATIENCE):
+                execute = bound[place]
+                if execute is None:
+                    execute = self._bind(place)
+                outcome = execute()
+                counts[place] += count
+                if outcome is None:
+                    place = following[place]
+                elif outcome.__class__ is int:
+                    place = outcome
+                elif outcome is END:
+                    machine.states[self.waves] = ENDED
+                    return True
+                else:
+                    if outcome is BARRIER:
+                        machine.states[self.waves] = WAITING
+                        outcome = following[place]
+                    machine.places[self.waves] = outcome
+                    return True
+                if place >= limit:
+                    machine.places[self.waves] = place
+                    return True
+        except OutOfBounds as e:
+            raise EmulationError(f"{machine.where(place)}: {self._lane(place, e.access)} {e}") from None
+        except (EmulationError, NotImplementedError) as e:
+            raise type(e)(f"{self._where(place)}: {e}") from None
+        machine.places[self.waves] = place
+        return False
+
+    def _bind(self, place: int) -> Callable:
+        instruction = self.machine.program.at(place)
+        binding = Binding(self, instruction, place)
+        execute = forms.lookup(instruction)(binding)
+        for check in self.machine.checks:
+            execute = check.wrap(binding, execute)
+        self.following[place] = place + instruction.words
+        self.bound[place] = execute
+        return execute
+
+    def _where(self, place: int) -> str:
+        try:
+            return self.machine.where(place)
+        except NotImplementedError:
+            return f"{self.machine.kernel.name}, offset 0x{place * 4:x} of the code"
+
+    def _lane(self, place: int, access: int) -> str:
+        """Which wave and lane made an access, of those that an instruction made together."""
+        lanes = np.argwhere(self.mask)
+        if self.machine.program.at(place).family == "SMEM" or access >= len(lanes):
+            return "a wave"
+        wave, lane = lanes[access]
+        return f"wave {self.numbers[wave] % self.machine.shape.waves}, lane {lane}"

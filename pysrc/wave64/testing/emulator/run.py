@@ -1,0 +1,180 @@
+"""Runs recorded launches of the hip backend on the machine: the real launcher's grid and arguments, the real code
+object's instructions, on CPU tensors.
+
+    with emulate("gfx942") as ran:
+        out = OPS["rms_norm"].backends["hip"].run(x, weight)
+    # out is there when the block ends; ran.instructions wave instructions were executed
+"""
+
+import contextlib
+import functools
+import gc
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from wave64.backends import hip
+from wave64.testing.emulator import code_object
+from wave64.testing.emulator.checks import ALL
+from wave64.testing.emulator.machine import Machine, Program, Shape
+from wave64.testing.emulator.memory import Buffer
+
+BATCH = 64       # waves that run together, where that many are there
+SECONDS = 600.0  # a launch that takes longer is taken for one that never ends
+#: pointers to what there is none of here: a kernel that follows one is out of bounds
+NOT_GIVEN = ("hidden_none", "hidden_printf_buffer", "hidden_hostcall_buffer", "hidden_default_queue",
+             "hidden_completion_action", "hidden_multigrid_sync_arg", "hidden_heap_v1", "hidden_queue_ptr",
+             "dispatch_ptr_0", "dispatch_ptr_1", "queue_ptr_0", "queue_ptr_1", "dispatch_id_0", "dispatch_id_1")
+
+
+@dataclass
+class Counts:
+    """What was executed."""
+
+    launches: int = 0
+    waves: int = 0
+    instructions: int = 0                                    # of waves
+    by_name: dict[str, int] = field(default_factory=dict)    # mnemonic -> wave instructions
+    kernels: set[tuple[str, str]] = field(default_factory=set)  # (<arch>/<code object>, kernel)
+
+    def add(self, machine: Machine, waves: int) -> None:
+        self.waves += waves
+        for place, count in enumerate(machine.counts):
+            if count:
+                name = machine.program.instructions[place].name
+                self.by_name[name] = self.by_name.get(name, 0) + count
+                self.instructions += count
+
+
+@functools.lru_cache(maxsize=64)
+def _program(code: bytes) -> Program:
+    return Program(code_object.load(code))
+
+
+@functools.lru_cache(maxsize=16)
+def _machine(program: Program, kernel: str, shape: Shape, checks: tuple[type, ...]) -> Machine:
+    """Kept, for its instructions are bound to it."""
+    return Machine(program, program.code.kernels[kernel], shape, checks)
+
+
+def execute(launch, buffers: Iterable[Buffer], counts: Counts | None = None, checks: tuple[type, ...] = ALL,
+            seconds: float = SECONDS) -> Counts:
+    """Makes a recorded launch (see hip.record), here and now. `buffers` is all memory that it may touch beside its
+    arguments and its code object."""
+    counts = counts or Counts()
+    program = _program(Path(launch.code_object).read_bytes())
+    kernel = program.code.kernels[launch.kernel]
+    counts.kernels.add((f"{program.code.arch}/{Path(launch.code_object).name}", kernel.name))
+    arguments = _arguments(launch, kernel)
+    image = program.code.image
+    held = [*buffers, Buffer("the kernel's arguments", arguments.ctypes.data, arguments.size),
+            Buffer("the code object", image.ctypes.data, image.size)]
+    lanes = math.prod(launch.block)
+    waves = -(-lanes // 64)
+    blocks = math.prod(launch.grid)
+    shape = Shape(max(1, min(blocks, BATCH // waves)), waves, kernel.lds_bytes + launch.lds_bytes)
+    machine = _machine(program, kernel.name, shape, checks)
+    machine.memory.register(held)
+    counts.launches += 1
+    with np.errstate(all="ignore"), _without_collection():
+        for first in range(0, blocks, shape.groups):
+            live = min(shape.groups, blocks - first)
+            machine.start(live)
+            _initial_registers(machine, launch, first, arguments)
+            machine.run(seconds)
+            counts.add(machine, live * waves)
+    return counts
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Bound instructions are many small objects that stay: looking through them for garbage takes half the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _arguments(launch, kernel: code_object.Kernel) -> np.ndarray:
+    """The kernarg segment: the launch's bytes, and what the runtime fills."""
+    segment = np.zeros(max(64, -(-kernel.kernarg_bytes // 64) * 64), np.uint8)
+    segment[:len(launch.args)] = np.frombuffer(launch.args, np.uint8)
+    values = {f"hidden_block_count_{axis}": launch.grid[i] for i, axis in enumerate("xyz")}
+    values |= {f"hidden_group_size_{axis}": launch.block[i] for i, axis in enumerate("xyz")}
+    values |= {f"hidden_remainder_{axis}": 0 for axis in "xyz"}
+    values |= {f"hidden_global_offset_{axis}": 0 for axis in "xyz"}
+    values |= {"hidden_grid_dims": 3, "hidden_dynamic_lds_size": launch.lds_bytes}
+    values |= dict.fromkeys(NOT_GIVEN, 0)
+    for kind, offset, size in kernel.hidden:
+        if kind not in values:
+            raise NotImplementedError(f"{kernel.name}: the hidden argument {kind}")
+        segment[offset:offset + size] = np.frombuffer(int(values[kind]).to_bytes(size, "little"), np.uint8)
+    return segment
+
+
+def _initial_registers(machine: Machine, launch, first: int, arguments: np.ndarray) -> None:
+    """User and system SGPRs, and v0, as the descriptor enables them; the batch starts at workgroup `first`."""
+    kernel, sgprs = machine.kernel, machine.sgprs
+    preloaded = arguments.view(np.uint32)[kernel.preload[0]:]
+    preload_at = 0
+    for i, what in enumerate(kernel.user_sgprs):
+        if what in ("kernarg_0", "kernarg_1"):
+            sgprs[:, i] = arguments.ctypes.data >> (32 if what.endswith("1") else 0) & 0xFFFFFFFF
+        elif what == "preload":
+            sgprs[:, i] = preloaded[preload_at]
+            preload_at += 1
+        elif what.startswith("private_segment_size"):
+            sgprs[:, i] = kernel.scratch_bytes
+        elif what in NOT_GIVEN:
+            sgprs[:, i] = 0
+        elif what != "unused":
+            raise NotImplementedError(f"{kernel.name}: a user SGPR with {what}")
+    group = first + machine.group
+    width, height, _ = launch.grid
+    numbers = {"x": group % width, "y": group // width % height, "z": group // (width * height)}
+    for i, what in enumerate(kernel.system_sgprs, len(kernel.user_sgprs)):
+        if what == "info":
+            raise NotImplementedError(f"{kernel.name}: workgroup info in an SGPR")
+        sgprs[:, i] = numbers[what]
+    width, height, depth = launch.block
+    lane = (np.arange(machine.count) % machine.shape.waves)[:, None] * 64 + np.arange(64)
+    ids = lane % width | lane // width % height << 10 | lane // (width * height) << 20
+    machine.vgprs[0] = ids
+    beyond = lane >= width * height * depth
+    if beyond.any():
+        masks = np.packbits(~beyond, axis=1, bitorder="little").view(np.uint64)[:, 0]
+        sgprs.view(np.uint64)[:, 63] = masks
+
+
+@contextlib.contextmanager
+def emulate(arch: str, checks: tuple[type, ...] = ALL) -> Iterator[Counts]:
+    """Inside, hip operators take CPU tensors; their launches are executed, in order, when the block ends. What kernels
+    may touch are the storages of the tensors whose addresses the backend asked for."""
+    counts, storages = Counts(), {}
+    original = Tensor.data_ptr
+
+    def noted(tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            storages[storage.data_ptr()] = storage
+        return original(tensor)
+
+    with hip.record(arch) as launches:
+        Tensor.data_ptr = noted
+        try:
+            yield counts
+        finally:
+            Tensor.data_ptr = original
+    buffers = [Buffer(f"tensor {i}", address, storage.nbytes())
+               for i, (address, storage) in enumerate(storages.items())]
+    for launch in launches:
+        execute(launch, buffers, counts, checks)
+
+

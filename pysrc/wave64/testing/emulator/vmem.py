@@ -1,0 +1,306 @@
+"""Memory instructions beside LDS: SMEM; GLOBAL, FLAT and SCRATCH; MUBUF with raw buffer resources.
+
+A buffer access is first held against its resource, as hardware does it: out of range, loads give 0 and stores vanish.
+Whatever then reaches memory must lie inside a registered buffer, which hardware does not ask.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from wave64.testing.emulator import atomics
+from wave64.testing.emulator.binding import Binding
+from wave64.testing.emulator.decode import M0
+from wave64.testing.emulator.lanes import HALF_LOADS, LOADS, STORES, WRITE, active, give, receive
+from wave64.testing.emulator.memory import EmulationError, Memory, OutOfBounds, Space
+
+I64, U32, U64 = np.int64, np.uint32, np.uint64
+NO_SADDR = 127
+Where = Callable[..., np.ndarray]  # (bytes of an access, whether it writes) -> offsets of the lanes' accesses
+
+
+# ---- SMEM
+
+def _smem(dwords: int, buffer: bool) -> Callable:
+    def bind(b: Binding) -> Callable:
+        fields, party, memory = b.fields, b.party, b.machine.memory
+        immediate = ((fields.offset ^ 0x100000) - 0x100000) if fields.imm else 0
+        more = b.scalar(fields.soffset.offset, "u") if fields.soffset_en else None
+        if not fields.imm and more is None:
+            more = b.scalar(fields.offset & 0x7F, "u")
+        base, first = fields.sbase.offset, fields.sdata.offset
+        b.reads.append(("s", base, 4 if buffer else 2))
+        b.writes.append(("s", first, dwords))
+        to, column, steps = party.S[:, first:first + dwords], party.S64[:, base // 2], np.arange(dwords)
+
+        def run() -> None:
+            offset = np.full(party.count, immediate, I64)
+            if more is not None:
+                offset = offset + more()
+            if not buffer:
+                at = memory.locate((column + offset.view(U64)) & U64(2**64 - 4), 4 * dwords)
+                to[...] = memory.u32[(at >> 2)[:, None] + steps]
+                return
+            at = (column & U64(0xFFFFFFFFFFFF))[:, None] + ((offset & -4)[:, None] + 4 * steps).view(U64)
+            inside = (offset & -4)[:, None] + 4 * steps + 4 <= party.S[:, base + 2:base + 3]
+            words = np.zeros(inside.shape, U32)
+            words[inside] = memory.u32[memory.locate(at[inside], 4) >> 2]
+            to[...] = words
+        return run
+    return bind
+
+
+# ---- addresses
+
+def _global(b: Binding) -> tuple[Space, Where]:
+    fields, memory = b.fields, b.machine.memory
+    flat = b.instruction.family == "FLAT"
+    offset = U64((fields.offset if flat else (fields.offset ^ 0x1000) - 0x1000) & 2**64 - 1)
+    register, base = b.number("addr"), fields.saddr.offset
+    if flat or base == NO_SADDR:
+        get = b.vector(register, "U")
+        return memory, lambda width, writes=False: memory.locate(active(b, get()) + offset, width, writes)
+    lanes, scalar = b.vector(register, "u")(), b.source(base, "U")
+    return memory, lambda width, writes=False: memory.locate(active(b, lanes + (scalar() + offset)), width, writes)
+
+
+def _scratch(b: Binding) -> tuple[Space, Where]:
+    fields, machine = b.fields, b.machine
+    offset = (fields.offset ^ 0x1000) - 0x1000
+    lanes = b.vector(b.number("addr"), "u")() if fields.sve else None
+    scalar = b.source(fields.saddr.offset, "u") if fields.saddr.offset != NO_SADDR else None
+    size = machine.scratch_bytes
+    starts = (b.party.numbers[:, None] * 64 + np.arange(64)) * size
+
+    def where(width: int, writes: bool = False) -> np.ndarray:
+        at = np.full((b.party.count, 1), offset, I64)
+        for part in (lanes, None if scalar is None else scalar()):
+            if part is not None:
+                at = at + part
+        got = active(b, at)
+        if got.size and not (got.min() >= 0 and got.max() + width <= size):
+            raise EmulationError(f"private memory at {int(got.min())} to {int(got.max()) + width}, of {size} bytes")
+        return got + active(b, starts)
+    return machine.scratch, where
+
+
+PLACES = {"global": _global, "flat": _global, "scratch": _scratch}
+
+
+def _data(b: Binding) -> str:
+    return "vdata" if b.instruction.family == "MUBUF" else "data"
+
+
+def _load(place: Callable, width: int, signed: type | None, half: int | None) -> Callable:
+    def bind(b: Binding) -> Callable:
+        space, where = place(b)
+        write = receive(b, b.number("vdst"), width, signed, half, bool(b.fields.acc))
+
+        def run() -> None:
+            write(space.load(where(width), width))
+        return run
+    return bind
+
+
+def _store(place: Callable, width: int, high: bool) -> Callable:
+    def bind(b: Binding) -> Callable:
+        space, where = place(b)
+        read = give(b, b.number("data"), width, high, bool(b.fields.acc))
+
+        def run() -> None:
+            space.store(where(width, True), width, read())
+        return run
+    return bind
+
+
+def _atomic(place: Callable, kind: type, change: Callable, compare: bool) -> Callable:
+    size = np.dtype(kind).itemsize
+
+    def bind(b: Binding) -> Callable:
+        space, where = place(b)
+        acc, data = bool(b.fields.acc), b.number(_data(b))
+        reads = [give(b, data + i * size // 4, size, agpr=acc) for i in range(2 if compare else 1)]
+        returns = bool(b.fields.sc0)
+        to = "vdata" if b.instruction.family == "MUBUF" else "vdst"
+        write = receive(b, b.number(to), size, None, agpr=acc) if returns else None
+
+        def run() -> None:
+            old = atomics.apply(space, where(size, True), kind, change, [read() for read in reads], returns)
+            if returns:
+                write(old)
+        return run
+    return bind
+
+
+def _load_to_lds(place: Callable, width: int) -> Callable:
+    """Lane i's bytes go to LDS at M0 + offset + i * width, never through a register."""
+    def bind(b: Binding) -> Callable:
+        space, where = place(b)
+        deposit = _deposit(b, width)
+        return lambda: deposit(space.load(where(width), width))
+    return bind
+
+
+def _deposit(b: Binding, width: int) -> Callable[[np.ndarray], None]:
+    machine, m0 = b.machine, b.source(M0, "u")
+    starts = (b.party.group * machine.lds_stride)[:, None] + np.arange(64) * max(4, width)
+    inner = np.arange(64) * max(4, width) + b.fields.offset
+
+    def deposit(words: np.ndarray) -> None:
+        base = m0().astype(I64)
+        if base.size and int(base.max()) + int(inner.max()) + max(4, width) > machine.shape.lds_bytes:
+            raise EmulationError(f"a load to LDS ends past its {machine.shape.lds_bytes} bytes")
+        offsets = active(b, starts + base + b.fields.offset)
+        for check in machine.checks:
+            check.lds(b, offsets, max(4, width), WRITE, words)
+        machine.lds.store(offsets, max(4, width), words)
+    return deposit
+
+
+# ---- MUBUF
+
+def _buffer(b: Binding) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """What gives, for accesses of some bytes, their addresses and how many bytes of the resource lie behind each."""
+    fields, party = b.fields, b.party
+    if fields.idxen:
+        raise NotImplementedError("a buffer access with an index")
+    lanes = b.vector(b.number("vaddr"), "u")() if fields.offen else None
+    scalar = b.scalar(fields.soffset.offset, "u")
+    first, immediate = fields.srsrc.offset, U32(fields.offset)
+    b.reads.append(("s", first, 4))
+    words = party.S[:, first:first + 4]
+
+    def where(width: int) -> tuple[np.ndarray, np.ndarray]:
+        high = words[:, 1]
+        if (high >> U32(16)).any() or (words[:, 3] >> U32(23) & U32(1)).any():
+            raise NotImplementedError("a buffer resource with a stride, swizzled or with lane ids added")
+        within = immediate if lanes is None else lanes + immediate  # in 32 bits: -4 + 4 is in range
+        offset = scalar().astype(I64)[:, None] + within
+        base = (words[:, 0].astype(U64) | high.astype(U64) << U64(32))[:, None]
+        return (active(b, base + offset.view(U64)), active(b, words[:, 2].astype(I64)[:, None] - offset))
+    return where
+
+
+def _within(memory: Memory, addresses: np.ndarray, inside: np.ndarray, width: int, writes: bool) -> np.ndarray:
+    """Offsets for the accesses that the resource lets through."""
+    try:
+        return memory.locate(addresses[inside], width, writes)
+    except OutOfBounds as e:
+        raise OutOfBounds(int(np.flatnonzero(inside)[e.access]), str(e)) from None
+
+
+def _buffer_load(width: int, signed: type | None, half: int | None) -> Callable:
+    def bind(b: Binding) -> Callable:
+        memory, where = b.machine.memory, _buffer(b)
+        if b.fields.lds:
+            write = _deposit(b, width)
+        else:
+            write = receive(b, b.number("vdata"), width, signed, half, bool(b.fields.acc))
+        unit = min(width, 4)
+
+        def run() -> None:
+            addresses, left = where(width)
+            if not left.size:
+                return
+            if left.min() >= width:
+                write(memory.load(memory.locate(addresses, width), width))
+                return
+            words = np.zeros((len(left), max(1, width // 4)), U32)
+            for i in range(words.shape[1]):
+                inside = left >= 4 * i + unit
+                at = _within(memory, addresses + U64(4 * i), inside, unit, False)
+                words[inside, i] = memory.load(at, unit)[:, 0]
+            write(words)
+        return run
+    return bind
+
+
+def _buffer_store(width: int, high: bool) -> Callable:
+    def bind(b: Binding) -> Callable:
+        memory, where = b.machine.memory, _buffer(b)
+        read = give(b, b.number("vdata"), width, high, bool(b.fields.acc))
+        unit, checks = min(width, 4), b.machine.checks
+
+        def run() -> None:
+            addresses, left = where(width)
+            words = read()
+            if not left.size:
+                return
+            for check in checks:
+                check.buffer_store(b, left >= unit)
+            if left.min() >= width:
+                memory.store(memory.locate(addresses, width, True), width, words)
+                return
+            for i in range(words.shape[1]):
+                inside = left >= 4 * i + unit
+                at = _within(memory, addresses + U64(4 * i), inside, unit, True)
+                memory.store(at, unit, words[inside, i:i + 1])
+        return run
+    return bind
+
+
+def _buffer_atomic(kind: type, change: Callable, compare: bool) -> Callable:
+    size = np.dtype(kind).itemsize
+
+    def bind(b: Binding) -> Callable:
+        memory, where = b.machine.memory, _buffer(b)
+        acc, data = bool(b.fields.acc), b.number("vdata")
+        reads = [give(b, data + i * size // 4, size, agpr=acc) for i in range(2 if compare else 1)]
+        returns = bool(b.fields.sc0)
+        write = receive(b, data, size, None, agpr=acc) if returns else None
+
+        def run() -> None:
+            addresses, left = where(size)
+            inside = left >= size
+            operands = [read()[inside] for read in reads]
+            old = atomics.apply(memory, _within(memory, addresses, inside, size, True), kind, change, operands, returns)
+            if returns:
+                words = np.zeros((len(left), size // 4), U32)
+                words[inside] = old
+                write(words)
+        return run
+    return bind
+
+
+def _nothing(b: Binding) -> Callable:
+    return lambda: None
+
+
+def _forms() -> dict[str, Callable]:
+    forms = dict.fromkeys(("s_dcache_inv", "s_dcache_wb", "s_dcache_inv_vol", "s_dcache_wb_vol", "buffer_wbl2",
+                           "buffer_inv", "buffer_wbinvl1", "buffer_wbinvl1_vol"), _nothing)
+    for dwords in (1, 2, 4, 8, 16):
+        suffix = "dword" if dwords == 1 else f"dwordx{dwords}"
+        forms[f"s_load_{suffix}"] = _smem(dwords, False)
+        forms[f"s_buffer_load_{suffix}"] = _smem(dwords, True)
+    kinds = [(*atomics.FLOAT[name], name) for name in atomics.FLOAT]
+    for name in atomics.INTEGER:
+        plain = {"min_i": "smin", "min_u": "umin", "max_i": "smax", "max_u": "umax"}.get(name, name)
+        kinds += [(*atomics.integer(name, size), plain + suffix) for size, suffix in ((4, ""), (8, "_x2"))]
+    for kind, change, name in kinds:
+        compare = name.startswith("cmpswap")
+        for space, place in (("global", _global), ("flat", _global)):
+            forms[f"{space}_atomic_{name}"] = _atomic(place, kind, change, compare)
+        forms[f"buffer_atomic_{name}"] = _buffer_atomic(kind, change, compare)
+    for space, place in PLACES.items():
+        for name, (width, signed) in LOADS.items():
+            forms[f"{space}_load_{name}"] = _load(place, width, signed, None)
+            forms[f"{space}_load_lds_{name}"] = _load_to_lds(place, width)
+        for name, (width, signed) in HALF_LOADS.items():
+            forms[f"{space}_load_{name}"] = _load(place, width, signed, 0)
+            forms[f"{space}_load_{name}_hi"] = _load(place, width, signed, 1)
+        for name, width in STORES.items():
+            forms[f"{space}_store_{name}"] = _store(place, width, False)
+            forms[f"{space}_store_{name}_d16_hi"] = _store(place, width, True)
+    for name, (width, signed) in LOADS.items():
+        forms[f"buffer_load_{name}"] = _buffer_load(width, signed, None)
+    for name, (width, signed) in HALF_LOADS.items():
+        forms[f"buffer_load_{name}"] = _buffer_load(width, signed, 0)
+        forms[f"buffer_load_{name}_hi"] = _buffer_load(width, signed, 1)
+    for name, width in STORES.items():
+        forms[f"buffer_store_{name}"] = _buffer_store(width, False)
+        forms[f"buffer_store_{name}_d16_hi"] = _buffer_store(width, True)
+    return forms
+
+
+FORMS = _forms()
