@@ -107,6 +107,7 @@ class Memory(Space):
 
     def __init__(self):
         self.buffers: list[Buffer] = []
+        self.watch: Callable[[np.ndarray, int], None] | None = None  # is told of every access to come
 
     def register(self, buffers: list[Buffer]) -> None:
         """These and no others from now on."""
@@ -122,6 +123,8 @@ class Memory(Space):
     def locate(self, addresses: np.ndarray, width: int, writes: bool = False) -> np.ndarray:
         """Offsets for `addresses` (uint64). Raises OutOfBounds unless all `width` bytes of each are in one buffer."""
         if addresses.size:
+            if self.watch:
+                self.watch(addresses, width)
             outside = (self.stored if writes else self.loaded).outside(addresses, width)
             if outside is not None:
                 address = int(addresses[outside])
