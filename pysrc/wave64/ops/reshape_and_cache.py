@@ -21,6 +21,12 @@ def _draw(tokens, pages, heads, head_dim, dtype=torch.bfloat16, cache_dtype=None
     return drawn if scale is None else drawn | dict(k_scale=torch.tensor(scale), v_scale=torch.tensor([2 * scale]))
 
 
+def _heads_apart(tokens, heads, head_dim):
+    """Keys and values side by side within each head."""
+    both = torch.randn(tokens, heads, 2 * head_dim, dtype=torch.bfloat16)
+    return _draw(tokens, 2, heads, head_dim) | dict(key=both[..., :head_dim], value=both[..., head_dim:])
+
+
 def cases():
     for dtype in DTYPES:
         yield Case(f"llama-8b-{dtype}", lambda d=dtype: _draw(3, 2, 8, 128, d))
@@ -29,6 +35,7 @@ def cases():
         for fp8 in FP8:
             yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 2, 2, 64, d, c, skip=(1,), scale=0.03))
     yield Case("fp8-unscaled", lambda: _draw(5, 2, 2, 64, cache_dtype=torch.float8_e4m3fn))
+    yield Case("heads-apart", lambda: _heads_apart(5, 3, 64))
     yield Case("one-token", lambda: _draw(1, 1, 1, 64, page_size=1))
     yield Case("all-skipped", lambda: _draw(4, 2, 2, 32, skip=(0, 1, 2, 3)))
     yield Case("empty", lambda: _draw(0, 2, 2, 32))
