@@ -89,7 +89,7 @@ class DecodeGraphs:
         self._copied.record()
         if not torch.equal(batch.page_table, self._table):
             self._inputs.page_table[:count, :width].copy_(batch.page_table)
-            self._table = batch.page_table
+            self._table = batch.page_table.clone()  # the caller may write to its own
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[:count]

@@ -43,7 +43,7 @@ def test_kernels_compile_within_limits(kind, op, arch, reports):
     rows = reports[arch][kind][op]
     assert not isinstance(rows, str), rows
     assert watched(rows), f"{op}: no large case reaches its {kind} kernel; give ops/{op}.py one: Case(..., large=True)"
-    found = [f"{name}: {text}" for name, row in rows.items() for text in budgets.over_limits(row, arch, op)]
+    found = [f"{name}: {text}" for name, row in rows.items() for text in budgets.over_limits(row, arch, kind, op)]
     assert not found, "\n".join(found)
 
 

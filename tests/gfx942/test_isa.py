@@ -119,3 +119,8 @@ def test_limits_hold_without_a_golden_row(change, text):
 
 def test_a_small_variant_may_keep_a_scalar_in_a_vector_register():
     assert over_limits({**GOOD, "sgpr_spills": 1, "large": False}, "gfx942") == []
+
+
+@pytest.mark.parametrize(("kind", "spills", "found"), [("hip", 5, 0), ("hip", 6, 1), ("triton", 1, 1)])
+def test_only_the_kernels_that_are_named_may_spill_scalars(kind, spills, found):
+    assert len(over_limits({**GOOD, "sgpr_spills": spills}, "gfx942", kind, "sample")) == found

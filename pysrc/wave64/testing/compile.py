@@ -153,21 +153,17 @@ def triton_rows(op: Op, arch: str, assembly: Path | None = None) -> Rows:
     return rows
 
 
-def _code_object(arch: str, op: str) -> Path:
-    return Path(hip._hip.code_object_folder(), arch, f"{op}.co")
-
-
 def hip_compiler(arch: str) -> str | None:
     """What made the code objects for `arch`; None where there are none."""
     built = hip.code_objects().get(arch) if hip._hip else None
-    return isa.compiler(_code_object(arch, built[0]).read_bytes()) if built else None
+    return isa.compiler(hip.code_object(arch, built[0])) if built else None
 
 
 def hip_rows(op: Op, arch: str) -> Rows:
     """The same for the operator's code object, as the wheel ships it; and "- <kernel>" -> figures for kernels that no
     large case reaches, in blocks of the most lanes they allow. A code object has no assembly text: no loops here."""
     wave, rows, reached = lookup(arch).wave_size, {}, set()
-    kernels = {k.name: k for k in isa.read_elf(_code_object(arch, op.name).read_bytes())}
+    kernels = {k.name: k for k in isa.read_elf(hip.code_object(arch, op.name))}
     for case in filter(lambda case: case.large, op.cases()):
         with hip.record(arch) as launches:
             op.backends["hip"].run(**_moved(arguments(case), "cpu"))
