@@ -20,10 +20,20 @@ BLOCK = 1024
 
 
 @triton.jit
-def _copy(new_ptr, cache_ptr, slot_ptr, scale_ptr, block, tokens, stride, WIDTH: tl.constexpr, ROW: tl.constexpr,
-          LIMIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
-    """cache[slots] = new for tokens of `block`, WIDTH of ROW numbers; LIMIT is the largest of an FP8 cache, 0 for
-    others."""
+def kept(x, scale_ptr, LIMIT: tl.constexpr, dtype: tl.constexpr):
+    """What a cache of `dtype` keeps of x; LIMIT is the largest number of an FP8 one, 0 for others."""
+    if LIMIT > 0:
+        x = x.to(tl.float32)
+        if scale_ptr is not None:
+            x = x / tl.load(scale_ptr)
+        x = tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)
+
+
+@triton.jit
+def copy(new_ptr, cache_ptr, slot_ptr, scale_ptr, block, tokens, stride, WIDTH: tl.constexpr, ROW: tl.constexpr,
+         LIMIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
+    """cache[slots] = new for tokens of `block`, WIDTH of ROW numbers."""
     offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     slots = tl.load(slot_ptr + offs_t, mask=offs_t < tokens, other=-1)
     mask = (slots >= 0)[:, None]
@@ -40,12 +50,8 @@ def _copy(new_ptr, cache_ptr, slot_ptr, scale_ptr, block, tokens, stride, WIDTH:
         mask = mask & (offs_w < WIDTH)
     else:
         x = tl.load(new_ptrs)
-    if LIMIT > 0:
-        x = x.to(tl.float32)
-        if scale_ptr is not None:
-            x = x / tl.load(scale_ptr)
-        x = tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(cache_ptr + slots[:, None] * ROW + offs_w, x.to(cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(cache_ptr + slots[:, None] * ROW + offs_w, kept(x, scale_ptr, LIMIT, cache_ptr.dtype.element_ty),
+             mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "kv_c_stride", "k_pe_stride"])
@@ -55,11 +61,11 @@ def _concat_and_cache_mla_kernel(kv_c_ptr, k_pe_ptr, kv_cache_ptr, slot_ptr, sca
                                  BLOCK_C: tl.constexpr, BLOCK_TP: tl.constexpr, BLOCK_P: tl.constexpr):
     block, latents = tl.program_id(0), tl.cdiv(tokens, BLOCK_TC)
     if block < latents:
-        _copy(kv_c_ptr, kv_cache_ptr, slot_ptr, scale_ptr, block, tokens, kv_c_stride * UNIT, RANK, RANK + ROPE, LIMIT,
-              WIDE, BLOCK_TC, BLOCK_C)
+        copy(kv_c_ptr, kv_cache_ptr, slot_ptr, scale_ptr, block, tokens, kv_c_stride * UNIT, RANK, RANK + ROPE, LIMIT,
+             WIDE, BLOCK_TC, BLOCK_C)
     else:
-        _copy(k_pe_ptr, kv_cache_ptr + RANK, slot_ptr, scale_ptr, block - latents, tokens, k_pe_stride * UNIT, ROPE,
-              RANK + ROPE, LIMIT, WIDE, BLOCK_TP, BLOCK_P)
+        copy(k_pe_ptr, kv_cache_ptr + RANK, slot_ptr, scale_ptr, block - latents, tokens, k_pe_stride * UNIT, ROPE,
+             RANK + ROPE, LIMIT, WIDE, BLOCK_TP, BLOCK_P)
 
 
 def supports(kv_c, k_pe, kv_cache, slot_mapping, scale=None) -> str | None:

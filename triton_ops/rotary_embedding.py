@@ -13,28 +13,54 @@ from wave64.triton_ops.geometry import num_warps
 
 
 @triton.jit
-def _rotate(x_ptr, head, heads, head_stride, half, cos, sin, IS_NEOX: tl.constexpr, BLOCK_H: tl.constexpr,
-            BLOCK_J: tl.constexpr):
+def _turned(a, b, cos, sin):
+    """(a cos - b sin, b cos + a sin). Which products are rounded is said here: left to the compiler, it depends on the
+    kernel around, and the operators that rotate would differ in the last bit."""
+    return tl.fma(a, cos, -(b * sin)), tl.fma(b, cos, a * sin)
+
+
+@triton.jit
+def turn_halves(x_ptrs, offs_j, half, mask, cos, sin):
+    """Rotates in place rows [rows, 1] whose pairs offs_j are `half` columns apart; gives the first and the second ones,
+    rounded."""
+    dtype: tl.constexpr = x_ptrs.dtype.element_ty
+    a_ptrs = x_ptrs + offs_j
+    a = tl.load(a_ptrs, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(a_ptrs + half, mask=mask, other=0.0).to(tl.float32)
+    first, second = _turned(a, b, cos, sin)
+    first, second = first.to(dtype), second.to(dtype)
+    tl.store(a_ptrs, first, mask=mask)
+    tl.store(a_ptrs + half, second, mask=mask)
+    return first, second
+
+
+@triton.jit
+def turn_neighbours(x_ptrs, offs_d, mask, cos, sin, ROWS: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Rotates in place rows [rows, 1] whose pairs are neighbours among the columns offs_d; gives them, rounded."""
+    dtype: tl.constexpr = x_ptrs.dtype.element_ty
+    ptrs = x_ptrs + offs_d
+    x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    a, b = tl.split(tl.reshape(x, (ROWS, BLOCK_J, 2)))
+    first, second = _turned(a, b, cos, sin)
+    rotated = tl.reshape(tl.join(first, second), (ROWS, 2 * BLOCK_J)).to(dtype)
+    tl.store(ptrs, rotated, mask=mask)
+    return rotated
+
+
+@triton.jit
+def rotate(x_ptr, head, heads, head_stride, half, cos, sin, IS_NEOX: tl.constexpr, BLOCK_H: tl.constexpr,
+           BLOCK_J: tl.constexpr):
     """Rotates heads [head, head + BLOCK_H) of the token at `x_ptr`; cos and sin are [BLOCK_J]."""
     offs_h = head + tl.arange(0, BLOCK_H)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     cos, sin = cos[None, :], sin[None, :]
     if IS_NEOX:
         offs_j = tl.arange(0, BLOCK_J)
         mask = (offs_h < heads)[:, None] & (offs_j < half)[None, :]
-        a_ptrs = x_ptr + offs_h[:, None] * head_stride + offs_j[None, :]
-        a = tl.load(a_ptrs, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(a_ptrs + half, mask=mask, other=0.0).to(tl.float32)
-        tl.store(a_ptrs, (a * cos - b * sin).to(dtype), mask=mask)
-        tl.store(a_ptrs + half, (b * cos + a * sin).to(dtype), mask=mask)
+        turn_halves(x_ptr + offs_h[:, None] * head_stride, offs_j[None, :], half, mask, cos, sin)
     else:
         offs_d = tl.arange(0, 2 * BLOCK_J)
         mask = (offs_h < heads)[:, None] & (offs_d < 2 * half)[None, :]
-        ptrs = x_ptr + offs_h[:, None] * head_stride + offs_d[None, :]
-        x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_J, 2)))
-        rotated = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BLOCK_H, 2 * BLOCK_J))
-        tl.store(ptrs, rotated.to(dtype), mask=mask)
+        turn_neighbours(x_ptr + offs_h[:, None] * head_stride, offs_d[None, :], mask, cos, sin, BLOCK_H, BLOCK_J)
 
 
 @triton.jit
@@ -49,11 +75,11 @@ def _rotary_embedding_kernel(positions_ptr, query_ptr, key_ptr, cos_sin_ptr, hea
     sin = tl.load(cos_ptrs + half, mask=offs_j < half, other=0.0).to(tl.float32)
     query_groups = tl.cdiv(heads, BLOCK_H)
     if group < query_groups:
-        _rotate(query_ptr + token * query_stride, group * BLOCK_H, heads, query_head_stride, half, cos, sin, IS_NEOX,
-                BLOCK_H, BLOCK_J)
+        rotate(query_ptr + token * query_stride, group * BLOCK_H, heads, query_head_stride, half, cos, sin, IS_NEOX,
+               BLOCK_H, BLOCK_J)
     else:
-        _rotate(key_ptr + token * key_stride, (group - query_groups) * BLOCK_H, kv_heads, key_head_stride, half, cos,
-                sin, IS_NEOX, BLOCK_H, BLOCK_J)
+        rotate(key_ptr + token * key_stride, (group - query_groups) * BLOCK_H, kv_heads, key_head_stride, half, cos,
+               sin, IS_NEOX, BLOCK_H, BLOCK_J)
 
 
 def _layout(x: Tensor, head_size: int) -> tuple[int, int, int]:

@@ -57,7 +57,7 @@ WAVE64_DEVICE void merge_attn_states(const MergeAttnStatesArgs& args) {
         for (int i = 0; i < kMergedRows; i++) {
             const int64_t row = first + i * share.step;
             if (row >= args.num_rows) break;
-            const uint32_t heads = args.num_heads, token = uint32_t(row) / heads, head = uint32_t(row) - token * heads;
+            const uint32_t token = uint32_t(row) / args.by_heads, head = uint32_t(row) - token * args.num_heads;
             lse_a[i] = args.lse_a[place(token, args.lse_a_stride, head, args.lse_a_head_stride)];
             lse_b[i] = args.lse_b[place(token, args.lse_b_stride, head, args.lse_b_head_stride)];
             if (!some) continue;
@@ -122,7 +122,7 @@ int32_t wave64_merge_attn_states(const wave64::MergeAttnStatesArgs* caller_args,
     if (args.num_tokens == 0 || args.num_heads == 0) return kOk;
     if (args.num_tokens > (int64_t(1) << 31) / args.num_heads)
         return refuse(op, "num_tokens", "at most 2^31 heads in all", args.num_tokens);
-    args.num_rows = args.num_tokens * args.num_heads;
+    args.num_rows = args.num_tokens * args.num_heads, args.by_heads = divider(args.num_heads);
     for (auto [name, stride] : {std::pair{"a_stride", args.a_stride}, {"a_head_stride", args.a_head_stride},
                                 {"b_stride", args.b_stride}, {"b_head_stride", args.b_head_stride},
                                 {"lse_a_stride", args.lse_a_stride}, {"lse_a_head_stride", args.lse_a_head_stride},

@@ -84,7 +84,8 @@ template <typename T, typename Stored, int D>
 WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
     const int item = unsigned(block_id()) / unsigned(args.tiles), tile = block_id() - item * args.tiles;
     const int head_tile = unsigned(tile) / unsigned(args.num_kv_heads), kv_head = tile - head_tile * args.num_kv_heads;
-    const int num_heads = args.group - 16 * head_tile, first_head = kv_head * args.group + 16 * head_tile;
+    const int num_heads = args.group - kTileHeads * head_tile;
+    const int first_head = kv_head * args.group + kTileHeads * head_tile;
     const int wave = uniform(lane_in_block() / kLanes);
     const Part part = args.shares == 0 ? Part{item, 0, 1}
                                        : find_part(item, args.num_seqs, args.shares, kLeastGroups, [&](int seq) {
@@ -128,8 +129,8 @@ WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
     if (wave > 0) return;
 
     for (int h = 0; h < kHeads; h++) {
-        const int head = first_head + attention.head(h);
-        if (attention.head(h) >= num_heads) continue;
+        const int head = first_head + attention.place.head(h);
+        if (attention.place.head(h) >= num_heads) continue;
         const float peak = attention.peak[h], total = attention.total[h];
         if (part.count == 1) {
             const int64_t row = int64_t(part.seq) * args.num_heads + head;
@@ -142,7 +143,7 @@ WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
         attention.store_mixed(h, 1, [&](int column, const Array<float, 4>& x) {
             store_pack(args.partial + row * D + column, Pack<float, 4>::of({{x.at[0], x.at[1], x.at[2], x.at[3]}}));
         });
-        if (attention.place.part == 0)
+        if (attention.place.first_of_heads())
             store_pack(args.stats + row * 2, Pack<float, 2>::of({{peak, total}}));
     }
 }
@@ -237,6 +238,9 @@ constexpr int64_t kMost = (int64_t(1) << 31) - 1;
 constexpr int kGroup = 16;  // keys, as in attention.h; pages hold whole groups
 constexpr int kMergeBlocksPerUnit = 8;
 
+// Heads that a block attends with: kTileHeads of matrix.h.
+int tile_heads(const Device& device) { return device.arch.rfind("sm_", 0) == 0 ? 8 : 16; }
+
 // [fp16][fp8][head_dim == 128]
 constexpr const char* kKernels[2][2][2] = {
     {{"paged_attention_bf16_64", "paged_attention_bf16_128"},
@@ -293,7 +297,7 @@ int32_t wave64_paged_attention(const wave64::PagedAttentionArgs* caller_args, vo
     if (args.shares && args.num_seqs > device->wave_size * device->wave_size)
         return refuse(op, "num_seqs", "at most the square of the wave size where there are shares", args.num_seqs);
     args.group = args.num_heads / args.num_kv_heads;
-    const int64_t tiles = args.num_kv_heads * ceil_div(args.group, 16);
+    const int64_t tiles = args.num_kv_heads * ceil_div(args.group, tile_heads(*device));
     const int64_t blocks = (int64_t(args.num_seqs) + args.shares) * tiles;
     args.num_rows = int64_t(args.num_seqs) * args.num_heads;
     if (blocks > kMost || args.num_rows > kMost) return refuse(op, "num_seqs", "fewer, or fewer heads", args.num_seqs);

@@ -53,14 +53,14 @@ WAVE64_DEVICE void per_tensor_amax(const PerTensorQuantFp8Args& args) {
 
 template <typename T, int N>
 WAVE64_DEVICE void per_tensor_quant_fp8(const PerTensorQuantFp8Args& args) {
-    WAVE64_LDS static float lds[kMaxLanes / 32];
+    WAVE64_LDS static int lds[kMaxLanes / 32];
     Scale scale;
     if (args.scale) {
         scale = {*args.scale, 1 / max(*args.scale, kLeastScale)};
     } else {
         float amax = 0;
         for (int i = lane_in_block(); i < args.grid; i += args.block) amax = max(amax, args.amax[i]);
-        scale = scale_of(block_max(amax, lds, args.block));
+        scale = scale_of_block(amax, lds, args.block);
     }
     if (block_id() == 0 && lane_in_block() == 0) *args.found = scale.scale;
 

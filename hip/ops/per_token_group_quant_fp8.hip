@@ -19,40 +19,53 @@ namespace wave64 {
 // packs is read twice.
 template <typename T, int N>
 WAVE64_DEVICE void per_token_group_quant_fp8(const PerTokenGroupQuantFp8Args& args) {
-    const int64_t row = block_id(), in_row = int64_t(block_id_y()) * args.chunk, in_q = row * args.columns + in_row;
-    const int64_t left_of_row = args.columns - in_row, left_of_q = args.numbers - in_q;
-    const int64_t left = left_of_row < left_of_q ? left_of_row : left_of_q;
-    const unsigned columns = left < args.chunk ? int(left) : args.chunk;
-    const int64_t groups_of_row = (args.columns + args.group_size - 1) >> args.group_bits;
+    const unsigned row = block_id(), in_row = unsigned(block_id_y()) * args.chunk;
+    const uint64_t in_q = uint64_t(row) * unsigned(args.columns) + in_row;
+    const int left_of_row = int(args.columns) - in_row;
+    const unsigned columns = row == args.short_row ? args.short_columns
+                             : left_of_row < args.chunk ? left_of_row : args.chunk;
     const Row<T, N> x(static_cast<const T*>(args.x) + row * args.x_stride + in_row, columns / N);
     const Row<Bits8, N> q(static_cast<Bits8*>(args.q) + in_q, columns / N);
-    const Row<float, 1> scales(args.scale + row * groups_of_row + (in_row >> args.group_bits),
+    const Row<float, 1> scales(args.scale + uint64_t(row) * unsigned(args.row_groups) + (in_row >> args.group_bits),
                                (columns + args.group_size - 1) >> args.group_bits);
 
+    constexpr unsigned nowhere = 1 << 26;  // behind the end of any row
     const unsigned lane = unsigned(lane_in_block()) % wave_size(), wave = unsigned(lane_in_block()) / wave_size();
     const int lanes = 1 << args.lane_bits, lane_in_group = lane & (lanes - 1);
     const int groups_of_wave = wave_size() >> args.lane_bits;
-    int group[kSpans], at[kSpans];
+    unsigned group[kSpans], at[kSpans];
     Pack<T, N> first[kSpans];
 #pragma unroll
     for (int span = 0; span < kSpans; span++) {
         group[span] = (wave * args.spans + span) * groups_of_wave + (lane >> args.lane_bits);
-        at[span] = (group[span] << args.group_bits) / N + lane_in_group;
-        if (span < args.spans) first[span] = x.load(at[span]);
+        at[span] = span < args.spans ? (group[span] << args.group_bits) / N + lane_in_group : nowhere;
+        first[span] = x.load(at[span]);
     }
+    int amax[kSpans];  // the bits of sizes, which are in the sizes' order
 #pragma unroll
     for (int span = 0; span < kSpans; span++) {
-        if (span >= args.spans) break;
-        float amax = amax_of(first[span]);
-        for (int i = 1; i < args.packs; i++) amax = max(amax, amax_of(x.load(at[span] + i * lanes)));
-        const Scale scale = scale_of_run(amax, lanes);
-        if (lane_in_group == 0) scales.store(group[span], Pack<float, 1>::of({scale.scale}));
-        q.store(at[span], quantized(first[span], scale.inverse));
+        float most = amax_of(first[span]);
+#pragma unroll 1
+        for (int i = 1; i < args.packs; i++) most = max(most, amax_of(x.load(at[span] + i * lanes)));
+        amax[span] = __builtin_bit_cast(int, most);
+    }
+    run_max(amax, lanes);
+    Scale scale[kSpans];
+#pragma unroll
+    for (int span = 0; span < kSpans; span++) {
+        scale[span] = scale_of(__builtin_bit_cast(float, amax[span]));
+        q.store(at[span], quantized(first[span], scale[span].inverse));
+        if (lane_in_group == 0)
+            scales.store(span < args.spans ? group[span] : nowhere, Pack<float, 1>::of({scale[span].scale}));
+    }
+    if (args.packs == 1) return;
+#pragma unroll
+    for (int span = 0; span < kSpans; span++)
+#pragma unroll 1
         for (int i = 1; i < args.packs; i++) {
             const int next = at[span] + i * lanes;
-            q.store(next, quantized(x.load(next), scale.inverse));
+            q.store(next, quantized(x.load(next), scale[span].inverse));
         }
-    }
 }
 
 }  // namespace wave64
@@ -118,11 +131,11 @@ int32_t wave64_per_token_group_quant_fp8(const wave64::PerTokenGroupQuantFp8Args
     args.group_bits = bits_of(args.group_size);
     args.lane_bits = bits_of(lanes);
     args.packs = args.group_size / in_pack / lanes;
-    args.numbers = args.num_tokens * args.columns;
 
     // Rows without gaps are one row, of the same groups.
     const bool one_row = args.x_stride == args.columns && args.columns % args.group_size == 0;
-    const int64_t groups = ceil_div(one_row ? args.numbers : args.columns, args.group_size);
+    const int64_t numbers = args.num_tokens * args.columns;
+    const int64_t groups = ceil_div(one_row ? numbers : args.columns, args.group_size);
     // Few groups: a wave per block, for many compute units, and a group per lane.
     const int64_t all_lanes = groups * lanes * (one_row ? 1 : args.num_tokens);
     const bool many = all_lanes > int64_t(device->compute_units) * kMaxLanes * kSpans;
@@ -131,10 +144,13 @@ int32_t wave64_per_token_group_quant_fp8(const wave64::PerTokenGroupQuantFp8Args
     const auto block = uint32_t(std::min<int64_t>(many ? kMaxLanes : device->wave_size, lanes_of_row));
     args.chunk = int32_t(block) / lanes * args.spans * args.group_size;
     int64_t rows = args.num_tokens, chunks = ceil_div(args.columns, args.chunk);
+    args.short_row = UINT32_MAX;
     if (one_row) {  // cut into rows of a block each
         args.x_stride = args.columns = args.chunk;
-        rows = ceil_div(args.numbers, args.chunk), chunks = 1;
+        rows = ceil_div(numbers, args.chunk), chunks = 1;
+        args.short_row = uint32_t(rows - 1), args.short_columns = int32_t(numbers - (rows - 1) * args.chunk);
     }
+    args.row_groups = int32_t(ceil_div(args.columns, args.group_size));
     if (rows * block > UINT32_MAX) return refuse(op, "num_tokens", "at most 2^32 lanes", rows * block);
     if (chunks > UINT16_MAX) return refuse(op, "columns", "at most 65535 blocks", chunks);
     return launch(

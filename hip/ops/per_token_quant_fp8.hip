@@ -18,7 +18,7 @@ namespace wave64 {
 
 template <typename T, int N>
 WAVE64_DEVICE void per_token_quant_fp8(const PerTokenQuantFp8Args& args) {
-    WAVE64_LDS static float lds[2][kMaxLanes / 32];  // two, so that a row's maximum may begin while the last's is read
+    WAVE64_LDS static int lds[2][kMaxLanes / 32];  // two, so that a row's maximum may begin while the last's is read
     const int num_packs = args.columns / N, first = lane_in_block(), block = args.block;
 
     int turn = 0;
@@ -32,11 +32,13 @@ WAVE64_DEVICE void per_token_quant_fp8(const PerTokenQuantFp8Args& args) {
         float amax = 0;
 #pragma unroll
         for (int i = 0; i < kHeld; i++) amax = max(amax, amax_of(held[i]));
+#pragma unroll 1
         for (int i = first + kHeld * block; i < num_packs; i += block) amax = max(amax, amax_of(x.load(i)));
 
-        const Scale scale = scale_of(block_max(amax, lds[turn], block));
+        const Scale scale = scale_of_block(amax, lds[turn], block);
 #pragma unroll
         for (int i = 0; i < kHeld; i++) q.store(first + i * block, quantized(held[i], scale.inverse));
+#pragma unroll 1
         for (int i = first + kHeld * block; i < num_packs; i += block) q.store(i, quantized(x.load(i), scale.inverse));
         if (first == 0) args.scale[token] = scale.scale;
     }
@@ -98,10 +100,8 @@ int32_t wave64_per_token_quant_fp8(const wave64::PerTokenQuantFp8Args* caller_ar
     const int64_t bytes = kernels.element_bytes;
     const bool aligned = is_16_aligned({args.x, args.q}, {args.x_stride * bytes, args.columns * bytes});
     const int64_t num_packs = aligned ? args.columns * bytes / 16 : args.columns;
-    // Many tokens: few lanes per row, so that each has much in flight. Few tokens: as many as shorten the row.
-    const int packs_per_lane = args.num_tokens > device->compute_units ? kHeld : 1;
-    args.block =
-        int32_t(std::min<int64_t>(round_up(ceil_div(num_packs, packs_per_lane), device->wave_size), kMaxLanes));
+    // Few lanes per row, so that each has much in flight and few waves meet for its maximum: quicker even for one row.
+    args.block = int32_t(std::min<int64_t>(round_up(ceil_div(num_packs, kHeld), device->wave_size), kMaxLanes));
     args.grid = int32_t(std::min<int64_t>(args.num_tokens, int64_t(device->compute_units) * kBlocksPerUnit));
 
     const uint32_t grid = args.grid, block = args.block;

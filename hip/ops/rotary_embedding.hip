@@ -1,13 +1,14 @@
 // Rotary embedding: turns the first rot_dim columns of every head of query and key by its token's angles, in place.
 //
 // The trick: both halves of a pair belong to one lane, so nothing is exchanged and nothing can be read after it was
-// overwritten. A token's angles come from memory once, for the other heads from the L1 cache.
+// overwritten. A token's angles come from memory once: a lane turns two heads by them, others have them from L1.
 // Bound by memory: the turned part of query and key in and out, 16 bytes per lane and access. With few tokens, by
 // latency: the position, then the angles, while the heads are under way.
 #include "wave64/rope.h"
 
 namespace wave64 {
 constexpr int kMaxLanes = 512;
+constexpr int kHeldHeads = 2;  // that a lane holds
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -28,17 +29,23 @@ WAVE64_DEVICE Bits32 position_of(const RotaryEmbeddingArgs& args, int64_t token)
 
 template <typename T, int N>
 WAVE64_DEVICE void rotary_embedding(const RotaryEmbeddingArgs& args) {
-    const unsigned lane = lane_in_block(), head_in_block = lane / unsigned(args.packs);
+    const unsigned lane = lane_in_block(), head_in_block = lane / args.by_packs;
     const int pack = lane - head_in_block * args.packs, half = args.rot_dim / 2;
-    const int head = block_id() * args.block_heads + head_in_block;
-    if (int(head_in_block) >= args.block_heads || head >= args.num_heads + args.num_kv_heads) return;
+    const int first = block_id() * args.block_heads * args.held_heads + head_in_block;
+    const int heads = args.num_heads + args.num_kv_heads;
+    if (int(head_in_block) >= args.block_heads || first >= heads) return;
+    const bool two = args.held_heads == kHeldHeads && first + args.block_heads < heads;
 
     for (int64_t token = block_id_y(); token < args.num_tokens; token += args.grid) {
         const int64_t position = position_of(args, token);
-        T* const x = head_of<T>(args, token, head);
+        T* const x = head_of<T>(args, token, first);
+        T* const y = head_of<T>(args, token, first + args.block_heads);
         const auto pairs = Pairs<T, N>::load(x, args.is_neox, half, pack);
+        Pairs<T, N> others = pairs;
+        if (two) others = Pairs<T, N>::load(y, args.is_neox, half, pack);
         const auto angles = load_angles<N>(args.angles, args.angles_dtype, position, half, pack);
         pairs.turned(args.is_neox, angles).store(x, args.is_neox, half, pack);
+        if (two) others.turned(args.is_neox, angles).store(y, args.is_neox, half, pack);
     }
 }
 
@@ -105,11 +112,13 @@ int32_t wave64_rotary_embedding(const wave64::RotaryEmbeddingArgs* caller_args, 
     const Kernels& kernels = kKernels[args.dtype];
     const bool aligned = is_aligned(args, kernels.element_bytes);
     args.packs = aligned ? args.rot_dim / 2 * kernels.element_bytes / 16 : args.rot_dim / 2;
+    args.by_packs = divider(args.packs);
     // Few heads: blocks of one wave, on many compute units.
     const bool few = args.num_tokens * heads * args.packs <= int64_t(device->compute_units) * kMaxLanes;
     const int lanes = few ? device->wave_size : kMaxLanes;
-    const auto head_blocks = uint32_t(ceil_div(heads, std::max(lanes / args.packs, 1)));
-    args.block_heads = int32_t(ceil_div(heads, head_blocks));
+    args.held_heads = few ? 1 : std::min(heads, kHeldHeads);
+    const auto head_blocks = uint32_t(ceil_div(heads, args.held_heads * std::max(lanes / args.packs, 1)));
+    args.block_heads = int32_t(ceil_div(heads, head_blocks * args.held_heads));
     args.grid = int32_t(std::min<int64_t>(args.num_tokens, 65535));
     const uint32_t grid = args.grid;
     const auto block = uint32_t(round_up(args.packs * args.block_heads, device->wave_size));

@@ -55,8 +55,10 @@ struct PerTokenGroupQuantFp8Args {
     int32_t group_size;  // a power of two, at most 1024
     int32_t dtype;       // of x
     // set by the launcher
-    int64_t numbers;     // of q
     int32_t chunk;       // columns of a block
+    int32_t row_groups;  // groups of a row
+    uint32_t short_row;  // the row with fewer columns than the others, if there is one
+    int32_t short_columns;
     int32_t group_bits;  // 2^group_bits is group_size
     int32_t lane_bits;   // 2^lane_bits lanes share a group
     int32_t packs;       // of a group that each of them has
@@ -112,10 +114,18 @@ struct FusedAddRmsNormArgs {
     int32_t grid;   // blocks
 };
 
+// A divisor of numbers below 2^31: n / d is n * factor >> shift, since a GPU has no division of integers (Granlund and
+// Montgomery 1994).
+struct IntDivider {
+    uint32_t factor;
+    int32_t shift;
+};
+
 // How a launch covers rows of packs that need nothing of each other (rows.h). Set by the launcher.
 struct RowShares {
     int32_t packs;       // of a row
     int32_t row_lanes;   // lanes side by side on a row
+    IntDivider by_row_lanes;
     int32_t block_rows;  // rows side by side in a block
     int32_t grid;        // blocks from row to row; the grid's other dimension goes along a row
 };
@@ -153,7 +163,9 @@ struct RotaryEmbeddingArgs {
     int32_t angles_dtype;
     // set by the launcher
     int32_t packs;        // of half a rotation's width: the lanes of a head
+    IntDivider by_packs;
     int32_t block_heads;  // heads side by side in a block
+    int32_t held_heads;   // heads of a lane, block_heads apart
     int32_t grid;         // blocks from token to token
 };
 
@@ -328,6 +340,7 @@ struct MergeAttnStatesArgs {
     int32_t head_dim;
     int32_t dtype;  // of a, b and out
     // set by the launcher
+    IntDivider by_heads;
     RowShares shares;
     int64_t num_rows;  // num_tokens * num_heads
 };
@@ -394,6 +407,37 @@ struct PagedAttentionArgs {
     int64_t num_rows;    // num_seqs * num_heads
 };
 
+// Turns the heads of query and key by their token's angles, in place, and cache[slot] = [kv_c, the turned key].
+struct ConcatAndCacheMlaRopeFusedArgs {
+    const void* positions;        // [num_tokens] int64 or int32, positions_stride apart
+    void* q_pe;                   // [num_tokens, num_heads, rope_dim], rows and heads q_pe_*stride apart
+    void* k_pe;                   // [num_tokens, rope_dim], rows k_pe_stride apart
+    const void* kv_c;             // [num_tokens, kv_lora_rank], likewise
+    const void* angles;           // [max_pos, rope_dim], cosines then sines
+    const int64_t* slot_mapping;  // [num_tokens], below 0: not kept
+    void* kv_cache;               // [slots, kv_lora_rank + rope_dim]; null where there are no slots
+    const float* scale;           // one number, or null: 1
+    int64_t positions_stride;
+    int64_t q_pe_stride;
+    int64_t q_pe_head_stride;
+    int64_t k_pe_stride;
+    int64_t kv_c_stride;
+    int64_t num_tokens;
+    int32_t num_heads;
+    int32_t kv_lora_rank;
+    int32_t rope_dim;
+    int32_t is_neox;         // 1: pairs are half of rope_dim apart; 0: they are neighbours
+    int32_t position_bytes;  // 8 or 4
+    int32_t dtype;           // of q_pe, k_pe and kv_c
+    int32_t angles_dtype;
+    int32_t cache_dtype;  // dtype, or FP8
+    // set by the launcher
+    int32_t head_packs;  // of half a head
+    IntDivider by_head_packs;
+    int32_t head_lanes;  // heads side by side in a row of lanes; behind them as many again, while there are
+    RowShares shares;
+};
+
 }  // namespace wave64
 
 #ifndef WAVE64_DEVICE_CODE
@@ -422,5 +466,6 @@ int32_t wave64_sample(const wave64::SampleArgs* args, void* stream);
 int32_t wave64_merge_attn_states(const wave64::MergeAttnStatesArgs* args, void* stream);
 int32_t wave64_moe_align_block_size(const wave64::MoeAlignBlockSizeArgs* args, void* stream);
 int32_t wave64_paged_attention(const wave64::PagedAttentionArgs* args, void* stream);
+int32_t wave64_concat_and_cache_mla_rope_fused(const wave64::ConcatAndCacheMlaRopeFusedArgs* args, void* stream);
 }
 #endif

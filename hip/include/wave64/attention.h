@@ -73,38 +73,43 @@ struct Attention {
     static constexpr int kColumns = D / kLines;  // of the values
     static constexpr int kValuePack = kColumns < kKeyPack ? kColumns : kKeyPack, kValuePacks = kColumns / kValuePack;
     static constexpr int kOperands = kKeyPack / kNumbers;            // in a pack of keys
-    static constexpr int kJoined = kHeads * (kColumns * kRows + 2);  // numbers that waves tell each other
-    using Logits = float[kHeads][kNumbers];
+    static constexpr int kProducts = kValuePack / kTiles;               // of a pack of values with the weights
+    static constexpr int kMixed = kValuePacks * kProducts;
+    static constexpr int kJoined = kHeads * (kMixed * kRows + 2);  // numbers that waves tell each other
+    using Logits = float[kHeads][kRows];
 
     Place place = place_in_wave();
     // In packs that are kParts (values: kLines) packs apart, a lane has
-    Operand query[D / 16][kHeads] = {};                      // of heads head(h) the columns that it has of keys
+    Operand query[D / 16] = {};                              // of head `line`, the columns that it has of keys
     Pack<Stored, kKeyPack> keys[kTiles][kKeyPacks];          // of rows row_of_16(tile) the packs from `part` on
     Pack<Stored, kValuePack> values[kNumbers][kValuePacks];  // of rows kNumbers * part + n the packs from `row` on
-    float peak[kHeads], total[kHeads];                       // total: of the weights of these rows
-    Sums mixed[kValuePacks][kValuePack] = {};                // row i of [u][t]: column first_column(u, i) + t
+    float peak[kHeads], total[kHeads];                       // of heads place.head(h); total: of its rows' weights
+    Sums mixed[kValuePacks][kProducts] = {};                 // see mixed_at
 
     WAVE64_DEVICE Attention() {
         for (int h = 0; h < kHeads; h++) peak[h] = kLowest, total[h] = 0;
     }
 
-    WAVE64_DEVICE int head(int h) const { return place.line + kLines * h; }
-    WAVE64_DEVICE int first_column(int u, int i) const { return kValuePack * (kRows * place.part + i + kLines * u); }
+    // The rows of a product with pack u are kLines columns that are kValuePack apart, and their kTiles - 1 neighbours.
+    // So a lane has kRuns runs of kValuePack columns: where one begins, and what it holds of its t-th column.
+    static constexpr int kRuns = kRows / kTiles;
+    WAVE64_DEVICE int first_column(int u, int run) const {
+        return kValuePack * ((kTiles == 1 ? kRows * place.part + run : place.line) + kLines * u);
+    }
+    WAVE64_DEVICE float mixed_at(int h, int u, int run, int t) const {
+        return mixed[u][t / kTiles].at[h][run * kTiles + t % kTiles];
+    }
 
     // Heads from num_heads on stay zeros.
     WAVE64_DEVICE void load_query(const T* first_head, int64_t head_stride, int num_heads) {
+        if (place.line >= num_heads) return;
+        const T* at = first_head + place.line * head_stride + kKeyPack * place.part;
 #pragma unroll
-        for (int h = 0; h < kHeads; h++) {
-            if (head(h) >= num_heads) continue;
-            const T* at = first_head + head(h) * head_stride + kKeyPack * place.part;
-#pragma unroll
-            for (int j = 0; j < kKeyPacks; j++) {
-                Array<Pack<T, 8>, kKeyPack / 8> packs;
-                for (int i = 0; i < kKeyPack / 8; i++)
-                    packs.at[i] = load_pack<T, 8>(at + kKeyPack * kParts * j + 8 * i);
-                const auto operands = __builtin_bit_cast(Array<Operand, kOperands>, packs);
-                for (int k = 0; k < kOperands; k++) query[j * kOperands + k][h] = operands.at[k];
-            }
+        for (int j = 0; j < kKeyPacks; j++) {
+            Array<Pack<T, 8>, kKeyPack / 8> packs;
+            for (int i = 0; i < kKeyPack / 8; i++) packs.at[i] = load_pack<T, 8>(at + kKeyPack * kParts * j + 8 * i);
+            const auto operands = __builtin_bit_cast(Array<Operand, kOperands>, packs);
+            for (int k = 0; k < kOperands; k++) query[j * kOperands + k] = operands.at[k];
         }
     }
 
@@ -130,22 +135,23 @@ struct Attention {
                     rows + int64_t(n) * pool.row_bytes + bytes * kLines * u, at)};
     }
 
-    // Of the group's keys kNumbers * part + ...
+    // Of the group's keys place.row_of_sums(i).
     WAVE64_DEVICE void find_logits(const Logit& logit, Logits& logits) const {
+        Sums sums = {};
 #pragma unroll
-        for (int tile = 0; tile < kTiles; tile++) {
-            Sums sums = {};
+        for (int j = 0; j < kKeyPacks; j++) {
+            Array<Operand, kOperands> operands[kTiles];
+            for (int tile = 0; tile < kTiles; tile++)
+                operands[tile] = __builtin_bit_cast(Array<Operand, kOperands>, widened<T>(keys[tile][j]));
 #pragma unroll
-            for (int j = 0; j < kKeyPacks; j++) {
-                const auto operands = __builtin_bit_cast(Array<Operand, kOperands>, widened<T>(keys[tile][j]));
-#pragma unroll
-                for (int k = 0; k < kOperands; k++) multiply<T>(operands.at[k], query[j * kOperands + k], sums);
+            for (int k = 0; k < kOperands; k++) {
+                Operand x[kTiles];
+                for (int tile = 0; tile < kTiles; tile++) x[tile] = operands[tile].at[k];
+                multiply<T>(x, query[j * kOperands + k], sums);
             }
-            for (int h = 0; h < kHeads; h++)
-                for (int i = 0; i < kRows; i++) logits[h][tile * kRows + i] = sums.at[h][i];
         }
-        for (auto& row : logits)
-            for (float& x : row) x *= logit.factor;
+        for (int h = 0; h < kHeads; h++)
+            for (int i = 0; i < kRows; i++) logits[h][i] = sums.at[h][i] * logit.factor;
         if (logit.cap > 0)
             for (auto& row : logits)
                 for (float& x : row) x = logit.capped(x);
@@ -158,8 +164,12 @@ struct Attention {
         for (int n = 0; n < kNumbers; n++) {
             const int key = first_key + kNumbers * place.part + n;
             if (key >= first && key < end) continue;
-            for (int h = 0; h < kHeads; h++) logits[h][n] = -__builtin_huge_valf();
             for (int u = 0; u < kValuePacks; u++) values[n][u].bits = {};
+        }
+        for (int i = 0; i < kRows; i++) {
+            const int key = first_key + place.row_of_sums(i);
+            if (key >= first && key < end) continue;
+            for (int h = 0; h < kHeads; h++) logits[h][i] = -__builtin_huge_valf();
         }
     }
 
@@ -169,8 +179,8 @@ struct Attention {
 #pragma unroll
         for (int u = 0; u < kValuePacks; u++)
 #pragma unroll
-            for (int t = 0; t < kValuePack; t++)
-                for (int i = 0; i < kRows; i++) mixed[u][t].at[h][i] *= shrink;
+            for (int p = 0; p < kProducts; p++)
+                for (int i = 0; i < kRows; i++) mixed[u][p].at[h][i] *= shrink;
     }
 
     WAVE64_DEVICE void raise_peaks(const Logits& logits) {
@@ -179,34 +189,33 @@ struct Attention {
         bool above = false;
         for (int h = 0; h < kHeads; h++) {
             top[h] = logits[h][0];
-            for (int n = 1; n < kNumbers; n++) top[h] = max(top[h], logits[h][n]);
+            for (int i = 1; i < kRows; i++) top[h] = max(top[h], logits[h][i]);
             above |= top[h] > peak[h] + slack;
         }
         if (!ballot(above)) return;
-        for (int h = 0; h < kHeads; h++) raise_peak(h, max(peak[h], max_of_parts(top[h])));
+        for (int h = 0; h < kHeads; h++) raise_peak(h, max(peak[h], max_of_rows(top[h])));
     }
 
     WAVE64_DEVICE void mix(const Logits& logits) {
-        Operand weights[kHeads];
+        float unrounded[kHeads][kRows];
         for (int h = 0; h < kHeads; h++)
-            for (int n = 0; n < kNumbers; n += 2) {
-                const float x = exp2(logits[h][n] - peak[h]), y = exp2(logits[h][n + 1] - peak[h]);
-                total[h] += x + y;
-                weights[h].words[n / 2] = rounded_pair(x, y, T());
-            }
+            for (int i = 0; i < kRows; i++) total[h] += unrounded[h][i] = exp2(logits[h][i] - peak[h]);
+        const Operand weights = operand_of<T>(unrounded);
 #pragma unroll
         for (int u = 0; u < kValuePacks; u++) {
             Array<Bits32, kValuePack / 2> rows[kNumbers];
 #pragma unroll
             for (int n = 0; n < kNumbers; n++) rows[n] = widened<T>(values[n][u]);
 #pragma unroll
-            for (int t = 0; t < kValuePack; t++) {
-                Operand column;
-                for (int n = 0; n < kNumbers; n += 2) {
-                    const Bits32 x = rows[n].at[t / 2], y = rows[n + 1].at[t / 2];
-                    column.words[n / 2] = t % 2 ? high_halves(x, y) : low_halves(x, y);
-                }
-                multiply<T>(column, weights, mixed[u][t]);
+            for (int p = 0; p < kProducts; p++) {
+                Operand columns[kTiles];
+                for (int tile = 0; tile < kTiles; tile++)
+                    for (int n = 0; n < kNumbers; n += 2) {
+                        const int t = p * kTiles + tile;
+                        const Bits32 x = rows[n].at[t / 2], y = rows[n + 1].at[t / 2];
+                        columns[tile].words[n / 2] = t % 2 ? high_halves(x, y) : low_halves(x, y);
+                    }
+                multiply<T>(columns, weights, mixed[u][p]);
             }
         }
     }
@@ -216,10 +225,10 @@ struct Attention {
     WAVE64_DEVICE void join_waves(int wave) {
         WAVE64_LDS static float lds[WAVES / 2][kJoined][kLanes];
         const int lane = lane_in_block() % kLanes;
-        const auto place_of = [](int u, int t, int h, int i) {
-            return 2 * kHeads + ((u * kValuePack + t) * kHeads + h) * kRows + i;
+        const auto place_of = [](int u, int p, int h, int i) {
+            return 2 * kHeads + ((u * kProducts + p) * kHeads + h) * kRows + i;
         };
-        for (int h = 0; h < kHeads; h++) total[h] = sum_of_parts(total[h]);
+        for (int h = 0; h < kHeads; h++) total[h] = sum_of_rows(total[h]);
         for (int half = WAVES / 2; half > 0; half /= 2) {
             if (wave >= half && wave < 2 * half) {
                 auto& theirs = lds[wave - half];
@@ -227,9 +236,9 @@ struct Attention {
 #pragma unroll
                 for (int u = 0; u < kValuePacks; u++)
 #pragma unroll
-                    for (int t = 0; t < kValuePack; t++)
+                    for (int p = 0; p < kProducts; p++)
                         for (int h = 0; h < kHeads; h++)
-                            for (int i = 0; i < kRows; i++) theirs[place_of(u, t, h, i)][lane] = mixed[u][t].at[h][i];
+                            for (int i = 0; i < kRows; i++) theirs[place_of(u, p, h, i)][lane] = mixed[u][p].at[h][i];
             }
             block_barrier();
             if (wave < half) {
@@ -242,9 +251,9 @@ struct Attention {
 #pragma unroll
                     for (int u = 0; u < kValuePacks; u++)
 #pragma unroll
-                        for (int t = 0; t < kValuePack; t++)
+                        for (int p = 0; p < kProducts; p++)
                             for (int i = 0; i < kRows; i++)
-                                mixed[u][t].at[h][i] += theirs[place_of(u, t, h, i)][lane] * scale;
+                                mixed[u][p].at[h][i] += theirs[place_of(u, p, h, i)][lane] * scale;
                 }
             }
             block_barrier();
@@ -256,12 +265,13 @@ struct Attention {
     WAVE64_DEVICE void store_mixed(int h, float scale, Store store) const {
 #pragma unroll
         for (int u = 0; u < kValuePacks; u++)
-            for (int i = 0; i < kRows; i++)
+            for (int run = 0; run < kRuns; run++)
 #pragma unroll
-                for (int t = 0; t < kValuePack; t += 4)
-                    store(first_column(u, i) + t,
-                          Array<float, 4>{{mixed[u][t].at[h][i] * scale, mixed[u][t + 1].at[h][i] * scale,
-                                           mixed[u][t + 2].at[h][i] * scale, mixed[u][t + 3].at[h][i] * scale}});
+                for (int t = 0; t < kValuePack; t += 4) {
+                    Array<float, 4> columns;
+                    for (int c = 0; c < 4; c++) columns.at[c] = mixed_at(h, u, run, t + c) * scale;
+                    store(first_column(u, run) + t, columns);
+                }
     }
 };
 

@@ -62,6 +62,11 @@ struct Pack {
     }
 };
 
+// n / d for n below 2^31.
+WAVE64_DEVICE unsigned operator/(unsigned n, const IntDivider& d) {
+    return unsigned(uint64_t(n) * d.factor >> d.shift);
+}
+
 // A row of num_packs packs. Past the end it reads zeros and swallows writes. N * sizeof(T) must divide its address.
 template <typename T, int N>
 class Row {
@@ -75,16 +80,27 @@ public:
     WAVE64_DEVICE void store(int i, const Pack<T, N>& pack) const { memory.store(i * int(sizeof(T)) * N, pack.bits); }
 };
 
-// The largest over each run of `lanes` lanes, a power of two, in every lane of the run.
+// The largest over each run of `lanes` lanes, a power of two, in every lane of the run, of some numbers at once.
+template <int N>
+WAVE64_DEVICE void run_max(int (&x)[N], int lanes) {
+    const auto larger = [](int& a, int b) { a = a > b ? a : b; };
+    if (lanes > 1)
+        for (int& each : x) larger(each, from_other_half<1>(each));
+    if (lanes > 2)
+        for (int& each : x) larger(each, from_other_half<2>(each));
+    if (lanes > 4)
+        for (int& each : x) larger(each, from_other_half<4>(each));
+    if (lanes > 8)
+        for (int& each : x) larger(each, from_other_half<8>(each));
+    if (lanes > 16)
+        for (int& each : x) larger(each, from_other_half<16>(each));
+    if (lanes > 32)
+        for (int& each : x) larger(each, from_other_half<32>(each));
+}
 WAVE64_DEVICE int run_max(int x, int lanes) {
-    const auto larger = [](int a, int b) { return a > b ? a : b; };
-    if (lanes > 1) x = larger(x, from_other_half<1>(x));
-    if (lanes > 2) x = larger(x, from_other_half<2>(x));
-    if (lanes > 4) x = larger(x, from_other_half<4>(x));
-    if (lanes > 8) x = larger(x, from_other_half<8>(x));
-    if (lanes > 16) x = larger(x, from_other_half<16>(x));
-    if (lanes > 32) x = larger(x, from_other_half<32>(x));
-    return x;
+    int one[] = {x};
+    run_max(one, lanes);
+    return one[0];
 }
 
 // The sum over the block's lanes, in every lane; `lds` holds a float per wave and may be read until the next barrier.
@@ -97,8 +113,10 @@ WAVE64_DEVICE float block_sum(float x, float* lds, int block) {
     return wave_sum(lane < num_waves ? lds[lane] : 0);
 }
 
-// The largest over the block's lanes, in every lane; `lds` as for block_sum.
-WAVE64_DEVICE float block_max(float x, float* lds, int block) {
+// The largest over the block's lanes, in every lane; `lds` as for block_sum. Of sizes, give the bits, which are in the
+// sizes' order: some hardware compares whole numbers over a wave in one instruction.
+template <typename T>
+WAVE64_DEVICE T block_max(T x, T* lds, int block) {
     x = wave_max(x);
     const int num_waves = block / wave_size(), lane = lane_in_block() % wave_size();
     if (num_waves == 1) return x;

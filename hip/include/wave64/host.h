@@ -76,6 +76,12 @@ bool register_op(const char* name, std::initializer_list<Field> fields) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// `d` as kernels divide by it: 1 to 2^31.
+inline IntDivider divider(uint32_t d) {
+    const int32_t bits = d > 1 ? 32 - __builtin_clz(d - 1) : 0;  // of what is rounded up to a power of two
+    return {uint32_t((uint64_t(1) << (31 + bits)) / d + 1), 31 + bits};
+}
+
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Whether 16 divides all of these: addresses, and sizes and strides in bytes.

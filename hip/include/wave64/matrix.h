@@ -1,18 +1,18 @@
 // Matrix instructions, in one shape for all architectures:
 //
-//     sums[row][head] += x[row][k] * y[head][k], over 16 k and for 16 heads
+//     sums[row][head] += x[row][k] * y[head][k], over 16 k, for 16 rows and for kTileHeads heads
 //
-// The lanes of a wave are kLines lines of kParts parts. A lane holds one of x's kLines rows and the heads line,
-// line + kLines, ... of y's, and of each the kNumbers k that its part has. Of the sums it gets the same heads, of the
-// rows those from kRows * part on. So the sums of 16 rows lie as a y does: a lane that finds logits of some keys needs,
-// for the weighted sum of values, the weights of the very same keys, and lanes exchange nothing.
+// The lanes of a wave are kLines lines of kParts parts. A lane holds of y's heads the line-th, of x's rows one in each
+// of kTiles operands, and of both the kNumbers k that its part has. Of the sums it gets kHeads heads and kRows rows.
 //
-//                   kLines  kParts  line       part
-//     gfx9              16       4  lane % 16  lane / 16
-//     gfx11, gfx12      16       2  lane % 16  lane / 16
-//     sm_90              8       4  lane / 4   lane % 4
+//                   kLines  kParts  line       part       heads of sums        rows of sums
+//     gfx9              16       4  lane % 16  lane / 16  line                 kRows * part + 0, 1, ...
+//     gfx11, gfx12      16       2  lane % 16  lane / 16  line                 kRows * part + 0, 1, ...
+//     sm_90              8       4  lane / 4   lane % 4   2 part, 2 part + 1   line, line + 8
 //
-// Which k a part has is nobody's business as long as x and y agree.
+// Which k a part has is nobody's business as long as x and y agree. So on AMD the sums of 16 rows lie as a y does: a
+// lane that finds logits of some keys needs, for the weighted sum of values, the weights of the very same keys, and
+// lanes exchange nothing. On sm_90 the sums are turned first (operand_of).
 #pragma once
 
 #include "wave64/device.h"
@@ -27,17 +27,25 @@ constexpr int kLines = 16, kParts = 2;
 constexpr int kLines = 8, kParts = 4;
 #endif
 constexpr int kLanes = kLines * kParts;  // the wave size
-constexpr int kHeads = 16 / kLines;      // of a lane
-constexpr int kTiles = 16 / kLines;      // products that make 16 rows
-constexpr int kNumbers = 16 / kParts;    // k of a lane
-constexpr int kRows = kLines / kParts;   // of a lane, in a product's sums
+constexpr int kTileHeads = kLines;
+constexpr int kTiles = 16 / kLines;    // rows of x that a lane holds
+constexpr int kNumbers = 16 / kParts;  // k of a lane
+constexpr int kHeads = kTiles;         // of a lane, in its sums
+constexpr int kRows = kNumbers / kHeads;  // likewise
 
 struct Place {
     int line, part;
     int row;  // of an x
 
-    // Of 16 rows, the one that the lane holds of the tile-th x. Then its sums are of rows kNumbers * part + 0, 1, ...
-    WAVE64_DEVICE int row_of_16(int tile) const { return row / kRows * kNumbers + tile * kRows + row % kRows; }
+    // Which of 16 rows the lane holds in the tile-th x, and which its i-th sums are of: in this order, the rows that
+    // it is to hold as k of the next product are kNumbers * part + 0, 1, ...
+    WAVE64_DEVICE int row_of_16(int tile) const {
+        return kTiles == 1 ? row : row / 2 * kNumbers + tile * 2 + row % 2;
+    }
+    WAVE64_DEVICE int row_of_sums(int i) const { return kTiles == 1 ? kRows * part + i : row_of_16(i); }
+    WAVE64_DEVICE int head(int h) const { return kTiles == 1 ? line : kHeads * part + h; }
+    // Of the lanes with the same heads, the first.
+    WAVE64_DEVICE bool first_of_heads() const { return (kTiles == 1 ? part : line) == 0; }
 };
 
 WAVE64_DEVICE Place place_in_wave() {
@@ -50,18 +58,18 @@ WAVE64_DEVICE Place place_in_wave() {
 #endif
 }
 
-// The sum over the parts of a line, or the largest, in all of them.
+// The sum over the lanes that have the same heads in their sums, or the largest, in all of them.
 template <typename Join>
-WAVE64_DEVICE float joined_parts(float x, Join join) {
-    constexpr int step = kLines == 16 ? 16 : 1;
-    for (int bit = step; bit < step * kParts; bit *= 2) x = join(x, from_lane(x, lane_in_block() % kLanes ^ bit));
+WAVE64_DEVICE float joined_rows(float x, Join join) {
+    for (int bit = kTiles == 1 ? kLines : kParts; bit < kLanes; bit *= 2)
+        x = join(x, from_lane(x, lane_in_block() % kLanes ^ bit));
     return x;
 }
-WAVE64_DEVICE float sum_of_parts(float x) {
-    return joined_parts(x, [](float a, float b) { return a + b; });
+WAVE64_DEVICE float sum_of_rows(float x) {
+    return joined_rows(x, [](float a, float b) { return a + b; });
 }
-WAVE64_DEVICE float max_of_parts(float x) {
-    return joined_parts(x, [](float a, float b) { return max(a, b); });
+WAVE64_DEVICE float max_of_rows(float x) {
+    return joined_rows(x, [](float a, float b) { return max(a, b); });
 }
 
 // A lane's k of a row or head, two numbers of 16 bits to a word.
@@ -73,30 +81,36 @@ struct Sums {
     float at[kHeads][kRows];
 };
 
+#if defined(WAVE64_CPU) || defined(__HIP__)
+// Sums, rounded, as a y.
+template <typename T>
+WAVE64_DEVICE Operand operand_of(const float (&x)[kHeads][kRows]) {
+    Operand y;
+    for (int n = 0; n < kNumbers; n += 2) y.words[n / 2] = rounded_pair(x[0][n], x[0][n + 1], T());
+    return y;
+}
+#endif
+
 #if defined(WAVE64_CPU)
 
 template <typename T>
-WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& sums) {
+WAVE64_DEVICE void multiply(const Operand (&x)[kTiles], const Operand& y, Sums& sums) {
     const auto [line, part, row] = place_in_wave();
-    const auto lane_of = [](int line, int part) { return kLines == 16 ? part * 16 + line : line * kParts + part; };
     int line_of[kLines];  // of the lanes that hold a row of x
     const uint64_t* all = meet_wave(9, row);
-    for (int l = 0; l < kLines; l++) line_of[all[lane_of(l, part)]] = l;
-    T rows[kRows][kParts][kNumbers], heads[kHeads][kParts][kNumbers];
+    for (int l = 0; l < kLines; l++) line_of[all[part * kLines + l]] = l;
+    T rows[kRows][kParts][kNumbers], head[kParts][kNumbers];
     for (int word = 0; word < kNumbers / 2; word++) {
-        all = meet_wave(7, x.words[word]);
+        all = meet_wave(7, x[0].words[word]);
         for (int p = 0; p < kParts; p++)
             for (int i = 0; i < kRows; i++)
-                __builtin_memcpy(&rows[i][p][2 * word], all + lane_of(line_of[kRows * part + i], p), 4);
-        for (int h = 0; h < kHeads; h++) {
-            all = meet_wave(8, y[h].words[word]);
-            for (int p = 0; p < kParts; p++) __builtin_memcpy(&heads[h][p][2 * word], all + lane_of(line, p), 4);
-        }
+                __builtin_memcpy(&rows[i][p][2 * word], all + p * kLines + line_of[kRows * part + i], 4);
+        all = meet_wave(8, y.words[word]);
+        for (int p = 0; p < kParts; p++) __builtin_memcpy(&head[p][2 * word], all + p * kLines + line, 4);
     }
-    for (int h = 0; h < kHeads; h++)
-        for (int i = 0; i < kRows; i++)
-            for (int p = 0; p < kParts; p++)
-                for (int n = 0; n < kNumbers; n++) sums.at[h][i] += float(rows[i][p][n]) * float(heads[h][p][n]);
+    for (int i = 0; i < kRows; i++)
+        for (int p = 0; p < kParts; p++)
+            for (int n = 0; n < kNumbers; n++) sums.at[0][i] += float(rows[i][p][n]) * float(head[p][n]);
 }
 
 #elif defined(__HIP__)
@@ -120,12 +134,12 @@ using Whole = Operand;
 #endif
 
 template <typename T>
-WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& sums) {
+WAVE64_DEVICE void multiply(const Operand (&x)[kTiles], const Operand& y, Sums& sums) {
     constexpr int numbers = sizeof(Whole) / 2;
     using Floats = float __attribute__((ext_vector_type(kRows)));
     using Halves = fp16 __attribute__((ext_vector_type(numbers)));
     using Shorts = short __attribute__((ext_vector_type(numbers)));
-    const auto a = __builtin_bit_cast(Shorts, Whole(x)), b = __builtin_bit_cast(Shorts, Whole(y[0]));
+    const auto a = __builtin_bit_cast(Shorts, Whole(x[0])), b = __builtin_bit_cast(Shorts, Whole(y));
     auto c = __builtin_bit_cast(Floats, sums);
     if constexpr (__is_same(T, fp16)) {
         const auto rows = __builtin_bit_cast(Halves, a), heads = __builtin_bit_cast(Halves, b);
@@ -150,21 +164,31 @@ WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& 
 
 #else
 
-// The instruction's rows are the heads, its columns x's rows.
 template <typename T>
-WAVE64_DEVICE void multiply(const Operand& x, const Operand (&y)[kHeads], Sums& sums) {
+WAVE64_DEVICE void multiply(const Operand (&x)[kTiles], const Operand& y, Sums& sums) {
     auto& [low, high] = sums.at;
 #define WAVE64_MMA(TYPE)                                                                                  \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
         "{%8, %9}, {%0, %1, %2, %3};"                                                                     \
-        : "+f"(low[0]), "+f"(low[1]), "+f"(high[0]), "+f"(high[1])                                        \
-        : "r"(y[0].words[0]), "r"(y[1].words[0]), "r"(y[0].words[1]), "r"(y[1].words[1]), "r"(x.words[0]), \
-          "r"(x.words[1]))
+        : "+f"(low[0]), "+f"(high[0]), "+f"(low[1]), "+f"(high[1])                                        \
+        : "r"(x[0].words[0]), "r"(x[1].words[0]), "r"(x[0].words[1]), "r"(x[1].words[1]), "r"(y.words[0]), \
+          "r"(y.words[1]))
     if constexpr (__is_same(T, fp16))
         WAVE64_MMA("f16");
     else
         WAVE64_MMA("bf16");
 #undef WAVE64_MMA
+}
+
+// A word has one row and two heads; turned, one head and two rows.
+template <typename T>
+WAVE64_DEVICE Operand operand_of(const float (&x)[kHeads][kRows]) {
+    Operand y;
+    for (int i = 0; i < kRows; i++) {
+        y.words[i] = rounded_pair(x[0][i], x[1][i], T());
+        asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(y.words[i]));
+    }
+    return y;
 }
 
 #endif

@@ -20,10 +20,9 @@ WAVE64_DEVICE Scale scale_of(float amax) {
     return {amax / kFp8Max, kBelowFp8Max / amax};
 }
 
-// The scale of a group that a run of `lanes` lanes shares, each with the amax of what it has: sizes, which are in the
-// order of their bits.
-WAVE64_DEVICE Scale scale_of_run(float amax, int lanes) {
-    return scale_of(__builtin_bit_cast(float, run_max(__builtin_bit_cast(int, amax), lanes)));
+// The scale of what a block shares, whose lanes have the amax of their parts each.
+WAVE64_DEVICE Scale scale_of_block(float amax, int* lds, int block) {
+    return scale_of(__builtin_bit_cast(float, block_max(__builtin_bit_cast(int, amax), lds, block)));
 }
 
 // The largest size of a pack's numbers; NaN do not count.

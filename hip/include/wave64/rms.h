@@ -59,6 +59,7 @@ WAVE64_DEVICE void normalize_rows(const Args& args) {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < kRmsHeld; i++) sum += sum_of_squares(held[i] = row.x(first + i * block, loaded[i]));
+#pragma unroll 1
         for (int i = first + kRmsHeld * block; i < num_packs; i += block) sum += sum_of_squares(row.x(i, row.load(i)));
 
         const float scale = rsqrt(block_sum(sum, lds[turn], block) * share + args.eps);
@@ -67,6 +68,7 @@ WAVE64_DEVICE void normalize_rows(const Args& args) {
             forget(held_weight[i].bits);  // unpacked ahead of the loop, weights double in size and make x's load wait
             row.store(first + i * block, scaled(held[i], held_weight[i], scale));
         }
+#pragma unroll 1
         for (int i = first + kRmsHeld * block; i < num_packs; i += block)
             row.store(i, scaled(row.again(i), weight.load(i), scale));
     }

@@ -27,7 +27,7 @@ struct RowShare {
 };
 
 WAVE64_DEVICE RowShare row_share(const RowShares& shares) {
-    const unsigned lane = lane_in_block(), row = lane / unsigned(shares.row_lanes);
+    const unsigned lane = lane_in_block(), row = lane / shares.by_row_lanes;
     const int pack = block_id() * shares.row_lanes + int(lane - row * unsigned(shares.row_lanes));
     const bool some = int(row) < shares.block_rows && pack < shares.packs;
     return {pack, some ? int64_t(block_id_y()) * shares.block_rows + row : int64_t(1) << 62,
@@ -57,7 +57,7 @@ inline Launch over_rows(const char* op, const char* kernel, int64_t num_rows, in
     int64_t grid = ceil_div(num_rows, block_rows);
     if (grid * pieces * block >= units * kLanesThatFill * held) grid = ceil_div(grid, held);
     grid = std::min(grid, kMaxGrid);
-    shares = {int32_t(packs), int32_t(row_lanes), int32_t(block_rows), int32_t(grid)};
+    shares = {int32_t(packs), int32_t(row_lanes), divider(uint32_t(row_lanes)), int32_t(block_rows), int32_t(grid)};
     return {op, kernel, {uint32_t(pieces), uint32_t(grid), 1}, {uint32_t(block), 1, 1}, 0};
 }
 

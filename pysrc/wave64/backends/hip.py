@@ -109,12 +109,12 @@ def arguments(launch) -> dict[str, int | float]:
 
 def launch(op: str, tensor: Tensor, *args) -> None:
     """Calls an operator of `_hip` for the device that holds `tensor`, on that device's current stream."""
-    function = getattr(_hip, op)
-    if not tensor.is_cuda:
+    function, index = getattr(_hip, op), tensor.get_device()
+    if index < 0:
         if not _hip.recording():
             raise ValueError(f"hip: expected GPU tensors outside of record(), got one on {tensor.device}")
         function(*args, 0)
-    elif (index := tensor.device.index) == torch.cuda.current_device():
+    elif index == torch._C._cuda_getDevice():
         function(*args, torch._C._cuda_getCurrentRawStream(index))
     else:
         with torch.cuda.device(index):

@@ -3,6 +3,7 @@
 from wave64.ops.apply_penalties import apply_penalties
 from wave64.ops.apply_token_bitmask import apply_token_bitmask
 from wave64.ops.concat_and_cache_mla import concat_and_cache_mla
+from wave64.ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
 from wave64.ops.fp8_block_scaled_mm import fp8_block_scaled_mm
 from wave64.ops.fp8_scaled_mm import fp8_scaled_mm
 from wave64.ops.fused_add_rms_norm import fused_add_rms_norm
@@ -29,9 +30,9 @@ from wave64.ops.topk_softmax import topk_softmax
 from wave64.ops.transfer_kv import transfer_kv
 from wave64.ops.varlen_attention import varlen_attention
 
-__all__ = ["apply_penalties", "apply_token_bitmask", "concat_and_cache_mla", "fp8_block_scaled_mm", "fp8_scaled_mm",
-           "fused_add_rms_norm", "fused_moe", "gelu_and_mul", "gelu_tanh_and_mul", "grouped_topk", "merge_attn_states",
-           "mla_decode", "mla_decode_rope", "moe_align_block_size", "paged_attention", "per_tensor_quant_fp8",
-           "per_token_group_quant_fp8", "per_token_quant_fp8", "prefill_attention", "reshape_and_cache", "rms_norm",
-           "rotary_embedding", "sample", "silu_and_mul", "silu_and_mul_per_token_group_quant_fp8", "topk_softmax",
-           "transfer_kv", "varlen_attention"]
+__all__ = ["apply_penalties", "apply_token_bitmask", "concat_and_cache_mla", "concat_and_cache_mla_rope_fused",
+           "fp8_block_scaled_mm", "fp8_scaled_mm", "fused_add_rms_norm", "fused_moe", "gelu_and_mul",
+           "gelu_tanh_and_mul", "grouped_topk", "merge_attn_states", "mla_decode", "mla_decode_rope",
+           "moe_align_block_size", "paged_attention", "per_tensor_quant_fp8", "per_token_group_quant_fp8",
+           "per_token_quant_fp8", "prefill_attention", "reshape_and_cache", "rms_norm", "rotary_embedding", "sample",
+           "silu_and_mul", "silu_and_mul_per_token_group_quant_fp8", "topk_softmax", "transfer_kv", "varlen_attention"]

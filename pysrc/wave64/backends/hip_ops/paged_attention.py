@@ -61,7 +61,9 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
         return out
     keys = max_pages * page_size
     window = min(sliding_window, keys)
-    tiles = kv_heads * -(-heads // kv_heads // 16)
+    arch = platform.arch()
+    tile_heads = 8 if arch and arch.vendor == "nvidia" else 16  # kTileHeads of the kernel
+    tiles = kv_heads * -(-heads // kv_heads // tile_heads)
     shares = shares_of(num_seqs, window if window > 0 else keys, tiles)
     device, parts = query.device, num_seqs + shares
     spaces = [workspace(parts, heads, head_dim, dtype=torch.float32, device=device),
