@@ -115,8 +115,10 @@ def settled(x, CDNA: tl.constexpr):
 def uniform(x, CDNA: tl.constexpr):
     """x, the same in all lanes. What came through a sum looks otherwise to CDNA's compiler, which then does all that
     follows from it, addresses and loops among it, in vector registers, and loads page numbers as vectors, too."""
-    if CDNA and not INTERPRETED:  # with the waits that the compiler puts nowhere near inline assembly: x's, the result's
-        return tl.inline_asm_elementwise("s_nop 0\nv_readfirstlane_b32 $0, $1\ns_nop 4", "=s,v", [x], tl.int32, True, 1)
+    if CDNA and not INTERPRETED:
+        # s_nop: around inline assembly the compiler leaves out the waits, before x is read and before the result is.
+        code: tl.constexpr = "s_nop 0\nv_readfirstlane_b32 $0, $1\ns_nop 4"
+        return tl.inline_asm_elementwise(code, "=s,v", [x], tl.int32, True, 1)
     return x
 
 

@@ -80,7 +80,8 @@ WRONG = {
                              r"v3 is used, but no s_waitcnt .*lgkmcnt"),
     "unwaited store before a barrier": ("v_lshlrev_b32_e32 v1, 2, v0\nds_write_b32 v1, v0\ns_barrier\n",
                                         r"a barrier, but no s_waitcnt has waited for the LDS stores"),
-    "missing wait for a load to LDS": (LOAD + "s_mov_b32 m0, 0\nglobal_load_lds_dword v1, s[0:1]\nds_read_b32 v3, v1\n",
+    "missing wait for a load to LDS": (LOAD + "s_mov_b32 m0, 0\ns_nop 0\nglobal_load_lds_dword v1, s[0:1]\n"
+                                       "ds_read_b32 v3, v1\n",
                                        r"LDS is accessed, but no s_waitcnt has waited \(vmcnt\)"),
     "LDS race": ("v_lshlrev_b32_e32 v1, 2, v0\nds_write_b32 v1, v0\ns_waitcnt lgkmcnt(0)\nv_xor_b32_e32 v1, 256, v1\n"
                  "ds_read_b32 v2, v1\n",

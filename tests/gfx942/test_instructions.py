@@ -101,6 +101,8 @@ INTEGER = {
     "v_bfrev_b32_e32 v16, v12": lambda g: np.array([int(f"{x:032b}"[::-1], 2) for x in g[4].tolist()]),
     "v_ffbh_u32_e32 v16, v12": lambda g: np.array([32 - x.bit_length() if x else -1 for x in g[4].tolist()]),
     "v_and_b32_e32 v3, 0x0f0f0f0f, v14\nv_perm_b32 v16, v12, v13, v3": lambda g: _perm(g[4], g[5], g[6] & 0x0F0F0F0F),
+    "s_mov_b32 s4, 0x0d070c09\nv_perm_b32 v16, v12, v13, s4":
+        lambda g: _perm(g[4], g[5], np.full(len(g[4]), 0x0D070C09, U32)),
     "v_mbcnt_lo_u32_b32 v16, -1, v12": lambda g: g[4] + np.minimum(np.arange(len(g[4])) % 64, 32).astype(U32),
     "v_cvt_u32_f32_e32 v16, v8": lambda g: np.clip(np.nan_to_num(np.trunc(floats(g[0]))), 0, 2**32 - 1),
     "v_cvt_i32_f32_e32 v16, v8": lambda g: np.clip(np.nan_to_num(np.trunc(floats(g[0]))), -2**31, 2**31 - 1),
@@ -120,7 +122,7 @@ INTEGER = {
         lambda g: np.array([g[4][i & ~31 | ((i & 31 & 0b00111 | 0b01000) ^ 0b00010)] for i in range(len(g[4]))]),
     "v_and_b32_e32 v3, 0xfc, v13\nds_bpermute_b32 v16, v3, v12\ns_waitcnt lgkmcnt(0)":
         lambda g: np.array([g[4][i & ~63 | (int(g[5][i]) & 0xFC) >> 2] for i in range(len(g[4]))]),
-    "v_readfirstlane_b32 s4, v12\nv_mov_b32_e32 v16, s4": lambda g: np.repeat(g[4][::64], 64),
+    "v_readfirstlane_b32 s4, v12\ns_nop 1\nv_mov_b32_e32 v16, s4": lambda g: np.repeat(g[4][::64], 64),
     "v_cmp_class_f32_e64 vcc, v8, 3\nv_cndmask_b32_e64 v16, 0, 1, vcc": lambda g: np.isnan(floats(g[0])),
 }
 FLOAT = {
@@ -261,8 +263,10 @@ MATRICES = [
     ("v_mfma_f32_4x4x4_16b_bf16", "gfx942"),
     ("v_mfma_i32_32x32x16_i8", "gfx942"), ("v_mfma_i32_16x16x32_i8", "gfx942"), ("v_mfma_i32_4x4x4_16b_i8", "gfx942"),
     ("v_mfma_f32_16x16x32_fp8_fp8", "gfx942"), ("v_mfma_f32_32x32x16_fp8_bf8", "gfx942"),
+    ("v_mfma_f32_32x32x16_fp8_fp8", "gfx942"),
     ("v_mfma_f32_16x16x32_bf8_fp8", "gfx942"), ("v_mfma_f64_16x16x4_f64", "gfx942"),
     ("v_mfma_f32_16x16x32_f16", "gfx950"), ("v_mfma_f32_32x32x16_bf16", "gfx950"), ("v_mfma_i32_16x16x64_i8", "gfx950"),
+    ("v_mfma_f32_16x16x32_bf16", "gfx950"), ("v_mfma_f32_32x32x16_f16", "gfx950"),
     ("v_mfma_i32_32x32x32_i8", "gfx950"), ("v_mfma_f32_16x16x32_fp8_fp8", "gfx950"),
     ("v_mfma_f32_16x16x128_f8f6f4", "gfx950"), ("v_mfma_f32_32x32x64_f8f6f4", "gfx950"),
 ]
@@ -270,26 +274,29 @@ SHAPE = re.compile(r"v_mfma_\w\d\d_(\d+)x\d+x(\d+)(?:_(\d+)b)?_(\w+)")
 TORCH = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 
 
-def _matrix_body(name, agpr):
-    """A and B from 8 registers each, C from 32; D back to 32, of VGPRs or AGPRs."""
+def _matrix_body(name, registers):
+    """A and B from 8 registers each, C from 32; D back to 32. registers: all of them "vgpr" or "agpr"; or "zero",
+    which is C then, D of AGPRs."""
     size, depth, blocks, kinds = SHAPE.match(name).groups()
     size, depth, blocks = int(size), int(depth), int(blocks or 1)
     bits = 64 if "f64" in kinds else 32 if kinds == "f32" else 16 if "f16" in kinds else 8
     words = size * blocks * depth * bits // 64 // 32
     results = size * size * blocks // 64 * (2 if bits == 64 else 1)
-    file = "a" if agpr else "v"
-    first = 0 if agpr else 24
+    file, of_factors = {"vgpr": "vv", "agpr": "aa", "zero": "av"}[registers]
+    first, factors = 24 if file == "v" else 0, 8 if of_factors == "v" else 32
 
     def span(letter, start, count):
         return f"{letter}{start}" if count == 1 else f"{letter}[{start}:{start + count - 1}]"
 
     lines = ["s_load_dwordx4 s[0:3], s[0:1], 0x0", "v_mul_u32_u24_e32 v1, 192, v0", "v_lshlrev_b32_e32 v2, 7, v0",
              "s_waitcnt lgkmcnt(0)"]
-    lines += [f"global_load_dwordx4 v[{8 + 4 * i}:{11 + 4 * i}], v1, s[0:1] offset:{16 * i}" for i in range(4)]
+    lines += [f"global_load_dwordx4 {span(of_factors, factors + 4 * i, 4)}, v1, s[0:1] offset:{16 * i}"
+              for i in range(4)]
     lines += [f"global_load_dwordx4 {file}[{first + 4 * i}:{first + 3 + 4 * i}], v1, s[0:1] offset:{64 + 16 * i}"
               for i in range(8)]
-    lines += ["s_waitcnt vmcnt(0)", f"{name} {span(file, first, results)}, {span('v', 8, words)}, "
-              f"{span('v', 16, words)}, {span(file, first, results)}", "s_nop 15", "s_nop 15"]
+    lines += ["s_waitcnt vmcnt(0)", f"{name} {span(file, first, results)}, {span(of_factors, factors, words)}, "
+              f"{span(of_factors, factors + 8, words)}, "
+              f"{0 if registers == 'zero' else span(file, first, results)}", "s_nop 15", "s_nop 15"]
     lines += [f"global_store_dwordx4 v2, {file}[{first + 4 * i}:{first + 3 + 4 * i}], s[2:3] offset:{16 * i}"
               for i in range(8)]
     return "\n".join(lines)
@@ -306,9 +313,9 @@ def _place(size, block, row, column, kind):
     return 32 * (row // 4 % 2) + column, 16 * block + 4 * (row // 8) + row % 4
 
 
-@pytest.mark.parametrize("agpr", [False, True], ids=["vgpr", "agpr"])
+@pytest.mark.parametrize("registers", ["vgpr", "agpr", "zero"])
 @pytest.mark.parametrize(("name", "arch"), MATRICES, ids=lambda value: value)
-def test_matrix_instructions(name, arch, agpr):
+def test_matrix_instructions(name, arch, registers):
     size, depth, blocks, kinds = SHAPE.match(name).groups()
     size, depth, blocks = int(size), int(depth), int(blocks or 1)
     left, right = ("fp8", "fp8") if kinds == "f8f6f4" else kinds.split("_") if "_" in kinds else (kinds, kinds)
@@ -316,7 +323,7 @@ def test_matrix_instructions(name, arch, agpr):
     torch.manual_seed(0)
     a, b = (torch.randint(-6, 7, (blocks, size, depth)) / (1 if kinds == "i8" else 4) for _ in range(2))
     c = torch.randint(-50, 50, (blocks, size, size)).double()
-    want = a.double() @ b.double().transpose(1, 2) + c
+    want = a.double() @ b.double().transpose(1, 2) + (0 if registers == "zero" else c)
     result = "f64" if kinds == "f64" else "i32" if kinds == "i8" else "f32"
     plain = {"f64": torch.float64, "f32": torch.float32, "i32": torch.int32}[result]
 
@@ -336,7 +343,7 @@ def test_matrix_instructions(name, arch, agpr):
     addends = given[:, 16:].view({"f64": np.float64, "f32": F32, "i32": np.int32}[result])
     for block, row, column, lane, register in places:
         addends[lane, register] = c[block, row, column]
-    bodies = tuple(_matrix_body(text, agpr) for text, needs in MATRICES if needs == arch)
+    bodies = tuple(_matrix_body(text, registers) for text, needs in MATRICES if needs == arch)
     names = [text for text, needs in MATRICES if needs == arch]
     out = np.zeros((64, 32), U32)
     code = assemble(arch, tuple((f"kernel{i}", body) for i, body in enumerate(bodies)))
@@ -348,7 +355,7 @@ def test_matrix_instructions(name, arch, agpr):
 
 
 def test_instructions_of_gfx950_are_refused_on_gfx942():
-    assembled = assemble("gfx950", (("later", _matrix_body("v_mfma_f32_16x16x32_f16", False)),))
+    assembled = assemble("gfx950", (("later", _matrix_body("v_mfma_f32_16x16x32_f16", "vgpr")),))
     text = assembled.read_bytes().replace(b"--gfx950", b"--gfx942")
     changed = assembled.with_name("as-gfx942.co")
     changed.write_bytes(text)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from wave64.testing import isa
+from wave64.testing.emulator import source_lines
 
 PT_LOAD = 1
 SHT_RELA = 4
@@ -46,6 +47,7 @@ class CodeObject:
 
     def __init__(self, code: bytes):
         metadata = isa.metadata(code)
+        self._code = code
         self.arch = re.search(r"gfx[0-9a-f]+", metadata["amdhsa.target"])[0]
         self.image, self.text = _load(code)
         base = self.image.ctypes.data
@@ -53,6 +55,15 @@ class CodeObject:
         symbols = isa.symbols(code)
         self.kernels = {kernel[".name"]: _kernel(kernel, symbols[kernel[".symbol"]], self.image)
                         for kernel in metadata["amdhsa.kernels"]}
+
+    def line(self, address: int) -> str:
+        """What source the instruction there came from, "file:line"; "" where the code object does not say. Addresses
+        are those of `Kernel.entry`."""
+        return source_lines.line_at(self._lines, address)
+
+    @functools.cached_property
+    def _lines(self) -> list[source_lines.Row]:
+        return source_lines.read(self._code)
 
 
 @functools.lru_cache(maxsize=64)

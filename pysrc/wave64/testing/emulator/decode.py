@@ -4,6 +4,7 @@ An `Instruction` keeps the decoder's fields (`fields.vdst.offset`, `fields.opsel
 without the suffix of its encoding, which is `family`.
 """
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ class Fields:
     """The decoder's fields of an instruction. It takes them out of the word each time; here they are kept."""
 
     def __init__(self, decoded: Any):
-        self._decoded, self._names = decoded, {name for name, _ in decoded._fields}
+        self._decoded, self._names = decoded, _names(type(decoded))
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._names:
@@ -26,6 +27,11 @@ class Fields:
         value = getattr(self._decoded, name)
         self.__dict__[name] = value
         return value
+
+
+@functools.cache
+def _names(encoding: type) -> frozenset[str]:
+    return frozenset(name for name, _ in encoding._fields)
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,21 @@ class Instruction:
         return offset - VGPR0 if offset >= VGPR0 else offset
 
 
+#: by the first word of instructions seen, which says how long they are: their bytes
+_lengths: dict[bytes, int] = {}
+
+
 def decode(code: bytes) -> Instruction:
     """The instruction that `code` starts with. Raises NotImplementedError where the decoder knows none."""
+    length = _lengths.get(code[:4])
+    if length is None:
+        length = _lengths[code[:4]] = 4 * _decode(code).words
+    return _decode(code[:length])
+
+
+@functools.lru_cache(maxsize=2**16)
+def _decode(code: bytes) -> Instruction:
+    """The same for the same bytes, which kernels have in common by the thousand."""
     from tinygrad.renderer.amd import decode_inst
 
     # only the scaled matrix instructions have 16 bytes, and the decoder takes for one any two of which the second fits

@@ -105,25 +105,38 @@ class Machine:
             if not ready.any():
                 if (self.states == ENDED).all():
                     return
-                self._meet()
+                self.meet()
                 continue
             ahead = self.places[ready]
             if turn and not (ahead >= turn).any():
                 turn = 0
                 if (self.states == WAITING).any():
-                    self._meet(partly=True)
+                    self.meet(partly=True)
                     continue
             place = int(ahead[ahead >= turn].min())
             others = ahead[ahead > place]
             limit = int(others.min()) if others.size else self.program.length
             patient = True
             for piece in progressions(np.flatnonzero(ready & (self.places == place))):
-                patient &= self.party(*piece).run(place, limit)
+                patient = self.party(*piece).run(place, limit) > 0 and patient
             if not patient:
                 turn = place + 1
                 if time.monotonic() > until:
                     raise EmulationError(f"{self.where(place)}: still running after {seconds:g} s; do its waves wait "
                                          "for a workgroup that starts only when they have ended?")
+
+    def advance(self, wave: int, steps: int) -> int:
+        """Runs a wave that is ready, alone, until it ends, comes to a barrier or has executed `steps` instructions.
+        Gives how many it executed."""
+        place = int(self.places[wave])
+        return steps - self.party(wave, wave + 1, 1).run(place, self.program.length, steps)
+
+    def release(self) -> None:
+        """Ends the machine's use. Its parts refer to each other, and would stay until garbage is looked for."""
+        for party in self._parties.values():
+            party.bound.clear()
+        self._parties.clear()
+        self.checks.clear()
 
     def party(self, start: int, stop: int, step: int) -> "Party":
         key = (start, stop, step)
@@ -133,10 +146,12 @@ class Machine:
 
     def where(self, place: int) -> str:
         """An instruction's place as error messages show it."""
-        offset = place * 4 + self.program.code.text[0] - self.kernel.entry
-        return f"{self.kernel.name}+0x{offset:x}: {self.program.at(place).text}"
+        address = place * 4 + self.program.code.text[0]
+        line = self.program.code.line(address)
+        named = f"{self.kernel.name}+0x{address - self.kernel.entry:x}" + (f" ({line})" if line else "")
+        return f"{named}: {self.program.at(place).text}"
 
-    def _meet(self, partly: bool = False) -> None:
+    def meet(self, partly: bool = False) -> None:
         """Lets the workgroups go on whose waves have all come to a barrier."""
         states = self.states.reshape(self.shape.groups, self.shape.waves)
         waiting = (states == WAITING).any(1)
@@ -196,14 +211,14 @@ class Party:
         self.full = bool((self.exec == FULL).all())
         self.mask = lanes_of(self.exec)
 
-    def run(self, place: int, limit: int) -> bool:
+    def run(self, place: int, limit: int, patience: int = PATIENCE) -> int:
         """From `place` until the waves part, end, meet a barrier or come to `limit`, where others stand (or, jumping
-        back, come behind them no more). False where patience ended first."""
+        back, come behind them no more). Gives how many steps of `patience` are left: 0 where it ended first."""
         machine, bound, following = self.machine, self.bound, self.following
         counts, count = machine.counts, self.count
         self.exec_changed()
         try:
-            for _ in range(PATIENCE):
+            for left in range(patience - 1, -1, -1):
                 execute = bound[place]
                 if execute is None:
                     execute = self._bind(place)
@@ -215,22 +230,22 @@ class Party:
                     place = outcome
                 elif outcome is END:
                     machine.states[self.waves] = ENDED
-                    return True
+                    return left
                 else:
                     if outcome is BARRIER:
                         machine.states[self.waves] = WAITING
                         outcome = following[place]
                     machine.places[self.waves] = outcome
-                    return True
+                    return left
                 if place >= limit:
                     machine.places[self.waves] = place
-                    return True
+                    return left
         except OutOfBounds as e:
             raise EmulationError(f"{machine.where(place)}: {self._lane(place, e.access)} {e}") from None
         except (EmulationError, NotImplementedError) as e:
             raise type(e)(f"{self._where(place)}: {e}") from None
         machine.places[self.waves] = place
-        return False
+        return 0
 
     def _bind(self, place: int) -> Callable:
         instruction = self.machine.program.at(place)

@@ -22,6 +22,7 @@ class Space:
         self.u8 = data
         self.u16, self.u32 = data.view(np.uint16), data.view(np.uint32)
         self.pairs, self.quads = self.u32.reshape(-1, 2), self.u32.reshape(-1, 4)
+        self.changes: int | None = None  # stores and atomics that left other bytes than they found; None: not counted
 
     def load(self, offsets: np.ndarray, width: int) -> np.ndarray:
         """[accesses, words] uint32; one and two bytes extended by zeros."""
@@ -45,20 +46,25 @@ class Space:
         """words: [accesses, words] uint32. Where lanes store to the same place, the last one wins."""
         low = int(np.bitwise_or.reduce(offsets, initial=0))
         if width == 1:
-            self.u8[offsets] = words[:, 0]
+            self._put(self.u8, offsets, words[:, 0])
         elif width == 2 and not low & 1:
-            self.u16[offsets >> 1] = words[:, 0]
+            self._put(self.u16, offsets >> 1, words[:, 0])
         elif width == 4 and not low & 3:
-            self.u32[offsets >> 2] = words[:, 0]
+            self._put(self.u32, offsets >> 2, words[:, 0])
         elif width == 8 and not low & 7:
-            self.pairs[offsets >> 3] = words
+            self._put(self.pairs, offsets >> 3, words)
         elif width == 16 and not low & 15:
-            self.quads[offsets >> 4] = words
+            self._put(self.quads, offsets >> 4, words)
         elif width >= 4 and not low & 3:
-            self.u32[(offsets >> 2)[:, None] + np.arange(width // 4)] = words
+            self._put(self.u32, (offsets >> 2)[:, None] + np.arange(width // 4), words)
         else:
             data = np.ascontiguousarray(words.astype(np.uint16) if width == 2 else words).view(np.uint8)
-            self.u8[offsets[:, None] + np.arange(width)] = data
+            self._put(self.u8, offsets[:, None] + np.arange(width), data)
+
+    def _put(self, view: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
+        if self.changes is not None:
+            self.changes += int((view[index] != values.astype(view.dtype)).any())
+        view[index] = values
 
     def atomic(self, offsets: np.ndarray, kind: np.dtype, change: Callable, *operands: np.ndarray) -> np.ndarray:
         """new = change(old, *operands), one lane after the other where they meet; gives the old values."""
@@ -69,7 +75,7 @@ class Space:
             now = left[first]
             at = index[now]
             old[now] = view[at]
-            view[at] = change(old[now], *(operand[now] for operand in operands))
+            self._put(view, at, change(old[now], *(operand[now] for operand in operands)))
             left = np.delete(left, first)
         return old
 
@@ -79,7 +85,7 @@ class Space:
         places, which = np.unique(index, return_inverse=True)
         values = view[places]  # apart, for `at` would copy all of a view that spans its operand, as Memory's does
         change.at(values, which, operand)
-        view[places] = values
+        self._put(view, places, values)
 
     def _aligned(self, offsets: np.ndarray, kind: type) -> tuple[np.ndarray, np.ndarray]:
         size = np.dtype(kind).itemsize

@@ -54,10 +54,13 @@ def _borrow_in(a, b, borrow):
 
 
 def _mad64(wide: type):
-    """A 32 x 32 bit product added to 64 bits, with the carry out of them."""
+    """A 32 x 32 bit product added to 64 bits, and bit 64 of the sum: the carry, or the sign."""
     def run(a, b, c):
-        total = a.astype(wide) * b.astype(wide) + c
-        return total, total.view(U64) < np.broadcast_to(c, total.shape).view(U64)
+        product = a.astype(wide) * b.astype(wide)
+        total = product + c
+        if wide is U64:
+            return total, total < c
+        return total, (total ^ (product ^ total) & (c ^ total)) < 0
     return run
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from wave64.testing.emulator.machine import Machine, Program, Shape
 from wave64.testing.emulator.memory import Buffer
 
 BATCH = 64       # waves that run together, where that many are there
+KEPT = 8         # machines that are kept, should their launch be made again
 SECONDS = 600.0  # a launch that takes longer is taken for one that never ends
 #: pointers to what there is none of here: a kernel that follows one is out of bounds
 NOT_GIVEN = ("hidden_none", "hidden_printf_buffer", "hidden_hostcall_buffer", "hidden_default_queue",
@@ -40,6 +42,7 @@ class Counts:
     instructions: int = 0                                    # of waves
     by_name: dict[str, int] = field(default_factory=dict)    # mnemonic -> wave instructions
     kernels: set[tuple[str, str]] = field(default_factory=set)  # (<arch>/<code object>, kernel)
+    seconds: float = 0.0                                     # that executing took
 
     def add(self, machine: Machine, waves: int) -> None:
         self.waves += waves
@@ -55,43 +58,64 @@ def _program(code: bytes) -> Program:
     return Program(code_object.load(code))
 
 
-@functools.lru_cache(maxsize=16)
-def _machine(program: Program, kernel: str, shape: Shape, checks: tuple[type, ...]) -> Machine:
-    """Kept, for its instructions are bound to it."""
-    return Machine(program, program.code.kernels[kernel], shape, checks)
+_machines: dict[tuple, Machine] = {}  # the last ones, the latest last: their instructions are bound to them
+
+
+def _machine(program: Program, kernel: code_object.Kernel, shape: Shape, checks: tuple[type, ...]) -> Machine:
+    key = program, kernel.name, shape, checks
+    machine = _machines[key] = _machines.pop(key, None) or Machine(program, kernel, shape, checks)
+    if len(_machines) > KEPT:
+        _machines.pop(next(iter(_machines))).release()
+    return machine
+
+
+class Prepared:
+    """A recorded launch with what its waves start from: program, kernel, and the buffers of its own."""
+
+    def __init__(self, launch):
+        self.launch, self.program = launch, _program(Path(launch.code_object).read_bytes())
+        self.kernel = self.program.code.kernels[launch.kernel]
+        self.arguments = _arguments(launch, self.kernel)
+        image = self.program.code.image
+        self.buffers = [Buffer("the kernel's arguments", self.arguments.ctypes.data, self.arguments.size),
+                        Buffer("the code object", image.ctypes.data, image.size)]
+        self.waves, self.blocks = -(-math.prod(launch.block) // 64), math.prod(launch.grid)
+
+    def shape(self, groups: int) -> Shape:
+        return Shape(groups, self.waves, self.kernel.lds_bytes + self.launch.lds_bytes)
+
+    def start(self, machine: Machine, first: int, groups: int) -> None:
+        """`groups` workgroups from number `first` on stand at the kernel's entry."""
+        machine.start(groups)
+        _initial_registers(machine, self.launch, first, self.arguments)
+
+    def note(self, counts: Counts) -> None:
+        counts.launches += 1
+        counts.kernels.add((f"{self.program.code.arch}/{Path(self.launch.code_object).name}", self.kernel.name))
 
 
 def execute(launch, buffers: Iterable[Buffer], counts: Counts | None = None, checks: tuple[type, ...] = ALL,
             seconds: float = SECONDS) -> Counts:
     """Makes a recorded launch (see hip.record), here and now. `buffers` is all memory that it may touch beside its
     arguments and its code object."""
-    counts = counts or Counts()
-    program = _program(Path(launch.code_object).read_bytes())
-    kernel = program.code.kernels[launch.kernel]
-    counts.kernels.add((f"{program.code.arch}/{Path(launch.code_object).name}", kernel.name))
-    arguments = _arguments(launch, kernel)
-    image = program.code.image
-    held = [*buffers, Buffer("the kernel's arguments", arguments.ctypes.data, arguments.size),
-            Buffer("the code object", image.ctypes.data, image.size)]
-    lanes = math.prod(launch.block)
-    waves = -(-lanes // 64)
-    blocks = math.prod(launch.grid)
-    shape = Shape(max(1, min(blocks, BATCH // waves)), waves, kernel.lds_bytes + launch.lds_bytes)
-    machine = _machine(program, kernel.name, shape, checks)
-    machine.memory.register(held)
-    counts.launches += 1
-    with np.errstate(all="ignore"), _without_collection():
-        for first in range(0, blocks, shape.groups):
-            live = min(shape.groups, blocks - first)
-            machine.start(live)
-            _initial_registers(machine, launch, first, arguments)
+    began = time.monotonic()
+    counts, prepared = counts or Counts(), Prepared(launch)
+    prepared.note(counts)
+    shape = prepared.shape(max(1, min(prepared.blocks, BATCH // prepared.waves)))
+    machine = _machine(prepared.program, prepared.kernel, shape, checks)
+    machine.memory.register([*buffers, *prepared.buffers])
+    with np.errstate(all="ignore"), without_collection():
+        for first in range(0, prepared.blocks, shape.groups):
+            live = min(shape.groups, prepared.blocks - first)
+            prepared.start(machine, first, live)
             machine.run(seconds)
-            counts.add(machine, live * waves)
+            counts.add(machine, live * prepared.waves)
+    counts.seconds += time.monotonic() - began
     return counts
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Bound instructions are many small objects that stay: looking through them for garbage takes half the time."""
     enabled = gc.isenabled()
     gc.disable()

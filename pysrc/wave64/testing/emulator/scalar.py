@@ -74,7 +74,7 @@ SOP2 = {
     "s_add_u32": ("u=uu,", _add_u), "s_sub_u32": ("u=uu,", _sub_u), "s_add_i32": ("i=ii,", _add_i),
     "s_sub_i32": ("i=ii,", _sub_i), "s_addc_u32": ("u=uuc,", _addc), "s_subb_u32": ("u=uuc,", _subb),
     "s_min_i32": ("i=ii,", _pick(np.less)), "s_min_u32": ("u=uu,", _pick(np.less)),
-    "s_max_i32": ("i=ii,", _pick(np.greater)), "s_max_u32": ("u=uu,", _pick(np.greater)),
+    "s_max_i32": ("i=ii,", _pick(np.greater_equal)), "s_max_u32": ("u=uu,", _pick(np.greater_equal)),
     "s_cselect_b32": ("u=uuc", _select), "s_cselect_b64": ("U=UUc", _select),
     "s_lshl_b32": ("u=uu!", bits.shift_left), "s_lshl_b64": ("U=Uu!", bits.shift_left),
     "s_lshr_b32": ("u=uu!", bits.shift_right), "s_lshr_b64": ("U=Uu!", bits.shift_right),

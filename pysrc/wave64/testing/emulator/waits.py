@@ -1,0 +1,123 @@
+"""A result is used, or overwritten, before an s_waitcnt has waited for the load that brings it; or LDS stores are on
+their way when a barrier is reached."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from wave64.testing.emulator.binding import Binding
+from wave64.testing.emulator.lanes import active
+from wave64.testing.emulator.memory import EmulationError
+from wave64.testing.emulator.watch import SCALAR, Check, name_of, registers
+
+
+class Waits(Check):
+    """Counts what waves have issued (vm: vector memory, lgkm: LDS and scalar memory) and what waits have seen done.
+
+    Loads of vector memory and LDS operations come back in order, so waiting until n are left says which are done;
+    scalar loads come in any order, so that with one under way only waiting for all says something.
+    """
+
+    def __init__(self, machine):
+        super().__init__(machine)
+        n, count = machine.count, SCALAR + 256
+        self.issued = {"vm": np.zeros(n, np.int64), "lgkm": np.zeros(n, np.int64)}
+        self.done = {"vm": np.zeros(n, np.int64), "lgkm": np.zeros(n, np.int64)}
+        self.due = {"vm": np.zeros((count, n), np.int64), "lgkm": np.zeros((count, n), np.int64)}
+        self.unordered = np.zeros(n, np.int64)  # the last scalar load
+        self.stored = np.zeros(n, np.int64)     # the last LDS operation that writes
+        self.busy: set[int] = set()             # registers that some wave waits for
+        #: by byte of LDS, what a load past the registers brings: (vm count, wave); None before the first such load
+        self.direct: tuple[np.ndarray, np.ndarray] | None = None
+
+    def start(self) -> None:
+        for arrays in (self.issued, self.done, self.due):
+            for array in arrays.values():
+                array.fill(0)
+        self.unordered.fill(0)
+        self.stored.fill(0)
+        self.busy.clear()
+        self.direct = None
+
+    def wrap(self, b: Binding, execute: Callable) -> Callable:
+        name, waves = b.instruction.name, b.party.waves
+        if name == "s_waitcnt":
+            return self._wait(b.fields.simm16, waves)
+        if name == "s_barrier":
+            return self._barrier(execute, waves)
+        counters = self._counters(name, b.instruction.family)
+        written = registers(b.writes)
+        watched = registers(b.reads) + written
+        if counters:  # loads into one register come in order: of its destinations, a load need not wait for others
+            watched = [r for r in watched if r not in written] + ([] if len(counters) == 1 else written)
+        watched = frozenset(watched)
+        busy = self.busy
+        only_gives = ("ds_read", "ds_bpermute", "ds_permute", "ds_swizzle")
+        stores = b.instruction.family == "DS" and not name.startswith(only_gives)
+
+        def checked():
+            if busy and not busy.isdisjoint(watched):
+                self._examine(watched & busy, waves)
+            outcome = execute()
+            if counters:
+                for counter in counters:
+                    self.issued[counter][waves] += 1
+                    for register in written:
+                        self.due[counter][register, waves] = self.issued[counter][waves]
+                busy.update(written)
+                if b.instruction.family == "SMEM":
+                    self.unordered[waves] = self.issued["lgkm"][waves]
+                if stores:
+                    self.stored[waves] = self.issued["lgkm"][waves]
+            return outcome
+        return checked
+
+    @staticmethod
+    def _counters(name: str, family: str) -> tuple[str, ...]:
+        if name.startswith(("s_dcache", "buffer_wb", "buffer_inv")) or name == "ds_nop":
+            return ()
+        return {"DS": ("lgkm",), "SMEM": ("lgkm",), "FLAT": ("vm", "lgkm"), "GLOBAL": ("vm",), "SCRATCH": ("vm",),
+                "MUBUF": ("vm",)}.get(family, ())
+
+    def lds(self, b: Binding, offsets: np.ndarray, width: int, access: int, words: np.ndarray | None) -> None:
+        loads = b.instruction.family != "DS"
+        if not loads and self.direct is None:
+            return
+        if self.direct is None:
+            size = self.machine.shape.groups * self.machine.lds_stride
+            self.direct = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        due, by = self.direct
+        places = offsets[:, None] + np.arange(width)
+        if loads:
+            wave = active(b, b.party.numbers[:, None])[:, None]
+            due[places], by[places] = self.issued["vm"][wave] + 1, wave
+        elif (due[places] > self.done["vm"][by[places]]).any():
+            raise EmulationError("LDS is accessed, but no s_waitcnt has waited (vmcnt) for the load that goes there")
+
+    def _wait(self, immediate: int, waves: slice) -> Callable:
+        left = {"vm": immediate & 15 | immediate >> 10 & 0x30, "lgkm": immediate >> 8 & 15}
+
+        def run() -> None:
+            for counter, count in left.items():
+                seen = self.issued[counter][waves] - count
+                if counter == "lgkm" and count:
+                    seen = np.where(self.unordered[waves] > self.done[counter][waves], 0, seen)
+                self.done[counter][waves] = np.maximum(self.done[counter][waves], seen)
+            waiting = [r for r in self.busy
+                       if any((self.due[c][r] > self.done[c]).any() for c in ("vm", "lgkm"))]
+            self.busy.intersection_update(waiting)
+        return run
+
+    def _barrier(self, execute: Callable, waves: slice) -> Callable:
+        def run():
+            if (self.stored[waves] > self.done["lgkm"][waves]).any():
+                raise EmulationError("a barrier, but no s_waitcnt has waited for the LDS stores before it")
+            return execute()
+        return run
+
+    def _examine(self, touched: frozenset[int], waves: slice) -> None:
+        for register in sorted(touched):
+            for counter in ("vm", "lgkm"):
+                if (self.due[counter][register, waves] > self.done[counter][waves]).any():
+                    raise EmulationError(f"{name_of(register)} is used, but no s_waitcnt has waited ({counter}cnt) for "
+                                         "what brings it")

@@ -1,0 +1,144 @@
+"""Every instruction form in any of our code objects, HIP's and Triton's, executed on random states and held against the
+manual's pseudo-code: all registers, masks, LDS, memory and the program counter, with all lanes on and with some off.
+
+Forms are taken from the code objects as they are, so a new one is tested as soon as a compiler emits it, and fails
+where there is no model of it. Matrix instructions are held to AMD's register maps in test_instructions.py.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import census
+import numpy as np
+import pytest
+from formats import BF16, F32
+from models import ULPS, Model
+from test_instructions import MATRICES
+from world import Trial, World
+
+from wave64.backends import hip
+from wave64.testing.emulator import code_object
+from wave64.testing.emulator.decode import decode
+
+ARCHS = ("gfx942", "gfx950")
+#: what the emulator refuses with lanes off, for the manual does not say what happens
+ALL_LANES = ("ds_read_b64_tr_b16", "v_permlane16_swap_b32", "v_permlane32_swap_b32")
+GROUPS = {"scalar": r"s_", "compare": r"v_cmp", "convert": r"v_cvt", "packed": r"v_(pk|mad_mix)", "lds": r"ds_",
+          "memory": r"(global|flat|buffer|scratch)_", "matrix": r"v_mfma", "vector": r"v_"}
+Forms = dict[str, dict[str, str]]
+
+
+@pytest.fixture(scope="session")
+def forms(request) -> Forms:
+    """arch -> {form: an instruction of it}; gfx950: those that gfx942 has not, and those with 8-bit floats, which
+    differ. Compiles as test_budgets.py does: quick once Triton's cache holds the kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    running = {arch: subprocess.Popen([sys.executable, str(Path(census.__file__)), arch], env=environment,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for arch in ARCHS}
+    found = {}
+    for arch, process in running.items():
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        found[arch] = json.loads(out)
+    found["gfx950"] = {form: code for form, code in found["gfx950"].items()
+                       if form not in found["gfx942"] or re.match(r"v_cvt\w*fp8|v_mfma", form)}
+    return found
+
+
+def group_of(form: str) -> str:
+    return next(name for name, pattern in GROUPS.items() if re.match(pattern, form))
+
+
+def _comparable(words: np.ndarray, trial: Trial) -> np.ndarray:
+    """NaNs made one where the result is floating point, for nobody says which NaN an operation gives; and signs of
+    those that OCP's 8-bit format has."""
+    words, kind = words.copy(), trial.kind("vdst") if trial.instruction.family.startswith("VOP") else ""
+    if kind == "f":
+        words[(words & 0x7FFFFFFF) > 0x7F800000] = F32.nan
+    elif kind in ("h", "p"):
+        halves = words.view(np.uint16)
+        halves[(halves & 0x7FFF) > 0x7C00] = 0x7E00
+    elif "bf16" in trial.instruction.name:
+        halves = words.view(np.uint16)
+        halves[(halves & 0x7FFF) > 0x7F80] = BF16.nan
+    elif re.match(r"v_cvt\w*fp8_f32", trial.instruction.name) and trial.arch == "gfx950":
+        octets = words.view(np.uint8)
+        octets[octets == 0xFF] = 0x7F
+    if trial.instruction.name in ULPS:
+        to = words[trial.instruction.number("vdst")]
+        to[to & 0x7F800000 == 0] &= 0x80000000
+    return words
+
+
+def differences(trial: Trial, want: World) -> list[str]:
+    got, found = trial.emulated, []
+    vectors = [_comparable(world.v, trial).astype(np.int64) for world in (got, want)]
+    off = np.abs(vectors[0] - vectors[1]) > ULPS.get(trial.instruction.name, 0)
+    for name, wrong, one, other in (("v", off, got.v, want.v), ("s", got.s != want.s, got.s, want.s),
+                                    ("SCC", got.scc != want.scc, got.scc, want.scc),
+                                    ("LDS", got.lds != want.lds, got.lds, want.lds),
+                                    ("memory", got.memory != want.memory, got.memory, want.memory)):
+        if wrong.any():
+            at = tuple(int(i) for i in np.argwhere(wrong)[0])
+            found.append(f"{name}{list(at)} is {int(one[at]):x}, not {int(other[at]):x}; {int(wrong.sum())} such")
+    if got.place != want.place:
+        found.append(f"goes on at {got.place}, not {want.place}")
+    if unnoted := trial.unnoted():
+        found.append(f"writes {', '.join(unnoted)}, which no check is told")
+    return found
+
+
+def check(form: str, code: str, arch: str) -> list[str]:
+    found = []
+    for i in range(8 if form.startswith("s_") else 2):  # a scalar instruction has one result a wave, others one a lane
+        part = bool(i % 2)
+        if part and form.startswith(ALL_LANES):
+            continue
+        try:
+            trial = Trial(bytes.fromhex(code), arch, zlib.crc32(f"{form} {i}".encode()), part)
+            wrong = differences(trial, Model(trial).world())
+        except NotImplementedError as e:
+            wrong = [str(e)]
+        found += [f"{trial.instruction.text}, {'some' if part else 'all'} lanes on: {text}" for text in wrong]
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("group", [group for group in GROUPS if group != "matrix"])
+def test_every_form_does_what_the_manual_says(group, arch, forms, record_property):
+    chosen = {form: code for form, code in forms[arch].items() if group_of(form) == group}
+    found = {form: wrong for form, code in chosen.items() if (wrong := check(form, code, arch))}
+    assert found == {}
+    record_property("forms", len(chosen))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_matrix_form_is_held_to_the_register_maps(arch, forms):
+    tested = {name for name, _ in MATRICES}
+    for form in (form for form in forms[arch] if group_of(form) == "matrix"):
+        assert form.split()[0] in tested
+        assert not re.search("cbsz|abid|blgp", form), form
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_census_finds_every_instruction(arch):
+    """Its quick walk against the decoder's, on the largest code object in the package."""
+    if not hip.code_objects().get(arch):
+        pytest.skip(f"the package was built without {arch} code objects")
+    code = max((hip.code_object(arch, op) for op in hip.code_objects()[arch]), key=len)
+    loaded = code_object.load(code)
+    text = loaded.image[slice(*loaded.text)]
+    starts, found, at = [], set(), 0
+    while at < len(text):
+        instruction = decode(text[at:at + 16].tobytes())
+        starts.append(at // 4)
+        found.add(census.form(instruction))
+        at += 4 * instruction.words
+    walked = census.walk(text.view(np.uint32))[0].tolist()
+    assert sorted(set(walked) ^ set(starts))[:3] == []
+    assert set(census.forms({"largest": code})) ^ found == set()
