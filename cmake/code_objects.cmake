@@ -4,7 +4,10 @@
 # Where a compiler is missing the build goes on, and code_objects/missing.txt says for which architectures and why.
 execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_SOURCE_DIR}/pysrc/wave64/arch.py --hip-targets
                 OUTPUT_VARIABLE default_archs OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-set(WAVE64_ARCHS "${default_archs}" CACHE STRING "architectures to compile code objects for")
+set(WAVE64_ARCHS "" CACHE STRING "architectures to compile code objects for; empty: all of pysrc/wave64/arch.py")
+if(NOT WAVE64_ARCHS)  # not the cache's default, which would outlive a change of the table
+    set(WAVE64_ARCHS "${default_archs}")
+endif()
 
 find_program(WAVE64_CLANG NAMES clang PATHS $ENV{ROCM_PATH}/llvm/bin /opt/rocm/llvm/bin NO_DEFAULT_PATH
              DOC "clang with the amdgcn target; ld.lld lies beside it")
@@ -31,6 +34,14 @@ foreach(arch IN LISTS WAVE64_ARCHS)
         continue()
     elseif(NOT arch MATCHES "^(gfx|sm_)")
         message(FATAL_ERROR "WAVE64_ARCHS: expected names such as gfx942 or sm_90, separated by ';', got '${arch}'")
+    endif()
+    if(arch MATCHES "^gfx")  # a compiler of an older ROCm knows fewer architectures
+        execute_process(COMMAND ${device_clang} --target=amdgcn-amd-amdhsa -mcpu=${arch} -nogpulib -x c -c /dev/null
+                                -o ${CMAKE_BINARY_DIR}/probe.o RESULT_VARIABLE unknown OUTPUT_QUIET ERROR_QUIET)
+        if(unknown)
+            string(APPEND missing "${arch}: the clang that wave64 was built with does not know it\n")
+            continue()
+        endif()
     endif()
     set(folder ${CMAKE_BINARY_DIR}/code_objects/${arch})
     file(MAKE_DIRECTORY ${folder})

@@ -22,7 +22,8 @@ from wave64.testing import isa
 ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(path.stem for path in (ROOT / "hip" / "ops").glob("*.hip"))
 EM_AMDGPU = 224
-MACHINES = {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F, "gfx1100": 0x41, "gfx1201": 0x4E}  # EF_AMDGPU_MACH
+MACHINES = {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F, "gfx1100": 0x41, "gfx1201": 0x4E,
+            "gfx1250": 0x49}  # EF_AMDGPU_MACH
 
 
 def configure(source: Path, build: Path, *settings: str, env: dict | None = None) -> None:

@@ -64,13 +64,14 @@ def rotate(x_ptr, head, heads, head_stride, half, cos, sin, IS_NEOX: tl.constexp
 
 
 @triton.jit
-def _rotary_embedding_kernel(positions_ptr, query_ptr, key_ptr, cos_sin_ptr, heads, kv_heads, query_stride, key_stride,
-                             query_head_stride, key_head_stride, half, IS_NEOX: tl.constexpr, BLOCK_H: tl.constexpr,
-                             BLOCK_J: tl.constexpr):
+def _rotary_embedding_kernel(positions_ptr, query_ptr, key_ptr, cos_sin_ptr, heads, kv_heads, positions_stride,
+                             query_stride, key_stride, query_head_stride, key_head_stride, half,
+                             IS_NEOX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     offs_j = tl.arange(0, BLOCK_J)
-    cos_ptrs = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * half) + offs_j
+    position = tl.load(positions_ptr + token * positions_stride).to(tl.int64)
+    cos_ptrs = cos_sin_ptr + position * (2 * half) + offs_j
     cos = tl.load(cos_ptrs, mask=offs_j < half, other=0.0).to(tl.float32)
     sin = tl.load(cos_ptrs + half, mask=offs_j < half, other=0.0).to(tl.float32)
     query_groups = tl.cdiv(heads, BLOCK_H)
@@ -102,6 +103,6 @@ def launch(positions: Tensor, query: Tensor, key: Tensor | None, head_size: int,
     block_h = max(1, min(512 // block_j, triton.next_power_of_2(max(heads, kv_heads))))
     grid = (tokens, triton.cdiv(heads, block_h) + triton.cdiv(kv_heads, block_h))
     _rotary_embedding_kernel[grid](positions, query, query if key is None else key, cos_sin_cache, heads, kv_heads,
-                                   query_stride, key_stride, query_head_stride, key_head_stride, half,
-                                   IS_NEOX=is_neox, BLOCK_H=block_h, BLOCK_J=block_j,
+                                   positions.stride(0), query_stride, key_stride, query_head_stride, key_head_stride,
+                                   half, IS_NEOX=is_neox, BLOCK_H=block_h, BLOCK_J=block_j,
                                    num_warps=num_warps(block_h * block_j // 8))

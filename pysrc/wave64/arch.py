@@ -35,6 +35,7 @@ ARCHS = {
         Arch("gfx950", 64, 160 * 1024, "mfma", "e4m3fn", 256, 8, 8000, 2500.0, 5000.0, "MI355X"),
         Arch("gfx1100", 32, 64 * 1024, "wmma", None, 96, 1, 960, 122.8, 0.0, "RX 7900 XTX"),
         Arch("gfx1201", 32, 64 * 1024, "wmma", "e4m3fn", 64, 1, 640, 191.0, 383.0, "R9700"),
+        Arch("gfx1250", 32, 320 * 1024, "wmma", "e4m3fn"),  # no product of it has published figures
         Arch("sm_90", 32, 227 * 1024, "wgmma", "e4m3fn", 132, 1, 4800, 989.0, 1979.0, "H200, development only"),
     )
 }

@@ -129,6 +129,13 @@ struct Whole {
         }
     }
 };
+#elif defined(__gfx1250__)
+// The instruction takes 32 k; the second half is zeros.
+struct Whole {
+    Bits32 words[8];
+
+    WAVE64_DEVICE Whole(const Operand& mine) : words{mine.words[0], mine.words[1], mine.words[2], mine.words[3]} {}
+};
 #else
 using Whole = Operand;
 #endif
@@ -147,6 +154,8 @@ WAVE64_DEVICE void multiply(const Operand (&x)[kTiles], const Operand& y, Sums& 
         c = __builtin_amdgcn_mfma_f32_16x16x16f16(rows, heads, c, 0, 0, 0);
 #elif defined(__GFX11__)
         c = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(rows, heads, c);
+#elif defined(__gfx1250__)
+        c = __builtin_amdgcn_wmma_f32_16x16x32_f16(false, rows, false, heads, short(0), c, false, false);
 #else
         c = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(rows, heads, c);
 #endif
@@ -155,6 +164,10 @@ WAVE64_DEVICE void multiply(const Operand (&x)[kTiles], const Operand& y, Sums& 
         c = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(a, b, c, 0, 0, 0);
 #elif defined(__GFX11__)
         c = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(a, b, c);
+#elif defined(__gfx1250__)
+        using Brains = bf16 __attribute__((ext_vector_type(numbers)));
+        c = __builtin_amdgcn_wmma_f32_16x16x32_bf16(false, __builtin_bit_cast(Brains, a), false,
+                                                    __builtin_bit_cast(Brains, b), short(0), c, false, false);
 #else
         c = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(a, b, c);
 #endif

@@ -28,6 +28,13 @@ def _int32():
     return drawn | {"positions": drawn["positions"].int()}
 
 
+def _strided_positions():
+    """Every other number, as of a view."""
+    args = _draw(5, 4, 2, 64, max_pos=64)
+    positions = args["positions"]
+    return args | dict(positions=torch.stack([positions, positions.flip(0)], 1)[:, 0])
+
+
 def cases():
     for dtype in DTYPES:
         for is_neox in (True, False):
@@ -41,6 +48,7 @@ def cases():
     yield Case("query-only", lambda: _draw(5, 6, 0, 64, max_pos=64))
     yield Case("cache-in-dtype", lambda: _draw(5, 4, 2, 64, max_pos=64, cache_dtype=torch.bfloat16))
     yield Case("positions-int32", _int32)
+    yield Case("positions-strided", _strided_positions)
     yield Case("empty", lambda: _draw(0, 4, 2, 64, max_pos=64))
     for tokens, heads, kv_heads in [(1, 32, 8), (128, 32, 8), (128, 64, 8), (4096, 32, 8), (16384, 64, 8)]:
         yield Case(f"{tokens}x{heads}+{kv_heads}x128",

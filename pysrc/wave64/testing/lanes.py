@@ -23,7 +23,7 @@ from wave64.backends import hip
 
 #: what the compiler of each architecture defines, as far as kernels look at it
 MACROS = {"gfx90a": ("__GFX9__",), "gfx942": ("__GFX9__", "__gfx942__"), "gfx950": ("__GFX9__", "__gfx950__"),
-          "gfx1100": ("__GFX11__",), "gfx1201": ("__GFX12__",)}
+          "gfx1100": ("__GFX11__",), "gfx1201": ("__GFX12__",), "gfx1250": ("__GFX12__", "__gfx1250__")}
 
 
 @functools.cache
