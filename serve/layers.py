@@ -123,10 +123,9 @@ class Rotary(nn.Module):
         table = cos_sin_cache(rope, head_dim, length).to(torch.get_default_device())
         self.register_buffer("cos_sin_cache", table, persistent=False)
 
-    def forward(self, positions: Tensor, heads: Tensor, more: Tensor | None = None) -> None:
-        """heads [num_tokens, any number of heads * head_dim], in place: queries and keys side by side, or keys in
-        `more`, of any number of heads, too."""
-        ops.rotary_embedding(positions, heads, more, self.head_dim, self.cos_sin_cache, self.is_neox)
+    def forward(self, positions: Tensor, heads: Tensor) -> None:
+        """heads [num_tokens, any number of heads * head_dim], in place: queries and keys side by side."""
+        ops.rotary_embedding(positions, heads, None, self.head_dim, self.cos_sin_cache, self.is_neox)
 
 
 class Attention(nn.Module):

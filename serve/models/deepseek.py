@@ -71,8 +71,8 @@ class MultiHeadLatentAttention(nn.Module):
         n = batch.num_decodes
         q_nope, q_pe = q.split((self.nope, self.rope), dim=-1)
         q_pe, k_pe = q_pe.contiguous(), k_pe.contiguous()
-        self.rotary(batch.positions[n:], q_pe, k_pe)
-        ops.concat_and_cache_mla(kv_c, k_pe, latents, batch.slot_mapping[n:])
+        ops.concat_and_cache_mla_rope_fused(batch.positions[n:], q_pe, k_pe, kv_c, self.rotary.cos_sin_cache,
+                                            self.rotary.is_neox, batch.slot_mapping[n:], latents)
         q = torch.cat((q_nope, q_pe), dim=-1)
         starts, longest = batch.cu_seqlens_q, batch.max_seqlen_q
         out, lse = ops.varlen_attention(q, *self._keys_and_values(kv_c, k_pe), starts, starts, longest, longest,

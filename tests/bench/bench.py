@@ -51,8 +51,9 @@ SUITES = {
             "silu_and_mul_per_token_group_quant_fp8", "per_token_quant_fp8", "per_tensor_quant_fp8",
             "fp8_block_scaled_mm", "fp8_scaled_mm"),
     "memory": ("rms_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul",
-               "rotary_embedding", "reshape_and_cache", "concat_and_cache_mla", "transfer_kv", "merge_attn_states",
-               "per_token_group_quant_fp8", "per_token_quant_fp8", "per_tensor_quant_fp8"),
+               "rotary_embedding", "reshape_and_cache", "concat_and_cache_mla", "concat_and_cache_mla_rope_fused",
+               "transfer_kv", "merge_attn_states", "per_token_group_quant_fp8", "per_token_quant_fp8",
+               "per_tensor_quant_fp8"),
     "sampling": ("sample", "apply_penalties", "apply_token_bitmask"),
 }
 #: Operations up to which the reference is evaluated on the whole of a case: about half a second in fp64 on an H200.
