@@ -1,13 +1,17 @@
 // Rotation and cache write of latent attention in one launch: turns the query's heads and the key by their token's
 // angles, in place, and kv_cache[slot_mapping[t]] = [kv_c[t], the turned key], converted where it is FP8.
 //
-// The trick: a token is one row to the lanes, in which latents come first, then the pairs of the key, then those of the
-// query's heads. Nothing is exchanged between lanes, the key goes to the cache from the registers it was turned in, and
-// a lane turns two heads by the angles it has.
+// The trick: latents, keys and queries have blocks of their own in one grid, so that no wave goes two ways. Nothing is
+// exchanged between lanes, the key goes to the cache from the registers it was turned in, and a lane turns two heads by
+// the angles it has.
 // Bound by memory: the query in and out, of the rest the new rows in and out, 16 bytes per lane and access. With few
 // tokens, by latency: the position, then the angles, while the numbers to turn are under way.
 #include "wave64/cache_write.h"
 #include "wave64/rope.h"
+
+namespace wave64 {
+constexpr int kFusedLanes = 256;  // of a block
+}  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
@@ -24,65 +28,68 @@ WAVE64_DEVICE Divisor divisor_of(const ConcatAndCacheMlaRopeFusedArgs& args) {
 }
 
 template <typename T, typename Out, int N>
-WAVE64_DEVICE void move_latents(const ConcatAndCacheMlaRopeFusedArgs& args, const RowShare& share, int64_t row) {
-    const int column = share.pack * N;
-    const T* const from = static_cast<const T*>(args.kv_c) + column;
-    Out* const to = static_cast<Out*>(args.kv_cache) + column;
-    for (int64_t token = share.first; token < args.num_tokens; token += share.step) {
-        const int64_t slot = args.slot_mapping[token];
-        const auto x = load_pack<T, N>(from + token * args.kv_c_stride);
-        const Divisor scale = divisor_of(args);
-        if (slot >= 0) store_pack(to + slot * row, kept(x, scale, to));
-    }
+WAVE64_DEVICE void move_latents(const ConcatAndCacheMlaRopeFusedArgs& args, int64_t token, int pack, int64_t row) {
+    const int64_t slot = args.slot_mapping[token];
+    const auto x = load_pack<T, N>(static_cast<const T*>(args.kv_c) + token * args.kv_c_stride + pack * N);
+    const Divisor scale = divisor_of(args);
+    Out* const to = static_cast<Out*>(args.kv_cache) + slot * row + pack * N;
+    if (slot >= 0) store_pack(to, kept(x, scale, to));
 }
 
 template <typename T, typename Out, int N>
-WAVE64_DEVICE void turn_key(const ConcatAndCacheMlaRopeFusedArgs& args, const RowShare& share, int pack, int64_t row) {
+WAVE64_DEVICE void turn_key(const ConcatAndCacheMlaRopeFusedArgs& args, int64_t token, int pack, int64_t row) {
     const int half = args.rope_dim / 2;
-    Out* const cache = static_cast<Out*>(args.kv_cache) + args.kv_lora_rank;
-    for (int64_t token = share.first; token < args.num_tokens; token += share.step) {
-        const int64_t slot = args.slot_mapping[token], position = position_of(args, token);
-        T* const x = static_cast<T*>(args.k_pe) + token * args.k_pe_stride;
-        const auto pairs = Pairs<T, N>::load(x, args.is_neox, half, pack);
-        const auto angles = load_angles<N>(args.angles, args.angles_dtype, position, half, pack);
-        const Divisor scale = divisor_of(args);
-        const auto turned = pairs.turned(args.is_neox, angles);
-        turned.store(x, args.is_neox, half, pack);
-        if (slot < 0) continue;
-        Out* const to = cache + slot * row;
-        store_pack(to + turned.low_at(args.is_neox, pack), kept(turned.low, scale, to));
-        store_pack(to + turned.high_at(args.is_neox, half, pack), kept(turned.high, scale, to));
-    }
+    const int64_t slot = args.slot_mapping[token], position = position_of(args, token);
+    T* const x = static_cast<T*>(args.k_pe) + token * args.k_pe_stride;
+    const auto pairs = Pairs<T, N>::load(x, args.is_neox, half, pack);
+    const auto angles = load_angles<N>(args.angles, args.angles_dtype, position, half, pack);
+    const Divisor scale = divisor_of(args);
+    const auto turned = pairs.turned(args.is_neox, angles);
+    turned.store(x, args.is_neox, half, pack);
+    if (slot < 0) return;
+    Out* const to = static_cast<Out*>(args.kv_cache) + slot * row + args.kv_lora_rank;
+    store_pack(to + turned.low_at(args.is_neox, pack), kept(turned.low, scale, to));
+    store_pack(to + turned.high_at(args.is_neox, half, pack), kept(turned.high, scale, to));
 }
 
 // Two heads by the same angles, while there are.
 template <typename T, int N>
-WAVE64_DEVICE void turn_queries(const ConcatAndCacheMlaRopeFusedArgs& args, const RowShare& share, int pack, int head) {
+WAVE64_DEVICE void turn_queries(const ConcatAndCacheMlaRopeFusedArgs& args, int64_t token, int pack, int head) {
     const int half = args.rope_dim / 2;
     const bool two = head + args.head_lanes < args.num_heads;
-    for (int64_t token = share.first; token < args.num_tokens; token += share.step) {
-        const int64_t position = position_of(args, token);
-        T* const x = static_cast<T*>(args.q_pe) + token * args.q_pe_stride + head * args.q_pe_head_stride;
-        T* const y = x + args.head_lanes * args.q_pe_head_stride;
-        const auto pairs = Pairs<T, N>::load(x, args.is_neox, half, pack);
-        Pairs<T, N> others = pairs;
-        if (two) others = Pairs<T, N>::load(y, args.is_neox, half, pack);
-        const auto angles = load_angles<N>(args.angles, args.angles_dtype, position, half, pack);
-        pairs.turned(args.is_neox, angles).store(x, args.is_neox, half, pack);
-        if (two) others.turned(args.is_neox, angles).store(y, args.is_neox, half, pack);
-    }
+    const int64_t position = position_of(args, token);
+    T* const x = static_cast<T*>(args.q_pe) + token * args.q_pe_stride + head * args.q_pe_head_stride;
+    T* const y = x + args.head_lanes * args.q_pe_head_stride;
+    const auto pairs = Pairs<T, N>::load(x, args.is_neox, half, pack);
+    Pairs<T, N> others = pairs;
+    if (two) others = Pairs<T, N>::load(y, args.is_neox, half, pack);
+    const auto angles = load_angles<N>(args.angles, args.angles_dtype, position, half, pack);
+    pairs.turned(args.is_neox, angles).store(x, args.is_neox, half, pack);
+    if (two) others.turned(args.is_neox, angles).store(y, args.is_neox, half, pack);
 }
 
 template <typename T, typename Out, int N>
 WAVE64_DEVICE void concat_and_cache_mla_rope_fused(const ConcatAndCacheMlaRopeFusedArgs& args) {
-    const RowShare share = row_share(args.shares);
     const int64_t row = args.kv_lora_rank + args.rope_dim;
-    const int latent_packs = args.kv_lora_rank / N;
-    if (share.pack < latent_packs) return move_latents<T, Out, N>(args, share, row);
-    const unsigned turned_pack = share.pack - latent_packs, key_and_head = turned_pack / args.by_head_packs;
-    const int pack = turned_pack - key_and_head * args.head_packs;
-    if (key_and_head == 0) return turn_key<T, Out, N>(args, share, pack, row);
-    turn_queries<T, N>(args, share, pack, int(key_and_head) - 1);
+    int block = block_id();
+    if (block < args.latent_blocks) {
+        const unsigned item = unsigned(block) * kFusedLanes + lane_in_block(), token = item / args.by_latent_packs;
+        if (token < args.num_tokens)
+            move_latents<T, Out, N>(args, token, item - token * unsigned(args.kv_lora_rank / N), row);
+        return;
+    }
+    block -= args.latent_blocks;
+    if (block < args.key_blocks) {
+        const unsigned item = unsigned(block) * kFusedLanes + lane_in_block(), token = item / args.by_head_packs;
+        if (token < args.num_tokens) turn_key<T, Out, N>(args, token, item - token * unsigned(args.head_packs), row);
+        return;
+    }
+    block -= args.key_blocks;
+    const unsigned item = unsigned(block) * kFusedLanes + lane_in_block(), token = item / args.by_query_packs;
+    if (token >= args.num_tokens) return;
+    const unsigned in_token = item - token * unsigned(args.head_lanes * args.head_packs);
+    const unsigned head = in_token / args.by_head_packs;
+    turn_queries<T, N>(args, token, in_token - head * unsigned(args.head_packs), head);
 }
 
 }  // namespace wave64
@@ -97,6 +104,8 @@ WAVE64_CACHE_FP8(concat_and_cache_mla_rope_fused, ConcatAndCacheMlaRopeFusedArgs
 #endif
 
 #else
+#include <algorithm>
+
 namespace wave64 {
 namespace {
 
@@ -141,14 +150,22 @@ int32_t wave64_concat_and_cache_mla_rope_fused(const wave64::ConcatAndCacheMlaRo
                        args.kv_c_stride * bytes, args.kv_lora_rank * bytes, args.rope_dim / 2 * bytes});
     const int32_t numbers = aligned ? 16 / kernels.element_bytes : 1;
     args.head_packs = args.rope_dim / 2 / numbers;
-    args.by_head_packs = divider(args.head_packs);
     // Few heads: a lane for each, on many compute units.
     const bool few = args.num_tokens * args.num_heads * args.head_packs <= int64_t(device->compute_units) * 512;
     args.head_lanes = few ? args.num_heads : int32_t(ceil_div(args.num_heads, 2));
-    const int64_t packs = args.kv_lora_rank / numbers + int64_t(1 + args.head_lanes) * args.head_packs;
-    const char* const* names = args.cache_dtype == kFp8 ? kernels.to_fp8 : kernels.copy;
-    return launch(over_rows(op, names[!aligned], args.num_tokens, packs, 1, *device, args.shares), &args, sizeof args,
-                  stream);
+    const int64_t latent_packs = args.kv_lora_rank / numbers, query_packs = int64_t(args.head_lanes) * args.head_packs;
+    const int64_t most = std::max({latent_packs, query_packs, int64_t(args.head_packs)});
+    if (args.num_tokens > ((int64_t(1) << 31) - kFusedLanes) / most)
+        return refuse(op, "num_tokens", "fewer than 2^31 lanes for latents, and for heads", args.num_tokens);
+    args.by_latent_packs = divider(latent_packs), args.by_head_packs = divider(args.head_packs);
+    args.by_query_packs = divider(std::max<int64_t>(query_packs, 1));
+    args.latent_blocks = int32_t(ceil_div(args.num_tokens * latent_packs, kFusedLanes));
+    args.key_blocks = int32_t(ceil_div(args.num_tokens * args.head_packs, kFusedLanes));
+    const auto query_blocks = uint32_t(ceil_div(args.num_tokens * query_packs, kFusedLanes));
+    const uint32_t blocks = args.latent_blocks + args.key_blocks + query_blocks;
+    return launch({op, (args.cache_dtype == kFp8 ? kernels.to_fp8 : kernels.copy)[!aligned], {blocks, 1, 1},
+                   {kFusedLanes, 1, 1}, 0},
+                  &args, sizeof args, stream);
 }
 
 #define FIELD(NAME) WAVE64_FIELD(wave64::ConcatAndCacheMlaRopeFusedArgs, NAME)

@@ -1,12 +1,5 @@
-"""Triton kernels' machine code for gfx942 and gfx950, executed: every case that is not large keeps the contract.
+"""Triton kernels' machine code for gfx942 and gfx950, executed: every case that is not large keeps the contract."""
 
-They are executed in a process without the interpreter that the other tests run Triton kernels in; whoever asks it
-waits, so that no more processes are busy than pytest has workers.
-"""
-
-import gc
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -15,17 +8,6 @@ from wave64 import OPS
 from wave64.testing.emulator.check import check_case
 
 ARCHS = ("gfx942", "gfx950")
-
-
-@pytest.fixture(scope="session")
-def compiling():
-    """A process in which Triton compiles. It has no use for garbage collection: see `check.main`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=gc.disable)
-        assert process.submit(gc.isenabled).result() is False  # it has started
-    with process:
-        yield process
 
 
 @pytest.mark.parametrize(("op", "case", "arch"), [

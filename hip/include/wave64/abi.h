@@ -433,9 +433,13 @@ struct ConcatAndCacheMlaRopeFusedArgs {
     int32_t cache_dtype;  // dtype, or FP8
     // set by the launcher
     int32_t head_packs;  // of half a head
+    int32_t head_lanes;  // heads that a token's lanes begin with; they go on to as many more, while there are
+    // the packs of a token's latents, key and query heads, and what blocks take them: the first, the next, the others
+    IntDivider by_latent_packs;
     IntDivider by_head_packs;
-    int32_t head_lanes;  // heads side by side in a row of lanes; behind them as many again, while there are
-    RowShares shares;
+    IntDivider by_query_packs;
+    int32_t latent_blocks;
+    int32_t key_blocks;
 };
 
 }  // namespace wave64

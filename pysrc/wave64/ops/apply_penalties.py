@@ -33,11 +33,18 @@ def _all_padding():
     return _draw(2, 1000, 0, 0) | {"prompt_ids": torch.full((2, 4), -1), "output_ids": torch.full((2, 3), -1)}
 
 
+def _one_past_a_block():
+    """1025 tokens and no padding: where a block takes 1024, the last one is alone in the last block."""
+    return _draw(2, 9001, 0, 0) | {side: torch.stack([torch.randperm(9001)[:1025] for _ in range(2)])
+                                   for side in ("prompt_ids", "output_ids")}
+
+
 def cases():
     for dtype in DTYPES:
         yield Case(f"3x1009-{dtype}", lambda d=dtype: _draw(3, 1009, 17, 9, d))
         yield Case(f"repeats-{dtype}", lambda d=dtype: _draw(4, 500, 40, 300, d, distinct=5))
     yield Case("many-ids", lambda: _draw(2, 9001, 5000, 2000))
+    yield Case("one-past-a-block", _one_past_a_block)
     yield Case("no-prompt", lambda: _draw(2, 1000, 0, 5))
     yield Case("no-output", lambda: _draw(2, 1000, 5, 0))
     yield Case("neither", lambda: _draw(2, 1000, 0, 0))

@@ -20,6 +20,11 @@ def _v3(tokens, experts=256, top_k=8, groups=8, topk_group=4, dtype=torch.float3
         scoring_func="sigmoid", correction_bias=torch.randn(experts) * 0.1)
 
 
+def _far_above():
+    """One expert far above the others, in every row another: whoever subtracts less than it overflows."""
+    return _v2(40, 160, 1, 1, 1) | dict(gating=100 * torch.eye(40, 160, dtype=torch.bfloat16)[:, torch.randperm(160)])
+
+
 def cases():
     for dtype in DTYPES:
         yield Case(f"v2-{dtype}", lambda d=dtype: _v2(3, dtype=d))
@@ -37,6 +42,7 @@ def cases():
     yield Case("softmax-with-bias", lambda: _v3(4, 48, 6, 4, 2) | dict(scoring_func="softmax"))
     yield Case("sigmoid-without-bias", lambda: _v3(4, 48, 6, 4, 2) | dict(correction_bias=None))
     yield Case("sigmoid-as-it-is", lambda: _v3(4, 48, 6, 4, 2, renormalize=False))
+    yield Case("far-above", _far_above)
     yield Case("ties", lambda: _v2(6, 40, 9, 5, 3) | dict(gating=torch.randint(-1, 2, (6, 40)).half()))
     yield Case("shared-expert", lambda: _v3(5) | dict(num_fused_shared_experts=1))
     yield Case("shared-experts", lambda: _v2(3, 60, 6, 5, 2) | dict(num_fused_shared_experts=3))

@@ -9,9 +9,17 @@ from wave64.ops.per_token_group_quant_fp8 import agrees, inputs
 from wave64.ops.per_token_group_quant_fp8 import check_x as check
 
 
+def _amax_anywhere():
+    """16 rows, the largest number of each in another sixteenth."""
+    x = torch.randn(16, 512, dtype=torch.bfloat16)
+    x[torch.arange(16), torch.arange(16) * 32] = 20
+    return dict(x=x)
+
+
 def cases():
     for name, draw in inputs():
         yield Case(name, lambda draw=draw: dict(x=draw()))
+    yield Case("amax-anywhere", _amax_anywhere)
     yield Case("long", lambda: dict(x=torch.randn(2, 20011)))
     for tokens in (1, 128, 4096):
         yield Case(f"{tokens}x7168", lambda t=tokens: dict(x=torch.randn(t, 7168, dtype=torch.bfloat16)), large=True)

@@ -38,6 +38,9 @@ def cases():
     for tokens, experts, top_k in [(1, 256, 8), (5, 1, 1), (3, 8, 8), (0, 8, 2), (19, 8, 2), (2, 72, 32), (4, 5, 3)]:
         yield _case(f"{tokens}x{experts}-top-{top_k}", tokens, experts, top_k)
     yield Case("strided", lambda: dict(gating=torch.randn(5, 200)[:, 7:135], top_k=6, renormalize=True))
+    # one expert far above the others, in every row another: whoever subtracts less than it overflows
+    yield Case("far-above", lambda: dict(gating=100 * torch.eye(40, 60, dtype=torch.bfloat16)[:, torch.randperm(60)],
+                                         top_k=1, renormalize=False))
     for renormalize in (True, False):
         yield Case(f"ties-{renormalize}", lambda r=renormalize: dict(
             gating=torch.randint(-2, 3, (6, 40)).half(), top_k=9, renormalize=r))

@@ -40,6 +40,7 @@ class Kernel:
     dx10_clamp: bool
     fp16_overflow: bool
     hidden: tuple[tuple[str, int, int], ...]  # (value kind, offset, size) of arguments that the runtime fills
+    sgprs: int = 0         # in use
 
 
 class CodeObject:
@@ -115,7 +116,8 @@ def _kernel(metadata: dict[str, Any], address: int, image: np.ndarray) -> Kernel
         mode=rsrc1 >> 12 & 0xFF, ieee=bool(rsrc1 >> 23 & 1), dx10_clamp=bool(rsrc1 >> 21 & 1),
         fp16_overflow=bool(rsrc1 >> 26 & 1),
         hidden=tuple((argument[".value_kind"], argument[".offset"], argument[".size"])
-                     for argument in metadata.get(".args", ()) if argument[".value_kind"].startswith("hidden_")))
+                     for argument in metadata.get(".args", ()) if argument[".value_kind"].startswith("hidden_")),
+        sgprs=metadata[".sgpr_count"])
 
 
 def _user_sgprs(properties: int) -> list[str]:

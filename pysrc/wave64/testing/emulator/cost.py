@@ -1,8 +1,16 @@
 """What a kernel asks of a compute unit, counted where it is executed: cycles by unit, LDS conflicts and memory lines
-from the real addresses. `wave64.testing.cost` makes bounds of it.
+from the real addresses. `wave64.testing.cost` makes bounds of it, and says what they leave out.
 
-Rates are AMD's published ones (CDNA3 and CDNA4 instruction set manuals, "AMD matrix cores" on its blog). Left out: that
-instructions wait for each other, issue limits, cache hits, the time that a line takes to come.
+Rates:
+- Matrix instructions take passes of 4 cycles: table 28 of AMD's CDNA3 and CDNA4 instruction set manuals, as in
+  hazards.py. At 4 SIMDs, AMD's compute units and clocks these are AMD's peaks. Shapes that gfx950 shares with gfx942
+  take as long there, so only its wider ones reach the peak: 16x16x16 in bf16 is half as fast as 16x16x32.
+- A SIMD has 16 lanes: vector instructions take 4 cycles for a wave, in fp64 and integer products too (AMD's peaks in
+  fp64; LLVM's scheduling models of gfx942 and gfx950), transcendental ones four times as long.
+- A SIMD starts a scalar instruction every 4 cycles. Waits, nops and branches need no scalar unit.
+- LDS banks are 4 bytes wide, and 32 of them serve a word each in a cycle, where gfx950 loads 64. Lanes take turns, as
+  many as all banks can serve. Loads of 16 bytes have their own order of lanes: AMD's "Avoiding LDS Bank Conflicts" for
+  gfx942; of gfx950 it was measured, like the 32 banks of its stores, by HipKittens (Stanford, 2025).
 """
 
 import re
@@ -13,83 +21,89 @@ import numpy as np
 
 from wave64.testing.emulator.binding import Binding
 from wave64.testing.emulator.checks import Check
+from wave64.testing.emulator.hazards import passes_of
+from wave64.testing.emulator.lanes import READ
 from wave64.testing.emulator.machine import READY
 
-LINE = 128  # bytes of a line of the L2 cache
-#: floating-point operations of the matrix cores of a SIMD in a cycle, by the dtype of the factors
-MATRIX_RATES = {"gfx942": {"f64": 64, "f32": 64, "f16": 512, "bf16": 512, "i8": 1024, "fp8": 1024, "bf8": 1024},
-                "gfx950": {"f64": 32, "f32": 64, "f16": 1024, "bf16": 1024, "i8": 2048, "fp8": 2048, "bf8": 2048,
-                           "f8f6f4": 2048}}
-#: LDS banks of 4 bytes, each of which serves one word in a cycle
-BANKS = {"gfx942": 32, "gfx950": 64}
-_MATRIX = re.compile(r"v_mfma_\w+?_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_?(f64|f32|f16|bf16|i8|fp8|bf8|f8f6f4)")
+LINE, SHIFT = 64, 6  # bytes that device memory moves at least; two such are a line of the caches
+WAVES = 50           # bits below the wave in a key of (wave, line)
+#: LDS banks that serve a word in a cycle: of loads, of stores and atomics
+BANKS = {"gfx942": (32, 32), "gfx950": (64, 32)}
+IN_TURN = np.arange(64)
+#: lane -> when it has its turn, of loads of 16 bytes: four lanes at a time, in each half of a wave alike
+WIDE_LOADS = {arch: np.add.outer([0, 32], np.add.outer(4 * np.argsort(fours), range(4)).ravel()).ravel()
+              for arch, fours in (("gfx942", [0, 5, 1, 4, 2, 7, 3, 6]), ("gfx950", [0, 3, 5, 6, 1, 2, 4, 7]))}
 _TRANSCENDENTAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
-_QUARTER = re.compile(r"v_(mul_lo_u32|mul_hi_[iu]32|mad_[iu]64_[iu]32)|v_\w+_f64")
+_CROSSBAR = ("ds_bpermute", "ds_permute", "ds_swizzle")  # a word of each lane through the LDS unit, none of its memory
 
 
 @dataclass
 class Usage:
-    """Of one kernel's launches, over all waves. Cycles are of one SIMD (lds: of the compute unit)."""
+    """Of all launches of a kernel, over all waves. Cycles are of one SIMD (lds: of the compute unit)."""
 
     arch: str
     block_waves: int
     lds_bytes: int          # of a block
     vgprs: int              # that a wave's lanes are given
+    sgprs: int
     waves: int = 0
     blocks: int = 0
     cycles: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
         ("matrix", "vector", "transcendental", "scalar", "lds"), 0))
     conflict_free: int = 0  # LDS cycles, were there no conflicts
-    requested: int = 0      # bytes of global memory that lanes asked for
-    touched: int = 0        # bytes of the lines that each wave's instructions touched
+    requested: int = 0      # bytes of global memory that lanes (scalar loads: waves) asked for
+    #: bytes of the lines of 64 and of 128 bytes that each wave's instructions touched
+    touched: dict[int, int] = field(default_factory=lambda: {LINE: 0, 2 * LINE: 0})
     barriers: int = 0
-    lines: set[int] = field(default_factory=set)  # that were touched at all
+    lines: set[int] = field(default_factory=set)  # of 64 bytes, that were touched at all
 
-    @property
-    def compulsory(self) -> int:
-        """Bytes that must come from, or go to, device memory at least once."""
-        return len(self.lines) * LINE
+    def once(self, line: int = LINE) -> int:
+        """Bytes of the lines, of 64 or 128 bytes, that were touched at all."""
+        return line * len(self.lines if line == LINE else {number >> 1 for number in self.lines})
 
 
-def unit_of(name: str, family: str, arch: str) -> tuple[str, int]:
-    """(unit, cycles of it that an instruction takes for a wave); ("", 0) of those counted by their addresses."""
-    if name.startswith("v_mfma"):
-        found = _MATRIX.match(name)
-        if not found:
-            raise NotImplementedError(f"no rate of {name} is known")
-        m, n, k, blocks = (int(x) if x else 1 for x in found.groups()[:4])
-        return "matrix", max(4, 2 * m * n * k * blocks // MATRIX_RATES[arch][found[5]])
-    if family.startswith(("SOP", "SMEM")):
+def unit_of(b: Binding) -> tuple[str, int]:
+    """(unit, cycles of it that an instruction takes for a wave); ("", 0) of those counted by their addresses, and of
+    those that need none."""
+    name, family = b.instruction.name, b.instruction.family
+    if name.startswith(("v_mfma", "v_smfmac")):
+        return "matrix", 4 * passes_of(b)
+    if name.startswith("v_"):
+        return ("transcendental", 16) if _TRANSCENDENTAL.match(name) else ("vector", 4)
+    if family == "SMEM" or family.startswith("SOP") and family != "SOPP":
         return "scalar", 4
-    if family in ("DS", "GLOBAL", "FLAT", "SCRATCH", "MUBUF"):
-        return "", 0
-    if _TRANSCENDENTAL.match(name):
-        return "transcendental", 16
-    return "vector", 16 if _QUARTER.match(name) else 4
+    return "", 0
 
 
-def lds_cycles(offsets: np.ndarray, width: int, banks: int) -> tuple[int, int]:
-    """(cycles, cycles without conflicts) of one wave's access of `width` bytes at `offsets`, of active lanes in order:
-    as many lanes at a time as all banks can serve; a bank serves a word for all who want it, then the next."""
-    lanes, words = max(1, 4 * banks // max(width, 4)), max(1, width // 4)
-    total, groups = 0, 0
-    for first in range(0, len(offsets), lanes):
-        wanted = np.unique((offsets[first:first + lanes, None] // 4 + np.arange(words)).ravel())
-        total += int(np.bincount(wanted % banks, minlength=banks).max())
-        groups += 1
-    return total, groups
+def lds_cycles(lanes: np.ndarray, offsets: np.ndarray, width: int, banks: int, order: np.ndarray = IN_TURN
+               ) -> tuple[int, int]:
+    """(cycles, cycles without conflicts) of an access of `width` bytes at `offsets` by the active `lanes`, 64 * wave +
+    lane. In its turn a bank serves a word for all who want it, then the next."""
+    at_once = min(64, max(1, 4 * banks // max(width, 4)))
+    turns = -(-64 // at_once)
+    turn = lanes // 64 * turns + order[lanes % 64] // at_once
+    words = offsets[:, None] // 4 + np.arange(max(1, width // 4))
+    wanted = np.unique(turn[:, None] << 32 | words)
+    served = np.bincount((wanted >> 32) * banks + wanted % banks, minlength=(int(turn.max(initial=0)) + 1) * banks)
+    longest = served.reshape(-1, banks).max(1)
+    return int(longest.sum()), int((longest > 0).sum())
 
 
 class Counting(Check):
     """Adds to the usage of its machine's kernel. `counting()` makes a class, and with it the usages, for one run."""
 
     usages: dict[str, Usage]
+    variants: dict[tuple, str]  # a kernel compiled otherwise, or with other blocks, is counted apart
 
     def __init__(self, machine):
         super().__init__(machine)
         kernel, shape = machine.kernel, machine.shape
-        fresh = Usage(machine.arch, shape.waves, shape.lds_bytes, kernel.vgprs)
-        self.usage = self.usages.setdefault(kernel.name, fresh)
+        same = sum(name.split(" ")[0] == kernel.name for name in self.variants.values())
+        label = kernel.name if not same else f"{kernel.name} ({same + 1})"
+        label = self.variants.setdefault((machine.program, kernel.name, shape.waves, shape.lds_bytes), label)
+        fresh = Usage(machine.arch, shape.waves, shape.lds_bytes, kernel.vgprs, kernel.sgprs)
+        self.usage = self.usages.setdefault(label, fresh)
+        self._seen: list[np.ndarray] = []
 
     def start(self) -> None:
         live = int((self.machine.states == READY).sum())
@@ -98,41 +112,59 @@ class Counting(Check):
 
     def wrap(self, b: Binding, execute: Callable) -> Callable:
         name, family, count = b.instruction.name, b.instruction.family, b.party.count
-        unit, cycles = unit_of(name, family, self.machine.arch)
+        unit, cycles = unit_of(b)
         usage, memory = self.usage, self.machine.memory
+        barriers = count if name == "s_barrier" else 0
+        crossing = 64 * count // BANKS[self.machine.arch][0] if name.startswith(_CROSSBAR) else 0
 
         def counted():
+            usage.barriers += barriers
+            usage.conflict_free += crossing
+            usage.cycles["lds"] += crossing
             if unit:
                 usage.cycles[unit] += cycles * count
-                usage.barriers += count if name == "s_barrier" else 0
-                if family != "SMEM":
-                    return execute()
+            return execute()
+
+        if family not in ("SMEM", "GLOBAL", "FLAT", "MUBUF"):
+            return counted
+
+        def located():
             self._binding = b
             memory.watch = self._located
             try:
-                return execute()
+                return counted()
             finally:
                 memory.watch = None
-        return counted
+                self._note_lines()
+        return located
 
-    def _located(self, addresses: np.ndarray, width: int) -> None:
-        party, usage = self._binding.party, self.usage
-        lines = (addresses // np.uint64(LINE)).astype(np.int64)
-        usage.requested += len(addresses) * width
-        wave = np.nonzero(party.mask)[0]
-        if len(wave) == len(lines):
-            usage.touched += len(np.unique(wave * 2**42 + lines)) * LINE
+    def _located(self, addresses: np.ndarray, width: int, which: np.ndarray | None) -> None:
+        b = self._binding
+        if b.instruction.family == "SMEM":
+            wave = np.arange(len(addresses)) if which is None else np.nonzero(which)[0]
         else:
-            usage.touched += len(np.unique(lines)) * LINE
-        usage.lines.update(np.unique(lines).tolist())
+            wave = np.nonzero(b.party.mask)[0]
+            wave = wave if which is None else wave[which]
+        self.usage.requested += len(addresses) * width
+        addresses = addresses.astype(np.int64)
+        self._seen += [wave << WAVES | addresses + further >> SHIFT for further in (0, width - 1)]
+
+    def _note_lines(self) -> None:
+        """An instruction has made its accesses."""
+        if self._seen:
+            lines = np.unique(np.concatenate(self._seen))
+            self._seen.clear()
+            self.usage.touched[LINE] += len(lines) * LINE
+            self.usage.touched[2 * LINE] += len(np.unique(lines >> 1)) * 2 * LINE
+            self.usage.lines.update((lines & (1 << WAVES) - 1).tolist())
 
     def lds(self, b: Binding, offsets: np.ndarray, width: int, access: int, words: np.ndarray | None) -> None:
-        waves = np.nonzero(b.party.mask)[0]
-        for wave in np.unique(waves):
-            cycles, least = lds_cycles(offsets[waves == wave], width, BANKS[self.machine.arch])
-            self.usage.cycles["lds"] += cycles
-            self.usage.conflict_free += least
+        arch, loads = self.machine.arch, access == READ
+        order = WIDE_LOADS[arch] if loads and width == 16 else IN_TURN
+        cycles, least = lds_cycles(np.flatnonzero(b.party.mask), offsets, width, BANKS[arch][0 if loads else 1], order)
+        self.usage.cycles["lds"] += cycles
+        self.usage.conflict_free += least
 
 
 def counting() -> type[Counting]:
-    return type("Counting", (Counting,), {"usages": {}})
+    return type("Counting", (Counting,), {"usages": {}, "variants": {}})

@@ -113,7 +113,8 @@ class Memory(Space):
 
     def __init__(self):
         self.buffers: list[Buffer] = []
-        self.watch: Callable[[np.ndarray, int], None] | None = None  # is told of every access to come
+        #: is told of every access to come: addresses, width, and `which` of `locate`
+        self.watch: Callable[[np.ndarray, int, np.ndarray | None], None] | None = None
 
     def register(self, buffers: list[Buffer]) -> None:
         """These and no others from now on."""
@@ -126,11 +127,13 @@ class Memory(Space):
         span = (int(ends[-1]) - self.base + 63) // 64 * 64
         super().__init__(np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(self.base)))
 
-    def locate(self, addresses: np.ndarray, width: int, writes: bool = False) -> np.ndarray:
-        """Offsets for `addresses` (uint64). Raises OutOfBounds unless all `width` bytes of each are in one buffer."""
+    def locate(self, addresses: np.ndarray, width: int, writes: bool = False,
+               which: np.ndarray | None = None) -> np.ndarray:
+        """Offsets for `addresses` (uint64). Raises OutOfBounds unless all `width` bytes of each are in one buffer.
+        which: the accesses of an instruction that these are (bool), where they are not all."""
         if addresses.size:
             if self.watch:
-                self.watch(addresses, width)
+                self.watch(addresses, width, which)
             outside = (self.stored if writes else self.loaded).outside(addresses, width)
             if outside is not None:
                 address = int(addresses[outside])

@@ -44,7 +44,7 @@ def _smem(dwords: int, buffer: bool) -> Callable:
             at = (column & U64(0xFFFFFFFFFFFF))[:, None] + ((offset & -4)[:, None] + 4 * steps).view(U64)
             inside = (offset & -4)[:, None] + 4 * steps + 4 <= party.S[:, base + 2:base + 3]
             words = np.zeros(inside.shape, U32)
-            words[inside] = memory.u32[memory.locate(at[inside], 4) >> 2]
+            words[inside] = memory.u32[memory.locate(at[inside], 4, which=inside) >> 2]
             to[...] = words
         return run
     return bind
@@ -184,7 +184,7 @@ def _buffer(b: Binding) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
 def _within(memory: Memory, addresses: np.ndarray, inside: np.ndarray, width: int, writes: bool) -> np.ndarray:
     """Offsets for the accesses that the resource lets through."""
     try:
-        return memory.locate(addresses[inside], width, writes)
+        return memory.locate(addresses[inside], width, writes, inside)
     except OutOfBounds as e:
         raise OutOfBounds(int(np.flatnonzero(inside)[e.access]), str(e)) from None
 
