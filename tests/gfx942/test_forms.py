@@ -2,7 +2,7 @@
 manual's pseudo-code: all registers, masks, LDS, memory and the program counter, with all lanes on and with some off.
 
 Forms are taken from the code objects as they are, so a new one is tested as soon as a compiler emits it, and fails
-where there is no model of it. Matrix instructions are held to AMD's register maps in test_instructions.py.
+where there is no model of it. Matrix instructions are held to AMD's register maps in test_matrices.py.
 """
 
 import json
@@ -16,9 +16,10 @@ from pathlib import Path
 import census
 import numpy as np
 import pytest
+from assembled import assemble
 from formats import BF16, F32
 from models import ULPS, Model
-from test_instructions import MATRICES
+from test_matrices import MATRICES, MIXED
 from world import Trial, World
 
 from wave64.backends import hip
@@ -27,7 +28,7 @@ from wave64.testing.emulator.decode import decode
 
 ARCHS = ("gfx942", "gfx950")
 #: what the emulator refuses with lanes off, for the manual does not say what happens
-ALL_LANES = ("ds_read_b64_tr_b16", "v_permlane16_swap_b32", "v_permlane32_swap_b32")
+ALL_LANES = ("ds_read_b64_tr", "ds_read_b96_tr", "v_permlane16_swap_b32", "v_permlane32_swap_b32")
 GROUPS = {"scalar": r"s_", "compare": r"v_cmp", "convert": r"v_cvt", "packed": r"v_(pk|mad_mix)", "lds": r"ds_",
           "memory": r"(global|flat|buffer|scratch)_", "matrix": r"v_mfma", "vector": r"v_"}
 Forms = dict[str, dict[str, str]]
@@ -117,12 +118,21 @@ def test_every_form_does_what_the_manual_says(group, arch, forms, record_propert
     record_property("forms", len(chosen))
 
 
+@pytest.mark.parametrize("text", ["ds_read_b64_tr_b16 v[8:9], v1 offset:40", "ds_read_b64_tr_b8 v[8:9], v1",
+                                  "ds_read_b96_tr_b6 v[8:10], v1", "ds_read_b64_tr_b4 v[8:9], v1 offset:8"])
+def test_transposing_loads(text):
+    """All of them, whether or not a compiler emits them."""
+    loaded = code_object.load(assemble("gfx950", (("loads", text),)).read_bytes())
+    code = loaded.image[slice(*loaded.text)][:8].tobytes()
+    assert check(text, code.hex(), "gfx950") == []
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_matrix_form_is_held_to_the_register_maps(arch, forms):
-    tested = {name for name, _ in MATRICES}
+    tested = {name for name, _ in MATRICES} | set(MIXED.values())
     for form in (form for form in forms[arch] if group_of(form) == "matrix"):
         assert form.split()[0] in tested
-        assert not re.search("cbsz|abid|blgp", form), form
+        assert "f8f6f4" in form or not re.search("cbsz|abid|blgp", form), form
 
 
 @pytest.mark.parametrize("arch", ARCHS)

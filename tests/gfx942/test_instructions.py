@@ -1,8 +1,7 @@
 """Single instructions on the emulator, random and awkward operands, against models of their own: exact fractions,
-NumPy in higher precision, torch's conversions, the manual's register maps written out."""
+NumPy in higher precision, torch's conversions."""
 
 import functools
-import re
 from fractions import Fraction
 
 import numpy as np
@@ -83,6 +82,12 @@ def _perm(high, low, select):
     return out
 
 
+#: ds_swizzle_b32 for FFT, as the manual tables it: bits of the lane that are kept -> the lane that each reads, but for
+#: the manual's counting from 1
+FFT = {kept: [int(lane, 16) - 1 for lane in lanes.split(",")] for kept, lanes in {
+    0x00: "1,11,9,19,5,15,d,1d,3,13,b,1b,7,17,f,1f,2,12,a,1a,6,16,e,1e,4,14,c,1c,8,18,10,20",
+    0x10: "1,9,5,d,3,b,7,f,2,a,6,e,4,c,8,10,11,19,15,1d,13,1b,17,1f,12,1a,16,1e,14,1c,18,20"}.items()}
+FFT[0x1F] = list(range(32))
 #: instruction -> (what v16 is, from the columns v8 ..., as integers; or as floats, which are compared after rounding)
 INTEGER = {
     "v_add_u32_e32 v16, v12, v13": lambda g: g[4] + g[5],
@@ -120,6 +125,11 @@ INTEGER = {
         lambda g: np.array([g[4][(i & ~15) - 1] if i >> 4 & 1 else 0 for i in range(len(g[4]))]),
     "ds_swizzle_b32 v16, v12 offset:swizzle(BITMASK_PERM, \"01pip\")\ns_waitcnt lgkmcnt(0)":
         lambda g: np.array([g[4][i & ~31 | ((i & 31 & 0b00111 | 0b01000) ^ 0b00010)] for i in range(len(g[4]))]),
+    "ds_swizzle_b32 v16, v12 offset:swizzle(QUAD_PERM,3,0,2,1)\ns_waitcnt lgkmcnt(0)":
+        lambda g: np.array([g[4][i & ~3 | (3, 0, 2, 1)[i & 3]] for i in range(len(g[4]))]),
+    **{f"ds_swizzle_b32 v16, v12 offset:{0xE000 + kept}\ns_waitcnt lgkmcnt(0)":
+       lambda g, order=order: np.array([g[4][i & ~31 | order[i & 31]] for i in range(len(g[4]))])
+       for kept, order in FFT.items()},
     "v_and_b32_e32 v3, 0xfc, v13\nds_bpermute_b32 v16, v3, v12\ns_waitcnt lgkmcnt(0)":
         lambda g: np.array([g[4][i & ~63 | (int(g[5][i]) & 0xFC) >> 2] for i in range(len(g[4]))]),
     "v_readfirstlane_b32 s4, v12\ns_nop 1\nv_mov_b32_e32 v16, s4": lambda g: np.repeat(g[4][::64], 64),
@@ -247,117 +257,3 @@ def test_fp8_is_the_architectures(arch):
     codes = torch.arange(256, dtype=torch.uint8)
     for column, kind in ((0, FP8[arch][0]), (1, FP8[arch][1]), (3, FP8[arch][0])):
         np.testing.assert_array_equal(got[:, column], codes.view(kind).float().numpy())
-
-
-# ---- matrices
-
-#: all but gfx950's mixed ones
-MATRICES = [
-    ("v_mfma_f32_32x32x1_2b_f32", "gfx942"), ("v_mfma_f32_16x16x1_4b_f32", "gfx942"),
-    ("v_mfma_f32_4x4x1_16b_f32", "gfx942"),
-    ("v_mfma_f32_32x32x2_f32", "gfx942"), ("v_mfma_f32_16x16x4_f32", "gfx942"),
-    ("v_mfma_f32_32x32x4_2b_f16", "gfx942"), ("v_mfma_f32_16x16x4_4b_f16", "gfx942"),
-    ("v_mfma_f32_4x4x4_16b_f16", "gfx942"),
-    ("v_mfma_f32_32x32x8_f16", "gfx942"), ("v_mfma_f32_16x16x16_f16", "gfx942"),
-    ("v_mfma_f32_32x32x8_bf16", "gfx942"), ("v_mfma_f32_16x16x16_bf16", "gfx942"),
-    ("v_mfma_f32_4x4x4_16b_bf16", "gfx942"),
-    ("v_mfma_i32_32x32x16_i8", "gfx942"), ("v_mfma_i32_16x16x32_i8", "gfx942"), ("v_mfma_i32_4x4x4_16b_i8", "gfx942"),
-    ("v_mfma_f32_16x16x32_fp8_fp8", "gfx942"), ("v_mfma_f32_32x32x16_fp8_bf8", "gfx942"),
-    ("v_mfma_f32_32x32x16_fp8_fp8", "gfx942"),
-    ("v_mfma_f32_16x16x32_bf8_fp8", "gfx942"), ("v_mfma_f64_16x16x4_f64", "gfx942"),
-    ("v_mfma_f32_16x16x32_f16", "gfx950"), ("v_mfma_f32_32x32x16_bf16", "gfx950"), ("v_mfma_i32_16x16x64_i8", "gfx950"),
-    ("v_mfma_f32_16x16x32_bf16", "gfx950"), ("v_mfma_f32_32x32x16_f16", "gfx950"),
-    ("v_mfma_i32_32x32x32_i8", "gfx950"), ("v_mfma_f32_16x16x32_fp8_fp8", "gfx950"),
-    ("v_mfma_f32_16x16x128_f8f6f4", "gfx950"), ("v_mfma_f32_32x32x64_f8f6f4", "gfx950"),
-]
-SHAPE = re.compile(r"v_mfma_\w\d\d_(\d+)x\d+x(\d+)(?:_(\d+)b)?_(\w+)")
-TORCH = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
-
-
-def _matrix_body(name, registers):
-    """A and B from 8 registers each, C from 32; D back to 32. registers: all of them "vgpr" or "agpr"; or "zero",
-    which is C then, D of AGPRs."""
-    size, depth, blocks, kinds = SHAPE.match(name).groups()
-    size, depth, blocks = int(size), int(depth), int(blocks or 1)
-    bits = 64 if "f64" in kinds else 32 if kinds == "f32" else 16 if "f16" in kinds else 8
-    words = size * blocks * depth * bits // 64 // 32
-    results = size * size * blocks // 64 * (2 if bits == 64 else 1)
-    file, of_factors = {"vgpr": "vv", "agpr": "aa", "zero": "av"}[registers]
-    first, factors = 24 if file == "v" else 0, 8 if of_factors == "v" else 32
-
-    def span(letter, start, count):
-        return f"{letter}{start}" if count == 1 else f"{letter}[{start}:{start + count - 1}]"
-
-    lines = ["s_load_dwordx4 s[0:3], s[0:1], 0x0", "v_mul_u32_u24_e32 v1, 192, v0", "v_lshlrev_b32_e32 v2, 7, v0",
-             "s_waitcnt lgkmcnt(0)"]
-    lines += [f"global_load_dwordx4 {span(of_factors, factors + 4 * i, 4)}, v1, s[0:1] offset:{16 * i}"
-              for i in range(4)]
-    lines += [f"global_load_dwordx4 {file}[{first + 4 * i}:{first + 3 + 4 * i}], v1, s[0:1] offset:{64 + 16 * i}"
-              for i in range(8)]
-    lines += ["s_waitcnt vmcnt(0)", f"{name} {span(file, first, results)}, {span(of_factors, factors, words)}, "
-              f"{span(of_factors, factors + 8, words)}, "
-              f"{0 if registers == 'zero' else span(file, first, results)}", "s_nop 15", "s_nop 15"]
-    lines += [f"global_store_dwordx4 v2, {file}[{first + 4 * i}:{first + 3 + 4 * i}], s[2:3] offset:{16 * i}"
-              for i in range(8)]
-    return "\n".join(lines)
-
-
-def _place(size, block, row, column, kind):
-    """(lane, register) of an element of D, by the manual's maps."""
-    if size == 4:
-        return 4 * block + column, row
-    if size == 16 and kind == "f64":
-        return 16 * (row % 4) + column, row // 4
-    if size == 16:
-        return 16 * (row // 4) + column, 4 * block + row % 4
-    return 32 * (row // 4 % 2) + column, 16 * block + 4 * (row // 8) + row % 4
-
-
-@pytest.mark.parametrize("registers", ["vgpr", "agpr", "zero"])
-@pytest.mark.parametrize(("name", "arch"), MATRICES, ids=lambda value: value)
-def test_matrix_instructions(name, arch, registers):
-    size, depth, blocks, kinds = SHAPE.match(name).groups()
-    size, depth, blocks = int(size), int(depth), int(blocks or 1)
-    left, right = ("fp8", "fp8") if kinds == "f8f6f4" else kinds.split("_") if "_" in kinds else (kinds, kinds)
-    fp8 = dict(zip(("fp8", "bf8"), FP8[arch], strict=True))
-    torch.manual_seed(0)
-    a, b = (torch.randint(-6, 7, (blocks, size, depth)) / (1 if kinds == "i8" else 4) for _ in range(2))
-    c = torch.randint(-50, 50, (blocks, size, size)).double()
-    want = a.double() @ b.double().transpose(1, 2) + (0 if registers == "zero" else c)
-    result = "f64" if kinds == "f64" else "i32" if kinds == "i8" else "f32"
-    plain = {"f64": torch.float64, "f32": torch.float32, "i32": torch.int32}[result]
-
-    held = size * blocks * depth // 64
-    given = np.zeros((64, 48), U32)
-    for at, matrix, kind in ((0, a, left), (8, b, right)):
-        lanes = torch.zeros(64, held, dtype=(TORCH | fp8)[kind])
-        for block in range(blocks):
-            for row in range(size):
-                for k in range(depth):
-                    lanes[row + size * (block + blocks * (k // held)), k % held] = matrix[block, row, k]
-        words = lanes.view(torch.uint8).numpy().view(U32)
-        given[:, at:at + words.shape[1]] = words
-    width = 2 if result == "f64" else 1
-    places = [(block, row, column, *_place(size, block, row, column, kinds))
-              for block in range(blocks) for row in range(size) for column in range(size)]
-    addends = given[:, 16:].view({"f64": np.float64, "f32": F32, "i32": np.int32}[result])
-    for block, row, column, lane, register in places:
-        addends[lane, register] = c[block, row, column]
-    bodies = tuple(_matrix_body(text, registers) for text, needs in MATRICES if needs == arch)
-    names = [text for text, needs in MATRICES if needs == arch]
-    out = np.zeros((64, 32), U32)
-    code = assemble(arch, tuple((f"kernel{i}", body) for i, body in enumerate(bodies)))
-    run(code, f"kernel{names.index(name)}", given, out)
-    got = torch.from_numpy(out).view(plain)
-    assert got.shape[1] == 32 // width
-    for block, row, column, lane, register in places:
-        assert got[lane, register] == want[block, row, column], (block, row, column)
-
-
-def test_instructions_of_gfx950_are_refused_on_gfx942():
-    assembled = assemble("gfx950", (("later", _matrix_body("v_mfma_f32_16x16x32_f16", "vgpr")),))
-    text = assembled.read_bytes().replace(b"--gfx950", b"--gfx942")
-    changed = assembled.with_name("as-gfx942.co")
-    changed.write_bytes(text)
-    with pytest.raises(NotImplementedError, match="v_mfma_f32_16x16x32_f16 is an instruction of gfx950"):
-        run(changed, "later", np.zeros((64, 48), U32), np.zeros((64, 32), U32))
