@@ -81,7 +81,7 @@ class Model:
             return self.after
         apply: dict[str, Callable] = {"SMEM": self._scalar_memory, "DS": self._lds, "GLOBAL": self._global,
                                       "FLAT": self._global, "MUBUF": self._buffer}
-        if not self.text and self.name != "ds_read_b64_tr_b16":
+        if not self.text and "_tr_b" not in self.name:
             raise NotImplementedError(f"no model of {self.name}")
         for wave in range(WAVES):
             if self.family.startswith("SOP"):
@@ -380,8 +380,11 @@ class Model:
             self.after.v[first + i, wave, lane] = cell.bits >> 32 * i & 0xFFFFFFFF
 
     def _lds(self, wave: int) -> None:
-        if self.name in ("ds_bpermute_b32", "ds_read_b64_tr_b16"):
-            (self._whole_wave if self.name == "ds_bpermute_b32" else self._transposed)(wave)
+        if self.name == "ds_bpermute_b32":
+            self._whole_wave(wave)
+            return
+        if "_tr_b" in self.name:
+            self._transposed(wave)
             return
         fields = self.fields
         offset = fields.offset0 | fields.offset1 << 8
@@ -400,18 +403,19 @@ class Model:
                 self._result(scope["RETURN_DATA"], "vdst", wave, lane)
 
     def _transposed(self, wave: int) -> None:
-        """Of 16 lanes, lane i gives the address of 4 numbers of row i // 4, and gets column i of the 4 rows."""
-        offset = self.fields.offset0 | self.fields.offset1 << 8
+        """Of 16 lanes, each gives the address of its part of a row of 16 numbers, rows in order, and gets a column."""
+        loaded, width = (int(number) for number in re.findall(r"b(\d+)", self.name))
+        offset, count = self.fields.offset0 | self.fields.offset1 << 8, loaded // width
         addresses = self.before.v[self.fields.addr.offset - 256, wave].astype(int) + offset
         first = self.fields.vdst.offset - 256 + AGPRS * bool(self.fields.acc)
         for lane in self._accesses(wave):
-            column, group = lane % 16, lane // 16 * 16
-            for row in range(4):
-                at = int(addresses[group + 4 * row + column // 4]) + 2 * (column % 4)
-                number = int.from_bytes(self.before.lds[at:at + 2].tobytes(), "little")
-                word = self.after.v[first + row // 2, wave]
-                keep = 0xFFFF0000 if row % 2 == 0 else 0xFFFF
-                word[lane] = int(word[lane]) & keep | number << 16 * (row % 2)
+            got = 0
+            for row in range(count):
+                part, place = divmod(16 * row + lane % 16, count)
+                at = int(addresses[lane // 16 * 16 + part])
+                bits = int.from_bytes(self.before.lds[at:at + loaded // 8].tobytes(), "little")
+                got |= (bits >> width * place & (1 << width) - 1) << width * row
+            self.after.v[first:first + loaded // 32, wave, lane] = [got >> i & 0xFFFFFFFF for i in range(0, loaded, 32)]
 
     def _global(self, wave: int) -> None:
         fields = self.fields

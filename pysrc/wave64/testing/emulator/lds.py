@@ -136,8 +136,10 @@ def _permute(b: Binding) -> Callable:
 
 def swizzle(offset: int) -> np.ndarray:
     """The lane that each lane reads from."""
-    if offset >= 0xE000:
-        raise NotImplementedError("ds_swizzle_b32 in FFT mode")
+    if offset >= 0xE000:  # for FFT: lanes of a group of 32, or less, by their bits reversed; offset: the bits kept
+        keep = offset & 31
+        turned = sum((LANES >> i & 1) << 4 - i for i in range(5))
+        return LANES & 32 | turned >> keep.bit_count() | LANES & keep
     if offset >= 0xC000:
         direction, count, keep = offset >> 10 & 1, offset >> 5 & 31, offset & 31
         moved = LANES - count if direction else LANES + count
@@ -158,25 +160,35 @@ def _swizzle(b: Binding) -> Callable:
     return run
 
 
-def _transposed(b: Binding) -> Callable:
-    """ds_read_b64_tr_b16 of gfx950: 16 lanes load 4 rows of 16 numbers of 16 bits, 4 lanes a row, and get a column
-    each."""
-    if b.machine.arch != "gfx950":
-        raise NotImplementedError("ds_read_b64_tr_b16 is an instruction of gfx950")
-    space, where, party = b.machine.lds, _where(b, _offset(b), READ), b.party
-    write = receive(b, b.number("vdst"), 8, None, agpr=bool(b.fields.acc))
+def _transposed(width: int) -> Callable:
+    """ds_read_b64_tr_b16 and its like of gfx950: 16 lanes load rows of 16 numbers of so many bits, 64 bits a lane (of 6
+    bits: 96), so some lanes a row; and get a column each."""
+    octets = 12 if width == 6 else 8
+    rows, aligned = 8 * octets // width, 16 if width == 6 else 8
 
-    def run() -> None:
-        if not party.full:
-            raise NotImplementedError("a transposing load with lanes off")
-        rows = np.ascontiguousarray(space.load(where(8), 8)).view(np.uint16).reshape(-1, 4, 16)
-        write(np.ascontiguousarray(rows.swapaxes(1, 2)).view(U32).reshape(-1, 2))
-    return run
+    def bind(b: Binding) -> Callable:
+        if b.machine.arch != "gfx950":
+            raise NotImplementedError(f"{b.instruction.name} is an instruction of gfx950")
+        space, where, party = b.machine.lds, _where(b, _offset(b), READ), b.party
+        write = receive(b, b.number("vdst"), octets, None, agpr=bool(b.fields.acc))
+
+        def run() -> None:
+            if not party.full:
+                raise NotImplementedError("a transposing load with lanes off")
+            places = where(octets)
+            if (places % aligned).any():
+                raise EmulationError(f"{b.instruction.name} from an address that is no multiple of {aligned}")
+            bits = np.unpackbits(space.load(places, octets).view(np.uint8), axis=-1, bitorder="little")
+            columns = bits.reshape(-1, rows, 16, width).swapaxes(1, 2).reshape(-1, 8 * octets)
+            write(np.packbits(columns, axis=-1, bitorder="little").view(U32))
+        return run
+    return bind
 
 
 def _forms() -> dict[str, Callable]:
     forms = {"ds_bpermute_b32": _bpermute, "ds_permute_b32": _permute, "ds_swizzle_b32": _swizzle,
-             "ds_read_b64_tr_b16": _transposed,
+             "ds_read_b64_tr_b16": _transposed(16), "ds_read_b64_tr_b8": _transposed(8),
+             "ds_read_b96_tr_b6": _transposed(6), "ds_read_b64_tr_b4": _transposed(4),
              "ds_nop": lambda b: lambda: None}
     for name, (width, signed) in READS.items():
         forms[f"ds_read_{name}"] = _read(width, signed)
