@@ -21,6 +21,21 @@ global_store_dwordx4 v1, v[8:11], s[6:7]
 """
 #: a resource of s[4:5], 1000 bytes
 RESOURCE = "s_mov_b32 s8, s4\ns_and_b32 s9, s5, 0xffff\ns_movk_i32 s10, 1000\ns_mov_b32 s11, 0x00027000\n"
+
+
+def records(stride, count, *, swizzle=0, together=0, more=0, low=4):
+    """A resource of s[4:5], or another pair, of `count` records; swizzled, of words of 8 << together records."""
+    return f"""
+s_mov_b32 s8, s{low}
+s_and_b32 s9, s{low + 1}, 0xffff
+s_or_b32 s9, s9, {swizzle << 31 | stride << 16:#x}
+s_movk_i32 s10, {count}
+s_mov_b32 s11, {0x27000 | together << 21 | more:#x}
+"""
+
+
+#: the index and the offset of each lane
+BOTH = "v_sub_u32_e32 v2, 63, v0\nv_and_b32_e32 v3, 3, v0\nv_lshlrev_b32_e32 v3, 2, v3\n"
 TO_LDS = "global_load_dwordx4 v[4:7], v1, s[4:5]\ns_waitcnt vmcnt(0)\nds_write_b128 v1, v[4:7]\ns_waitcnt lgkmcnt(0)\n"
 
 
@@ -74,6 +89,19 @@ CASES = {
         _first(lambda g: np.where(np.arange(64) < 63, g[:, 0], 0)),
     RESOURCE + "s_movk_i32 s12, 16\nbuffer_load_ushort v8, v1, s[8:11], s12 offen":
         _first(lambda g: np.where(np.arange(64) < 62, np.roll(_bytes(g, 2), -1), 0)),
+    records(16, 60) + "buffer_load_dword v8, v0, s[8:11], 0 idxen offset:4":
+        _first(lambda g: np.where(np.arange(64) < 60, g[:, 1], 0)),
+    records(1 << 14 | 16, 60) + "buffer_load_dwordx4 v[8:11], v0, s[8:11], 0 idxen":  # a bit that is for caches alone
+        lambda g: np.where(np.arange(64)[:, None] < 60, g, 0),
+    records(16, 60) + BOTH + "s_movk_i32 s12, 16\nbuffer_load_dword v8, v[2:3], s[8:11], s12 idxen offen":
+        _first(lambda g: [g[64 - i, i % 4] if 63 - i < 60 else 0 for i in range(64)]),
+    records(16, 1000) + "buffer_load_dwordx4 v[8:11], v1, s[8:11], 0 offen": _in_range,
+    records(8, 60, swizzle=1, together=1) + "buffer_load_dword v8, v0, s[8:11], 0 idxen offset:4":
+        _first(lambda g: [g.ravel()[(i // 16 * 2 + 1) * 16 + i % 16] if i < 60 else 0 for i in range(64)]),
+    records(12, 64, swizzle=1, together=3) + "buffer_load_ubyte v8, v0, s[8:11], 0 idxen offset:9":
+        _first(lambda g: [g.view(np.uint8).ravel()[2 * 256 + 4 * i + 1] for i in range(64)]),
+    records(16, 60) + "v_mov_b32_e32 v8, 5\nbuffer_atomic_add v8, v0, s[8:11], 0 idxen offset:8 sc0":
+        _first(lambda g: np.where(np.arange(64) < 60, g[:, 2], 0)),
     TO_LDS + "ds_read_b96 v[8:10], v1": _words(3),
     TO_LDS + "ds_read_u8_d16_hi v8, v1 offset:0": _first(lambda g: 0xFFFF | _bytes(g, 1) << 16),
     TO_LDS + "ds_read_i16 v8, v1": _first(lambda g: _bytes(g, 2, True)),
@@ -108,6 +136,7 @@ STORES = {
     "global_store_dwordx3 v1, v[8:10], s[6:7]": (12, 0, 64),
     RESOURCE.replace("s4", "s6").replace("s5", "s7").replace("1000", "512")
     + "buffer_store_dwordx2 v[8:9], v1, s[8:11], 0 offen": (8, 0, 32),
+    records(16, 20, low=6) + "buffer_store_dwordx3 v[8:10], v0, s[8:11], 0 idxen": (12, 0, 20),
 }
 
 
@@ -123,6 +152,25 @@ def test_stores_write_their_bytes_and_no_others(body):
     want_bytes[:lanes, :size] = given_bytes[:lanes, first:first + size]
     run(assemble("gfx942", kernels), f"kernel{list(STORES).index(body)}", given, result)
     assert (result == want).all()
+
+
+REFUSED = {
+    records(16, 60, more=1 << 23) + "buffer_load_dword v8, v0, s[8:11], 0 idxen": "adds lane ids",
+    records(0, 60) + "buffer_load_dword v8, v0, s[8:11], 0 idxen": "without a stride",
+    records(16, 60, swizzle=1) + "buffer_load_dword v8, v1, s[8:11], 0 offen": "swizzled buffer resource without an",
+    records(16, 60, swizzle=1) + "buffer_load_dwordx2 v[8:9], v0, s[8:11], 0 idxen": "8 bytes at once of a swizzled",
+    records(16, 60) + "s_buffer_load_dword s12, s[8:11], 0x0": "s_buffer_load_dword from a buffer resource with a",
+    records(16, 60) + "buffer_load_format_x v8, v0, s[8:11], 0 idxen": "does not know buffer_load_format_x",
+    "ds_read_addtid_b32 v8": "does not know ds_read_addtid_b32",
+}
+
+
+@pytest.mark.parametrize("body", REFUSED, ids=REFUSED.values())
+def test_what_is_not_known_is_refused(body):
+    kernels = tuple((f"kernel{i}", BEGIN + text) for i, text in enumerate(REFUSED))
+    with pytest.raises(NotImplementedError, match=REFUSED[body]):
+        run(assemble("gfx942", kernels, lds=1024), f"kernel{list(REFUSED).index(body)}", np.zeros((64, 4), U32),
+            np.zeros((64, 4), U32))
 
 
 def test_private_memory_is_a_lanes_own():

@@ -1,7 +1,8 @@
-"""Memory instructions beside LDS: SMEM; GLOBAL, FLAT and SCRATCH; MUBUF with raw buffer resources.
+"""Memory instructions beside LDS: SMEM; GLOBAL, FLAT and SCRATCH; MUBUF.
 
 A buffer access is first held against its resource, as hardware does it: out of range, loads give 0 and stores vanish.
-Whatever then reaches memory must lie inside a registered buffer, which hardware does not ask.
+Whatever then reaches memory must lie inside a registered buffer, which hardware does not ask. With an index a resource
+is an array of records: linear, or swizzled, which keeps words of as many records as its index stride says together.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from wave64.testing.emulator.memory import EmulationError, Memory, OutOfBounds, 
 
 I64, U32, U64 = np.int64, np.uint32, np.uint64
 NO_SADDR = 127
+ELEMENT = 4  # bytes that swizzled resources keep together: gfx9 has no field for it, and AMD's manual 4 for structures
 Where = Callable[..., np.ndarray]  # (bytes of an access, whether it writes) -> offsets of the lanes' accesses
 
 
@@ -41,6 +43,8 @@ def _smem(dwords: int, buffer: bool) -> Callable:
                 at = memory.locate((column + offset.view(U64)) & U64(2**64 - 4), 4 * dwords)
                 to[...] = memory.u32[(at >> 2)[:, None] + steps]
                 return
+            if (column >> U64(48)).any():
+                raise NotImplementedError(f"{b.instruction.name} from a buffer resource with a stride")
             at = (column & U64(0xFFFFFFFFFFFF))[:, None] + ((offset & -4)[:, None] + 4 * steps).view(U64)
             inside = (offset & -4)[:, None] + 4 * steps + 4 <= party.S[:, base + 2:base + 3]
             words = np.zeros(inside.shape, U32)
@@ -162,23 +166,44 @@ def _deposit(b: Binding, width: int) -> Callable[[np.ndarray], None]:
 def _buffer(b: Binding) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     """What gives, for accesses of some bytes, their addresses and how many bytes of the resource lie behind each."""
     fields, party = b.fields, b.party
-    if fields.idxen:
-        raise NotImplementedError("a buffer access with an index")
-    lanes = b.vector(b.number("vaddr"), "u")() if fields.offen else None
+    register = b.number("vaddr")
+    index = b.vector(register, "u")() if fields.idxen else None
+    lanes = b.vector(register + fields.idxen, "u")() if fields.offen else None
     scalar = b.scalar(fields.soffset.offset, "u")
     first, immediate = fields.srsrc.offset, U32(fields.offset)
     b.reads.append(("s", first, 4))
     words = party.S[:, first:first + 4]
 
     def where(width: int) -> tuple[np.ndarray, np.ndarray]:
-        high = words[:, 1]
-        if (high >> U32(16)).any() or (words[:, 3] >> U32(23) & U32(1)).any():
-            raise NotImplementedError("a buffer resource with a stride, swizzled or with lane ids added")
+        low, high, records, kind = (words[:, i:i + 1] for i in range(4))
+        if (kind >> U32(23) & U32(1)).any():
+            raise NotImplementedError("a buffer resource that adds lane ids")
+        base = low.astype(U64) | (high & U32(0xFFFF)).astype(U64) << U64(32)
         within = immediate if lanes is None else lanes + immediate  # in 32 bits: -4 + 4 is in range
-        offset = scalar().astype(I64)[:, None] + within
-        base = (words[:, 0].astype(U64) | high.astype(U64) << U64(32))[:, None]
-        return (active(b, base + offset.view(U64)), active(b, words[:, 2].astype(I64)[:, None] - offset))
+        offset = scalar().astype(I64)[:, None]
+        if index is None:
+            if (high >> U32(31)).any():
+                raise NotImplementedError("a swizzled buffer resource without an index")
+            offset = offset + within
+            left = records.astype(I64) - offset
+        else:
+            offset = offset + _of_record(index, within, high, kind, width)
+            left = np.where(index < records, I64(2**32), I64(0))
+        return active(b, base + offset.view(U64)), active(b, left)
     return where
+
+
+def _of_record(index: np.ndarray, within: np.ndarray, high: np.ndarray, kind: np.ndarray, width: int) -> np.ndarray:
+    """Where in its resource, of whose words two are given, an access of `width` bytes to a record is."""
+    stride, swizzled = (high >> U32(16) & U32(0x3FFF)).astype(I64), high >> U32(31) != 0
+    if not stride.all():
+        raise NotImplementedError("an index into a buffer resource without a stride")
+    if swizzled.any() and width > ELEMENT:
+        raise NotImplementedError(f"{width} bytes at once of a swizzled buffer resource")
+    index, within, together = index.astype(I64), within.astype(I64), I64(8) << (kind >> U32(21) & U32(3)).astype(I64)
+    element, rest = within // ELEMENT * ELEMENT, within % ELEMENT
+    spread = (index // together * stride + element) * together + index % together * ELEMENT + rest
+    return np.where(swizzled, spread, index * stride + within)
 
 
 def _within(memory: Memory, addresses: np.ndarray, inside: np.ndarray, width: int, writes: bool) -> np.ndarray:
