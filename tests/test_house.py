@@ -21,6 +21,8 @@ BROKEN = {
     "hip/src/runtime.cpp": ("#include <hip/hip_runtime.h>\n", "neither torch nor a GPU runtime"),
     "hip/ops/sample.hip": ('auto x = getenv("X");\n', "does not allocate, synchronise or read"),
     "hip/ops/rms_norm.hip": ("int warp = 0;\n", "say wave"),
+    "triton_ops/splits.py": ("@triton.jit\ndef f(x, W):\n    if W:\n        return x\n    return x + 1\n",
+                             "f returns in 2"),
     "pysrc/wave64/op.py": ("import os\nx = os.environ['X']\n", "read the environment"),
     "serve/engine.py": ("# TO" "DO: later\n", "without the number"),
     "serve/args.py": ('x = "/ho' 'me/me/models"\n', "absolute path"),
@@ -30,6 +32,8 @@ CLEAN = {
     "pysrc/wave64/ops/__init__.py": '"""Ops."""\nfrom wave64.ops.sample import sample\n\n__all__ = ["sample"]\n',
     "pysrc/wave64/launch_server.py": "from wave64.serve import engine\n",
     "triton_ops/rms_norm.py": "import triton\nnum_warps = 4\n",
+    "triton_ops/sample.py": "@triton.jit\ndef f(x, W):\n    if W:\n        return\n    return x\n\n\n"
+                            "def g(x):\n    if x:\n        return 1\n    return 2\n",
     "serve/engine.py": "# TO" "DO(#12): later\n",
     "hip/ops/rms_norm.hip": '#include "wave64/abi.h"  // no malloc here\n',
 }

@@ -94,6 +94,18 @@ def vocabulary(path: str, text: str) -> Iterator[str]:
                 yield f"line {i}: {word[0]}: say wave, or lds"
 
 
+def one_return(path: str, text: str) -> Iterator[str]:
+    """A function that Triton compiles returns a value in one place. What follows a return under a compile-time
+    condition is compiled all the same, and must give the same types, which only some configurations show."""
+    if not path.startswith("triton_ops/") or not path.endswith(".py"):
+        return
+    for function in ast.walk(ast.parse(text)):
+        if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in function.decorator_list):
+            returns = sum(isinstance(node, ast.Return) and node.value is not None for node in ast.walk(function))
+            if returns > 1:
+                yield f"line {function.lineno}: {function.name} returns in {returns} places; assign, and return once"
+
+
 def reads_environment(path: str, text: str) -> Iterator[str]:
     """The environment is read in one place."""
     if path.endswith(".py") and not path.startswith((*ENVIRONMENT_READERS, "tools/")):
@@ -120,7 +132,8 @@ def no_machine_paths(path: str, text: str) -> Iterator[str]:
             yield f"line {i}: the host name of a package registry"
 
 
-CHECKS = (length, init_lists, import_direction, hip_is_free, vocabulary, reads_environment, no_machine_paths)
+CHECKS = (length, init_lists, import_direction, hip_is_free, vocabulary, one_return, reads_environment,
+          no_machine_paths)
 CHECKS_ELSEWHERE = (anchored_todo,)  # of every file but this one, which has to spell the words
 
 

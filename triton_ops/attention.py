@@ -52,8 +52,10 @@ def load_rows(ptr, pages, offs_n, stride_page, stride_row, UNIT: tl.constexpr, H
     offs_d = tl.arange(0, BLOCK_D)
     rows = (pages * stride_page + offs_n % PAGE_SIZE * stride_row) * UNIT
     if HEAD_DIM < BLOCK_D:
-        return tl.load(ptr + rows[:, None] + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
-    return tl.load(ptr + rows[:, None] + offs_d)
+        x = tl.load(ptr + rows[:, None] + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
+    else:
+        x = tl.load(ptr + rows[:, None] + offs_d)
+    return x
 
 
 @triton.jit
@@ -67,8 +69,10 @@ def base2_logits(products, scale, logit_cap, CAPPED: tl.constexpr):
         square = y * y
         near = size * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
         tanh = tl.where(size < 0.2, near, (1 - e) / (1 + e))
-        return tl.where(y < 0, -tanh, tanh) * (logit_cap * LOG2_E)
-    return products * (scale * LOG2_E)
+        logits = tl.where(y < 0, -tanh, tanh) * (logit_cap * LOG2_E)
+    else:
+        logits = products * (scale * LOG2_E)
+    return logits
 
 
 @triton.jit

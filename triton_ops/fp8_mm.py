@@ -43,8 +43,10 @@ def load_steps(ptr, offs, first, K, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
     """[rows, BLOCK_K] from column `first` on, offs [rows] apart; 0 from column K on."""
     offs_k = tl.arange(0, BLOCK_K)[None, :]
     if EVEN:
-        return tl.load(ptr + first + offs[:, None] + offs_k)
-    return tl.load(ptr + first + offs[:, None] + offs_k, mask=offs_k < K - first, other=0.0)
+        x = tl.load(ptr + first + offs[:, None] + offs_k)
+    else:
+        x = tl.load(ptr + first + offs[:, None] + offs_k, mask=offs_k < K - first, other=0.0)
+    return x
 
 
 @triton.jit

@@ -125,9 +125,9 @@ def _latents(kv_ptr, lines, offs_c, offs_r, dtype: tl.constexpr, CDNA: tl.conste
         r = tl.load(kv_ptr + RANK + lines + offs_r, mask=offs_r < ROPE, other=0.0)
     else:
         r = tl.load(kv_ptr + RANK + lines + offs_r)
-    if kv_ptr.dtype.element_ty == dtype:
-        return c, r
-    return settled(widened(c, dtype, HALF_UP), CDNA), settled(widened(r, dtype, HALF_UP), CDNA)
+    if kv_ptr.dtype.element_ty != dtype:
+        c, r = settled(widened(c, dtype, HALF_UP), CDNA), settled(widened(r, dtype, HALF_UP), CDNA)
+    return c, r
 
 
 @triton.jit

@@ -87,10 +87,13 @@ def rows_of(ptr, pages, block, stride_page, stride_row, UNIT: tl.constexpr, PAGE
     offs_n = tl.arange(0, BLOCK_N)
     if PAGE_SIZE % BLOCK_N == 0:
         base = ptr + (pages.to(tl.int64) * stride_page + block % PAGE_SIZE * stride_row) * UNIT
-        return base, offs_n * stride_row * UNIT
-    rows = (offs_n if BLOCK_N % PAGE_SIZE == 0 else block + offs_n) % PAGE_SIZE
-    page = pages.to(tl.int64) if WIDE else pages
-    return ptr, (page * stride_page + rows * stride_row) * UNIT
+        offsets = offs_n * stride_row * UNIT
+    else:
+        base = ptr
+        rows = (offs_n if BLOCK_N % PAGE_SIZE == 0 else block + offs_n) % PAGE_SIZE
+        page = pages.to(tl.int64) if WIDE else pages
+        offsets = (page * stride_page + rows * stride_row) * UNIT
+    return base, offsets
 
 
 @triton.jit
@@ -98,8 +101,10 @@ def widened(x, dtype: tl.constexpr, EXACT: tl.constexpr):
     """x in dtype. EXACT: dtype holds every number of x's, FP8: to bf16 then without the rounding that a compiler adds
     where there is no instruction for it."""
     if EXACT and dtype == tl.bfloat16:
-        return (x.to(tl.float32).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+        y = (x.to(tl.float32).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
 
 
 @triton.jit
@@ -107,7 +112,7 @@ def settled(x, CDNA: tl.constexpr):
     """x of 16 bits as it is. CDNA's compiler would else put off a conversion from FP8 until each product has read its
     operand from LDS, a byte at a time, and convert once for each."""
     if CDNA and not INTERPRETED and x.dtype.primitive_bitwidth == 16:
-        return tl.inline_asm_elementwise("", "=v,0", [x], x.dtype, False, 2)
+        x = tl.inline_asm_elementwise("", "=v,0", [x], x.dtype, False, 2)
     return x
 
 
@@ -118,7 +123,7 @@ def uniform(x, CDNA: tl.constexpr):
     if CDNA and not INTERPRETED:
         # s_nop: around inline assembly the compiler leaves out the waits, before x is read and before the result is.
         code: tl.constexpr = "s_nop 0\nv_readfirstlane_b32 $0, $1\ns_nop 4"
-        return tl.inline_asm_elementwise(code, "=s,v", [x], tl.int32, True, 1)
+        x = tl.inline_asm_elementwise(code, "=s,v", [x], tl.int32, True, 1)
     return x
 
 
