@@ -282,7 +282,7 @@ def common(keys: Keys, rope: RopeConfig, max_position_embeddings: int, bos: int 
         hidden_act=keys.choice("hidden_act", "silu", ACTIVATIONS),
         dtype=_dtype(keys),
         bos_token_id=generation.get("bos_token_id", keys.raw.get("bos_token_id", bos)),
-        eos_token_ids=_token_ids(generation, absent=[]) or _token_ids(keys, absent=[eos]),
+        eos_token_ids=_end_ids(generation, keys, default=eos),
         sampling_defaults=_sampling_defaults(generation),
     )
 
@@ -295,9 +295,16 @@ def _sampling_defaults(generation: Keys) -> dict[str, float]:
     return {key: generation.get(key) for key in given} | greedy
 
 
-def _token_ids(keys: Keys, absent: list[int]) -> tuple[int, ...]:
-    """The tokens that end a text; an explicit null means none, `absent` is what a missing key means."""
-    value = keys.get("eos_token_id", [] if "eos_token_id" in keys.raw else absent)
+def _end_ids(generation: Keys, keys: Keys, default: int) -> tuple[int, ...]:
+    """The tokens that end a text: those of both files. An explicit null means none; `default`: where neither has the
+    key."""
+    if "eos_token_id" not in generation.raw and "eos_token_id" not in keys.raw:
+        return (default,)
+    return tuple(dict.fromkeys((*_token_ids(generation), *_token_ids(keys))))
+
+
+def _token_ids(keys: Keys) -> tuple[int, ...]:
+    value = keys.get("eos_token_id", [])
     ids = value if isinstance(value, list) else [value]
     if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
         raise keys.error("eos_token_id", value, "a token id or a list of them")

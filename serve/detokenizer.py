@@ -77,11 +77,11 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, may_stop: bool = True) -> str:
         """The text up to the stop string that ends first, once there is one (then `matched` says which); the rest is
-        dropped."""
-        text = self._held + text
-        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        dropped. may_stop: whether one may end in this text."""
+        held, text = self._held, self._held + text
+        found = [(at, stop) for stop in self._stops if may_stop and (at := _find(text, stop, len(held))) >= 0]
         if found:
             at, self.matched = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             self._held = ""
@@ -94,6 +94,11 @@ class StopStrings:
         """What was held back, at the end of a text without a stop string."""
         held, self._held = self._held, ""
         return held
+
+
+def _find(text: str, stop: str, start: int) -> int:
+    """Where in `text` the first `stop` begins that ends behind `start`; -1 if there is none."""
+    return text.find(stop, max(0, start + 1 - len(stop)))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -68,7 +68,7 @@ class Engine:
             model, self.config, kv_dtype, self.device, self.pool.num_pages, args.page_size, max_running, capture
         )
         self.scheduler = Scheduler(self.pool, max_running, self._prefill_budget(args))
-        self._eos = frozenset(self.config.eos_token_ids)
+        self._eos = frozenset(i for i in self.config.eos_token_ids if i < self.config.vocab_size)
         self._seeds = random.Random(args.random_seed)
         self._refused: list[Output] = []
 

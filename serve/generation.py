@@ -35,7 +35,9 @@ class Choice:
     """One completion of one prompt: an engine request and what has come of it."""
 
     def __init__(self, index: int, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer,
-                 body: Sampling, top_logprobs: int, prompt_logprobs: bool) -> None:  # fmt: skip
+                 body: Sampling, top_logprobs: int, prompt_logprobs: bool,
+                 stop_tokens: dict[int, str] | None = None) -> None:  # fmt: skip
+        """stop_tokens: special tokens whose text is among the request's stop strings."""
         self.index = index
         self.prompt_ids = prompt_ids
         self.request = Request(uuid4().hex, prompt_ids, params, top_logprobs, prompt_logprobs)
@@ -47,6 +49,8 @@ class Choice:
         self._detokenizer = Detokenizer(tokenizer, prompt_ids, body.skip_special_tokens is not False)
         self._stops = StopStrings(body.stop_strings, keep=bool(body.no_stop_trim))
         self._keep_stop = bool(body.no_stop_trim)
+        self._stop_tokens = stop_tokens or {}
+        self._skips_special = body.skip_special_tokens is not False
         self._decoded = 0  # characters so far, those held back by the stop strings among them
         self._held: list[tuple[int, TokenLogprob]] = []  # logprobs of tokens whose text is held back
 
@@ -60,16 +64,19 @@ class Choice:
                 self._held.append((self._decoded, output.logprobs[i]))
             is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1
             if not is_stop or self._keep_stop:
-                delta.text += self._show(self._detokenizer.push([token]))
+                delta.text += self._show(self._detokenizer.push([token]), len(self.all.token_ids) + i + 1)
             if self._stops.matched:
                 break
         if output.finish_reason and not self._stops.matched:
-            delta.text += self._show(self._detokenizer.flush())
+            delta.text += self._show(self._detokenizer.flush(), len(self.all.token_ids) + len(delta.token_ids))
         if self._stops.matched:
             self.finish_reason, self.matched = "stop", self._stops.matched
         elif output.finish_reason:
-            self.finish_reason, self.matched = output.finish_reason, output.matched_stop
+            self.finish_reason = output.finish_reason
+            self.matched = self._stop_tokens.get(output.matched_stop, output.matched_stop)
             delta.text += self._stops.flush()
+            if self._keep_stop and self._skips_special:
+                delta.text += self._stop_tokens.get(output.matched_stop, "")
         delta.logprobs = self._release(len(self.all.text) + len(delta.text))
         self.all += delta
         self.new += delta
@@ -79,9 +86,10 @@ class Choice:
         new, self.new = self.new, Delta()
         return new
 
-    def _show(self, text: str) -> str:
+    def _show(self, text: str, num_tokens: int) -> str:
+        """What may be shown of `text`, which the last of `num_tokens` tokens completed."""
         self._decoded += len(text)
-        return self._stops.push(text)
+        return self._stops.push(text, may_stop=num_tokens > self.request.params.min_new_tokens)
 
     def _release(self, shown: int) -> list[tuple[int, TokenLogprob]]:
         """The logprobs of tokens that begin within the first `shown` characters; of all, if no text is held back."""
@@ -173,12 +181,17 @@ class Generator:
                            "stop_token_ids", "invalid_token")  # fmt: skip
         if first_index + (body.n or 1) > MAX_CHOICES:
             raise ApiError(f"n: prompts times n may be at most {MAX_CHOICES}", "n", "invalid_value")
+        added = self.tokenizer.added_ids
+        named = {added[stop]: stop for stop in body.stop_strings if added.get(stop, vocab) < vocab}
         made = []
         for i in range(body.n or 1):
             params = body.sampling_params(self.defaults, max_new_tokens=max_new_tokens)
+            ends = set() if params.ignore_eos else {token for token in self.tokenizer.end_ids if token < vocab}
+            params.stop_token_ids = sorted({*params.stop_token_ids, *named, *ends})
             if params.seed is not None:
                 params.seed += i
-            choice = Choice(first_index + i, prompt_ids, params, self.tokenizer, body, top_logprobs, prompt_logprobs)
+            choice = Choice(first_index + i, prompt_ids, params, self.tokenizer, body, top_logprobs, prompt_logprobs,
+                            named)  # fmt: skip
             made.append(choice)
         return made
 

@@ -25,7 +25,8 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """encode, decode and apply_chat_template of one model. Safe to call from several threads.
 
-    Whether a text begins with bos is what tokenizer.json's post-processor says, as in transformers 5.
+    Whether a text begins with bos and ends with eos is what tokenizer_config.json says under add_bos_token and
+    add_eos_token; where it does not, what tokenizer.json's post-processor does.
     """
 
     def __init__(self, folder: Path, chat_template: str | None = None) -> None:
@@ -39,16 +40,26 @@ class Tokenizer:
         self.vocab_size = self._backend.get_vocab_size()
         self.longest_token = max(map(len, self._backend.get_vocab()), default=1)
         self._template = _load_template(folder, config, chat_template)
+        self.added_ids = self._added_ids()
+        self._before, self._after = self._surroundings(config)
+        self.end_ids = self._end_ids()
         self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, with the tokenizer's own bos where it has one. Raises TokenizerError if `text` holds half
-        a surrogate pair, which no UTF-8 has."""
+        """The ids of a text, with the tokenizer's own bos and eos where it adds them; a bos that the text begins with,
+        as one that a chat template made does, is not doubled. Raises TokenizerError if `text` holds half a surrogate
+        pair, which no UTF-8 has."""
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError) as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from None
+        if not add_special_tokens:
+            return ids
+        before = self._before
+        if before and ids[: len(before)] == before:
+            before = []
+        return before + ids + self._after
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids; an incomplete UTF-8 character becomes U+FFFD, an id without a token nothing."""
@@ -81,6 +92,44 @@ class Tokenizer:
             return self._template.render({**values, **self.special, **variables})
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise TokenizerError(f"the chat template refuses these messages: {error}") from None
+
+    def _added_ids(self) -> dict[str, int]:
+        """text -> id of the tokens that no text is split for: the special ones, and markers that are not marked so"""
+        added = self._backend.get_added_tokens_decoder()
+        named = {text: self._backend.token_to_id(text) for text in self.special.values()}
+        return named | {token.content: token_id for token_id, token in added.items()}
+
+    def _surroundings(self, config: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """The ids that are put before and behind every text."""
+        text = "a"
+        inner = self._backend.encode(text, add_special_tokens=False).ids
+        whole = self._backend.encode(text, add_special_tokens=True).ids
+        at = next((i for i in range(len(whole)) if inner and whole[i : i + len(inner)] == inner), len(whole))
+        sides = [whole[:at], whole[at + len(inner) :]]
+        for side, (flag, name) in enumerate((("add_bos_token", "bos_token"), ("add_eos_token", "eos_token"))):
+            if isinstance(config.get(flag), bool):
+                own = self.added_ids.get(self.special.get(name, ""))
+                others = [i for i in sides[side] if i != own]
+                added = [own] if config[flag] and own is not None else []
+                sides[side] = others + added if side else added + others
+        return sides[0], sides[1]
+
+    def _end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: eos, and the added token that the chat template puts behind an assistant's
+        message, which is another one in many chat models (and not marked as special in some)."""
+        found = [self.added_ids.get(self.special.get("eos_token", ""))]
+        if self._template is not None:
+            said = "answered"
+            turns = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": said}]
+            try:
+                text = self.apply_chat_template(turns, add_generation_prompt=False)
+            except Exception:  # it wants other conversations than this one, and says so in whatever way
+                text = ""
+            behind = text.rpartition(said)[2].lstrip() if said in text else ""
+            ends = [name for name in self.added_ids if name and behind.startswith(name)]
+            ends = [name for name in ends if name != self.special.get("bos_token")]
+            found.append(self.added_ids[max(ends, key=len)] if ends else None)
+        return frozenset(i for i in found if i is not None)
 
     def _add_missing_special_tokens(self) -> None:
         known = self._backend.get_vocab()

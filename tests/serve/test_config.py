@@ -45,9 +45,18 @@ def test_llama_3_1(read):
         num_heads=32, num_kv_heads=8, head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=131072,
         rope=RopeConfig("llama3", 500000.0, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0),
         tie_word_embeddings=False, attention_bias=False, mlp_bias=False, hidden_act="silu", dtype=torch.bfloat16,
-        context_length=131072, bos_token_id=128000, eos_token_ids=(128001, 128009),
+        context_length=131072, bos_token_id=128000, eos_token_ids=(128001, 128009, 128008),
         sampling_defaults={"temperature": 0.6, "top_p": 0.9},
     )  # fmt: skip
+
+
+def test_what_either_file_calls_the_end_is_one(read):
+    assert read(SMALLEST | {"eos_token_id": [5, 6]}, {"eos_token_id": [6, 7]}).eos_token_ids == (6, 7, 5)
+    assert read(SMALLEST | {"eos_token_id": 5}, {}).eos_token_ids == (5,)
+    assert read(SMALLEST, {"eos_token_id": 7}).eos_token_ids == (7,), "the default is for folders that name none"
+    assert read(SMALLEST | {"eos_token_id": None}, {"eos_token_id": 7}).eos_token_ids == (7,)
+    assert read(SMALLEST | {"eos_token_id": 5}, {"eos_token_id": None}).eos_token_ids == (5,)
+    assert read(SMALLEST, {"eos_token_id": None}).eos_token_ids == ()
 
 
 def test_a_checkpoint_that_does_not_sample_is_greedy_unless_asked(read):

@@ -1,6 +1,8 @@
 """The engine over a tiny random Llama, beside transformers' own forward pass of it; then as a process."""
 
+import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
@@ -54,7 +56,7 @@ def make(llama, device):
     def build(**flags) -> Engine:
         if "mem_fraction_static" not in flags:  # on a GPU the default takes nearly all there is
             flags.setdefault("max_total_tokens", 5 * CONTEXT)
-        return Engine(ServerArgs(model_path=str(llama[1]), device=device, dtype="float32", **flags))
+        return Engine(ServerArgs(**{"model_path": str(llama[1]), "device": device, "dtype": "float32", **flags}))
 
     return build
 
@@ -241,6 +243,15 @@ def test_the_models_own_end_token(make, llama):
     longer = collect(make(), request("a", [5], params))["a"]
     assert longer.token_ids[: len(stopped.token_ids)] == stopped.token_ids
     assert len(longer.token_ids) == 100
+
+
+def test_an_end_token_beyond_the_vocabulary_is_none(make, llama, tmp_path):
+    """The configuration of another model's tokenizer: no index beyond the logits where ends are forbidden."""
+    folder = shutil.copytree(llama[1], tmp_path / "copy")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, VOCAB, VOCAB + 900]}))
+    params = SamplingParams(max_new_tokens=5, min_new_tokens=5, temperature=0)
+    got = collect(make(model_path=str(folder)), request("a", [5], params))["a"]
+    assert (len(got.token_ids), got.finish_reason) == (5, "length")
 
 
 def test_refusals_name_the_reason_and_harm_nobody(make, expected):

@@ -56,7 +56,7 @@ def folder(request, tmp_path_factory) -> Path:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": eos}
     config["chat_template"] = TEMPLATE
     if request.param is byte_fallback:
-        config |= {"add_bos_token": False, "unk_token": "<unk>"}  # tokenizer.json has the last word
+        config |= {"add_bos_token": True, "add_eos_token": False, "unk_token": "<unk>"}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
@@ -78,6 +78,38 @@ def test_ids_and_chat_equal_transformers(folder, ours):
     messages = [{"role": "system", "content": " s "}, {"role": "user", "content": "hé"}]
     expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert ours.apply_chat_template(messages) == expected
+
+
+BARE = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}  # DeepSeek-V3's
+BOTH = {"type": "TemplateProcessing", "pair": [], "special_tokens": {
+    "<|bos|>": {"id": "<|bos|>", "ids": [0], "tokens": ["<|bos|>"]},
+    "<|eos|>": {"id": "<|eos|>", "ids": [1], "tokens": ["<|eos|>"]}}, "single": [
+    {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+    {"SpecialToken": {"id": "<|eos|>", "type_id": 0}}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(("processor", "config", "before", "after"), [
+    (BARE, {}, [], []), (BARE, {"add_bos_token": True, "add_eos_token": False}, [0], []),
+    (BARE, {"add_bos_token": True, "add_eos_token": True}, [0], [1]), (None, {"add_bos_token": True}, [0], []),
+    (BOTH, {}, [0], [1]), (BOTH, {"add_bos_token": True}, [0], [1]), (BOTH, {"add_bos_token": False}, [], [1]),
+    (BOTH, {"add_bos_token": None, "add_eos_token": False}, [0], []), (BARE, {"bos_token": None}, [], []),
+    (BARE, {"bos_token": None, "add_bos_token": True}, [], []),
+    ({"type": "Sequence", "processors": [BARE, BOTH]}, {"add_eos_token": True}, [0], [1]),
+])  # fmt: skip
+def test_bos_and_eos_are_added_as_the_config_says(tmp_path, processor, config, before, after):
+    """Where it says nothing, as the post-processor does. Each at most once, also where the text begins with bos."""
+    made = json.loads(byte_level().to_str()) | {"post_processor": processor}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    config = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"} | config
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = serving.Tokenizer(tmp_path)
+    inner = ours.encode("Hello", add_special_tokens=False)
+    assert inner
+    assert not {0, 1} & {*inner}
+    assert ours.encode("Hello") == before + inner + after
+    assert ours.encode("") == before + after
+    rendered = ours.encode("<|bos|>Hello")
+    assert rendered == [0, *inner, *after], "a text that has its bos gets no second one"
 
 
 def test_chat_errors_name_the_reason(folder, ours, tmp_path):
