@@ -107,7 +107,8 @@ def test_the_request_names_the_token_as_well_as_the_models_end(tokenizer):
 
 
 @pytest.mark.parametrize(("least", "text", "shown"), [
-    (0, "a.b.c.d", "a"), (2, "a.b.c.d", "a.b"), (3, "a.b.c.d", "a.b"), (4, "a.b.c.d", "a.b.c"), (7, "a.b.c.d", "a.b.c.d"),
+    (0, "a.b.c.d", "a"), (2, "a.b.c.d", "a.b"), (3, "a.b.c.d", "a.b"), (4, "a.b.c.d", "a.b.c"),
+    (7, "a.b.c.d", "a.b.c.d"),
 ])  # fmt: skip
 def test_stop_strings_wait_for_min_tokens(tokenizer, least, text, shown):
     """Every character is a token here; a stop string may end in the first token after the minimum."""
