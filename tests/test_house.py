@@ -1,6 +1,7 @@
 """The repository keeps the design's mechanical rules, and each check can find what it is for."""
 
 import importlib.util
+import re
 import subprocess
 from pathlib import Path
 
@@ -62,3 +63,9 @@ def test_every_rule_can_be_broken(tmp_path, path):
 
 def test_what_the_rules_allow(tmp_path):
     assert house.findings(repository(tmp_path, CLEAN)) == []
+
+
+def test_the_readme_reads_on_a_package_index_too():
+    """Where it is shown without the files beside it: links that name a file would lead nowhere."""
+    links = re.findall(r"\]\(([^)]*)\)", (ROOT / "README.md").read_text())
+    assert [link for link in links if not link.startswith("https://")] == []

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import sys
+import venv
 from argparse import Namespace
 from pathlib import Path
 
@@ -58,6 +59,74 @@ def test_installed_torch_and_triton_are_pinned(tmp_path):
         pinned = Path(arguments[1]).read_text().split()
     version = importlib.metadata.version("torch")
     assert f"torch=={version}" in pinned
+
+
+@pytest.fixture
+def environment_of_others(monkeypatch):
+    """An environment somebody else filled: what it has, and what pip would install there."""
+    def describe(have, plan, inside=True):
+        monkeypatch.setattr(setup_rocm, "installed", lambda python: dict(have))
+        monkeypatch.setattr(setup_rocm, "in_environment", lambda: inside)
+        monkeypatch.setattr(setup_rocm, "planned", lambda python, arguments, title: [
+            {"metadata": {"name": name, "version": version}} for name, version in plan.items()])
+    return describe
+
+
+def test_what_an_environment_has_is_not_changed_unasked(environment_of_others):
+    environment_of_others({"transformers": "4.57.1", "uvicorn": "0.30"}, {"Transformers": "5.1", "msgspec": "0.20"})
+    with pytest.raises(SystemExit, match=r"(?s)transformers 4\.57\.1 -> 5\.1\n.*--upgrade") as refused:
+        setup_rocm.may_change("python", ["transformers>=5"], upgrade=False)
+    assert "msgspec" not in str(refused.value), "what is new changes nothing"
+    assert setup_rocm.may_change("python", ["transformers>=5"], upgrade=True) == ("transformers",)
+
+
+def test_an_environment_of_our_own_is_brought_up_to_date(environment_of_others):
+    environment_of_others({"transformers": "4.57.1"}, {"transformers": "5.1"}, inside=False)
+    assert setup_rocm.may_change("python", ["transformers>=5"], upgrade=False) == ("transformers",)
+
+
+def test_all_that_stays_is_pinned_and_checked(environment_of_others, monkeypatch):
+    environment_of_others({"transformers": "4.57.1", "numpy": "2.0", "wave64": "0.1", "apt-xapian": "0.4ubuntu1"}, {})
+    keeping = setup_rocm.constraints("python", but=("transformers",))
+    assert Path(keeping.__enter__()[1]).read_text() == "numpy==2.0\n"
+    environment_of_others({"transformers": "5.1", "numpy": "2.4", "wave64": "0.2", "apt-xapian": "0.4ubuntu1"}, {})
+    with pytest.raises(SystemExit, match=r"numpy was 2\.0 and is 2\.4 now"):
+        keeping.__exit__(None, None, None)
+
+
+def test_requirements_are_read_from_pyproject():
+    listed = setup_rocm.requirements("serve,demo")
+    assert {"fastapi", "openai"} <= set(listed)
+    assert not any("[" in name or name.startswith(("torch", "triton")) for name in listed)
+
+
+def test_an_interrupted_environment_is_completed(tmp_path, monkeypatch):
+    """As a Ctrl-C leaves it: a Python, and no pip."""
+    venv.create(tmp_path / ".venv", with_pip=False)
+    (tmp_path / ".venv" / "mine").touch()
+    made = []
+    monkeypatch.setattr(setup_rocm, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(setup_rocm, "in_environment", lambda: False)
+    monkeypatch.setattr(setup_rocm, "run", lambda title, command: made.append(command))
+    assert setup_rocm.environment() == str(tmp_path / ".venv" / "bin" / "python")
+    assert made[0][1:3] == ["-m", "venv"]
+    assert (tmp_path / ".venv" / "mine").exists()
+
+
+def test_a_clone_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
+    (tmp_path / "build").touch()  # as root, permissions refuse nothing: a file where a folder is needed does
+    monkeypatch.setattr(setup_rocm, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_rocm, "LOGS", tmp_path / "build" / "logs")
+    with pytest.raises(SystemExit, match=r"cannot write to .*build.*must belong to you"):
+        setup_rocm.require_writable()
+
+
+@pytest.mark.parametrize("compiler", [None, "g++"])
+def test_without_a_compiler_zigs_is_used(monkeypatch, compiler):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(setup_rocm.shutil, "which", lambda name: compiler if name == compiler else None)
+    settings = setup_rocm.build_settings("/env/bin/python", Namespace(archs=None))
+    assert any("CMAKE_CXX_COMPILER=/env/bin/python;-m;ziglang;c++" in s for s in settings) is (compiler is None)
 
 
 def test_the_build_tools_are_read_from_pyproject():

@@ -4,7 +4,8 @@ import importlib.util
 
 if importlib.util.find_spec("torch") is None:
     raise ImportError("wave64 needs torch, and installs none, lest it replace a ROCm build: install AMD's or PyTorch's "
-                      "wheel for your ROCm first, or pip install wave64[cpu] for a machine without a GPU")
+                      "wheel for your ROCm first; without a GPU a CPU build of torch, or wave64[cpu], which takes "
+                      "whatever build your package index gives")
 
 from wave64 import backends, ops, platform
 from wave64.backends import report, table, use
