@@ -149,3 +149,19 @@ extern "C" __attribute__((visibility("default"))) const char* wave64_run(void (*
         }
     return nullptr;
 }
+
+// What the compiler calls to round to bf16 where the CPU has no instruction for it. Its own library has those of fp16,
+// not these.
+extern "C" __bf16 __truncsfbf2(float x) {
+    uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    bits = x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+    return __builtin_bit_cast(__bf16, wave64::Bits16(bits >> 16));
+}
+
+// Through the float next to x toward zero, made odd where x is between two, so that only the last step rounds.
+extern "C" __bf16 __truncdfbf2(double x) {
+    float between = float(x);
+    uint32_t bits = __builtin_bit_cast(uint32_t, between);
+    if (double(between) != x && x == x) bits = (bits - (__builtin_fabs(double(between)) > __builtin_fabs(x))) | 1;
+    return __truncsfbf2(__builtin_bit_cast(float, bits));
+}

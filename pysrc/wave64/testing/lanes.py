@@ -42,19 +42,25 @@ def folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="wave64-lanes-")
 
 
+def build(source: Path, arch: str, built: Path) -> ctypes.CDLL:
+    """A shared library of a device section and lanes.cpp, as if for `arch`. It is for the oldest CPU of this machine's
+    kind, so that every machine runs the same code. Raises RuntimeError where it does not compile, or calls what neither
+    it nor the C library has."""
+    # as C, so that no C++ library is built first, which takes a minute
+    command = [sys.executable, "-m", "ziglang", "cc", "-std=c++17", "-O1", "-mcpu=baseline", "-fno-sanitize=undefined",
+               "-shared", "-Wl,-z,defs", "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden",
+               "-DWAVE64_CPU", *(f"-D{macro}" for macro in MACROS[arch]), f"-I{sources() / 'include'}", "-o", built,
+               "-x", "c++", source, sources() / "src" / "lanes.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source.stem}: its device section does not build for a CPU\n{done.stderr}")
+    return ctypes.CDLL(str(built))
+
+
 @functools.cache
 def library(op: str, arch: str) -> ctypes.CDLL:
     """hip/ops/<op>.hip, its device section compiled for this CPU as if for `arch`."""
-    hip_folder, built = sources(), Path(folder().name, f"{op}-{arch}.so")
-    # as C, so that no C++ library is built first, which takes a minute
-    command = [sys.executable, "-m", "ziglang", "cc", "-std=c++17", "-O1", "-fno-sanitize=undefined", "-shared",
-               "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden", "-DWAVE64_CPU",
-               *(f"-D{macro}" for macro in MACROS[arch]), f"-I{hip_folder / 'include'}", "-o", built, "-x", "c++",
-               hip_folder / "ops" / f"{op}.hip", hip_folder / "src" / "lanes.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{op}: its device section does not compile for a CPU\n{done.stderr}")
-    loaded = ctypes.CDLL(str(built))
+    loaded = build(sources() / "ops" / f"{op}.hip", arch, Path(folder().name, f"{op}-{arch}.so"))
     loaded.wave64_run.restype = ctypes.c_char_p
     return loaded
 
