@@ -3,16 +3,14 @@
 from dataclasses import asdict
 
 import pytest
+from launched import ARCHS, small_cases
 
-from wave64 import OPS
 from wave64.testing.emulator.check import check_case
-
-ARCHS = ("gfx942", "gfx950")
 
 
 @pytest.mark.parametrize(("op", "case", "arch"), [
     pytest.param(op.name, case.id, arch, id=f"{op.name}-{case.id}-{arch}")
-    for arch in ARCHS for op in OPS.values() if "triton" in op.backends for case in op.cases() if not case.large])
+    for arch in ARCHS for op, case in small_cases("triton")])
 def test_machine_code_keeps_the_contract(op, case, arch, compiling, record_property):
     result = compiling.submit(check_case, op, "triton", arch, case).result()
     assert result.failures == {}

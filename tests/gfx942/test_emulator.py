@@ -4,6 +4,7 @@ tensors, under the real launchers; and what a kernel must not do is reported in 
 import numpy as np
 import pytest
 from assembled import assemble, run
+from launched import ARCHS, small_cases
 
 from wave64 import OPS, platform
 from wave64.backends import hip
@@ -11,13 +12,10 @@ from wave64.testing import contract
 from wave64.testing.emulator.memory import EmulationError
 from wave64.testing.emulator.run import emulate
 
-ARCHS = ("gfx942", "gfx950")
-HIP_OPS = [op for op in OPS.values() if "hip" in op.backends]
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("op", "case"), [
-    pytest.param(op, case, id=f"{op.name}-{case.id}") for op in HIP_OPS for case in op.cases() if not case.large])
+    pytest.param(op, case, id=f"{op.name}-{case.id}") for op, case in small_cases("hip")])
 def test_machine_code_keeps_the_contract(op, case, arch, record_property):
     kernels, instructions = set(), 0
 

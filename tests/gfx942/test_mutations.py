@@ -77,6 +77,9 @@ BUGS = {
     "keys beyond the length": (
         "paged_attention", "ops/paged_attention.hip", "length < args.room ? length : args.room",
         "length < args.room ? length + 1 : args.room", FAR),
+    "half of each wide head": (
+        "paged_attention", "include/wave64/attention.h", "j < kKeyPacks; j++) {\n            Array<Operand",
+        "j < kKeyPacks / (D / 64); j++) {\n            Array<Operand", FAR),
     "window ignored": (
         "paged_attention", "ops/paged_attention.hip", "args.window > 0 && end > args.window", "false", OUTSIDE),
 }

@@ -43,6 +43,7 @@ def cases():
     for dtype in DTYPES:
         yield Case(f"3x1009-{dtype}", lambda d=dtype: _draw(3, 1009, 17, 9, d))
         yield Case(f"repeats-{dtype}", lambda d=dtype: _draw(4, 500, 40, 300, d, distinct=5))
+        yield Case(f"slices-{dtype}", lambda d=dtype: _draw(1, 2064, 5120, 1040, d))
     yield Case("many-ids", lambda: _draw(2, 9001, 5000, 2000))
     yield Case("one-past-a-block", _one_past_a_block)
     yield Case("no-prompt", lambda: _draw(2, 1000, 0, 5))

@@ -6,6 +6,7 @@ from torch import Tensor
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.reshape_and_cache import FP8, reshape_and_cache
 from wave64.ops.rms_norm import DTYPES
+from wave64.quant import fp8_dtype
 
 
 def _draw(tokens, pages, rank=512, rope=64, dtype=torch.bfloat16, cache_dtype=None, page_size=16, skip=(), scale=None):
@@ -38,6 +39,8 @@ def cases():
         for fp8 in FP8:
             yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 2, dtype=d, cache_dtype=c, skip=(1,),
                                                                            scale=0.03))
+        yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype: _draw(
+            4, 5, 37, 5, d, fp8_dtype(), page_size=3, skip=(2,), scale=0.03))
     yield Case("contiguous", _contiguous)
     yield Case("fp8-unscaled", lambda: _draw(5, 2, cache_dtype=FP8[0]))
     yield Case("small", lambda: _draw(70, 5, 32, 8))

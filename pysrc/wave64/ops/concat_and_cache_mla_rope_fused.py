@@ -10,6 +10,7 @@ from wave64.ops.reshape_and_cache import FP8
 from wave64.ops.rms_norm import DTYPES
 from wave64.ops.rotary_embedding import check as check_rotation
 from wave64.ops.rotary_embedding import rotary_embedding
+from wave64.quant import fp8_dtype
 
 #: What `rotary_embedding` calls the tensors that it rotates.
 NAMES = {"query": "q_pe", "key": "k_pe"}
@@ -66,6 +67,9 @@ def cases():
     for fp8 in FP8:
         yield Case(f"odd-{fp8}", lambda c=fp8: _draw(7, 5, 5, 37, 6, is_neox=True, cache_dtype=c, page_size=3,
                                                      skip=(0, 4), nope=3))
+    for dtype in (torch.float16, torch.float32):
+        yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype: _draw(
+            4, 3, 5, 37, 6, d, True, fp8_dtype(), page_size=3, skip=(2,), scale=0.03, nope=3))
     yield Case("contiguous", _contiguous)
     yield Case("one-projection", _one_projection)
     yield Case("many-tokens", lambda: _draw(70, 2, 5, 32, 16, is_neox=True, skip=(11,)))

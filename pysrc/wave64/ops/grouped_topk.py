@@ -29,6 +29,10 @@ def cases():
     for dtype in DTYPES:
         yield Case(f"v2-{dtype}", lambda d=dtype: _v2(3, dtype=d))
         yield Case(f"v3-{dtype}", lambda d=dtype: _v3(3, dtype=d))
+        # more experts of a group to a lane, in the HIP kernels: 8, 16
+        for experts in (320, 576):
+            yield Case(f"2x{experts}-{dtype}", lambda d=dtype, n=experts: _v3(2, n, dtype=d))
+    yield Case("2x64-bf16", lambda: _v3(2, 64, dtype=torch.bfloat16))
     yield Case("one-token", lambda: _v3(1))
     yield Case("no-tokens", lambda: _v3(0))
     yield Case("no-groups", lambda: _v3(3, 384, 8, 1, 1))

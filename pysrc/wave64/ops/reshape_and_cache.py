@@ -34,6 +34,8 @@ def cases():
         yield Case(f"odd-{dtype}", lambda d=dtype: _draw(7, 5, 3, 37, d, page_size=3, skip=(0, 4)))
         for fp8 in FP8:
             yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 2, 2, 64, d, c, skip=(1,), scale=0.03))
+        yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype: _draw(
+            4, 5, 3, 37, d, quant.fp8_dtype(), page_size=3, skip=(2,), scale=0.03))
     yield Case("fp8-unscaled", lambda: _draw(5, 2, 2, 64, cache_dtype=torch.float8_e4m3fn))
     yield Case("heads-apart", lambda: _heads_apart(5, 3, 64))
     yield Case("one-token", lambda: _draw(1, 1, 1, 64, page_size=1))

@@ -43,6 +43,7 @@ def cases():
         yield Case(f"partial-{dtype}", lambda d=dtype: _draw(7, 5, 1, 80, 24, dtype=d, max_pos=64))
     yield Case("partial-interleaved", lambda: _draw(7, 3, 3, 80, 24, is_neox=False, max_pos=64))
     yield Case("odd-head-size", lambda: _draw(3, 3, 1, 37, 22, max_pos=64, layout="flat"))
+    yield Case("odd-head-size-fp32", lambda: _draw(3, 3, 1, 37, 22, torch.float32, max_pos=64, layout="flat"))
     yield Case("narrow", lambda: _draw(3, 1, 1, 2, max_pos=64, layout="heads"))
     yield Case("heads", lambda: _draw(5, 7, 1, 48, max_pos=64, layout="heads"))
     yield Case("query-only", lambda: _draw(5, 6, 0, 64, max_pos=64))

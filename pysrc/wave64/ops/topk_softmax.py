@@ -37,6 +37,10 @@ def cases():
         yield _case(f"3x384-{dtype}", 3, 384, 8, True, dtype)
     for tokens, experts, top_k in [(1, 256, 8), (5, 1, 1), (3, 8, 8), (0, 8, 2), (19, 8, 2), (2, 72, 32), (4, 5, 3)]:
         yield _case(f"{tokens}x{experts}-top-{top_k}", tokens, experts, top_k)
+    # more logits a lane, in the HIP kernels: 4, 16
+    for dtype in DTYPES:
+        yield _case(f"2x200-{dtype}", 2, 200, 6, False, dtype)
+        yield _case(f"2x600-{dtype}", 2, 600, 6, True, dtype)
     yield Case("strided", lambda: dict(gating=torch.randn(5, 200)[:, 7:135], top_k=6, renormalize=True))
     # one expert far above the others, in every row another: whoever subtracts less than it overflows
     yield Case("far-above", lambda: dict(gating=100 * torch.eye(40, 60, dtype=torch.bfloat16)[:, torch.randperm(60)],

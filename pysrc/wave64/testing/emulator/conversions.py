@@ -53,6 +53,13 @@ def _scaled_bf16(arch, saturate, x, scale):
     return low | high << U32(16)
 
 
+def _scaled_f16(arch, saturate, x, scale):
+    _unscaled(scale)
+    table = ar.small("fp8", arch)
+    low, high = (table.decode(x >> U16(shift) & U16(255)).astype(F16).view(U16).astype(U32) for shift in (0, 8))
+    return low | high << U32(16)
+
+
 def _scaled_to_fp8(arch, saturate, a, b, scale):
     _unscaled(scale)
     return _to_bytes("fp8")(arch, saturate, a, b)
@@ -71,7 +78,8 @@ FOR_ARCH: dict[str, Row] = {
     "v_cvt_pk_fp8_f32": ("w=ff+", _to_bytes("fp8")), "v_cvt_pk_bf8_f32": ("w=ff+", _to_bytes("bf8")),
 }
 FOR_GFX950: dict[str, Row] = {
-    "v_cvt_scalef32_pk_bf16_fp8": ("u=wf", _scaled_bf16), "v_cvt_scalef32_pk_fp8_f32": ("w=fff+", _scaled_to_fp8),
+    "v_cvt_scalef32_pk_bf16_fp8": ("u=wf", _scaled_bf16), "v_cvt_scalef32_pk_f16_fp8": ("u=wf", _scaled_f16),
+    "v_cvt_scalef32_pk_fp8_f32": ("w=fff+", _scaled_to_fp8),
 }
 GFX950: dict[str, Row] = {
     "v_cvt_pk_bf16_f32": ("u=ff", lambda a, b: ar.f32_to_bf16(a) | ar.f32_to_bf16(b) << U32(16)),
