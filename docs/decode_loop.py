@@ -56,7 +56,7 @@ class Llama:
             x = self.attend(query.view(-1, self.heads, self.head_dim), keys, values, seq_lens)
             x = linear(x.flatten(1), w[f"{layer}.self_attn.o_proj.weight"])
             ops.fused_add_rms_norm(x, residual, w[f"{layer}.post_attention_layernorm.weight"], eps)  # in place, both
-            gate_up = torch.cat([w[f"{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up")])  # an engine does it once
+            gate_up = torch.cat([w[f"{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up")])  # once, in an engine
             x = linear(ops.silu_and_mul(linear(x, gate_up)), w[f"{layer}.mlp.down_proj.weight"])
             following = f"model.layers.{i + 1}.input_layernorm" if i + 1 < len(self.kv_cache) else "model.norm"
             ops.fused_add_rms_norm(x, residual, w[f"{following}.weight"], eps)

@@ -1,146 +1,15 @@
-"""`python -m wave64.launch_server --model-path ...`: serve a model over HTTP.
+"""`python -m wave64.launch_server --model-path ...`: serve a model over HTTP (wave64/serve/launch.py)."""
 
-This is the api process: it claims the port, starts the engine process, and speaks HTTP while that one computes. It ends
-with status 0 when told to (SIGTERM, Ctrl-C), and with status 1 and one line on stderr when something is wrong.
-"""
-
-import asyncio
-import json
-import logging
-import signal
-import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from importlib.util import find_spec
 
-import uvicorn
-
-import wave64
-from wave64.serve.api import create_app
-from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.client import EngineClient
-from wave64.serve.config import ConfigError, ModelConfig
-from wave64.serve.engine_process import LOG_FORMAT
-from wave64.serve.generation import Generator
-from wave64.serve.protocol import ApiError, NativeSampling, parse
-from wave64.serve.tokenizer import Tokenizer, TokenizerError
-from wave64.serve.weights import TOKENIZER_FILES, WeightsError, resolve_model_path
-
-log = logging.getLogger("wave64")
-
-GRACE_S = 5  # how long running requests may go on after the server was told to end
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until told to end; the exit status."""
-    args = ServerArgs.from_cli(argv)
-    logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
-    try:
-        listener = listen(args.host, args.port)
-        return asyncio.run(_serve(args, listener))
-    except (ArgsError, ConfigError, WeightsError, TokenizerError, EngineEnded) as error:
-        print(f"wave64.launch_server: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-
-
-class EngineEnded(RuntimeError):
-    """The engine could not start, or died."""
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Claimed first of all, so that a port in use is known before a model is loaded."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ArgsError(f"--host: {host}: {error.strerror}") from None
-    listener = socket.socket(family, kind, proto)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ArgsError(f"--port: cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
-    return listener
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield  # signals are _serve's; uvicorn would raise them again at the end, and the exit status would be theirs
-
-
-async def _serve(args: ServerArgs, listener: socket.socket) -> int:
-    told_to_end = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told_to_end.set)
-    rows = wave64.report(None if args.device == "auto" else args.device)
-    log.info("what serves each operator:\n%s", wave64.table(rows))
-    folder = resolve_model_path(args.model_path, args.revision)
-    defaults = _sampling_defaults(folder)
-    client = EngineClient(replace(args, model_path=str(folder)))
-    try:
-        await client.start()
-        engine = asyncio.create_task(client.run())
-        place = folder
-        if args.tokenizer_path:
-            place = resolve_model_path(args.tokenizer_path, args.revision, TOKENIZER_FILES)
-        generator = Generator(args, client, await asyncio.to_thread(Tokenizer, place, args.chat_template), defaults)
-        config = uvicorn.Config(create_app(generator), log_config=None, lifespan="off",
-                                timeout_graceful_shutdown=GRACE_S + 2)  # fmt: skip
-        server = _Server(config)
-        serving = asyncio.create_task(server.serve([listener]))
-        announcing = asyncio.create_task(_announce(generator))
-        ending = asyncio.create_task(told_to_end.wait())
-        try:
-            await asyncio.wait({engine, serving, ending, announcing}, return_when=asyncio.FIRST_COMPLETED)
-            if announcing.done():
-                announcing.result()
-                await asyncio.wait({engine, serving, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if ending.done():
-                log.info("told to end; running requests have %d s to finish", GRACE_S)
-                asyncio.get_running_loop().call_later(GRACE_S, client.fail_all, "the server is shutting down")
-            server.should_exit = True
-            await serving
-        finally:
-            announcing.cancel()
-            ending.cancel()
-        if engine.done():
-            raise EngineEnded(engine.result())
-        engine.cancel()
-        return 0
-    finally:
-        await client.stop()
-
-
-def _sampling_defaults(folder: Path) -> dict[str, float]:
-    """What the model recommends, held to what a request may ask for."""
-    defaults = ModelConfig.from_folder(folder).sampling_defaults
-    try:
-        parse(NativeSampling, json.dumps(defaults).encode())
-    except ApiError as error:
-        raise ConfigError(f"{folder / 'generation_config.json'}: {error}") from None
-    return defaults
-
-
-async def _announce(generator: Generator) -> None:
-    """Wait for the engine, warm it up, and say that requests are welcome."""
-    await generator.client.is_ready.wait()
-    ready, args = generator.ready, generator.args
-    log.info("%s on %s in %s: context of %d tokens, KV pool of %d", args.model_name, ready.device, ready.dtype,
-             ready.context_length, ready.max_total_num_tokens)  # fmt: skip
-    if not args.skip_server_warmup:
-        try:
-            await generator.warm_up()
-        except ApiError as error:
-            raise EngineEnded(f"the warm-up request failed: {error}") from None
-    generator.is_serving = True
-    log.info("listening on http://%s:%d", args.host, args.port)
-    print("The server is fired up and ready to roll!", flush=True)
-
+SERVER = ("fastapi", "huggingface_hub", "jinja2", "msgspec", "pydantic", "safetensors", "tokenizers", "transformers",
+          "uvicorn", "zmq")
 
 if __name__ == "__main__":
+    if missing := [name for name in SERVER if find_spec(name) is None]:
+        sys.exit(f"wave64.launch_server: error: {', '.join(missing)}: not installed, and needed by the server: "
+                 "pip install 'wave64[serve]', or python3 setup_rocm.py install in a clone")
+    from wave64.serve.launch import main
+
     sys.exit(main())

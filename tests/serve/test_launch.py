@@ -209,3 +209,12 @@ def test_health_tells_starting_from_ready_and_a_killed_server_takes_its_engine_a
         server.process.wait()
         server.http.close()
     assert eventually(lambda: not is_alive(engine))
+
+
+def test_without_its_packages_the_server_says_what_to_install():
+    start = ("import runpy, sys; sys.modules['uvicorn'] = sys.modules['zmq'] = None; "
+             "runpy.run_module('wave64.launch_server', run_name='__main__')")
+    ended = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr == ("wave64.launch_server: error: uvicorn, zmq: not installed, and needed by the server: "
+                            "pip install 'wave64[serve]', or python3 setup_rocm.py install in a clone\n")
