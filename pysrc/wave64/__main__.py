@@ -1,7 +1,10 @@
-"""`python -m wave64`: what serves here, and why the rest does not. `python -m wave64 check [OP ...]`: is it right?
-`python -m wave64 --hashes`: the code objects that are installed, to compare with another build's."""
+"""`python -m wave64 VERB ...`, also as the command `wave64`: every tool of the package by one name.
+
+Without a verb: what serves each operator here, and why the rest does not.
+"""
 
 import argparse
+import runpy
 import sys
 
 import wave64
@@ -10,8 +13,23 @@ from wave64.backends import hip, probe
 from wave64.op import BACKENDS
 from wave64.testing import contract
 
+#: Verbs that are modules of their own: what is run, and what it does. `python -m MODULE` is the same.
+MODULES = {
+    "serve": ("wave64.launch_server", "serve a model over HTTP: serve --model-path MODEL --port 30000"),
+    "doctor": ("wave64.doctor", "this machine: platform, architecture, torch, Triton, code objects"),
+    "check-emulated": ("wave64.testing.emulator.check",
+                       "hold machine code for gfx942 or gfx950 to the contract on the emulator"),
+    "step": ("wave64.testing.emulator.step", "step through a kernel's machine code, an instruction at a time"),
+    "cost": ("wave64.testing.cost", "what limits a kernel on MI300X or MI355X, by its execution on the emulator"),
+    "compile": ("wave64.testing.compile", "compile Triton kernels for an architecture; figures as JSON"),
+    "tune": ("wave64.testing.tune", "find launch configurations: timed on a GPU, else by machine code"),
+}
 
-def table() -> int:
+
+def report(hashes: bool) -> int:
+    if hashes:
+        print("\n".join(f"{digest}  {name}" for name, digest in hip.hashes().items()))
+        return 0
     arch = platform.arch()
     print(f"wave64 on {platform.device_type()}{f' ({arch.name})' if arch else ''}")
     print(wave64.table())
@@ -47,18 +65,26 @@ def check(names: list[str], large: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m wave64", description=__doc__)
-    commands = parser.add_subparsers(dest="command")
-    parser.add_argument("--hashes", action="store_true", help="print the SHA-256 of every code object, and no more")
-    checking = commands.add_parser("check", help="hold every backend that serves here to the contract")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in MODULES:
+        sys.argv = [f"wave64 {argv[0]}", *argv[1:]]
+        runpy.run_module(MODULES[argv[0]][0], run_name="__main__")
+        return 0
+    parser = argparse.ArgumentParser(prog="python -m wave64", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    reporting = verbs.add_parser("report", help="what serves each operator, and why the rest does not (the default)")
+    for one, default in ((parser, False), (reporting, argparse.SUPPRESS)):
+        one.add_argument("--hashes", action="store_true", default=default,
+                         help="print the SHA-256 of every code object, and no more")
+    checking = verbs.add_parser("check", help="hold every backend that serves here to the contract")
     checking.add_argument("ops", nargs="*", metavar="OP")
     checking.add_argument("--large", action="store_true", help="the large cases, too (they want a GPU)")
+    for verb, (_, words) in MODULES.items():
+        verbs.add_parser(verb, help=words)
     args = parser.parse_args(argv)
-    if args.hashes:
-        print("\n".join(f"{digest}  {name}" for name, digest in hip.hashes().items()))
-        return 0
-    if args.command is None:
-        return table()
+    if args.verb != "check":
+        return report(args.hashes)
     if unknown := [name for name in args.ops if name not in OPS]:
         parser.error(f"no operator {', '.join(unknown)}; there are {', '.join(OPS)}")
     return check(args.ops, args.large)
