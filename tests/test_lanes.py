@@ -39,7 +39,7 @@ TYPES = {"float": torch.float32, "double": torch.float64, "int": torch.int32, "b
 def probe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lanes")
     (folder / "probe.hip").write_text(PROBE)
-    return lanes.build(folder / "probe.hip", "gfx942", folder / "probe.so")
+    return lanes.build(folder / "probe.hip", "gfx942")
 
 
 def converted(probe, source: str, to: str, values: torch.Tensor) -> torch.Tensor:
@@ -121,4 +121,4 @@ def test_what_nobody_has_is_refused_when_it_is_built(tmp_path):
     source.write_text('extern "C" int nobody_has_it();\n'
                       'extern "C" __attribute__((visibility("default"))) int calls() { return nobody_has_it(); }\n')
     with pytest.raises(RuntimeError, match=r"caller: [\s\S]*undefined symbol: nobody_has_it"):
-        lanes.build(source, "gfx942", tmp_path / "caller.so")
+        lanes.build(source, "gfx942")

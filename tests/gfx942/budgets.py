@@ -14,12 +14,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from wave64.arch import lookup
-from wave64.testing import isa
+from wave64.testing import built, isa
 
 ARCHS = ("gfx942", "gfx950")
 KINDS = ("triton", "hip")
@@ -58,18 +57,10 @@ def _with_instructions(rows: Rows | str, op: str, arch: str) -> Rows | str:
     Where that source does not compile, or no longer gives the code object's registers, it gives the reason instead."""
     if isinstance(rows, str):
         return rows
-    with tempfile.TemporaryDirectory() as folder:
-        bitcode, text = Path(folder, "k.bc"), Path(folder, "k.s")
-        clang = [sys.executable, "-m", "ziglang", "clang"]
-        for command in (
-                ["-x", "hip", f"--offload-arch={arch}", "--cuda-device-only", "--no-gpu-bundle-output", "-nogpulib",
-                 "-nogpuinc", "-O3", "-std=c++17", f"-I{HIP / 'include'}", "-c", "-emit-llvm", "-o", bitcode,
-                 HIP / "ops" / f"{op}.hip"],
-                ["--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-nogpulib", "-O3", "-S", "-o", text, bitcode]):
-            done = subprocess.run([*clang, *command], capture_output=True, text=True)
-            if done.returncode:
-                return done.stderr
-        assembly = text.read_text()
+    try:
+        assembly = built.assembly(HIP, op, arch)
+    except built.CompileError as e:
+        return str(e)
     measured = {}
     for key, row in rows.items():
         name = key.split()[-1]

@@ -4,16 +4,13 @@ contract or by what the emulator checks beside it, in a case that the source as 
 import functools
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from wave64 import OPS, platform
 from wave64.op import Case, Op
-from wave64.testing import contract
+from wave64.testing import built, contract
 from wave64.testing.emulator import EmulationError, code_object, emulate, run
 from wave64.testing.emulator.machine import Program
 
@@ -85,24 +82,9 @@ BUGS = {
 }
 
 
-def compiled(sources: Path, op: str, folder: Path) -> bytes:
-    """As cmake/code_objects.cmake does it."""
-    ziglang = [sys.executable, "-m", "ziglang"]
-    bitcode, unlinked, linked = folder / "k.bc", folder / "k.o", folder / "k.co"
-    for command in (["clang", "-x", "hip", f"--offload-arch={ARCH}", "--cuda-device-only", "--no-gpu-bundle-output",
-                     "-nogpulib", "-nogpuinc", "-fuse-cuid=none", "-O3", "-std=c++17", f"-I{sources / 'include'}", "-c",
-                     "-emit-llvm", "-o", bitcode, sources / "ops" / f"{op}.hip"],
-                    ["clang", "--target=amdgcn-amd-amdhsa", f"-mcpu={ARCH}", "-nogpulib", "-O3", "-c", "-o", unlinked,
-                     bitcode],
-                    ["ld.lld", "-shared", "-o", linked, unlinked]):
-        subprocess.run([*ziglang, *command], check=True, capture_output=True, text=True)
-    return linked.read_bytes()
-
-
 @functools.cache
-def unchanged(op: str) -> Program:
-    with tempfile.TemporaryDirectory() as folder:
-        return Program(code_object.load(compiled(HIP, op, Path(folder))))
+def compiled(sources: Path, op: str) -> Program:
+    return Program(code_object.load(built.code_object(sources, op, ARCH).read_bytes()))
 
 
 def complaint(op: Op, program: Program, case: Case) -> str:
@@ -128,11 +110,11 @@ def test_a_bug_is_caught(bug, tmp_path):
     text = (sources / file).read_text()
     assert stands in text
     (sources / file).write_text(text.replace(stands, becomes, 1))
-    wrong, why, supports = Program(code_object.load(compiled(sources, name, tmp_path))), "", op.backends["hip"].supports
+    wrong, why, supports = compiled(sources, name), "", op.backends["hip"].supports
     with platform.target(ARCH):
         for case in (case for case in op.cases() if not case.large):
             declined = supports is not None and supports(**contract.draw(case, "cpu", 0))
             if not declined and (why := complaint(op, wrong, case)):
                 break
         assert re.match(shows, why, re.DOTALL), why
-        assert complaint(op, unchanged(name), case) == ""
+        assert complaint(op, compiled(HIP, name), case) == ""

@@ -12,14 +12,12 @@ a GPU's compiler makes of it, it does not show. Needs the repository's hip/ fold
 import contextlib
 import ctypes
 import functools
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from wave64.arch import lookup
 from wave64.backends import hip
+from wave64.testing import built
 
 #: what the compiler of each architecture defines, as far as kernels look at it
 MACROS = {"gfx90a": ("__GFX9__",), "gfx942": ("__GFX9__", "__gfx942__"), "gfx950": ("__GFX9__", "__gfx950__"),
@@ -37,30 +35,28 @@ def sources() -> Path:
     raise FileNotFoundError(f"hip/src/lanes.cpp: expected in a folder around {here}; work inside the repository")
 
 
-@functools.cache
-def folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="wave64-lanes-")
-
-
-def build(source: Path, arch: str, built: Path) -> ctypes.CDLL:
+def build(source: Path, arch: str) -> ctypes.CDLL:
     """A shared library of a device section and lanes.cpp, as if for `arch`. It is for the oldest CPU of this machine's
-    kind, so that every machine runs the same code. Raises RuntimeError where it does not compile, or calls what neither
+    kind, so that every machine runs the same code. Raises CompileError where it does not compile, or calls what neither
     it nor the C library has."""
+    hip = sources()
+    if source.is_relative_to(hip):
+        source = source.relative_to(hip)
     # as C, so that no C++ library is built first, which takes a minute
-    command = [sys.executable, "-m", "ziglang", "cc", "-std=c++17", "-O1", "-mcpu=baseline", "-fno-sanitize=undefined",
-               "-shared", "-Wl,-z,defs", "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden",
-               "-DWAVE64_CPU", *(f"-D{macro}" for macro in MACROS[arch]), f"-I{sources() / 'include'}", "-o", built,
-               "-x", "c++", source, sources() / "src" / "lanes.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{source.stem}: its device section does not build for a CPU\n{done.stderr}")
-    return ctypes.CDLL(str(built))
+    flags = ["cc", "-std=c++17", "-O1", "-mcpu=baseline", "-fno-sanitize=undefined", "-shared", "-Wl,-z,defs",
+             "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden", "-DWAVE64_CPU",
+             *(f"-D{macro}" for macro in MACROS[arch]), "-Iinclude", "-x", "c++", source, "src/lanes.cpp"]
+    inputs = [hip / "include", hip / "src" / "lanes.cpp", hip / source]
+    try:
+        return ctypes.CDLL(str(built.build(".so", hip, inputs, lambda work: [[*flags, "-o", work / "made.so"]])))
+    except built.CompileError as e:
+        raise built.CompileError(f"{source.stem}: its device section does not build for a CPU\n{e}") from None
 
 
 @functools.cache
 def library(op: str, arch: str) -> ctypes.CDLL:
     """hip/ops/<op>.hip, its device section compiled for this CPU as if for `arch`."""
-    loaded = build(sources() / "ops" / f"{op}.hip", arch, Path(folder().name, f"{op}-{arch}.so"))
+    loaded = build(sources() / "ops" / f"{op}.hip", arch)
     loaded.wave64_run.restype = ctypes.c_char_p
     return loaded
 
