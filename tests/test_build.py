@@ -14,6 +14,7 @@ import ninja
 import pybind11
 import pytest
 
+from wave64 import doctor
 from wave64.__main__ import main
 from wave64.arch import ARCHS, HIP_TARGETS
 from wave64.backends import hip
@@ -22,6 +23,7 @@ from wave64.testing import isa
 ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(path.stem for path in (ROOT / "hip" / "ops").glob("*.hip"))
 EM_AMDGPU = 224
+CODE_OBJECT_V5 = 3  # ELFABIVERSION_AMDGPU_HSA_V5; ROCm before 6.3 does not load version 6
 MACHINES = {"gfx90a": 0x3F, "gfx942": 0x4C, "gfx950": 0x4F, "gfx1100": 0x41, "gfx1201": 0x4E,
             "gfx1250": 0x49}  # EF_AMDGPU_MACH
 
@@ -60,6 +62,7 @@ def test_every_operator_has_a_code_object_of_its_architecture(op, arch):
     machine, = struct.unpack_from("<H", header, 18)
     flags, = struct.unpack_from("<I", header, 48)
     assert machine == EM_AMDGPU
+    assert header[8] == CODE_OBJECT_V5
     assert flags & 0xFF == MACHINES[arch]
 
 
@@ -111,7 +114,18 @@ def test_without_a_device_compiler_the_build_succeeds_and_says_why(tmp_path):
     shadow.mkdir()
     (shadow / "__init__.py").write_text("raise ImportError('not here')\n")
     build = tmp_path / "build"
-    configure(ROOT, build, "-DWAVE64_CLANG=", "-DWAVE64_ARCHS=gfx942", env={"PYTHONPATH": str(tmp_path)})
+    nowhere = dict.fromkeys(("HIP_CLANG_PATH", "HIP_PATH", "ROCM_PATH"), str(tmp_path / "nowhere"))
+    configure(ROOT, build, f"-DWAVE64_ROCM_ROOT={tmp_path}", "-DWAVE64_ARCHS=gfx942",
+              env={"PYTHONPATH": str(tmp_path), **nowhere})
     assert list(build.glob("code_objects/*/*.co")) == []
     assert (build / "code_objects" / "missing.txt").read_text() == (
         "gfx942: no ROCm clang and no ziglang package when wave64 was built\n")
+    assert (build / "code_objects" / "compilers.txt").read_text() == ""
+
+
+def test_the_report_says_what_compiled_for_every_architecture():
+    rows = dict(line.split(": ", 1) for line in hip.compilers().splitlines())
+    assert list(rows) == list(HIP_TARGETS)
+    assert all("clang version" in words for words in rows.values())
+    printed = dict(doctor.facts())["compilers"]
+    assert printed == [f"{arch}: {words}" for arch, words in rows.items()]

@@ -55,6 +55,7 @@ def facts() -> list[tuple[str, list[str]]]:
         ("triton", [triton or "not installed"]),
         ("gpu", gpus() or ["none that torch can use"]),
         ("code objects", code_objects()),
+        ("compilers", hip.compilers().splitlines() if hip.extension_error is None else []),
     ]
 
 

@@ -51,7 +51,16 @@ def hashes() -> dict[str, str]:
 
 def missing_code_objects() -> str:
     """What the build noted about architectures it could not compile for; empty where there is nothing to note."""
-    note = Path(_hip.code_object_folder(), "missing.txt")
+    return _note("missing.txt")
+
+
+def compilers() -> str:
+    """What the build noted about the compiler of each architecture, and why others that it found did not serve."""
+    return _note("compilers.txt")
+
+
+def _note(name: str) -> str:
+    note = Path(_hip.code_object_folder(), name)
     return note.read_text().strip() if note.exists() else ""
 
 

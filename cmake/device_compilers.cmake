@@ -1,0 +1,115 @@
+# Which clang compiles the code objects of an architecture. A compiler is a number n below ${device_compilers}, the first
+# choice first, with device_clang_<n> and device_lld_<n>, commands, device_name_<n>, words, and device_probe_<n>, an operator.
+#
+# A clang of an older ROCm exists but lacks an architecture, builtins that the sources need (17, 18), or fails in its code
+# generator (19 and 20, at paged_attention). So each is tried on the sources themselves: the front end on all of them, the whole way
+# to a code object on the operator that asks most. Behind ziglang's nothing could serve instead: a quick one does there.
+set(WAVE64_CLANG "" CACHE STRING "the clang to use, ld.lld beside it; empty: a ROCm's, else PyPI's ziglang")
+set(WAVE64_ROCM_ROOT /opt CACHE PATH "where ROCm's packages install themselves, as rocm and rocm-<version>")
+
+# Folders that hold a clang: HIP's own variables first, then where ROCm's packages go, the newest first.
+set(clang_folders $ENV{HIP_CLANG_PATH})
+set(rocm_folders $ENV{HIP_PATH} $ENV{HIP_PATH}/.. $ENV{ROCM_PATH} ${WAVE64_ROCM_ROOT}/rocm)
+foreach(pattern rocm/core-* rocm-*)
+    file(GLOB found LIST_DIRECTORIES true ${WAVE64_ROCM_ROOT}/${pattern})
+    list(SORT found COMPARE NATURAL ORDER DESCENDING)
+    list(APPEND rocm_folders ${found})
+endforeach()
+foreach(rocm IN LISTS rocm_folders)
+    list(APPEND clang_folders ${rocm}/llvm/bin ${rocm}/lib/llvm/bin)
+endforeach()
+if(WAVE64_CLANG)
+    get_filename_component(clang_folders ${WAVE64_CLANG} DIRECTORY)
+endif()
+
+function(version_words output)
+    execute_process(COMMAND ${ARGN} --version OUTPUT_VARIABLE text ERROR_QUIET)
+    string(REGEX MATCH "clang version [0-9.]+" version "${text}")
+    set(${output} "${version}" PARENT_SCOPE)
+endfunction()
+
+set(device_compilers 0)
+set(seen "")
+foreach(folder IN LISTS clang_folders)
+    set(clang ${folder}/clang)
+    if(WAVE64_CLANG)
+        set(clang ${WAVE64_CLANG})
+    endif()
+    get_filename_component(real ${clang} REALPATH)
+    if(NOT EXISTS ${clang} OR real IN_LIST seen)
+        continue()
+    endif()
+    list(APPEND seen ${real})
+    version_words(version ${clang})
+    set(device_clang_${device_compilers} ${clang})
+    set(device_lld_${device_compilers} ${folder}/ld.lld)
+    set(device_name_${device_compilers} "${clang} (${version})")
+    set(device_probe_${device_compilers} paged_attention)
+    math(EXPR device_compilers "${device_compilers} + 1")
+endforeach()
+execute_process(COMMAND ${Python_EXECUTABLE} -m ziglang version OUTPUT_VARIABLE ziglang RESULT_VARIABLE no_ziglang
+                OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+if(NOT no_ziglang AND NOT WAVE64_CLANG)
+    set(device_clang_${device_compilers} ${Python_EXECUTABLE} -m ziglang clang)
+    set(device_lld_${device_compilers} ${Python_EXECUTABLE} -m ziglang ld.lld)
+    version_words(version ${device_clang_${device_compilers}})
+    set(device_name_${device_compilers} "ziglang ${ziglang} (${version})")
+    set(device_probe_${device_compilers} rms_norm)
+    math(EXPR device_compilers "${device_compilers} + 1")
+endif()
+
+# Sets to_bitcode, to_object and to_code_object: the commands that make <folder>/<op>.co, to run in hip/; and to_nothing,
+# the front end's check. Sources are named relative to hip/ and no hash of paths goes in, so that the same bytes come out
+# anywhere. Code objects of version 5 are loaded by every ROCm from 6.0 on, those of version 6 from 6.3 on.
+macro(device_commands compiler arch op folder)
+    set(front ${device_clang_${compiler}} -x hip --offload-arch=${arch} --cuda-device-only --no-gpu-bundle-output -nogpulib
+              -nogpuinc -fuse-cuid=none -O3 -std=c++17 -Wall -mcode-object-version=5 -Iinclude)
+    set(to_bitcode ${front} -c -emit-llvm -o ${folder}/${op}.bc ops/${op}.hip)
+    set(to_object ${device_clang_${compiler}} --target=amdgcn-amd-amdhsa -mcpu=${arch} -nogpulib -mcode-object-version=5 -O3
+                  -c -o ${folder}/${op}.o ${folder}/${op}.bc)
+    set(to_code_object ${device_lld_${compiler}} -shared -o ${folder}/${op}.co ${folder}/${op}.o)
+    set(to_nothing ${front} -fsyntax-only)
+endmacro()
+
+# "" if the compiler makes code objects for `arch` of the sources, else its first error.
+function(try_device_compiler compiler arch output)
+    set(folder ${CMAKE_BINARY_DIR}/probe/${compiler}/${arch})
+    file(MAKE_DIRECTORY ${folder})
+    device_commands(${compiler} ${arch} ${device_probe_${compiler}} ${folder})
+    list(APPEND to_nothing ${hip_ops})
+    set(error "")
+    foreach(step to_nothing to_bitcode to_object to_code_object)
+        execute_process(COMMAND ${${step}} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR}/hip RESULT_VARIABLE failed
+                        OUTPUT_VARIABLE text ERROR_VARIABLE text)
+        if(failed)
+            string(REGEX MATCH "error: [^\n]*" error "${text}")
+            if(NOT error)
+                string(REGEX MATCH "[^\n]+" error "${text} ${failed}")
+            endif()
+            break()
+        endif()
+    endforeach()
+    set(${output} "${error}" PARENT_SCOPE)
+endfunction()
+
+# The first compiler that serves `arch`, or "", and in words which it is and why those before it are not.
+function(choose_device_compiler arch output_compiler output_words)
+    set(refused "")
+    set(n 0)
+    while(n LESS device_compilers)
+        try_device_compiler(${n} ${arch} error)
+        if(NOT error)
+            set(${output_compiler} ${n} PARENT_SCOPE)
+            set(${output_words} "${device_name_${n}}${refused}" PARENT_SCOPE)
+            return()
+        endif()
+        string(APPEND refused "; not ${device_name_${n}}: ${error}")
+        math(EXPR n "${n} + 1")
+    endwhile()
+    set(${output_compiler} "" PARENT_SCOPE)
+    if(device_compilers EQUAL 0)
+        set(${output_words} "no ROCm clang and no ziglang package when wave64 was built" PARENT_SCOPE)
+    else()
+        set(${output_words} "no compiler when wave64 was built${refused}" PARENT_SCOPE)
+    endif()
+endfunction()
