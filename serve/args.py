@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NoReturn
 
+LEVELS = ("debug", "info", "warning", "error")
+
 
 class ArgsError(ValueError):
     """A setting that cannot be; the message is one line that names the flag, what was expected and what was given."""
@@ -59,7 +61,10 @@ class ServerArgs:
     random_seed: int | None = _flag(None, "seed of requests that bring none; default: from the clock", kind=int)
     stream_interval: int = _flag(1, "tokens per streamed event")
     skip_server_warmup: bool = _flag(False, "be ready without having generated one token first")
-    log_level: str = _flag("info", "lowest level that is logged", choices=("debug", "info", "warning", "error"))
+    log_level: str = _flag("info", "lowest level that is logged", choices=LEVELS)
+    log_level_http: str | None = _flag(None, "the same, of the access log; warning: none; default: --log-level",
+                                       choices=LEVELS, kind=str)  # fmt: skip
+    timeout_keep_alive: int = _flag(75, "seconds that an idle connection is kept open for its client's next request")
 
     def __post_init__(self) -> None:
         if self.tp_size != 1:
@@ -73,12 +78,12 @@ class ServerArgs:
             self._at_least_one("chunked_prefill_size")
         for name in (
             "context_length", "max_total_tokens", "max_running_requests", "page_size", "max_prefill_tokens",
-            "stream_interval",
+            "stream_interval", "timeout_keep_alive",
         ):  # fmt: skip
             self._at_least_one(name)
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value not in choices and (value is not None or item.default is not None):
                 raise ArgsError(f"{flag_of(item.name)}: expected one of {', '.join(choices)}, got {value!r}")
 
     def _at_least_one(self, name: str) -> None:

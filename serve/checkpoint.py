@@ -18,6 +18,7 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn}
 BUFFER_BYTES = 16 << 20
+MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 class WeightsError(ValueError):
@@ -127,11 +128,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _read_index(index: Path) -> dict[str, str]:
     try:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(file, str) and Path(file).name == file for file in placed.values()):
-            raise ValueError("weight_map has a value that is not a file name")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if odd := [file for file in placed.values() if not _is_file_name(file)]:
+            raise ValueError(f"weight_map has a value that is not the name of a file of this folder: {odd[0]!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise WeightsError(f"{index}: expected JSON with a weight_map of tensor names to files: {e!r}") from None
     return placed
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether a name stays within its folder, on every system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -144,6 +150,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if not 2 <= length <= size - 8:
             raise WeightsError(f"{file}: expected a safetensors file, got {size} bytes, {length} of them header; "
                                "fetch it again")
+        if length > MAX_HEADER:
+            raise WeightsError(f"{file}: expected a safetensors header of at most {MAX_HEADER} bytes, got {length}")
         header = f.read(length)
     data = 8 + length
     try:
@@ -153,7 +161,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         for name, entry in entries.items():
             begin, end = (data + int(offset) for offset in entry["data_offsets"])
             tensors[name] = StoredTensor(file, name, str(entry["dtype"]), tuple(map(int, entry["shape"])), begin, end)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise WeightsError(f"{file}: the safetensors header is damaged: {e!r}") from None
     for t in tensors.values():
         itemsize = DTYPES[t.dtype].itemsize if t.dtype in DTYPES else None

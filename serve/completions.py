@@ -1,17 +1,19 @@
 """OpenAI's two endpoints that generate: what their answers look like, whole and streamed."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
 
-from wave64.serve.generation import Choice, Delta, Generator
+from wave64.serve.detokenizer import Detokenizer
+from wave64.serve.generation import Choice, Delta, Generator, Prompt
 from wave64.serve.messages import TokenLogprob
-from wave64.serve.protocol import ApiError, ChatRequest, CompletionRequest
-from wave64.serve.tokenizer import TokenizerError
+from wave64.serve.protocol import ChatRequest, CompletionRequest
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may go on to the end of the context
+MAX_ADDED = 8  # tokens that a tokenizer may put in front of a text
 LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON has not
 
 Json = dict[str, Any]
@@ -28,45 +30,55 @@ class Completion:
         self.generator = generator
         self.tokenizer = generator.tokenizer
         self.choices: list[Choice] = []
+        self._echoes: list[str] = []  # the prompts' texts, where they are asked for
+        self._offsets: list[list[int]] = []  # of their tokens in these, where they are scored
 
     async def prepare(self) -> None:
         """Check the prompts and make the choices. Raises ApiError."""
         body, prompts = self.body, self.body.prompts
-        for i, prompt in enumerate(prompts):
-            where = "prompt" if len(prompts) == 1 else f"prompt[{i}]"
-            ids = await self.generator.encode(prompt, where)
-            new = self.generator.room(len(ids), body.max_tokens, COMPLETION_TOKENS, "max_tokens", where)
-            top = -1 if body.logprobs is None else body.logprobs
-            scored = bool(body.echo and top >= 0)
+        names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
+        top = -1 if body.logprobs is None else body.logprobs
+        scored = bool(body.echo and top >= 0)
+        encoded = await self.generator.encode(prompts, names, body.add_special_tokens is not False)
+        for ids, name in zip(encoded, names, strict=True):
+            new = self.generator.new_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS, "max_tokens", name)
             self.choices += self.generator.choices(ids, body, new, len(self.choices), top, scored)
+        if body.echo:
+            self._echoes = await asyncio.to_thread(lambda: [self._text(prompt) for prompt in prompts])
+        if scored:
+            self._offsets = await asyncio.to_thread(lambda: list(map(self._prompt_offsets, prompts, encoded)))
 
-    def prompt_text(self, choice: Choice) -> str:
-        """What is put before a choice's text: the prompt, where echo asks for it."""
-        if not self.body.echo:
-            return ""
-        prompt = self.body.prompts[choice.index // (self.body.n or 1)]
+    def _text(self, prompt: Prompt) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special_tokens=False)
+
+    def _prompt_text(self, choice: Choice) -> str:
+        """What is put before a choice's text: the prompt, where echo asks for it."""
+        return self._echoes[choice.index // (self.body.n or 1)] if self.body.echo else ""
 
     def whole(self, choice: Choice) -> Json:
         return self.part(choice, choice.all, is_first=True)
 
     def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
         """A choice, or the part of it that is in `delta`."""
-        before = self.prompt_text(choice)
+        before = self._prompt_text(choice)
         entries = [(len(before) + start, entry.id, entry) for start, entry in delta.logprobs]
         if is_first and self.body.echo and self.body.logprobs is not None:
-            entries = self._prompt_entries(choice) + entries
+            offsets = self._offsets[choice.index // (self.body.n or 1)]
+            entries = [*zip(offsets, choice.prompt_ids, choice.prompt_logprobs, strict=True), *entries]
         logprobs = None if self.body.logprobs is None else self._logprobs(entries)
         return {"text": (before if is_first else "") + delta.text, "logprobs": logprobs}
 
-    def _prompt_entries(self, choice: Choice) -> list[Entry]:
-        """The prompt's tokens; one that the tokenizer added in front takes no room in the text."""
-        entries, start = [], 0
-        for token, entry in zip(choice.prompt_ids, choice.prompt_logprobs, strict=True):
-            entries.append((start, token, entry))
-            is_special = not self.tokenizer.decode([token])
-            start += 0 if is_special else len(self.tokenizer.token_text(token))
-        return entries
+    def _prompt_offsets(self, prompt: Prompt, ids: list[int]) -> list[int]:
+        """Where in the prompt's text each of its tokens begins. One that continues a character begins where that one
+        does; one that the tokenizer added takes no place in the text."""
+        of_text = ids if isinstance(prompt, list) else self.tokenizer.encode(prompt, add_special_tokens=False)
+        begin = next((i for i in range(min(len(ids), MAX_ADDED)) if ids[i : i + len(of_text)] == of_text), 0)
+        detokenizer, start, offsets = Detokenizer(self.tokenizer, [], skip_special_tokens=False), 0, []
+        for i, token in enumerate(ids):
+            offsets.append(start)
+            if begin <= i < begin + len(of_text):
+                start += len(detokenizer.push([token]))
+        return offsets
 
     def _logprobs(self, entries: list[Entry]) -> Json:
         text = self.tokenizer.token_text
@@ -103,16 +115,11 @@ class Chat:
         """Check the messages and make the choices. Raises ApiError."""
         body = self.body
         begin = body.add_generation_prompt is not False
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [message.for_template() for message in body.messages],
-                **{"add_generation_prompt": begin, **(body.chat_template_kwargs or {})},
-            )
-        except TokenizerError as error:
-            raise ApiError(f"messages: {error}", "messages", "invalid_value") from None
-        ids = await self.generator.encode(text, "messages", add_special_tokens=False)
+        variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": begin}
+        text = await self.generator.render([message.on_the_wire() for message in body.messages], variables)
+        (ids,) = await self.generator.encode([text], ["messages"], bool(body.add_special_tokens))
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        new = self.generator.room(len(ids), getattr(body, name), None, name, "messages")
+        new = self.generator.new_tokens(len(ids), getattr(body, name), None, name, "messages")
         top = (body.top_logprobs or 0) if body.logprobs else -1
         self.choices = self.generator.choices(ids, body, new, top_logprobs=top)
 
@@ -157,10 +164,11 @@ async def stream(job: Completion | Chat) -> AsyncIterator[Json]:
     """The answer in parts, each choice's last with its finish_reason; the usage at the end, where it is asked for."""
     options = job.body.stream_options
     envelope, count = _envelope(job, job.chunk_kind), job.body.n or 1
-    each = bool(options and options.continuous_usage_stats)
+    each, at_the_end = options and options.continuous_usage_stats, options and options.include_usage
 
     def event(part: Json) -> Json:
-        extra = {"usage": usage(job.choices, count)} if each else {}
+        """OpenAI's chunks have a null for usage before the one that has it."""
+        extra = {"usage": usage(job.choices, count)} if each else {"usage": None} if at_the_end else {}
         return envelope | {"choices": [part]} | extra
 
     seen: set[int] = set()
@@ -173,7 +181,7 @@ async def stream(job: Completion | Chat) -> AsyncIterator[Json]:
             part = job.part(choice, delta := choice.take_new(), is_first)
             if delta.text or delta.logprobs or part.get("text") or choice.finish_reason:
                 yield event(_with_end(part, choice))
-    if options and options.include_usage:
+    if at_the_end:
         yield envelope | {"choices": [], "usage": usage(job.choices, count)}
 
 

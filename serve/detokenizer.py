@@ -43,9 +43,11 @@ class Detokenizer:
         return new
 
     def _certain(self) -> str:
-        """The beginning of the window's text that no later token changes."""
+        """The beginning of the window's text that no later token changes; as a rule, all of it."""
+        if not self._text.endswith(UNKNOWN):
+            return self._text
         known = self._text.rstrip(UNKNOWN)
-        for end in range(len(self._window), len(self._window) - 4, -1):
+        for end in range(len(self._window) - 1, len(self._window) - 4, -1):
             # Some decoders spoil a whole run of bytes for one incomplete character after it, so leave its tokens out.
             text = self._decode(self._window[: max(end, 0)])
             if not text.endswith(UNKNOWN):

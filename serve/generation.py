@@ -1,9 +1,10 @@
 """From prompts to choices: what a request asks for becomes engine requests, and tokens that come back become text."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import uuid4
 
 from wave64.serve.args import ServerArgs
@@ -11,9 +12,14 @@ from wave64.serve.client import EngineClient
 from wave64.serve.detokenizer import Detokenizer, StopStrings
 from wave64.serve.messages import Output, Ready, Request, SamplingParams, TokenLogprob
 from wave64.serve.protocol import MAX_CHOICES, ApiError, Sampling
+from wave64.serve.template_process import TemplateProcess
+from wave64.serve.templates import TemplateError
 from wave64.serve.tokenizer import Tokenizer, TokenizerError
 
-LONG_TEXT = 4096  # characters; a longer one is tokenized in a thread, so that streams go on meanwhile
+SHORT_TEXT = 2048  # characters of one prompt that are tokenized at once, without the detour through a thread
+SLICE = 1 << 18  # characters that a thread tokenizes before it looks whether anyone still waits
+
+Prompt = str | list[int]
 
 
 @dataclass(slots=True)
@@ -102,20 +108,30 @@ class Choice:
 class Generator:
     """What every endpoint that generates needs: the tokenizer, the engine, the model's sampling defaults."""
 
-    def __init__(
-        self, args: ServerArgs, client: EngineClient, tokenizer: Tokenizer, defaults: dict[str, float]
-    ) -> None:
+    def __init__(self, args: ServerArgs, client: EngineClient, tokenizer: Tokenizer, defaults: dict[str, float],
+                 model_path: str | None = None, tokenizer_path: str | None = None) -> None:  # fmt: skip
+        """`model_path` and `tokenizer_path` are what a client's transformers can open, where the flags are not."""
         self.args = args
+        self.model_path = model_path or args.model_path
+        self.tokenizer_path = tokenizer_path or args.tokenizer_path or self.model_path
         self.client = client
         self.tokenizer = tokenizer
         self.defaults = defaults
+        self.templates = TemplateProcess(tokenizer.template_source) if tokenizer.template_source else None
         self.is_serving = False  # after the warm-up
 
     async def warm_up(self) -> None:
-        """Generate one token. Raises ApiError when that fails."""
+        """Generate one token, and have the chat template's process there. Raises ApiError when the first fails."""
+        if self.templates is not None:
+            await self.templates.start()
         request = Request(uuid4().hex, [0], SamplingParams(max_new_tokens=1, temperature=0.0))
         async for _ in self.client.stream([request]):
             pass
+
+    async def close(self) -> None:
+        """End the chat template's process."""
+        if self.templates is not None:
+            await self.templates.stop()
 
     @property
     def ready(self) -> Ready:
@@ -124,52 +140,74 @@ class Generator:
             raise ApiError(f"the engine is not there: {self.client.lost or 'the model is still loading'}", status=503)
         return self.client.ready
 
-    async def encode(self, prompt: str | list[int], where: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of one prompt, checked. Raises ApiError that names the field `where`."""
+    async def encode(self, prompts: list[Prompt], names: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The token ids of some prompts, checked; `names` says which field each came in. Texts are tokenized in a
+        thread, a slice at a time, so that whatever else is served goes on, and cancelling ends it. Raises ApiError."""
         limit, what = self._limit()
-        if isinstance(prompt, str) and len(prompt) > limit * self.tokenizer.longest_token:
-            raise ApiError(f"{where}: a text of {len(prompt)} characters is more than {what} can hold", where,
-                           "context_length_exceeded")  # fmt: skip
-        if isinstance(prompt, str):
-            ids = await self._tokenize(prompt, where, add_special_tokens)
-        else:
-            ids = prompt
+        for prompt, name in zip(prompts, names, strict=True):
+            if isinstance(prompt, str) and len(prompt) > limit * self.tokenizer.longest_token:
+                raise _too_long(limit, what, f"your {name} of {len(prompt)} characters is more than that", name, name)
+        found = list(prompts)
+        for part in _slices([i for i, prompt in enumerate(prompts) if isinstance(prompt, str)], prompts):
+            encoded = await self._tokenize([prompts[i] for i in part], [names[i] for i in part], add_special_tokens)
+            for i, ids in zip(part, encoded, strict=True):
+                found[i] = ids
+        for ids, name in zip(found, names, strict=True):
+            self._check_ids(ids, name)
+        return found
+
+    async def _tokenize(self, texts: list[str], names: list[str], add_special_tokens: bool) -> list[list[int]]:
+        try:
+            if len(texts) == 1 and len(texts[0]) <= SHORT_TEXT:
+                return [self.tokenizer.encode(texts[0], add_special_tokens)]
+            return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens)
+        except TokenizerError as error:
+            raise ApiError(f"{names[0]}: {error}", names[0], "invalid_value") from None
+
+    def _check_ids(self, ids: list[int], name: str) -> None:
         if not ids:
-            raise ApiError(f"{where}: empty, expected at least one token", where, "empty_prompt")
+            raise ApiError(f"{name}: empty, expected at least one token", name, "empty_prompt")
         vocab = self.ready.vocab_size
         if min(ids) < 0 or max(ids) >= vocab:
             bad = next(i for i in ids if not 0 <= i < vocab)
-            raise ApiError(f"{where}: expected token ids from 0 to {vocab - 1}, got {bad}", where, "invalid_token")
-        return ids
+            raise ApiError(f"{name}: expected token ids from 0 to {vocab - 1}, got {bad}", name, "invalid_token")
 
-    async def _tokenize(self, text: str, where: str, add_special_tokens: bool) -> list[int]:
+    async def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """The prompt text of a conversation, by the model's chat template. Raises ApiError."""
+        if self.templates is None:
+            raise ApiError("messages: this model has no chat template: start the server with --chat-template FILE, "
+                           "or use /v1/completions", "messages", "invalid_value")  # fmt: skip
         try:
-            if len(text) > LONG_TEXT:
-                return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
-            return self.tokenizer.encode(text, add_special_tokens)
-        except TokenizerError as error:
-            raise ApiError(f"{where}: {error}", where, "invalid_value") from None
+            return await self.templates.render(messages, self.tokenizer.template_variables(variables))
+        except TemplateError as error:
+            raise ApiError(f"messages: {error}", "messages", "invalid_value") from None
+
+    def check_model(self, name: str | None) -> None:
+        """One model is served, under any name; but one that is a single slip away from its own is taken for a slip.
+        Raises ApiError (404)."""
+        ours = self.args.model_name
+        if name is not None and name.casefold() != ours.casefold() and _is_one_slip(name, ours):
+            raise ApiError(f"model: {name}: no such model; did you mean {ours}?", "model", "model_not_found", 404)
 
     def _limit(self) -> tuple[int, str]:
-        """How many tokens a prompt and its completion may have, and what sets the limit."""
+        """How many tokens a prompt and its completion may have, and what sets the limit, if not the model."""
         context, pool = self.ready.context_length, self.ready.max_total_num_tokens
         if pool < context:
-            return pool, f"the KV pool of {pool} tokens (--max-total-tokens)"
-        return context, f"the context length of {context} tokens"
+            return pool, f" on this server, whose KV pool (--max-total-tokens) is smaller than the model's {context}"
+        return context, ""
 
-    def room(self, num_prompt: int, asked: int | None, default: int | None, name: str, where: str) -> int:
-        """How many tokens to generate: what was `asked` for in the field `name`, else `default`, else all there is
-        room for. Raises ApiError when the prompt, or the two together, are too long."""
+    def new_tokens(self, num_prompt: int, asked: int | None, default: int | None, name: str, where: str) -> int:
+        """How many tokens to generate: what was `asked` for in the field `name`, else `default`, else up to the limit.
+        Raises ApiError when the prompt, or the two together, are too long."""
         limit, what = self._limit()
         if num_prompt + (asked != 0) > limit:
-            raise ApiError(f"{where}: {num_prompt} tokens and at least one new one are more than {what}", where,
-                           "context_length_exceeded")  # fmt: skip
-        room = limit - num_prompt
+            more = ", and at least one new one has to follow" if asked != 0 else ""
+            raise _too_long(limit, what, f"your {where} resulted in {num_prompt} tokens{more}", where, where)
         if asked is None:
-            return room if default is None else min(default, room)
-        if asked > room:
-            raise ApiError(f"{name}: {num_prompt} prompt tokens and {asked} new ones are {num_prompt + asked} in all, "
-                           f"more than {what}; ask for at most {room}", name, "context_length_exceeded")  # fmt: skip
+            return limit - num_prompt if default is None else min(default, limit - num_prompt)
+        if asked > limit - num_prompt:
+            requested = f"you requested {num_prompt + asked} tokens ({num_prompt} in the {where}, {asked} in {name})"
+            raise _too_long(limit, what, requested, f"{where} or {name}", name)
         return asked
 
     def choices(self, prompt_ids: list[int], body: Sampling, max_new_tokens: int, first_index: int = 0,
@@ -208,3 +246,33 @@ class Generator:
                     self.client.abort(output.rid)
                 if choice.finish_reason is not None or len(choice.new.token_ids) >= self.args.stream_interval:
                     yield choice
+
+
+def _slices(indices: list[int], prompts: list[Prompt]) -> Iterator[list[int]]:
+    """The indices in groups whose texts are SLICE characters or a little more together, a very long one by itself."""
+    part: list[int] = []
+    size = 0
+    for i in indices:
+        part.append(i)
+        size += len(prompts[i])
+        if size >= SLICE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _too_long(limit: int, what: str, requested: str, shorten: str, param: str) -> ApiError:
+    """In OpenAI's own words: clients look for them to cut the prompt, or to go to another model."""
+    return ApiError(f"This model's maximum context length is {limit} tokens{what}. However, {requested}. Please reduce "
+                    f"the length of the {shorten}.", param, "context_length_exceeded")  # fmt: skip
+
+
+def _is_one_slip(given: str, name: str) -> bool:
+    """Whether one letter more, less, another one, or two swapped make `name` of what was given."""
+    short, long = sorted((given, name), key=len)
+    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    if len(long) - len(short) == 1:
+        return short[at:] == long[at + 1 :]
+    swapped = short[at : at + 2] == long[at : at + 2][::-1] and short[at + 2 :] == long[at + 2 :]
+    return len(long) == len(short) and given != name and (short[at + 1 :] == long[at + 1 :] or swapped)

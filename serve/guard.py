@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import logging
+import zlib
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from wave64.serve.protocol import ApiError, parse
 log = logging.getLogger("wave64")
 
 MAX_BODY = 16 << 20  # bytes; a million token ids are half of it
+MAX_LOGGED = 500  # characters of a refusal's reason in the log
 OPEN_PATHS = ("/health", "/health_generate")  # asked by load balancers, which have no key
 
 T = TypeVar("T", bound=BaseModel)
@@ -36,12 +38,41 @@ async def read(request: Request, model: type[T]) -> T:
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > MAX_BODY:
         raise _too_long(f"{length} bytes")
-    body = bytearray()
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", "gzip", "x-gzip", ""):
+        raise ApiError(f"Content-Encoding: expected gzip or none, got {coding}", status=415)
+    gunzip = _Gunzip() if "gzip" in coding else None
+    body, received = bytearray(), 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
+        received += len(chunk)
+        body += gunzip.push(chunk, MAX_BODY + 1 - len(body)) if gunzip else chunk
+        if max(len(body), received) > MAX_BODY:
             raise _too_long("more")
+    if gunzip:
+        gunzip.check_end()
     return parse(model, bytes(body))
+
+
+class _Gunzip:
+    """Unpacks a body as it comes, and no more of it than is asked for: a few bytes can stand for gigabytes."""
+
+    def __init__(self) -> None:
+        self._unpacking = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+
+    def push(self, packed: bytes, limit: int) -> bytes:
+        """What `packed` adds to the body, at most `limit` bytes. Raises ApiError for what is not gzip."""
+        try:
+            body = self._unpacking.decompress(packed, limit)
+        except (zlib.error, EOFError) as error:
+            raise ApiError(f"the body: expected gzip, as Content-Encoding says: {error}", code="invalid_gzip") from None
+        if self._unpacking.unused_data:
+            raise ApiError("the body: expected one gzip member, got more after its end", code="invalid_gzip")
+        return body
+
+    def check_end(self) -> None:
+        """Raises ApiError unless the body was whole."""
+        if not self._unpacking.eof:
+            raise ApiError("the body: the gzip data ends early", code="invalid_gzip")
 
 
 def _too_long(got: str) -> ApiError:
@@ -70,6 +101,7 @@ class EventStream(StreamingResponse):
                 async for item in items:
                     yield b"data: " + msgspec.json.encode(item) + b"\n\n"
         except ApiError as error:
+            log.error("a stream ended early: %s", _printable(str(error)))
             yield b"data: " + msgspec.json.encode(error.body) + b"\n\n"
         yield b"data: [DONE]\n\n"
 
@@ -103,16 +135,17 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            scheme, _, key = given.partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
                 what = "the wrong one" if given else "none"
                 error = ApiError(f"Authorization: expected 'Bearer ' and the API key of this server, got {what}",
                                  code="invalid_api_key", status=401)  # fmt: skip
-                await _answer_error(error)(scope, receive, send)
+                await _answer_error(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -120,24 +153,25 @@ class ApiKey:
 def install(app: FastAPI, api_key: str | None) -> None:
     """Every error of `app` becomes OpenAI's error object; with an `api_key`, every request needs it."""
 
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return _answer_error(error)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return _answer_error(error, request.scope)
 
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 404:
-            return _answer_error(ApiError(f"{path}: no such endpoint", code="unknown_url", status=404))
+            return _answer_error(ApiError(f"{path}: no such endpoint", code="unknown_url", status=404), request.scope)
         allowed = Headers(error.headers).get("allow")
         message = f"{path}: method {request.method} not allowed, expected {allowed}"
         answer = ApiError(message if allowed else str(error.detail), status=error.status_code)
-        return _answer_error(answer, error.headers)
+        return _answer_error(answer, request.scope, error.headers)
 
     async def gone(request: Request, _: Exception) -> Response:
         log.debug("%s: the client went away", request.url.path)
         return Response(status_code=499)
 
-    async def defect(_: Request, error: Exception) -> Response:
-        return _answer_error(ApiError(f"the server failed: {type(error).__name__}: {error}", status=500))
+    async def defect(request: Request, error: Exception) -> Response:
+        failed = ApiError(f"the server failed: {type(error).__name__}: {error}", status=500)
+        return _answer_error(failed, request.scope)
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
@@ -148,6 +182,23 @@ def install(app: FastAPI, api_key: str | None) -> None:
         app.add_middleware(ApiKey, key=api_key)
 
 
-def _answer_error(error: ApiError, headers: Any = None) -> Response:
+def _answer_error(error: ApiError, scope: Scope, headers: Any = None) -> Response:
+    """The error as an answer, and as a line of the log: operators are asked why."""
+    level = logging.ERROR if error.status >= 500 else logging.INFO
+    log.log(level, "%s %s: %d: %s", scope["method"], _printable(scope["path"]), error.status, _printable(str(error)))
     close = {"Connection": "close"} if error.status == 413 else {}  # what is left of the body is not read
     return json_response(error.body, error.status, {**(headers or {}), **close})
+
+
+def _printable(text: str) -> str:
+    """On one line of bounded length, whatever a client sent."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return line if len(line) <= MAX_LOGGED else line[: MAX_LOGGED - 3] + "..."
+
+
+class NotPolled(logging.Filter):
+    """Keeps the polls of load balancers out of uvicorn's access log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (isinstance(record.args, tuple) and len(record.args) == 5 and
+                    str(record.args[2]).partition("?")[0] in OPEN_PATHS)  # fmt: skip

@@ -10,10 +10,11 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import uvicorn
 
@@ -24,11 +25,14 @@ from wave64.serve.client import EngineClient
 from wave64.serve.config import ConfigError, ModelConfig
 from wave64.serve.engine_process import LOG_FORMAT
 from wave64.serve.generation import Generator
+from wave64.serve.guard import NotPolled
 from wave64.serve.protocol import ApiError, NativeSampling, parse
 from wave64.serve.tokenizer import Tokenizer, TokenizerError
-from wave64.serve.weights import TOKENIZER_FILES, WeightsError, resolve_model_path
+from wave64.serve.weights import BUILT_IN, TOKENIZER_FILES, WeightsError, resolve_model_path
 
 log = logging.getLogger("wave64")
+
+T = TypeVar("T")
 
 GRACE_S = 5  # how long running requests may go on after the server was told to end
 
@@ -38,12 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = ServerArgs.from_cli(argv)
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
+    logging.getLogger("uvicorn.access").setLevel((args.log_level_http or args.log_level).upper())
+    logging.getLogger("uvicorn.access").addFilter(NotPolled())
     try:
         listener = listen(args.host, args.port)
-        return asyncio.run(_serve(args, listener))
+        return run_loop(_serve(args, listener))
     except (ArgsError, ConfigError, WeightsError, TokenizerError, EngineEnded) as error:
         print(f"wave64.launch_server: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+
+
+def run_loop(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run, on uvloop where that is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
 class EngineEnded(RuntimeError):
@@ -82,16 +97,17 @@ async def _serve(args: ServerArgs, listener: socket.socket) -> int:
     folder = resolve_model_path(args.model_path, args.revision)
     defaults = _sampling_defaults(folder)
     client = EngineClient(replace(args, model_path=str(folder)))
+    generator = None
     try:
         await client.start()
         engine = asyncio.create_task(client.run())
         place = folder
         if args.tokenizer_path:
             place = resolve_model_path(args.tokenizer_path, args.revision, TOKENIZER_FILES)
-        generator = Generator(args, client, await asyncio.to_thread(Tokenizer, place, args.chat_template), defaults)
-        config = uvicorn.Config(create_app(generator), log_config=None, lifespan="off",
-                                timeout_graceful_shutdown=GRACE_S + 2)  # fmt: skip
-        server = _Server(config)
+        tokenizer = await asyncio.to_thread(_tokenizer, place, args.chat_template)
+        generator = Generator(args, client, tokenizer, defaults, _openable(args.model_path, folder),
+                              _openable(args.tokenizer_path or args.model_path, place))  # fmt: skip
+        server = _Server(http_config(args, create_app(generator)))
         serving = asyncio.create_task(server.serve([listener]))
         announcing = asyncio.create_task(_announce(generator))
         ending = asyncio.create_task(told_to_end.wait())
@@ -113,7 +129,27 @@ async def _serve(args: ServerArgs, listener: socket.socket) -> int:
         engine.cancel()
         return 0
     finally:
+        if generator is not None:
+            await generator.close()
         await client.stop()
+
+
+def http_config(args: ServerArgs, app: Any) -> uvicorn.Config:
+    """How HTTP is spoken."""
+    return uvicorn.Config(app, log_config=None, lifespan="off", timeout_keep_alive=args.timeout_keep_alive,
+                          timeout_graceful_shutdown=GRACE_S + 2)  # fmt: skip
+
+
+def _tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
+    made = Tokenizer(folder, chat_template)
+    _ = made.end_ids  # which takes a while the first time
+    return made
+
+
+def _openable(name: str, folder: Path) -> str:
+    """What a client's transformers can open: a hub name as it is, of all else the folder."""
+    is_hub_name = name not in BUILT_IN and not Path(name).expanduser().is_dir()
+    return name if is_hub_name else str(folder.resolve())
 
 
 def _sampling_defaults(folder: Path) -> dict[str, float]:

@@ -33,16 +33,16 @@ class Generate:
         wanted = body.per_prompt("return_logprob", False)
         starts = body.per_prompt("logprob_start_len", -1)
         tops = body.per_prompt("top_logprobs_num", 0)
-        for i, prompt in enumerate(prompts):
-            where = f"{name}[{i}]" if body.is_batch else name
+        names = [f"{name}[{i}]" if body.is_batch else name for i in range(len(prompts))]
+        for i in range(len(prompts)):
             if not 0 <= tops[i] <= MAX_TOP_LOGPROBS:
                 raise ApiError(f"top_logprobs_num: expected 0 to {MAX_TOP_LOGPROBS}, got {tops[i]}", "top_logprobs_num")
             if starts[i] not in (-1, 0):
                 expected = "-1 (new tokens only) or 0 (the prompt, too)"
                 raise ApiError(f"logprob_start_len: expected {expected}, got {starts[i]}", "logprob_start_len")
-            ids = await self.generator.encode(prompt, where)
+        for i, ids in enumerate(await self.generator.encode(prompts, names)):
             sampling = samplings[i]
-            new = self.generator.room(len(ids), sampling.max_new_tokens, NEW_TOKENS, "max_new_tokens", where)
+            new = self.generator.new_tokens(len(ids), sampling.max_new_tokens, NEW_TOKENS, "max_new_tokens", names[i])
             scored = wanted[i] and starts[i] == 0
             made = self.generator.choices(
                 ids, sampling, new, len(self.choices), tops[i] if wanted[i] else -1, prompt_logprobs=scored

@@ -1,20 +1,27 @@
 """What a request body may hold, and what is wrong with one that is refused.
 
 One pydantic model per endpoint. Null means "the default", as OpenAI's clients send it. A field is either used, known to
-be without effect on the answer, or refused by name: nothing that would change the answer is passed over.
+be without effect on the answer (`neutral`), or refused by name: nothing that would change the answer is passed over.
 """
 
 import difflib
 import json
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from wave64.serve.messages import SamplingParams
+from wave64.serve.neutral import asks_for_nothing, objection
 
 MAX_CHOICES = 4096  # prompts times n in one request
 MAX_TOP_LOGPROBS = 20
 GREEDY_BELOW = 1e-6  # a temperature that is none
+
+# What the server itself hands to a chat template, or to what renders it, beside bos_token and the like.
+TEMPLATE_FIELDS = ("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message",
+                   "chat_template", "tokenize", "tokenizer", "return_dict", "raise_exception",
+                   "strftime_now")  # fmt: skip
 
 
 class ApiError(Exception):
@@ -28,50 +35,28 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-# Sent by clients, of no effect on the tokens of the answer.
-WITHOUT_EFFECT = frozenset((
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "reasoning_effort", "verbosity", "rid", "request_id", "priority", "log_metrics",
-    "background", "spaces_between_special_tokens", "separate_reasoning", "stream_reasoning",
-    "return_text_in_logprobs",
-))  # fmt: skip
+def _whole(value: Any) -> Any:
+    """5.0 is 5: some clients know no other numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
-# Changes the answer and is not there: the values of each that ask for nothing.
-NOT_THERE: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "structural_tag": (),
-    "stop_regex": ([], ""),
-    "beam_width": (1,),
-    "use_beam_search": (False,),
-    "custom_params": ({},),
-    "custom_logit_processor": (),
-    "lora_path": (),
-    "input_embeds": (),
-    "image_data": ([],),
-    "audio_data": ([],),
-    "video_data": ([],),
-    "token_ids_logprob": ([],),
-    "return_hidden_states": (False,),
-    "continue_final_message": (False,),
-    "session_params": ({},),
-}
 
-Count = Annotated[int, Field(ge=0, lt=2**31)]
+def _flag(value: Any) -> Any:
+    """1 is true, 0 is false."""
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+def _number_of_logprobs(value: Any) -> Any:
+    """true is 1, false is none: chat's form of the field, sent to completions."""
+    return {True: 1, False: None}[value] if isinstance(value, bool) else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Count = Annotated[Int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
+TopLogprobs = Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63 - 128)]
 
 
 class _Body(BaseModel):
@@ -86,10 +71,9 @@ class _Body(BaseModel):
         for name, value in body.items():
             if name in cls.model_fields:
                 known[name] = value
-            elif name in NOT_THERE:
-                if value is not None and value not in NOT_THERE[name]:
-                    raise ApiError(f"{name}: not supported by wave64; leave it out", name, "unsupported_parameter")
-            elif name not in WITHOUT_EFFECT:
+            elif not asks_for_nothing(name, value):
+                if why := objection(name):
+                    raise ApiError(why, name, "unsupported_parameter")
                 near = difflib.get_close_matches(name, cls.model_fields, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ApiError(f"{name}: unknown field{hint}", name, "unknown_parameter")
@@ -102,19 +86,19 @@ class Sampling(_Body):
     # our name in SamplingParams for what the endpoint calls otherwise
     renamed: ClassVar[dict[str, str]] = {}
 
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[Int, Field(ge=1, le=128)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[Int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[TokenId] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    no_stop_trim: bool | None = None
+    ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    no_stop_trim: Flag | None = None
 
     @model_validator(mode="after")
     def _check_stop(self) -> Any:
@@ -142,23 +126,24 @@ class Sampling(_Body):
 class StreamOptions(_Body):
     """Which extras a stream carries."""
 
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
 
 
 class _OpenAI(Sampling):
     renamed: ClassVar[dict[str, str]] = {"min_tokens": "min_new_tokens"}
 
-    model: str | None = None  # one model is served, under any name
-    stream: bool | None = None
+    model: str | None = None  # one model is served, under any name that is not nearly its own
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
     min_tokens: Count | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - 128)] | None = None
+    seed: Seed | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Any:
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        if options and (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise ApiError("stream_options: allowed only with stream: true", "stream_options", "invalid_value")
         return self
 
@@ -167,9 +152,10 @@ class CompletionRequest(_OpenAI):
     """POST /v1/completions"""
 
     prompt: Any = None
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    add_special_tokens: Flag | None = None
+    echo: Flag | None = None
+    logprobs: Annotated[TopLogprobs | None, BeforeValidator(_number_of_logprobs)] = None
+    best_of: Annotated[Int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _check_best_of(self) -> Any:
@@ -178,7 +164,7 @@ class CompletionRequest(_OpenAI):
                            "best_of", "unsupported_parameter")  # fmt: skip
         return self
 
-    @property
+    @cached_property
     def prompts(self) -> list[str | list[int]]:
         return prompts_of(self.prompt, "prompt")
 
@@ -193,18 +179,18 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a conversation; further fields go to the chat template as they are."""
+    """One turn of a conversation. What a chat template gets of it: `templates.Template.prepare`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Annotated[str, Field(min_length=1)]
     content: str | list[TextPart] | None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """The message with its content as one string, which is what templates of text models expect."""
+    def on_the_wire(self) -> dict[str, Any]:
+        """The message as it came."""
         parts = self.content
-        text = "".join(part.text for part in parts) if isinstance(parts, list) else parts
-        return {"role": self.role, "content": text, **(self.model_extra or {})}
+        content = [part.model_dump() for part in parts] if isinstance(parts, list) else parts
+        return {**(self.model_extra or {}), "role": self.role, "content": content}
 
 
 class ChatRequest(_OpenAI):
@@ -212,15 +198,24 @@ class ChatRequest(_OpenAI):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    add_generation_prompt: bool | None = None
+    logprobs: Flag | None = None
+    top_logprobs: TopLogprobs | None = None
+    add_generation_prompt: Flag | None = None
+    add_special_tokens: Flag | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> Any:
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs: allowed only with logprobs: true", "top_logprobs", "invalid_value")
+        return self
+
+    @model_validator(mode="after")
+    def _check_template_variables(self) -> Any:
+        for name in self.chat_template_kwargs or {}:
+            if name in TEMPLATE_FIELDS or name.endswith("_token"):
+                raise ApiError(f"chat_template_kwargs.{name}: set by the server, expected variables of the template's "
+                               "own, such as enable_thinking", "chat_template_kwargs", "invalid_value")  # fmt: skip
         return self
 
 
@@ -231,26 +226,27 @@ class NativeSampling(Sampling):
 
     max_new_tokens: Count | None = None
     min_new_tokens: Count | None = None
-    sampling_seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - 128)] | None = None
+    sampling_seed: Seed | None = None
 
 
 class GenerateRequest(_Body):
     """POST /generate, SGLang's own form. A list has an entry per prompt; what is not one serves all."""
 
+    model: str | None = None  # added by routers
     text: str | list[str] | None = None
     input_ids: Any = None
     sampling_params: NativeSampling | list[NativeSampling] | None = None
-    stream: bool | None = None
-    return_logprob: bool | list[bool] | None = None
-    logprob_start_len: int | list[int] | None = None
-    top_logprobs_num: int | list[int] | None = None
+    stream: Flag | None = None
+    return_logprob: Flag | list[Flag] | None = None
+    logprob_start_len: Int | list[Int] | None = None
+    top_logprobs_num: Int | list[Int] | None = None
 
     @property
     def is_batch(self) -> bool:
         given = self.text if self.text is not None else self.input_ids
         return isinstance(given, list) and not (given and isinstance(given[0], int))
 
-    @property
+    @cached_property
     def prompts(self) -> list[str | list[int]]:
         if (self.text is None) == (self.input_ids is None):
             raise ApiError("text, input_ids: expected one of the two", "text", "invalid_value")
@@ -282,17 +278,19 @@ def prompts_of(value: Any, param: str) -> list[str | list[int]]:
     if not isinstance(value, str | list):
         raise refuse(param, value)
     is_one = isinstance(value, str) or (bool(value) and all(isinstance(v, int | float | None) for v in value))
-    prompts = [value] if is_one else value
+    prompts = [value] if is_one else list(value)
     if not prompts:
         raise ApiError(f"{param}: empty, expected at least one prompt", param, "empty_prompt")
     for i, prompt in enumerate(prompts):
         where = param if is_one else f"{param}[{i}]"
         if not isinstance(prompt, str | list):
             raise refuse(where, prompt)
-        if not prompt:
+        if prompt == []:  # an empty text may become a bos
             raise ApiError(f"{where}: empty, expected at least one token", param, "empty_prompt")
-        if isinstance(prompt, list) and (odd := [t for t in prompt if type(t) is not int]):
-            raise ApiError(f"{where}: expected token ids, got {_short(odd[0])}", param, "invalid_type")
+        if isinstance(prompt, list) and any(type(t) is not int for t in prompt):
+            prompts[i] = prompt = [_whole(t) for t in prompt]
+            if odd := [t for t in prompt if type(t) is not int]:
+                raise ApiError(f"{where}: expected token ids, got {_short(odd[0])}", param, "invalid_type")
     return prompts
 
 

@@ -5,17 +5,20 @@ SentencePiece model goes through transformers, which converts it (and which impo
 """
 
 import json
+import logging
 import re
-from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from wave64.serve import template_process
+from wave64.serve.templates import Template, TemplateError
+
+log = logging.getLogger("wave64")
+
+TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 class TokenizerError(ValueError):
@@ -36,13 +39,21 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.special = {**_special_tokens(_read_json(folder / "special_tokens_map.json")), **_special_tokens(config)}
+        try:
+            self._add_tokens_of_config(config.get("added_tokens_decoder") or {})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder: expected ids with "
+                                 f"their tokens: {error!r}") from None  # fmt: skip
         self._add_missing_special_tokens()
         self.vocab_size = self._backend.get_vocab_size()
         self.longest_token = max(map(len, self._backend.get_vocab()), default=1)
-        self._template = _load_template(folder, config, chat_template)
         self.added_ids = self._added_ids()
         self._before, self._after = self._surroundings(config)
-        self.end_ids = self._end_ids()
+        self.template_source, file = _read_template(folder, config, chat_template)
+        try:
+            self._template = Template(self.template_source) if self.template_source else None
+        except TemplateError as error:
+            raise TokenizerError(f"{file}: {error}") from None
         self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
 
@@ -50,12 +61,17 @@ class Tokenizer:
         """The ids of a text, with the tokenizer's own bos and eos where it adds them; a bos that the text begins with,
         as one that a chat template made does, is not doubled. Raises TokenizerError if `text` holds half a surrogate
         pair, which no UTF-8 has."""
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The ids of some texts, as encode() gives them, on several cores and without holding up other threads."""
         try:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            found = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         except (UnicodeEncodeError, TypeError) as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from None
-        if not add_special_tokens:
-            return ids
+        return [self._surround(ids) for ids in found] if add_special_tokens else found
+
+    def _surround(self, ids: list[int]) -> list[int]:
         before = self._before
         if before and ids[: len(before)] == before:
             before = []
@@ -83,15 +99,39 @@ class Tokenizer:
         return text.encode()
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **variables: Any) -> str:
-        """The prompt text of a conversation, up to where the assistant begins to speak. Raises TokenizerError."""
+        """The prompt text of a conversation, up to where the assistant begins to speak; `messages` in OpenAI's form.
+        Raises TokenizerError. It runs the template right here: `template_process` does so where it can be ended."""
         if self._template is None:
-            raise TokenizerError("this model has no chat template: start the server with --chat-template FILE, "
-                                 "or use /v1/completions")
-        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+            raise TokenizerError("this model has no chat template")
         try:
-            return self._template.render({**values, **self.special, **variables})
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise TokenizerError(f"the chat template refuses these messages: {error}") from None
+            return self._template.render(messages, self.template_variables(variables))
+        except TemplateError as error:
+            raise TokenizerError(str(error)) from None
+
+    def template_variables(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """What a template finds beside the messages."""
+        return {"tools": None, "documents": None, "add_generation_prompt": True, **self.special, **chosen}
+
+    def _add_tokens_of_config(self, declared: dict[str, Any]) -> None:
+        """Tokens of tokenizer_config.json's added_tokens_decoder that tokenizer.json lacks, or knows as ordinary ones.
+        The library numbers new tokens itself; one that would get another id than declared is left out, with a warning.
+        """
+        known = self._backend.get_added_tokens_decoder()
+        for token_id, spec in sorted((int(key), spec) for key, spec in declared.items()):
+            flags = {name: spec[name] for name in TOKEN_FLAGS if name in spec}
+            token = tokenizers.AddedToken(spec["content"], **flags)
+            had = known.get(token_id)
+            if had is not None and (had.content, had.special) == (token.content, token.special):
+                continue
+            vocab = self._backend.get_vocab()
+            given = vocab.get(token.content, max(vocab.values(), default=-1) + 1)
+            if given != token_id:
+                log.warning("tokenizer_config.json: added_tokens_decoder: %r is declared as id %d and would get %d; it "
+                            "is left out", token.content, token_id, given)  # fmt: skip
+            elif token.special:
+                self._backend.add_special_tokens([token])
+            else:
+                self._backend.add_tokens([token])
 
     def _added_ids(self) -> dict[str, int]:
         """text -> id of the tokens that no text is split for: the special ones, and markers that are not marked so"""
@@ -114,16 +154,19 @@ class Tokenizer:
                 sides[side] = others + added if side else added + others
         return sides[0], sides[1]
 
-    def _end_ids(self) -> frozenset[int]:
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer: eos, and the added token that the chat template puts behind an assistant's
-        message, which is another one in many chat models (and not marked as special in some)."""
+        message, which is another one in many chat models (and not marked as special in some). Runs the template, in a
+        process that is ended where it takes too long."""
         found = [self.added_ids.get(self.special.get("eos_token", ""))]
         if self._template is not None:
             said = "answered"
             turns = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": said}]
+            variables = self.template_variables({"add_generation_prompt": False})
             try:
-                text = self.apply_chat_template(turns, add_generation_prompt=False)
-            except Exception:  # it wants other conversations than this one, and says so in whatever way
+                text = template_process.render_once(self.template_source, turns, variables)
+            except TemplateError:  # it wants other conversations than this one
                 text = ""
             behind = text.rpartition(said)[2].lstrip() if said in text else ""
             ends = [name for name in self.added_ids if name and behind.startswith(name)]
@@ -175,46 +218,17 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _load_template(folder: Path, config: dict[str, Any], chosen: str | None) -> jinja2.Template | None:
-    """The chat template, compiled in the environment that templates are written for (transformers' documented one)."""
+def _read_template(folder: Path, config: dict[str, Any], chosen: str | None) -> tuple[str, Path]:
+    """The source of the chat template, empty where there is none, and the file it stands in."""
     file = Path(chosen) if chosen else folder / "chat_template.jinja"
     if file.is_file():
-        source = file.read_text(encoding="utf-8")
-    elif chosen:
+        return file.read_text(encoding="utf-8"), file
+    if chosen:
         raise TokenizerError(f"--chat-template: {chosen}: no such file")
-    else:
-        source = config.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = {item["name"]: item["template"] for item in source}.get("default")
-    if not source:
-        return None
-    extensions = [loopcontrols, _GenerationTag]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise TokenizerError(f"{file}: not a Jinja template: {error}") from None
-
-
-class _GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %} marks what a model is trained on; to a prompt it makes no difference."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(value: Any, **options: Any) -> str:
-    return json.dumps(value, **{"ensure_ascii": False, **options})  # Jinja's own escapes HTML
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {item["name"]: item["template"] for item in source}.get("default")
+    return source or "", folder / "tokenizer_config.json"
 
 
 def _byte_of() -> dict[str, int]:

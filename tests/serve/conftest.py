@@ -1,12 +1,19 @@
 """One tiny model and one server around it for all tests that ask over HTTP."""
 
 import pytest
-from helpers_server import POOL, make_model, serve
+from helpers_server import POOL, make_model, make_tokenizer, serve
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -281,10 +281,15 @@ def test_what_operators_ask(server, model_folder):
     assert (told["status"], told["model"], told["vocab_size"]) == ("ok", "tiny", VOCAB)
     assert {row["status"] for row in told["backends"] if row["op"] == "rms_norm"} >= {"bound", "off"}
     for path in ("/get_model_info", "/model_info"):
-        assert server.get(path).json()["model_path"] == str(model_folder)
+        told = server.get(path).json()
+        assert (told["model_path"], told["tokenizer_path"]) == (str(model_folder), str(model_folder))
+    assert server.get("/v1/models").json()["data"][0]["root"] == str(model_folder)
     for path in ("/get_server_info", "/server_info"):
         assert server.get(path).json()["engine"]["max_total_num_tokens"] == POOL
     assert server.get("/health_generate").status_code == 200
+    log = server.log.read_text()
+    assert '"GET /model_info HTTP/1.1" 200' in log
+    assert "GET /health" not in log, "polls are not worth a line"
 
 
 def test_a_client_that_goes_away_frees_its_place(server):

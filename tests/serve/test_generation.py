@@ -133,4 +133,4 @@ def test_sampling_of_the_native_endpoint_has_the_same_ends(tokenizer):
 
 
 def test_an_empty_prompt_is_the_tokenizers_bos(tokenizer):
-    assert asyncio.run(generator(tokenizer).encode("", "prompt")) == [0]
+    assert asyncio.run(generator(tokenizer).encode([""], ["prompt"])) == [[0]]

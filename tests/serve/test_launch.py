@@ -1,5 +1,6 @@
 """`python -m wave64.launch_server` as an operator meets it: flags, refusals to start, and every way it can end."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import openai
 import pytest
 from helpers_server import CONTEXT, Server, eventually, free_port, is_alive, serve
 
+from wave64.serve import launch
+from wave64.serve.args import ServerArgs
 from wave64.serve.tokenizer import Tokenizer
 
 LONG = {"prompt": "It", "max_tokens": CONTEXT - 10, "ignore_eos": True}
@@ -100,7 +103,8 @@ def test_flags_are_obeyed(model_folder, tmp_path):
     template = tmp_path / "loud.jinja"
     template.write_text("{{ messages[-1].content | upper }}")
     flags = ["--api-key", "secret", "--served-model-name", "mine", "--chat-template", str(template),
-             "--stream-interval", "5", "--context-length", "300", "--max-total-tokens", "128"]  # fmt: skip
+             "--stream-interval", "5", "--context-length", "300", "--max-total-tokens", "128",
+             "--log-level-http", "warning"]  # fmt: skip
     with serve(model_folder, tmp_path / "log", *flags) as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             answer = httpx.get(server.url + "/v1/models", headers=headers)
@@ -120,11 +124,27 @@ def test_flags_are_obeyed(model_folder, tmp_path):
         for body in ({"prompt": [5] * 200}, {"prompt": "x", "max_tokens": 200}):
             answer = server.post("/v1/completions", **body)
             assert answer.status_code == 400
-            assert "more than the KV pool of 128 tokens (--max-total-tokens)" in answer.json()["error"]["message"]
+            assert "maximum context length is 128 tokens on this server" in answer.json()["error"]["message"]
+            assert "--max-total-tokens" in answer.json()["error"]["message"]
         assert server.complete(prompt=[5] * 100, max_tokens=28)["usage"]["prompt_tokens"] == 100
         log = server.log.read_text()
         assert log.splitlines()[1].startswith("op "), "the table of operators comes first"
         assert "secret" not in log
+        assert "HTTP/1.1" not in log, "the access log was not wanted"
+        assert "GET /v1/models: 401: Authorization: expected 'Bearer ' and the API key" in log
+
+
+def test_how_http_is_spoken():
+    config = launch.http_config(ServerArgs(), None)
+    assert config.timeout_keep_alive == 75, "longer than clients keep a connection: they close it, not the server"
+    assert launch.http_config(ServerArgs(timeout_keep_alive=9), None).timeout_keep_alive == 9
+    config.load()
+    assert config.http_protocol_class.__name__ == "HttpToolsProtocol"
+
+    async def loop() -> str:
+        return type(asyncio.get_running_loop()).__module__
+
+    assert launch.run_loop(loop()) == "uvloop"
 
 
 def test_a_graceful_end(model_folder, tmp_path):

@@ -180,12 +180,20 @@ def header(entries: dict) -> bytes:
     (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "a: the header is damaged"),
     (header({"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 8]}}) + bytes(8), "damaged"),
     (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + bytes(9), "appended"),
+    (struct.pack("<Q", 10**5) + b"[" * 10**5, "damaged"),
 ])  # fmt: skip
 def test_damaged_header(file, content, words):
     file.write_bytes(content)
     text = message(file.parent)
     assert text.startswith(f"{file}: ")
     assert words in text
+
+
+def test_a_header_is_not_read_beyond_what_the_format_allows(file):
+    with file.open("r+b") as f:
+        f.truncate(200 << 20)  # no room is taken by what is not written
+        f.write(struct.pack("<Q", 100_000_001))
+    assert "expected a safetensors header of at most 100000000 bytes, got 100000001" in message(file.parent)
 
 
 def test_no_weights(tmp_path):
@@ -214,11 +222,14 @@ class TestIndex:
         edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update({"model.extra": index["weight_map"][Q]}))
         assert "model.extra: expected here by " in message(tmp_path)
 
-    def test_file_outside_the_folder(self, tmp_path):
-        edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update({Q: "../elsewhere.safetensors"}))
+    @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "..", ".", "", "/x", "a/b", "a\\b", "..\\x", "a\0b"])
+    def test_file_outside_the_folder(self, tmp_path, name):
+        edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update({Q: name}))
         assert message(tmp_path).startswith(str(tmp_path / INDEX))
+        assert f"not the name of a file of this folder: {name!r}" in message(tmp_path).replace("\\\\", "\\")
 
-    @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+    @pytest.mark.parametrize("text", [
+        "{", '{"weight_map": ' + "[" * 10**5, "{}", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
     def test_malformed(self, tmp_path, text):
         (tmp_path / INDEX).write_text(text)
         assert message(tmp_path).startswith(str(tmp_path / INDEX))

@@ -1,0 +1,139 @@
+"""Request fields that clients send and wave64 does not serve, and the values of each that ask for nothing.
+
+The names are OpenAI's, SGLang's and vLLM's. Whatever the field, null, false and what is empty ask for nothing, except
+in ON_BY_DEFAULT.
+"""
+
+from typing import Any
+
+# Of no effect on the tokens of the answer, whatever their value.
+WITHOUT_EFFECT = frozenset((
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "reasoning_effort", "verbosity", "rid", "request_id", "priority", "log_metrics",
+    "background", "spaces_between_special_tokens", "separate_reasoning", "stream_reasoning", "include_reasoning",
+    "return_text_in_logprobs", "return_flat_raw_top_logprobs_b64", "cache_salt", "extra_key", "session_id",
+    "conversation_id", "routing_key", "custom_labels", "cache_prompt", "length_penalty", "early_stopping",
+    "mm_processor_kwargs", "mm_hashes", "max_dynamic_patch", "min_dynamic_patch", "images_config", "video_config",
+    "use_audio_in_video",
+))  # fmt: skip
+
+# On unless switched off: here false asks for another answer. Each with what to do instead.
+ON_BY_DEFAULT = {
+    "enable_thinking": 'put it into chat_template_kwargs: {"enable_thinking": ...}',
+    "thinking": 'put it into chat_template_kwargs: {"thinking": ...}',
+    "detokenize": "the answer has text in any case; /generate gives output_ids, too",
+}
+
+# Would change the answer. Each with what else asks for nothing: the default of the servers that have the field.
+NOT_SERVED: dict[str, tuple[Any, ...]] = {
+    # what is generated
+    "logit_bias": (),
+    "suffix": (),
+    "prediction": (),
+    "bad_words": (),
+    "allowed_token_ids": (),
+    "logits_processors": (),
+    "vllm_xargs": (),
+    "custom_params": (),
+    "custom_logit_processor": (),
+    "watermark": (),
+    "beam_width": (1,),
+    "use_beam_search": (),
+    "min_length": (0,),
+    "stop_regex": (),
+    "include_stop_str_in_output": (),
+    "max_thinking_tokens": (),
+    "thinking_token_budget": (),
+    "require_reasoning": (),
+    "repetition_detection": (),
+    # its form
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    # tools and other media
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "web_search_options": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "image_data": (),
+    "audio_data": (),
+    "video_data": (),
+    "input_embeds": (),
+    "prompt_embeds": (),
+    "positional_embed_overrides": (),
+    # what the prompt is made of
+    "chat_template": (),
+    "documents": (),
+    "task": (),
+    "continue_final_message": (),
+    "truncate_prompt_tokens": (),
+    "session_params": (),
+    # which model, and where
+    "lora_path": (),
+    "lora_id": (),
+    "data_parallel_rank": (0,),
+    "routed_dp_rank": (0,),
+    "disagg_prefill_dp_rank": (),
+    "bootstrap_host": (),
+    "bootstrap_port": (),
+    "bootstrap_room": (),
+    "bootstrap_pair_key": (),
+    "decode_tp_size": (),
+    "kv_transfer_params": (),
+    "http_worker_ipc": (),
+    # what the answer tells
+    "prompt_logprobs": (),
+    "token_ids_logprob": (),
+    "sampling_logprobs_mode": ("selected",),
+    "routed_experts_start_len": (0,),
+    "return_hidden_states": (),
+    "return_routed_experts": (),
+    "return_indexer_topk": (),
+    "return_cached_tokens_details": (),
+    "return_spec_tokens_details": (),
+    "return_token_ids": (),
+    "return_tokens_as_token_ids": (),
+    "return_prompt_token_ids": (),
+    "return_meta_info": (),
+    "return_input_ids_in_sglext": (),
+    "return_output_ids_in_sglext": (),
+    "return_sampling_mask": (),
+    "return_flat_raw_top_logprobs": (),
+    "return_flat_raw_output_top_logprobs": (),
+}
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a field that is not served may be passed over with this value."""
+    if name in WITHOUT_EFFECT or value is None:
+        return True
+    if name in ON_BY_DEFAULT:
+        return value is True and name == "detokenize"
+    if value is False or value in ("", [], {}):
+        return True
+    if isinstance(value, bool):  # True == 1
+        return False
+    if isinstance(value, list) and name not in ("modalities", "response_format"):  # /generate: an entry per prompt
+        return all(asks_for_nothing(name, entry) for entry in value)
+    return value in NOT_SERVED.get(name, ())
+
+
+def objection(name: str) -> str | None:
+    """Why a field is refused that asks for something; None where the name is not known."""
+    if name in ON_BY_DEFAULT:
+        return f"{name}: not a field of wave64; {ON_BY_DEFAULT[name]}"
+    if name in NOT_SERVED:
+        return f"{name}: not supported by wave64; leave it out"
+    return None
