@@ -6,6 +6,7 @@ Nothing here imports torch: the api process, the tests and `--help` read this fi
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NoReturn
@@ -18,7 +19,8 @@ class ArgsError(ValueError):
 
 
 def _flag(default: Any, text: str, *aliases: str, choices: tuple[str, ...] = (), kind: type | None = None) -> Any:
-    """A field with a default, and what argparse needs to know about it. `kind` is needed where the default is None."""
+    """A field with a default, and what argparse needs to know about it. `kind` is needed where the default is None; a
+    default of () makes a flag that may be given several times."""
     about = {"help": text, "aliases": aliases, "choices": choices, "kind": kind or type(default)}
     return field(default=default, metadata=about)
 
@@ -41,6 +43,9 @@ class ServerArgs:
         "auto", "auto: the checkpoint's", choices=("auto", "half", "float16", "bfloat16", "float32", "float")
     )
     device: str = _flag("auto", "auto: a GPU where there is one", choices=("auto", "cuda", "cpu"))
+    ignore_config_key: Sequence[str] = _flag(
+        (), "a key of config.json to read as if it were not there; may be given several times", kind=str
+    )
     context_length: int | None = _flag(None, "longest prompt plus completion; default: the model's", kind=int)
     tp_size: int = _flag(1, "tensor parallel ranks (only 1 for now)", "--tp", "--tensor-parallel-size")
 
@@ -67,6 +72,7 @@ class ServerArgs:
     timeout_keep_alive: int = _flag(75, "seconds that an idle connection is kept open for its client's next request")
 
     def __post_init__(self) -> None:
+        self.ignore_config_key = tuple(self.ignore_config_key)
         if self.tp_size != 1:
             raise ArgsError(f"--tp-size: tensor parallelism is not there yet, expected 1, got {self.tp_size}")
         if not 1 <= self.port <= 65535:
@@ -101,12 +107,67 @@ class ServerArgs:
         """Parse `argv` (sys.argv without it). A bad flag ends the process: one line on stderr, status 2."""
         parser = _parser()
         namespace, unknown = parser.parse_known_args(argv)
-        for word in unknown:
-            parser.error(_unknown(word))
+        if unknown:
+            parser.error("; ".join(_unknown(unknown)))
+        given = vars(namespace)
+        for flag, (_, value) in ONLY.items():
+            got = given.pop(name_of(flag))
+            if got not in (None, value):
+                parser.error(f"{flag}: expected {value}, got {got}: there is one device and one host")
+        for flag in WITHOUT_EFFECT:
+            given.pop(name_of(flag))
         try:
-            return cls(**vars(namespace))
+            return cls(**given)
         except ArgsError as error:
             parser.error(str(error))
+
+
+#: Flags of published recipes that change nothing here -> (the type of their value, None for a switch, why).
+WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
+    "--trust-remote-code": (None, "the code of a checkpoint is never run"),
+    "--enable-torch-compile": (None, "the operators are compiled already"),
+    "--torch-compile-max-bs": (int, "the operators are compiled already"),
+    "--disable-radix-cache": (None, "there is no prefix cache"),
+    "--disable-overlap-schedule": (None, "a step is scheduled when the one before has ended"),
+    "--enable-mixed-chunk": (None, "prompts and decodes share steps anyway"),
+    "--num-continuous-decode-steps": (int, "every step is scheduled"),
+    "--schedule-conservativeness": (float, "requests are preempted when pages run out, and lose nothing"),
+    "--disable-cuda-graph-padding": (None, "a batch runs in the smallest graph that holds it"),
+    "--cuda-graph-max-bs": (int, "graphs are captured up to --max-running-requests"),
+    "--attention-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
+    "--decode-attention-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
+    "--prefill-attention-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
+    "--sampling-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
+    "--fp8-gemm-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
+    "--fp8-gemm-runner-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
+    "--moe-runner-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
+    "--triton-attention-num-kv-splits": (int, "the tuned tables say how often a sequence is split"),
+    "--triton-attention-reduce-in-fp32": (None, "sums are in fp32 anyway"),
+    "--disable-shared-experts-fusion": (None, "the sum is the same"),
+    "--disable-custom-all-reduce": (None, "there is one device"),
+    "--enable-mscclpp": (None, "there is one device"),
+    "--enable-aiter-allreduce-fusion": (None, "there is one device"),
+    "--enable-p2p-check": (None, "there is one device"),
+    "--enable-dp-attention": (None, "there is one device"),
+    "--dist-init-addr": (str, "there is one host"),
+    "--decode-log-interval": (int, "a busy engine logs its throughput every few seconds"),
+    "--watchdog-timeout": (float, "the server ends when its engine does"),
+}
+#: Flags that are taken with one value.
+ONLY: dict[str, tuple[type, int]] = {
+    "--pp-size": (int, 1), "--dp-size": (int, 1), "--ep-size": (int, 1), "--nnodes": (int, 1), "--node-rank": (int, 0),
+}  # fmt: skip
+
+
+def without_effect(argv: Sequence[str] | None = None) -> list[str]:
+    """For the log: each flag in `argv` (sys.argv without it) that was taken and changes nothing, and why."""
+    given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    return [f"{flag}: changes nothing here, {why}" for flag, (_, why) in WITHOUT_EFFECT.items() if flag in given]
+
+
+def name_of(flag: str) -> str:
+    """--model-path -> model_path"""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def flag_of(name: str) -> str:
@@ -127,20 +188,30 @@ def _parser() -> _Parser:
         how: dict[str, Any] = {"dest": item.name, "default": item.default, "help": about["help"]}
         if about["kind"] is bool:
             how["action"] = "store_true"
+        elif item.default == ():
+            how |= {"action": "append", "default": [], "metavar": "KEY"}
         else:
             how |= {"type": about["kind"], "choices": about["choices"] or None}
             how["metavar"] = None if about["choices"] else about["kind"].__name__.upper()
             if item.default is not None:
                 how["help"] += " (default: %(default)s)"
         parser.add_argument(flag_of(item.name), *about["aliases"], **how)
+    for flag, (kind, *_) in (WITHOUT_EFFECT | ONLY).items():
+        how = {"action": "store_true"} if kind is None else {"type": kind}
+        parser.add_argument(flag, **how, help=argparse.SUPPRESS)
     return parser
 
 
-def _unknown(word: str) -> str:
-    """What to say of a word that is no flag of ours (SGLang has some 300, wave64 these few)."""
-    if not word.startswith("-"):
-        return f"expected a flag, got {word!r}"
-    name = word.split("=")[0]
-    near = difflib.get_close_matches(name, [flag_of(item.name) for item in fields(ServerArgs)], n=1)
-    hint = f"did you mean {near[0]}?" if near else "see --help for those it has"
-    return f"{name}: wave64 has no such flag; {hint}"
+def _unknown(words: list[str]) -> list[str]:
+    """What to say of words that are no flags of ours (SGLang has some 300, wave64 these few), all at once. What follows
+    an unknown flag is taken for its value."""
+    said, known = [], [flag_of(item.name) for item in fields(ServerArgs)]
+    for i, word in enumerate(words):
+        if word.startswith("-"):
+            name = word.split("=")[0]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help for those it has"
+            said.append(f"{name}: wave64 has no such flag; {hint}")
+        elif i == 0 or not words[i - 1].startswith("-") or "=" in words[i - 1]:
+            said.append(f"expected a flag, got {word!r}")
+    return said

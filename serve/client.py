@@ -23,7 +23,7 @@ from wave64.serve.protocol import ApiError
 log = logging.getLogger("wave64")
 
 LAST_WORDS_S = 1.0  # how long the reason of an engine that has exited may still be on its way
-STOP_S = 5.0  # how long an engine may take to exit at SIGTERM
+STOP_S = 1.0  # how long an engine may take to exit at SIGTERM; it has nothing to save
 
 
 class EngineClient:
@@ -132,6 +132,12 @@ class EngineClient:
 
     def _send(self, message: Request | Abort) -> None:
         self._requests.send(encode(message))
+
+    def kill(self) -> None:
+        """End the engine process at once, and leave nothing behind."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+        self._folder.cleanup()
 
     async def stop(self) -> None:
         """End the engine process, by force if it does not end itself, and close the pipes."""

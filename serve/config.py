@@ -1,15 +1,21 @@
 """What a Hugging Face folder says of a model: config.json and generation_config.json, read once into ModelConfig.
 
-Every key of config.json is understood, known to be without effect on inference, or refused: a key that is skipped
-in silence is a model that answers wrongly in silence. Reads two JSON files and nothing else.
+Every key of config.json is understood, known to be without effect on inference, passed by with a word in the log, or
+refused where its name says that it changes the mathematics: a key that is skipped in silence is a model that answers
+wrongly in silence. Reads two JSON files, and of weights their headers where config.json says that dtype is theirs.
 """
 
 import json
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from wave64.serve.checkpoint import DTYPES as STORED_DTYPES
+from wave64.serve.checkpoint import stored_tensors
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ACTIVATIONS = {
@@ -31,8 +37,16 @@ WITHOUT_EFFECT = frozenset((
     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty",
     "max_length", "min_length", "max_new_tokens", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
     "num_return_sequences", "remove_invalid_values", "repetition_penalty", "suppress_tokens", "temperature",
-    "top_k", "top_p", "typical_p", "min_p",
+    "top_k", "top_p", "typical_p", "min_p", "is_llama_config", "transformers.js_config",
 ))  # fmt: skip
+
+# Parts of the names of keys that change what a forward pass computes, and of training's, which do not.
+MATHEMATICS = re.compile(
+    "rope|rotary|posit|alibi|attn|attention|head|kv|qk|mla|moe|expert|router|gate|topk|norm|scal|mult|quant|window|"
+    "slid|chunk|sparse|softcap|capping|clip|logit|bias|activ|act_fn|residual|parallel|embed|layer|lora|rank|dim|"
+    "hidden|width|mamba|ssm|conv|recur|index|compress|interleav|factor|eps|loop|depth|tie_|tied|vocab|num_|_size"
+)  # fmt: skip
+TRAINING = re.compile("dropout|pdrop|loss|initializer")
 
 # rope type -> (required keys, optional keys) beside rope_theta and the type itself
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -134,20 +148,22 @@ class ModelConfig:
     moe: MoEConfig | None = None
     quantization: QuantConfig | None = None
     num_nextn_predict_layers: int = 0  # stored behind the last layer, for predicting the token after next
+    passed_by: tuple[str, ...] = field(default=(), compare=False)  # keys that were not understood
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "ModelConfig":
-        """Reads `path`/config.json and, where present, `path`/generation_config.json.
+    def from_folder(cls, path: str | Path, ignored: Collection[str] = ()) -> "ModelConfig":
+        """Reads `path`/config.json and, where present, `path`/generation_config.json. `ignored`: keys, dotted where
+        they are within others, that are read as if they were not there.
 
-        Raises ConfigError for a missing or malformed file, an architecture, value or key that is not supported.
+        Raises ConfigError for a missing or malformed file, an architecture, value or key that is not supported, and
+        WeightsError for a checkpoint whose headers are needed and damaged.
         """
-        keys = Keys(Path(path) / "config.json")
+        keys = Keys(Path(path) / "config.json", ignored=ignored)
         names = keys.raw.get("architectures") or []
         for name in names:
             if name in architectures():
                 config = architectures()[name](name, keys)
-                keys.refuse_the_rest()
-                return config
+                return replace(config, passed_by=keys.pass_by_the_rest())
         raise keys.error("architectures", names, f"one of {', '.join(architectures())}")
 
 
@@ -161,9 +177,10 @@ def architectures() -> dict[str, Any]:
 class Keys:
     """The keys of one JSON object, each asked for by name and type; what nobody asked for is refused at the end."""
 
-    def __init__(self, file: Path, raw: dict[str, Any] | None = None, prefix: str = ""):
-        self.file, self.prefix = file, prefix
-        self.raw = _read_json(file) if raw is None else raw
+    def __init__(self, file: Path, raw: dict[str, Any] | None = None, prefix: str = "", ignored: Collection[str] = ()):
+        self.file, self.prefix, self.ignored = file, prefix, ignored
+        raw = _read_json(file) if raw is None else raw
+        self.raw = {key: value for key, value in raw.items() if prefix + key not in ignored}
         self.asked: set[str] = set()
 
     def error(self, key: str, value: Any, expected: str) -> ConfigError:
@@ -208,16 +225,33 @@ class Keys:
         value = self.get(key, {})
         if not isinstance(value, dict):
             raise self.error(key, value, "an object or null")
-        return Keys(self.file, value, f"{key}.")
+        return Keys(self.file, value, f"{key}.", self.ignored)
+
+    def refused(self, key: str, why: str) -> ConfigError:
+        return ConfigError(f"{self.error(key, self.raw[key], 'no such key')}: {why}; if it does not matter here, start "
+                           f"with --ignore-config-key {self.prefix}{key}")
+
+    def pass_by_the_rest(self) -> tuple[str, ...]:
+        """The keys that nobody asked for. Raises ConfigError for one whose name says that it changes the mathematics.
+        One that is off (null, false, empty) cannot, nor one with a leading underscore: those are transformers' private
+        notes."""
+        known = self.asked | WITHOUT_EFFECT
+        left = [key for key, value in self.raw.items()
+                if key not in known and not key.startswith("_") and not _is_off(value)]
+        for key in left:
+            if MATHEMATICS.search(key.lower()) and not TRAINING.search(key.lower()):
+                raise self.refused(key, "wave64 does not know it, and by its name it changes the mathematics")
+        return tuple(left)
 
     def refuse_the_rest(self) -> None:
-        """A key nobody asked for may change the mathematics. One that is off (null, false, empty) cannot, nor one
-        with a leading underscore: those are transformers' private notes."""
+        """Raises ConfigError for any key that nobody asked for and that is not off."""
         for key, value in self.raw.items():
-            off = value is None or value is False or value == "" or value == [] or value == {}
-            if key not in self.asked and key not in WITHOUT_EFFECT and not key.startswith("_") and not off:
-                raise self.error(key, value, "no such key: wave64 does not know it and it may change the mathematics; "
-                                             "if it does not, take it out of the file")
+            if key not in self.asked and not _is_off(value):
+                raise self.refused(key, "wave64 does not know it")
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value == "" or value == [] or value == {}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -251,6 +285,9 @@ def _llama(architecture: str, keys: Keys) -> ModelConfig:
     window = keys.get("sliding_window")
     if window is not None and keys.count("sliding_window") < max_position_embeddings:
         raise keys.error("sliding_window", window, "null: a Llama attends to the whole context")
+    for key in ("rope_interleave", "rope_interleaved"):
+        if keys.flag(key):
+            raise keys.error(key, True, "false: a Llama rotates the two halves of a head")
     layer_types = keys.get("layer_types", [])
     if any(kind != "full_attention" for kind in layer_types):
         raise keys.error("layer_types", layer_types, "full_attention in every layer")
@@ -312,16 +349,25 @@ def _token_ids(keys: Keys) -> tuple[int, ...]:
 
 
 def _dtype(keys: Keys) -> torch.dtype:
-    """`dtype` is transformers 5's spelling of `torch_dtype`; old checkpoints that say neither hold float32."""
+    """`dtype` is transformers 5's spelling of `torch_dtype`; old checkpoints that say neither hold float32. "auto" is
+    what most of the weights are stored in, FP8 apart."""
     key = "dtype" if keys.get("dtype") is not None else "torch_dtype"
-    return keys.choice(key, "float32", DTYPES | {f"torch.{name}": dtype for name, dtype in DTYPES.items()})
+    known = DTYPES | {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
+    if keys.get(key) != "auto":
+        return keys.choice(key, "float32", known)
+    folder = keys.file.parent
+    sizes = dict.fromkeys(DTYPES.values(), 0)
+    for tensor in stored_tensors(folder).values() if any(folder.glob("*.safetensors")) else ():
+        if (dtype := STORED_DTYPES.get(tensor.dtype)) in sizes:
+            sizes[dtype] += tensor.end - tensor.begin
+    return max(sizes, key=sizes.__getitem__) if any(sizes.values()) else torch.float32
 
 
 def read_rope(keys: Keys, max_position_embeddings: int) -> RopeConfig:
     """Either `rope_theta` beside `rope_scaling`, or everything in `rope_parameters`; the type under `rope_type` or
     `type`. Two spellings of one thing may stand side by side as long as they agree."""
     given = [keys.group(name) for name in ("rope_scaling", "rope_parameters") if keys.get(name)]
-    rope = given[0] if given else Keys(keys.file, {}, "rope_scaling.")
+    rope = given[0] if given else Keys(keys.file, {}, "rope_scaling.", keys.ignored)
     if len(given) == 2 and given[0].raw != given[1].raw:
         raise keys.error("rope_parameters", given[1].raw, f"the same as rope_scaling, {json.dumps(given[0].raw)}")
     types = {name: rope.get(name) for name in ("rope_type", "type") if rope.get(name) is not None}
@@ -339,13 +385,13 @@ def read_rope(keys: Keys, max_position_embeddings: int) -> RopeConfig:
             raise place.error("partial_rotary_factor", value, "1.0: whole heads turn")
 
     required, optional = ROPE_KEYS[rope_type]
-    unknown = {k for k, v in rope.raw.items() if v is not None} - {*required, *optional, *rope.asked, "finetuned"}
-    # yarn checkpoints note by `finetuned` how they were made, and dynamic ones repeat the trained context
-    if rope_type == "dynamic" and rope.get("original_max_position_embeddings") == max_position_embeddings:
-        unknown.discard("original_max_position_embeddings")
-    for key in sorted(unknown):
+    # Checkpoints repeat the trained context and write out what a type does not scale.
+    neutral = {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": max_position_embeddings}
+    unknown = {k for k, v in rope.raw.items() if not _is_off(v) and neutral.get(k) != v}
+    # yarn checkpoints note by `finetuned` how they were made
+    for key in sorted(unknown - {*required, *optional, *rope.asked, "finetuned"}):
         known = ", ".join((*required, *optional)) or "none"
-        raise rope.error(key, rope.raw[key], f"no such key in rope type {rope_type} (its keys: {known})")
+        raise rope.refused(key, f"rope type {rope_type} does not have it (its keys: {known})")
     original = keys.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
     values: dict[str, Any] = {"original_max_position_embeddings": max_position_embeddings}
     if original is not None and rope_type in ("llama3", "yarn"):

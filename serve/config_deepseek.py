@@ -4,6 +4,7 @@ Names that only one of the two has: DeepSeek's V3 says scoring_func and topk_met
 granted; rope_interleave and head_dim are transformers'.
 """
 
+import json
 import math
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ def deepseek(architecture: str, keys: "Keys") -> ModelConfig:
         raise keys.error(key, keys.get(key), "mscale and mscale_all_dim or neither: DeepSeek's code and transformers' "
                                              "disagree what one alone means")
     interleave = keys.flag("rope_interleave", not is_v3 or "rope_interleave" not in keys.raw)
+    if keys.flag("rope_interleaved", interleave) != interleave:
+        raise keys.error("rope_interleaved", not interleave, f"{json.dumps(interleave)}, as rope_interleave has it")
     if not interleave and not is_v3:
         raise keys.error("rope_interleave", False, "true: a DeepSeek-V2 turns pairs that lie side by side")
     mla = MLAConfig(

@@ -49,6 +49,16 @@ def choose_products(model: nn.Module) -> str:
     return "products by oneDNN"
 
 
+def slow_dtype(dtype: torch.dtype) -> str | None:
+    """What to say to an operator whose CPU has no instructions for numbers of `dtype`; None where there is nothing."""
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in supported or getattr(torch.ops.mkldnn, supported[dtype], lambda: False)():
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (f"this CPU has no {name} instructions: prompts and batches are faster with --dtype float32, which takes "
+            "twice the memory")
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tokens = x.shape[0]
     surplus = _filled(tokens) - tokens

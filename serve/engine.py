@@ -12,6 +12,8 @@ import os
 import random
 import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,8 +46,35 @@ log = logging.getLogger("wave64")
 
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
+REPORT_S = 5.0  # a busy engine says how fast it is this often, at most
 PREFILL_CHUNK = {"cpu": 256, "cuda": 8192}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+
+
+class Throughput:
+    """What a busy engine says of itself every few seconds; rates are of the time that steps took."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._reported = clock()
+        self._began = self._busy = 0.0
+        self._prompt = self._generated = 0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._began = self._clock()
+
+    def end(self, prompt: int, generated: int) -> str | None:
+        """A step ends that computed so many prompt tokens and generated so many; a line, if it is time for one."""
+        now = self._clock()
+        self._busy += now - self._began
+        self._prompt += prompt
+        self._generated += generated
+        if now - self._reported < REPORT_S or not self._busy:
+            return None
+        rates = (self._prompt / self._busy, self._generated / self._busy)
+        self._reported, self._busy, self._prompt, self._generated = now, 0.0, 0, 0
+        return "throughput: {:.1f} prompt and {:.1f} generated tokens/s".format(*rates)
 
 
 class Engine:
@@ -71,6 +100,7 @@ class Engine:
         self._eos = frozenset(i for i in self.config.eos_token_ids if i < self.config.vocab_size)
         self._seeds = random.Random(args.random_seed)
         self._refused: list[Output] = []
+        self._throughput = Throughput()
 
     def _prefill_budget(self, args: ServerArgs) -> int:
         chunk = args.chunked_prefill_size or PREFILL_CHUNK[self.device.type]
@@ -119,6 +149,7 @@ class Engine:
         step = self.scheduler.schedule()
         if not step.rows:
             return outputs
+        self._throughput.begin()
         try:
             logits = self.runner.run(step)
             tokens = sampler.sample(logits, step, self.scheduler.batch, self.scheduler.sampling)
@@ -128,6 +159,9 @@ class Engine:
                 torch.cuda.synchronize()  # raises if the device itself is lost: then there is no going on
             why = f"the engine failed while computing this request: {type(error).__name__}: {error}"
             return outputs + [Output(seq.request.rid, [], "error", error=why) for seq in self.scheduler.drop()]
+        if line := self._throughput.end(sum(step.counts[step.num_decodes :]), len(tokens)):
+            log.info("%s; %d running, %d waiting, %d of %d KV pages in use", line, len(self.scheduler.running),
+                     len(self.scheduler.waiting), self.pool.num_pages - self.pool.num_free, self.pool.num_pages)
         return outputs + [_output(seq) for seq in self.scheduler.commit(tokens)]
 
     def _objection(self, request: Request) -> str | None:
@@ -182,7 +216,11 @@ def _output(seq: Sequence) -> Output:
 
 def _config(folder: Path, args: ServerArgs) -> ModelConfig:
     """The model's configuration, with the context length that was asked for."""
-    config = ModelConfig.from_folder(folder)
+    config = ModelConfig.from_folder(folder, args.ignore_config_key)
+    if config.passed_by:
+        log.info("%s: not known and passed by: %s", folder / "config.json", ", ".join(config.passed_by))
+    if args.ignore_config_key:
+        log.info("ignored, as --ignore-config-key says: %s", ", ".join(args.ignore_config_key))
     if args.context_length is None:
         return config
     if args.context_length > config.context_length:

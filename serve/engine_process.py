@@ -17,8 +17,15 @@ def main() -> None:
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
     from wave64.serve.engine import run_engine
 
-    if os.getppid() == settings["parent"]:  # else it ended while we imported, and run_engine could not know
-        run_engine(args, settings["requests"], settings["outputs"])
+    status = 0
+    try:
+        if os.getppid() == settings["parent"]:  # else it ended while we imported, and run_engine could not know
+            run_engine(args, settings["requests"], settings["outputs"])
+    except SystemExit as end:
+        status = end.code or 0
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)  # tearing down torch takes seconds on a busy machine, and the pipes are closed
 
 
 if __name__ == "__main__":

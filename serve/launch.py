@@ -1,12 +1,14 @@
 """The server's start and end, behind `python -m wave64.launch_server`.
 
 This is the api process: it claims the port, starts the engine process, and speaks HTTP while that one computes. It ends
-with status 0 when told to (SIGTERM, Ctrl-C), and with status 1 and one line on stderr when something is wrong.
+with status 0 when told to (SIGTERM, Ctrl-C, a terminal that is closed), and with status 1 and one line on stderr when
+something is wrong. Told a second time, it ends at once and with status 1, whatever runs.
 """
 
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -20,7 +22,7 @@ import uvicorn
 
 import wave64
 from wave64.serve.api import create_app
-from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.args import ArgsError, ServerArgs, without_effect
 from wave64.serve.client import EngineClient
 from wave64.serve.config import ConfigError, ModelConfig
 from wave64.serve.engine_process import LOG_FORMAT
@@ -44,9 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
     logging.getLogger("uvicorn.access").setLevel((args.log_level_http or args.log_level).upper())
     logging.getLogger("uvicorn.access").addFilter(NotPolled())
+    for number in _ends():
+        signal.signal(number, signal.default_int_handler)  # until there is an event loop, which takes them over
     try:
         listener = listen(args.host, args.port)
-        return run_loop(_serve(args, listener))
+        rows = wave64.report(None if args.device == "auto" else args.device)
+        log.info("what serves each operator:\n%s", wave64.table(rows))
+        for line in without_effect(argv):
+            log.info(line)
+        folder = resolve_model_path(args.model_path, args.revision)
+        return run_loop(_serve(args, listener, folder))
+    except KeyboardInterrupt:
+        return 0
     except (ArgsError, ConfigError, WeightsError, TokenizerError, EngineEnded) as error:
         print(f"wave64.launch_server: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -59,6 +70,12 @@ def run_loop(main: Coroutine[Any, Any, T]) -> T:
     except ImportError:
         return asyncio.run(main)
     return uvloop.run(main)
+
+
+def _ends() -> list[signal.Signals]:
+    """The signals that tell the server to end. nohup has SIGHUP ignored, which stays so."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (not ignored)
 
 
 class EngineEnded(RuntimeError):
@@ -88,16 +105,21 @@ class _Server(uvicorn.Server):
         yield  # signals are _serve's; uvicorn would raise them again at the end, and the exit status would be theirs
 
 
-async def _serve(args: ServerArgs, listener: socket.socket) -> int:
+async def _serve(args: ServerArgs, listener: socket.socket, folder: Path) -> int:
     told_to_end = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told_to_end.set)
-    rows = wave64.report(None if args.device == "auto" else args.device)
-    log.info("what serves each operator:\n%s", wave64.table(rows))
-    folder = resolve_model_path(args.model_path, args.revision)
-    defaults = _sampling_defaults(folder)
+    defaults = _sampling_defaults(folder, args)
     client = EngineClient(replace(args, model_path=str(folder)))
     generator = None
+
+    def end() -> None:
+        if told_to_end.is_set():
+            log.warning("told to end again: ending at once")
+            client.kill()
+            os._exit(1)
+        told_to_end.set()
+
+    for number in _ends():
+        asyncio.get_running_loop().add_signal_handler(number, end)
     try:
         await client.start()
         engine = asyncio.create_task(client.run())
@@ -152,9 +174,9 @@ def _openable(name: str, folder: Path) -> str:
     return name if is_hub_name else str(folder.resolve())
 
 
-def _sampling_defaults(folder: Path) -> dict[str, float]:
+def _sampling_defaults(folder: Path, args: ServerArgs) -> dict[str, float]:
     """What the model recommends, held to what a request may ask for."""
-    defaults = ModelConfig.from_folder(folder).sampling_defaults
+    defaults = ModelConfig.from_folder(folder, args.ignore_config_key).sampling_defaults
     try:
         parse(NativeSampling, json.dumps(defaults).encode())
     except ApiError as error:

@@ -1,5 +1,6 @@
 """From a checkpoint folder to a model with weights on its device."""
 
+import difflib
 import logging
 import re
 import sys
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from wave64.serve.checkpoint import StoredTensor, WeightsError, stored_tensors
 from wave64.serve.config import ModelConfig
-from wave64.serve.cpu import choose_products
+from wave64.serve.cpu import choose_products, slow_dtype
 from wave64.serve.layers import Layer, RMSNorm
 from wave64.serve.models import MODELS
 
@@ -47,6 +48,8 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     size = sum(weight.nbytes for weight in model.parameters())
     log.info("%s: %.2f GB of %s weights on %s%s in %.1f s", folder, size / 1e9, str(dtype).removeprefix("torch."),
              device, products, time.perf_counter() - started)
+    if torch.device(device).type == "cpu" and (hint := slow_dtype(dtype)):
+        log.warning(hint)
     return model
 
 
@@ -163,9 +166,12 @@ def resolve_model_path(model_path: str, revision: str | None = None, files: Sequ
             raise WeightsError(f"{model_path}: {folder} is missing from this installation of wave64; install it again")
         return folder
     built_in = ", ".join(BUILT_IN)
+    hint = _did_you_mean(model_path, folder)
+    if "demo-" in hint:
+        raise WeightsError(f"{model_path}: neither a folder nor a built-in name ({built_in}){hint}")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model_path) or folder.exists():
         raise WeightsError(f"{model_path}: expected a folder, a built-in name ({built_in}) or a hub name (owner/name), "
-                           f"got {'a file' if folder.exists() else 'a path that does not exist'}")
+                           f"got {'a file' if folder.exists() else 'a path that does not exist'}{hint}")
     import huggingface_hub  # only here: a local model needs no hub client
 
     try:
@@ -173,4 +179,15 @@ def resolve_model_path(model_path: str, revision: str | None = None, files: Sequ
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
         reason = " ".join(str(e).split())[:200]
         raise WeightsError(f"{model_path}: neither a folder nor a built-in name ({built_in}), and the Hugging Face Hub "
-                           f"did not give it: {type(e).__name__}: {reason}") from None
+                           f"did not give it: {type(e).__name__}: {reason}{hint}") from None
+
+
+def _did_you_mean(model_path: str, folder: Path) -> str:
+    """The end of an error about `model_path`: what it may be a slip of, among the demos and the folders beside it."""
+    try:
+        beside = {entry.name: entry for entry in folder.parent.iterdir() if entry.is_dir()}
+    except OSError:
+        beside = {}
+    names = [*BUILT_IN, *beside] if model_path == folder.name else [*beside]
+    near = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {beside.get(near[0], near[0])}?" if near else ""

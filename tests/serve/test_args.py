@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from wave64.serve.args import ArgsError, ServerArgs, flag_of
+from wave64.serve.args import ONLY, WITHOUT_EFFECT, ArgsError, ServerArgs, flag_of, without_effect
 
 
 def test_defaults_are_the_same_in_python_and_on_the_command_line():
@@ -19,7 +19,7 @@ def test_every_flag_sets_its_field():
         value = True if kind is bool else choices[-1] if choices else values[kind]
         for flag in (flag_of(item.name), *item.metadata["aliases"]):
             args = ServerArgs.from_cli([flag] if kind is bool else [flag, str(value)])
-            assert getattr(args, item.name) == value
+            assert getattr(args, item.name) == ((value,) if item.default == () else value)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,12 @@ def test_every_flag_sets_its_field():
         (["--mem-fraction-static", "1.5"], "--mem-fraction-static: expected more than 0 and less than 1, got 1.5"),
         (["--chunked-prefill-size", "-2"], "--chunked-prefill-size: expected at least 1, got -2"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        (["--enable-torch-compile"], "--enable-torch-compile: wave64 has no such flag; see --help"),
+        (["--enable-lora"], "--enable-lora: wave64 has no such flag; see --help"),
         (["--quantization", "fp8"], "--quantization: wave64 has no such flag"),
+        (["--lora-paths", "a", "--tp=1", "--quantisation=fp8"],
+         "--lora-paths: wave64 has no such flag; did you mean --model-path?; --quantisation: wave64 has no such flag"),
+        (["--nnodes", "2"], "--nnodes: expected 1, got 2: there is one device and one host"),
+        (["--schedule-conservativeness", "much"], "--schedule-conservativeness: invalid float value: 'much'"),
         (["--context-len", "5"], "--context-len: wave64 has no such flag; did you mean --context-length?"),
         (["demo-llama"], "expected a flag, got 'demo-llama'"),
     ],
@@ -45,6 +49,39 @@ def test_a_bad_flag_is_one_line(argv, words, capsys):
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+RECIPE = ["--trust-remote-code", "--enable-torch-compile", "--torch-compile-max-bs", "8", "--disable-radix-cache",
+          "--nnodes", "1", "--node-rank", "0", "--attention-backend=aiter", "--page-size", "32",
+          "--schedule-conservativeness", "0.3"]  # fmt: skip
+
+
+def test_flags_of_recipes_that_change_nothing_are_taken_and_named():
+    assert ServerArgs.from_cli(RECIPE) == ServerArgs(page_size=32)
+    said = without_effect(RECIPE)
+    assert "--trust-remote-code: changes nothing here, the code of a checkpoint is never run" in said
+    assert {line.split(":")[0] for line in said} == {
+        "--trust-remote-code", "--enable-torch-compile", "--torch-compile-max-bs", "--disable-radix-cache",
+        "--attention-backend", "--schedule-conservativeness"}  # fmt: skip
+    assert without_effect(["--page-size", "32"]) == []
+
+
+@pytest.mark.parametrize("flag", [*WITHOUT_EFFECT, *ONLY])
+def test_each_of_them_is_taken(flag):
+    kind = WITHOUT_EFFECT[flag][0] if flag in WITHOUT_EFFECT else int
+    value = [] if kind is None else [str(ONLY[flag][1] if flag in ONLY else 3)]
+    assert ServerArgs.from_cli([flag, *value]) == ServerArgs()
+
+
+def test_no_flag_is_both_ours_and_without_effect():
+    ours = {flag for item in dataclasses.fields(ServerArgs) for flag in (flag_of(item.name), *item.metadata["aliases"])}
+    assert not ours & {*WITHOUT_EFFECT, *ONLY}
+
+
+def test_a_repeatable_flag_keeps_all_its_values():
+    args = ServerArgs.from_cli(["--ignore-config-key", "a", "--ignore-config-key", "b.c"])
+    assert args.ignore_config_key == ("a", "b.c")
+    assert ServerArgs.from_cli([]).ignore_config_key == (), "nothing is left over from the call before"
 
 
 def test_python_gets_the_same_checks():

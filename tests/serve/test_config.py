@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers_llama import make_llama
+from safetensors.torch import save_file
 
 from wave64.serve.config import ConfigError, ModelConfig, RopeConfig, architectures
 from wave64.serve.models import MODELS
@@ -129,6 +130,8 @@ def test_context_reaches_as_far_as_the_rope_was_stretched(read):
     ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
     ({"quantization_config": {"quant_method": "awq", "bits": 4}}, ["quantization_config", "awq"]),
     ({"logits_scaling": 8.0}, ["logits_scaling", "8.0", "mathematics"]),
+    ({"rope_interleaved": True}, ["rope_interleaved", "false", "two halves"]),
+    ({"rope_scaling": {"type": "default", "factor": 2.0}}, ["rope_scaling.factor", "default", "2.0"]),
     ({"rope_theta": -1}, ["rope_theta", "-1"]),
     ({"rope_scaling": {"type": "longrope"}}, ["rope_scaling.type", "longrope", "default, linear, dynamic, llama3"]),
     ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, ["rope_scaling.type", "linear", "yarn"]),
@@ -152,6 +155,52 @@ def test_refused(read, tmp_path, change, words):
 ])  # fmt: skip
 def test_keys_without_effect_are_let_through(read, key, value):
     assert read(SMALLEST | {key: value}) == read(SMALLEST)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("is_llama_config", True), ("rope_interleaved", False), ("rope_interleave", False),
+    ("transformers.js_config", {"dtype": "q4"}), ("resid_pdrop", 0.1), ("router_aux_loss_coef", 0.01),
+    ("rope_scaling", {"rope_type": "default", "factor": 1.0}),
+    ("rope_parameters", {"rope_type": "default", "factor": 1.0, "rope_theta": 10000.0, "rope_interleaved": False}),
+    ("rope_scaling", {"type": "default", "original_max_position_embeddings": 2048, "attention_factor": 1}),
+])  # fmt: skip
+def test_what_published_checkpoints_say_besides_changes_nothing(read, key, value):
+    assert read(SMALLEST | {key: value}) == read(SMALLEST)
+
+
+@pytest.mark.parametrize("key", [
+    "rotary_pct", "attn_temperature_tuning", "num_heads_per_group", "head_softcap", "moe_top", "use_qk_norm",
+    "embedding_multiplier", "logit_scale", "quant_method", "attention_window", "mlp_Bias2", "final_logit_softcapping",
+    "clip_qkv", "parallel_residual", "expert_interval", "NormType", "index_topk", "residual_multiplier",
+])  # fmt: skip
+def test_a_key_that_names_mathematics_is_refused_with_the_way_out(read, tmp_path, key):
+    with pytest.raises(ConfigError, match=rf"{key}: expected .*; if .*, start with --ignore-config-key {key}$"):
+        read(SMALLEST | {key: True})
+    assert ModelConfig.from_folder(tmp_path, [key]) == read(SMALLEST)
+
+
+def test_keys_within_others_are_ignored_by_their_dotted_name(read, tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "attn_factor": 3.0}
+    with pytest.raises(ConfigError, match="start with --ignore-config-key rope_scaling.attn_factor"):
+        read(SMALLEST | {"rope_scaling": rope})
+    plain = {"rope_type": "linear", "factor": 2.0}
+    ignored = ModelConfig.from_folder(tmp_path, ["rope_scaling.attn_factor"])
+    assert ignored == read(SMALLEST | {"rope_scaling": plain})
+
+
+def test_any_other_key_is_passed_by_and_told(read):
+    config = read(SMALLEST | {"my_notes": "x", "trained_by": 5, "nothing": None, "_private": 1})
+    assert config == read(SMALLEST)
+    assert config.passed_by == ("my_notes", "trained_by")
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtype_auto_is_what_most_weights_are_stored_in(read, tmp_path, key, stored):
+    assert read(SMALLEST | {key: "auto"}).dtype == torch.float32, "a folder without weights"
+    weights = {"a": torch.zeros(9, dtype=stored), "b": torch.zeros(4), "c": torch.zeros(99).to(torch.float8_e4m3fn)}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert read(SMALLEST | {key: "auto"}).dtype == stored
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\ufeff{}"])

@@ -104,6 +104,13 @@ def test_what_the_model_does_not_know_is_refused(tmp_path, changed, named):
     assert text.startswith(f"{tmp_path / 'config.json'}: {named}: expected ")
 
 
+def test_either_spelling_of_interleaving_counts(tmp_path):
+    assert read(tmp_path, {**V3, "rope_interleaved": True}) == read(tmp_path, V3)
+    for changed in ({"rope_interleaved": False}, {"rope_interleave": False, "rope_interleaved": True}):
+        with pytest.raises(ConfigError, match="rope_interleaved: expected (true|false), as rope_interleave has it"):
+            read(tmp_path, {**V3, **changed})
+
+
 def test_a_v2_that_normalises_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="norm_topk_prob: expected false"):
         read(tmp_path, {**V2, "norm_topk_prob": True})

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from helpers_llama import load, make_llama
 from torch.nn import functional as F
 
-from wave64.serve import cpu
+from wave64.serve import cpu, weights
 from wave64.serve.cpu import _filled, choose_products
 from wave64.serve.layers import Embedding, Linear
 
@@ -73,3 +74,20 @@ def test_without_onednn_products_stay_and_the_reason_is_given(model, monkeypatch
     assert choose_products(model) == "products by torch, not oneDNN: this torch was built without it"
     assert not model.middle.weight.is_mkldnn
     assert model.middle.product is F.linear
+
+
+@pytest.mark.parametrize(("dtype", "probe"), [(torch.bfloat16, "_is_mkldnn_bf16_supported"),
+                                              (torch.float16, "_is_mkldnn_fp16_supported")])
+def test_a_cpu_without_the_instructions_is_told_of(dtype, probe, monkeypatch, caplog, tmp_path):
+    """In one line as a model is loaded, and not where there is nothing to gain."""
+    make_llama(tmp_path)
+    for supported, lines in ((True, 0), (False, 1)):
+        monkeypatch.setattr(torch.ops.mkldnn, probe, lambda supported=supported: supported)
+        assert cpu.slow_dtype(torch.float32) is None
+        monkeypatch.setattr(weights, "choose_products", lambda model: "products untouched")
+        caplog.clear()
+        with caplog.at_level("INFO", logger="wave64"):
+            load(tmp_path, "cpu", dtype)
+        said = [record.getMessage() for record in caplog.records if "--dtype float32" in record.getMessage()]
+        assert len(said) == lines
+        assert all(str(dtype).removeprefix("torch.") in line for line in said)

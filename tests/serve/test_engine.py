@@ -1,5 +1,6 @@
 """The engine over a tiny random Llama, beside transformers' own forward pass of it; then as a process."""
 
+import itertools
 import json
 import multiprocessing
 import shutil
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.config import ConfigError
-from wave64.serve.engine import Engine, run_engine
+from wave64.serve.engine import Engine, Throughput, run_engine
 from wave64.serve.graphs import batch_sizes
 from wave64.serve.messages import (
     Abort,
@@ -335,6 +336,38 @@ def test_ready_tells_the_limits(make):
     assert (ready.context_length, ready.max_total_num_tokens, ready.vocab_size) == (100, 64, VOCAB)
     assert ready.dtype == "float32"
     assert {"op", "backend", "status", "reason"} <= set(ready.backends[0])
+
+
+def test_throughput_is_of_the_time_that_steps_took():
+    now = [100.0]
+    throughput = Throughput(lambda: now[0])
+
+    def step(seconds: float, prompt: int, generated: int, pause: float = 0.0) -> str | None:
+        now[0] += pause
+        throughput.begin()
+        now[0] += seconds
+        return throughput.end(prompt, generated)
+
+    assert step(2.0, 300, 1) is None
+    assert step(2.0, 0, 3) is None
+    assert step(1.0, 200, 4) == "throughput: 100.0 prompt and 1.6 generated tokens/s"
+    assert step(0.5, 0, 1, pause=4.0) is None, "five seconds after the last line, not after the last pause"
+    assert step(0.5, 10, 1) == "throughput: 10.0 prompt and 2.0 generated tokens/s"
+    assert step(0.0, 1, 1, pause=60.0) is None, "a clock too coarse for the step"
+
+
+def test_a_busy_engine_says_how_fast_it_is(make, monkeypatch, caplog):
+    monkeypatch.setattr("wave64.serve.engine.REPORT_S", 0.0)
+    engine = make(max_running_requests=1)
+    engine.add(request("a", [5] * 20, SamplingParams(max_new_tokens=2, temperature=0, ignore_eos=True)))
+    engine.add(request("b", [5]))
+    monkeypatch.setattr(engine, "_throughput", Throughput(itertools.count().__next__))
+    with caplog.at_level("INFO", logger="wave64"):
+        engine.step()
+        engine.step()
+    said = [record.getMessage() for record in caplog.records if "throughput" in record.getMessage()]
+    assert said == ["throughput: 20.0 prompt and 1.0 generated tokens/s; 1 running, 1 waiting, 2 of 50 KV pages in use",
+                    "throughput: 0.0 prompt and 1.0 generated tokens/s; 1 running, 1 waiting, 2 of 50 KV pages in use"]
 
 
 class Process:

@@ -104,7 +104,9 @@ def test_flags_are_obeyed(model_folder, tmp_path):
     template.write_text("{{ messages[-1].content | upper }}")
     flags = ["--api-key", "secret", "--served-model-name", "mine", "--chat-template", str(template),
              "--stream-interval", "5", "--context-length", "300", "--max-total-tokens", "128",
-             "--log-level-http", "warning"]  # fmt: skip
+             "--log-level-http", "warning",
+             "--trust-remote-code", "--ignore-config-key", "rope_nonsense"]  # fmt: skip
+    model_folder = damaged(model_folder, tmp_path / "copy", edit_config(rope_nonsense=3, my_note="x"))
     with serve(model_folder, tmp_path / "log", *flags) as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             answer = httpx.get(server.url + "/v1/models", headers=headers)
@@ -132,6 +134,27 @@ def test_flags_are_obeyed(model_folder, tmp_path):
         assert "secret" not in log
         assert "HTTP/1.1" not in log, "the access log was not wanted"
         assert "GET /v1/models: 401: Authorization: expected 'Bearer ' and the API key" in log
+        for line in ("] --trust-remote-code: changes nothing here, ", "config.json: not known and passed by: my_note\n",
+                     "] ignored, as --ignore-config-key says: rope_nonsense\n"):
+            assert log.count(line) == 1, line
+        told_twice(server)
+
+
+def told_twice(server: Server) -> None:
+    """The first time, a stream may go on for a while; the second, it is cut off, and so is the engine."""
+    engine = server.engine_pid
+    body = {"prompt": [5], "max_tokens": 127, "ignore_eos": True, "n": 64, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGINT)
+        assert eventually(lambda: "told to end; " in server.log.read_text())
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 1
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+    assert "ending at once" in server.log.read_text()
+    assert eventually(lambda: not is_alive(engine))
 
 
 def test_how_http_is_spoken():
@@ -148,7 +171,8 @@ def test_how_http_is_spoken():
 
 
 def test_a_graceful_end(model_folder, tmp_path):
-    """A short request finishes, a long one is ended with an error within the bound, the port closes, nobody is left."""
+    """A short request finishes, a long one is ended with an error within the bound, the port closes, nobody is left.
+    Here it is the terminal that is closed; the shared server of these tests ends by SIGTERM."""
     with serve(model_folder, tmp_path / "log", "--max-total-tokens", "8192") as server:
         engine = server.engine_pid
         body = {"prompt": "Four score", "max_tokens": 30}
@@ -166,7 +190,7 @@ def test_a_graceful_end(model_folder, tmp_path):
                 thread.start()
             # The stream, four of the long one, and the short one, which may have its answer already.
             assert eventually(lambda: httpx.get(server.url + "/health").json()["running"] + len(answers) >= 6)
-            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGHUP)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]", "a stream that is ended is told so"
         for thread in threads:

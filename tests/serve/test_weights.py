@@ -267,6 +267,20 @@ class TestResolveModelPath:
         with pytest.raises(WeightsError, match="expected a folder, a built-in name .demo-llama, .*. or a hub name"):
             resolve_model_path(path)
 
+    @pytest.mark.parametrize(("path", "meant"), [
+        ("demo-lama", "demo-llama"), ("demo-deepsek-fp8", "demo-deepseek-fp8"), ("{}/Llama-3.1-8b-Instuct", None),
+        ("{}/x/Llama-3.1-8B-Instruct", ""), ("somebody/some-model", ""),
+    ])  # fmt: skip
+    def test_a_slip_is_told_as_one(self, path, meant, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        right = tmp_path / "Llama-3.1-8B-Instruct"
+        right.mkdir()
+        with pytest.raises(WeightsError) as refusal:
+            resolve_model_path(path.format(tmp_path))
+        meant = str(right) if meant is None else meant
+        assert str(refusal.value).endswith(f"; did you mean {meant}?") == bool(meant)
+        assert ("did you mean" in str(refusal.value)) == bool(meant)
+
     def test_file(self, file):
         with pytest.raises(WeightsError, match="got a file"):
             resolve_model_path(str(file))
