@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.config import ConfigError
-from wave64.serve.engine import Engine, Throughput, run_engine
-from wave64.serve.graphs import batch_sizes
+from wave64.serve.engine import PREFILL_CHUNK, Engine, Throughput, run_engine
 from wave64.serve.messages import (
     Abort,
     Failed,
@@ -287,6 +286,23 @@ def test_extreme_values_harm_nobody(make, expected):
     assert all(output.error is None for output in got.values())
 
 
+@pytest.mark.parametrize(("chunk", "prefill", "budget"), [
+    (50, 20, 20), (20, 50, 20), (None, 7, 7), (-1, 7, CONTEXT), (-1, 3 * CONTEXT, 3 * CONTEXT), (None, 10**6, None),
+])  # fmt: skip
+def test_prompt_tokens_per_step(make, device, chunk, prefill, budget):
+    """Both flags hold; whole prompts are whole, whatever the other says."""
+    engine = make(chunked_prefill_size=chunk, max_prefill_tokens=prefill)
+    assert engine.scheduler.prefill_budget == (budget or PREFILL_CHUNK[device])
+
+
+def test_a_request_may_fill_context_and_pool_to_the_last_token(make):
+    params = SamplingParams(max_new_tokens=60, temperature=0, ignore_eos=True)
+    got = collect(make(), request("fits", [5] * 100, params), request("not", [5] * 101, params))
+    assert (len(got["fits"].token_ids), got["fits"].finish_reason, got["not"].finish_reason) == (60, "length", "error")
+    got = collect(make(max_total_tokens=80), request("fits", [5] * 20, params), request("not", [5] * 21, params))
+    assert (len(got["fits"].token_ids), got["fits"].finish_reason, got["not"].finish_reason) == (60, "length", "error")
+
+
 def test_abort_frees_at_once(make, expected):
     engine = make(max_running_requests=2)
     for i, prompt in enumerate(PROMPTS):
@@ -336,24 +352,6 @@ def test_ready_tells_the_limits(make):
     assert (ready.context_length, ready.max_total_num_tokens, ready.vocab_size) == (100, 64, VOCAB)
     assert ready.dtype == "float32"
     assert {"op", "backend", "status", "reason"} <= set(ready.backends[0])
-
-
-def test_throughput_is_of_the_time_that_steps_took():
-    now = [100.0]
-    throughput = Throughput(lambda: now[0])
-
-    def step(seconds: float, prompt: int, generated: int, pause: float = 0.0) -> str | None:
-        now[0] += pause
-        throughput.begin()
-        now[0] += seconds
-        return throughput.end(prompt, generated)
-
-    assert step(2.0, 300, 1) is None
-    assert step(2.0, 0, 3) is None
-    assert step(1.0, 200, 4) == "throughput: 100.0 prompt and 1.6 generated tokens/s"
-    assert step(0.5, 0, 1, pause=4.0) is None, "five seconds after the last line, not after the last pause"
-    assert step(0.5, 10, 1) == "throughput: 10.0 prompt and 2.0 generated tokens/s"
-    assert step(0.0, 1, 1, pause=60.0) is None, "a clock too coarse for the step"
 
 
 def test_a_busy_engine_says_how_fast_it_is(make, monkeypatch, caplog):
@@ -473,14 +471,6 @@ def test_engine_process_ends_with_its_parent(llama, tmp_path):
             time.sleep(0.1)
         else:
             pytest.fail("the engine process outlived its parent by 10 s")
-
-
-@pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 1000])
-def test_graph_sizes_hold_every_batch(largest):
-    sizes = batch_sizes(largest)
-    assert sizes == sorted(set(sizes))
-    assert (sizes[0], sizes[-1]) == (1, largest)
-    assert all(after <= max(2 * before, before + 4) for before, after in zip(sizes, sizes[1:], strict=False))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs of decode steps are captured on a GPU")

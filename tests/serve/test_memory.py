@@ -1,5 +1,7 @@
 """The KV pool: what it is counted to take is what it takes, of keys and values and of latents, in FP8 too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers_deepseek import make_deepseek
@@ -80,3 +82,29 @@ def test_fp8_is_the_architectures_own(arch, dtype):
     with platform.target(arch):
         assert _kv_dtype("fp8_e4m3", torch.bfloat16, torch.device("cuda")) == dtype
         assert _kv_dtype("auto", torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("flag", "fraction"), [(None, 0.85), (0.5, 0.5)])
+def test_a_gpus_pool_is_the_fraction_less_what_is_in_use(folders, flag, fraction, monkeypatch):
+    """Weights count as in use, and so does what other processes have."""
+    config = ModelConfig.from_folder(folders["llama"])
+    page = 16 * per_token("llama", config) * 2
+    total = 1000 * page
+    args = ServerArgs(mem_fraction_static=flag)
+    for used in (0, 100 * page, int(total * fraction) - 2 * page):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, used=used: (total - used, total))
+        pages = memory.pool_pages(args, config, torch.bfloat16, torch.device("cuda"))
+        assert pages == pytest.approx((total * fraction - used) / page, abs=1.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - int(total * fraction), total))
+    with pytest.raises(ConfigError, match="more than is left"):
+        memory.pool_pages(args, config, torch.bfloat16, torch.device("cuda"))
+
+
+def test_a_cpus_pool_is_four_contexts_or_a_gibibyte(folders, monkeypatch):
+    config = ModelConfig.from_folder(folders["llama"])
+    own = per_token("llama", config) * 2
+    monkeypatch.setattr(memory, "_available_ram", lambda: 1 << 40)
+    assert memory.pool_pages(ServerArgs(), config, torch.bfloat16, CPU) == 4 * config.context_length // 16
+    longer = replace(config, context_length=1 << 30)
+    assert memory.pool_pages(ServerArgs(), longer, torch.bfloat16, CPU) == (1 << 30) // own // 16
+    assert memory.pool_pages(ServerArgs(max_total_tokens=33), longer, torch.bfloat16, CPU) == 3

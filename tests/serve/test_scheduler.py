@@ -207,8 +207,9 @@ def test_a_prompt_preempted_halfway_is_not_scored_twice():
 
 def test_a_newcomer_waits_until_those_that_run_can_grow():
     world = World(num_pages=5, max_running=4, budget=100)
-    world.add("a", [1] * 8, 9)
+    world.add("a", [1] * 7, 9)
     world.step()
+    assert world.generated["a"], "it decodes, and needs a third page after the next token"
     world.add("b", [2] * 12, 1)  # three pages, as many as are free
     world.step()
     assert [seq.request.rid for seq in world.scheduler.waiting] == ["b"]

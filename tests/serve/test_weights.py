@@ -2,6 +2,7 @@
 
 import json
 import struct
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from wave64.serve.checkpoint import INDEX, WeightsError, read_header
 from wave64.serve.config import ModelConfig
-from wave64.serve.weights import load_model, resolve_model_path
+from wave64.serve.weights import TOKENIZER_FILES, load_model, resolve_model_path
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 BIASED = LLAMAS["linear-gqa3-bias"]
@@ -293,6 +294,26 @@ class TestResolveModelPath:
         text = str(refusal.value)
         assert text.startswith("somebody/some-model: neither a folder nor a built-in name (demo-llama, ")
         assert "\n" not in text
+
+    @pytest.mark.parametrize(("tokenizer_only", "fetched"), [
+        (False, ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+                 "generation_config.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]),
+        (True, ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]),
+    ])  # fmt: skip
+    def test_what_is_fetched_from_the_hub(self, monkeypatch, tmp_path, tokenizer_only, fetched):
+        asked = {}
+        monkeypatch.setattr("huggingface_hub.snapshot_download",
+                            lambda name, **how: asked.update(name=name, **how) or str(tmp_path))  # fmt: skip
+        files = (TOKENIZER_FILES,) if tokenizer_only else ()
+        assert resolve_model_path("somebody/some-model", "v2", *files) == tmp_path
+        assert (asked["name"], asked["revision"]) == ("somebody/some-model", "v2")
+
+        def wanted(name: str) -> bool:
+            return any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])
+
+        assert [name for name in fetched if not wanted(name)] == []
+        assert not any(map(wanted, ["pytorch_model.bin", "consolidated.00.pth", "modeling.py", "model.gguf"]))
+        assert wanted("model.safetensors") != tokenizer_only
 
     def test_hub_name_in_the_local_cache(self, monkeypatch, tmp_path):
         snapshot = tmp_path / "models--somebody--some-model" / "snapshots" / "0123456789012345678901234567890123456789"

@@ -10,8 +10,12 @@ from helpers_deepseek import make_deepseek, quantise
 from helpers_llama import edit_json, load
 from safetensors.torch import load_file, save_file
 
+from wave64 import platform, quant
 from wave64.serve import weights
 from wave64.serve.checkpoint import BUFFER_BYTES, WeightsError
+from wave64.serve.config import ModelConfig
+from wave64.serve.models.deepseek import MixtureOfExperts
+from wave64.serve.quantised import Experts, Fp8Linear
 
 FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[16, 32])
 
@@ -94,6 +98,34 @@ def test_loading_takes_the_model_and_next_to_nothing_beside(tmp_path, fp8):
     assert peak <= 1.1 * stored + 2 * BUFFER_BYTES
 
 
+@pytest.mark.parametrize("block", [(16, 32), (128, 128)], ids=["blocks", "cut-blocks"])
+@pytest.mark.parametrize(("arch", "dtype"), [("gfx942", torch.float8_e4m3fnuz), ("gfx950", torch.float8_e4m3fn)])
+def test_fp8_is_multiplied_as_it_was_stored(folder, arch, dtype, block):
+    """Numbers times scales are the checkpoint's whatever the architecture's FP8, of linear layers and experts."""
+    exact = quantise(folder, block)
+    edit_json(folder / "config.json", lambda c: c.update(quantization_config=FP8 | dict(weight_block_size=list(block))))
+    with platform.target(arch):
+        model, _ = load(folder, "cpu")
+    seen = 0
+    for name, module in model.named_modules():
+        if isinstance(module, Fp8Linear):
+            parts = [exact[f"{name.rpartition('.')[0]}.{part}.weight"] for part in module.parts]
+            pairs = [(module.weight, module.weight_scale, torch.cat(parts))]
+        elif isinstance(module, Experts):
+            of = [f"{name.rpartition('.')[0]}.{expert}" for expert in module.names]
+            pairs = [(module.w13, module.w13_scale, torch.stack([
+                torch.cat([exact[f"{e}.gate_proj.weight"], exact[f"{e}.up_proj.weight"]]) for e in of])),
+                (module.w2, module.w2_scale, torch.stack([exact[f"{e}.down_proj.weight"] for e in of]))]
+        else:
+            continue
+        for weight, scale, want in pairs:
+            assert weight.dtype == dtype
+            got = quant.dequantize(weight, scale, module.scales.block_shape)
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+            seen += 1
+    assert seen > 8
+
+
 def test_fp8_without_its_scales(folder, device):
     quantise(folder, (16, 32))
     edit_json(folder / "config.json", lambda c: c.update(quantization_config=FP8))
@@ -119,3 +151,12 @@ def test_weights_that_are_not_fp8_though_config_json_says_so(folder, device):
     edit(folder, lambda t: t.update({f"{name}_scale_inv": scale(t[name]) for name in list(t) if "proj" in name}))
     with pytest.raises(WeightsError, match="expected dtype F8_E4M3, got F32"):
         load(folder, device)
+
+
+def test_a_mixture_is_in_the_layers_that_first_dense_and_frequency_say(tmp_path):
+    """By DeepSeek's own rule; transformers' V3 knows no frequency, so a checkpoint of one is not to be had there."""
+    make_deepseek(tmp_path, 3, num_hidden_layers=7, first_k_dense_replace=3)
+    edit_json(tmp_path / "config.json", lambda c: c.update(moe_layer_freq=2))
+    model = weights._build(ModelConfig.from_folder(tmp_path), torch.bfloat16, "meta")
+    sparse = [i for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, MixtureOfExperts)]
+    assert sparse == [4, 6]

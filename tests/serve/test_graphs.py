@@ -1,0 +1,101 @@
+"""Decode graphs without a GPU: a stand-in for CUDA's, which replays what was captured by calling it again, on the CPU.
+
+What it cannot show is that a model can be captured; `test_engine.py` does, on a GPU.
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from helpers_deepseek import make_deepseek
+from helpers_llama import load, make_llama
+
+from wave64.serve import graphs
+from wave64.serve.batch import Schedule
+from wave64.serve.runner import Runner
+
+PAGE, PAGES = 2, 24
+
+
+class Graph:
+    """What was launched while it was being captured, and where the result lies."""
+
+    capturing: "Graph | None" = None
+
+    def pool(self):
+        return "memory"
+
+    def replay(self):
+        self.result.copy_(self.call())
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """CUDA as DecodeGraphs uses it."""
+
+    @contextmanager
+    def graph(made, pool):
+        Graph.capturing = made
+        yield
+        Graph.capturing = None
+
+    zeros, stream = torch.zeros, lambda: type("Stream", (), {"wait_stream": lambda self, other: None})()
+    event = type("Event", (), {"synchronize": lambda self: None, "record": lambda self: None})
+    fakes = dict(Event=event, Stream=stream, current_stream=stream, stream=lambda _: nullcontext(), CUDAGraph=Graph,
+                 graph=graph)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **rest: zeros(*shape, **rest))
+
+
+class Captured(torch.nn.Module):
+    """A model that tells the graph being captured how to compute its result again."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, kv_cache):
+        logits = self.model(batch, kv_cache)
+        if Graph.capturing is not None:
+            Graph.capturing.call, Graph.capturing.result = lambda: self.model(batch, kv_cache), logits
+        return logits
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_replays_write_and_say_what_eager_steps_do(tmp_path, capture, name):
+    """Batches that shrink and grow, in graphs that are larger; every other slot of the pool keeps what it had."""
+    make_llama(tmp_path) if name == "llama" else make_deepseek(tmp_path, 3)
+    model, config = load(tmp_path, "cpu")
+
+    def runner(captures: bool) -> Runner:
+        made = Runner(Captured(model), config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
+        for layer in made.kv_cache:
+            for tensor in layer:
+                tensor.fill_(0.5)
+        if captures:
+            made._graphs = graphs.DecodeGraphs(made.model, made.kv_cache, made.device, 8, made._page_table.shape[1])
+        return made
+
+    eager, replayed = runner(False), runner(True)
+    assert sorted(replayed._graphs._graphs) == [1, 2, 4, 8]
+    assert all((tensor == 0.5).all() for layer in replayed.kv_cache for tensor in layer), "capturing wrote to the pool"
+    free, lengths = list(range(PAGES))[::-1], {}
+    for step in range(12):
+        rows = [[0, 1, 2, 3, 4], [3], [4, 1, 0], [2, 0], [0, 1, 2, 3, 4, 5, 6]][step % 5]
+        starts = [lengths.get(row, 0) for row in rows]
+        new = [(row, start // PAGE, [free.pop()]) for row, start in zip(rows, starts, strict=True) if start % PAGE == 0]
+        tokens = [(7 * step + 3 * row) % config.vocab_size for row in rows]
+        schedule = Schedule(len(rows), rows, starts, [1] * len(rows), [1] * len(rows), tokens, new)
+        lengths |= {row: start + 1 for row, start in zip(rows, starts, strict=True)}
+        torch.testing.assert_close(replayed.run(schedule), eager.run(schedule), rtol=0, atol=1e-4)
+        for ours, theirs in zip(replayed.kv_cache, eager.kv_cache, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 1000])
+def test_graph_sizes_hold_every_batch(largest):
+    sizes = graphs.batch_sizes(largest)
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, largest)
+    assert all(after <= max(2 * before, before + 4) for before, after in zip(sizes, sizes[1:], strict=False))
