@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wave64 import platform
+from wave64 import platform, quant
 from wave64.ops import concat_and_cache_mla
 from wave64.ops.reshape_and_cache import FP8
 from wave64.triton_ops.attention import is_wide, unit_of
@@ -17,6 +17,8 @@ from wave64.triton_ops.geometry import num_warps
 
 #: Numbers per program, which is one CDNA wave.
 BLOCK = 1024
+#: Scales below count as it: 0 / 0 would be NaN, and so would 0 times its reciprocal.
+TINY = tl.constexpr(quant.MIN_SCALE)
 
 
 @triton.jit
@@ -25,7 +27,8 @@ def kept(x, scale_ptr, LIMIT: tl.constexpr, dtype: tl.constexpr):
     if LIMIT > 0:
         x = x.to(tl.float32)
         if scale_ptr is not None:
-            x = x / tl.load(scale_ptr)
+            scale = tl.load(scale_ptr)
+            x = x / tl.where(scale < TINY, TINY, scale)
         x = tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     return x.to(dtype)
 

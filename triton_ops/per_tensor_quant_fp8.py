@@ -12,14 +12,13 @@ from torch import Tensor
 
 from wave64 import platform, quant
 from wave64.ops import per_tensor_quant_fp8
-from wave64.ops.per_tensor_quant_fp8 import LEAST_SCALE
 from wave64.triton_ops.attention import is_wide
 from wave64.triton_ops.geometry import num_warps
 from wave64.triton_ops.quant import limits, scales, supports
 
 #: Numbers that a program takes at a time.
 BLOCK = 8192
-TINY = tl.constexpr(LEAST_SCALE)
+TINY = tl.constexpr(quant.MIN_SCALE)
 
 
 @triton.jit

@@ -8,10 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wave64 import platform
+from wave64 import platform, quant
 from wave64.ops import reshape_and_cache
 from wave64.ops.reshape_and_cache import FP8
 from wave64.triton_ops.geometry import num_warps
+
+#: Scales below count as it: 0 / 0 would be NaN, and so would 0 times its reciprocal.
+TINY = tl.constexpr(quant.MIN_SCALE)
 
 
 @triton.jit
@@ -25,7 +28,8 @@ def _store(new_ptr, cache_ptr, scale_ptr, head_stride, slot, heads, head_dim, LI
     if LIMIT > 0:
         x = x.to(tl.float32)
         if scale_ptr is not None:
-            x = x / tl.load(scale_ptr)
+            scale = tl.load(scale_ptr)
+            x = x / tl.where(scale < TINY, TINY, scale)
         x = tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     # a slot counts rows of the whole pool, which may hold more than 2^31 numbers
     tl.store(cache_ptr + slot * (heads * head_dim) + offs_h * head_dim + offs_d, x.to(cache_ptr.dtype.element_ty),

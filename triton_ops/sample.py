@@ -41,7 +41,8 @@ def _chunk(logits_ptr, start, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scale(temperature):
-    return LOG2_E / tl.maximum(temperature, 1e-30)
+    """log2(e) / temperature, within what makes neither NaN nor a weight of a masked logit."""
+    return LOG2_E / tl.minimum(tl.maximum(temperature, 1e-30), 1e36)
 
 
 @triton.jit

@@ -21,17 +21,11 @@ WAVE64_DEVICE int64_t position_of(const ConcatAndCacheMlaRopeFusedArgs& args, in
     return static_cast<const Bits32*>(args.positions)[token * args.positions_stride * (args.position_bytes / 4)];
 }
 
-// What is divided by in an FP8 cache.
-WAVE64_DEVICE Divisor divisor_of(const ConcatAndCacheMlaRopeFusedArgs& args) {
-    const float scale = args.scale ? *args.scale : 1;
-    return {scale, 1 / scale};
-}
-
 template <typename T, typename Out, int N>
 WAVE64_DEVICE void move_latents(const ConcatAndCacheMlaRopeFusedArgs& args, int64_t token, int pack, int64_t row) {
     const int64_t slot = args.slot_mapping[token];
     const auto x = load_pack<T, N>(static_cast<const T*>(args.kv_c) + token * args.kv_c_stride + pack * N);
-    const Divisor scale = divisor_of(args);
+    const Divisor scale = divisor_of(args.scale);
     Out* const to = static_cast<Out*>(args.kv_cache) + slot * row + pack * N;
     if (slot >= 0) store_pack(to, kept(x, scale, to));
 }
@@ -43,7 +37,7 @@ WAVE64_DEVICE void turn_key(const ConcatAndCacheMlaRopeFusedArgs& args, int64_t 
     T* const x = static_cast<T*>(args.k_pe) + token * args.k_pe_stride;
     const auto pairs = Pairs<T, N>::load(x, args.is_neox, half, pack);
     const auto angles = load_angles<N>(args.angles, args.angles_dtype, position, half, pack);
-    const Divisor scale = divisor_of(args);
+    const Divisor scale = divisor_of(args.scale);
     const auto turned = pairs.turned(args.is_neox, angles);
     turned.store(x, args.is_neox, half, pack);
     if (slot < 0) return;

@@ -16,8 +16,6 @@ inline constexpr int kHeld = 2;  // packs of a chunk that a lane has
 #if WAVE64_HAS_FP8
 namespace wave64 {
 
-constexpr float kLeastScale = 0x1p-126f;  // has a finite reciprocal
-
 // What a block works on at a time: as much of a row as its lanes can hold.
 template <typename T, int N>
 struct Chunk {
@@ -56,7 +54,7 @@ WAVE64_DEVICE void per_tensor_quant_fp8(const PerTensorQuantFp8Args& args) {
     WAVE64_LDS static int lds[kMaxLanes / 32];
     Scale scale;
     if (args.scale) {
-        scale = {*args.scale, 1 / max(*args.scale, kLeastScale)};
+        scale = {*args.scale, 1 / max(*args.scale, kMinScale)};
     } else {
         float amax = 0;
         for (int i = lane_in_block(); i < args.grid; i += args.block) amax = max(amax, args.amax[i]);

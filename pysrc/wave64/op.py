@@ -11,10 +11,14 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from wave64.arguments import NO_BACKWARD, BadArgument, Examiner, compiled, describe
+
+__all__ = ["BACKENDS", "OPS", "Backend", "BadArgument", "Case", "Cost", "NotSupported", "Op", "describe", "named", "op"]
 
 log = logging.getLogger("wave64")
 
@@ -25,27 +29,20 @@ OPS: dict[str, "Op"] = {}
 BACKENDS = ("hip", "triton", "reference", "aiter")
 
 
-class BadArgument(ValueError):
-    """A refused argument: which operator, which argument, what was expected, what came, what to do."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    def __init__(self, argument: str, expected: str, got: Any, hint: str = ""):
-        self.op, self.argument, self.expected, self.hint = "", argument, expected, hint
-        self.got = describe(got) if isinstance(got, Tensor) else str(got)
-        super().__init__(argument, expected, self.got, hint)
+#: The current GPU's index; a build of torch for CPUs has none.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 
-    def __str__(self) -> str:
-        text = f"{self.op or 'wave64'}: {self.argument}: expected {self.expected}, got {self.got}"
-        return f"{text}; {self.hint}" if self.hint else text
+
+def named(name: str) -> "Op":
+    """The operator of that name: what a pickled one is loaded by."""
+    return OPS[name]
 
 
 class NotSupported(ValueError):
     """A backend asked for by name cannot serve; the message is its reason."""
-
-
-def describe(tensor: Tensor) -> str:
-    """dtype, shape, device and, where it is not contiguous, strides: what a message says of a tensor."""
-    text = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
-    return text if tensor.is_contiguous() else f"{text} with strides {list(tensor.stride())}"
 
 
 @dataclass(frozen=True)
@@ -79,51 +76,102 @@ class Backend:
     supports: Callable[..., str | None] | None = None
 
 
-class Op:
-    """A declared operator; call it like the function it was declared as."""
+class Op(Generic[P, R]):
+    """A declared operator; call it like the function it was declared as. It pickles and copies as itself."""
 
-    def __init__(self, reference: Callable, cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost],
+    def __init__(self, reference: Callable[P, R], cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost],
                  mutates: tuple[str, ...], check: Callable | None, fake: Callable | None, agree: Callable | None,
                  place: Callable | None = None):
         self.name: str = reference.__name__
         self.reference, self.cases, self.cost = reference, cases, cost
-        self.mutates, self.check, self.agree = mutates, check, agree
+        self.mutates, self.check, self.agree, self.place = mutates, check, agree, place
         self.signature = inspect.signature(reference)
         self.__doc__, self.__wrapped__ = reference.__doc__, reference
         self.backends = {"reference": Backend("reference", reference)}
         #: device type -> backends to try in turn, filled by wave64.backends.bind
         self.bound: dict[str, tuple[Backend, ...]] = {}
-        first = next(iter(self.signature.parameters))
-        self.place = place or (lambda *args, **kwargs: args[0] if args else kwargs[first])
         self._declined: set[tuple[str, str]] = set()
-        registered = torch.library.custom_op(f"wave64::{self.name}", self._run, mutates_args=mutates,
+        self._fake = fake or reference
+        self._examiner = Examiner(self.name, self.signature, mutates, scattered=place is not None)
+        registered = torch.library.custom_op(f"wave64::{self.name}", lambda *args: self._kernel(*args),
+                                             mutates_args=mutates,
                                              schema=torch.library.infer_schema(reference, mutates_args=mutates))
-        registered.register_fake(fake or reference)
+        registered.register_fake(self._promise)
+        # What register_autograd would set; it takes no operator that writes its arguments.
+        registered._setup_context_fn = self._refuse_gradient
         self.torch_op = getattr(torch.ops.wave64, self.name)
+        self._eager, self._kernel = compiled(self._examiner, self._serve, self.torch_op.default)
 
     def __repr__(self) -> str:
         return f"<op wave64.{self.name}{self.signature}>"
 
-    def __call__(self, *args, **kwargs):
+    def __reduce__(self):
+        return named, (self.name,)
+
+    def __copy__(self) -> "Op[P, R]":
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "Op[P, R]":
+        return self
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.torch_op(*args, **kwargs)
-        return self._run(*args, **kwargs)
+        try:
+            return self._eager(*args, **kwargs)
+        except TypeError:
+            self._examiner.bind(args, kwargs)  # raises what is to be said, where the signature was not met
+            raise
 
-    def _run(self, *args, **kwargs):
-        if self.check is not None:
-            try:
-                self.check(*args, **kwargs)
-            except BadArgument as e:
-                e.op = self.name
-                raise
-        candidates = self.bound.get(self.place(*args, **kwargs).device.type) or (self.backends["reference"],)
+    def _serve(self, *args):
+        """Runs the call on the device of its tensors, whichever is current, and in the dtypes of its contract, whatever
+        autocast says."""
+        if torch._C._is_any_autocast_enabled():
+            with torch._C._DisableAutocast():
+                return self._choose(*args)
+        return self._choose(*args)
+
+    def _choose(self, *args):
+        where = args[0] if self.place is None else self.place(*args)
+        if where.is_cuda and where.get_device() != current_device():
+            with torch.cuda.device(where.get_device()):
+                return self._run(where, args)
+        return self._run(where, args)
+
+    def _run(self, where: Tensor, args: tuple):
+        try:
+            if self.check is not None:
+                self.check(*args)
+            return self._backend(where, args)
+        except BadArgument as e:
+            e.op = self.name
+            raise
+        except NotSupported:
+            raise
+        except Exception:  # torch's, of a sparse tensor for one: which argument it is comes first
+            self._examiner.examine(args, eager=False)
+            raise
+
+    def _backend(self, where: Tensor, args: tuple):
+        candidates = self.bound.get("cpu" if where.is_cpu else where.device.type) or (self.backends["reference"],)
         for backend in candidates:
-            reason = backend.supports(*args, **kwargs) if backend.supports else None
+            reason = backend.supports(*args) if backend.supports else None
             if reason is None:
-                return backend.run(*args, **kwargs)
+                return backend.run(*args)
             if len(candidates) > 1:
                 self._decline(backend.name, reason)
         raise NotSupported(f"{self.name}: backend {backend.name}: {reason}")
+
+    def _promise(self, *args, **kwargs):
+        """The result's shapes and dtypes on fake tensors, whatever autocast says."""
+        with torch._C._DisableAutocast():
+            return self._fake(*args, **kwargs)
+
+    def _refuse_gradient(self, ctx, inputs: tuple, output: Any) -> None:
+        """The torch operator's, as eager calls refuse it: one of its inputs requires a gradient."""
+        error = BadArgument("its tensors", "none that requires a gradient", "one that does", NO_BACKWARD)
+        error.op = self.name
+        raise error
 
     def _decline(self, backend: str, reason: str) -> None:
         """Nothing falls back in silence; nothing says the same thing at every call."""
@@ -145,7 +193,7 @@ class Op:
 
 def op(*, cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost], mutates: tuple[str, ...] = (),
        check: Callable | None = None, fake: Callable | None = None, agree: Callable | None = None,
-       place: Callable | None = None):
+       place: Callable | None = None) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declares the decorated function as an operator.
 
     cases    yields the `Case`s that matter: decode of the served models, one token, odd sizes, empty, longest
@@ -155,10 +203,14 @@ def op(*, cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost], mutate
     fake     shapes and dtypes of the result, only where the reference cannot run on fake tensors (it looks at data)
     agree    (args, result, exact) -> None or AssertionError: replaces closeness where an answer is not a rounded
              number; `args` and `exact` are the arguments and the result of the evaluation in fp64
-    place    (same arguments) -> the tensor on whose device the call runs, where that need not be the first argument
+    place    (same arguments) -> the tensor on whose device the call runs, where tensors may lie on several; then check
+             has to compare them
+
+    Whatever the operator, wave64/arguments.py refuses arguments of another kind than the signature's, tensors of two
+    devices, those that require a gradient while gradients are on, and written ones whose elements share memory.
     """
 
-    def declare(reference: Callable) -> Op:
+    def declare(reference: Callable[P, R]) -> Op[P, R]:
         OPS[reference.__name__] = declared = Op(reference, cases, cost, mutates, check, fake, agree, place)
         return declared
 

@@ -22,6 +22,8 @@ from wave64 import platform
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
 #: Least amax.
 LEAST = 1e-10
+#: The smallest scale that has a finite reciprocal in fp32: given ones below count as it, so that 0 / scale is 0.
+MIN_SCALE = 2.0**-126
 
 
 def fp8_dtype() -> torch.dtype:

@@ -396,7 +396,7 @@ def columns_apart(name):
     ("kv_cache", lambda a: a["kv_cache"][..., :39], "[num_pages, page_size, 40]"),
     ("kv_cache", columns_apart("kv_cache"), "contiguous last dimension"),
     ("kv_cache", lambda a: a["kv_cache"].half(), "that of the queries, or FP8"),
-    ("kv_cache", lambda a: a["kv_cache"].to("meta"), "on cpu, where the queries are"),
+    ("kv_cache", lambda a: a["kv_cache"].to("meta"), "on cpu, where q"),
     ("slot_mapping", lambda a: a["slot_mapping"].int(), "contiguous int64 [2]"),
     ("slot_mapping", lambda a: a["slot_mapping"][:1], "contiguous int64 [2]"),
     ("slot_mapping", lambda a: a["slot_mapping"][:, None], "contiguous int64 [2]"),
@@ -406,10 +406,10 @@ def columns_apart(name):
     ("page_table", lambda a: a["page_table"].long(), "int32 [2, max_pages]"),
     ("page_table", columns_apart("page_table"), "contiguous last dimension"),
     ("page_table", lambda a: a["page_table"][:, :2], "room for 37 tokens"),
-    ("page_table", lambda a: a["page_table"].to("meta"), "on cpu, where the queries are"),
+    ("page_table", lambda a: a["page_table"].to("meta"), "on cpu, where q"),
     ("seq_lens", lambda a: a["seq_lens"].long(), "int32 [2]"),
     ("seq_lens", lambda a: a["seq_lens"][:1], "int32 [2]"),
-    ("seq_lens", lambda a: a["seq_lens"].to("meta"), "on cpu, where the queries are"),
+    ("seq_lens", lambda a: a["seq_lens"].to("meta"), "on cpu, where q"),
     ("positions", lambda a: a["positions"].float(), "int64 or int32 [2]"),
     ("positions", lambda a: a["positions"][:1], "int64 or int32 [2]"),
     ("positions", lambda a: a["positions"].repeat_interleave(2)[::2], "contiguous"),
@@ -427,7 +427,7 @@ def test_refuses(argument, change, words):
 
 @pytest.mark.parametrize(("wrong", "words"), [
     (torch.ones(2), "one fp32 number"), (torch.ones(1).half(), "one fp32 number"),
-    (torch.ones(1, device="meta"), "on cpu, where the queries are")])
+    (torch.ones(1, device="meta"), "on cpu, where q")])
 def test_refuses_scales_of_fp8_caches(wrong, words):
     refuse(bad(kv_cache=lambda a: a["kv_cache"].to(fp8_dtype())) | dict(kv_scale=wrong), "kv_scale", words)
 

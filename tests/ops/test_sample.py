@@ -104,6 +104,24 @@ def test_ends_of_uniform_draw_the_ends_of_what_is_kept(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1e36, 1e37, 1e38, math.inf])
+def test_masked_tokens_stay_masked_at_any_temperature(backend, device, temperature):
+    logits = [-math.inf] * 4096 + [0.0]
+    assert draw(backend, device, logits, [0.0, 0.1, 0.999], temperature) == [4096] * 3
+    allowed = [5, 77, 4096]
+    logits[5] = logits[77] = 1.0
+    for filters in (dict(), dict(top_p=0.999), dict(top_k=3), dict(min_p=0.5)):
+        assert draw(backend, device, logits, [0.1, 0.5, 0.9], temperature, **filters) == allowed, filters
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_uniform_rounded_to_one_draws_the_last_one_kept(backend, device):
+    logits = [1.0, 4.0, 4.5, -9.0, 4.2, 0.0, -math.inf]
+    for filters, last in ((dict(), 5), (dict(top_k=3), 4), (dict(top_p=0.0), 2), (dict(min_p=0.7), 4)):
+        assert draw(backend, device, logits, [1.0], **filters) == [last]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_greedy_takes_the_first_of_equals(backend, device):
     logits = [0.0] * 5000
     for i in (4097, 4500, 17):

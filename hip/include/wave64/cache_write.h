@@ -33,6 +33,12 @@ struct Divisor {
     float value, inverse;
 };
 
+// What an FP8 cache divides by: *scale, at least 2^-126 so that the reciprocal is finite, or 1.
+WAVE64_DEVICE Divisor divisor_of(const float* scale) {
+    const float given = scale ? *scale : 1, value = given < 0x1p-126f ? 0x1p-126f : given;
+    return {value, 1 / value};
+}
+
 // x / by, rounded to nearest, in half the instructions of a division: a guess and its correction.
 WAVE64_DEVICE float quotient(float x, const Divisor& by) {
     const float guess = x * by.inverse, better = fma(-fma(guess, by.value, -x), by.inverse, guess);
@@ -84,8 +90,7 @@ WAVE64_DEVICE void write_cache(const RowShares& shares, int64_t num_tokens, cons
             slot[i] = slots[token];
             x[i] = load_pack<In, N>(from + token * part.stride);
         }
-        const float divisor = part.scale ? *part.scale : 1;  // here, so that no load waits for it
-        const Divisor scale{divisor, 1 / divisor};
+        const Divisor scale = divisor_of(part.scale);  // here, so that no load waits for it
 #pragma unroll
         for (int i = 0; i < kCacheRows; i++) {
             if (first + i * share.step >= num_tokens) break;

@@ -23,6 +23,9 @@ constexpr float kFp8Max = 240;
 constexpr float kFp8Max = 448;
 #endif
 
+// The smallest scale that has a finite reciprocal: given ones below count as it, so that 0 times the reciprocal is 0.
+constexpr float kMinScale = 0x1p-126f;
+
 // Four numbers within the range, rounded to nearest, ties to even. NaN stays NaN.
 WAVE64_DEVICE Bits32 to_fp8_in_range(float a, float b, float c, float d) {
 #if defined(WAVE64_CPU)

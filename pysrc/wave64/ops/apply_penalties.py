@@ -62,6 +62,8 @@ def cases():
 def check(logits, prompt_ids, output_ids, presence_penalty, frequency_penalty, repetition_penalty):
     if logits.ndim != 2 or (logits.stride(1) != 1 and logits.shape[1] > 1):
         raise BadArgument("logits", "[num_seqs, vocab] with a contiguous last dimension", logits)
+    if logits.dtype not in DTYPES:
+        raise BadArgument("logits", "bf16, fp16 or fp32", logits)
     rows = logits.shape[0]
     for name, ids in (("prompt_ids", prompt_ids), ("output_ids", output_ids)):
         if ids.ndim != 2 or ids.shape[0] != rows or ids.dtype != torch.int64 or not ids.is_contiguous():

@@ -55,6 +55,8 @@ def cases():
 def check(logits, bitmask):
     if logits.ndim != 2 or (logits.stride(1) != 1 and logits.shape[1] > 1):
         raise BadArgument("logits", "[num_seqs, vocab_size] with a contiguous last dimension", logits)
+    if logits.dtype not in DTYPES:
+        raise BadArgument("logits", "bf16, fp16 or fp32", logits)
     shape = [logits.shape[0], _words(logits.shape[1])]
     if list(bitmask.shape) != shape or bitmask.dtype != torch.int32 or (bitmask.stride(1) != 1 and shape[1] > 1):
         raise BadArgument("bitmask", f"int32 {shape} with a contiguous last dimension, a bit per token", bitmask)

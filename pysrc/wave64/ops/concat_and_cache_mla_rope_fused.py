@@ -5,7 +5,7 @@ from torch import Tensor
 
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.concat_and_cache_mla import check as check_cache_write
-from wave64.ops.concat_and_cache_mla import concat_and_cache_mla
+from wave64.ops.concat_and_cache_mla import concat_and_cache_mla, with_zeros
 from wave64.ops.reshape_and_cache import FP8
 from wave64.ops.rms_norm import DTYPES
 from wave64.ops.rotary_embedding import check as check_rotation
@@ -65,6 +65,7 @@ def cases():
             yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 3, 2, dtype=d, cache_dtype=c, skip=(1,),
                                                                            scale=0.03))
     for fp8 in FP8:
+        yield Case(f"{fp8}-scale-1e-40", lambda c=fp8: with_zeros(_draw(5, 3, 2, cache_dtype=c, scale=1e-40)))
         yield Case(f"odd-{fp8}", lambda c=fp8: _draw(7, 5, 5, 37, 6, is_neox=True, cache_dtype=c, page_size=3,
                                                      skip=(0, 4), nope=3))
     for dtype in (torch.float16, torch.float32):
@@ -92,12 +93,14 @@ def cases():
 def check(positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, kv_cache, scale=None):
     if q_pe.ndim != 3:
         raise BadArgument("q_pe", "[num_tokens, num_heads, rope_dim]", q_pe)
+    if q_pe.dtype not in DTYPES:
+        raise BadArgument("q_pe", "bf16, fp16 or fp32", q_pe)
     rope = q_pe.shape[2]
     if k_pe.ndim not in (2, 3) or k_pe.shape[-1] != rope:
         raise BadArgument("k_pe", f"[num_tokens, {rope}] or [num_tokens, 1, {rope}], rope_dim of q_pe", k_pe)
-    for name, tensor in (("q_pe", q_pe), ("k_pe", k_pe)):
-        if tensor.dtype != kv_c.dtype:
-            raise BadArgument(name, f"dtype {kv_c.dtype}, that of kv_c", tensor)
+    for name, tensor in (("k_pe", k_pe), ("kv_c", kv_c)):
+        if tensor.dtype != q_pe.dtype:
+            raise BadArgument(name, f"dtype {q_pe.dtype}, that of q_pe", tensor)
     try:
         check_rotation(positions, q_pe, k_pe, rope, cos_sin_cache, is_neox)
     except BadArgument as e:
@@ -108,9 +111,6 @@ def check(positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, kv_
     if slot_mapping.shape != positions.shape:
         raise BadArgument("slot_mapping", f"int64 [{positions.shape[0]}], a slot per position", slot_mapping)
     check_cache_write(kv_c, k_pe, kv_cache, slot_mapping, scale)
-    for name, tensor in (("positions", positions), ("q_pe", q_pe), ("cos_sin_cache", cos_sin_cache)):
-        if tensor.device != kv_c.device:
-            raise BadArgument(name, f"on {kv_c.device}, where kv_c is", tensor)
 
 
 def cost(positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, kv_cache, scale=None) -> Cost:
@@ -140,7 +140,7 @@ def concat_and_cache_mla_rope_fused(positions: Tensor, q_pe: Tensor, k_pe: Tenso
     slot_mapping   [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1
     kv_cache       [num_pages, page_size, kv_lora_rank + rope_dim]  dtype of q_pe, or float8_e4m3fn or float8_e4m3fnuz,
                    in which x is stored as x / scale, saturated; contiguous; written
-    scale          one fp32 value in a tensor, FP8 caches only; None is 1
+    scale          one fp32 value in a tensor, FP8 caches only; None is 1; at least 0, below 2^-126 it counts as that
     raises         BadArgument (a ValueError) if a shape, dtype, stride or device is none of these
     """
     rotary_embedding.reference(positions, q_pe, k_pe, q_pe.shape[2], cos_sin_cache, is_neox)

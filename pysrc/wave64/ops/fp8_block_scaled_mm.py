@@ -83,13 +83,6 @@ def check_factors(a, b, out_dtype):
         raise BadArgument("out_dtype", "bf16, fp16 or fp32", out_dtype)
 
 
-def check_devices(a, **others):
-    """Shared by the FP8 products."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != a.device:
-            raise BadArgument(name, f"on {a.device}, where a is", tensor)
-
-
 def check(a, b, a_scale, b_scale, block_shape, out_dtype):
     check_factors(a, b, out_dtype)
     if len(block_shape) != 2 or min(block_shape) < 1:
@@ -99,7 +92,6 @@ def check(a, b, a_scale, b_scale, block_shape, out_dtype):
     for name, scale, shape in (("a_scale", a_scale, (m, groups)), ("b_scale", b_scale, (-(-n // bn), groups))):
         if scale.shape != shape or scale.dtype != torch.float32:
             raise BadArgument(name, f"fp32 {list(shape)} for blocks of {list(block_shape)}", scale)
-    check_devices(a, b=b, a_scale=a_scale, b_scale=b_scale)
 
 
 def cost(a, b, a_scale, b_scale, block_shape, out_dtype) -> Cost:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from wave64 import platform
 from wave64.op import BadArgument, Case, Cost, op
-from wave64.ops.fp8_block_scaled_mm import LAYERS, TOKENS, check_devices, check_factors, fp8, whole
+from wave64.ops.fp8_block_scaled_mm import LAYERS, TOKENS, check_factors, fp8, whole
 
 
 def make_case(m: int, n: int, k: int, per: str = "channel", bias: bool = False,
@@ -54,7 +54,6 @@ def check(a, b, a_scale, b_scale, out_dtype, bias=None):
             raise BadArgument(name, f"fp32 of shape {' or '.join(str(list(shape)) for shape in shapes)}", scale)
     if bias is not None and (bias.shape != (n,) or bias.dtype != out_dtype or not bias.is_contiguous()):
         raise BadArgument("bias", f"contiguous {out_dtype} [{n}], a number per row of b", bias)
-    check_devices(a, b=b, a_scale=a_scale, b_scale=b_scale, bias=bias)
 
 
 def cost(a, b, a_scale, b_scale, out_dtype, bias=None) -> Cost:

@@ -32,6 +32,8 @@ def cases():
 def check(x, residual, weight, eps=1e-6):
     if x.ndim != 2 or (x.stride(1) != 1 and x.shape[1] > 1):
         raise BadArgument("x", "[num_tokens, hidden] with a contiguous last dimension", x)
+    if x.dtype not in DTYPES:
+        raise BadArgument("x", "bf16, fp16 or fp32", x)
     if residual.shape != x.shape or residual.dtype != x.dtype or (residual.stride(1) != 1 and x.shape[1] > 1):
         raise BadArgument("residual", f"{x.dtype} {list(x.shape)}, as x, with a contiguous last dimension", residual)
     if weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous():

@@ -151,10 +151,6 @@ def check(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, blo
     if apply_router_weight_on_input and topk_ids.shape[1] != 1:
         raise BadArgument("apply_router_weight_on_input", f"False for {topk_ids.shape[1]} experts a token", "True",
                           "weights of several experts cannot go into one input")
-    for name, tensor in (("w13", w13), ("w2", w2), ("topk_weights", topk_weights), ("topk_ids", topk_ids),
-                         ("w13_scale", w13_scale), ("w2_scale", w2_scale), ("expert_map", expert_map)):
-        if tensor is not None and tensor.device != x.device:
-            raise BadArgument(name, f"on {x.device}, where x is", tensor)
 
 
 def local_ids(topk_ids: Tensor, experts: int, expert_map: Tensor | None) -> Tensor:

@@ -81,8 +81,6 @@ def check(gating, top_k, num_expert_group, topk_group, renormalize, scoring_func
     if correction_bias.shape != gating.shape[1:] or correction_bias.dtype != torch.float32 \
             or not correction_bias.is_contiguous():
         raise BadArgument("correction_bias", f"contiguous float32 [{experts}], a number per expert", correction_bias)
-    if correction_bias.device != gating.device:
-        raise BadArgument("correction_bias", f"on {gating.device}, where gating is", correction_bias)
     if topk_group < num_expert_group and in_group < 2:
         raise BadArgument("num_expert_group", f"at most {experts // 2} with a correction_bias", num_expert_group,
                           "the score of a group is then the sum of its two largest")

@@ -110,7 +110,7 @@ def _strided(args: dict) -> dict:
     return {**args, "q": torch.cat([args["q"]] * 2, 1)[:, :args["q"].shape[1]], "kv_cache": pool[:, :, 0]}
 
 
-def check_latents(dtype: torch.dtype, device: torch.device, width: int, kv_cache: Tensor, page_table: Tensor,
+def check_latents(dtype: torch.dtype, width: int, kv_cache: Tensor, page_table: Tensor,
                   seq_lens: Tensor, num_seqs: int, kv_scale: Tensor | None) -> None:
     """What every operator that attends to a latent cache demands of it."""
     if kv_cache.ndim != 3 or kv_cache.shape[2] != width or kv_cache.stride(2) != 1 and width > 1:
@@ -133,10 +133,6 @@ def check_latents(dtype: torch.dtype, device: torch.device, width: int, kv_cache
             raise BadArgument("page_table", f"room for {longest} tokens, as seq_lens says", got, "pass a wider table")
     if kv_scale is not None and (kv_scale.numel() != 1 or kv_scale.dtype != torch.float32):
         raise BadArgument("kv_scale", "one fp32 number in a tensor", kv_scale)
-    for name, tensor in (("kv_cache", kv_cache), ("page_table", page_table), ("seq_lens", seq_lens),
-                         ("kv_scale", kv_scale)):
-        if tensor is not None and tensor.device != device:
-            raise BadArgument(name, f"on {device}, where the queries are", tensor)
 
 
 def check_queries(name: str, q: Tensor, width: int | None = None) -> None:
@@ -154,7 +150,7 @@ def check(q, kv_cache, page_table, seq_lens, scale, kv_lora_rank, kv_scale=None)
     check_queries("q", q)
     if not 0 < kv_lora_rank <= q.shape[-1]:
         raise BadArgument("kv_lora_rank", f"from 1 to {q.shape[-1]}, the width of q", kv_lora_rank)
-    check_latents(q.dtype, q.device, q.shape[-1], kv_cache, page_table, seq_lens, q.shape[0], kv_scale)
+    check_latents(q.dtype, q.shape[-1], kv_cache, page_table, seq_lens, q.shape[0], kv_scale)
 
 
 def cost(q, kv_cache, page_table, seq_lens, scale, kv_lora_rank, kv_scale=None) -> Cost:

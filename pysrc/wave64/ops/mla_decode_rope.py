@@ -73,13 +73,9 @@ def check(q_nope, q_pe, kv_c, k_pe, kv_cache, slot_mapping, page_table, seq_lens
                           cos_sin_cache)
     if cos_sin_cache.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise BadArgument("cos_sin_cache", "bf16, fp16 or fp32", cos_sin_cache)
-    check_latents(q_nope.dtype, q_nope.device, rank + rope, kv_cache, page_table, seq_lens, len(q_nope), kv_scale)
+    check_latents(q_nope.dtype, rank + rope, kv_cache, page_table, seq_lens, len(q_nope), kv_scale)
     if kv_scale is not None and kv_cache.dtype == q_nope.dtype:
         raise BadArgument("kv_scale", f"None for a {kv_cache.dtype} cache", kv_scale, "scales belong to FP8 caches")
-    for name, x in (("q_pe", q_pe), ("kv_c", kv_c), ("k_pe", k_pe), ("slot_mapping", slot_mapping),
-                    ("positions", positions), ("cos_sin_cache", cos_sin_cache)):
-        if x.device != q_nope.device:
-            raise BadArgument(name, f"on {q_nope.device}, where q_nope is", x)
 
 
 def cost(q_nope, q_pe, kv_c, k_pe, kv_cache, slot_mapping, page_table, seq_lens, positions, cos_sin_cache, scale,

@@ -131,10 +131,6 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
         if longest > room or longest > 0 and not num_pages:
             got = f"{list(page_table.shape)}, room for {room} tokens in {num_pages} pages of {page_size}"
             raise BadArgument("page_table", f"room for {longest} tokens, as seq_lens says", got, "pass a wider table")
-    for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache), ("page_table", page_table),
-                         ("seq_lens", seq_lens), ("sinks", sinks), ("k_scale", k_scale), ("v_scale", v_scale)):
-        if tensor is not None and tensor.device != query.device:
-            raise BadArgument(name, f"on {query.device}, where query is", tensor)
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
         raise BadArgument("sinks", f"contiguous [{heads}], one logit per head", sinks)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):

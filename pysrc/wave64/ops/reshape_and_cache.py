@@ -21,6 +21,14 @@ def _draw(tokens, pages, heads, head_dim, dtype=torch.bfloat16, cache_dtype=None
     return drawn if scale is None else drawn | dict(k_scale=torch.tensor(scale), v_scale=torch.tensor([2 * scale]))
 
 
+def _with_zeros(args):
+    """Every other number 0 or next to it: what a scale of next to nothing must not make NaN."""
+    for name in ("key", "value"):
+        args[name][..., ::4] = 0.0
+        args[name][..., 1::4] *= 1e-38
+    return args
+
+
 def _heads_apart(tokens, heads, head_dim):
     """Keys and values side by side within each head."""
     both = torch.randn(tokens, heads, 2 * head_dim, dtype=torch.bfloat16)
@@ -37,6 +45,11 @@ def cases():
         yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype: _draw(
             4, 5, 3, 37, d, quant.fp8_dtype(), page_size=3, skip=(2,), scale=0.03))
     yield Case("fp8-unscaled", lambda: _draw(5, 2, 2, 64, cache_dtype=torch.float8_e4m3fn))
+    for scale in (0.0, 1e-40, 2.0**-126):
+        yield Case(f"fp8-scale-{scale:.0e}", lambda s=scale: _with_zeros(_draw(
+            5, 2, 2, 64, cache_dtype=FP8[0], scale=s)))
+        yield Case(f"fp8-fnuz-scale-{scale:.0e}", lambda s=scale: _with_zeros(_draw(
+            5, 2, 2, 64, torch.float32, FP8[1], scale=s)))
     yield Case("heads-apart", lambda: _heads_apart(5, 3, 64))
     yield Case("one-token", lambda: _draw(1, 1, 1, 64, page_size=1))
     yield Case("all-skipped", lambda: _draw(4, 2, 2, 32, skip=(0, 1, 2, 3)))
@@ -49,6 +62,8 @@ def cases():
 def _refuse(name: str, new: Tensor, cache: Tensor, tokens: int) -> None:
     if new.ndim != 3 or new.shape[0] != tokens or new.stride(2) != 1 and new.shape[2] > 1:
         raise BadArgument(name, f"[{tokens}, num_kv_heads, head_dim], a row per slot, last dimension contiguous", new)
+    if new.dtype not in DTYPES:
+        raise BadArgument(name, "bf16, fp16 or fp32", new)
     if cache.ndim != 4 or cache.shape[2:] != new.shape[1:] or not cache.is_contiguous():
         raise BadArgument(f"{name}_cache", f"contiguous [num_pages, page_size, {new.shape[1]}, {new.shape[2]}]", cache)
     if cache.dtype != new.dtype and cache.dtype not in FP8:
@@ -79,7 +94,7 @@ def _store(new: Tensor, cache: Tensor, slots: Tensor, source: Tensor | None, som
            scale: Tensor | None) -> None:
     """cache[slots] = new[source] if `some`, else leaves slot 0 as it is; without `source` cache[slots] = new."""
     if scale is not None:
-        new = new.to(torch.promote_types(new.dtype, torch.float32)) / scale
+        new = new.to(torch.promote_types(new.dtype, torch.float32)) / scale.clamp(min=quant.MIN_SCALE)
     if cache.dtype in FP8:
         limit = torch.finfo(cache.dtype).max
         new, cache = new.clamp(-limit, limit).to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)
@@ -99,7 +114,7 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
     *_cache      [num_pages, page_size, num_kv_heads, head_dim]  dtype of key, or float8_e4m3fn or float8_e4m3fnuz;
                  contiguous; written
     slot_mapping [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1
-    *_scale      one fp32 value in a tensor, FP8 caches only; None is 1
+    *_scale      one fp32 value in a tensor, FP8 caches only; None is 1; at least 0, below 2^-126 it counts as that
     raises       BadArgument (a ValueError) if a shape or dtype is none of these
     """
     tokens = slot_mapping.shape[0]

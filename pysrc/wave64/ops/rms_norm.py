@@ -27,6 +27,8 @@ def cases():
 def check(x, weight, eps=1e-6):
     if x.ndim != 2 or (x.stride(1) != 1 and x.shape[1] > 1):
         raise BadArgument("x", "[num_tokens, hidden] with a contiguous last dimension", x)
+    if x.dtype not in DTYPES:
+        raise BadArgument("x", "bf16, fp16 or fp32", x)
     if weight.shape != x.shape[1:] or not weight.is_contiguous():
         raise BadArgument("weight", f"contiguous [{x.shape[1]}], one value per column of x", weight)
     if weight.dtype != x.dtype:

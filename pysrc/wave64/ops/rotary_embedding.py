@@ -71,7 +71,11 @@ def _refuse(name: str, x: Tensor, tokens: int, head_size: int) -> None:
 def check(positions, query, key, head_size, cos_sin_cache, is_neox=True):
     if positions.ndim != 1 or positions.dtype not in (torch.int64, torch.int32):
         raise BadArgument("positions", "int64 or int32 [num_tokens]", positions)
+    if head_size < 1:
+        raise BadArgument("head_size", "at least 1", head_size)
     _refuse("query", query, positions.shape[0], head_size)
+    if query.dtype not in DTYPES:
+        raise BadArgument("query", "bf16, fp16 or fp32", query)
     if key is not None:
         _refuse("key", key, positions.shape[0], head_size)
         if key.dtype != query.dtype:
@@ -80,6 +84,8 @@ def check(positions, query, key, head_size, cos_sin_cache, is_neox=True):
             or not cos_sin_cache.is_contiguous()):
         raise BadArgument("cos_sin_cache", f"contiguous [max_pos, rot_dim] with rot_dim even and at most {head_size}",
                           cos_sin_cache)
+    if cos_sin_cache.dtype not in DTYPES:
+        raise BadArgument("cos_sin_cache", "fp32, or bf16 or fp16", cos_sin_cache)
 
 
 def cost(positions, query, key, head_size, cos_sin_cache, is_neox=True):

@@ -6,6 +6,9 @@ from torch import Tensor
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.rms_norm import DTYPES
 
+#: The fp32 number next to 1, towards 0.
+BELOW_ONE = 1.0 - 2.0**-24
+
 
 def _draw(rows, vocab, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, dtype=torch.float32, spread=3.0):
     """Every setting is one value for all rows or a list of one per row."""
@@ -38,6 +41,23 @@ def _edges_of_uniform():
     return _draw(4, 1000, 0.7) | {"uniform": torch.tensor([0.0, 1.0 - 2.0**-24, 2.0**-24, 0.5])}
 
 
+def _uniform_of_one():
+    """What a generator's value below 1 is rounded to, on every path: all kept, top_k, top_p, min_p, greedy, one."""
+    drawn = _draw(6, 1003, [0.7, 0.7, 0.7, 0.7, 0.0, 1.0], [0, 30, 0, 0, 0, 1], [1.0, 1.0, 0.9, 1.0, 0.9, 1.0],
+                  [0.0, 0.0, 0.0, 0.1, 0.0, 0.0])
+    return drawn | {"uniform": torch.ones(6)}
+
+
+def _hot(dtype):
+    """Temperatures that no difference of logits survives, and masked logits, which stay masked."""
+    top_p = [1.0, 1.0, 1.0, 0.9, 0.5, 0.9]
+    drawn = _draw(6, 4097, [torch.inf, 1e37, 3e38, torch.inf, 1e38, 1e36], [0, 0, 0, 0, 40, 0], top_p, dtype=dtype)
+    drawn["logits"][:, ::3] = -torch.inf
+    drawn["logits"][0] = -torch.inf
+    drawn["logits"][0, 4096] = 0.0
+    return drawn | {"uniform": torch.tensor([0.1, 0.0, 0.999, 0.3, 0.6, 0.9])}
+
+
 def cases():
     for dtype in DTYPES:
         yield Case(f"plain-{dtype}", lambda d=dtype: _draw(3, 4099, [1.0, 0.3, 1.7], dtype=d))
@@ -60,6 +80,9 @@ def cases():
     yield Case("far-apart", lambda: _draw(3, 1000, 1.0, [0, 100, 0], [1.0, 1.0, 0.9], spread=1e4))
     yield Case("broken-rows", _broken_rows)
     yield Case("edges-of-uniform", _edges_of_uniform)
+    yield Case("uniform-of-one", _uniform_of_one)
+    yield Case("hot", lambda: _hot(torch.float32))
+    yield Case("hot-bf16", lambda: _hot(torch.bfloat16))
     yield Case("strided", lambda: _with_logits(_draw(3, 1000, 1.0, 20, 0.9), torch.randn(3, 1101)[:, 50:1050] * 4))
     for rows in (1, 128):
         yield Case(f"{rows}x128256-greedy", lambda b=rows: _draw(b, 128256, 0.0), large=True)
@@ -71,6 +94,8 @@ def cases():
 def check(logits, temperature, top_k, top_p, min_p, uniform):
     if logits.ndim != 2 or logits.shape[1] == 0 or (logits.stride(1) != 1 and logits.shape[1] > 1):
         raise BadArgument("logits", "[num_seqs, vocab] with a contiguous last dimension and a vocabulary", logits)
+    if logits.dtype not in DTYPES:
+        raise BadArgument("logits", "bf16, fp16 or fp32", logits)
     rows = logits.shape[:1]
     if top_k.shape != rows or top_k.dtype != torch.int32 or not top_k.is_contiguous():
         raise BadArgument("top_k", f"contiguous int32 {list(rows)}, one value per row of logits", top_k)
@@ -93,7 +118,9 @@ def _best(wide: Tensor) -> Tensor:
 
 
 def _weight(wide: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
-    """exp((wide - best) / temperature), of greedy rows at temperature 1; `best` is each row's maximum [B, 1]."""
+    """exp((wide - best) / temperature), of greedy rows at temperature 1; `best` is each row's maximum [B, 1]. An
+    infinite temperature counts as the largest number, so that -inf stays -inf."""
+    temperature = temperature.clamp(max=torch.finfo(torch.float32).max)
     return (wide - best).div_(torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)).exp_()
 
 
@@ -159,11 +186,11 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     index of its maximum, as does one in which nothing can be drawn (all -inf). NaN counts as -inf.
 
     logits       [num_seqs, vocab]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
-    temperature  [num_seqs]         fp32; <= 0 is greedy
+    temperature  [num_seqs]         fp32; <= 0 is greedy, infinity makes all that is not -inf equally likely
     top_k        [num_seqs]         int32; <= 0 keeps all
     top_p        [num_seqs]         fp32; >= 1 keeps all
     min_p        [num_seqs]         fp32; <= 0 keeps all
-    uniform      [num_seqs]         fp32 in [0, 1)
+    uniform      [num_seqs]         fp32 in [0, 1); 1, as a generator may round, draws the last one kept
     returns      [num_seqs]         int64 ids in [0, vocab)
     raises       BadArgument (a ValueError) if a shape or dtype is none of these
     """
@@ -182,6 +209,7 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
                 break
         kept &= wide >= threshold
     running = weight.masked_fill_(~kept, 0.0).cumsum(-1)
+    uniform = uniform.clamp(max=BELOW_ONE)
     hit = (running > uniform.unsqueeze(1) * running[:, -1:]) & kept
     drawn = (temperature > 0) & hit.any(-1)
     return torch.where(drawn, hit.to(torch.uint8).argmax(-1), wide.argmax(-1))

@@ -24,6 +24,8 @@ def check(x):
     """Shared by the gated activations."""
     if x.ndim != 2 or x.shape[1] % 2 or (x.stride(1) != 1 and x.shape[1] > 1):
         raise BadArgument("x", "[num_tokens, 2 * d] with a contiguous last dimension", x)
+    if x.dtype not in DTYPES:
+        raise BadArgument("x", "bf16, fp16 or fp32", x)
 
 
 def cost(x):

@@ -91,9 +91,6 @@ def check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
             raise BadArgument(name, "contiguous int32 [num_seqs + 1]: 0, then running sums", starts)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise BadArgument("cu_seqlens_k", f"[{len(cu_seqlens_q)}], a number for each of cu_seqlens_q", cu_seqlens_k)
-    for name, tensor in (("k", k), ("v", v), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if tensor.device != q.device:
-            raise BadArgument(name, f"on {q.device}, where q is", tensor)
     if q.device.type != "cpu":  # reading a GPU's memory here would stall it
         return
     for side, tensor, starts, most in (("q", q, cu_seqlens_q, max_seqlen_q), ("k", k, cu_seqlens_k, max_seqlen_k)):

@@ -1,0 +1,293 @@
+"""What every operator demands of its arguments, whatever it computes: each of its parameter's kind, plain tensors of
+one device, integers of 32 bits, nothing that wants a gradient, and outputs no two elements of which share memory.
+
+`compiled` writes, for one operator's signature, the function that an eager call goes through: a line of comparisons,
+less than a microsecond, because a loop over parameters would be several. What that line does not accept goes to
+`Examiner`, which has time: it converts (a numpy integer, a tuple), passes on to the registered torch operator what only
+torch's dispatcher can serve (subclasses, fake and meta tensors, proxies of a tracer), or refuses in words.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+import torch.autograd.profiler
+from torch import Tensor
+
+#: Types of tensors that are nothing but memory.
+PLAIN = {Tensor, torch.nn.Parameter}
+#: Kernels take sizes and counts as int32.
+INT32 = range(-(2**31), 2**31)
+NO_BACKWARD = "there is no backward: call it under torch.inference_mode() or torch.no_grad(), or pass .detach()"
+#: What stands for a number while a graph is traced.
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+class BadArgument(ValueError):
+    """A refused argument: which operator, which argument, what was expected, what came, what to do."""
+
+    def __init__(self, argument: str, expected: str, got: Any, hint: str = ""):
+        self.op, self.argument, self.expected, self.hint = "", argument, expected, hint
+        self.got = describe(got) if isinstance(got, Tensor) else str(got)
+        super().__init__(argument, expected, self.got, hint)
+
+    def __str__(self) -> str:
+        text = f"{self.op or 'wave64'}: {self.argument}: expected {self.expected}, got {self.got}"
+        return f"{text}; {self.hint}" if self.hint else text
+
+
+def describe(tensor: Tensor) -> str:
+    """dtype, shape, device and, where it is not contiguous, strides: what a message says of a tensor."""
+    shape = "nested" if tensor.is_nested else list(tensor.shape)
+    text = f"{str(tensor.dtype).removeprefix('torch.')} {shape} on {tensor.device}"
+    if tensor.layout != torch.strided:
+        return f"{str(tensor.layout).removeprefix('torch.')} {text}"
+    return text if tensor.is_contiguous() else f"{text} with strides {list(tensor.stride())}"
+
+
+def told(value: Any) -> str:
+    """What a message says of a value that is not of its parameter's kind."""
+    if isinstance(value, Tensor):
+        return f"a tensor, {describe(value)}"
+    if value is None or isinstance(value, str | bytes | bool | int | float):
+        return f"{value!r}" if value is None else f"{type(value).__name__} {value!r}"
+    return f"a {type(value).__name__}"
+
+
+def is_disjoint(tensor: Tensor) -> bool:
+    """True if no two elements share memory, as far as strides tell: each dimension's is beyond what the dimensions of
+    smaller strides span."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return True
+        if size > 1:
+            if stride < reach:
+                return False
+            reach += stride * (size - 1)
+    return True
+
+
+class Parameter:
+    """One parameter of an operator: its kind, whether None stands for it, whether it is written."""
+
+    def __init__(self, parameter: inspect.Parameter, mutates: tuple[str, ...]):
+        self.name, self.default = parameter.name, parameter.default
+        kinds = get_args(parameter.annotation) if type(None) in get_args(parameter.annotation) else ()
+        self.optional = bool(kinds)
+        self.kind = next((k for k in kinds if k is not type(None)), parameter.annotation)
+        self.mutated = self.name in mutates
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.kind is Tensor
+
+    def either(self, condition: str) -> str:
+        """The condition on a value, as source; None passes where it stands for one."""
+        return f"({self.name} is None or {condition})" if self.optional else condition
+
+    def accepts(self) -> str:
+        """The condition that the value is of the parameter's kind and needs no second look, as source."""
+        name = self.name
+        if self.is_tensor:
+            return self.either(f"type({name}) in PLAIN")
+        if self.kind is int:
+            return self.either(f"type({name}) is int and -2147483648 <= {name} < 2147483648")
+        if self.kind == list[int]:
+            return self.either(f"type({name}) is list and all([type(each) is int for each in {name}])")
+        return self.either(f"type({name}) is {self.kind.__name__}")
+
+    def convert(self, value: Any) -> Any:
+        """The value as the parameter's kind; raises BadArgument where it is none."""
+        if value is None and self.optional:
+            return None
+        try:
+            return self._convert(value)
+        except (TypeError, ValueError, OverflowError):
+            raise BadArgument(self.name, self.expected(), told(value), self._hint(value)) from None
+
+    def _convert(self, value: Any) -> Any:
+        if self.is_tensor:
+            if isinstance(value, Tensor):
+                return value
+        elif self.kind is int:
+            number = self._integer(value)
+            if number in INT32:
+                return number
+        elif self.kind == list[int]:
+            if isinstance(value, list | tuple):
+                return [self._integer(each) for each in value]
+        elif self.kind is float:
+            if not isinstance(value, Tensor | str | bytes):
+                return float(value)
+        elif self.kind is bool:
+            if not isinstance(value, Tensor) and value in (False, True):
+                return bool(value)
+        elif isinstance(value, self.kind):
+            return value
+        raise TypeError
+
+    @staticmethod
+    def _integer(value: Any) -> int:
+        if isinstance(value, Tensor):  # operator.index would wait for a GPU
+            raise TypeError
+        return operator.index(value)
+
+    def expected(self) -> str:
+        kinds = {Tensor: "a tensor", int: "an integer of 32 bits", float: "a number", bool: "True or False",
+                 str: "a string", torch.dtype: "a torch.dtype", list[int]: "a list of integers"}
+        return kinds[self.kind] + (" or None" if self.optional else "")
+
+    def _hint(self, value: Any) -> str:
+        if isinstance(value, Tensor) and self.kind in (int, float, bool):
+            return "a number on the host; reading it from a GPU would stall it"
+        return ""
+
+
+def is_symbolic(value: Any) -> bool:
+    """True of what only torch's dispatcher can serve, and of what stands for a value while a graph is traced."""
+    if isinstance(value, Tensor):
+        return type(value) not in PLAIN
+    return isinstance(value, SYMBOLS) or hasattr(type(value), "__torch_function__")
+
+
+class Examiner:
+    """Looks at a call's arguments one by one. `scattered`: the operator checks the devices of its tensors itself."""
+
+    def __init__(self, name: str, signature: inspect.Signature, mutates: tuple[str, ...], scattered: bool):
+        self.name, self.signature, self.scattered = name, signature, scattered
+        self.parameters = [Parameter(p, mutates) for p in signature.parameters.values()]
+
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raises BadArgument, naming it, where an argument is missing, unknown or given twice."""
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError:
+            names = list(self.signature.parameters)
+            taken = f"{self.name}{self.signature}"
+            for name in kwargs:
+                if name not in names:
+                    raise self._bad(name, "one of the arguments " + ", ".join(names), "an unknown one") from None
+                if name in names[:len(args)]:
+                    raise self._bad(name, "one value", "two, by position and by name") from None
+            if len(args) > len(names):
+                expected = f"at most {len(names)} arguments, {taken}"
+                raise self._bad(names[-1], expected, f"{len(args)} arguments") from None
+            missing = next(p for p in self.parameters[len(args):]
+                           if p.default is inspect.Parameter.empty and p.name not in kwargs)
+            raise self._bad(missing.name, missing.expected(), "nothing", f"the call is {taken}") from None
+
+    def _bad(self, *args) -> BadArgument:
+        error = BadArgument(*args)
+        error.op = self.name
+        return error
+
+    def examine(self, args: tuple, eager: bool) -> tuple | None:
+        """The arguments, converted to their parameters' kinds; None where the torch operator is to serve them; raises
+        BadArgument where nothing can. eager: not called by the torch operator itself."""
+        try:
+            metas = [value.is_meta for value in args if isinstance(value, Tensor)]
+            if eager and (any(map(is_symbolic, args)) or any(metas) and (all(metas) or not self.scattered)):
+                for p, value in zip(self.parameters, args, strict=True):
+                    if not is_symbolic(value):
+                        p.convert(value)
+                self._one_device(args)
+                return None
+            args = tuple(p.convert(value) for p, value in zip(self.parameters, args, strict=True))
+            self._one_device(args)
+            self._plain(args, eager)
+        except BadArgument as e:
+            e.op = self.name
+            raise
+        return args
+
+    def _tensors(self, args: tuple) -> list[tuple[Parameter, Tensor]]:
+        return [(p, value) for p, value in zip(self.parameters, args, strict=True) if isinstance(value, Tensor)]
+
+    def _one_device(self, args: tuple) -> None:
+        tensors = self._tensors(args)
+        for p, value in tensors[1:] if not self.scattered else ():
+            first, name = tensors[0][1], tensors[0][0].name
+            if value.device != first.device:
+                raise BadArgument(p.name, f"on {first.device}, where {name} is", value)
+
+    def _plain(self, args: tuple, eager: bool) -> None:
+        tensors = self._tensors(args)
+        for p, value in tensors:
+            if value.layout != torch.strided or value.is_quantized or value.is_nested:
+                raise BadArgument(p.name, "a dense tensor", told(value))
+            if eager and value.requires_grad and torch.is_grad_enabled():
+                raise BadArgument(p.name, "a tensor that does not require a gradient", f"{describe(value)}, which does",
+                                  NO_BACKWARD)
+        written = [(p, value) for p, value in tensors if p.mutated and value.numel()]
+        for i, (p, value) in enumerate(written):
+            if not is_disjoint(value):
+                strides = f"{list(value.shape)} with strides {list(value.stride())}"
+                raise BadArgument(p.name, "no two elements in one place, for it is written", strides,
+                                  "pass .contiguous(), not an expanded view")
+            for other, earlier in written[:i]:
+                if earlier.data_ptr() == value.data_ptr():
+                    raise BadArgument(p.name, f"memory of its own, for {other.name} is written, too",
+                                      f"the address of {other.name}")
+
+
+def compiled(examiner: Examiner, serve: Callable, torch_op: Callable) -> tuple[Callable, Callable]:
+    """(what an eager call goes through, what the torch operator calls), both of the operator's signature.
+    serve(where, *args): checks and runs on the device of the tensor `where`."""
+    parameters = examiner.parameters
+    tensors = [p for p in parameters if p.is_tensor]
+    first, names = tensors[0].name, ", ".join(p.name for p in parameters)
+    accepted = [p.accepts() for p in parameters]
+    if not examiner.scattered:
+        on_cpu = " and ".join(p.either(f"{p.name}.is_cpu") for p in tensors)
+        on_gpu = " and ".join([f"{first}.is_cuda"] + [p.either(f"{p.name}.get_device() == {first}.get_device()")
+                                                      for p in tensors[1:]])
+        accepted.append(f"({on_cpu} or {on_gpu})")
+    else:
+        accepted += [p.either(f"({p.name}.is_cpu or {p.name}.is_cuda)") for p in tensors]
+    written = [p for p in parameters if p.mutated]
+    accepted += [p.either(f"({p.name}.is_contiguous() or is_disjoint({p.name}))") for p in written]
+    accepted += [f"({' or '.join([f'{q.name} is None' for q in (a, b) if q.optional] + [''])}"
+                 f"{a.name}.data_ptr() != {b.name}.data_ptr())"
+                 for i, a in enumerate(written) for b in written[:i]]
+    wants = " or ".join(p.either(f"{p.name}.requires_grad").replace("is None or", "is not None and") for p in tensors)
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    takes = ", ".join(f"{p.name}=DEFAULTS[{p.name!r}]" if p.name in defaults else p.name for p in parameters)
+    bumps = "".join(f"\n            if {p.name} is not None: bump({p.name})" if p.optional else
+                    f"\n            bump({p.name})" for p in written)
+    source = f"""
+def {examiner.name}({takes}):
+    if profiler._is_profiler_enabled or functorch_level() is not None or is_tracing() is not None:
+        return torch_op({names})
+    if {' and '.join(accepted)}:
+        if not (grad_enabled() and ({wants})):
+            result = serve({names}){bumps}
+            return result
+    args = examine(({names},), True)
+    return torch_op({names}) if args is None else again(*args)
+
+def kernel({takes}):
+    if {' and '.join(accepted)}:
+        return serve({names})
+    return serve(*examine(({names},), False))
+
+def again({names}):
+    result = serve({names}){bumps.replace('            ', '    ')}
+    return result
+"""
+    scope: dict[str, Any] = dict(
+        PLAIN=PLAIN, DEFAULTS=defaults, is_disjoint=is_disjoint, serve=serve, torch_op=torch_op, bump=bump,
+        examine=examiner.examine, profiler=torch.autograd.profiler, grad_enabled=torch.is_grad_enabled,
+        functorch_level=torch._C._functorch.peek_interpreter_stack, is_tracing=torch._C._get_tracing_state,
+        dtype=torch.dtype)
+    exec(compile(source, f"<wave64.ops.{examiner.name}>", "exec"), scope)  # noqa: S102
+    return scope[examiner.name], scope["kernel"]
+
+
+def bump(tensor: Tensor) -> None:
+    """Tells autograd that the tensor was written, as every in-place operator of torch does: a backward that saved what
+    it held then refuses. Tensors of inference mode have no version."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
