@@ -70,7 +70,7 @@ class Completion:
 
     def _prompt_offsets(self, prompt: Prompt, ids: list[int]) -> list[int]:
         """Where in the prompt's text each of its tokens begins. One that continues a character begins where that one
-        does; one that the tokenizer added takes no place in the text."""
+        does; one that the tokenizer added has no character in the text."""
         of_text = ids if isinstance(prompt, list) else self.tokenizer.encode(prompt, add_special_tokens=False)
         begin = next((i for i in range(min(len(ids), MAX_ADDED)) if ids[i : i + len(of_text)] == of_text), 0)
         detokenizer, start, offsets = Detokenizer(self.tokenizer, [], skip_special_tokens=False), 0, []

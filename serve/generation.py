@@ -1,6 +1,7 @@
 """From prompts to choices: what a request asks for becomes engine requests, and tokens that come back become text."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from wave64.serve.protocol import MAX_CHOICES, ApiError, Sampling
 from wave64.serve.template_process import TemplateProcess
 from wave64.serve.templates import TemplateError
 from wave64.serve.tokenizer import Tokenizer, TokenizerError
+
+log = logging.getLogger("wave64")
 
 SHORT_TEXT = 2048  # characters of one prompt that are tokenized at once, without the detour through a thread
 SLICE = 1 << 18  # characters that a thread tokenizes before it looks whether anyone still waits
@@ -123,7 +126,10 @@ class Generator:
     async def warm_up(self) -> None:
         """Generate one token, and have the chat template's process there. Raises ApiError when the first fails."""
         if self.templates is not None:
-            await self.templates.start()
+            try:
+                await self.templates.start()
+            except TemplateError as error:
+                log.warning("%s", error)
         request = Request(uuid4().hex, [0], SamplingParams(max_new_tokens=1, temperature=0.0))
         async for _ in self.client.stream([request]):
             pass

@@ -18,7 +18,7 @@ MAX_CHOICES = 4096  # prompts times n in one request
 MAX_TOP_LOGPROBS = 20
 GREEDY_BELOW = 1e-6  # a temperature that is none
 
-# What the server itself hands to a chat template, or to what renders it, beside bos_token and the like.
+# What the server itself hands to a chat template or to its renderer, as it does bos_token and the like.
 TEMPLATE_FIELDS = ("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message",
                    "chat_template", "tokenize", "tokenizer", "return_dict", "raise_exception",
                    "strftime_now")  # fmt: skip

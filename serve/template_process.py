@@ -72,17 +72,27 @@ class TemplateProcess:
             except (OSError, EOFError) as error:
                 raise TemplateError(f"the chat template's process ended: {error}") from None
             finally:
-                if not is_done:  # also where the client went away: what it is about to say is nobody's answer
+                if not is_done:  # also where the client went away: no other one may get this answer
                     await self.stop()
         return _text_of(answer)
 
     async def start(self) -> None:
-        """Start the process now, so that the first conversation need not wait for it."""
+        """Start the process now, so that the first conversation need not wait for it. Raises TemplateError if that
+        fails; the first conversation will try again."""
+        if self._is_alive():
+            return  # a conversation may be under way, and need not be waited for
         async with self._lock:
-            await self._start()
+            try:
+                await self._start()
+            except (asyncio.TimeoutError, OSError, EOFError) as error:
+                await self.stop()
+                raise TemplateError(f"the chat template's process did not start: {error!r}") from None
+
+    def _is_alive(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     async def _start(self) -> None:
-        if self._process is not None and self._process.returncode is None:
+        if self._is_alive():
             return
         self._process = await asyncio.create_subprocess_exec(
             *_command(), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True

@@ -109,7 +109,7 @@ class Tokenizer:
             raise TokenizerError(str(error)) from None
 
     def template_variables(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """What a template finds beside the messages."""
+        """The variables of a template, the messages excepted."""
         return {"tools": None, "documents": None, "add_generation_prompt": True, **self.special, **chosen}
 
     def _add_tokens_of_config(self, declared: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ CONTEXT = 2048
 
 
 class SameAnswer:
-    """In the place of an EngineClient: every request gets `tokens`, one by one, then ends by length."""
+    """Stands in for EngineClient: every request gets `tokens`, one by one, then ends by length."""
 
     def __init__(self, tokens: list[int], vocab_size: int) -> None:
         self.tokens = tokens

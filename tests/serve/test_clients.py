@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote, unmodified, against the real server: SGLang's benchmark, of the wheel on PyPI."""
+"""Other projects' clients, unmodified, against the real server: SGLang's benchmark, of the wheel on PyPI."""
 
 import json
 import os

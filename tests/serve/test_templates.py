@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from wave64.serve.template_process import TemplateProcess
+from wave64.serve import template_process
+from wave64.serve.template_process import TemplateProcess, render_once
 from wave64.serve.templates import Template, TemplateError
 
 LOOP = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+WAIT_S = 60  # for what must happen; only a defect waits so long
 PLAIN = "{% for m in messages %}[{{ m.role }}|{{ m.content }}]{% endfor %}"
 CALLED = {"name": "f", "arguments": '{"a": {"b": [1, "é"]}}'}
 CALL = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": CALLED}]}]
@@ -125,6 +127,18 @@ def test_whatever_a_template_does_is_a_refusal_in_words(source):
         render(source, [{"role": "user", "content": "x"}])
 
 
+def test_one_conversation_in_a_process_of_its_own():
+    assert render_once(PLAIN + "{{ x }}", CALL[:1], {"x": "é"}) == "[assistant|]é"
+    with pytest.raises(TemplateError, match="the chat template refuses these messages: ZeroDivisionError"):
+        render_once("{{ 1 / 0 }}", CALL, {})
+
+
+def test_one_conversation_that_does_not_end_is_ended(monkeypatch):
+    monkeypatch.setattr(template_process, "LIMIT_S", -4.5)  # and the time that a server is given to do so itself
+    with pytest.raises(TemplateError, match=r"the chat template's process ended with status -14"):
+        render_once(LOOP, CALL, {})
+
+
 def test_what_is_no_template_is_refused_before_it_runs():
     with pytest.raises(TemplateError, match="not a Jinja template"):
         Template("{% if %}")
@@ -161,7 +175,7 @@ def test_a_bad_template_is_ended_and_the_next_conversation_is_served(bad, limit_
     asyncio.run(converse())
 
 
-def test_a_client_that_leaves_ends_the_rendering_and_gets_nobody_anothers_prompt():
+def test_a_client_that_leaves_ends_the_rendering_and_the_next_gets_its_own_prompt():
     async def converse() -> str:
         process = TemplateProcess(on_demand(LOOP), 60)
         try:
@@ -178,6 +192,27 @@ def test_a_client_that_leaves_ends_the_rendering_and_gets_nobody_anothers_prompt
             await process.stop()
 
     assert asyncio.run(converse()) == "fine"
+
+
+def test_a_start_does_not_wait_for_the_conversation_under_way_and_says_why_it_failed(monkeypatch):
+    async def converse() -> None:
+        process = TemplateProcess(on_demand(LOOP), WAIT_S)
+        try:
+            await process.start()
+            under_way = asyncio.create_task(process.render([{"role": "user", "content": "bad"}], {}))
+            await asyncio.sleep(0)
+            await asyncio.wait_for(process.start(), WAIT_S / 2)
+            under_way.cancel()
+            await asyncio.gather(under_way, return_exceptions=True)
+            monkeypatch.setattr(template_process, "RUN", "")
+            with pytest.raises(TemplateError, match="process did not start: "):
+                await process.start()
+            monkeypatch.undo()
+            assert await process.render([{"role": "user", "content": "good"}], {}) == "fine"
+        finally:
+            await process.stop()
+
+    asyncio.run(converse())
 
 
 def test_a_process_that_dies_is_replaced():

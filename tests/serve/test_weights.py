@@ -192,7 +192,7 @@ def test_damaged_header(file, content, words):
 
 def test_a_header_is_not_read_beyond_what_the_format_allows(file):
     with file.open("r+b") as f:
-        f.truncate(200 << 20)  # no room is taken by what is not written
+        f.truncate(200 << 20)  # a sparse file: nothing of it is on the disk
         f.write(struct.pack("<Q", 100_000_001))
     assert "expected a safetensors header of at most 100000000 bytes, got 100000001" in message(file.parent)
 

@@ -1,5 +1,5 @@
 """Lets SGLang's benchmark client run where SGLang itself could not: without its GPU packages, and without what the
-datasets of images need. The client's own files are untouched; these modules stand in for what it imports beside them.
+datasets of images need. The client's own files are untouched; these modules replace the others that it imports.
 """
 
 import importlib.machinery
@@ -8,7 +8,7 @@ import types
 
 
 def stand_in(name: str, path: str | None = None, **content: object) -> None:
-    """A module with this content in the place of the real one; with a path, its submodules are the real ones there."""
+    """Replaces a module by one with this content; with a path, its submodules are the real ones there."""
     module = types.ModuleType(name)
     module.__path__ = [] if path is None else [path]
     module.__dict__.update(content)
