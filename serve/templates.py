@@ -151,14 +151,14 @@ class _Content:
         return isinstance(node, nodes.Name) and node.name in self._names
 
     def is_taken_apart(self) -> bool:
-        """Whether it is looped over, filtered like a list, or indexed by a number: then it is a list of parts."""
+        """Whether it is looped over, filtered like a list, or its items have fields: then it is a list of parts."""
         sources = [loop.iter for loop in self._tree.find_all(nodes.For)]
         for item in self._tree.find_all(nodes.Filter):
             if item.name in ("selectattr", "rejectattr", "map"):
                 sources.append(item.node)
-        for item in self._tree.find_all(nodes.Getitem):
-            if isinstance(item.arg, nodes.Const) and type(item.arg.value) is int:
-                sources.append(item.node)
+        for field in self._tree.find_all((nodes.Getattr, nodes.Getitem)):
+            if isinstance(field.node, nodes.Getitem) and isinstance(field.node.arg, nodes.Const):
+                sources.append(field.node.node)  # content[0].text; content[0] alone may be a letter
         return any(self._is_content(_unfiltered(source)) for source in sources)
 
     def is_tested(self, name: str) -> bool:

@@ -107,6 +107,8 @@ IN_A_MACRO = ("{% macro show(content) %}{% if content is string %}{{ content }}{
         ("{% set c = messages[0].content %}" + EACH.replace("CONTENT", "c"), "<Who><?>", "<Who?>", ""),
         (IN_A_MACRO.replace("CONTENT", "content"), "<Who><?>", "Who?", ""),
         ("{{ messages[0].content[0].text if messages[0].content else '' }}", "Who", "Who?", ""),
+        ("{{ messages[0]['content'][0]['text'] if messages[0].content else '' }}", "Who", "Who?", ""),
+        ("{{ messages[0].content[0] }}{{ messages[0].content[1:] }}", "Who?", "Who?", ""),
         ("{{ messages[0].content | map(attribute='text') | join('-') }}", "Who-?", "Who?", ""),
     ],
 )  # fmt: skip
