@@ -28,7 +28,7 @@ s_endpgm
   .amdhsa_group_segment_fixed_size {lds}
   .amdhsa_private_segment_fixed_size {scratch}
   .amdhsa_enable_private_segment {uses_scratch}
-  .amdhsa_kernarg_size 16
+  .amdhsa_kernarg_size {arguments}
   .amdhsa_user_sgpr_kernarg_segment_ptr 1
   .amdhsa_system_sgpr_workgroup_id_y 1
   .amdhsa_system_vgpr_workitem_id 1
@@ -48,9 +48,10 @@ amdhsa.kernels:
 ...
 .end_amdgpu_metadata
 """
-_ENTRY = """  - {{.name: {name}, .symbol: {name}.kd, .kernarg_segment_size: 16, .kernarg_segment_align: 8,
+_ENTRY = """  - {{.name: {name}, .symbol: {name}.kd, .kernarg_segment_size: {arguments}, .kernarg_segment_align: 8,
      .group_segment_fixed_size: {lds}, .private_segment_fixed_size: {scratch}, .wavefront_size: 64, .sgpr_count: 64,
-     .vgpr_count: 128, .max_flat_workgroup_size: 1024}}"""
+     .vgpr_count: 128, .max_flat_workgroup_size: 1024, .args: [{hidden}]}}"""
+_HIDDEN = "{{.value_kind: {kind}, .offset: {offset}, .size: {size}}}"
 
 
 @functools.cache
@@ -59,15 +60,17 @@ def folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def assemble(arch: str, kernels: tuple[tuple[str, str], ...], lds: int = 0, scratch: int = 0) -> Path:
+def assemble(arch: str, kernels: tuple[tuple[str, str], ...], lds: int = 0, scratch: int = 0,
+             hidden: tuple[tuple[str, int, int], ...] = ()) -> Path:
     """The code object of kernels (name, body). s[0:1] holds the address of the arguments, s2 and s3 the block's x and
-    y, v0 the lane's x, and from bit 10 on its y."""
-    sizes = {"lds": lds, "scratch": scratch}
+    y, v0 the lane's x, and from bit 10 on its y. hidden: (kind, offset, bytes) of arguments that the runtime fills."""
+    sizes = {"lds": lds, "scratch": scratch, "arguments": max([16, *(offset + size for _, offset, size in hidden)]),
+             "hidden": ", ".join(_HIDDEN.format(kind=kind, offset=offset, size=size) for kind, offset, size in hidden)}
     text = f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"\n'
     text += "".join(_KERNEL.format(name=name, body=body, uses_scratch=int(scratch > 0), **sizes)
                     for name, body in kernels)
     text += _METADATA.format(arch=arch, kernels="\n".join(_ENTRY.format(name=name, **sizes) for name, _ in kernels))
-    stem = Path(folder().name, f"{arch}-{abs(hash((kernels, lds, scratch)))}")
+    stem = Path(folder().name, f"{arch}-{abs(hash((kernels, lds, scratch, hidden)))}")
     source, made, linked = (stem.with_suffix(suffix) for suffix in (".s", ".o", ".co"))
     source.write_text(text)
     zig = [sys.executable, "-m", "ziglang"]
@@ -80,11 +83,11 @@ def assemble(arch: str, kernels: tuple[tuple[str, str], ...], lds: int = 0, scra
 
 def run(code: Path, kernel: str, given: np.ndarray, result: np.ndarray, *, grid: tuple[int, int] = (1, 1),
         block: tuple[int, int] | int = 64, checks: tuple[type, ...] = ALL,
-        seconds: float = 60.0) -> Counts:
+        seconds: float = 60.0, granule: int = 1) -> Counts:
     """Runs a kernel whose arguments are the addresses of two arrays."""
     args = given.ctypes.data.to_bytes(8, "little") + result.ctypes.data.to_bytes(8, "little")
     lanes = block if isinstance(block, tuple) else (block, 1)
     launch = SimpleNamespace(kernel=kernel, code_object=code, grid=(*grid, 1), block=(*lanes, 1), lds_bytes=0,
                              args=args)
     buffers = [Buffer("given", given.ctypes.data, given.nbytes), Buffer("result", result.ctypes.data, result.nbytes)]
-    return execute(launch, buffers, checks=checks, seconds=seconds)
+    return execute(launch, buffers, checks=checks, seconds=seconds, granule=granule)

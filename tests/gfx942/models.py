@@ -272,8 +272,9 @@ class Model:
             if "SDWA" in self.family and getattr(self.fields, f"s{position}"):
                 code -= 256
             size = max(16, size)
-            if self.name.startswith("v_pk_") and 128 <= code <= 248:
-                size = 16 if size == 32 else 32  # of an element
+            if self.family == "VOP3P" and 128 <= code <= 248 and (bits := self._of_pair(code, size, kind)) is not None:
+                raw.append((bits, size, kind))
+                continue
             bits = self.operand(code, size, kind, wave, from_lane, self.name == "v_accvgpr_read")
             raw.append((bits, size, kind))
         if self.family == "VOP3P":
@@ -283,6 +284,19 @@ class Model:
             bits = self._modified(bits, size, kind, position)
             scope[f"S{position}"] = Cell(bits)
         return True
+
+    def _of_pair(self, code: int, size: int, kind: str) -> int | None:
+        """An inline constant of packed operations, 32 bits. Of 16-bit ones LLVM says, beside that the manual is
+        misleading, "integer encodings (-16 .. 64) are always produced as sign-extended 32-bit values", float encodings
+        "for F16 instructions: corresponding half-precision float values in the LSBs, 0 in the MSBs; for UI16
+        instructions: corresponding single-precision float value"."""
+        if self.name.startswith("v_pk_") and size == 64:
+            return self.operand(code, 32, kind, 0, 0)
+        if self.name.startswith("v_dot2_f32_bf16"):
+            return self.operand(code, 32, "f", 0, 0) >> (16 if code > 208 else 0)
+        if self.name.startswith("v_dot2") or self.name.startswith("v_pk_") and kind in ("h", "p"):
+            return self.operand(code, 32 if code <= 208 else 16, kind, 0, 0)
+        return self.operand(code, 32, "f", 0, 0) if self.name.startswith("v_pk_") else None
 
     def _modified(self, bits: int, size: int, kind: str, position: int) -> int:
         """Of the modifiers of VOP3, DPP and SDWA: which part, and the sign."""

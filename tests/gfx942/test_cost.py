@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from assembled import assemble, run
 
 from wave64.arch import lookup
 from wave64.op import Case
@@ -16,8 +17,8 @@ from wave64.ops.mla_decode import make_case as make_latents
 from wave64.ops.mla_decode_rope import make_case as make_rotated
 from wave64.ops.paged_attention import make_case as make_decode
 from wave64.ops.prefill_attention import make_prefill
-from wave64.testing.cost import CLOCK_GHZ, SIMDS, bounds_us, usages
-from wave64.testing.emulator.cost import BANKS, IN_TURN, WIDE_LOADS, lds_cycles, unit_of
+from wave64.testing.cost import CLOCK_GHZ, SIMDS, bounds_us, times_us, usages
+from wave64.testing.emulator.cost import BANKS, IN_TURN, WIDE_LOADS, Usage, counting, lds_cycles, unit_of
 
 ARCHS = ("gfx942", "gfx950")
 GOLDEN = Path(__file__).with_name("bounds.json")
@@ -122,6 +123,49 @@ def test_other_instructions_take_their_unit():
     assert cycles_of("s_add_u32", "gfx942", "SOP2") == ("scalar", 4)
     assert cycles_of("s_waitcnt", "gfx942", "SOPP") == ("", 0)
     assert cycles_of("ds_read_b128", "gfx942", "DS") == ("", 0)
+
+
+#: LDS accesses of a wave -> (cycles, cycles without conflicts), on 32 banks
+CONFLICTS = {
+    "v_lshlrev_b32_e32 v1, 2, v0\nds_write_b32 v1, v0": (2, 2),
+    "v_lshlrev_b32_e32 v1, 7, v0\nds_write_b32 v1, v0": (64, 2),  # a column
+    "v_lshlrev_b32_e32 v1, 3, v0\nds_write_b32 v1, v0\ns_waitcnt lgkmcnt(0)\nds_read_b32 v2, v1": (8, 4),
+    "v_lshlrev_b32_e32 v1, 3, v0\nds_write2_b32 v1, v0, v0 offset1:1": (8, 4),
+    "v_lshlrev_b32_e32 v1, 2, v0\nds_bpermute_b32 v2, v1, v0": (2, 2),
+    "s_mov_b64 exec, 0xff\nv_lshlrev_b32_e32 v1, 7, v0\nds_write_b32 v1, v0": (8, 1),
+}
+
+
+@pytest.mark.parametrize("text", CONFLICTS)
+def test_a_kernel_pays_for_its_conflicts(text):
+    """Two workgroups of two waves, whose LDS is apart; and the longest time says LDS."""
+    kernels = tuple((f"kernel{i}", each + "\n") for i, each in enumerate(CONFLICTS))
+    checks, nothing = counting(), np.zeros(1, np.uint32)
+    run(assemble("gfx942", kernels, lds=16384), f"kernel{list(CONFLICTS).index(text)}", nothing, nothing, grid=(2, 1),
+        block=128, checks=(checks,))
+    usage, = checks.usages.values()
+    waves = 4
+    assert (usage.waves, usage.blocks) == (waves, 2)
+    assert (usage.cycles["lds"], usage.conflict_free) == tuple(waves * cycles for cycles in CONFLICTS[text])
+    if usage.cycles["lds"] > 8 * waves:
+        assert times_us(usage)["LDS"] == max(times_us(usage).values()) == usage.cycles["lds"] / 2 / 2100
+
+
+def used(blocks: int, waves: int) -> Usage:
+    """A thousand cycles of each unit a wave; a MiB of memory, which does not depend on who is busy."""
+    usage = Usage("gfx942", waves // blocks, 0, 64, 32, waves=waves, blocks=blocks)
+    usage.cycles = dict.fromkeys(usage.cycles, 1000 * waves)
+    usage.lines = set(range(2**20 // 64))
+    return usage
+
+
+@pytest.mark.parametrize(("blocks", "waves", "units", "simds"), [
+    (1, 1, 1, 1), (1, 4, 1, 4), (1, 16, 1, 4), (3, 6, 3, 6), (304, 304, 304, 304), (1000, 4000, 304, 1216)])
+def test_few_workgroups_reach_few_units(blocks, waves, units, simds):
+    times = times_us(used(blocks, waves))
+    per_simd, per_unit = 1000 * waves / simds / 2100, 1000 * waves / units / 2100
+    assert times == pytest.approx({"matrix": per_simd, "vector": 2 * per_simd, "scalar": per_simd, "LDS": per_unit,
+                                   "memory": 2**20 / 5.3e6})
 
 
 def test_bytes_are_those_of_the_operator():

@@ -5,6 +5,7 @@ Forms are taken from the code objects as they are, so a new one is tested as soo
 where there is no model of it. Matrix instructions are held to AMD's register maps in test_matrices.py.
 """
 
+import functools
 import json
 import os
 import re
@@ -125,6 +126,37 @@ def test_transposing_loads(text):
     loaded = code_object.load(assemble("gfx950", (("loads", text),)).read_bytes())
     code = loaded.image[slice(*loaded.text)][:8].tobytes()
     assert check(text, code.hex(), "gfx950") == []
+
+
+PACKED = ("v_pk_max_f16 {}, {}, {}", "v_pk_fma_f16 {}, {}, {}, v14", "v_pk_add_u16 {}, {}, {}",
+          "v_pk_max_i16 {}, {}, {}")
+CONSTANTS = ("0", "-16", "1.0", "0.15915494")
+SELECTED = ("", " op_sel:[0,1] op_sel_hi:[1,0]")
+
+
+@functools.cache
+def _constants() -> dict[str, str]:
+    """Packed instructions with every kind of inline constant, either half of it for either result: text -> code."""
+    texts = []
+    for text in PACKED:
+        for constant in CONSTANTS:
+            for select in SELECTED:
+                third = select.replace("]", ",1]" if "hi" in select else ",0]") if text.count(",") == 3 else select
+                texts.append(text.format("v8", "v12", constant) + third)
+    loaded = code_object.load(assemble("gfx942", (("packed", "\n".join(texts)),)).read_bytes())
+    start, code = loaded.kernels["packed"].entry - loaded.text[0], loaded.image[slice(*loaded.text)]
+    return {text: code[start + 8 * i:start + 8 * i + 8].tobytes().hex() for i, text in enumerate(texts)}
+
+
+@pytest.mark.parametrize("text", PACKED)
+def test_packed_instructions_take_inline_constants(text):
+    """Plain `tl.maximum(x, 0)` becomes v_pk_max_f16 v, v, 0, whose high result asks for the constant's high half."""
+    name = text.split()[0]
+    chosen = {each: code for each, code in _constants().items() if each.split()[0] == name}
+    assert len(chosen) == len(CONSTANTS) * len(SELECTED)
+    for each, code in chosen.items():
+        trial = Trial(bytes.fromhex(code), "gfx942", zlib.crc32(each.encode()), part=False)
+        assert differences(trial, Model(trial).world()) == [], each
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -184,7 +184,7 @@ def argument(name: str, change: Callable[[SimpleNamespace], int]) -> Callable:
 
 FAR = r"ContractError: \w+: result \d: error \S+ against fp64"
 DIFFER = r"ContractError: \w+: result \d: \d+ of \d+ integers differ"
-OUTSIDE = r"EmulationError: .* (reads|writes) \d+ bytes at 0x\w+, \d+ bytes (into|before) tensor"
+OUTSIDE = r"EmulationError: .* (reads|writes) \d+ bytes at 0x\w+, \d+ bytes (into|before) \w+"
 #: what is wrong with a launch -> (operator, what becomes of it, how it shows)
 LAUNCHES = {
     "a workgroup too few": ("rms_norm", grid(-1), FAR),

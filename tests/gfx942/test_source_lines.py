@@ -1,10 +1,19 @@
 """Reports name the line of source where the code object knows it."""
 
+import re
+import struct
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from assembled import assemble, run
 
-from wave64.testing.emulator import code_object
+from wave64 import OPS, platform
+from wave64.backends import hip
+from wave64.testing import built, lanes
+from wave64.testing.emulator import code_object, emulate
+from wave64.testing.emulator import run as run_module
 from wave64.testing.emulator.memory import EmulationError
 
 LINES = """
@@ -47,3 +56,30 @@ def test_lines_by_address():
 def test_without_a_table_no_line_is_named():
     code = code_object.load(assemble("gfx942", (("bare", "s_nop 0\n"),)).read_bytes())
     assert code.line(code.kernels["bare"].entry) == ""
+
+
+def test_a_report_names_the_line_of_a_hip_source_and_the_argument(monkeypatch):
+    """A row more than there is, told to the kernel alone: it reads past x."""
+    op, x, weight = OPS["rms_norm"], torch.ones(4, 768), torch.ones(768)
+    right = run_module.execute
+    kind, offset = next((kind, offset) for name, kind, offset in hip._hip.fields()["rms_norm"] if name == "num_tokens")
+
+    def wrong(launch, *rest):
+        args = bytearray(launch.args)
+        struct.pack_into(kind, args, offset, 5)
+        fields = {name: getattr(launch, name) for name in ("op", "kernel", "code_object", "block", "lds_bytes")}
+        return right(SimpleNamespace(**fields, grid=(5, 1, 1), args=bytes(args)), *rest)
+
+    monkeypatch.setattr(run_module, "execute", wrong)
+    says = r"rms_norm_fp32\+0x\w+ \(\w+\.h:\d+\): .* reads \d+ bytes at 0x\w+, 12288 bytes into x, which has 12288"
+    with pytest.raises(EmulationError, match=says), platform.target("gfx942"), emulate("gfx942"):
+        op.backends["hip"].run(x, weight, 1e-6)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "moe_align_block_size"])
+def test_line_information_leaves_the_machine_code_as_it_is(op):
+    plain, lined = (code_object.load(built.code_object(lanes.sources(), op, "gfx942", *flags).read_bytes())
+                    for flags in ((), ("-gline-tables-only",)))
+    assert plain.text == lined.text
+    assert np.array_equal(plain.image[slice(*plain.text)], lined.image[slice(*lined.text)])
+    assert re.match(r"[\w/]+\.(h|hip):\d+", lined.line(next(iter(lined.kernels.values())).entry))

@@ -7,13 +7,16 @@ bytes of global memory requested, in the lines of 64 and of 128 bytes that each 
 are touched at all, barriers, waves per SIMD, and the bound: the longest of the times that the units and the memory
 need, were each always busy. Kernels run one after another, so the bounds of a call's kernels add up.
 
-No kernel is faster than its bound, and most are slower. Left out are
+No kernel that finds its data in device memory is faster than its bound, and most are slower. A kernel whose data an
+earlier one, or an earlier run, left in the caches (4 MiB of L2 on each of 8 dies, 256 MiB of Infinity Cache) can be
+faster than "memory" says, since it counts as read from device memory; the other units bound it all the same.
+Left out are
   - waiting: for memory, for LDS, for results of the instruction before, at barriers;
   - issue: that a wave starts one instruction at a time, and a SIMD one of each kind; fetching instructions;
   - sharing: work is dealt evenly to all units that workgroups can reach, none of which waits for the last to end; that
     waves per SIMD may be too few to keep a unit busy is printed, not counted;
   - caches: what is touched comes from, or goes to, device memory once, at its peak, however often it is touched, and
-    caches serve at any rate; what comes from a cache because an earlier kernel left it there counts, too;
+    caches serve at any rate;
   - address units, atomics in L2, scratch memory, and the launch itself;
   - clocks that fall under load: 2.1 GHz (MI300X) and 2.4 GHz (MI355X) are the highest.
 Where each rate comes from is said in emulator/cost.py.

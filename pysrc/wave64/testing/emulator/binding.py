@@ -18,6 +18,12 @@ END, BARRIER = "end", "barrier"  # what s_endpgm and s_barrier give instead of a
 CONSTANTS = {240: 0.5, 241: -0.5, 242: 1.0, 243: -1.0, 244: 2.0, 245: -2.0, 246: 4.0, 247: -4.0,
              248: 0.15915494309189532}
 Source = Callable[[], np.ndarray]
+#: known(i) gives, of the registers of reads[i], in which lanes somebody wrote them: [waves, 64] each, of scalar ones
+#: [waves, 1]
+Known = Callable[[int], list[np.ndarray]]
+#: from that, before the instruction runs: of the registers of writes[i] the same, one for all of them or one each, and
+#: the lanes that are written; None: those of EXEC. [(i, known, lanes)]
+Follow = Callable[[Known], list[tuple[int, np.ndarray, np.ndarray | None]]]
 
 
 class Binding:
@@ -30,6 +36,8 @@ class Binding:
         self.writes: list[tuple[str, int, int]] = []
         #: where not every result depends on every source: (reads, writes) of each part; else empty
         self.parts: list[tuple[list, list]] = []
+        #: where results come from other lanes than their own; see `unwritten.py`
+        self.follow: Follow | None = None
 
     def number(self, field: str) -> int:
         """The register number in a field of the instruction."""

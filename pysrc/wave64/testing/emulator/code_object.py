@@ -6,6 +6,7 @@ Formats: LLVM's "User Guide for AMDGPU Backend" (code object V5 and V6, kernel d
 import functools
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,8 @@ class CodeObject:
     def __init__(self, code: bytes):
         metadata = isa.metadata(code)
         self._code = code
+        #: gives the same machine code with line information, where this one has none and somebody asks
+        self.with_lines: Callable[[], bytes | None] | None = None
         self.arch = re.search(r"gfx[0-9a-f]+", metadata["amdhsa.target"])[0]
         self.image, self.text = _load(code)
         base = self.image.ctypes.data
@@ -64,7 +67,11 @@ class CodeObject:
 
     @functools.cached_property
     def _lines(self) -> list[source_lines.Row]:
-        return source_lines.read(self._code)
+        rows = source_lines.read(self._code)
+        if rows or self.with_lines is None or (other := self.with_lines()) is None:
+            return rows
+        (image, text), own = _load(other), self.image[slice(*self.text)]
+        return source_lines.read(other) if text == self.text and np.array_equal(image[slice(*text)], own) else []
 
 
 @functools.lru_cache(maxsize=64)

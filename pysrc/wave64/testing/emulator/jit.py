@@ -21,7 +21,7 @@ from torch import Tensor
 from wave64.testing import compile, isa
 from wave64.testing.emulator.checks import ALL
 from wave64.testing.emulator.memory import Buffer
-from wave64.testing.emulator.run import Counts, execute
+from wave64.testing.emulator.run import SECONDS, Counts, execute, named
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,21 @@ def _launch_of(launch: compile.Launch, code_object: str) -> _Launch:
 
 
 @contextlib.contextmanager
-def emulate_triton(arch: str, checks: tuple[type, ...] = ALL) -> Iterator[Counts]:
+def emulate_triton(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1) -> Iterator[Counts]:
     """Inside, Triton operators take CPU tensors; what kernels may touch are the storages of the tensors that they are
-    given."""
+    given; granule: as of emulate()."""
     counts = Counts()
     with tempfile.TemporaryDirectory(prefix="wave64-emulator-") as folder:
 
         def perform(launch: compile.Launch) -> None:
             tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
-            storages = {t.untyped_storage().data_ptr(): (name, t.untyped_storage().nbytes())
-                        for name, t in tensors.items()}
-            buffers = [Buffer(name, start, size) for start, (name, size) in storages.items() if size]
+            addresses = {name: t.data_ptr() for name, t in tensors.items()}
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
+            buffers = [Buffer(named(addresses, start, size) or "a tensor", start, size)
+                       for start, size in storages.items() if size]
             recorded = _launch_of(launch, str(Path(folder, f"{launch.kernel.hash}.hsaco")))
             if math.prod(recorded.grid):
-                execute(recorded, buffers, counts, checks)
+                execute(recorded, buffers, counts, checks, SECONDS, granule)
 
         with compile.capture(arch, perform):
             yield counts

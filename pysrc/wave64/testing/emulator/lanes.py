@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from wave64.testing.emulator.binding import Binding
+from wave64.testing.emulator.memory import Space
 
 READ, WRITE, ATOMIC = 1, 2, 4  # what an access does, as bits
 #: mnemonic part -> bytes, and the signed type that a load extends from
@@ -29,6 +30,13 @@ def put(b: Binding, to: np.ndarray, values: np.ndarray) -> None:
         to[...] = values.reshape(to.shape)
     else:
         to[b.party.mask] = values
+
+
+def store(b: Binding, space: Space, offsets: np.ndarray, width: int, words: np.ndarray) -> None:
+    """Words [accesses, words] to memory, and the checks are told."""
+    space.store(offsets, width, words)
+    for check in b.machine.checks:
+        check.stored(b, space, offsets, width, words)
 
 
 def receive(b: Binding, register: int, width: int, signed: type | None, half: int | None = None,

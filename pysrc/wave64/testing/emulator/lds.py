@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from wave64.testing.emulator import atomics
-from wave64.testing.emulator.binding import Binding
+from wave64.testing.emulator.binding import Binding, Known
 from wave64.testing.emulator.lanes import ATOMIC, READ, WRITE, active, give, receive
 from wave64.testing.emulator.memory import EmulationError
 
@@ -111,11 +111,18 @@ def _bpermute(b: Binding) -> Callable:
     lanes, data = b.vector(b.number("addr"), "u")(), b.vector(b.number("data0"), "u")()
     write = b.sink(b.number("vdst"), "u")
 
+    def source() -> np.ndarray:
+        return ((lanes + U32(offset)) >> U32(2) & U32(63)).astype(np.intp)
+
+    def follow(known: Known) -> list:
+        of_address, of_data = known(0)[0], known(1)[0] | ~party.mask
+        return [(0, of_address & np.take_along_axis(of_data, source(), 1), None)]
+    b.follow = follow
+
     def run() -> None:
-        source = ((lanes + U32(offset)) >> U32(2) & U32(63)).astype(np.intp)
-        got = np.take_along_axis(data, source, 1)
+        got = np.take_along_axis(data, source(), 1)
         if not party.full:
-            got = np.where(np.take_along_axis(party.mask, source, 1), got, U32(0))
+            got = np.where(np.take_along_axis(party.mask, source(), 1), got, U32(0))
         write(got)
     return run
 
@@ -126,12 +133,17 @@ def _permute(b: Binding) -> Callable:
     lanes, data = b.vector(b.number("addr"), "u")(), b.vector(b.number("data0"), "u")()
     write = b.sink(b.number("vdst"), "u")
 
-    def run() -> None:
+    def given(values: np.ndarray, default: int) -> np.ndarray:
         wave, lane = np.nonzero(party.mask)
-        got = np.zeros(data.shape, U32)
-        got[wave, (lanes[wave, lane] + U32(offset)) >> U32(2) & U32(63)] = data[wave, lane]
-        write(got)
-    return run
+        got = np.full_like(values, default)
+        got[wave, (lanes[wave, lane] + U32(offset)) >> U32(2) & U32(63)] = values[wave, lane]
+        return got
+
+    def follow(known: Known) -> list:
+        addressed = (known(0)[0] | ~party.mask).all(1, keepdims=True)  # a lane with no address gives to anybody
+        return [(0, given(known(1)[0], True) & addressed, None)]
+    b.follow = follow
+    return lambda: write(given(data, 0))
 
 
 def swizzle(offset: int) -> np.ndarray:
@@ -153,6 +165,7 @@ def swizzle(offset: int) -> np.ndarray:
 def _swizzle(b: Binding) -> Callable:
     party, source = b.party, swizzle(_offset(b))
     data, write = b.vector(b.number("addr"), "u")(), b.sink(b.number("vdst"), "u")
+    b.follow = lambda known: [(0, (known(0)[0] | ~party.mask)[:, source], None)]
 
     def run() -> None:
         got = data[:, source]

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import numpy as np
 
 from wave64.testing.emulator import arithmetic as ar
-from wave64.testing.emulator.binding import Binding
+from wave64.testing.emulator.binding import Binding, Follow, Known
 from wave64.testing.emulator.decode import VGPR0
 from wave64.testing.emulator.memory import EmulationError
 
@@ -164,6 +164,27 @@ def _accumulator(b: Binding, result: str, registers: int, sign: int = 1) -> Call
     return write
 
 
+def _follow(b: Binding, size: int, blocks: int, place: tuple, sides: tuple[tuple[int, ...], ...], width: int = 1,
+            source: int | None = None, lanes: np.ndarray | None = None) -> Follow:
+    """An element of D is known where a row of A, a column of B and the element of C are. sides: which of the binding's
+    reads belong to A, to B and to C. A lane holds numbers of one row, or column, alone."""
+    block, row, column = place
+    every = np.ones((b.party.count, 64), bool)
+
+    def follow(known: Known) -> list:
+        left, right = ([register for i in side for register in known(i)] for side in sides[:2])
+        left, right = (functools.reduce(np.logical_and, side, every) for side in (left, right))
+        right = right if lanes is None else right[:, lanes]
+        left, right = (_operand(side[..., None], size, blocks).all(-1) for side in (left, right))
+        left = left if source is None else left[:, source:source + 1]
+        new = (left[..., :, None] & right[..., None, :])[:, block, row, column].swapaxes(0, 1)
+        new = np.repeat(new, width, axis=0)
+        for i in sides[2]:
+            new = new & np.stack(known(i))
+        return [(0, new, every)]
+    return follow
+
+
 def form(name: str) -> Callable | None:
     """The form of a matrix instruction, None where the name is none that is known."""
     found = NAME.match(name)
@@ -194,6 +215,8 @@ def _dense(result: str, size: int, depth: int, blocks: int, kinds: str, only_950
         negative = signs[0] != signs[1]
         left, right = _sources(b, named, (held, held))
         write = _accumulator(b, result, len(row), signs[2])
+        b.follow = _follow(b, size, blocks, place, ((0,), (1,), tuple(range(2, len(b.reads)))),
+                           2 if result == "f64" else 1, source, lanes)
 
         def run() -> None:
             a, bb = (_widen(np.stack(views, axis=-1), kind, arch)
@@ -221,8 +244,12 @@ def _mixed(size: int, depth: int, scaled: bool, place: tuple) -> Callable:
         kinds = MIXED[fields.cbsz], MIXED[fields.blgp]
         sources = _sources(b, kinds, (held, held))
         write = _accumulator(b, "f32", len(row))
+        addend = tuple(range(2, len(b.reads)))
         scales = [_scale(b, i, code, size) for i, code in enumerate((fields.scale_src0, fields.scale_src1))
                   ] if scaled else []
+        first = 2 + len(addend)
+        sides = ((0, first), (1, first + 1), addend) if scaled else ((0,), (1,), addend)
+        b.follow = _follow(b, size, 1, place, sides)
 
         def run() -> None:
             operands = []
@@ -252,6 +279,7 @@ def _sparse(result: str, size: int, depth: int, kinds: tuple[str, str], wide: bo
         left, right = _sources(b, kinds, (held // 2, held))
         index = b.words(fields.src2.offset - VGPR0, 1)[0]
         write = _accumulator(b, result, len(row))
+        b.follow = _follow(b, size, 1, place, ((0, 2), (1,), (3,)))
         first = U32(0 if fields.cbsz or sets == 1 else held * fields.abid)  # bit of the set
 
         def run() -> None:

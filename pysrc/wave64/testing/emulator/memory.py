@@ -108,21 +108,24 @@ class Buffer:
 
 
 class Memory(Space):
-    """Registered buffers. What lies between them is spanned, never touched, but for loads that take all of the 16 bytes
-    in which a buffer begins or ends: kernels may do that, since a GPU's allocations are made of larger pieces."""
+    """Registered buffers. What lies between them is spanned, never touched: neither stored nor, to the byte, loaded.
+    Hardware would let loads go on to the end of a page, but what they find there is another tensor's, or nobody's. For
+    kernels that are known to do so, and are right all the same, `register` widens what may be loaded."""
 
     def __init__(self):
         self.buffers: list[Buffer] = []
         #: is told of every access to come: addresses, width, and `which` of `locate`
         self.watch: Callable[[np.ndarray, int, np.ndarray | None], None] | None = None
 
-    def register(self, buffers: list[Buffer]) -> None:
-        """These and no others from now on."""
+    def register(self, buffers: list[Buffer], granule: int = 1) -> None:
+        """These and no others from now on. granule: a power of two; loads may take all of the so many bytes, aligned,
+        in which a buffer begins or ends."""
         self.buffers = sorted((b for b in buffers if b.size), key=lambda b: (b.start, -b.size))
         starts, ends = (np.array([getattr(b, side) for b in self.buffers], np.uint64) for side in ("start", "end"))
         ends = np.maximum.accumulate(ends)  # one buffer may lie inside another
-        low, fifteen = ~np.uint64(15), np.uint64(15)
-        self.stored, self.loaded = _Ranges(starts, ends), _Ranges(starts & low, ends + fifteen & low)
+        self.stored = _Ranges(starts, ends)
+        last = np.uint64(granule - 1)
+        self.loaded = _Ranges(starts & ~last, ends + last & ~last)
         self.base = int(starts[0]) & ~63
         span = (int(ends[-1]) - self.base + 63) // 64 * 64
         super().__init__(np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(self.base)))

@@ -19,7 +19,7 @@ def _sources(b: Binding, count: int) -> list[int]:
 
 
 def _halves(b: Binding, kind: str, high_result: bool, count: int) -> list[Source]:
-    """The sources of the low or the high result."""
+    """The sources of the low or the high result. kind: as in binding.py, or b: bf16, as its bits."""
     fields = b.fields
     select = fields.opsel_hi | fields.opsel_hi2 << 2 if high_result else fields.opsel
     negate = fields.neg_hi if high_result else fields.neg
@@ -28,14 +28,30 @@ def _halves(b: Binding, kind: str, high_result: bool, count: int) -> list[Source
         high, negative = bool(select >> i & 1), bool(negate >> i & 1)
         if kind == "f":
             get = _word(b, code, high)
-        elif code >= 128 and code < VGPR0 and high:
-            raise NotImplementedError("the high half of an inline constant")
+        elif 128 <= code <= 248:
+            get = _half_of_constant(b, code, kind, high)
         else:
-            get = b.source(code, kind, high=high)
+            get = b.source(code, "w" if kind == "b" else kind, high=high)
         if negative and kind not in FLOATS:
             raise NotImplementedError("a sign modifier on an integer")
         gets.append((lambda get=get: np.negative(get())) if negative else get)
     return gets
+
+
+def _half_of_constant(b: Binding, code: int, kind: str, high: bool) -> Source:
+    """Of an inline constant, which is 32 bits wide (so says LLVM's getInlineEncodingV216 of hardware, and calls AMD's
+    manual misleading): integers are extended by their sign; a float is of the operand's format in the low half, zero in
+    the high one; where integers are wanted it is fp32."""
+    if code <= 208:
+        word = b.constant(code, "u")
+    elif kind == "h":
+        word = U32(b.constant(code, "w"))
+    else:
+        word = b.constant(code, "f").view(U32)
+        word = word >> U32(16) if kind == "b" else word
+    half = np.full((1, 1), U16(word >> U32(16) if high else word & U32(0xFFFF)))
+    half = half.view(KINDS["w" if kind == "b" else kind])
+    return lambda: half
 
 
 def _word(b: Binding, code: int, high: bool, kind: str = "f") -> Source:
@@ -132,7 +148,7 @@ def _mix(half: int | None) -> Callable:
 
 def _dot2(kind: str) -> Callable:
     """Two products of 16-bit floats and an fp32 addend, summed in fp64 and rounded once."""
-    widen = (lambda x: ar.bf16_to_f32(x)) if kind == "w" else (lambda x: x.astype(F32))
+    widen = (lambda x: ar.bf16_to_f32(x)) if kind == "b" else (lambda x: x.astype(F32))
 
     def bind(b: Binding) -> Callable:
         low, high = (_halves(b, kind, i, 2) for i in (False, True))
@@ -183,6 +199,6 @@ FORMS: dict[str, Callable] = {
     "v_pk_add_f32": _pair32(np.add, 2), "v_pk_mul_f32": _pair32(np.multiply, 2), "v_pk_fma_f32": _pair32(ar.fma32, 3),
     "v_pk_mov_b32": _move,
     "v_mad_mix_f32": _mix(None), "v_mad_mixlo_f16": _mix(0), "v_mad_mixhi_f16": _mix(1),
-    "v_dot2_f32_f16": _dot2("h"), "v_dot2_f32_bf16": _dot2("w"),
+    "v_dot2_f32_f16": _dot2("h"), "v_dot2_f32_bf16": _dot2("b"),
     "v_dot4_i32_i8": _dot4(True), "v_dot4_u32_u8": _dot4(False),
 }

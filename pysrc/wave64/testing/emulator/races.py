@@ -1,10 +1,16 @@
-"""Two waves of a workgroup touch the same bytes of LDS between two barriers, one of them not only to read."""
+"""Accesses whose order nobody says: two waves of a workgroup touch the same bytes of LDS between two barriers, one of
+them not only to read; or two lanes store different values to the same bytes of memory with one instruction.
+
+Stores of the same value do no harm, and are not reported. In memory only the lanes of one instruction are held against
+each other: which waves and workgroups synchronize there, by atomics and flags, no check knows. In LDS lanes of a wave
+are not: where several hold one sum, each added up in another order, Triton stores all to one place, and the last stays.
+"""
 
 import numpy as np
 
 from wave64.testing.emulator.binding import Binding
 from wave64.testing.emulator.lanes import ATOMIC, READ, WRITE, active
-from wave64.testing.emulator.memory import EmulationError
+from wave64.testing.emulator.memory import EmulationError, Space
 from wave64.testing.emulator.watch import Check
 
 #: what another wave may not have done with the same bytes
@@ -58,3 +64,15 @@ class SharedMemory(Check):
         raise EmulationError(
             f"wave {wave[first]} {VERB[access]} byte {int(places[first]) % self.machine.lds_stride} of LDS, which wave "
             f"{other} {' and '.join(kinds)}, with no barrier between")
+
+
+class OneValue(Check):
+    """Looks at what a store leaves: another value than a lane stored is another lane's, and on hardware it may be this
+    one's that stays."""
+
+    def stored(self, b: Binding, space: Space, offsets: np.ndarray, width: int, words: np.ndarray) -> None:
+        other = space.load(offsets, width) != words
+        if other.any():
+            lane, word = np.argwhere(other)[0]
+            raise EmulationError(f"lanes store different values to the same place: 0x{int(words[lane, word]):x}, and "
+                                 f"0x{int(space.load(offsets[lane:lane + 1], width)[0, word]):x} that stays")

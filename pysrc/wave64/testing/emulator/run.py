@@ -9,6 +9,7 @@ object's instructions, on CPU tensors.
 import contextlib
 import functools
 import gc
+import importlib.metadata
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from wave64.backends import hip
+from wave64.testing import built, lanes
 from wave64.testing.emulator import code_object
 from wave64.testing.emulator.checks import ALL
 from wave64.testing.emulator.machine import Machine, Program, Shape
@@ -27,6 +29,10 @@ from wave64.testing.emulator.memory import Buffer
 BATCH = 64       # waves that run together, where that many are there
 KEPT = 8         # machines that are kept, should their launch be made again
 SECONDS = 600.0  # a launch that takes longer is taken for one that never ends
+#: operators whose loads take all of the so many bytes in which a tensor begins or ends. sample: reads rows in packs of
+#: 16 bytes, from where 16 divides the address, and drops what is not the row's; these never cross a page, so hardware
+#: has them wherever a row begins or ends
+GRANULES = {"sample": 16}
 #: pointers to what there is none of here: a kernel that follows one is out of bounds
 NOT_GIVEN = ("hidden_none", "hidden_printf_buffer", "hidden_hostcall_buffer", "hidden_default_queue",
              "hidden_completion_action", "hidden_multigrid_sync_arg", "hidden_heap_v1", "hidden_queue_ptr",
@@ -58,6 +64,15 @@ def _program(code: bytes) -> Program:
     return Program(code_object.load(code))
 
 
+def _with_lines(op: str, arch: str) -> bytes | None:
+    """The code object of hip/ops/<op>.hip with line information, which the one that ships has not: compiled when a
+    report wants it. None outside of the repository, and without its compiler."""
+    try:
+        return built.code_object(lanes.sources(), op, arch, "-gline-tables-only").read_bytes()
+    except (FileNotFoundError, built.CompileError, importlib.metadata.PackageNotFoundError):
+        return None
+
+
 _machines: dict[tuple, Machine] = {}  # the last ones, the latest last: their instructions are bound to them
 
 
@@ -75,6 +90,8 @@ class Prepared:
     def __init__(self, launch):
         self.launch, self.program = launch, _program(Path(launch.code_object).read_bytes())
         self.kernel = self.program.code.kernels[launch.kernel]
+        if op := getattr(launch, "op", None):
+            self.program.code.with_lines = functools.partial(_with_lines, op, self.program.code.arch)
         self.arguments = _arguments(launch, self.kernel)
         image = self.program.code.image
         self.buffers = [Buffer("the kernel's arguments", self.arguments.ctypes.data, self.arguments.size),
@@ -95,15 +112,15 @@ class Prepared:
 
 
 def execute(launch, buffers: Iterable[Buffer], counts: Counts | None = None, checks: tuple[type, ...] = ALL,
-            seconds: float = SECONDS) -> Counts:
+            seconds: float = SECONDS, granule: int = 1) -> Counts:
     """Makes a recorded launch (see hip.record), here and now. `buffers` is all memory that it may touch beside its
-    arguments and its code object."""
+    arguments and its code object, to the byte, or its loads to so many bytes (see Memory.register)."""
     began = time.monotonic()
     counts, prepared = counts or Counts(), Prepared(launch)
     prepared.note(counts)
     shape = prepared.shape(max(1, min(prepared.blocks, BATCH // prepared.waves)))
     machine = _machine(prepared.program, prepared.kernel, shape, checks)
-    machine.memory.register([*buffers, *prepared.buffers])
+    machine.memory.register([*buffers, *prepared.buffers], granule)
     with np.errstate(all="ignore"), without_collection():
         for first in range(0, prepared.blocks, shape.groups):
             live = min(shape.groups, prepared.blocks - first)
@@ -177,10 +194,16 @@ def _initial_registers(machine: Machine, launch, first: int, arguments: np.ndarr
         sgprs.view(np.uint64)[:, 63] = masks
 
 
+def named(addresses: dict[str, int | float], start: int, size: int) -> str:
+    """The arguments, of all with their values, that point into a buffer, as reports call it; "" where none does."""
+    return " and ".join(name for name, address in addresses.items() if start <= address < start + size)
+
+
 @contextlib.contextmanager
-def emulate(arch: str, checks: tuple[type, ...] = ALL) -> Iterator[Counts]:
+def emulate(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1) -> Iterator[Counts]:
     """Inside, hip operators take CPU tensors; their launches are executed, in order, when the block ends. What kernels
-    may touch are the storages of the tensors whose addresses the backend asked for."""
+    may touch are the storages of the tensors whose addresses the backend asked for, to the byte; granule: loads also
+    the rest of the so many bytes in which one begins or ends. See GRANULES."""
     counts, storages = Counts(), {}
     original = Tensor.data_ptr
 
@@ -196,9 +219,10 @@ def emulate(arch: str, checks: tuple[type, ...] = ALL) -> Iterator[Counts]:
             yield counts
         finally:
             Tensor.data_ptr = original
-    buffers = [Buffer(f"tensor {i}", address, storage.nbytes())
-               for i, (address, storage) in enumerate(storages.items())]
     for launch in launches:
-        execute(launch, buffers, counts, checks)
+        arguments = hip.arguments(launch)
+        buffers = [Buffer(named(arguments, start, storage.nbytes()) or f"tensor {i}", start, storage.nbytes())
+                   for i, (start, storage) in enumerate(storages.items())]
+        execute(launch, buffers, counts, checks, SECONDS, max(granule, GRANULES.get(launch.op, 1)))
 
 

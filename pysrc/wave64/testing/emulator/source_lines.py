@@ -1,7 +1,8 @@
 """Which line of source an instruction came from, as a code object's debug information has it: DWARF's line table.
 
 Triton writes one. Code objects of HIP sources have it where they were compiled with -gline-tables-only; those that ship
-were not. Read with pyelftools, of the extra `test`: without it no line is known.
+were not, so that a report has them compiled again (see run.py). Read with pyelftools, of the extra `test`: without it
+no line is known.
 """
 
 import bisect

@@ -7,14 +7,16 @@ import numpy as np
 from wave64.testing.emulator.binding import Binding
 from wave64.testing.emulator.decode import EXEC, SCC
 from wave64.testing.emulator.lanes import ATOMIC, WRITE
+from wave64.testing.emulator.machine import READY
 from wave64.testing.emulator.memory import EmulationError
 from wave64.testing.emulator.watch import SCALAR, Check, name_of, registers
 
 
 class Unwritten(Check):
     """Follows, lane by lane, which registers hold what somebody wrote, as memory checkers do: what is computed from
-    something unwritten is unwritten, which is no mistake until it matters. A register counts as written with its first
-    half. Of LDS, which bytes somebody wrote."""
+    something unwritten is unwritten, which is no mistake until it matters; lanes that move, and matrices, are followed
+    from where they come. A register counts as written with its first half. Of LDS and private memory, which bytes
+    somebody wrote."""
 
     MATTERS = ("s_cbranch", "s_setpc", "s_swappc")
 
@@ -23,7 +25,8 @@ class Unwritten(Check):
         self.vector = np.zeros(machine.vgprs.shape, bool)
         self.scalar = np.zeros((SCC + 1, machine.count), bool)
         self.sure: set[int] = set()  # registers that all lanes of all waves know
-        self.stored = np.zeros(machine.shape.groups * machine.lds_stride, bool)
+        self.written = np.zeros(machine.shape.groups * machine.lds_stride, bool)
+        self.private = np.zeros(len(machine.scratch.u8), bool)
         self.loaded: np.ndarray | None = None  # of an LDS load, the accesses that found only stored bytes; None: all
 
     def start(self) -> None:
@@ -31,8 +34,10 @@ class Unwritten(Check):
         self.sure.clear()
         self.vector.fill(False)
         self.scalar.fill(False)
-        self.stored.fill(False)
-        kernel = machine.kernel
+        self.written.fill(False)
+        self.private.fill(False)
+        kernel, absent = machine.kernel, machine.states != READY
+        self.vector[:, absent] = self.scalar[:, absent] = True  # of waves that are not there nothing matters
         self.vector[0] = True
         given = [*range(len(kernel.user_sgprs) + len(kernel.system_sgprs)), EXEC, EXEC + 1]
         self.scalar[given] = True
@@ -42,24 +47,24 @@ class Unwritten(Check):
         name, family, party, sure = b.instruction.name, b.instruction.family, b.party, self.sure
         reads, writes = frozenset(registers(b.reads)), registers(b.writes)
         memory = family in ("DS", "FLAT", "GLOBAL", "SCRATCH", "MUBUF", "SMEM")
-        moves = "permute" in name or "swizzle" in name or "_DPP16" in family or "lane" in name
-        matters = reads if memory and not moves or name.startswith(self.MATTERS) else frozenset()
+        follow = b.follow
+        memory = memory and follow is None
+        matters = reads if memory or name.startswith(self.MATTERS) else frozenset()
         if {SCALAR + EXEC, SCALAR + EXEC + 1} & set(writes):
             matters = reads
         if name.startswith("buffer_store"):  # what does not reach memory does not matter: see `buffer_store`
             matters -= set(self._data(b))
-        # what comes from memory or other lanes is taken as known; so are matrix products, which mix all lanes
-        given = memory or moves or name.startswith("v_mfma")
+        always = name == "v_writelane_b32"  # of whose destination one lane is written
+        every = np.ones((party.count, 64), bool) if name.startswith(("v_mfma", "v_smfmac")) else None
         written = frozenset(writes)
         parts = [(registers(sources), registers(results)) for sources, results in self._parts(b)]
-        either = name == "v_cndmask_b32"  # of which one source is not looked at
 
         def checked():
             known = True
-            if not reads <= sure:
+            if always or not reads <= sure:
                 if matters:
                     self._demand(matters, party)
-                known = given
+                known = memory  # what comes from memory is taken as known
             if known:
                 outcome = execute()
                 if self.loaded is not None:
@@ -67,9 +72,16 @@ class Unwritten(Check):
                     lanes[party.mask], self.loaded = self.loaded, None
                     self._mark(writes, party, lanes)
                 elif not written <= sure:
-                    self._mark(writes, party, True)
+                    self._mark(writes, party, True, every)
                 return outcome
-            news = [self._known(sources, party, either) for sources, _ in parts]
+            if follow is not None:
+                moved = follow(lambda i: [self._of(register, party) for register in registers(b.reads[i:i + 1])])
+                outcome = execute()
+                for i, new, lanes in moved:
+                    for n, register in enumerate(registers(b.writes[i:i + 1])):
+                        self._mark([register], party, new[n] if new.ndim == 3 else new, lanes)
+                return outcome
+            news = [self._known(sources, party) for sources, _ in parts]
             outcome = execute()
             for (_, results), new in zip(parts, news, strict=True):
                 self._mark(results, party, new)
@@ -92,14 +104,21 @@ class Unwritten(Check):
     def lds(self, b: Binding, offsets: np.ndarray, width: int, access: int, words: np.ndarray | None) -> None:
         places = offsets[:, None] + np.arange(width)
         if access == WRITE:
-            self.stored[places] = True
+            self.written[places] = True
             return
-        stored = self.stored[places].all(1)
+        stored = self.written[places].all(1)
         if not stored.all():
             if access == ATOMIC:
                 at = int(offsets[~stored][0]) % self.machine.lds_stride
                 raise EmulationError(f"an atomic on byte {at} of LDS, which nobody wrote")
             self.loaded = stored if self.loaded is None else self.loaded & stored
+
+    def scratch(self, b: Binding, offsets: np.ndarray, width: int, writes: bool) -> None:
+        places = offsets[:, None] + np.arange(width)
+        if writes:
+            self.private[places] = True
+        elif not (stored := self.private[places].all(1)).all():
+            self.loaded = stored
 
     @staticmethod
     def _parts(b: Binding) -> list[tuple[list, list]]:
@@ -113,14 +132,11 @@ class Unwritten(Check):
             return [(low, [(kind, first, 1)]), (b.reads, [(kind, first + 1, 1), *b.writes[1:]])]
         return [(b.reads, b.writes)]
 
-    def _known(self, sources: list[int], party, either: bool) -> np.ndarray:
-        """[waves, 64]: where all sources are known; either: one of them."""
-        known = np.full((party.count, 64), not (either and sources))
+    def _known(self, sources: list[int], party) -> np.ndarray:
+        """[waves, 64]: where all sources are known."""
+        known = np.ones((party.count, 64), bool)
         for register in sources:
-            if either:
-                known |= self._of(register, party)
-            else:
-                known &= self._of(register, party)
+            known &= self._of(register, party)
         return known
 
     def _of(self, register: int, party) -> np.ndarray:
@@ -128,14 +144,15 @@ class Unwritten(Check):
             return self.scalar[register - SCALAR, party.waves][:, None]
         return self.vector[register, party.waves]
 
-    def _mark(self, writes: list[int], party, known: np.ndarray | bool) -> None:
+    def _mark(self, writes: list[int], party, known: np.ndarray | bool, lanes: np.ndarray | None = None) -> None:
+        lanes = party.mask if lanes is None else lanes
         for register in writes:
             if register >= SCALAR:
                 file, row = self.scalar, register - SCALAR
-                file[row, party.waves] = known if known is True else (known | ~party.mask).all(1)
+                file[row, party.waves] = known if known is True else (known | ~lanes).all(1)
             else:
                 file, row = self.vector, register
-                np.copyto(file[row, party.waves], known, where=party.mask)
+                np.copyto(file[row, party.waves], known, where=lanes)
             if file[row].all():
                 self.sure.add(register)
             else:

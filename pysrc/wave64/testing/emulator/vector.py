@@ -2,12 +2,14 @@
 operations.py and conversions.py; and those that move between lanes, or between lanes and scalars.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from wave64.testing.emulator import conversions, operations
-from wave64.testing.emulator.binding import FLOATS, KINDS, SIZES, Binding, Source
+from wave64.testing.emulator.binding import FLOATS, KINDS, SIZES, Binding, Follow, Known, Source
 from wave64.testing.emulator.decode import EXEC, VCC, VGPR0
 from wave64.testing.emulator.memory import EmulationError
 
@@ -21,7 +23,11 @@ def alu(specification: str, function: Callable) -> Callable:
     results, sources = specification.rstrip("+").split("=")
 
     def bind(b: Binding) -> Callable:
-        gets, enabled = _sources(b, sources, results[0])
+        gets, moved, ends = _sources(b, sources, results[0])
+        enabled = moved.enabled if moved else None
+        chooses = gets[2] if b.instruction.name == "v_cndmask_b32" else None
+        if moved or chooses:
+            b.follow = _follow(b, ends, moved, chooses)
         value = _call(_saturating(b) or function, gets)
         if results == "m":
             write_mask = _mask_result(b)
@@ -61,8 +67,38 @@ def _call(function: Callable, gets: list[Source]) -> Callable:
 
 # ---- sources
 
-def _sources(b: Binding, kinds: str, result: str) -> tuple[list[Source], Callable | None]:
-    """A function per source and, with DPP, one that says which lanes are written."""
+class Moved(NamedTuple):
+    """The first source of DPP: what it gives; which lanes are written, None: those of EXEC; and, from what is known of
+    a register, what is known of what lanes get of it."""
+
+    get: Source
+    enabled: Callable | None
+    known: Callable[[np.ndarray], np.ndarray]
+
+
+def _follow(b: Binding, ends: list[int], moved: Moved | None, chooses: Source | None) -> Follow:
+    """Of the sources that end at `ends` in the binding's reads, with DPP's lanes of the first. chooses: the mask that
+    takes the second or the first, of which the other does not matter. A mask that is not known as a whole is let pass:
+    compilers merge masks in whose bits, of lanes that are off, nobody wrote anything."""
+    def follow(known: Known) -> list:
+        sources = []
+        for start, end in zip([0, *ends], ends, strict=False):
+            each = [register for i in range(start, end) for register in known(i)]
+            sources.append(functools.reduce(np.logical_and, each, np.ones((b.party.count, 64), bool)))
+        if moved:
+            sources[0] = moved.known(sources[0])
+        if chooses:
+            first, second, mask = sources
+            sources = [np.where(mask, np.where(chooses(), second, first), first & second)]
+        new = functools.reduce(np.logical_and, sources)
+        lanes = moved.enabled() & b.party.mask if moved and moved.enabled else None
+        return [(i, new, lanes) for i in range(len(b.writes))]
+    return follow
+
+
+def _sources(b: Binding, kinds: str, result: str) -> tuple[list[Source], Moved | None, list[int]]:
+    """A function per source; with DPP what it moves; and up to where each source's registers are in the binding's
+    reads."""
     fields, family = b.fields, b.instruction.family
     dpp, sdwa = family.endswith("_DPP16"), "_SDWA" in family
     three = family.startswith("VOP3") and not family.startswith("VOP3P")
@@ -73,7 +109,7 @@ def _sources(b: Binding, kinds: str, result: str) -> tuple[list[Source], Callabl
         neg = fields.src0_neg | fields.src1_neg << 1
         absolute = fields.src0_abs | fields.src1_abs << 1
     names = ["src0", "src1" if hasattr(fields, "src1") else "vsrc1", "src2"]
-    gets, enabled, position = [], None, 0
+    gets, ends, moved, position = [], [], None, 0
     for kind in kinds:
         if kind == "K":
             constant = b.source(255, result)
@@ -91,7 +127,8 @@ def _sources(b: Binding, kinds: str, result: str) -> tuple[list[Source], Callabl
             if sdwa:
                 get = _selected(b, position, plain)
             elif dpp and position == 0:
-                get, enabled = _moved(b, plain)
+                moved = _moved(b, plain)
+                get = moved.get
             else:
                 get = b.source(getattr(fields, names[position]).offset, plain, high=bool(opsel >> position & 1))
             if positive:
@@ -100,7 +137,8 @@ def _sources(b: Binding, kinds: str, result: str) -> tuple[list[Source], Callabl
                 get = _then(np.negative, get)
             gets.append(_then(lambda x: x.view(U32), get) if bits_only else get)
             position += 1
-    return gets, enabled
+        ends.append(len(b.reads))
+    return gets, moved, ends
 
 
 def _then(function: Callable, get: Source) -> Source:
@@ -149,9 +187,9 @@ def dpp_lanes(control: int) -> tuple[np.ndarray, np.ndarray]:
     return known[control]
 
 
-def _moved(b: Binding, kind: str) -> tuple[Source, Callable]:
-    """The first source of DPP, and which lanes are written: rows and banks that the masks have, and, unless bound_ctrl
-    makes it 0, only where the lane read is there and on."""
+def _moved(b: Binding, kind: str) -> Moved:
+    """Written are the rows and banks that the masks have and, unless bound_ctrl makes it 0, only where the lane read is
+    there and on."""
     fields, party = b.fields, b.party
     data = b.vector(fields.vsrc0.offset - VGPR0, kind)
     source, there = dpp_lanes(fields.dpp)
@@ -170,15 +208,19 @@ def _moved(b: Binding, kind: str) -> tuple[Source, Callable]:
         value, ok = data()[:, source], valid()
         return value if ok is None else np.where(ok, value, zero)
 
+    def known(register: np.ndarray) -> np.ndarray:
+        ok = valid()
+        return register[:, source] if ok is None else register[:, source] | ~ok
+
     if fields.bc and written.all():
-        return get, None
+        return Moved(get, None, known)
     if fields.bc:
-        return get, lambda: written
+        return Moved(get, lambda: written, known)
 
     def enabled() -> np.ndarray:
         ok = valid()
         return written if ok is None else written & ok
-    return get, enabled
+    return Moved(get, enabled, known)
 
 
 # ---- results
@@ -283,6 +325,8 @@ def _first_lanes(b: Binding) -> np.ndarray:
 def _read_first_lane(b: Binding) -> Callable:
     get, write = b.source(b.fields.src0.offset, "u"), b.scalar_sink(b.number("vdst"), "u")
     waves = np.arange(b.party.count)
+    if b.reads[0][0] == "v":
+        b.follow = lambda known: [(0, known(0)[0][waves, _first_lanes(b)][:, None], None)]
 
     def run() -> None:
         value = get()
@@ -293,7 +337,14 @@ def _read_first_lane(b: Binding) -> Callable:
 def _read_lane(b: Binding) -> Callable:
     get, lane = b.source(b.fields.src0.offset, "u"), b.scalar(b.fields.src1.offset, "u")
     write, waves = b.scalar_sink(b.number("vdst"), "u"), np.arange(b.party.count)
+    b.follow = lambda known: [(0, (known(0)[0][waves, lane() & U32(63)] & _of_scalars(b, known, 1))[:, None], None)]
     return lambda: write(get()[waves, lane() & U32(63)])
+
+
+def _of_scalars(b: Binding, known: Known, first: int) -> np.ndarray:
+    """[waves]: where all the scalar sources are known that the binding reads from `first` on."""
+    each = [register[:, 0] for i in range(first, len(b.reads)) for register in known(i)]
+    return functools.reduce(np.logical_and, each, np.ones(b.party.count, bool))
 
 
 def _write_lane(b: Binding) -> Callable:
@@ -301,6 +352,12 @@ def _write_lane(b: Binding) -> Callable:
     register = b.number("vdst")
     b.note(b.writes, register, 1)
     to, waves = b.party.V[register], np.arange(b.party.count)
+
+    def follow(known: Known) -> list:
+        written = np.zeros((b.party.count, 64), bool)
+        written[waves, lane() & U32(63)] = True
+        return [(0, np.broadcast_to(_of_scalars(b, known, 0)[:, None], written.shape), written)]
+    b.follow = follow
 
     def run() -> None:
         to[waves, lane() & U32(63)] = get()
@@ -326,6 +383,7 @@ def _swap(b: Binding) -> Callable:
     one, other = b.number("vdst"), b.fields.src0.offset - VGPR0
     get_one, get_other = b.vector(one, "u")(), b.vector(other, "u")()
     write_one, write_other = b.sink(one, "u"), b.sink(other, "u")
+    b.parts = [(b.reads[1:], b.writes[:1]), (b.reads[:1], b.writes[1:])]
 
     def run() -> None:
         kept = get_one.copy()
@@ -344,13 +402,18 @@ def _permlane_swap(width: int) -> Callable:
         b.writes += b.reads
         shape = (party.count, 32 // width, 2, width)
 
+        def swapped(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            first, second = first.copy().reshape(shape), second.copy().reshape(shape)
+            kept = first[:, :, 1].copy()
+            first[:, :, 1], second[:, :, 0] = second[:, :, 0], kept
+            return first.reshape(-1, 64), second.reshape(-1, 64)
+
+        b.follow = lambda known: [(i, new, None) for i, new in enumerate(swapped(known(0)[0], known(1)[0]))]
+
         def run() -> None:
             if not party.full:
                 raise EmulationError("a lane swap with lanes off")
-            first, second = (party.V[r].copy().reshape(shape) for r in (one, other))
-            kept = first[:, :, 1].copy()
-            first[:, :, 1], second[:, :, 0] = second[:, :, 0], kept
-            party.V[one][...], party.V[other][...] = first.reshape(-1, 64), second.reshape(-1, 64)
+            party.V[one][...], party.V[other][...] = swapped(party.V[one], party.V[other])
         return run
     return bind
 

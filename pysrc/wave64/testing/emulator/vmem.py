@@ -12,7 +12,7 @@ import numpy as np
 from wave64.testing.emulator import atomics
 from wave64.testing.emulator.binding import Binding
 from wave64.testing.emulator.decode import M0
-from wave64.testing.emulator.lanes import HALF_LOADS, LOADS, STORES, WRITE, active, give, receive
+from wave64.testing.emulator.lanes import HALF_LOADS, LOADS, STORES, WRITE, active, give, receive, store
 from wave64.testing.emulator.memory import EmulationError, Memory, OutOfBounds, Space
 
 I64, U32, U64 = np.int64, np.uint32, np.uint64
@@ -84,7 +84,10 @@ def _scratch(b: Binding) -> tuple[Space, Where]:
         got = active(b, at)
         if got.size and not (got.min() >= 0 and got.max() + width <= size):
             raise EmulationError(f"private memory at {int(got.min())} to {int(got.max()) + width}, of {size} bytes")
-        return got + active(b, starts)
+        got = got + active(b, starts)
+        for check in machine.checks:
+            check.scratch(b, got, width, writes)
+        return got
     return machine.scratch, where
 
 
@@ -112,7 +115,7 @@ def _store(place: Callable, width: int, high: bool) -> Callable:
         read = give(b, b.number("data"), width, high, bool(b.fields.acc))
 
         def run() -> None:
-            space.store(where(width, True), width, read())
+            store(b, space, where(width, True), width, read())
         return run
     return bind
 
@@ -254,12 +257,12 @@ def _buffer_store(width: int, high: bool) -> Callable:
             for check in checks:
                 check.buffer_store(b, left >= unit)
             if left.min() >= width:
-                memory.store(memory.locate(addresses, width, True), width, words)
+                store(b, memory, memory.locate(addresses, width, True), width, words)
                 return
             for i in range(words.shape[1]):
                 inside = left >= 4 * i + unit
                 at = _within(memory, addresses + U64(4 * i), inside, unit, True)
-                memory.store(at, unit, words[inside, i:i + 1])
+                store(b, memory, at, unit, words[inside, i:i + 1])
         return run
     return bind
 

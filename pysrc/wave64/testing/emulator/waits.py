@@ -14,8 +14,9 @@ from wave64.testing.emulator.watch import SCALAR, Check, name_of, registers
 class Waits(Check):
     """Counts what waves have issued (vm: vector memory, lgkm: LDS and scalar memory) and what waits have seen done.
 
-    Loads of vector memory and LDS operations come back in order, so waiting until n are left says which are done;
-    scalar loads come in any order, so that with one under way only waiting for all says something.
+    Loads of vector memory and LDS operations come back in order, so waiting until n are left says which are done.
+    Scalar loads come in any order, and flat accesses, which count as vector memory and as LDS, may be either: with one
+    of these under way only waiting for all says something.
     """
 
     def __init__(self, machine):
@@ -24,18 +25,18 @@ class Waits(Check):
         self.issued = {"vm": np.zeros(n, np.int64), "lgkm": np.zeros(n, np.int64)}
         self.done = {"vm": np.zeros(n, np.int64), "lgkm": np.zeros(n, np.int64)}
         self.due = {"vm": np.zeros((count, n), np.int64), "lgkm": np.zeros((count, n), np.int64)}
-        self.unordered = np.zeros(n, np.int64)  # the last scalar load
-        self.stored = np.zeros(n, np.int64)     # the last LDS operation that writes
+        #: the last scalar load or flat access
+        self.unordered = {"vm": np.zeros(n, np.int64), "lgkm": np.zeros(n, np.int64)}
+        self.lds_stores = np.zeros(n, np.int64)     # the last LDS operation that writes
         self.busy: set[int] = set()             # registers that some wave waits for
         #: by byte of LDS, what a load past the registers brings: (vm count, wave); None before the first such load
         self.direct: tuple[np.ndarray, np.ndarray] | None = None
 
     def start(self) -> None:
-        for arrays in (self.issued, self.done, self.due):
+        for arrays in (self.issued, self.done, self.due, self.unordered):
             for array in arrays.values():
                 array.fill(0)
-        self.unordered.fill(0)
-        self.stored.fill(0)
+        self.lds_stores.fill(0)
         self.busy.clear()
         self.direct = None
 
@@ -54,6 +55,7 @@ class Waits(Check):
         busy = self.busy
         only_gives = ("ds_read", "ds_bpermute", "ds_permute", "ds_swizzle")
         stores = b.instruction.family == "DS" and not name.startswith(only_gives)
+        unordered = b.instruction.family in ("SMEM", "FLAT")
 
         def checked():
             if busy and not busy.isdisjoint(watched):
@@ -64,11 +66,11 @@ class Waits(Check):
                     self.issued[counter][waves] += 1
                     for register in written:
                         self.due[counter][register, waves] = self.issued[counter][waves]
+                    if unordered:
+                        self.unordered[counter][waves] = self.issued[counter][waves]
                 busy.update(written)
-                if b.instruction.family == "SMEM":
-                    self.unordered[waves] = self.issued["lgkm"][waves]
                 if stores:
-                    self.stored[waves] = self.issued["lgkm"][waves]
+                    self.lds_stores[waves] = self.issued["lgkm"][waves]
             return outcome
         return checked
 
@@ -100,8 +102,8 @@ class Waits(Check):
         def run() -> None:
             for counter, count in left.items():
                 seen = self.issued[counter][waves] - count
-                if counter == "lgkm" and count:
-                    seen = np.where(self.unordered[waves] > self.done[counter][waves], 0, seen)
+                if count:
+                    seen = np.where(self.unordered[counter][waves] > self.done[counter][waves], 0, seen)
                 self.done[counter][waves] = np.maximum(self.done[counter][waves], seen)
             waiting = [r for r in self.busy
                        if any((self.due[c][r] > self.done[c]).any() for c in ("vm", "lgkm"))]
@@ -110,7 +112,7 @@ class Waits(Check):
 
     def _barrier(self, execute: Callable, waves: slice) -> Callable:
         def run():
-            if (self.stored[waves] > self.done["lgkm"][waves]).any():
+            if (self.lds_stores[waves] > self.done["lgkm"][waves]).any():
                 raise EmulationError("a barrier, but no s_waitcnt has waited for the LDS stores before it")
             return execute()
         return run

@@ -6,6 +6,7 @@ import numpy as np
 
 from wave64.testing.emulator.binding import Binding
 from wave64.testing.emulator.decode import EXEC, M0, SCC, VCC
+from wave64.testing.emulator.memory import Space
 
 SCALAR = 1000  # where the scalar registers begin in one numbering of both kinds
 NAMES = {VCC: "vcc_lo", VCC + 1: "vcc_hi", M0: "m0", EXEC: "exec_lo", EXEC + 1: "exec_hi", SCC: "scc"}
@@ -38,6 +39,12 @@ class Check:
 
     def lds(self, b: Binding, offsets: np.ndarray, width: int, access: int, words: np.ndarray | None) -> None:
         """The active lanes are about to access LDS: READ, WRITE (of `words`) or ATOMIC."""
+
+    def scratch(self, b: Binding, offsets: np.ndarray, width: int, writes: bool) -> None:
+        """The active lanes are about to access private memory."""
+
+    def stored(self, b: Binding, space: Space, offsets: np.ndarray, width: int, words: np.ndarray) -> None:
+        """The active lanes, or those of them inside a buffer's resource, have stored `words` to memory."""
 
     def buffer_store(self, b: Binding, inside: np.ndarray) -> None:
         """A buffer store is about to write, of the active lanes' accesses those that are inside its resource."""
