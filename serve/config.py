@@ -117,6 +117,7 @@ class QuantConfig:
     """Weights in FP8 (e4m3fn) with a scale per block of [rows, columns]; activations quantised as they come."""
 
     weight_block_size: tuple[int, int]
+    scale_ue8m0: bool = False  # activations' scales are powers of two
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _blocks(keys: "Keys") -> QuantConfig | None:
         return None
     quantization = keys.group("quantization_config")
     quantization.choice("quant_method", "none", {"fp8": "fp8"})
-    known = {"fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "float", "expert_dtype": "fp8"}
+    known = {"fmt": "e4m3", "activation_scheme": "dynamic", "expert_dtype": "fp8"}
     for key, only in known.items():
         quantization.choice(key, only, {only: only})
     block = quantization.get("weight_block_size")
@@ -143,5 +143,6 @@ def _blocks(keys: "Keys") -> QuantConfig | None:
     if block[1] % 32:
         raise quantization.error("weight_block_size", block, "columns of a block that are a multiple of 32")
     quantization.get("modules_to_not_convert")  # names what is stored plain, which the tensors' dtypes say, too
+    scale_ue8m0 = quantization.choice("scale_fmt", "float", {"float": False, "ue8m0": True})
     quantization.refuse_the_rest()
-    return QuantConfig((block[0], block[1]))
+    return QuantConfig((block[0], block[1]), scale_ue8m0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wave64 import ops, quant
-from wave64.serve.config import ModelConfig
+from wave64.serve.config import ModelConfig, QuantConfig
 from wave64.serve.layers import Layer, MergedLinear, weight
 
 
@@ -23,7 +23,7 @@ def linear(config: ModelConfig, in_features: int, parts: dict[str, int]) -> nn.M
     """
     if config.quantization is None:
         return MergedLinear(in_features, parts)
-    return Fp8Linear(in_features, parts, config.quantization.weight_block_size)
+    return Fp8Linear(in_features, parts, config.quantization)
 
 
 class Scales:
@@ -70,11 +70,11 @@ def as_multiplied(stored: nn.Parameter, scale: nn.Parameter) -> nn.Parameter:
 class Fp8Linear(Layer):
     """`linear` with a weight in FP8. fp32 accumulation; the result has the dtype of x."""
 
-    def __init__(self, in_features: int, parts: dict[str, int], block: tuple[int, int]):
+    def __init__(self, in_features: int, parts: dict[str, int], quantization: QuantConfig):
         super().__init__()
-        self.parts = parts
+        self.parts, self.scale_ue8m0 = parts, quantization.scale_ue8m0
         ends = [sum(list(parts.values())[: i + 1]) for i in range(len(parts))]
-        self.scales = Scales(block, tuple(ends[:-1]))
+        self.scales = Scales(quantization.weight_block_size, tuple(ends[:-1]))
         self.weight = weight(ends[-1], in_features, dtype=torch.float8_e4m3fn)
         self.weight_scale = weight(*self.scales.shape(ends[-1], in_features), dtype=torch.float32)
 
@@ -90,7 +90,7 @@ class Fp8Linear(Layer):
         self.weight = as_multiplied(self.weight, self.weight_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, scale = ops.per_token_group_quant_fp8(x, self.scales.columns)
+        q, scale = ops.per_token_group_quant_fp8(x, self.scales.columns, self.scale_ue8m0)
         return ops.fp8_block_scaled_mm(q, self.weight, scale, self.weight_scale, self.scales.block_shape, x.dtype)
 
 
@@ -103,6 +103,7 @@ class Experts(Layer):
         self.names = [f"experts.{e}" for e in range(num_experts)] + ["shared_experts"] * shared
         num_experts = len(self.names)
         self.inter, self.activation, self.scales = inter, config.hidden_act, None
+        self.scale_ue8m0 = bool(config.quantization and config.quantization.scale_ue8m0)
         dtype = torch.float8_e4m3fn if config.quantization else None
         self.w13 = weight(num_experts, 2 * inter, hidden, dtype=dtype)
         self.w2 = weight(num_experts, hidden, inter, dtype=dtype)
@@ -132,7 +133,8 @@ class Experts(Layer):
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """x [num_tokens, hidden], the router's weights and ids [num_tokens, top_k]."""
         return ops.fused_moe(x, self.w13, self.w2, weights, ids, self.w13_scale, self.w2_scale,
-                             self.scales and self.scales.block_shape, self.activation)
+                             self.scales and self.scales.block_shape, self.activation,
+                             scale_ue8m0=self.scale_ue8m0)
 
 
 class UpProjection(Layer):

@@ -115,3 +115,16 @@ def test_rows_are_padded_on_gfx942_only():
         assert torch.equal(wide, torch.ones_like(wide))
         for other in (weight[..., :500].contiguous(), padded, torch.ones(512)):
             assert quant.pad_rows(other) is other
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+def test_ue8m0_scales_are_the_least_powers_of_two_that_hold_the_group(dtype):
+    """From exact powers of two on and just beyond them; no finite number is saturated, and dividing back is exact."""
+    largest = quant.limit(dtype)
+    amax = largest * torch.tensor([2.0**-20, 0.5, 1.0, 2.0**30, 1 + 2.0**-23, 2.0**7 * (1 + 2.0**-23), 1.5, 1.9999999])
+    x = torch.stack((amax, -amax / 3, torch.zeros_like(amax)), -1)
+    q, scale = quant.quantize(x, -1, dtype, ue8m0=True)
+    want = torch.tensor([2.0**-20, 0.5, 1.0, 2.0**30, 2.0, 2.0**8, 2.0, 2.0])
+    assert torch.equal(scale[:, 0], want)
+    assert torch.equal(q.float(), (x / want[:, None]).to(dtype).float())
+    assert quant.quantize(torch.tensor([[float("inf"), 1.0]]), -1, dtype, ue8m0=True)[1].isinf().all()

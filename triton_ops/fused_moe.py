@@ -82,7 +82,8 @@ HOPPER_FEW = [(16, 2, 8, 1), (16, 4, 8, 1), (32, 4, 8, 1), (16, 2, 3, 4), (16, 4
 
 def facts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
           w2_scale: Tensor | None = None, block_shape: list[int] | None = None, activation: str = "silu",
-          apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None) -> dict[str, int | str]:
+          apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None,
+          scale_ue8m0: bool = False) -> dict[str, int | str]:
     """Of a call's arguments, by their names, what the choice of a configuration depends on."""
     experts, hidden, inter = w2.shape
     kind = granularity(w13_scale, block_shape) or ("fp32" if x.dtype == torch.float32 else "half")
@@ -186,18 +187,19 @@ def route(topk_ids: Tensor, expert_map: Tensor | None, experts: int, config: Con
     return Routing(topk_ids, expert_map, experts, block_ids, ordered, end)
 
 
-def quantise(x: Tensor, block_shape: list[int] | None) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, block_shape: list[int] | None, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """(q, scale) of rows, or of the groups of columns that blocks have."""
-    return per_token_group_quant_fp8.launch(x, block_shape[1]) if block_shape else per_token_quant_fp8.launch(x)
+    return per_token_group_quant_fp8.launch(x, block_shape[1], ue8m0) if block_shape else per_token_quant_fp8.launch(x)
 
 
-def _about(weight: Tensor, scale: Tensor | None, block_shape: list[int] | None, block_k: int) -> dict[str, int | float]:
+def _about(weight: Tensor, scale: Tensor | None, block_shape: list[int] | None, block_k: int,
+           ue8m0: bool = False) -> dict[str, int | float]:
     """What kernels are told of weights [E, N, K] and their scales. BLOCK_K divides the columns of a scale's block."""
     kind = KINDS[granularity(scale, block_shape)]
     group_n, group_k = block_shape or (1, 1)
     if block_shape:
         block_k = min(block_k, group_k)
-    of_type = limits(weight.dtype) if kind else dict(LIMIT=0.0, BELOW=0.0)
+    of_type = limits(weight.dtype, ue8m0) if kind else dict(LIMIT=0.0, BELOW=0.0)
     return dict(stride_we=weight.stride(0), stride_wn=weight.stride(1), stride_se=scale.stride(0) if kind else 0,
                 stride_sn=scale.stride(1) if scale is not None and scale.ndim > 1 else 0, K=weight.shape[2],
                 SCALED=kind, **of_type, GROUP_N=group_n, GROUP_K=group_k, EVEN=weight.shape[2] % block_k == 0,
@@ -206,19 +208,19 @@ def _about(weight: Tensor, scale: Tensor | None, block_shape: list[int] | None, 
 
 def first_product(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype, w13: Tensor, w13_scale: Tensor | None,
                   weights: Tensor | None, routing: Routing, block_shape: list[int] | None, activation: str,
-                  config: Config) -> tuple[Tensor, Tensor | None]:
+                  config: Config, ue8m0: bool = False) -> tuple[Tensor, Tensor | None]:
     """(h [pairs, inter], None), in dtype, or quantised in groups with their scales where programs hold whole ones."""
     pairs, inter = routing.topk_ids.numel(), w13.shape[1] // 2
     if config.hopper:
         h = torch.empty((pairs, inter), dtype=dtype, device=x.device)
         on_hopper("fused_moe").launch(h, x, x_scale, w13, w13_scale, None, routing.pairs, routing.block_ids,
                                       routing.end, routing.topk_ids.shape[1], 2, block_shape)
-        return (h, None) if x_scale is None else quantise(h, block_shape)
+        return (h, None) if x_scale is None else quantise(h, block_shape, ue8m0)
     group = block_shape[1] if block_shape else 0
     whole = config.up_n == group and not config.few
     h = torch.empty((pairs, inter), dtype=w13.dtype if whole else dtype, device=x.device)
     h_scale = torch.empty((pairs, triton.cdiv(inter, group)), dtype=torch.float32, device=x.device) if whole else None
-    about = _about(w13, w13_scale, block_shape, config.up_k if x_scale is not None else max(config.up_k, group))
+    about = _about(w13, w13_scale, block_shape, config.up_k if x_scale is not None else max(config.up_k, group), ue8m0)
     one = about["GROUP_N"] % config.up_n == 0 and inter % config.up_n == 0
     _moe_gate_up_kernel[routing.grid(triton.cdiv(inter, config.up_n), config)](
         h, h_scale, x, x_scale, w13, w13_scale, weights, *routing.arguments(), stride_x=x.stride(0), N=inter,
@@ -230,7 +232,8 @@ def first_product(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype, w13: Te
 
 
 def second_product(h: Tensor, h_scale: Tensor | None, dtype: torch.dtype, w2: Tensor, w2_scale: Tensor | None,
-                   weights: Tensor | None, routing: Routing, block_shape: list[int] | None, config: Config) -> Tensor:
+                   weights: Tensor | None, routing: Routing, block_shape: list[int] | None, config: Config,
+                   ue8m0: bool = False) -> Tensor:
     """y [pairs, hidden]; rows of pairs without an expert here are not written."""
     hidden, group = w2.shape[1], block_shape[1] if block_shape else 0
     y = torch.empty((h.shape[0], hidden), dtype=dtype, device=h.device)
@@ -238,7 +241,8 @@ def second_product(h: Tensor, h_scale: Tensor | None, dtype: torch.dtype, w2: Te
         on_hopper("fused_moe").launch(y, h, h_scale, w2, w2_scale, weights, routing.pairs, routing.block_ids,
                                       routing.end, 1, 1, block_shape)
         return y
-    about = _about(w2, w2_scale, block_shape, config.down_k if h_scale is not None else max(config.down_k, group))
+    about = _about(w2, w2_scale, block_shape, config.down_k if h_scale is not None else max(config.down_k, group),
+                   ue8m0)
     _moe_down_kernel[routing.grid(triton.cdiv(hidden, config.down_n), config)](
         y, h, h_scale, w2, w2_scale, weights, *routing.arguments(), N=hidden,
         ONE=about["GROUP_N"] % config.down_n == 0, WIDE=is_wide(h), SWAP=config.swap, GROUP_M=config.group_m,
@@ -256,11 +260,12 @@ def combine(out: Tensor, y: Tensor, routing: Routing) -> None:
 
 
 def second_product_of_few(out: Tensor, h: Tensor, w2: Tensor, w2_scale: Tensor | None, weights: Tensor | None,
-                          routing: Routing, block_shape: list[int] | None, config: Config) -> None:
+                          routing: Routing, block_shape: list[int] | None, config: Config,
+                          ue8m0: bool = False) -> None:
     (tokens, hidden), top_k = out.shape, routing.topk_ids.shape[1]
     block_j = triton.next_power_of_2(top_k)
     block_n = max(16, config.down_n // block_j)
-    about = _about(w2, w2_scale, block_shape, max(config.down_k, block_shape[1] if block_shape else 0))
+    about = _about(w2, w2_scale, block_shape, max(config.down_k, block_shape[1] if block_shape else 0), ue8m0)
     _moe_down_few_kernel[triton.cdiv(hidden, block_n), tokens](
         out, h, w2, w2_scale, weights, routing.topk_ids, routing.expert_map, routing.routed, routing.experts, N=hidden,
         TOP_K=top_k, BLOCK_J=block_j, BLOCK_C=max(16, block_j), BLOCK_N=block_n, **about, num_warps=config.down_warps,
@@ -284,7 +289,8 @@ def unsupported(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=Non
 @fused_moe.backend("triton", supports=unsupported)
 def launch(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
            w2_scale: Tensor | None = None, block_shape: list[int] | None = None, activation: str = "silu",
-           apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None) -> Tensor:
+           apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None,
+           scale_ue8m0: bool = False) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -296,12 +302,14 @@ def launch(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: T
     routing = route(topk_ids, expert_map, w13.shape[0], config)
     q, q_scale = x, None
     if w13_scale is not None and not (config.late and block_shape):
-        q, q_scale = quantise(x, block_shape)
-    h, h_scale = first_product(q, q_scale, x.dtype, w13, w13_scale, before, routing, block_shape, activation, config)
+        q, q_scale = quantise(x, block_shape, scale_ue8m0)
+    h, h_scale = first_product(q, q_scale, x.dtype, w13, w13_scale, before, routing, block_shape, activation, config,
+                               scale_ue8m0)
     if config.few:
-        second_product_of_few(out, h, w2, w2_scale, after, routing, block_shape, config)
+        second_product_of_few(out, h, w2, w2_scale, after, routing, block_shape, config, scale_ue8m0)
         return out
     if w2_scale is not None and not block_shape:
         h, h_scale = quantise(h, None)
-    combine(out, second_product(h, h_scale, x.dtype, w2, w2_scale, after, routing, block_shape, config), routing)
+    y = second_product(h, h_scale, x.dtype, w2, w2_scale, after, routing, block_shape, config, scale_ue8m0)
+    combine(out, y, routing)
     return out

@@ -21,5 +21,5 @@ def _per_token_group_quant_fp8_kernel(q_ptr, scale_ptr, x_ptr, groups, x_stride,
 
 
 @per_token_group_quant_fp8.backend("triton", supports=supports)
-def launch(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    return launch_groups(_per_token_group_quant_fp8_kernel, x, x.shape[1], group_size)
+def launch(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    return launch_groups(_per_token_group_quant_fp8_kernel, x, x.shape[1], group_size, scale_ue8m0)

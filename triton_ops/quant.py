@@ -21,10 +21,17 @@ LEAST = tl.constexpr(quant.LEAST)
 
 @triton.jit
 def scales(amax, LIMIT: tl.constexpr, BELOW: tl.constexpr):
-    """(scale, what numbers are multiplied by instead of divided by it); both quotients are rounded to nearest."""
+    """(scale, what numbers are multiplied by instead of divided by it); both quotients are rounded to nearest. BELOW 0:
+    scales are the next powers of two from there on."""
     amax = tl.maximum(amax, LEAST)
     scale = tl.div_rn(amax, tl.full(amax.shape, LIMIT, tl.float32))
-    return scale, tl.div_rn(tl.full(amax.shape, BELOW, tl.float32), amax)
+    if BELOW == 0:
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = (((bits + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
+        inverse = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
+    else:
+        inverse = tl.div_rn(tl.full(amax.shape, BELOW, tl.float32), amax)
+    return scale, inverse
 
 
 @triton.jit
@@ -54,12 +61,12 @@ def store_groups(q_ptr, scale_ptr, x, offs, mask, groups, LIMIT: tl.constexpr, B
 
 
 @functools.cache
-def limits(dtype: torch.dtype) -> dict[str, float]:
-    """What kernels have to know of an FP8 type."""
-    return dict(LIMIT=quant.limit(dtype), BELOW=quant.below(dtype))
+def limits(dtype: torch.dtype, ue8m0: bool = False) -> dict[str, float]:
+    """What kernels have to know of an FP8 type, and of scales that are powers of two."""
+    return dict(LIMIT=quant.limit(dtype), BELOW=0.0 if ue8m0 else quant.below(dtype))
 
 
-def launch_groups(kernel, x: Tensor, columns: int, group_size: int) -> tuple[Tensor, Tensor]:
+def launch_groups(kernel, x: Tensor, columns: int, group_size: int, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """kernel(q_ptr, scale_ptr, x_ptr, groups, x_stride, ...) over all groups of q [tokens, columns]."""
     tokens, each = x.shape[0], triton.cdiv(columns, group_size)
     q = torch.empty((tokens, columns), dtype=quant.fp8_dtype(), device=x.device)
@@ -68,7 +75,7 @@ def launch_groups(kernel, x: Tensor, columns: int, group_size: int) -> tuple[Ten
         block_g = BLOCK // group_size
         kernel[(triton.cdiv(tokens * each, block_g),)](
             q, scale, x, tokens * each, x.stride(0), COLUMNS=columns, GROUP=group_size, WIDE=is_wide(x, q),
-            BLOCK_G=block_g, **limits(q.dtype), num_warps=num_warps(BLOCK // 16))
+            BLOCK_G=block_g, **limits(q.dtype, ue8m0), num_warps=num_warps(BLOCK // 16))
     return q, scale
 
 

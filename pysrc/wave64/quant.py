@@ -47,18 +47,26 @@ def largest(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return x.abs().nan_to_num_(0.0, posinf=float("inf")).amax(dim, keepdim=True).clamp_min_(LEAST)
 
 
-def scales(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(scale, what numbers are multiplied by instead of divided by it), of amax, which becomes scale."""
+def scales(amax: Tensor, dtype: torch.dtype, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """(scale, what numbers are multiplied by instead of divided by it), of amax, which becomes scale. ue8m0: the scale
+    is the next power of two from there on, as a number of 8 bits of exponent holds it, and its inverse is exact."""
+    if ue8m0:
+        fraction, exponent = torch.frexp(amax.div_(amax.new_full((), limit(dtype))))
+        power = torch.ldexp(torch.ones_like(amax), exponent - (fraction == 0.5).to(exponent.dtype))
+        amax.copy_(torch.where(amax.isinf(), amax, power))
+        return amax, amax.reciprocal()
     # where one of both is no tensor, torch multiplies with a reciprocal, which rounds twice
     inverse = amax.new_full((), below(dtype)) / amax
     return amax.div_(amax.new_full((), limit(dtype))), inverse
 
 
-def quantize(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """(q, scale) of x, computed in at least fp32, with one scale for all of `dim`, which stays as 1 in scale."""
+def quantize(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype | None = None,
+             ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """(q, scale) of x, computed in at least fp32, with one scale for all of `dim`, which stays as 1 in scale; ue8m0: a
+    power of two."""
     dtype = dtype or fp8_dtype()
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale, inverse = scales(largest(wide, dim), dtype)
+    scale, inverse = scales(largest(wide, dim), dtype, ue8m0)
     return (wide * inverse).to(dtype), scale
 
 

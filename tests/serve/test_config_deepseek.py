@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from wave64.serve.config import ConfigError, ModelConfig
+from wave64.serve.config import ConfigError, ModelConfig, QuantConfig
 
 YARN = dict(beta_fast=32, beta_slow=1, factor=40, mscale=1.0, mscale_all_dim=1.0,
             original_max_position_embeddings=4096, type="yarn")
@@ -54,7 +54,9 @@ def test_v3_as_published(tmp_path):
     assert (moe.scoring_func, moe.correction_bias, moe.norm_topk_prob) == ("sigmoid", True, True)
     assert (moe.routed_scaling_factor, moe.num_shared_experts, moe.intermediate_size) == (2.5, 1, 2048)
     assert (moe.first_dense_layers, moe.layer_freq) == (3, 1)
-    assert config.quantization.weight_block_size == (128, 128)
+    assert config.quantization == QuantConfig((128, 128), scale_ue8m0=False)
+    v3_1 = read(tmp_path, {**V3, "quantization_config": {**FP8, "scale_fmt": "ue8m0"}})
+    assert v3_1.quantization == QuantConfig((128, 128), scale_ue8m0=True)
     assert config.num_nextn_predict_layers == 1
     assert (config.rope.rope_type, config.rope.factor) == ("yarn", 40)
 
@@ -89,7 +91,7 @@ def test_transformers_spelling_says_the_same(tmp_path):
     (dict(quantization_config={**FP8, "weight_block_size": None}), "quantization_config.weight_block_size"),
     (dict(quantization_config={**FP8, "weight_block_size": [128, 48]}), "quantization_config.weight_block_size"),
     (dict(quantization_config={**FP8, "kv_cache_scheme": "static"}), "quantization_config.kv_cache_scheme"),
-    (dict(quantization_config={**FP8, "scale_fmt": "ue8m0"}), "quantization_config.scale_fmt"),
+    (dict(quantization_config={**FP8, "scale_fmt": "ue4m3"}), "quantization_config.scale_fmt"),
     (dict(quantization_config={**FP8, "quant_method": None}), "quantization_config.quant_method"),
     (dict(n_routed_experts=None), "n_routed_experts"), (dict(n_group=None), "n_group"),
     (dict(n_shared_experts=-1), "n_shared_experts"), (dict(q_lora_rank=False), "q_lora_rank"),

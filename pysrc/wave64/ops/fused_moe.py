@@ -71,6 +71,8 @@ def cases():
         "block-odd": dict(tokens=20, hidden=80, inter=48, **blocks),
         "block-odd-few": dict(tokens=2, hidden=80, inter=48, **blocks),
         "block-fp16": dict(tokens=3, dtype=torch.float16, **blocks),
+        "ue8m0": dict(tokens=20, inter=64, scale_ue8m0=True, **blocks),
+        "ue8m0-few": dict(tokens=3, inter=64, scale_ue8m0=True, **blocks),
         "padded": dict(tokens=3, padded=16),
         "no-tokens": dict(tokens=0),
     }
@@ -111,7 +113,7 @@ def _check_scale(name: str, weight: Tensor, scale: Tensor | None, block_shape: l
 
 
 def check(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, block_shape=None, activation="silu",
-          apply_router_weight_on_input=False, expert_map=None):
+          apply_router_weight_on_input=False, expert_map=None, scale_ue8m0=False):
     if x.ndim != 2 or x.shape[1] == 0 or x.stride(1) != 1 and x.shape[1] > 1:
         raise BadArgument("x", "[num_tokens, hidden] with a contiguous last dimension", x)
     if x.dtype not in DTYPES:
@@ -142,6 +144,8 @@ def check(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, blo
         raise BadArgument("topk_ids", f"from 1 to {routed} ids a token, as there are experts", topk_ids)
     if block_shape is not None and (len(block_shape) != 2 or min(block_shape) < 1):
         raise BadArgument("block_shape", "two positive numbers, rows and columns of a block", block_shape)
+    if scale_ue8m0 and block_shape is None:
+        raise BadArgument("scale_ue8m0", "False without block_shape", "True", "such scales are of groups of columns")
     if block_shape is not None and w13.dtype == x.dtype:
         raise BadArgument("block_shape", f"None for {w13.dtype} weights", block_shape, "blocks belong to FP8 weights")
     _check_scale("w13_scale", w13, w13_scale, block_shape)
@@ -164,7 +168,7 @@ def local_ids(topk_ids: Tensor, experts: int, expert_map: Tensor | None) -> Tens
 
 
 def cost(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, block_shape=None, activation="silu",
-         apply_router_weight_on_input=False, expert_map=None) -> Cost:
+         apply_router_weight_on_input=False, expert_map=None, scale_ue8m0=False) -> Cost:
     """Weights of the experts that are chosen, each once."""
     ids = local_ids(topk_ids, w13.shape[0], expert_map)
     ids = ids[ids >= 0]
@@ -179,11 +183,11 @@ def dequantised(weight: Tensor, scale: Tensor | None, block_shape: list[int] | N
     return dequantize(weight, scale if block_shape or not scale.ndim else scale.view(-1, 1), block_shape, wide)
 
 
-def as_read(x: Tensor, fp8: torch.dtype, block_shape: list[int] | None) -> Tensor:
+def as_read(x: Tensor, fp8: torch.dtype, block_shape: list[int] | None, ue8m0: bool = False) -> Tensor:
     """x [rows, columns] in fp32 as a product with FP8 weights reads it: quantised by rows or groups of columns."""
     columns = x.shape[1]
     group = block_shape[1] if block_shape else columns
-    q, scale = quantize(F.pad(x.float(), (0, -columns % group)).unflatten(1, (-1, group)), -1, fp8)
+    q, scale = quantize(F.pad(x.float(), (0, -columns % group)).unflatten(1, (-1, group)), -1, fp8, ue8m0)
     return (q.float() * scale).flatten(1)[:, :columns]
 
 
@@ -196,7 +200,7 @@ def activated(gate: Tensor, activation: str) -> Tensor:
 def fused_moe(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
               w13_scale: Tensor | None = None, w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
               activation: str = "silu", apply_router_weight_on_input: bool = False,
-              expert_map: Tensor | None = None) -> Tensor:
+              expert_map: Tensor | None = None, scale_ue8m0: bool = False) -> Tensor:
     """y[t] = sum over j of topk_weights[t, j] W2 h, h = act(G x[t]) * (U x[t]), of expert topk_ids[t, j]: G is the
     first, U the second half of the rows of w13, W2 is w2.   (Shazeer et al. 2017; gated: Shazeer 2020, GLU variants)
     An id that is -1, out of range or mapped to -1 contributes nothing; a token without others gets zeros.
@@ -214,6 +218,7 @@ def fused_moe(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids
     activation    silu, gelu (with erf), gelu_tanh
     apply_router_weight_on_input  the weight multiplies G x and U x instead (Llama 4); top_k 1 only
     expert_map    [num_global_experts]  int32: the expert here that a global id means, or -1
+    scale_ue8m0   with block_shape: the scales of x and h are rounded up to powers of two (DeepSeek-V3.1)
     returns       [num_tokens, hidden]  dtype of x, contiguous
     raises        BadArgument (a ValueError) if a shape, dtype, stride, device or name is none of these
 
@@ -235,7 +240,7 @@ def fused_moe(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids
     wide = torch.promote_types(x.dtype, torch.float32)
     quantised = w13.dtype in FP8.values() and wide != torch.float64
     ids = local_ids(topk_ids, w13.shape[0], expert_map)
-    read = as_read(x, w13.dtype, block_shape) if quantised else x.to(wide)
+    read = as_read(x, w13.dtype, block_shape, scale_ue8m0) if quantised else x.to(wide)
     pairs = x.new_zeros((*topk_ids.shape, x.shape[1]), dtype=wide)
     # Experts that nobody chose are left out: with hundreds of them they would be nearly all of the work.
     for e in ids.unique().tolist():
@@ -247,7 +252,7 @@ def fused_moe(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids
         both = read[token] @ dequantised(w13[e], scales[0], block_shape, wide).T
         gate, up = (both * weight if apply_router_weight_on_input else both).chunk(2, -1)
         h = (activated(gate, activation) * up).to(x.dtype)
-        h = as_read(h, w2.dtype, block_shape) if quantised else h.to(wide)
+        h = as_read(h, w2.dtype, block_shape, scale_ue8m0) if quantised else h.to(wide)
         y = h @ dequantised(w2[e], scales[1], block_shape, wide).T
         pairs[token, slot] = y if apply_router_weight_on_input else y * weight
     return pairs.sum(1).to(x.dtype)

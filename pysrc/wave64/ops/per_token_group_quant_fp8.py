@@ -43,6 +43,8 @@ def cases():
         yield Case(name, lambda draw=draw: dict(x=draw(), group_size=128))
     for group_size in (1, 32, 64, 256, 1024):
         yield Case(f"group-{group_size}", lambda g=group_size: dict(x=torch.randn(3, 320), group_size=g))
+    yield Case("ue8m0", lambda: dict(x=torch.randn(5, 320), group_size=64, scale_ue8m0=True))
+    yield Case("ue8m0-awkward", lambda: dict(x=awkward(256), group_size=128, scale_ue8m0=True))
     for tokens in (1, 128, 4096):
         yield Case(f"{tokens}x7168", lambda t=tokens: dict(x=torch.randn(t, 7168, dtype=torch.bfloat16),
                                                            group_size=128), large=True)
@@ -61,7 +63,7 @@ def check_group_size(group_size):
         raise BadArgument("group_size", "a power of two, at most 1024", group_size)
 
 
-def check(x, group_size):
+def check(x, group_size, scale_ue8m0=False):
     check_x(x)
     check_group_size(group_size)
 
@@ -90,25 +92,26 @@ def agree(args, result, exact) -> None:
     agrees(args["x"], result, exact, [1, args["group_size"]])
 
 
-def cost(x, group_size) -> Cost:
+def cost(x, group_size, scale_ue8m0=False) -> Cost:
     return Cost(bytes=x.nbytes + x.numel() + 4 * x.shape[0] * -(-x.shape[1] // group_size))
 
 
-def grouped(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def grouped(x: Tensor, group_size: int, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """(q [T, K], scale [T, ceil(K / group_size)]) of x [T, K] in fp32 or wider."""
     columns = x.shape[1]
-    q, scale = quant.quantize(F.pad(x, (0, -columns % group_size)).unflatten(1, (-1, group_size)), -1)
+    q, scale = quant.quantize(F.pad(x, (0, -columns % group_size)).unflatten(1, (-1, group_size)), -1, ue8m0=ue8m0)
     return q.flatten(1)[:, :columns].contiguous(), scale.squeeze(-1)
 
 
 @op(cases=cases, check=check, cost=cost, agree=agree)
-def per_token_group_quant_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def per_token_group_quant_fp8(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """q[t, i] = x[t, i] / scale[t, i // group_size], rounded to nearest even; scale = max(amax, 1e-10) / limit of the
     group's numbers, limit the largest of the FP8 type (wave64/quant.py says how it is computed).   (DeepSeek-AI 2024,
     DeepSeek-V3, section 3.3.2)
 
     x           [num_tokens, columns]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     group_size  a power of two up to 1024; the last group of a row may be shorter
+    scale_ue8m0 the scale is rounded up to a power of two (DeepSeek-V3.1), in fp32 all the same
     returns     q [num_tokens, columns]  the architecture's FP8, contiguous, and
                 scale [num_tokens, ceil(columns / group_size)]  fp32, contiguous
     raises      BadArgument (a ValueError) if a shape, dtype or group_size is none of these
@@ -117,4 +120,4 @@ def per_token_group_quant_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tenso
     fraction bits, or half the least step. No finite number becomes NaN. NaN stays NaN and leaves the others of its
     group as they would be without; a group with an infinity has an infinite scale, and with it no meaning.
     """
-    return grouped(x, group_size)
+    return grouped(x, group_size, scale_ue8m0)

@@ -5,8 +5,12 @@ from wave64 import ops, quant
 from wave64.backends.hip import DTYPES, bind, fp8_only, launch
 
 
-@bind(ops.per_token_group_quant_fp8, supports=fp8_only)
-def per_token_group_quant_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def supports(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> str | None:
+    return "has no scales of powers of two" if scale_ue8m0 else fp8_only()
+
+
+@bind(ops.per_token_group_quant_fp8, supports=supports)
+def per_token_group_quant_fp8(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     tokens, columns = x.shape
     q = torch.empty((tokens, columns), dtype=quant.fp8_dtype(), device=x.device)
     scale = torch.empty((tokens, -(-columns // group_size)), dtype=torch.float32, device=x.device)
