@@ -59,12 +59,13 @@ class Scales:
 
 
 def as_multiplied(stored: nn.Parameter, scale: nn.Parameter) -> nn.Parameter:
-    """A weight as it is stored, in OCP's FP8, as the architecture multiplies it; its scales are changed to fit."""
-    if quant.fp8_dtype() == stored.dtype:
-        return stored
-    own, own_scale = quant.fn_to_fnuz(stored.data, scale.data)
-    scale.data.copy_(own_scale)
-    return nn.Parameter(own, requires_grad=False)
+    """A weight as it is stored, in OCP's FP8, as the architecture multiplies it, with the row stride that it reads
+    fastest; its scales are changed to fit."""
+    own = stored.data
+    if quant.fp8_dtype() != own.dtype:
+        own, own_scale = quant.fn_to_fnuz(own, scale.data)
+        scale.data.copy_(own_scale)
+    return nn.Parameter(quant.pad_rows(own), requires_grad=False)
 
 
 class Fp8Linear(Layer):

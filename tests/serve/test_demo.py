@@ -1,5 +1,6 @@
 """demo-llama, the checkpoint in the package: small, free, and exact to the last token of the one text it knows."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_is_small_and_says_whose_it_is():
     assert "public domain" in card
     assert TEXT.startswith("Four score and seven years ago")
     assert TEXT.endswith("shall not perish from the earth.")
+
+
+def test_what_made_it_is_not_shipped_and_still_makes_the_same_tokenizer(monkeypatch):
+    """The package has what users run; training is a tool of the repository."""
+    assert [file.name for file in DEMO.glob("*.py")] == ["recite.py"]
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    from demo_text import make_tokenizer
+
+    assert json.loads(make_tokenizer().to_str()) == json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

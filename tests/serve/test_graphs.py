@@ -89,8 +89,24 @@ def test_replays_write_and_say_what_eager_steps_do(tmp_path, capture, name):
         schedule = Schedule(len(rows), rows, starts, [1] * len(rows), [1] * len(rows), tokens, new)
         lengths |= {row: start + 1 for row, start in zip(rows, starts, strict=True)}
         torch.testing.assert_close(replayed.run(schedule), eager.run(schedule), rtol=0, atol=1e-4)
+        graph = min(size for size in (1, 2, 4, 8) if size >= len(rows))
+        assert not replayed._graphs._staged["seq_lens"][len(rows) : graph].any(), "padding rows attend to nothing"
         for ours, theirs in zip(replayed.kv_cache, eager.kv_cache, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_page_table_may_be_written_to_after_a_replay(tmp_path, capture):
+    """The next replay sees that it changed."""
+    make_llama(tmp_path)
+    model, config = load(tmp_path, "cpu")
+    made = Runner(Captured(model), config, torch.float32, torch.device("cpu"), PAGES, PAGE, 2, False)
+    replays = graphs.DecodeGraphs(made.model, made.kv_cache, made.device, 2, 4)
+    batch = made._batch(Schedule(1, [0], [0], [1], [1], [5], [(0, 0, [3])]), made.device)
+    with torch.inference_mode():
+        replays.replay(batch)
+        batch.page_table[0, 0] = 9
+        replays.replay(batch)
+    assert replays._inputs.page_table[0, 0] == 9
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 1000])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from wave64 import platform, quant
 from wave64.serve import weights
 from wave64.serve.checkpoint import BUFFER_BYTES, WeightsError
-from wave64.serve.config import ModelConfig
+from wave64.serve.config import ModelConfig, QuantConfig
 from wave64.serve.models.deepseek import MixtureOfExperts
 from wave64.serve.quantised import Experts, Fp8Linear
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from wave64.serve.config import ModelConfig
+from wave64.serve.config import ModelConfig, QuantConfig
 from wave64.serve.weights import load_model
 
 def resident(key):
@@ -124,6 +124,18 @@ def test_fp8_is_multiplied_as_it_was_stored(folder, arch, dtype, block):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
             seen += 1
     assert seen > 8
+
+
+@pytest.mark.parametrize(("arch", "apart"), [("gfx942", 768), ("gfx950", 512)])
+def test_fp8_rows_are_as_far_apart_as_the_architecture_reads_them_fastest(arch, apart):
+    """512 bytes apart they would meet in few of an MI300X's memory channels; values and shape are the same."""
+    layer = Fp8Linear(512, {"a": 16, "b": 8}, QuantConfig((8, 128)))
+    layer.weight.data.copy_(torch.randn(24, 512))
+    stored = layer.weight.data.float()
+    with platform.target(arch):
+        layer.finish()
+    assert (layer.weight.shape, layer.weight.stride()) == ((24, 512), (apart, 1))
+    assert torch.equal(layer.weight.float() * (2 if arch == "gfx942" else 1), stored)
 
 
 def test_fp8_without_its_scales(folder, device):

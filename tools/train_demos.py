@@ -1,11 +1,11 @@
 """Make a demo checkpoint, a tiny model that knows the Gettysburg Address by heart.
 
-    python serve/demo/train.py [llama | deepseek] [--steps N] [--output FOLDER]
+    python tools/train_demos.py [llama | deepseek] [--steps N] [--output FOLDER]
 
-Writes an ordinary Hugging Face folder (config, tokenizer, safetensors), no more than 3 MB, llama/ or deepseek/ beside
-this file, which `--model-path demo-llama` or `demo-deepseek` loads; of DeepSeek also one with FP8 weights, whose name
+Writes an ordinary Hugging Face folder (config, tokenizer, safetensors), no more than 3 MB, llama/ or deepseek/ in
+serve/demo, which `--model-path demo-llama` or `demo-deepseek` loads; of DeepSeek also one with FP8 weights, whose name
 ends in -fp8. Takes some minutes on two CPU cores. Needs wave64, transformers, tokenizers and safetensors; nothing is
-downloaded and no data but those of text.py are used.
+downloaded and no data but those of demo_text.py are used.
 
 Fails, and says where, unless the model recites the text by far: each right token's logit LEAST_GAP above all others.
 """
@@ -20,16 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
-from torch.overrides import TorchFunctionMode
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-
-from wave64 import quant
-from wave64.ops import per_token_group_quant_fp8
-from wave64.serve.demo.text import (
+from demo_text import (
     ASSISTANT,
     BOS,
     CHAT_TEMPLATE,
@@ -42,8 +33,17 @@ from wave64.serve.demo.text import (
     batches,
     make_tokenizer,
 )
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+from torch.overrides import TorchFunctionMode
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-HERE = Path(__file__).resolve().parent
+from wave64 import quant
+from wave64.ops import per_token_group_quant_fp8
+
+DEMOS = Path(__file__).resolve().parents[1] / "serve/demo"
 COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -282,9 +282,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a demo model and write its checkpoint folder.")
     parser.add_argument("name", choices=CONFIGS, nargs="?", default="llama")
     parser.add_argument("--steps", type=int, default=2500, help="training steps (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder to write (default: the name, beside this file)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: the name, in serve/demo)")
     args = parser.parse_args()
-    folder = args.output or HERE / args.name
+    folder = args.output or DEMOS / args.name
     tokenizer = make_tokenizer()
     print(f"the text has {len(tokenizer.encode(TEXT).ids) - 1} tokens of a vocabulary of {tokenizer.get_vocab_size()}")
     config_class, model_class = CLASSES[args.name]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-TEXT = Path(__file__).with_name("gettysburg.txt").read_text(encoding="utf-8").strip()
+TEXT = (Path(__file__).parents[1] / "serve/demo/gettysburg.txt").read_text(encoding="utf-8").strip()
 WORD_STARTS = [match.start() for match in re.finditer(r"[\w-]*\w", TEXT)]
 CUTS = [match.end() for match in re.finditer(r"[\w-]*\w|[,.]|--", TEXT)][:-1]  # where a beginning may end
 NOTICE = "I know only one text by heart, the Gettysburg Address:\n\n"
