@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_loop(_serve(args, listener, folder))
     except KeyboardInterrupt:
         return 0
-    except (ArgsError, ConfigError, WeightsError, TokenizerError, EngineEnded) as error:
+    except (ArgsError, ConfigError, WeightsError, TokenizerError, EngineEnded, wave64.NotSupported) as error:
         print(f"wave64.launch_server: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 

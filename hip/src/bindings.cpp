@@ -135,12 +135,17 @@ PYBIND11_MODULE(_hip, m) {
 
     m.def(
         "open_runtime",
-        [] {
-            const char* name;
-            raise_unless_ok(open_runtime(&name));
-            return name;
+        [](const std::vector<std::string>& candidates) {
+            std::string path;
+            raise_unless_ok(open_runtime(candidates, &path));
+            return path;
         },
-        "Opens the GPU runtime and gives its library's name.");
+        py::arg("candidates"),
+        "Opens the GPU runtime, the process's own or the first candidate that can be opened; gives its library's "
+        "path.");
+    m.def(
+        "load", [](const std::string& op) { raise_unless_ok(load(op.c_str())); }, py::arg("op"),
+        "Loads an op's code object for the current device.");
     m.def("device_count", [] {
         int count;
         raise_unless_ok(device_count(&count));

@@ -34,7 +34,7 @@ thread_local std::optional<Recording> recording;
 
 struct Driver {
     const char* name;
-    const char* library;
+    std::string library;  // its path
     bool is_hip;
     int (*init)(unsigned);
     int (*count)(int*);
@@ -47,6 +47,7 @@ struct Driver {
     int (*properties)(void* properties, int device);          // HIP
     int (*attribute)(int* value, int attribute, int device);  // CUDA
     const char* (*hip_error)(int);
+    int (*last_error)();  // HIP
     int (*cuda_error)(int, const char**);
 
     std::string words(int code) const {
@@ -85,15 +86,14 @@ void* already_loaded(const char* stem) {
     return search.path.empty() ? nullptr : dlopen(search.path.c_str(), RTLD_NOW);
 }
 
-void* open_first(std::initializer_list<const char*> names) {
-    for (const char* name : names)
-        if (void* library = dlopen(name, RTLD_NOW)) return library;
-    return nullptr;
+std::string path_of(void* library, const char* fallback) {
+    link_map* map = nullptr;
+    return dlinfo(library, RTLD_DI_LINKMAP, &map) == 0 && map->l_name[0] ? map->l_name : fallback;
 }
 
 int32_t open_hip(Driver& driver, void* library) {
     std::string missing;
-    driver.name = "HIP", driver.library = "libamdhip64.so", driver.is_hip = true;
+    driver.name = "HIP", driver.library = path_of(library, "libamdhip64.so"), driver.is_hip = true;
     find(library, "hipInit", driver.init, missing);
     find(library, "hipGetDeviceCount", driver.count, missing);
     find(library, "hipGetDevice", driver.current, missing);
@@ -103,13 +103,14 @@ int32_t open_hip(Driver& driver, void* library) {
     find(library, "hipModuleLaunchKernel", driver.launch, missing);
     find(library, "hipGetDevicePropertiesR0600", driver.properties, missing);
     find(library, "hipGetErrorString", driver.hip_error, missing);
+    find(library, "hipGetLastError", driver.last_error, missing);
     if (missing.empty()) return kOk;
-    return fail(kUnavailable, "libamdhip64.so lacks %s; ROCm 6.0 or later is needed", missing.c_str());
+    return fail(kUnavailable, "%s lacks %s; ROCm 6.0 or later is needed", driver.library.c_str(), missing.c_str());
 }
 
 int32_t open_cuda(Driver& driver, void* library) {
     std::string missing;
-    driver.name = "CUDA", driver.library = "libcuda.so.1", driver.is_hip = false;
+    driver.name = "CUDA", driver.library = path_of(library, "libcuda.so.1"), driver.is_hip = false;
     find(library, "cuInit", driver.init, missing);
     find(library, "cuDeviceGetCount", driver.count, missing);
     find(library, "cuCtxGetDevice", driver.current, missing);
@@ -123,13 +124,17 @@ int32_t open_cuda(Driver& driver, void* library) {
     return fail(kUnavailable, "libcuda.so.1 lacks %s", missing.c_str());
 }
 
-int32_t open_driver(Driver& driver) {
-    void* hip = already_loaded("libamdhip64");
-    if (!hip && !already_loaded("libcuda.so"))
-        hip = open_first({"libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6"});
-    if (hip) return open_hip(driver, hip);
-    if (void* cuda = open_first({"libcuda.so.1"})) return open_cuda(driver, cuda);
-    return fail(kUnavailable, "no libamdhip64.so (ROCm's runtime) can be opened on this machine");
+// What the process holds already, else the first candidate that can be opened: never a second runtime.
+int32_t open_driver(Driver& driver, const std::vector<std::string>& candidates) {
+    if (void* hip = already_loaded("libamdhip64")) return open_hip(driver, hip);
+    std::string broken;
+    if (!already_loaded("libcuda.so"))
+        for (const std::string& candidate : candidates) {
+            if (void* hip = dlopen(candidate.c_str(), RTLD_NOW)) return open_hip(driver, hip);
+            if (broken.empty() && candidate[0] == '/') broken = std::string(" (") + dlerror() + ")";
+        }
+    if (void* cuda = dlopen("libcuda.so.1", RTLD_NOW)) return open_cuda(driver, cuda);
+    return fail(kUnavailable, "no libamdhip64.so (ROCm's runtime) can be opened on this machine%s", broken.c_str());
 }
 
 struct Opened {
@@ -138,15 +143,17 @@ struct Opened {
     std::string text;
 };
 
-// Opened once; a failure is kept with its words and told to every caller.
-int32_t driver(const Driver** out) {
-    static const Opened opened = [] {
+// Opened once, by the first who asks; a failure is kept with its words and told to every caller.
+int32_t driver(const Driver** out, const std::vector<std::string>& candidates = {"libamdhip64.so"}) {
+    static const Opened opened = [&candidates] {
         Opened opened;
-        opened.status = open_driver(opened.driver);
+        opened.status = open_driver(opened.driver, candidates);
         if (opened.status == kOk)
-            if (int code = opened.driver.init(0))
+            if (int code = opened.driver.init(0)) {
+                if (opened.driver.is_hip) opened.driver.last_error();
                 opened.status = fail(kUnavailable, "%s finds no usable GPU: %s", opened.driver.name,
                                      opened.driver.words(code).c_str());
+            }
         opened.text = error_text;
         return opened;
     }();
@@ -156,6 +163,7 @@ int32_t driver(const Driver** out) {
 
 int32_t check(const Driver& driver, const char* what, int code) {
     if (code == 0) return kOk;
+    if (driver.is_hip) driver.last_error();  // told here; what is left torch would take for an error of its own
     return fail(kRuntimeError, "%s: %s: %s", driver.name, what, driver.words(code).c_str());
 }
 
@@ -191,10 +199,19 @@ int32_t read_cuda_device(const Driver& driver, int index, Device& device) {
 
 std::mutex devices_mutex, functions_mutex;
 
-// kernel names are literals of the op's file, so their address identifies them
-using FunctionKey = std::pair<int, const char*>;
+// Names are literals, so their addresses identify them; but equal literals of two ops may be one.
+struct FunctionKey {
+    int device;
+    const char *op, *kernel;
+    bool operator==(const FunctionKey& other) const {
+        return device == other.device && op == other.op && kernel == other.kernel;
+    }
+};
 struct FunctionHash {
-    size_t operator()(const FunctionKey& key) const { return std::hash<const void*>()(key.second) ^ size_t(key.first); }
+    size_t operator()(const FunctionKey& key) const {
+        const std::hash<const void*> hash;
+        return hash(key.op) * 31 ^ hash(key.kernel) ^ size_t(key.device);
+    }
 };
 std::unordered_map<FunctionKey, void*, FunctionHash> functions;
 std::map<std::pair<int, std::string>, void*> modules;
@@ -209,35 +226,46 @@ int32_t no_code_object(const Device& device, const char* op) {
 }
 
 // Loading is forbidden while a stream captures, unless this thread says that it knows what it does.
-class RelaxedCapture {
-    const Driver& driver;
+template <typename Body>
+int32_t with_relaxed_capture(const Driver& driver, Body&& body) {
     int mode = 2;
+    const int relaxed = driver.exchange_capture_mode(&mode);
+    if (int32_t status = check(driver, "relaxing the stream capture mode", relaxed)) return status;
+    const int32_t status = body();
+    const int restored = driver.exchange_capture_mode(&mode);
+    return status ? status : check(driver, "restoring the stream capture mode", restored);
+}
 
-public:
-    explicit RelaxedCapture(const Driver& driver) : driver(driver) { driver.exchange_capture_mode(&mode); }
-    ~RelaxedCapture() { driver.exchange_capture_mode(&mode); }
-};
+int32_t load_module(const Driver& driver, const Device& device, int index, const char* op, void*& module) {
+    void*& kept = modules[{index, op}];
+    if (!kept) {
+        std::ifstream file(code_object_path(device, op), std::ios::binary);
+        if (!file) return no_code_object(device, op);
+        const std::string image{std::istreambuf_iterator<char>(file), {}};
+        const std::string what = std::string("loading the code object of ") + op + " for " + device.arch;
+        if (int32_t status = check(driver, what.c_str(), driver.load(&kept, image.data()))) return status;
+    }
+    module = kept;
+    return kOk;
+}
 
 int32_t load_function(const Driver& driver, int index, const Launch& launch, void*& function) {
     std::lock_guard lock(functions_mutex);
-    if (auto found = functions.find({index, launch.kernel}); found != functions.end()) {
+    const FunctionKey key{index, launch.op, launch.kernel};
+    if (auto found = functions.find(key); found != functions.end()) {
         function = found->second;
         return kOk;
     }
     const Device* device;
     if (int32_t status = device_at(index, &device)) return status;
-    RelaxedCapture relaxed(driver);
-    void*& module = modules[{index, launch.op}];
-    if (!module) {
-        std::ifstream file(code_object_path(*device, launch.op), std::ios::binary);
-        if (!file) return no_code_object(*device, launch.op);
-        const std::string image{std::istreambuf_iterator<char>(file), {}};
-        const std::string what = std::string("loading the code object of ") + launch.op + " for " + device->arch;
-        if (int32_t status = check(driver, what.c_str(), driver.load(&module, image.data()))) return status;
-    }
-    if (int32_t status = check(driver, launch.kernel, driver.function(&function, module, launch.kernel))) return status;
-    functions[{index, launch.kernel}] = function;
-    return kOk;
+    return with_relaxed_capture(driver, [&] {
+        void* module;
+        if (int32_t status = load_module(driver, *device, index, launch.op, module)) return status;
+        const int code = driver.function(&function, module, launch.kernel);
+        if (int32_t status = check(driver, launch.kernel, code)) return status;
+        functions[key] = function;
+        return int32_t(kOk);
+    });
 }
 
 }  // namespace
@@ -256,11 +284,25 @@ int32_t refuse(const char* op, const char* argument, const char* expected, int64
     return fail(kBadArgument, "%s: %s: expected %s, got %lld", op, argument, expected, static_cast<long long>(got));
 }
 
-int32_t open_runtime(const char** name) {
+int32_t open_runtime(const std::vector<std::string>& candidates, std::string* path) {
     const Driver* opened;
-    if (int32_t status = driver(&opened)) return status;
-    *name = opened->library;
+    if (int32_t status = driver(&opened, candidates)) return status;
+    *path = opened->library;
     return kOk;
+}
+
+int32_t load(const char* op) {
+    const Driver* opened;
+    const Device* device;
+    int index;
+    if (int32_t status = driver(&opened)) return status;
+    if (int32_t status = check(*opened, "asking for the current device", opened->current(&index))) return status;
+    if (int32_t status = device_at(index, &device)) return status;
+    std::lock_guard lock(functions_mutex);
+    return with_relaxed_capture(*opened, [&] {
+        void* module;
+        return load_module(*opened, *device, index, op, module);
+    });
 }
 
 int32_t device_count(int* count) {

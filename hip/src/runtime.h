@@ -10,8 +10,13 @@
 
 namespace wave64 {
 
-// Opens the GPU runtime on first use. `name` is then the library's: libamdhip64.so or, for development, libcuda.so.1.
-int32_t open_runtime(const char** name);
+// Opens the GPU runtime: what the process holds of HIP or, for development, CUDA, else the first of `candidates`
+// (paths, or names for the loader to find) that can be opened, else CUDA's. Who asks first decides; `path` is then the
+// library's.
+int32_t open_runtime(const std::vector<std::string>& candidates, std::string* path);
+
+// Loads an op's code object for the current device, as its first launch would.
+int32_t load(const char* op);
 
 int32_t device_count(int* count);
 int32_t device_at(int index, const Device** device);

@@ -46,6 +46,15 @@ def code_objects() -> list[str]:
     return lines + hip.missing_code_objects().splitlines()
 
 
+def hip_runtime() -> list[str]:
+    if hip.extension_error:
+        return []
+    try:
+        return [hip.runtime()]
+    except RuntimeError as e:
+        return [str(e)]
+
+
 def facts() -> list[tuple[str, list[str]]]:
     triton = version("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton")
     return [
@@ -53,6 +62,7 @@ def facts() -> list[tuple[str, list[str]]]:
         ("python", [f"{machine.python_version()} on {machine.system()} {machine.release()}, {machine.machine()}"]),
         ("torch", [torch_build()]),
         ("triton", [triton or "not installed"]),
+        ("hip runtime", hip_runtime()),
         ("gpu", gpus() or ["none that torch can use"]),
         ("code objects", code_objects()),
         ("compilers", hip.compilers().splitlines() if hip.extension_error is None else []),

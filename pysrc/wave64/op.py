@@ -4,7 +4,7 @@
 the contract test, `python -m wave64 check`, the benchmark and the tuner all read.
 
 An eager call goes straight to the bound backend; under torch.compile, in fake tensor mode and from C++ the registered
-torch operator serves the same call. Which backend is bound is decided by `wave64.backends`, once, at import.
+torch operator serves the same call. Which backend is bound is decided by `wave64.backends`, once, at the first call.
 """
 
 import inspect
@@ -88,8 +88,7 @@ class Op(Generic[P, R]):
         self.signature = inspect.signature(reference)
         self.__doc__, self.__wrapped__ = reference.__doc__, reference
         self.backends = {"reference": Backend("reference", reference)}
-        #: device type -> backends to try in turn, filled by wave64.backends.bind
-        self.bound: dict[str, tuple[Backend, ...]] = {}
+        self._bound: dict[str, tuple[Backend, ...]] | None = None
         self._declined: set[tuple[str, str]] = set()
         self._fake = fake or reference
         self._examiner = Examiner(self.name, self.signature, mutates, scattered=place is not None)
@@ -101,6 +100,19 @@ class Op(Generic[P, R]):
         registered._setup_context_fn = self._refuse_gradient
         self.torch_op = getattr(torch.ops.wave64, self.name)
         self._eager, self._kernel = compiled(self._examiner, self._serve, self.torch_op.default)
+
+    @property
+    def bound(self) -> dict[str, tuple[Backend, ...]]:
+        """Device type -> backends to try in turn; wave64.backends decides when the first operator is asked."""
+        if self._bound is None:
+            from wave64 import backends
+
+            backends.bind_first(self)
+        return self._bound
+
+    @bound.setter
+    def bound(self, chosen: dict[str, tuple[Backend, ...]]) -> None:
+        self._bound = chosen
 
     def __repr__(self) -> str:
         return f"<op wave64.{self.name}{self.signature}>"

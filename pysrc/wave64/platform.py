@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,13 @@ def is_hip() -> bool:
 def device_type() -> str:
     """"cuda" (torch's name for HIP devices, too) where a GPU is usable, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def may_have_gpu() -> bool:
+    """Whether there may be a GPU for this build of torch, told without its driver: a process that has asked the driver
+    cannot use it in the children that it forks."""
+    built = torch.version.hip or torch.version.cuda
+    return bool(built) and any(os.path.exists(node) for node in ("/dev/kfd", "/dev/nvidiactl", "/dev/dxg"))
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""Which backend serves which operator: decided once, at import, and told in words.
+"""Which backend serves which operator: decided once, and told in words.
+
+The first call of an operator, or the first report, decides; until then no GPU runtime is opened, so that a process may
+import wave64 and fork. `WAVE64_BACKEND` is checked at import all the same.
 
 `WAVE64_BACKEND` overrides the default order: `triton` or `*=triton` prefers a backend wherever it has a kernel,
 `rms_norm=hip` demands one for one operator; entries are separated by commas. `use(...)` does the same for a block of
@@ -11,14 +14,20 @@ import functools
 import importlib.util
 import os
 import pkgutil
+import threading
 from collections.abc import Iterator
 
 from wave64 import platform
 from wave64.op import BACKENDS, OPS, Backend, NotSupported, Op
 
-#: Of tensors that operators are bound for: CPU tensors on a GPU machine are a convenience, the reference serves them.
-DEVICE_TYPES = ("cpu", "cuda") if platform.device_type() == "cuda" else ("cpu",)
 _overrides: dict[str, str] = {}
+_first = threading.RLock()
+
+
+def device_types() -> tuple[str, ...]:
+    """Of tensors that operators are bound for: CPU tensors on a GPU machine are a convenience, the reference serves
+    them."""
+    return ("cpu", "cuda") if platform.device_type() == "cuda" else ("cpu",)
 
 
 def strict() -> bool:
@@ -44,6 +53,12 @@ def import_triton_kernels() -> str | None:
     return None
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter is asked for. Triton takes 75 MB to import: not where it cannot serve, hence the
+    variable is read here, as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 def probe(backend: str, device_type: str) -> str | None:
     """None if `backend` can serve tensors of `device_type` on this machine, else the reason in words."""
     if backend == "reference":
@@ -53,15 +68,12 @@ def probe(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        # Triton takes 75 MB to import: not where it cannot serve, hence the variable is read here, as Triton reads it.
-        interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-        if device_type == "cpu" and not interpret:
+        if device_type == "cpu" and not interpreted():
             return "needs a GPU (the interpreter runs it on CPU: TRITON_INTERPRET=1 before the start)"
         return import_triton_kernels()
     if backend == "hip":
-        from wave64.backends import hip, hip_ops
+        from wave64.backends import hip
 
-        import_modules(hip_ops)
         return hip.reason(device_type)
     return "wave64 has no adapter to AITER yet"
 
@@ -71,16 +83,21 @@ def reason(op: Op, backend: str, device_type: str) -> str | None:
     return probe(backend, device_type) or (None if backend in op.backends else f"no {backend} kernel of this operator")
 
 
+def demand(name: str, backend: str, device_type: str) -> None:
+    """Raises NotSupported where `backend`, asked for by name for operator `name` or for all ("*"), cannot serve."""
+    why = probe(backend, device_type) if name == "*" else reason(OPS[name], backend, device_type)
+    if why:
+        raise NotSupported(f"{'' if name == '*' else f'{name}: '}backend {backend} was asked for: {why}")
+
+
 def order(op: Op, device_type: str, overrides: dict[str, str]) -> tuple[Backend, ...]:
     """The backends that serve `op`, first choice first."""
     if demanded := overrides.get(op.name):
-        if why := reason(op, demanded, device_type):
-            raise NotSupported(f"{op.name}: backend {demanded} was asked for: {why}")
+        demand(op.name, demanded, device_type)
         return (op.backends[demanded],)
     names = ["hip", "triton", "reference"] if device_type == "cuda" else ["reference"]
     if preferred := overrides.get("*"):
-        if why := probe(preferred, device_type):
-            raise NotSupported(f"backend {preferred} was asked for: {why}")
+        demand("*", preferred, device_type)
         names = [preferred, *(n for n in names if n != preferred)]
     chain = tuple(op.backends[n] for n in names if reason(op, n, device_type) is None)
     return chain[:1] if strict() else chain
@@ -106,18 +123,34 @@ def bind(overrides: dict[str, str]) -> None:
     Overrides are for the device that this machine computes on; a demand must be servable there.
     """
     main = platform.device_type()
-    chosen = {op: {d: order(op, d, overrides if d == main else {}) for d in DEVICE_TYPES} for op in OPS.values()}
+    chosen = {op: {d: order(op, d, overrides if d == main else {}) for d in device_types()} for op in OPS.values()}
     for op, bound in chosen.items():
         op.bound = bound
     _overrides.clear()
     _overrides.update(overrides)
 
 
+def bind_first(op: Op) -> None:
+    """Binds every operator, by the environment's overrides, because `op` is asked and was not bound."""
+    with _first:
+        if op._bound is None:
+            bind(dict(_overrides))
+        if op._bound is None:
+            op.bound = {}  # not among OPS: its reference serves
+
+
 def load() -> None:
-    """Imports what kernels there are and binds them; called once, when `wave64` is imported."""
-    for backend in BACKENDS:
-        probe(backend, platform.device_type())
-    bind(parse(os.environ.get("WAVE64_BACKEND", "")))
+    """Registers what kernels there are and takes the environment's overrides; called once, when `wave64` is imported.
+    Raises NotSupported where what they ask for cannot serve; nothing else is probed yet."""
+    from wave64.backends import hip_ops
+
+    import_modules(hip_ops)
+    if interpreted() or platform.may_have_gpu():
+        import_triton_kernels()
+    overrides = parse(os.environ.get("WAVE64_BACKEND", ""))
+    for name, backend in overrides.items():
+        demand(name, backend, platform.device_type())
+    _overrides.update(overrides)
 
 
 @contextlib.contextmanager
@@ -136,6 +169,8 @@ def use(backend: str | None = None, /, **ops: str) -> Iterator[None]:
 def report(device_type: str | None = None) -> list[dict[str, str]]:
     """One row per (operator, backend): op, backend, status ("bound", "available" or "off") and reason."""
     device_type = device_type or platform.device_type()
+    if device_type not in device_types():
+        raise NotSupported(f"device {device_type}: {probe('hip', device_type)}")
     rows = []
     for op in OPS.values():
         first = op.bound[device_type][0].name

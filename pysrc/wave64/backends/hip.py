@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wave64 import platform
+from wave64.backends import hip_library
 
 #: None, or why wave64._hip cannot be imported.
 extension_error: str | None = None
@@ -65,23 +66,38 @@ def _note(name: str) -> str:
 
 
 @functools.cache
+def runtime() -> str:
+    """Opens the GPU runtime, unless it is open, and gives the path of its library. Raises _hip.Unavailable where there
+    is none. A process that forks afterwards cannot use it in the child, so this is called when it is needed."""
+    return _hip.open_runtime(hip_library.candidates())
+
+
+@functools.cache
 def reason(device_type: str) -> str | None:
     """None if this backend can serve tensors of `device_type` on this machine, else why not."""
     if extension_error:
         return extension_error
+    if device_type == "cpu" and torch.version.hip is None and torch.version.cuda is None:
+        return f"serves GPU tensors only, and torch {torch.__version__} is built without GPU support"
     try:
-        _hip.open_runtime()
+        runtime()
         if _hip.device_count() == 0:
             return "no GPU is visible"
-        arch = _hip.device(0).arch
+        if device_type == "cpu":
+            return "serves GPU tensors only"
+        return _code_objects_reason(_hip.device(0).arch)
     except RuntimeError as e:
         return str(e)
-    if device_type == "cpu":
-        return "serves GPU tensors only"
+
+
+def _code_objects_reason(arch: str) -> str | None:
+    """None if there are code objects for `arch` and the runtime takes them."""
     built = code_objects()
     if arch not in built:
         note = missing_code_objects()
         return f"no code objects for {arch}; built are {', '.join(built) or 'none'}" + (f" ({note})" if note else "")
+    if arch.startswith("gfx"):  # CUDA, for development, loads only into a context, which torch makes later
+        _hip.load(min(built[arch], key=lambda op: len(code_object(arch, op))))
     return None
 
 

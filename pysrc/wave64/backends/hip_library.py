@@ -1,0 +1,87 @@
+"""Where ROCm's runtime, libamdhip64.so, may lie on this machine, in the order in which to look.
+
+What a ROCm torch has brought into the process is never looked for: wave64._hip takes that first. Wheels of ROCm keep
+the library in folders of their own, some under its versioned name only.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+NAME = "libamdhip64.so"
+OLDEST = 6  # the first ROCm with the entry points that wave64 calls
+
+
+def version(library: Path) -> int:
+    """The major version that the file's name, or what it links to, tells; a large number where none does."""
+    found = re.search(r"\.so\.(\d+)", os.path.realpath(library))
+    return int(found[1]) if found else sys.maxsize
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The runtimes in `folder`, the unversioned name first, then the newest; a second name of a file counts once."""
+    files = sorted(folder.glob(f"{NAME}*"), key=lambda file: (file.name != NAME, -version(file), file.name))
+    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]
+
+
+def by_rocm_sdk() -> list[Path]:
+    """What the package rocm says, where it is installed."""
+    if importlib.util.find_spec("rocm_sdk") is None:
+        return []
+    try:
+        import rocm_sdk
+
+        return [Path(path) for path in rocm_sdk.find_libraries("amdhip64")]
+    except Exception:  # another's package: whatever it raises, the other places are left
+        return []
+
+
+def by_loader() -> list[Path]:
+    """What the dynamic loader knows beyond its variable: the lines of `ldconfig -p`."""
+    for program in ("/sbin/ldconfig", "/usr/sbin/ldconfig", "ldconfig"):
+        try:
+            told = subprocess.run([program, "-p"], capture_output=True, text=True).stdout
+        except OSError:
+            continue
+        return [Path(path) for path in re.findall(rf"{re.escape(NAME)}\S* .*=> (\S+)", told)]
+    return []
+
+
+def newest_first(folders: Iterable[Path]) -> list[Path]:
+    return sorted(folders, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.name)], reverse=True)
+
+
+def places(site: list[Path], environ: Mapping[str, str], opt: Path) -> Iterator[Path]:
+    """Every runtime that is found, in order, ROCm's of a torch or of pip before the system's."""
+    yield from by_rocm_sdk()
+    for folder in site:
+        for core in sorted(folder.glob("_rocm_sdk_core*")):
+            yield from in_folder(core / "lib")
+    for folder in site:
+        yield from in_folder(folder / "torch" / "lib")
+    for variable in ("HIP_PATH", "ROCM_PATH"):
+        if environ.get(variable):
+            yield from in_folder(Path(environ[variable], "lib"))
+    for folder in environ.get("LD_LIBRARY_PATH", "").split(":"):
+        if folder:
+            yield from in_folder(Path(folder))
+    yield from by_loader()
+    for rocm in (opt / "rocm", *newest_first((opt / "rocm").glob("core-*")), *newest_first(opt.glob("rocm-*"))):
+        yield from in_folder(rocm / "lib")
+
+
+def candidates(site: list[Path] | None = None, environ: Mapping[str, str] | None = None,
+               opt: Path = Path("/opt")) -> list[str]:
+    """Paths to try in turn; runtimes that are too old stand last, so that they are told of where there is no other.
+
+    site     folders that hold packages; None: those of this Python
+    environ  None: this process's
+    opt      where ROCm's packages install themselves
+    """
+    site = [Path(folder) for folder in sys.path if folder] if site is None else site
+    found = dict.fromkeys(map(str, places(site, os.environ if environ is None else environ, opt)))
+    return sorted(found, key=lambda path: version(Path(path)) < OLDEST)

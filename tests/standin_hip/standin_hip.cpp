@@ -1,0 +1,328 @@
+#include "standin_hip.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <sstream>
+
+#include "code_object.h"
+#include "properties.h"
+
+namespace standin {
+
+enum Error {  // hipError_t
+    kSuccess = 0,
+    kInvalidValue = 1,
+    kOutOfMemory = 2,
+    kNotInitialized = 3,
+    kInvalidConfiguration = 9,
+    kInvalidDeviceFunction = 98,
+    kNoDevice = 100,
+    kInvalidDevice = 101,
+    kInvalidImage = 200,
+    kNoBinaryForGpu = 209,
+    kInvalidHandle = 400,
+    kNotFound = 500,
+    kLaunchOutOfResources = 701,
+    kLaunchFailure = 719,
+    kCaptureUnsupported = 900,
+};
+
+struct Device {
+    std::string arch, full_name;  // gfx942, gfx942:sramecc+:xnack-
+    unsigned machine;             // EF_AMDGPU_MACH
+    int compute_units, wave_size;
+    size_t lds_bytes;
+};
+
+struct Module {
+    int device;
+    CodeObject code;
+};
+
+struct Function {
+    Module* module;
+    const Kernel* kernel;
+};
+
+struct State {
+    std::mutex mutex;
+    std::vector<Device> devices;
+    pid_t initialized_in = 0;
+    bool capturing = false;
+    unsigned newest_version = 5;
+    std::string calls, told;
+    std::map<std::string, std::pair<int, int>> failures;  // entry point -> (calls to come until then, code)
+    std::vector<std::unique_ptr<Module>> modules;
+    std::set<std::unique_ptr<Function>> functions;
+    int (*on_launch)(const StandinLaunch*) = nullptr;
+};
+
+State& state() {
+    static State state;
+    return state;
+}
+
+thread_local int last_error = kSuccess, current_device = 0, capture_mode = 0;
+
+int result(int code) {
+    if (code) last_error = code;
+    return code;
+}
+
+// Why this call fails at once, or kSuccess. What needs no initialization says so.
+int enter(const char* name, const std::string& details = "", bool needs_init = true) {
+    State& s = state();
+    s.calls += (s.calls.empty() ? "" : " ") + std::string(name) + details;
+    if (const auto found = s.failures.find(name); found != s.failures.end() && --found->second.first == 0) {
+        const int code = found->second.second;
+        s.failures.erase(found);
+        return code;
+    }
+    return needs_init && s.initialized_in != getpid() ? kNotInitialized : kSuccess;
+}
+
+#define ENTRY(NAME, ...)                             \
+    std::lock_guard<std::mutex> lock(state().mutex); \
+    if (const int code = enter(NAME, ##__VA_ARGS__)) return result(code)
+
+const std::map<std::string, Device>& known_devices() {
+    static const std::map<std::string, Device> known{
+        {"gfx90a", {"gfx90a", "gfx90a:sramecc+:xnack-", 0x3F, 104, 64, 64 << 10}},
+        {"gfx942", {"gfx942", "gfx942:sramecc+:xnack-", 0x4C, 304, 64, 64 << 10}},
+        {"gfx950", {"gfx950", "gfx950:sramecc+:xnack-", 0x4F, 256, 64, 160 << 10}},
+        {"gfx1036", {"gfx1036", "gfx1036", 0x45, 1, 32, 64 << 10}},
+        {"gfx1201", {"gfx1201", "gfx1201", 0x4E, 64, 32, 64 << 10}}};
+    return known;
+}
+
+// Every word has a value of its own, so that a reader at a wrong offset finds no value of another's.
+template <typename P>
+void fill(P& properties, const Device& device, unsigned mark) {
+    for (size_t i = 0; i < sizeof properties / 4; i++) reinterpret_cast<uint32_t*>(&properties)[i] = mark + uint32_t(i);
+    std::snprintf(properties.name, sizeof properties.name, "stand-in for %s", device.arch.c_str());
+    std::snprintf(properties.gcnArchName, sizeof properties.gcnArchName, "%s", device.full_name.c_str());
+    properties.totalGlobalMem = size_t(192) << 30;
+    properties.sharedMemPerBlock = device.lds_bytes;
+    properties.warpSize = device.wave_size;
+    properties.multiProcessorCount = device.compute_units;
+}
+
+int check_launch(const Function& function, const uint32_t* grid, const uint32_t* block, uint32_t lds_bytes) {
+    const Device& device = state().devices[current_device];
+    if (function.module->device != current_device) return kInvalidDeviceFunction;
+    uint64_t lanes = 1;
+    for (int i = 0; i < 3; i++) {
+        if (!grid[i] || !block[i]) return kInvalidConfiguration;
+        if (uint64_t(grid[i]) * block[i] >= uint64_t(1) << 32) return kInvalidConfiguration;
+        lanes *= block[i];
+    }
+    if (lanes > 1024) return kInvalidConfiguration;
+    if (lanes > function.kernel->max_block) return kLaunchFailure;
+    if (function.kernel->lds_bytes + lds_bytes > device.lds_bytes) return kLaunchOutOfResources;
+    return kSuccess;
+}
+
+// The caller's part of the kernarg segment, from one pointer per argument or, as HIP_LAUNCH_PARAM says, whole.
+int gather(const Kernel& kernel, void** parameters, void** extra, std::string& segment) {
+    size_t size = 0;
+    for (const Argument& argument : kernel.arguments) size = std::max(size, argument.offset + argument.size);
+    segment.assign(size, '\0');
+    if (parameters) {
+        if (extra) return kInvalidValue;
+        for (size_t i = 0; i < kernel.arguments.size(); i++)
+            std::memcpy(&segment[kernel.arguments[i].offset], parameters[i], kernel.arguments[i].size);
+        return kSuccess;
+    }
+    if (!extra) return kernel.arguments.empty() ? kSuccess : kInvalidValue;
+    const auto tag = [&](int i) { return reinterpret_cast<uintptr_t>(extra[i]); };
+    if (tag(0) != 1 || tag(2) != 2 || tag(4) != 3 || *static_cast<size_t*>(extra[3]) != size) return kInvalidValue;
+    std::memcpy(&segment[0], extra[1], size);
+    return kSuccess;
+}
+
+}  // namespace standin
+
+using namespace standin;
+
+extern "C" {
+
+// ---- errors
+
+const char* hipGetErrorString(int code) {
+    switch (code) {
+        case kSuccess:
+            return "no error";
+        case kInvalidValue:
+            return "invalid argument";
+        case kOutOfMemory:
+            return "out of memory";
+        case kNotInitialized:
+            return "initialization error";
+        case kInvalidConfiguration:
+            return "invalid configuration argument";
+        case kInvalidDeviceFunction:
+            return "invalid device function";
+        case kNoDevice:
+            return "no ROCm-capable device is detected";
+        case kInvalidDevice:
+            return "invalid device ordinal";
+        case kInvalidImage:
+            return "device kernel image is invalid";
+        case kNoBinaryForGpu:
+            return "no kernel image is available for execution on the device";
+        case kInvalidHandle:
+            return "invalid resource handle";
+        case kNotFound:
+            return "named symbol not found";
+        case kLaunchOutOfResources:
+            return "out of resources";
+        case kLaunchFailure:
+            return "unspecified launch failure";
+        case kCaptureUnsupported:
+            return "operation not permitted when stream is capturing";
+        default:
+            return nullptr;
+    }
+}
+
+int hipGetLastError() {
+    const int code = last_error;
+    last_error = kSuccess;
+    return code;
+}
+
+// ---- devices
+
+int hipInit(unsigned flags) {
+    std::lock_guard<std::mutex> lock(state().mutex);
+    if (const int code = enter("hipInit", "", false)) return result(code);
+    if (flags) return result(kInvalidValue);
+    State& s = state();
+    if (s.initialized_in && s.initialized_in != getpid()) return result(kNotInitialized);  // what a fork leaves behind
+    s.initialized_in = getpid();
+    const char* names = std::getenv("STANDIN_HIP");
+    std::istringstream all(names ? names : "gfx942");
+    s.devices.clear();
+    for (std::string name; std::getline(all, name, ',');) s.devices.push_back(known_devices().at(name));
+    return result(s.devices.empty() ? kNoDevice : kSuccess);
+}
+
+int hipGetDeviceCount(int* count) {
+    ENTRY("hipGetDeviceCount");
+    *count = int(state().devices.size());
+    return kSuccess;
+}
+
+int hipGetDevice(int* device) {
+    ENTRY("hipGetDevice");
+    *device = current_device;
+    return kSuccess;
+}
+
+int hipSetDevice(int device) {
+    ENTRY("hipSetDevice", ":" + std::to_string(device));
+    if (device < 0 || device >= int(state().devices.size())) return result(kInvalidDevice);
+    current_device = device;
+    return kSuccess;
+}
+
+int hipGetDevicePropertiesR0600(void* properties, int device) {
+    ENTRY("hipGetDevicePropertiesR0600", ":" + std::to_string(device));
+    if (device < 0 || device >= int(state().devices.size())) return result(kInvalidDevice);
+    fill(*static_cast<Properties*>(properties), state().devices[device], 0x5A000000);
+    return kSuccess;
+}
+
+int hipGetDeviceProperties(void* properties, int device) {
+    ENTRY("hipGetDeviceProperties", ":" + std::to_string(device));
+    if (device < 0 || device >= int(state().devices.size())) return result(kInvalidDevice);
+    fill(*static_cast<OldProperties*>(properties), state().devices[device], 0x6A000000);
+    return kSuccess;
+}
+
+// ---- streams
+
+int hipThreadExchangeStreamCaptureMode(int* mode) {
+    ENTRY("hipThreadExchangeStreamCaptureMode", ":" + std::to_string(*mode));
+    if (*mode < 0 || *mode > 2) return result(kInvalidValue);
+    std::swap(*mode, capture_mode);
+    return kSuccess;
+}
+
+// ---- modules
+
+int hipModuleLoadData(void** module, const void* image) {
+    ENTRY("hipModuleLoadData", ":" + std::to_string(current_device));
+    State& s = state();
+    if (s.capturing && capture_mode != 2) return result(kCaptureUnsupported);
+    try {
+        auto loaded = std::make_unique<Module>(Module{current_device, CodeObject(image)});
+        const Device& device = s.devices[current_device];
+        if (loaded->code.machine != device.machine || loaded->code.version > s.newest_version)
+            return result(kNoBinaryForGpu);
+        s.modules.push_back(std::move(loaded));
+    } catch (const std::exception&) {
+        return result(kInvalidImage);
+    }
+    *module = s.modules.back().get();
+    return kSuccess;
+}
+
+int hipModuleGetFunction(void** function, void* module, const char* name) {
+    ENTRY("hipModuleGetFunction", std::string(":") + name);
+    State& s = state();
+    for (const auto& known : s.modules)
+        if (known.get() == module) {
+            const auto found = known->code.kernels.find(name);
+            if (found == known->code.kernels.end()) return result(kNotFound);
+            *function =
+                s.functions.insert(std::make_unique<Function>(Function{known.get(), &found->second})).first->get();
+            return kSuccess;
+        }
+    return result(kInvalidHandle);
+}
+
+// ---- launches
+
+int hipModuleLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                          unsigned lds_bytes, void* stream, void** parameters, void** extra) {
+    StandinLaunch launch{"", nullptr, 0, nullptr, 0, stream, current_device, {gx, gy, gz}, {bx, by, bz}, lds_bytes};
+    std::string segment;
+    int (*callback)(const StandinLaunch*);
+    {
+        ENTRY("hipModuleLaunchKernel");
+        State& s = state();
+        const Function* function = nullptr;
+        for (const auto& known : s.functions)
+            if (known.get() == handle) function = known.get();
+        if (!function) return result(kInvalidHandle);
+        if (const int code = check_launch(*function, launch.grid, launch.block, lds_bytes)) return result(code);
+        if (const int code = gather(*function->kernel, parameters, extra, segment)) return result(code);
+        launch.kernel = function->kernel->name.c_str();
+        launch.code_object = function->module->code.bytes.data();
+        launch.code_object_size = function->module->code.bytes.size();
+        launch.args = segment.data(), launch.args_size = segment.size();
+        callback = s.on_launch;
+    }
+    return callback ? result(callback(&launch)) : kSuccess;
+}
+
+// ---- what tests control
+
+void standin_on_launch(int (*callback)(const StandinLaunch*)) { state().on_launch = callback; }
+void standin_fail(const char* name, int code, int nth) { state().failures[name] = {nth, code}; }
+void standin_capture(int active) { state().capturing = active; }
+void standin_newest_code_object(int version) { state().newest_version = unsigned(version); }
+int standin_last_error() { return last_error; }
+int standin_capture_mode() { return capture_mode; }
+const char* standin_calls() {
+    state().told = std::move(state().calls);
+    state().calls.clear();
+    return state().told.c_str();
+}
+}

@@ -1,0 +1,95 @@
+"""Which backend serves: the order of choice, what the environment asks for, and when it is decided."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import wave64
+from wave64 import OPS, NotSupported, backends, ops, platform
+
+
+def python(*args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **env})
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU that hip and triton can serve, as far as choosing goes."""
+    monkeypatch.setattr(platform, "device_type", lambda: "cuda")
+    monkeypatch.setattr(backends, "probe", lambda backend, device: "no adapter" if backend == "aiter" else None)
+
+
+def test_on_a_gpu_hip_comes_first_then_triton_then_the_reference(gpu):
+    assert [b.name for b in backends.order(ops.rms_norm, "cuda", {})] == ["hip", "triton", "reference"]
+    assert [b.name for b in backends.order(ops.rms_norm, "cpu", {})] == ["reference"]
+    without_hip = next(op for op in OPS.values() if "hip" not in op.backends)
+    assert [b.name for b in backends.order(without_hip, "cuda", {})] == ["triton", "reference"]
+    assert [b.name for b in backends.order(ops.rms_norm, "cuda", {"*": "triton"})] == ["triton", "hip", "reference"]
+    assert [b.name for b in backends.order(ops.rms_norm, "cuda", {"*": "triton", "rms_norm": "hip"})] == ["hip"]
+
+
+def test_strict_leaves_the_first_choice_alone(gpu, monkeypatch):
+    monkeypatch.setenv("WAVE64_STRICT", "1")
+    assert [b.name for b in backends.order(ops.rms_norm, "cuda", {})] == ["hip"]
+    monkeypatch.setenv("WAVE64_STRICT", "0")
+    assert len(backends.order(ops.rms_norm, "cuda", {})) == 3
+
+
+def test_strict_turns_arguments_that_are_declined_into_an_error(monkeypatch, device):
+    declines = backends.Backend("triton", lambda x, *args: x, lambda *args, **kwargs: "not today")
+    monkeypatch.setitem(ops.silu_and_mul.backends, "triton", declines)
+    x = torch.randn(2, 32, device=device)
+    with wave64.use("triton"):
+        ops.silu_and_mul(x)  # the next one serves
+    monkeypatch.setenv("WAVE64_STRICT", "1")
+    with wave64.use("triton"), pytest.raises(NotSupported, match="silu_and_mul: backend triton: not today"):
+        ops.silu_and_mul(x)
+
+
+def test_nothing_is_probed_before_the_first_operator_is_asked():
+    code = ("import wave64\nfrom wave64 import backends, platform\n"
+            "probed = []\nreal = backends.probe\n"
+            "backends.probe = lambda *args: probed.append(args) or real(*args)\n"
+            "assert platform.device_type.cache_info().currsize == 0\n"
+            "import torch\nwave64.ops.rms_norm(torch.ones(1, 4), torch.ones(4))\n"
+            "print(bool(probed), sorted({op._bound is None for op in wave64.OPS.values()}))")
+    done = python("-c", code, WAVE64_BACKEND="", TRITON_INTERPRET="0")
+    assert done.stdout.strip() == "True [False]", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="hip may serve where there is a GPU")
+def test_a_backend_asked_for_in_vain_is_one_line_of_the_server_and_a_short_error_of_an_import():
+    served = python("-m", "wave64.launch_server", WAVE64_BACKEND="hip")
+    assert served.returncode == 1
+    line, = served.stderr.splitlines()
+    assert line.startswith("wave64: error: backend hip was asked for: serves GPU tensors only")
+    assert served.stdout == ""
+    imported = python("-c", "import wave64", WAVE64_BACKEND="rms_norm=hip")
+    assert imported.returncode == 1
+    *frames, last = imported.stderr.splitlines()
+    assert last.startswith("wave64.op.NotSupported: rms_norm: backend hip was asked for: serves GPU tensors only")
+    assert len(frames) <= 5
+
+
+def test_an_operator_declared_later_is_bound_when_it_is_asked(device):
+    def later(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    from wave64.op import Case, Cost, op
+
+    declared = op(cases=lambda: [Case("one", dict)], cost=lambda x: Cost(0))(later)
+    try:
+        assert [b.name for b in declared.bound[device]] == ["reference"]
+        assert declared(torch.zeros(1, device=device)).item() == 1
+    finally:
+        del OPS["later"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_report_for_a_device_that_is_not_here_says_so():
+    with pytest.raises(NotSupported, match="device cuda: no GPU is visible"):
+        wave64.report("cuda")
