@@ -48,7 +48,7 @@ def check(names: list[str], large: bool) -> int:
                 if case.large and not large:
                     continue
                 supports = op.backends[backend].supports
-                if supports is not None and supports(**contract.draw(case, device, 0)):
+                if contract.too_large(case, device) or supports and supports(**contract.draw(case, device, 0)):
                     declined += 1
                     continue
                 try:

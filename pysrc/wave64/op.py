@@ -60,11 +60,14 @@ class Case:
     from the default generator: the caller sets both (`torch.device(...)` as a context, `torch.manual_seed`).
 
     large: too big for the interpreter and for a CPU test; run on a GPU, in benchmarks and by the tuner.
+    sparse: names of the arguments that are pools of which only `pools.rows_in_use` are in use. Nothing else of them may
+    be touched, by kernels nor by who copies, compares or poisons arguments: most of their memory is never there.
     """
 
     id: str
     make: Callable[[], dict[str, Any]]
     large: bool = False
+    sparse: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

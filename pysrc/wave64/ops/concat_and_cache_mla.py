@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from wave64 import pools, quant
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.reshape_and_cache import FP8, reshape_and_cache
 from wave64.ops.rms_norm import DTYPES
@@ -33,7 +34,7 @@ def _contiguous():
 
 
 def _far_apart(tokens, pages):
-    """Rows that span more than 2 GiB, for which offsets have 64 bits; a pool that large is too much for a case."""
+    """Rows that span more than 2 GiB, for which offsets have 64 bits."""
     rows = torch.empty(tokens, 2**30 // tokens + 640, dtype=torch.bfloat16)[:, :576].normal_()
     return _draw(tokens, pages) | dict(kv_c=rows[:, :512], k_pe=rows[:, None, 512:])
 
@@ -56,6 +57,9 @@ def cases():
     yield Case("one-token", lambda: _draw(1, 1, page_size=1))
     yield Case("all-skipped", lambda: _draw(4, 2, skip=(0, 1, 2, 3)))
     yield Case("empty", lambda: _draw(0, 2))
+    yield from pools.cases(lambda page_size, fp8: _draw(
+        24, 12, 128, cache_dtype=quant.fp8_dtype() if fp8 else None, page_size=page_size, skip=(1,)), ("kv_cache",),
+        slots=["slot_mapping"])
     for tokens, pages in [(1, 64), (128, 4096), (8192, 4096)]:
         yield Case(f"{tokens}x576", lambda t=tokens, p=pages: _draw(t, p), large=True)
     yield Case("8192x576-far-apart", lambda: _far_apart(8192, 4096), large=True)

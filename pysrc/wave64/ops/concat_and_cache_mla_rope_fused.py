@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from wave64 import pools, quant
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.concat_and_cache_mla import check as check_cache_write
 from wave64.ops.concat_and_cache_mla import concat_and_cache_mla, with_zeros
@@ -81,6 +82,9 @@ def cases():
     yield Case("all-skipped", lambda: _draw(4, 3, 2, 32, 16, skip=(0, 1, 2, 3)))
     yield Case("no-heads", lambda: _draw(4, 0, 2, 32, 16))
     yield Case("empty", lambda: _draw(0, 3, 2))
+    yield from pools.cases(lambda page_size, fp8: _draw(
+        24, 3, 12, 128, cache_dtype=quant.fp8_dtype() if fp8 else None, page_size=page_size, skip=(1,)), ("kv_cache",),
+        slots=["slot_mapping"])
     for tokens in (1, 128, 8192):
         for heads in (128, 16):
             yield Case(f"{tokens}x{heads}", lambda t=tokens, h=heads: _draw(t, h, 1024, max_pos=8192), large=True)

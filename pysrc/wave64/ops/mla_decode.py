@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from wave64 import platform
+from wave64 import platform, pools
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.quant import FP8, fp8_dtype
 
@@ -101,6 +101,8 @@ def cases():
     for name, options in SHAPES.items():
         yield Case(name, lambda options=options: make_case(**options))
     yield Case("strided", lambda: _strided(make_case([37, 4], heads=4, rank=128)))
+    yield from pools.cases(lambda **options: make_case([3 * options["page_size"] + 3, 2], heads=4,
+                                                       rank=128, **options), ("kv_cache",), tables=["page_table"])
     yield from large_cases(make_case)
 
 

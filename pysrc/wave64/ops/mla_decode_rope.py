@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from wave64 import pools
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.concat_and_cache_mla import concat_and_cache_mla
 from wave64.ops.mla_decode import SHAPES, attend, check_latents, check_queries, large_cases, make_latents, mla_decode
@@ -36,6 +37,9 @@ def cases():
     yield Case("narrow-angles", lambda: make_case([37, 4], heads=4, rank=64, angles=torch.bfloat16))
     yield Case("strided", lambda: _strided(make_case([37, 4], heads=4, rank=128)))
     yield Case("not-stored", lambda: _not_stored(make_case([37, 4, 20], heads=4, rank=64)))
+    yield from pools.cases(lambda **options: make_case([3 * options["page_size"] + 3, 2], heads=4,
+                                                       rank=128, **options), ("kv_cache",), ["page_table"],
+                           slots=["slot_mapping"])
     yield from large_cases(make_case)
 
 

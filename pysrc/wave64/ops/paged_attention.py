@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wave64 import platform
+from wave64 import platform, pools
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.quant import FP8, fp8_dtype
 
@@ -82,6 +82,8 @@ def cases():
     for name, options in drawn.items():
         yield Case(name, lambda options=options: make_case(**options))
     yield Case("strided", lambda: _strided(make_case([37, 4])))
+    yield from pools.cases(lambda **options: make_case([3 * options["page_size"] + 3, 2], **options),
+                           ("key_cache", "value_cache"), tables=["page_table"])
     for batch, length in [(1, 4096), (8, 4096), (32, 4096), (128, 4096), (256, 1024), (32, 16384)]:
         yield Case(f"{batch}x{length}", lambda b=batch, n=length: make_case(
             [n] * b, heads=32, kv_heads=8, head_dim=128), large=True)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from wave64 import pools
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.paged_attention import KEYS_AT_ONCE, check_kv, dequantise, make_case, read_keys
 
@@ -55,6 +56,8 @@ def cases():
     }
     for name, options in drawn.items():
         yield Case(name, lambda options=options: make_prefill(**options))
+    yield from pools.cases(lambda **options: make_prefill([5, 1], [3 * options["page_size"] + 3, 2],
+                                                          **options), ("key_cache", "value_cache"), ["page_table"])
     for name, new, lengths in [("4x4096", [4096] * 4, [4096] * 4), ("1x16384", [16384], [16384]),
                                ("chunk-2048-of-16384", [2048] * 2, [16384] * 2),
                                ("32x4-of-4096", [4] * 32, [4096] * 32), ("8x64-of-8192", [64] * 8, [8192] * 8),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from wave64 import quant
+from wave64 import pools, quant
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.rms_norm import DTYPES
 
@@ -54,6 +54,9 @@ def cases():
     yield Case("one-token", lambda: _draw(1, 1, 1, 64, page_size=1))
     yield Case("all-skipped", lambda: _draw(4, 2, 2, 32, skip=(0, 1, 2, 3)))
     yield Case("empty", lambda: _draw(0, 2, 2, 32))
+    yield from pools.cases(lambda page_size, fp8: _draw(
+        24, 12, 2, 64, cache_dtype=quant.fp8_dtype() if fp8 else None, page_size=page_size, skip=(1,)),
+        ("key_cache", "value_cache"), slots=["slot_mapping"])
     for tokens, pages in [(1, 64), (128, 4096), (4096, 4096), (16384, 4096)]:
         yield Case(f"{tokens}x8x128", lambda t=tokens, p=pages: _draw(t, p, 8, 128), large=True)
     yield Case("128x8x128-fp8", lambda: _draw(128, 4096, 8, 128, cache_dtype=FP8[0], scale=0.05), large=True)

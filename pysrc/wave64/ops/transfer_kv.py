@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from wave64 import quant
+from wave64 import pools, quant
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.rms_norm import DTYPES
 
+POOLS = ("src", "dst")
 #: Slots that no pool has: of which pool, and the number.
 OUTSIDE = ((0, -1), (1, -1), (1, 2**40), (0, 2**60), (0, -2), (1, -2**40))
 
@@ -38,6 +39,11 @@ def cases():
     yield Case("none-counts", lambda: _draw(4, 5, 5, (32,), skip=(0, 1, 2, 3)))
     yield Case("no-pairs", lambda: _draw(0, 5, 5, (32,)))
     yield Case("no-slots", lambda: _draw(3, 5, 5, (32,)) | dict(dst=torch.zeros(0, 32, dtype=torch.bfloat16)))
+    for kind, row in (("slots", (2, 64)), ("pages", (16, 2, 64))):
+        for dtype, size in ((torch.bfloat16, 3), (quant.FP8["e4m3fn"], 5)):
+            yield Case(f"pool-{size}gib-{kind}-{dtype}", lambda r=row, d=dtype, n=size: pools.spread(
+                _draw(9, 12, 12, r, d, skip=(0, 3, 5)), POOLS, n * pools.GIB, slots=("src_slots", "dst_slots")),
+                sparse=POOLS)
     for n, row in [(1, (8, 128)), (128, (8, 128)), (4096, (8, 128)), (8192, (576,)), (64, (64, 8, 128))]:
         yield Case(f"{n}x{'x'.join(map(str, row))}", lambda n=n, r=row: _draw(n, 8192, 8192, r), large=True)
 

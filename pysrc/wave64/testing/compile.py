@@ -136,17 +136,18 @@ def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
 
 def triton_rows(op: Op, arch: str, assembly: Path | None = None) -> Rows:
     """"<case> <kernel>" -> figures, over all cases, large ones first; a binary that cases share is listed once. "large"
-    tells the rows that belong in the golden file from variants that need only compile and stay within limits.
+    tells the rows that belong in the golden file, those of sparse pools among them, from variants that need only
+    compile and stay within limits.
     In the folder `assembly`, where it is given, the text of each row's machine code is left."""
     rows, seen = {}, set()
-    for case in sorted(op.cases(), key=lambda case: not case.large):
+    for case in sorted(op.cases(), key=lambda case: (not case.large, not case.sparse)):
         for launch in compile_case(op, case, arch):
             if launch.kernel.hash not in seen:
                 seen.add(launch.kernel.hash)
                 name = f"{case.id} {launch.kernel.name}"
                 again = sum(key.split("#")[0] == name for key in rows)
                 key = f"{name}#{again + 1}" if again else name
-                rows[key] = launch.figures() | {"large": case.large}
+                rows[key] = launch.figures() | {"large": case.large or bool(case.sparse)}
                 if assembly:
                     file = assembly / f"{arch}.{op.name}.{key.replace(' ', '.')}.s"
                     file.write_text(launch.kernel.asm["amdgcn"])

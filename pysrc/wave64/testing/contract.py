@@ -6,6 +6,8 @@
     half a unit of the result's dtype (integers: equal; or as the operator's `agree` says);
   - every output was written (memory handed out during the call is filled with NaN or the largest integer);
   - nothing but the declared arguments changed, those only inside their views;
+  - under Triton's interpreter no load, store or atomic leaves the tensors that its launch was given, by a byte;
+  - of a case's sparse pools nothing was touched, on a CPU, but the pages of memory that hold its rows in use;
   - a second run gives the same bits;
   - on a GPU, a captured graph of a kernel replays to the same bits.
 """
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from wave64 import quant
 from wave64.op import Case, Op, describe
+from wave64.pools import GIB, rows_in_use
+from wave64.testing import guard, sparse
 
 FP8 = tuple(quant.FP8.values())
 
@@ -41,31 +45,44 @@ def verify(op: Op, backend: str, case: Case, device: str, seed: int = 0, run: Ca
     backend's own call, unless something else is to run its kernels."""
     run = run or op.backends[backend].run
     args = draw(case, device, seed)
-    exact_args = {name: widen(value) for name, value in args.items()}
-    exact = outputs(op, op.reference(**exact_args), exact_args)
-    own_args = copy(args)
-    own = outputs(op, op.reference(**own_args), own_args)
+    rows = {name: rows_in_use(args[name]) for name in case.sparse}
+    exact_args = {name: widen(value, name in rows) for name, value in args.items()}
+    exact = outputs(op, op.reference(**exact_args), exact_args, rows)
+    own_args = copy(args, case.sparse)
+    own = outputs(op, op.reference(**own_args), own_args, rows)
+    del own_args
 
-    mine = copy(args)
-    with poisoned():
+    mine = copy(args, case.sparse)
+    with poisoned(), _inside(op, case, mine):
         result = run(**mine)
-    got = outputs(op, result, mine)
-    _only_declared_changed(op, args, mine)
+    got = outputs(op, result, mine, rows)
+    _only_declared_changed(op, args, mine, rows)
+    for name in case.sparse:
+        if (byte := sparse.touched(_bytes(mine[name]), sparse.spans(mine[name]))) is not None:
+            raise ContractError(f"{op.name}: argument {name} was touched outside its rows in use, about byte {byte}")
     if op.agree is not None:
         op.agree(exact_args, result, exact[0] if len(exact) == 1 else exact)
         verdict = Verdict(0.0, 0.0)
     else:
         verdict = _close(op, got, own, exact)
 
-    again = copy(args)
+    del mine
+    again = copy(args, case.sparse)
     with poisoned():
-        repeated = outputs(op, run(**again), again)
+        repeated = outputs(op, run(**again), again, rows)
     for i, (first, second) in enumerate(zip(got, repeated, strict=True)):
         if not same_bits(first, second):
             raise ContractError(f"{op.name}: result {i} differs between two runs on the same arguments")
     if device == "cuda" and backend != "reference":
-        _replays(op, run, args, got)
+        _replays(op, run, args, got, rows)
     return verdict
+
+
+def too_large(case: Case, device: str) -> str | None:
+    """Why a case cannot be verified here, or None: on a GPU sparse pools take all their memory, in several copies."""
+    if device == "cuda" and case.sparse and torch.cuda.get_device_properties(0).total_memory < 64 * GIB:
+        return "copies of its pools take up to 64 GiB, more than this GPU has"
+    return None
 
 
 def draw(case: Case, device: str, seed: int) -> dict[str, Any]:
@@ -75,9 +92,15 @@ def draw(case: Case, device: str, seed: int) -> dict[str, Any]:
         return case.make()
 
 
-def copy(args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with the same layout on storage of their own; views of one storage stay views of one copy."""
+def copy(args: dict[str, Any], pools: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Arguments with the same layout on storage of their own; views of one storage stay views of one copy. Of `pools`,
+    which are sparse, only the rows in use are copied."""
     storages: dict[int, Tensor] = {}
+    for name in pools:
+        whole = _bytes(args[name])
+        storages[whole.data_ptr()] = few = sparse.empty((whole.numel(),), torch.uint8, whole.device)
+        for start, end in sparse.spans(args[name]):
+            few[start:end] = whole[start:end]
 
     def one(value):
         if not isinstance(value, Tensor):
@@ -91,17 +114,22 @@ def copy(args: dict[str, Any]) -> dict[str, Any]:
     return {name: one(value) for name, value in args.items()}
 
 
-def widen(value: Any) -> Any:
+def widen(value: Any, is_sparse: bool = False) -> Any:
     """Floating-point tensors in fp64 (FP8 stays FP8: it is storage, exact in itself); others copied."""
     if not isinstance(value, Tensor):
         return value
-    return value.double() if value.is_floating_point() and value.dtype not in FP8 else value.clone()
+    widens = value.is_floating_point() and value.dtype not in FP8
+    if is_sparse:
+        return sparse.widened(value) if widens else copy({"pool": value}, ("pool",))["pool"]
+    return value.double() if widens else value.clone()
 
 
-def outputs(op: Op, result: Any, args: dict[str, Any]) -> list[Tensor]:
-    """Everything a call wrote: what it returned, then the arguments it declares to write."""
+def outputs(op: Op, result: Any, args: dict[str, Any], rows: dict[str, list[int]] | None = None) -> list[Tensor]:
+    """Everything a call wrote: what it returned, then the arguments it declares to write, of sparse ones a copy of
+    their `rows` in use."""
     returned = [] if result is None else list(result) if isinstance(result, tuple) else [result]
-    return returned + [args[name] for name in op.mutates if args.get(name) is not None]
+    written = {name: args[name] for name in op.mutates if args.get(name) is not None}
+    return returned + [sparse.held(x, rows[name]) if rows and name in rows else x for name, x in written.items()]
 
 
 def distance(got: Tensor, exact: Tensor) -> float:
@@ -148,35 +176,57 @@ def _close(op: Op, got: list[Tensor], own: list[Tensor], exact: list[Tensor]) ->
     return worst
 
 
-def _only_declared_changed(op: Op, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Restores the declared views from the originals, then compares whole storages byte by byte."""
-    restored = {name: value for name, value in after.items() if isinstance(value, Tensor)}
-    kept = copy(after)
+@contextlib.contextmanager
+def _inside(op: Op, case: Case, args: dict[str, Any]) -> Iterator[None]:
+    """Interpreted kernels keep to their tensors, to the rows in use of sparse ones; else a ContractError names both."""
+    known = {}
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            used = sparse.spans(value) if name in case.sparse else [(0, storage.nbytes())]
+            known.setdefault(storage.data_ptr(), (used, f"argument {name}"))
+    try:
+        with guard.watched(known):
+            yield
+    except guard.Outside as e:
+        raise ContractError(f"{op.name}, case {case.id}: {e}") from None
+
+
+def _restore(op: Op, args: dict[str, Any], originals: dict[str, Any], rows: dict[str, list[int]]) -> None:
+    """What the operator declares to write as it was."""
     for name in op.mutates:
-        if kept.get(name) is not None:
-            kept[name].copy_(before[name])
-    for name in restored:
-        if not torch.equal(_bytes(kept[name]), _bytes(before[name])):
+        if args.get(name) is not None:
+            for row in rows.get(name, [...]):
+                args[name][row].copy_(originals[name][row])
+
+
+def _only_declared_changed(op: Op, before: dict[str, Any], after: dict[str, Any], rows: dict[str, list[int]]) -> None:
+    """Restores the declared views from the originals, then compares storages byte by byte: all of them, or what is in
+    use of sparse ones."""
+    kept = copy(after, tuple(rows))
+    _restore(op, kept, before, rows)
+    for name in (name for name, value in after.items() if isinstance(value, Tensor)):
+        now, then = _bytes(kept[name]), _bytes(before[name])
+        spans = sparse.spans(before[name]) if name in rows else [(0, then.numel())]
+        if not all(torch.equal(now[start:end], then[start:end]) for start, end in spans):
             inside = "outside its view" if name in op.mutates else "though it is not declared as written"
             raise ContractError(f"{op.name}: argument {name} changed {inside}")
 
 
-def _replays(op: Op, run, args: dict[str, Any], expected: list[Tensor]) -> None:
-    static = copy(args)
+def _replays(op: Op, run, args: dict[str, Any], expected: list[Tensor], rows: dict[str, list[int]]) -> None:
+    static = copy(args, tuple(rows))
     torch.cuda.synchronize()
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(side):
-        run(**copy(args))
+        run(**copy(args, tuple(rows)))
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         torch.zeros(1, device="cuda")  # a call with nothing to do launches nothing, and torch warns of empty graphs
         result = run(**static)
-    captured = outputs(op, result, static)
-    for name in op.mutates:
-        if static.get(name) is not None:
-            static[name].copy_(args[name])
+    _restore(op, static, args, rows)
     graph.replay()
     torch.cuda.synchronize()
+    captured = outputs(op, result, static, rows)
     for i, (first, second) in enumerate(zip(expected, captured, strict=True)):
         if not same_bits(first, second):
             raise ContractError(f"{op.name}: result {i} of a replayed graph differs from the eager one")
