@@ -8,7 +8,7 @@ if importlib.util.find_spec("torch") is None:
                       "wheel for your ROCm first; without a GPU a CPU build of torch, or wave64[cpu], which takes "
                       "whatever build your package index gives")
 
-from wave64 import backends, ops, platform
+from wave64 import backends, flops, ops, platform
 from wave64.backends import report, table, use
 from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op
 
@@ -19,5 +19,6 @@ except NotSupported as error:
     if sys.argv[:1] == ["-m"]:  # `python -m wave64...` imports the package before the command could catch anything
         sys.exit(words)
     raise NotSupported(words.removeprefix("wave64: error: ")) from None
+flops.register_at_import()
 
 __all__ = ["OPS", "BadArgument", "Case", "Cost", "NotSupported", "op", "ops", "platform", "report", "table", "use"]

@@ -59,8 +59,17 @@ def told(value: Any) -> str:
 def is_disjoint(tensor: Tensor) -> bool:
     """True if no two elements share memory, as far as strides tell: each dimension's is beyond what the dimensions of
     smaller strides span."""
+    sizes, strides = tensor.shape, tensor.stride()
+    beyond = -1  # the last stride from which on all that follows is one element, as of rows cut from wider ones
+    for size, stride in zip(sizes, strides, strict=True):
+        if size > 1 and beyond >= 0 and size * stride > beyond:
+            break
+        beyond = stride if size > 1 else beyond
+    else:
+        if beyond != 0:
+            return True
     reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
         if size == 0:
             return True
         if size > 1:
@@ -255,15 +264,15 @@ def compiled(examiner: Examiner, serve: Callable, torch_op: Callable) -> tuple[C
     wants = " or ".join(p.either(f"{p.name}.requires_grad").replace("is None or", "is not None and") for p in tensors)
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     takes = ", ".join(f"{p.name}=DEFAULTS[{p.name!r}]" if p.name in defaults else p.name for p in parameters)
-    bumps = "".join(f"\n            if {p.name} is not None: bump({p.name})" if p.optional else
-                    f"\n            bump({p.name})" for p in written)
+    bumps = f"bump({', '.join(p.name for p in written)})" if written else "pass"
     source = f"""
 def {examiner.name}({takes}):
     if profiler._is_profiler_enabled or functorch_level() is not None or is_tracing() is not None:
         return torch_op({names})
     if {' and '.join(accepted)}:
         if not (grad_enabled() and ({wants})):
-            result = serve({names}){bumps}
+            result = serve({names})
+            {bumps}
             return result
     args = examine(({names},), True)
     return torch_op({names}) if args is None else again(*args)
@@ -274,7 +283,8 @@ def kernel({takes}):
     return serve(*examine(({names},), False))
 
 def again({names}):
-    result = serve({names}){bumps.replace('            ', '    ')}
+    result = serve({names})
+    {bumps}
     return result
 """
     scope: dict[str, Any] = dict(
@@ -286,8 +296,9 @@ def again({names}):
     return scope[examiner.name], scope["kernel"]
 
 
-def bump(tensor: Tensor) -> None:
-    """Tells autograd that the tensor was written, as every in-place operator of torch does: a backward that saved what
-    it held then refuses. Tensors of inference mode have no version."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+def bump(*written: Tensor | None) -> None:
+    """Tells autograd that these were written, as every in-place operator of torch does: a backward that saved what one
+    held then refuses. Tensors of inference mode have no version."""
+    versioned = [tensor for tensor in written if tensor is not None and not tensor.is_inference()]
+    if versioned:
+        torch.autograd.graph.increment_version(versioned)

@@ -143,10 +143,7 @@ class Op(Generic[P, R]):
         autocast says."""
         if torch._C._is_any_autocast_enabled():
             with torch._C._DisableAutocast():
-                return self._choose(*args)
-        return self._choose(*args)
-
-    def _choose(self, *args):
+                return self._serve(*args)
         where = args[0] if self.place is None else self.place(*args)
         if where.is_cuda and where.get_device() != current_device():
             with torch.cuda.device(where.get_device()):

@@ -337,3 +337,17 @@ def refuse(args, argument, words):
         OPS["fused_moe"](**args)
     assert str(refusal.value).startswith(f"fused_moe: {argument}: ")
     assert words in str(refusal.value)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, of what counts for nothing
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_a_gate_far_below_zero_closes(device, backend, activation):
+    """Its activation is 0, not what a clamped exponential leaves of so large a number."""
+    x = torch.zeros(1, 32)
+    x[0, :2] = torch.tensor([-1e19, 1.0])
+    w13 = torch.zeros(2, 64, 32)
+    w13[:, :32, 0], w13[:, 32:, 1] = 1e19, 1.0  # gates of -1e38, ups of 1
+    args = on(device, dict(x=x, w13=w13, w2=torch.ones(2, 32, 32), topk_weights=torch.ones(1, 2),
+                           topk_ids=torch.tensor([[0, 1]], dtype=torch.int32), activation=activation))
+    assert torch.equal(run(backend, args), torch.zeros(1, 32, device=device))

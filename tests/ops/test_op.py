@@ -79,6 +79,37 @@ def test_every_pair_is_bound_available_or_off_with_a_reason():
     assert all(r["op"] in table and r["reason"] in table for r in rows)
 
 
+def in_place(qkv):
+    ops.rotary_embedding(torch.arange(3), qkv[:, :32], None, 32, torch.ones(8, 32))
+
+
+def view_itself(q):
+    ops.rotary_embedding(torch.arange(3), q, None, 32, torch.ones(8, 32))
+
+
+def of_a_copy(qkv):
+    q = qkv[:, :32].clone()
+    ops.rotary_embedding(torch.arange(3), q, None, 32, torch.ones(8, 32))
+    qkv[:, :32].copy_(q)
+
+
+@pytest.mark.parametrize(("function", "view"), [
+    pytest.param(in_place, lambda base: base[1:].clone(), id="of-a-whole-input"),
+    pytest.param(view_itself, lambda base: base[1:, 8:40], id="input-with-offset"),
+    pytest.param(of_a_copy, lambda base: base[1:], id="by-way-of-a-copy"),
+    pytest.param(in_place, lambda base: base[1:], id="view-of-input-with-offset", marks=pytest.mark.xfail(
+        strict=True, reason="torch's, of any custom operator: README, Use an operator"))])
+def test_what_is_written_under_compile(function, view):
+    """What the README promises; where torch mends its fault, the last one passes and the paragraph can go."""
+    torch.compiler.reset()
+    eager, compiled = (torch.arange(4.0 * 60).reshape(4, 60) for _ in range(2))
+    mine, its = view(eager), view(compiled)
+    function(mine)
+    torch.compile(function, backend="aot_eager", fullgraph=True)(its)
+    assert torch.equal(mine, its)
+    assert torch.equal(eager, compiled)
+
+
 def declare(reference, **kwargs) -> Op:
     """An operator of the test's own, bound to nothing but what the test registers."""
     op = Op(reference, cases=kwargs.pop("cases", list), cost=lambda *_: Cost(0), mutates=kwargs.pop("mutates", ()),

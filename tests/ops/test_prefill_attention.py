@@ -13,6 +13,7 @@ from wave64 import ops
 from wave64.op import BadArgument
 from wave64.ops import prefill_attention as declared
 from wave64.ops.prefill_attention import make_prefill
+from wave64.testing import contract
 from wave64.tuning import choose
 
 
@@ -60,6 +61,20 @@ def test_several_blocks_of_queries(device, backend, new, length, window):
     with torch.device(device):
         args = make_prefill([new], [length], heads=2, kv_heads=1, head_dim=16, sliding_window=window)
     assert_right(run("prefill_attention", backend, args), args)
+
+
+def test_rows_behind_the_last_sequence_are_neither_read_nor_written(device):
+    """The padding of a captured batch: what the docstring says of rows from cu_seqlens_q[-1] on."""
+    with torch.device(device):
+        args = make_prefill([5, 9], [8, 9])
+    expected = declared.backends["triton"].run(**args)
+    padding = torch.full_like(args["query"][:3], float("nan"))
+    padded = args | {"query": torch.cat([args["query"], padding])}
+    with contract.poisoned():
+        got = declared.backends["triton"].run(**padded)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g[:14], e)
+        assert g[14:].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

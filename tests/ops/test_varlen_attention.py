@@ -13,6 +13,7 @@ from wave64 import ops
 from wave64.op import BadArgument
 from wave64.ops import varlen_attention as declared
 from wave64.ops.varlen_attention import cases, cost, make_case
+from wave64.testing import contract
 from wave64.tuning import choose
 
 
@@ -78,6 +79,20 @@ def test_equals_torch_over_several_blocks(device, backend, causal, queries, keys
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=args["scale"])
         expected = expected.nan_to_num().transpose(0, 1)  # rows without keys
         torch.testing.assert_close(out[some_q], expected, atol=2e-5, rtol=0)
+
+
+def test_rows_behind_the_last_sequence_are_neither_read_nor_written(device):
+    """The padding of a captured batch: what the docstring says of rows from cu_seqlens_q[-1] on."""
+    with torch.device(device):
+        args = make_case([5, 9], [8, 9])
+    expected = declared.backends["triton"].run(**args)
+    padding = torch.full_like(args["q"][:3], float("nan"))
+    padded = args | {"q": torch.cat([args["q"], padding])}
+    with contract.poisoned():
+        got = declared.backends["triton"].run(**padded)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g[:14], e)
+        assert g[14:].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -117,7 +117,9 @@ def prefill_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pag
     key_cache       [num_pages, page_size, num_kv_heads, head_dim]  dtype of query, or the architecture's FP8
     value_cache     as key_cache
     page_table      [num_seqs, max_pages] int32; entries of pages that no key is read from may be anything
-    cu_seqlens_q    [num_seqs + 1] int32, running sum of new tokens from 0 to num_tokens
+    cu_seqlens_q    [num_seqs + 1] int32, running sum of new tokens from 0 to num_tokens. On a GPU, whose memory is not
+                    looked at, it may end earlier, as of a captured batch that is padded: the rows of query from there
+                    on are not read, and those of out and lse are not written
     seq_lens        [num_seqs] int32, lengths including the new tokens
     max_seqlen_q    at least the longest number of new tokens
     sinks, k_scale, v_scale  as paged_attention

@@ -16,8 +16,15 @@ def cases():
         yield Case(f"{tokens}x{d}-{dtype}", lambda t=tokens, n=d, dt=dtype: dict(x=torch.randn(t, 2 * n, dtype=dt) * 3))
     yield Case("strided", lambda: dict(x=torch.randn(6, 900, dtype=torch.bfloat16)[:, 3:515]))
     yield Case("extremes", lambda: dict(x=torch.tensor([-200.0, -88.0, -9.0, -0.0, 0.0, 9.0, 200.0]).repeat(3, 4)))
+    yield Case("far-below", lambda: dict(x=far_below()))
     for tokens, d in [(1, 28672), (64, 14336), (64, 3584), (128, 7168), (4096, 7168), (4096, 14336)]:
         yield Case(f"{tokens}x{d}", lambda t=tokens, n=d: dict(x=torch.randn(t, 2 * n, dtype=DTYPES[0])), large=True)
+
+
+def far_below():
+    """Gates [3, 8] whose activation is 0, however large they are, and their ups."""
+    gates = torch.tensor([-90.0, -200.0, -1e4, -1e19, -1e25, -1e37, -1e38, -3e38])
+    return torch.cat([gates, torch.tensor([1.0, -2.0]).repeat(4)]).repeat(3, 1)
 
 
 def check(x):

@@ -8,6 +8,7 @@ from wave64.op import Case, Cost, op
 from wave64.ops.per_token_group_quant_fp8 import agrees, check_group_size, grouped
 from wave64.ops.rms_norm import DTYPES
 from wave64.ops.silu_and_mul import check as check_x
+from wave64.ops.silu_and_mul import far_below
 
 #: Of silu in fp32, whose exponential turns the rounding of its argument, 2^-24 |x|, into a relative error: 2^-18 at 64.
 SLACK = 2.0**-18
@@ -23,6 +24,7 @@ def cases():
     yield Case("strided", lambda: dict(x=torch.randn(6, 900, dtype=torch.bfloat16)[:, 3:515], group_size=64))
     yield Case("extremes", lambda: dict(x=torch.tensor([-200.0, -88.0, -9.0, -0.0, 0.0, 9.0, 200.0, 3.0]).repeat(3, 8),
                                         group_size=32))
+    yield Case("far-below", lambda: dict(x=far_below(), group_size=32))
     for tokens in (1, 128, 4096):
         yield Case(f"{tokens}x2048", lambda t=tokens: dict(x=torch.randn(t, 4096, dtype=torch.bfloat16),
                                                            group_size=128), large=True)

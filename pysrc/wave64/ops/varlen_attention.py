@@ -134,7 +134,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     q               [total_q, num_heads, qk_dim]  bf16, fp16 or fp32; last dim contiguous, the others strided
     k               [total_k, num_kv_heads, qk_dim]  as q; num_heads a multiple of num_kv_heads
     v               [total_k, num_kv_heads, v_dim]  as k
-    cu_seqlens_q    [num_seqs + 1] int32, running sum of the sequences' queries from 0 to total_q
+    cu_seqlens_q    [num_seqs + 1] int32, running sum of the sequences' queries from 0 to total_q. On a GPU, whose
+                    memory is not looked at, it may end earlier, as of a captured batch that is padded: the rows of q
+                    from there on are not read, and those of out and lse are not written
     cu_seqlens_k    [num_seqs + 1] int32, running sum of their keys from 0 to total_k
     max_seqlen_q    at least the longest number of queries; max_seqlen_k likewise of keys
     returns         out [total_q, num_heads, v_dim] of q's dtype, contiguous, and lse [total_q, num_heads] fp32: log of

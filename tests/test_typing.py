@@ -1,0 +1,50 @@
+"""Type checkers see the operators' signatures: they refuse the bad calls of typed_calls.py, those and no others."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "tests" / "typed_calls.py"
+BAD = {number for number, line in enumerate(FILE.read_text().splitlines(), 1) if "  # bad" in line}
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "pysrc/wave64/py.typed").exists()
+
+
+def refused_by(command, lines) -> set[int]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT,
+                          env={**os.environ, "MYPYPATH": str(ROOT / "pysrc")})
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    return lines(done.stdout)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed: pip install wave64[lint]")
+def test_mypy_refuses_the_bad_calls(tmp_path):
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports",
+               f"--cache-dir={tmp_path}", FILE]
+    assert refused_by(command, lambda text: {int(n) for n in re.findall(r"typed_calls\.py:(\d+): error", text)}) == BAD
+
+
+@pytest.mark.skipif(shutil.which("basedpyright") is None and importlib.util.find_spec("basedpyright") is None,
+                    reason="pyright is not installed: pip install wave64[lint]")
+def test_pyright_refuses_the_bad_calls(tmp_path):
+    settings = tmp_path / "pyrightconfig.json"
+    settings.write_text(json.dumps({"include": [str(FILE)], "extraPaths": [str(ROOT / "pysrc")],
+                                    "typeCheckingMode": "basic"}))
+    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--project", settings, "--pythonpath",
+               sys.executable]
+
+    def lines(text):
+        return {error["range"]["start"]["line"] + 1 for error in json.loads(text)["generalDiagnostics"]
+                if error["severity"] == "error"}
+
+    assert refused_by(command, lines) == BAD
