@@ -3,7 +3,9 @@
 `verify(op, backend, case)` draws the case's arguments, evaluates the reference in fp64, runs the backend and raises
 `ContractError` unless
   - each result is at most twice as far from the fp64 evaluation as the reference run in the operator's own dtype, plus
-    half a unit of the result's dtype (integers: equal; or as the operator's `agree` says);
+    half a unit of the result's dtype, eight of fp32: in each row (the last dimension), by the worst element relative to
+    the row's largest exact one and by root mean square (wave64/testing/judge.py; integers: equal; or as the operator's
+    `agree` says);
   - every output was written (memory handed out during the call is filled with NaN or the largest integer);
   - nothing but the declared arguments changed, those only inside their views;
   - under Triton's interpreter no load, store or atomic leaves the tensors that its launch was given, by a byte;
@@ -23,7 +25,11 @@ from torch import Tensor
 from wave64 import quant
 from wave64.op import Case, Op, describe
 from wave64.pools import GIB, rows_in_use
-from wave64.testing import guard, sparse
+from wave64.testing import guard, judge, sparse
+from wave64.testing.judge import distance, floor
+
+__all__ = ["ContractError", "Verdict", "copy", "distance", "draw", "floor", "outputs", "poisoned", "same_bits",
+           "too_large", "verify", "widen"]
 
 FP8 = tuple(quant.FP8.values())
 
@@ -132,27 +138,6 @@ def outputs(op: Op, result: Any, args: dict[str, Any], rows: dict[str, list[int]
     return returned + [sparse.held(x, rows[name]) if rows and name in rows else x for name, x in written.items()]
 
 
-def distance(got: Tensor, exact: Tensor) -> float:
-    """The larger of two distances: of the worst element relative to the largest exact value, and root mean square.
-
-    Infinite and NaN elements must be the same on both sides; infinity otherwise."""
-    got, exact = got.double(), exact.double()
-    finite = exact.isfinite()
-    if not torch.equal(finite, got.isfinite()) or not got[~finite].allclose(exact[~finite], equal_nan=True):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    off, scale = (got - exact)[finite].abs(), exact[finite].abs()
-    worst = (off.max() / scale.max().clamp_min(1e-30)).item()
-    mean = (off.square().mean().sqrt() / scale.square().mean().sqrt().clamp_min(1e-30)).item()
-    return max(worst, mean)
-
-
-def floor(dtype: torch.dtype) -> float:
-    """What is always allowed: half a unit in the last place of 1; of fp32 eight units, since its sums are long."""
-    return torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 0.5)
-
-
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
 
@@ -168,9 +153,9 @@ def _close(op: Op, got: list[Tensor], own: list[Tensor], exact: list[Tensor]) ->
             if not torch.equal(g, e.to(g.dtype)):
                 raise ContractError(f"{op.name}: result {i}: {int((g != e).sum())} of {g.numel()} integers differ")
             continue
-        error, bound = distance(g, e), 2 * distance(o, e) + floor(g.dtype)
-        if not error <= bound:
-            raise ContractError(f"{op.name}: result {i}: error {error:.3g} against fp64, allowed {bound:.3g}")
+        error, bound, far = judge.compare(g, o, e)
+        if far:
+            raise ContractError(f"{op.name}: result {i}: {far}")
         if error >= worst.error:
             worst = Verdict(error, bound)
     return worst
