@@ -151,6 +151,7 @@ def test_refused(read, tmp_path, change, words):
 
 @pytest.mark.parametrize(("key", "value"), [
     ("use_sliding_window", False), ("some_map", {}), ("_note", "x"), ("top_k", 50), ("sliding_window", None),
+    ("sliding_window", 2048),
     ("rope_scaling", None), ("pretraining_tp", 2),
 ])  # fmt: skip
 def test_keys_without_effect_are_let_through(read, key, value):

@@ -26,7 +26,21 @@ class Graph:
         return "memory"
 
     def replay(self):
+        Graph.replayed = self
         self.result.copy_(self.call())
+
+
+class Event:
+    """Raises where a copy begins before the one of the step before was waited for."""
+
+    pending = False
+
+    def record(self):
+        assert not self.pending, "the host's memory was written to while a copy read it"
+        self.pending = True
+
+    def synchronize(self):
+        self.pending = False
 
 
 @pytest.fixture
@@ -40,8 +54,7 @@ def capture(monkeypatch):
         Graph.capturing = None
 
     zeros, stream = torch.zeros, lambda: type("Stream", (), {"wait_stream": lambda self, other: None})()
-    event = type("Event", (), {"synchronize": lambda self: None, "record": lambda self: None})
-    fakes = dict(Event=event, Stream=stream, current_stream=stream, stream=lambda _: nullcontext(), CUDAGraph=Graph,
+    fakes = dict(Event=Event, Stream=stream, current_stream=stream, stream=lambda _: nullcontext(), CUDAGraph=Graph,
                  graph=graph)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -90,6 +103,7 @@ def test_replays_write_and_say_what_eager_steps_do(tmp_path, capture, name):
         lengths |= {row: start + 1 for row, start in zip(rows, starts, strict=True)}
         torch.testing.assert_close(replayed.run(schedule), eager.run(schedule), rtol=0, atol=1e-4)
         graph = min(size for size in (1, 2, 4, 8) if size >= len(rows))
+        assert Graph.replayed is replayed._graphs._graphs[graph][0], "the smallest graph that holds the batch"
         assert not replayed._graphs._staged["seq_lens"][len(rows) : graph].any(), "padding rows attend to nothing"
         for ours, theirs in zip(replayed.kv_cache, eager.kv_cache, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -1,6 +1,7 @@
 """The KV pool: what it is counted to take is what it takes, of keys and values and of latents, in FP8 too."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +109,18 @@ def test_a_cpus_pool_is_four_contexts_or_a_gibibyte(folders, monkeypatch):
     longer = replace(config, context_length=1 << 30)
     assert memory.pool_pages(ServerArgs(), longer, torch.bfloat16, CPU) == (1 << 30) // own // 16
     assert memory.pool_pages(ServerArgs(max_total_tokens=33), longer, torch.bfloat16, CPU) == 3
+
+
+def test_a_cpus_fraction_is_of_what_the_container_leaves(folders, monkeypatch, tmp_path):
+    config = ModelConfig.from_folder(folders["llama"])
+    page = 16 * per_token("llama", config) * 2
+    files = {name: tmp_path / Path(name).name for name in (
+        "/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")}
+    monkeypatch.setattr(memory, "Path", files.__getitem__)
+    files["/proc/meminfo"].write_text(f"MemTotal: 1 kB\nMemAvailable: {page} kB\n")
+    args = ServerArgs(mem_fraction_static=0.25)
+    assert memory.pool_pages(args, config, torch.bfloat16, CPU) == 256
+    for limit, pages in ((f"{300 * page}\n", 50), ("max\n", 256)):
+        files["/sys/fs/cgroup/memory.max"].write_text(limit)
+        files["/sys/fs/cgroup/memory.current"].write_text(f"{100 * page}\n")
+        assert memory.pool_pages(args, config, torch.bfloat16, CPU) == pages

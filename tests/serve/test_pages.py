@@ -36,3 +36,13 @@ def test_sizes():
     assert [pool.pages_for(n) for n in (1, 16, 17, 48)] == [1, 1, 2, 3]
     with pytest.raises(ValueError, match="at least one page"):
         PagePool(0, 16)
+
+
+def test_what_was_freed_last_is_given_first():
+    """It is the likeliest to be in a cache still."""
+    pool = PagePool(8, 4)
+    first, second = pool.allocate(2), pool.allocate(2)
+    pool.free(second)
+    assert set(pool.allocate(2)) == set(second)
+    pool.free(first)
+    assert set(pool.allocate(2)) == set(first)

@@ -20,7 +20,7 @@ ROPES = {
     "yarn-all-keys": RopeConfig("yarn", 1e6, 40.0, TRAINED, beta_fast=24.0, beta_slow=2.0, truncate=False, mscale=1.0,
                                 mscale_all_dim=0.7),
     "yarn-attention_factor": RopeConfig("yarn", 1e6, 40.0, TRAINED, attention_factor=1.5),
-    "yarn-low-base": RopeConfig("yarn", 100.0, 4.0, 163840, beta_fast=6000.0),  # the ramp would end behind the last pair
+    "yarn-low-base": RopeConfig("yarn", 100.0, 4.0, 163840, beta_fast=6000.0),  # the ramp would end too far
     "yarn-short": RopeConfig("yarn", 10000.0, 4.0, 4),  # every pair is beyond the ramp
 }  # fmt: skip
 
