@@ -203,6 +203,8 @@ MATRICES = {
     "row 4 of A": (FACTORS + but(4, "v9") + MATRIX.format("v9", "v20", 0), r"lane 16: " + NOBODY),
     "row 3 of A, which is not stored": (FACTORS + but(35, "v9") + MATRIX.format("v9", "v20", 0), None),
     "a column of B": (FACTORS + but(3, "v9") + MATRIX.format("v20", "v9", 0), r"lane 3: " + NOBODY),
+    "a lane of B that is not taken": (
+        FACTORS + but(40, "v9") + MATRIX.replace("{}\ns_nop", "{} blgp:1\ns_nop", 1).format("v20", "v9", 0), None),
     "C": (FACTORS + MATRIX.format("v20", "v20", "v[6:9]"), r"lane 0: " + NOBODY),
     "a lane of C": (FACTORS + "v_mov_b32_e32 v24, 1.0\n" + but(5, "v30")
                     + "".join(f"v_mov_b32_e32 v{i}, 1.0\n" for i in (31, 32, 33))

@@ -83,3 +83,10 @@ def test_line_information_leaves_the_machine_code_as_it_is(op):
     assert plain.text == lined.text
     assert np.array_equal(plain.image[slice(*plain.text)], lined.image[slice(*lined.text)])
     assert re.match(r"[\w/]+\.(h|hip):\d+", lined.line(next(iter(lined.kernels.values())).entry))
+
+
+def test_lines_of_other_machine_code_are_not_taken():
+    code = code_object.CodeObject(built.code_object(lanes.sources(), "rms_norm", "gfx942").read_bytes())
+    other = built.code_object(lanes.sources(), "moe_align_block_size", "gfx942", "-gline-tables-only")
+    code.with_lines = other.read_bytes
+    assert code.line(next(iter(code.kernels.values())).entry) == ""
