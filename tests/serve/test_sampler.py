@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from wave64.serve import sampler
+from wave64.serve.engine import _bad_params
 from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.scheduler import Sequence
 
@@ -29,3 +30,12 @@ def test_the_number_a_token_is_drawn_by_is_less_than_one(monkeypatch):
 def test_rewards_are_penalties_too(changes, counts):
     request = Request("a", [5], SamplingParams(**changes))
     assert Sequence(request, frozenset(), random.Random(0)).penalised == counts
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("min_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0), ("repetition_penalty", float("inf")),
+    ("frequency_penalty", float("nan")), ("presence_penalty", float("inf")), ("top_p", 0.0), ("min_new_tokens", -1),
+])  # fmt: skip
+def test_a_parameter_out_of_range_is_named(name, value):
+    assert _bad_params(SamplingParams(**{name: value}), 9).startswith(f"{name}: expected ")
+    assert _bad_params(SamplingParams(), 9) is None
