@@ -122,6 +122,18 @@ def load_tile(ptr, rows, mask, WIDTH: tl.constexpr, FIRST: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def load_columns(ptr, rows, WIDTH: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, rows]: the same of rows that may all be read, as the right factor of a product. Loaded as such, it is laid
+    out in LDS without bank conflicts; behind a tl.trans, Triton would not swizzle it."""
+    columns = FIRST + tl.arange(0, BLOCK)[:, None]
+    if FIRST + BLOCK > WIDTH:
+        x = tl.load(ptr + rows[None, :] + columns, mask=columns < WIDTH, other=0.0)
+    else:
+        x = tl.load(ptr + rows[None, :] + columns)
+    return x
+
+
+@triton.jit
 def load_query(ptr, stride, mask_m, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_R: tl.constexpr):
     """BLOCK_M queries from ptr on: their first BLOCK_D columns, and the BLOCK_R that follow (0: the same, unused)."""
@@ -200,9 +212,9 @@ def attend(q, q_rest, peak, total, mixed, position, first, last, lowest, length,
             rows = n.to(tl.int64) if WIDE else n
             k_rows = rows * stride_kn * UNIT
             v_rows = k_rows if ALIKE else rows * stride_vn * UNIT
-        s = dot(q, tl.trans(load_tile(k_ptr, k_rows, None, QK_DIM, 0, BLOCK_D).to(q.dtype)))
+        s = dot(q, load_columns(k_ptr, k_rows, QK_DIM, 0, BLOCK_D).to(q.dtype))
         if BLOCK_R > 0:
-            s = dot(q_rest, tl.trans(load_tile(k_ptr, k_rows, None, QK_DIM, BLOCK_D, BLOCK_R).to(q.dtype)), s)
+            s = dot(q_rest, load_columns(k_ptr, k_rows, QK_DIM, BLOCK_D, BLOCK_R).to(q.dtype), s)
         if CAPPED:
             s = base2_logits(s, scale, logit_cap, True)
         if EDGE:  # no query is beyond `length`, nor sees keys below `lowest`

@@ -39,13 +39,16 @@ def deal_tiles(tiles_m, tiles_n, GROUP_M: tl.constexpr, XCDS: tl.constexpr):
 
 
 @triton.jit
-def load_steps(ptr, offs, first, K, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[rows, BLOCK_K] from column `first` on, offs [rows] apart; 0 from column K on."""
-    offs_k = tl.arange(0, BLOCK_K)[None, :]
+def load_steps(ptr, offs, first, K, EVEN: tl.constexpr, RIGHT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[rows, BLOCK_K] from column `first` on, offs [rows] apart; 0 from column K on. RIGHT: [BLOCK_K, rows], the right
+    factor of a product, loaded as such: behind a tl.trans, Triton would not swizzle it in LDS, where rows of 128 bytes
+    then meet in the same banks."""
+    offs_k = tl.expand_dims(tl.arange(0, BLOCK_K), 1 if RIGHT else 0)
+    offs = tl.expand_dims(offs, 0 if RIGHT else 1)
     if EVEN:
-        x = tl.load(ptr + first + offs[:, None] + offs_k)
+        x = tl.load(ptr + first + offs + offs_k)
     else:
-        x = tl.load(ptr + first + offs[:, None] + offs_k, mask=offs_k < K - first, other=0.0)
+        x = tl.load(ptr + first + offs + offs_k, mask=offs_k < K - first, other=0.0)
     return x
 
 
@@ -77,9 +80,9 @@ def products(a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, tile_m, tile_n, M, N, K, st
         b_scale = tl.load(b_scale_ptr + begin // GROUP_K * stride_bk)
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
     for first in range(begin, end, BLOCK_K):
-        a = load_steps(a_ptr, offs_a, first, K, EVEN, BLOCK_K)
-        b = load_steps(b_ptr, offs_b, first, K, EVEN, BLOCK_K)
-        left, right = (b, tl.trans(a)) if SWAP else (a, tl.trans(b))
+        a = load_steps(a_ptr, offs_a, first, K, EVEN, SWAP, BLOCK_K)
+        b = load_steps(b_ptr, offs_b, first, K, EVEN, not SWAP, BLOCK_K)
+        left, right = (b, a) if SWAP else (a, b)
         if GROUP_K > 0:
             d = dot(left, right)
             if one:

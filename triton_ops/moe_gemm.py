@@ -55,16 +55,16 @@ def product(a, b, FP8: tl.constexpr):
 
 
 @triton.jit
-def largest(x):
-    """Of each row of x, the largest magnitude."""
-    return tl.max(tl.abs(x), 1)
+def largest(x, RIGHT: tl.constexpr):
+    """Of each row of x (RIGHT: column), the largest magnitude."""
+    return tl.max(tl.abs(x), 0 if RIGHT else 1)
 
 
 @triton.jit
-def quantised(x, amax, LIMIT: tl.constexpr, BELOW: tl.constexpr, dtype: tl.constexpr):
-    """(q, scale) of rows x in fp32 whose largest magnitudes are amax."""
+def quantised(x, amax, LIMIT: tl.constexpr, BELOW: tl.constexpr, RIGHT: tl.constexpr, dtype: tl.constexpr):
+    """(q, scale) of rows (RIGHT: columns) x in fp32 whose largest magnitudes are amax."""
     scale, inverse = scales(amax, LIMIT, BELOW)
-    return (x * inverse[:, None]).to(dtype), scale
+    return (x * tl.expand_dims(inverse, 0 if RIGHT else 1)).to(dtype), scale
 
 
 @triton.jit
@@ -80,10 +80,14 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def load_steps(ptr, offs, first, K, mask, BLOCK_K: tl.constexpr):
-    """[rows, BLOCK_K] from ptr + first on, offs [rows, 1] apart; 0 from column K on (K None: there is none) and where
-    mask [rows, 1] (None: all rows may be read) is false."""
-    offs_k = tl.arange(0, BLOCK_K)[None, :]
+def load_steps(ptr, offs, first, K, mask, RIGHT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[rows, BLOCK_K] from ptr + first on, offs [rows] apart; 0 from column K on (K None: there is none) and where
+    mask [rows] (None: all rows may be read) is false. RIGHT: [BLOCK_K, rows], the right factor of a product, loaded as
+    such and not transposed later, so that its layout in LDS has no bank conflicts."""
+    offs_k = tl.expand_dims(tl.arange(0, BLOCK_K), 1 if RIGHT else 0)
+    offs = tl.expand_dims(offs, 0 if RIGHT else 1)
+    if mask is not None:
+        mask = tl.expand_dims(mask, 0 if RIGHT else 1)
     if K is not None:
         mask = offs_k < K - first if mask is None else mask & (offs_k < K - first)
     return tl.load(ptr + first + offs + offs_k, mask=mask, other=None if mask is None else 0.0)
@@ -131,9 +135,9 @@ def _moe_gate_up_kernel(h_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_p
     mask_m = pair < pairs
     pair = tl.minimum(pair, pairs - 1)
     token = pair // TOP_K
-    offs_a = (token.to(tl.int64) if WIDE else token)[:, None] * stride_x
+    offs_a = (token.to(tl.int64) if WIDE else token) * stride_x
     # Of few rows most may be missing, so they are not even read; of many few, and their masks would take registers.
-    mask_a = mask_m[:, None] if BLOCK_M <= 32 else None
+    mask_a = mask_m if BLOCK_M <= 32 else None
 
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = columns < N
@@ -150,26 +154,26 @@ def _moe_gate_up_kernel(h_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_p
         row = tile * BLOCK_N if ONE else offs_n
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    offs_w = (row if SWAP else offs_n)[:, None] * stride_wn
+    offs_w = (row if SWAP else offs_n) * stride_wn
     up_ptr = w_ptr + N * stride_wn
 
     for first in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
-        a = load_steps(x_ptr, offs_a, first, edge, mask_a, BLOCK_K)
-        b = load_steps(w_ptr, offs_w, first, edge, None, BLOCK_K)
+        a = load_steps(x_ptr, offs_a, first, edge, mask_a, SWAP, BLOCK_K)
+        b = load_steps(w_ptr, offs_w, first, edge, None, not SWAP, BLOCK_K)
         if SCALED == BLOCKS:
             if x_scale_ptr is None:
                 wide = a.to(tl.float32)
-                a, a_scale = quantised(wide, largest(wide), LIMIT, BELOW, b.dtype)
+                a, a_scale = quantised(wide, largest(wide, SWAP), LIMIT, BELOW, SWAP, b.dtype)
             else:
                 a_scale = tl.load(x_scale_ptr + token * tl.cdiv(K, GROUP_K) + first // GROUP_K)
             b_scale = block_scale(w_scale_ptr, row, first, stride_sn, GROUP_N, GROUP_K)
         if SWAP:
-            d = product(b, tl.trans(a), SCALED != PLAIN)
+            d = product(b, a, SCALED != PLAIN)
             both += scaled(d, b_scale, a_scale, False) if SCALED == BLOCKS else d
         else:
-            c = load_steps(up_ptr, offs_w, first, edge, None, BLOCK_K)
-            d = product(a, tl.trans(b), SCALED != PLAIN)
-            e = product(a, tl.trans(c), SCALED != PLAIN)
+            c = load_steps(up_ptr, offs_w, first, edge, None, True, BLOCK_K)
+            d = product(a, b, SCALED != PLAIN)
+            e = product(a, c, SCALED != PLAIN)
             if SCALED == BLOCKS:
                 c_scale = block_scale(w_scale_ptr, row + N, first, stride_sn, GROUP_N, GROUP_K)
                 d = scaled(d, a_scale, b_scale, ONE)
@@ -193,7 +197,7 @@ def _moe_gate_up_kernel(h_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_p
         tl.store(h_ptr + offs_h, h.to(h_ptr.dtype.element_ty), mask=mask)
     else:  # a tile is a group wide
         h = tl.where(mask_n[None, :], h.to(DTYPE).to(tl.float32), 0.0)
-        q, scale = quantised(h, largest(h), LIMIT, BELOW, h_ptr.dtype.element_ty)
+        q, scale = quantised(h, largest(h, False), LIMIT, BELOW, False, h_ptr.dtype.element_ty)
         tl.store(h_ptr + offs_h, q, mask=mask)
         tl.store(h_scale_ptr + pair * tl.cdiv(N, BLOCK_N) + tile, scale, mask=mask_m)
 
@@ -218,13 +222,13 @@ def _moe_down_kernel(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weights_ptr,
     pair = tl.load(sorted_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
     mask_m = pair < pairs
     pair = tl.minimum(pair, pairs - 1)
-    offs_a = (pair.to(tl.int64) if WIDE else pair)[:, None] * K
-    mask_a = mask_m[:, None] if BLOCK_M <= 32 else None
+    offs_a = (pair.to(tl.int64) if WIDE else pair) * K
+    mask_a = mask_m if BLOCK_M <= 32 else None
 
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = columns < N
     offs_n = tl.minimum(columns, N - 1)  # which may be read; stores, to be wide, have to know that columns follow
-    offs_w = offs_n[:, None] * stride_wn
+    offs_w = offs_n * stride_wn
     w_ptr += expert.to(tl.int64) * stride_we
     edge = None if EVEN else K
     if SCALED != PLAIN:
@@ -233,16 +237,16 @@ def _moe_down_kernel(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weights_ptr,
 
     y = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, K, BLOCK_K):
-        a = load_steps(h_ptr, offs_a, first, edge, mask_a, BLOCK_K)
-        b = load_steps(w_ptr, offs_w, first, edge, None, BLOCK_K)
+        a = load_steps(h_ptr, offs_a, first, edge, mask_a, SWAP, BLOCK_K)
+        b = load_steps(w_ptr, offs_w, first, edge, None, not SWAP, BLOCK_K)
         if SCALED == BLOCKS:
             if h_scale_ptr is None:
                 wide = a.to(tl.float32)
-                a, a_scale = quantised(wide, largest(wide), LIMIT, BELOW, b.dtype)
+                a, a_scale = quantised(wide, largest(wide, SWAP), LIMIT, BELOW, SWAP, b.dtype)
             else:
                 a_scale = tl.load(h_scale_ptr + pair * tl.cdiv(K, GROUP_K) + first // GROUP_K)
             b_scale = block_scale(w_scale_ptr, row, first, stride_sn, GROUP_N, GROUP_K)
-        d = product(b, tl.trans(a), SCALED != PLAIN) if SWAP else product(a, tl.trans(b), SCALED != PLAIN)
+        d = product(b, a, SCALED != PLAIN) if SWAP else product(a, b, SCALED != PLAIN)
         if SCALED == BLOCKS:
             d = scaled(d, b_scale, a_scale, False) if SWAP else scaled(d, a_scale, b_scale, ONE)
         y += d
@@ -290,28 +294,28 @@ def _moe_down_few_kernel(out_ptr, h_ptr, w_ptr, w_scale_ptr, weights_ptr, ids_pt
     expert = tl.maximum(expert, 0).to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)
     column = local_expert(tl.load(ids_ptr + offs_c, mask=offs_c < TOP_K, other=-1), map_ptr, routed, experts) >= 0
-    offs_h = offs_c[:, None] * K
+    offs_h = offs_c * K
     h_ptr += token * TOP_K * K
-    offs_w = (expert * stride_we + offs_n * stride_wn)[:, None]
+    offs_w = expert * stride_we + offs_n * stride_wn
     edge = None if EVEN else K
     if SCALED != PLAIN:
         w_scale_ptr += expert * stride_se
     if SCALED == ROWS:
         amax = tl.zeros([BLOCK_C], tl.float32)
         for first in range(0, K, BLOCK_K):
-            h = load_steps(h_ptr, offs_h, first, edge, column[:, None], BLOCK_K)
-            amax = tl.maximum(amax, largest(h.to(tl.float32)))
+            h = load_steps(h_ptr, offs_h, first, edge, column, True, BLOCK_K)
+            amax = tl.maximum(amax, largest(h.to(tl.float32), True))
 
     y = tl.zeros([BLOCK_J * BLOCK_N, BLOCK_C], tl.float32)
     for first in range(0, K, BLOCK_K):
-        w = load_steps(w_ptr, offs_w, first, edge, here[:, None], BLOCK_K)
-        h = load_steps(h_ptr, offs_h, first, edge, column[:, None], BLOCK_K)
+        w = load_steps(w_ptr, offs_w, first, edge, here, False, BLOCK_K)
+        h = load_steps(h_ptr, offs_h, first, edge, column, True, BLOCK_K)
         if SCALED == PLAIN:
-            y += product(w, tl.trans(h), False)
+            y += product(w, h, False)
         else:
             wide = h.to(tl.float32)
-            h, h_scale = quantised(wide, largest(wide) if SCALED == BLOCKS else amax, LIMIT, BELOW, w.dtype)
-            d = product(w, tl.trans(h), True)
+            h, h_scale = quantised(wide, largest(wide, True) if SCALED == BLOCKS else amax, LIMIT, BELOW, True, w.dtype)
+            d = product(w, h, True)
             if SCALED == BLOCKS:
                 d = scaled(d, block_scale(w_scale_ptr, offs_n, first, stride_sn, GROUP_N, GROUP_K), h_scale, False)
             y += d
