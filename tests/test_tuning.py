@@ -14,7 +14,7 @@ import scikit_build_core.build
 
 from wave64 import OPS, arch, platform, tuning
 from wave64.testing import compile as compiling  # noqa: F401 - imports every launcher
-from wave64.testing import tune
+from wave64.testing import problems, tune
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(tuning.FOLDER.glob("*/*.json"))
@@ -70,6 +70,16 @@ def test_a_table_means_something(file):
             low = wanted[0] if isinstance(wanted, list) and wanted[0] is not None else wanted
             assert isinstance(wanted, list) or type(low) is type(facts[name]), row
     assert file.read_text() == tune.dump(table), "written by another than the tuner"
+
+
+@pytest.mark.parametrize("file", FILES, ids=[f"{f.parent.name}-{f.stem}" for f in FILES])
+def test_a_row_says_who_chose_it(file):
+    """Figures are the tuner's, and so is the command beside them; rows without say what else they come from."""
+    table = tuning.read(file)
+    for row in table.rows:
+        made = table.sources[row.source]
+        assert bool(row.measured) == (made["from"] in ("timings", "executed machine code", "static figures")), row
+        assert bool(row.measured) == ("python -m wave64.testing.tune " in made.get("command", "")), row
 
 
 @pytest.mark.parametrize("op", tune.tunable())
@@ -213,6 +223,41 @@ def test_of_nearly_as_few_instructions_most_waves_decide():
                {"loop": {"valu": 200}, "waves_per_simd": 8.0})
     assert [round(c.score, 4) for c in b.candidates] == [0.3906, 0.3984, 0.5208]
     assert tune.chosen(b) is b.candidates[1]
+
+
+def units(matrix, lds, free, vector=1.0):
+    return {"matrix": matrix, "vector": vector, "LDS": lds, "free": free}
+
+
+def test_kernels_rank_by_their_longest_units_with_bank_conflicts():
+    alone = tune.ranking({"one": units(100, 60, 60)})
+    assert alone == {"cycles": 100, "by": "matrix", "conflicts": 1.0}
+    both = tune.ranking({"one": units(100, 60, 60), "other": units(100, 600, 60)})
+    assert both == {"cycles": 700, "by": "LDS", "conflicts": 660 / 120}
+    assert tune.ranking({"one": units(10, 0, 0, vector=20)}) == {"cycles": 20, "by": "vector", "conflicts": 1.0}
+
+
+def test_what_was_executed_ranks_by_cycles_not_by_instructions():
+    fast = tune.ranking({"one": units(100, 100, 100)})
+    conflicting = tune.ranking({"one": units(100, 800, 100)})
+    b = judged({"loop": {"valu": 50}, **conflicting}, {"loop": {"valu": 100}, **fast})
+    assert [c.score for c in b.candidates] == [800, 100]
+    assert tune.chosen(b) is b.candidates[1]
+    assert tune.row_of(b, b.candidates[1]).measured == {
+        "cycles": 100, "by": "matrix", "conflicts": 1.0, "vgpr": 100, "lds_bytes": 0, "waves_per_simd": 2.0}
+    assert "cycles, by, LDS conflicts" in tune.report(b)
+
+
+@pytest.mark.parametrize("name", ["gfx942", "gfx950"])
+def test_every_row_has_a_small_problem_whose_facts_it_fits(name):
+    for op in tune.tunable():
+        table = tuning.table(op, arch.lookup(name))
+        for row in table.rows:
+            facts = problems.typical(table, row)
+            with platform.target(name):
+                drawn = tune.launcher(OPS[op]).facts(**problems.problem(op, facts, rows=32).make())
+            alike = facts.keys() - {"m", "pairs", "per_expert", "max_seqlen_q", "num_seqs", "rows"}
+            assert {fact: drawn[fact] for fact in alike} == {fact: facts[fact] for fact in alike}
 
 
 def test_where_none_leaves_two_waves_the_best_of_them_is_chosen():

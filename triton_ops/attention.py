@@ -123,8 +123,8 @@ def load_tile(ptr, rows, mask, WIDTH: tl.constexpr, FIRST: tl.constexpr, BLOCK: 
 
 @triton.jit
 def load_columns(ptr, rows, WIDTH: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK, rows]: the same of rows that may all be read, as the right factor of a product. Loaded as such, it is laid
-    out in LDS without bank conflicts; behind a tl.trans, Triton would not swizzle it."""
+    """[BLOCK, rows]: the same of rows that may all be read, as the right factor of a product. Loaded as such, it is
+    laid out in LDS without bank conflicts; behind a tl.trans, Triton would not swizzle it."""
     columns = FIRST + tl.arange(0, BLOCK)[:, None]
     if FIRST + BLOCK > WIDTH:
         x = tl.load(ptr + rows[None, :] + columns, mask=columns < WIDTH, other=0.0)

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from wave64 import platform
 from wave64.arch import Arch
 from wave64.triton_ops.attention import dot, is_wide
-from wave64.triton_ops.geometry import num_warps
+from wave64.triton_ops.geometry import matrix_options, num_warps
 from wave64.triton_ops.splits import overlaps
 
 #: Numbers that a program of the merge takes.
@@ -184,7 +184,7 @@ def candidates(arch: Arch, m: int, k: int, even: bool, hopper: bool = False, **o
                                           ((256, 256), 8)) for stages in (1, 2) for size in (16, 32)]
         for block_m, block_n, waves, stages, size in shapes:
             yield Config(block_m, block_n, 128, waves, stages, 2, 512 if m <= 16 else 1024, xcds=arch.xcds,
-                         options={"matrix_instr_nonkdim": size})
+                         options=matrix_options(arch, size))
     elif arch.matrix == "wgmma" and even and m <= 64:
         for block_n, stages in ((64, 4), (64, 6), (128, 3), (128, 5)):
             for programs in (1, 2, 3):

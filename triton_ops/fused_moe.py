@@ -19,7 +19,7 @@ from wave64.ops.fused_moe import granularity
 from wave64.quant import FP8
 from wave64.triton_ops import moe_align_block_size, per_token_group_quant_fp8, per_token_quant_fp8
 from wave64.triton_ops.attention import is_wide
-from wave64.triton_ops.geometry import num_warps, on_hopper
+from wave64.triton_ops.geometry import matrix_options, num_warps, on_hopper
 from wave64.triton_ops.moe_gemm import (
     BLOCKS,
     PLAIN,
@@ -109,7 +109,7 @@ def candidates(arch: Arch, kind: str, pairs: int, per_expert: int, aligned: bool
     if arch.matrix == "wgmma" and aligned and size < 4:
         return _on_hopper_candidates(arch, size, pairs, per_expert, last, **others)
     mfma, tried = arch.matrix == "mfma", []
-    options = {"matrix_instr_nonkdim": 16} if mfma else {}
+    options = matrix_options(arch, 16) if mfma else {}
 
     def add(m: int, n: int, k: int, waves: int, s: int, down_n: int, **more) -> None:
         lds_bytes = max(1, s - 1 if arch.vendor == "amd" else s) * more.get("unroll", 1) * (m + 2 * n) * k * size

@@ -10,6 +10,13 @@ from types import ModuleType
 import triton
 
 from wave64 import platform
+from wave64.arch import Arch
+
+
+def matrix_options(arch: Arch, size: int) -> dict[str, int]:
+    """Triton's options for products on CDNA's matrix cores, in tiles of `size` rows. kpack 2: a lane reads the factors
+    of two instructions, 16 bytes, from LDS at a time; gfx950's instructions take 16 bytes each, and no such option."""
+    return {"matrix_instr_nonkdim": size} | ({} if arch.name == "gfx950" else {"kpack": 2})
 
 
 def num_warps(lanes: int) -> int:

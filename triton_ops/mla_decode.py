@@ -23,7 +23,7 @@ from wave64.ops import mla_decode
 from wave64.quant import FP8
 from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import LN_2, LOG2_E, LOWEST, dot, is_wide, load_pages, narrow, tile_width, unit_of
-from wave64.triton_ops.geometry import on_hopper
+from wave64.triton_ops.geometry import matrix_options, on_hopper
 from wave64.triton_ops.splits import (
     LENGTHS,
     deal,
@@ -356,7 +356,7 @@ def candidates(arch: Arch, rows: int, fp32: bool, fp8: bool, hopper: bool, **oth
                                            (8, 32, 2), (8, 32, 1), (8, 64, 1), (2, 16, 1)):
                 yield Config(block_h, block_n, waves, stages, programs=2, least=64, swap=False, bands=waves, cdna=True,
                              half_up=not narrows, xcds=arch.xcds,
-                             options={"matrix_instr_nonkdim": 16, "kpack": 1 if narrows else 2})
+                             options=matrix_options(arch, 16))
         return
     if hopper:  # its two blocks of keys fill the memory on chip, and its layouts are for 64 of them
         for block_h, waves, swap in ((32, 4, True), (32, 8, True), (64, 8, True), (64, 8, False)):

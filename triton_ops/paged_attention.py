@@ -33,6 +33,7 @@ from wave64.triton_ops.attention import (
     unit_of,
     unsupported,
 )
+from wave64.triton_ops.geometry import matrix_options
 from wave64.triton_ops.splits import (
     LENGTHS,
     deal,
@@ -172,7 +173,7 @@ def candidates(arch: Arch, head_dim: int, fp32: bool, **others) -> Iterator[Conf
         for block_n in (16, 32, 64):
             for num_warps, num_stages in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)):
                 yield Config(32, block_n, num_warps, num_stages, programs=16 // num_warps, least=64, cdna=True,
-                             half_up=arch.name != "gfx950", options={"matrix_instr_nonkdim": 16})
+                             half_up=arch.name != "gfx950", options=matrix_options(arch, 16))
         return
     hopper = arch.matrix == "wgmma" and not fp32
     if hopper:

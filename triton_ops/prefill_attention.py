@@ -28,6 +28,7 @@ from wave64.triton_ops.attention import (
     unit_of,
     unsupported,
 )
+from wave64.triton_ops.geometry import matrix_options
 from wave64.tuning import choose
 
 
@@ -138,7 +139,7 @@ def _cdna_blocks(arch: Arch, fp32: bool, max_seqlen_q: int) -> Iterator[Config]:
     for block_m, num_warps, size in shapes:
         for block_n, num_stages in ((16, 1), (32, 1)) if fp32 else ((32, 2), (32, 1), (64, 1), (16, 2)):
             yield Config(block_m, block_n, num_warps, num_stages, not fp32 and arch.name in ("gfx90a", "gfx942"),
-                         {"matrix_instr_nonkdim": size})
+                         matrix_options(arch, size))
 
 
 def candidates(arch: Arch, head_dim: int, fp32: bool, max_seqlen_q: int, **others) -> Iterator[Config]:

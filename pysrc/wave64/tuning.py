@@ -1,11 +1,12 @@
-"""Which configuration a kernel is launched with: read from `tuned/<arch>/<op>.json`, which the tuner writes.
+"""Which configuration a kernel is launched with: read from `tuned/<arch>/<op>.json`, in the form that the tuner writes.
 
 A table, one row a line:
     op, arch  whose it is
-    sources   what choices were made from: timings or static figures, device and compiler versions, the command
+    sources   what choices were made from, and by whom: timings, executed machine code or static figures by the tuner,
+              with its command and what was compared where a row was chosen by hand; device and compiler versions
     rows      when: facts of a call, each an exact value or, of integers, an inclusive range [low, high], null: open;
-              config: fields of the launcher's `Config`; source: index into sources; and, where there are any,
-              measured: the figures, why: words
+              config: fields of the launcher's `Config`; source: index into sources; of rows that the tuner chose,
+              measured: its figures; why: words, where there are any
 The first row whose `when` fits the facts is chosen; the last has an empty one. An architecture without a table uses one
 of its kin's, `kin` says whose. `python -m wave64.testing.tune` writes tables.
 """

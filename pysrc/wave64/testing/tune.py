@@ -10,9 +10,12 @@ On a GPU (ARCH its own, or not given): the large cases of each bucket are run wi
 near the reference's, within what the contract lets two right results differ, and is then timed, as a graph's replay.
 The candidate with the least geometric mean over the cases, of its time over the case's best, is chosen.
 For an AMD ARCH that is not here: the first case of each bucket is compiled with every candidate. What spills, wants
-more LDS than there is or leaves less than two waves on a SIMD (unless none does better) is refused; the candidate with
-the fewest instructions in its loops, of all waves, per pair is chosen (of those within 5% the one with most waves), and
-`programs`, where it is a field, set to the blocks that a compute unit holds.
+more LDS than there is or leaves less than two waves on a SIMD (unless none does better) is refused. Where the emulator
+executes ARCH, a small problem of the bucket's facts, the same for all (problems.py), is executed with each that is
+left, and the candidate whose longest unit (matrix, vector, LDS with bank conflicts) takes the fewest cycles is chosen;
+memory, which all need alike, ranks none. Elsewhere it is the one with the fewest instructions in its loops, of all
+waves, per pair. Of those within 5% the one with most waves is taken, and `programs`, where it is a field, set to the
+blocks that a compute unit holds.
 
 `--write` puts the choices into the table of ARCH, made from a kin's where it has none. Rows without measurements stay
 as they are, after the measured ones. It needs a process without TRITON_INTERPRET.
@@ -44,6 +47,8 @@ from wave64.arch import Arch, lookup
 from wave64.op import Case, Op
 from wave64.testing import compile as compiling
 from wave64.testing import contract, timing
+from wave64.testing.cost import CLOCK_GHZ, SIMDS, usages
+from wave64.testing.problems import ROWS, problem
 
 #: Times the contract's floor of a dtype that a result may be from the reference's, which was rounded itself.
 SLACK = 4
@@ -158,12 +163,43 @@ def compile_with(op: str, cases: list[str], config: dict[str, Any], arch: str) -
     try:
         for case in (c for c in declared.cases() if c.id in cases):
             with compiling.capture(arch) as launches, tuning.forced(op, made):
-                declared.backends["triton"].run(**compiling.arguments(case))
+                args = compiling.arguments(case)
+                facts = launcher(declared).facts(**args)
+                declared.backends["triton"].run(**args)
             if lookup(arch).vendor == "amd":
-                found.append(max((launch.figures() for launch in launches), key=lambda f: sum(f["matrix"].values())))
+                figures = [launch.figures() for launch in launches]
+                main = max(figures, key=lambda f: sum(f["matrix"].values()))
+                found.append(main | {name: max(f[name] for f in figures)
+                                     for name in ("spills", "scratch_bytes", "lds_bytes")})
+                if arch in CLOCK_GHZ and not unusable(found[-1], lookup(arch)):
+                    found[-1] |= ranking(execute_with(op, facts, config, arch))
     except Exception as e:  # whatever a compiler raises is a finding about this candidate
         return f"{type(e).__name__}: {first_line(e)}"
     return found
+
+
+def execute_with(op: str, facts: dict[str, Any], config: dict[str, Any], arch: str, rows: int = ROWS
+                 ) -> dict[str, dict[str, float]]:
+    """Kernel with matrix instructions -> what a small problem of these facts, of at most so many rows, takes with a
+    configuration: cycles of a compute unit by unit (matrix, vector, LDS), and `free`, LDS cycles without conflicts.
+    Needs a process without TRITON_INTERPRET."""
+    with tuning.forced(op, launcher(OPS[op]).Config(**config)):
+        found = usages(op, "triton", problem(op, facts, rows), arch)
+    return {kernel: {"matrix": usage.cycles["matrix"] / SIMDS, "LDS": usage.cycles["lds"], "free": usage.conflict_free,
+                     "vector": (usage.cycles["vector"] + usage.cycles["transcendental"]) / SIMDS}
+            for kernel, usage in found.items() if usage.cycles["matrix"]}
+
+
+def ranking(kernels: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Of kernels that run one after another: `cycles`, the longest unit's of each; `by`, the unit that most of them are
+    of; `conflicts`, LDS cycles over those without bank conflicts."""
+    longest: dict[str, float] = {}
+    for took in kernels.values():
+        unit = max(("matrix", "vector", "LDS"), key=took.get)
+        longest[unit] = longest.get(unit, 0) + took[unit]
+    free = sum(took["free"] for took in kernels.values())
+    return {"cycles": sum(longest.values()), "by": max(longest, key=longest.get),
+            "conflicts": sum(took["LDS"] for took in kernels.values()) / free if free else 1.0}
 
 
 def tell(begin: float, words: str) -> None:
@@ -217,22 +253,28 @@ def compile_all(work: list[Bucket], arch: str, jobs: int, cases_each: int | None
 
 # ---- what is not here
 
+def unusable(figures: dict[str, Any], arch: Arch) -> str:
+    """Why machine code of these figures is not launched, or ""."""
+    if figures["spills"] or figures["scratch_bytes"]:
+        return f"spills {figures['spills']} registers, {figures['scratch_bytes']} bytes of scratch per lane"
+    if figures["lds_bytes"] > arch.lds_bytes:
+        return f"LDS {figures['lds_bytes']} bytes, {arch.name} has {arch.lds_bytes}"
+    return ""
+
+
 def judge_figures(b: Bucket, arch: Arch) -> None:
-    """Scores the compiled candidates of a bucket by their machine code."""
+    """Scores the compiled candidates of a bucket by what their machine code took, or by its instructions."""
     module = launcher(b.op)
     for c in filter(lambda c: c.figures, b.candidates):
         f = c.figures
-        if f["spills"] or f["scratch_bytes"]:
-            c.reason = f"spills {f['spills']} registers, {f['scratch_bytes']} bytes of scratch per lane"
-        elif f["lds_bytes"] > arch.lds_bytes:
-            c.reason = f"LDS {f['lds_bytes']} bytes, {arch.name} has {arch.lds_bytes}"
+        c.reason = unusable(f, arch)
         c.figures["per_pair"] = sum(f["loop"].values()) * f["block_waves"] / module.pairs(c.config, **b.facts)
     left = [c for c in b.candidates if not c.reason]
     if any(c.figures["waves_per_simd"] >= 2 for c in left):
         for c in filter(lambda c: c.figures["waves_per_simd"] < 2, left):
             c.reason = f"{c.figures['waves_per_simd']:g} waves per SIMD"
     for c in filter(lambda c: not c.reason, b.candidates):
-        c.score = c.figures["per_pair"]
+        c.score = c.figures.get("cycles", c.figures["per_pair"])
         if hasattr(c.config, "programs"):
             held = int(c.figures["waves_per_simd"] * 4) // c.figures["block_waves"]
             c.config = dataclasses.replace(c.config, programs=max(1, held))
@@ -326,8 +368,10 @@ def report(b: Bucket) -> str:
         heading = "us: " + "  ".join(columns)
         cells = {id(c): [f"{c.score:5.3f}", *(f"{c.us[i]:{max(8, len(i))}.1f}" for i in columns)] for c in ranked}
     else:
-        heading = "per pair, VGPRs, LDS, waves per SIMD"
-        cells = {id(c): [f"{c.score:7.4f}", f"{c.figures['vgpr']:4}", f"{c.figures['lds_bytes']:6}",
+        executed = any("cycles" in c.figures for c in ranked)
+        heading = f"{'cycles, by, LDS conflicts' if executed else 'per pair'}, VGPRs, LDS, waves per SIMD"
+        cells = {id(c): [*([f"{c.score:9.0f}", f"{c.figures['by']:6}", f"{c.figures['conflicts']:5.2f}"] if executed
+                           else [f"{c.score:7.4f}"]), f"{c.figures['vgpr']:4}", f"{c.figures['lds_bytes']:6}",
                          f"{c.figures['waves_per_simd']:4g}"] for c in ranked}
     lines = ["", f"{b}   {heading}"]
     for c in ranked:
@@ -338,7 +382,7 @@ def report(b: Bucket) -> str:
 
 
 def chosen(b: Bucket) -> Candidate | None:
-    """The best candidate: by time, or, of those with nearly the fewest instructions, the one with most waves."""
+    """The best candidate: by time, or, of those with nearly the fewest cycles (or instructions), that of most waves."""
     left = [c for c in b.candidates if not c.reason]
     near = ALIKE * min((c.score for c in left), default=0)
     waves = {id(c): -c.figures["waves_per_simd"] if c.figures and c.score <= near else 0 for c in left}
@@ -350,14 +394,15 @@ def row_of(b: Bucket, best: Candidate) -> tuning.Row:
     if best.us:
         measured = {"us": {case: round(us, 1) for case, us in best.us.items()}, "over_best": round(best.score, 3)}
     else:
-        kept = ("per_pair", "vgpr", "lds_bytes", "waves_per_simd")
-        measured = {name: round(best.figures[name], 4) for name in kept}
+        ranking = ("cycles", "by", "conflicts") if "cycles" in best.figures else ("per_pair",)
+        kept = {name: best.figures[name] for name in (*ranking, "vgpr", "lds_bytes", "waves_per_simd")}
+        measured = {name: round(value, 4) if isinstance(value, float) else value for name, value in kept.items()}
     return tuning.Row(b.when, written(best.config), 0, measured)
 
 
-def source(command: str, timed: bool) -> dict[str, Any]:
-    made = {"from": "timings" if timed else "static figures", "torch": torch.__version__, "triton": triton.__version__,
-            "command": command}
+def source(command: str, timed: bool, executed: bool = False) -> dict[str, Any]:
+    made = {"from": "timings" if timed else "executed machine code" if executed else "static figures",
+            "torch": torch.__version__, "triton": triton.__version__, "command": command}
     if timed:
         made["device"] = torch.cuda.get_device_name()
         made["driver"] = f"HIP {torch.version.hip}" if platform.is_hip() else f"CUDA {torch.version.cuda}"
@@ -437,7 +482,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "wave64.testing.tune", *args.ops, "--arch", arch.name,
                           *(["--case", *args.case] if any(args.case) else []), "--write"])
     if args.write:
-        write(work, arch, Path(args.write), source(command, timed))
+        write(work, arch, Path(args.write), source(command, timed, arch.name in CLOCK_GHZ))
     print(f"{arch.name}: {len(work)} buckets in {time.perf_counter() - begin:.0f} s")
     return 0 if all(chosen(b) for b in work) else 1
 
