@@ -18,52 +18,107 @@ AGAINST = {READ: WRITE | ATOMIC, WRITE: READ | WRITE | ATOMIC, ATOMIC: READ | WR
 VERB = {READ: "reads", WRITE: "writes", ATOMIC: "changes"}
 
 
+class Accesses:
+    """Who did one kind of thing with each byte of LDS since the last barrier: the first wave and the last one, counted
+    from 1; 0: nobody. They differ where there are several."""
+
+    def __init__(self, size: int):
+        self.first, self.last = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+
+    def by_others(self, places: np.ndarray, waves: np.ndarray) -> np.ndarray:
+        """Where waves other than `waves` did it. Places count units of as many bytes as a number of `waves` has."""
+        unit = waves.dtype
+        last = self.last.view(unit)[places]
+        if not last.any():
+            return np.zeros(len(places), bool)
+        return (last != 0) & ((last != waves) | (self.first.view(unit)[places] != waves))
+
+    def note(self, places: np.ndarray, waves: np.ndarray) -> None:
+        first, last = self.first.view(waves.dtype), self.last.view(waves.dtype)
+        before = first[places]
+        first[places] = np.where(before == 0, waves, before)
+        last[places] = waves
+        lost = np.flatnonzero(last[places] != waves)  # several waves at once: one of them is the last
+        first[places[lost]] = waves[lost]
+
+    def other(self, place: int, wave: int) -> int:
+        """A wave other than `wave` that did it with a byte; 0: there is none."""
+        return next((int(by[place]) for by in (self.last, self.first) if by[place] not in (0, wave)), 0)
+
+
+#: Numbers of 8, 4, 2 bytes, and of each the ones of which every byte is 1.
+UNITS = {8: np.uint64(0x0101010101010101), 4: np.uint32(0x01010101), 2: np.uint16(0x0101), 1: np.uint8(1)}
+
+
 class SharedMemory(Check):
-    """Keeps, for every byte of LDS, what each wave of the workgroup did with it since the last barrier. Waves that
+    """Keeps, for every byte of LDS, which waves of the workgroup did what with it since the last barrier. Waves that
     write the same value to the same place do no harm."""
 
     def __init__(self, machine):
         super().__init__(machine)
-        shape = machine.shape
-        self.accesses = np.zeros((shape.groups * machine.lds_stride, shape.waves), np.uint8)
-        self.after = np.zeros(shape.groups * machine.lds_stride, np.uint8)  # what an instruction's stores leave
+        size = machine.shape.groups * machine.lds_stride
+        self.accesses = {kind: Accesses(size) for kind in (READ, WRITE, ATOMIC)}
+        self.after = np.zeros(size, np.uint8)  # what an instruction's stores leave
 
     def start(self) -> None:
-        self.accesses.fill(0)
+        for by in self.accesses.values():
+            by.first.fill(0)
+            by.last.fill(0)
 
     def met(self, groups: np.ndarray) -> None:
-        self.accesses.reshape(self.machine.shape.groups, -1)[groups] = 0
+        for by in self.accesses.values():
+            by.first.reshape(self.machine.shape.groups, -1)[groups] = 0
+            by.last.reshape(self.machine.shape.groups, -1)[groups] = 0
 
     def lds(self, b: Binding, offsets: np.ndarray, width: int, access: int, words: np.ndarray | None) -> None:
         if self.machine.shape.waves == 1 or not offsets.size:
             return
-        wave = np.repeat(active(b, (b.party.numbers % self.machine.shape.waves)[:, None]), width)
+        wave = active(b, (b.party.numbers % self.machine.shape.waves + 1)[:, None]).astype(np.uint8)
+        if access == READ and self._read(offsets, width, wave):
+            return
+        wave = np.repeat(wave, width)
         places = (offsets[:, None] + np.arange(width)).reshape(-1)
-        before = self._others(places, wave)
-        self.accesses[places, wave] |= access
-        clash = before & AGAINST[access]
+        clash = self._others(places, wave, AGAINST[access])
+        self.accesses[access].note(places, wave)
         if words is not None:
             new = np.ascontiguousarray(words).view(np.uint8).reshape(len(offsets), -1)[:, :width].reshape(-1)
             self.after[places] = new
             clash &= np.where(self.machine.lds.u8[places] == new, READ | ATOMIC, 0xFF).astype(np.uint8)
-            clash |= np.where(self.after[places] == new, 0, self._others(places, wave) & WRITE).astype(np.uint8)
+            clash |= np.where(self.after[places] == new, 0, self._others(places, wave, WRITE)).astype(np.uint8)
         if clash.any():
             self._report(places, wave, int(np.flatnonzero(clash)[0]), access, clash)
 
-    def _others(self, places: np.ndarray, wave: np.ndarray) -> np.ndarray:
-        """What waves other than `wave` did at `places`, all of them together."""
-        rows = self.accesses[places]
-        rows[np.arange(len(rows)), wave] = 0
-        return np.bitwise_or.reduce(rows, axis=1)
+    def _read(self, offsets: np.ndarray, width: int, wave: np.ndarray) -> bool:
+        """Notes a read of what nobody wrote since the last barrier, several bytes at a time; False: it is another."""
+        aligned = int(np.bitwise_or.reduce(offsets)) | width | 8
+        size = aligned & -aligned
+        places, unit = ((offsets // size)[:, None] + np.arange(width // size)).reshape(-1), UNITS[size]
+        for kind in (WRITE, ATOMIC):
+            if self.accesses[kind].last.view(unit.dtype)[places].any():
+                return False
+        before = self.accesses[READ].first.view(unit.dtype)[places]
+        if ((before != 0) & ((before - unit & ~before & unit * 128) != 0)).any():
+            return False  # some bytes of a number were read before, and some were not
+        self.accesses[READ].note(places, np.repeat(wave * unit, width // size))
+        return True
+
+    def _others(self, places: np.ndarray, wave: np.ndarray, kinds: int) -> np.ndarray:
+        """What of `kinds` waves other than `wave` did at `places`, all of them together."""
+        found = np.zeros(len(places), np.uint8)
+        for kind, by in self.accesses.items():
+            if kind & kinds:
+                found[by.by_others(places, wave)] |= kind
+        return found
 
     def _report(self, places: np.ndarray, wave: np.ndarray, first: int, access: int, clash: np.ndarray) -> None:
-        row = self.accesses[places[first]].copy()
-        row[wave[first]] = 0
-        other = int(np.flatnonzero(row & clash[first])[0])
-        kinds = [VERB[kind] for kind in (READ, WRITE, ATOMIC) if row[other] & kind]
+        place, mine = int(places[first]), int(wave[first])
+        others = {kind: by.other(place, mine) for kind, by in self.accesses.items()}
+        other = next(others[kind] for kind in others if kind & clash[first])
+        kinds = [VERB[kind] for kind in others if other in (self.accesses[kind].first[place],
+                                                            self.accesses[kind].last[place])]
         raise EmulationError(
-            f"wave {wave[first]} {VERB[access]} byte {int(places[first]) % self.machine.lds_stride} of LDS, which wave "
-            f"{other} {' and '.join(kinds)}, with no barrier between")
+            f"wave {mine - 1} {VERB[access]} byte {place % self.machine.lds_stride} of LDS, which wave {other - 1} "
+            f"{' and '.join(kinds)}, with no barrier between")
 
 
 class OneValue(Check):
