@@ -111,11 +111,28 @@ def worse(row: dict[str, Any], golden: dict[str, Any]) -> list[str]:
     return found
 
 
+def dropped(row: dict[str, Any], golden: dict[str, Any]) -> list[str]:
+    """What a kernel has clearly less of than its golden row: it may be better, and it may leave work out."""
+    if "loop" not in row or "loop" not in golden:
+        return []
+
+    def counts(side: dict[str, Any]) -> dict[str, int]:
+        return {"loop instructions": sum(side["loop"].values()), "matrix instructions": sum(side["matrix"].values()),
+                **{f"bytes that a lane {verb}": sum(int(size) * n for size, n in side[kind].items())
+                   for kind, verb in (("loads", "loads"), ("stores", "stores"))}}
+
+    now, then = counts(row), counts(golden)
+    return [f"{what} {now[what]}, golden {then[what]}: figures dropped: if meant, renew with {RENEW}"
+            for what in then if now[what] < 0.95 * then[what]]
+
+
 def compare(rows: Rows, golden: Rows) -> list[str]:
-    """What changed for the worse; a row that only one side has counts, for then nobody watches that kernel."""
+    """What changed for the worse, or dropped; a row that only one side has counts, for then nobody watches that
+    kernel."""
     found = [f"{name}: not in golden.json" for name in rows.keys() - golden.keys()]
     found += [f"{name}: in golden.json, but no longer there" for name in golden.keys() - rows.keys()]
-    found += [f"{name}: {text}" for name in rows.keys() & golden.keys() for text in worse(rows[name], golden[name])]
+    found += [f"{name}: {text}" for name in rows.keys() & golden.keys()
+              for text in worse(rows[name], golden[name]) + dropped(rows[name], golden[name])]
     return sorted(found)
 
 

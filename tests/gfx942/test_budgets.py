@@ -52,6 +52,21 @@ def test_every_triton_kernel_is_reached(arch, reports):
     assert not reports[arch]["unreached"], "no operator's large case launches these; give one of them such a case"
 
 
+def test_a_kernel_that_does_half_of_its_work_is_found():
+    """Every figure of it looks better."""
+    golden = dict(vgpr=64, waves_per_simd=4.0, instructions=400, loop={"valu": 200, "matrix": 16}, loads={"16": 16},
+                  stores={"8": 4}, matrix={"v_mfma_f32_16x16x16_bf16": 16})
+    half = golden | dict(instructions=300, loop={"valu": 150, "matrix": 8}, loads={"16": 8}, stores={"8": 2},
+                         matrix={"v_mfma_f32_16x16x16_bf16": 8})
+    assert budgets.worse(half, golden) == []
+    found = budgets.compare({"k": half}, {"k": golden})
+    assert [text.split(",")[0] for text in found] == [
+        "k: bytes that a lane loads 128", "k: bytes that a lane stores 16", "k: loop instructions 158",
+        "k: matrix instructions 8"]
+    assert all("if meant, renew with" in text for text in found)
+    assert budgets.compare({"k": golden | dict(loop={"valu": 192, "matrix": 16})}, {"k": golden}) == []
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_are_no_worse_than_golden(kind, reports, golden):
     measured, used = golden["compilers"][kind], reports[ARCHS[0]]["compilers"][kind]

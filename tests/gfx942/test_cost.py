@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from assembled import assemble, run
+from budgets import RENEW
 
 from wave64.arch import lookup
 from wave64.op import Case
@@ -190,9 +191,20 @@ def test_latents_are_read_once_and_multiplied_twice(compiling):
     assert decode.cycles["matrix"] == products / 512  # operations of a SIMD in a cycle: no row is padding
 
 
+def moved(now: dict[str, float], golden: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """(golden, now) of the kernels whose bound is another than it was, beyond what a harmless change moves."""
+    return {kernel: (golden[kernel], us) for kernel, us in now.items()
+            if not 0.97 * golden[kernel] <= us <= 1.03 * golden[kernel]}
+
+
+def test_bounds_that_rise_or_drop_are_found():
+    assert moved({"a": 1.0, "b": 2.02, "c": 2.98}, {"a": 1.0, "b": 2.0, "c": 3.0}) == {}
+    assert moved({"a": 0.5, "b": 2.2}, {"a": 1.0, "b": 2.0}) == {"a": (1.0, 0.5), "b": (2.0, 2.2)}
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("backend", "op", "case"), FLAGSHIPS)
-def test_no_bound_gets_worse(backend, op, case, arch, compiling, request):
+def test_no_bound_moves_unseen(backend, op, case, arch, compiling, request):
     key, now = f"{op} {case} {backend} {arch}", compiling.submit(
         bounds_us, op, backend, drawn(op, case), arch).result()
     golden = json.loads(GOLDEN.read_text())
@@ -200,5 +212,5 @@ def test_no_bound_gets_worse(backend, op, case, arch, compiling, request):
         golden[key] = {kernel: round(us, 4) for kernel, us in now.items()}
         GOLDEN.write_text(json.dumps({key: golden[key] for key in KEYS if key in golden}, indent=1) + "\n")
     assert golden[key].keys() == now.keys()
-    worse = {kernel: (golden[key][kernel], us) for kernel, us in now.items() if us > 1.03 * golden[key][kernel]}
-    assert worse == {}, "bounds in us, golden and now; where it is meant: pytest tests/gfx942 --renew-golden"
+    assert moved(now, golden[key]) == {}, \
+        "bounds in us, golden and now; worse, or dropped, which may be work left out: if meant, renew with " + RENEW
