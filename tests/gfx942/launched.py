@@ -1,18 +1,39 @@
-"""What the emulator's tests launch of what the package ships, found by recording launches, without executing them."""
+"""What the emulator's tests launch of what the package ships and of what its launchers launch, found by recording
+launches, without executing or compiling them."""
 
-from wave64 import OPS, platform
+import contextlib
+import hashlib
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from shrunken import KINDS, SHRINKING, Problem
+from torch import Tensor
+
+from wave64 import OPS, platform, tuning
+from wave64.arch import lookup
 from wave64.backends import hip
 from wave64.op import Case, Op
 from wave64.testing import contract
 from wave64.testing.emulator import code_object
+from wave64.testing.emulator.check import Result, check, check_case
 
 ARCHS = ("gfx942", "gfx950")
+#: A large case whose arguments take no more bytes is executed as it is.
+SMALL_BYTES = 2 * 1024 * 1024
+#: Buffers from here on have binaries of their own: Triton's offsets into smaller ones are of 32 bits.
+VAST_BYTES = 2**31
 
 
 def small_cases(backend: str) -> list[tuple[Op, Case]]:
     """Those that the emulator's tests hold to the contract: of every operator that has the backend."""
     return [(op, case) for op in OPS.values() if backend in op.backends for case in op.cases() if not case.large]
 
+
+# ---- HIP
 
 def hip_symbols(arch: str) -> set[tuple[str, str]]:
     """(operator, kernel) of every kernel in the code objects that the package has for `arch`."""
@@ -32,3 +53,187 @@ def hip_launched(arch: str, cases: list[tuple[Op, Case]]) -> set[tuple[str, str]
                     own.run(**args)
                 found |= {(op.name, launch.kernel) for launch in launches}
     return found
+
+
+# ---- tuned rows
+
+Row = tuple[str, int]  # operator, place in its table for the architecture
+
+
+def launcher(op: Op) -> ModuleType:
+    return sys.modules[op.backends["triton"].run.__module__]
+
+
+def tables(arch: str) -> dict[str, tuning.Table]:
+    return {op: tuning.table(op, lookup(arch)) for op in OPS if (tuning.FOLDER / arch / f"{op}.json").exists()}
+
+
+def row_of(table: tuning.Table, facts: dict[str, Any]) -> int:
+    return next(i for i, row in enumerate(table.rows) if row.fits(facts, table.file))
+
+
+def config_of(op: Op, arch: str, row: int | None) -> Any:
+    """What launchers take; None: what the table says."""
+    table = None if row is None else tables(arch)[op.name]
+    return table and tuning.build(launcher(op).Config, table.rows[row], table.file)
+
+
+@contextlib.contextmanager
+def configured(op: Op, config: Any) -> Iterator[None]:
+    with tuning.forced(op.name, config) if config is not None else contextlib.nullcontext():
+        yield
+
+
+def kind_of(op: str, facts: dict[str, Any]) -> dict[str, Any]:
+    return next((kind for kind in KINDS.get(op, ()) if kind.items() <= facts.items()), {})
+
+
+def reachable(op: str, table: tuning.Table) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, a tuning key for which it is chosen) of every kind of key for which there is one."""
+    bounds = {name: {1, *ends, max(ends) + 1} for name, ends in launcher(OPS[op]).BUCKETS.items()}
+    exact: dict[str, set] = {}
+    for row in table.rows:
+        for name, wanted in row.when.items():
+            if isinstance(wanted, list):
+                bounds.setdefault(name, set()).update(n for n in wanted if n is not None)
+            else:
+                exact.setdefault(name, {True, False} if isinstance(wanted, bool) else set()).add(wanted)
+    found = {}
+    for kind in KINDS.get(op, [{}]):
+        open_ = {name: sorted(values) for name, values in bounds.items()}
+        open_ |= {name: sorted(values) for name, values in exact.items() if name not in kind}
+        for values in itertools.product(*open_.values()):
+            facts = dict(zip(open_, values, strict=True)) | kind
+            found.setdefault((row_of(table, facts), *kind.values()), facts)
+    return ((row, facts) for (row, *_), facts in sorted(found.items(), key=lambda item: item[0][0]))
+
+
+# ---- Triton's binaries
+
+@dataclass(frozen=True)
+class Shrunken:
+    """A problem that is executed for the binaries `keys`, which nothing before it launches, or for a row."""
+
+    op: str
+    name: str
+    make: Problem | None             # None: the operator's own large case of this name
+    row: int | None                  # whose configuration launchers take, whatever the table says of so small a problem
+    keys: frozenset[str]
+
+
+@dataclass
+class Plan:
+    """What is executed on `arch` in order that every binary of a large case and every tuned row is."""
+
+    arch: str
+    binaries: dict[str, str] = field(default_factory=dict)            # of large cases: key -> case and kernel
+    rows: dict[Row, list[str]] = field(default_factory=dict)          # every row -> what it is executed by
+    problems: list[Shrunken] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)                 # binaries and rows that nothing launches
+    vast: list[str] = field(default_factory=list)                     # of binaries those for buffers that no test has
+
+
+def short(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def plan(arch: str) -> Plan:
+    """Needs a process without TRITON_INTERPRET."""
+    from wave64.testing.compile import arguments, capture
+
+    found, seen, kinds, vast = Plan(arch), set(), set(), set()
+    of_arch = tables(arch)
+    found.rows = {(op, i): [] for op, table in of_arch.items() for i in range(len(table.rows))}
+
+    def launched(op: Op, case: Case, config: Any = None) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+        """({key: kernel} that the case launches; nothing where the kernel declines it), arguments, tuning key."""
+        own = op.backends["triton"]
+        with capture(arch, compiled=False) as launches, configured(op, config):
+            args = arguments(case)
+            if own.supports is not None and own.supports(**args):
+                return {}, args, {}
+            own.run(**args)
+            facts = launcher(op).facts(**args) if op.name in of_arch else {}
+        return {short(launch.key): launch.key.split()[0] for launch in launches}, args, facts
+
+    def note_row(op: str, row: int, facts: dict[str, Any], by: str) -> None:
+        found.rows[op, row].append(by)
+        kinds.add((op, row, *kind_of(op, facts).values()))
+
+    for op, case in small_cases("triton"):
+        keys, _, facts = launched(op, case)
+        seen |= keys.keys()
+        if facts and keys:
+            note_row(op.name, row_of(of_arch[op.name], facts), facts, case.id)
+
+    def shrink(op: Op, name: str, shape: dict[str, Any], row: int | None, facts: dict[str, Any],
+               wanted: set[str] | None) -> None:
+        """Adds problems that launch what is wanted (None: whatever the row's configuration makes of the shape)."""
+        config = config_of(op, arch, row)
+        for i, make in enumerate(SHRINKING[op.name][2](shape, config)):
+            keys, *_ = launched(op, Case(name, make), config)
+            new = keys.keys() if wanted is None else keys.keys() & wanted - seen
+            if new:
+                if row is not None:
+                    note_row(op.name, row, facts, f"{name}, shrunken")
+                found.problems.append(Shrunken(op.name, f"{name}#{i}", make, row, frozenset(new)))
+                seen.update(keys)
+            if wanted is None or wanted <= seen:
+                return
+
+    for op in (op for op in OPS.values() if "triton" in op.backends):
+        for case in (case for case in op.cases() if case.large):
+            keys, args, facts = launched(op, case)
+            wanted = keys.keys() - seen
+            found.binaries |= {key: f"{op.name} {case.id} {kernel}" for key, kernel in keys.items()
+                               if key not in found.binaries}
+            sizes = [x.untyped_storage().nbytes() for x in args.values() if isinstance(x, Tensor)]
+            small = sum(sizes) <= SMALL_BYTES
+            if wanted and small and op.name not in of_arch:
+                found.problems.append(Shrunken(op.name, case.id, None, None, frozenset(wanted)))
+                seen |= wanted
+            elif wanted and op.name in SHRINKING:
+                row = row_of(of_arch[op.name], facts) if op.name in of_arch else None
+                shrink(op, case.id, SHRINKING[op.name][0](args), row, facts, wanted)
+            if max(sizes) >= VAST_BYTES:
+                vast |= wanted - seen
+    for name, table in of_arch.items():
+        for row, facts in reachable(name, table):
+            if (name, row, *kind_of(name, facts).values()) not in kinds:
+                words = " ".join(f"{fact}={value}" for fact, value in facts.items())
+                shrink(OPS[name], f"row {row + 1}: {words}", SHRINKING[name][1](facts), row, facts, None)
+    found.vast = [text for key, text in found.binaries.items() if key in vast - seen]
+    found.left_out = [text for key, text in found.binaries.items() if key not in seen | vast]
+    found.left_out += [f"{op}: row {row + 1} of its table" for (op, row), by in found.rows.items() if not by]
+    return found
+
+
+
+# ---- executing
+
+def executed(result: Result, row: int | None) -> dict[str, Any]:
+    """What a test tells of it to the summary at the end."""
+    return {"arch": result.arch, "kernels": result.kernels, "instructions": result.instructions,
+            "binaries": [short(key) for key in result.keys], "rows": [] if row is None else [[result.op, row]]}
+
+
+def execute_small(op: str, case: str, arch: str) -> tuple[Result, dict[str, Any]]:
+    """Holds a case of the operator to the contract on the emulator. Needs a process without TRITON_INTERPRET."""
+    result, declared, row = check_case(op, "triton", arch, case), OPS[op], None
+    if result.passed and op in tables(arch):
+        with platform.target(arch):
+            args = contract.draw(next(c for c in declared.cases() if c.id == case), "cpu", seed=0)
+            row = row_of(tables(arch)[op], launcher(declared).facts(**args))
+    return result, executed(result, row)
+
+
+def execute(arch: str, problem: Shrunken) -> tuple[Result, dict[str, Any]]:
+    """The same of a problem; it fails, too, where it no longer launches what it is there for."""
+    op = OPS[problem.op]
+    case = Case(problem.name, problem.make) if problem.make else next(c for c in op.cases() if c.id == problem.name)
+    with configured(op, config_of(op, arch, problem.row)):
+        result = check(op, "triton", arch, [case])
+    told = executed(result, problem.row)
+    if result.passed and not problem.keys <= set(told["binaries"]):
+        result.failures[case.id] = f"does not launch what it is there for, but {result.keys}"
+    return result, told

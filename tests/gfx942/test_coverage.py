@@ -1,8 +1,39 @@
 """What ships is what was executed: no kernel of a code object, no tuned row and no binary that a large case launches is
-left out of the cases that the emulator's tests hold to the contract."""
+left out of what the emulator's tests hold to the contract.
 
+HIP kernels, and many of Triton's, are those of small cases. Where only large cases launch a binary, or none has a row's
+configuration, a problem of the same shape with few tiles is executed (shrunken.py); launched.py finds which ones.
+"""
+
+import fcntl
+import pickle
+
+import launched
 import pytest
 from launched import ARCHS, hip_launched, hip_symbols, small_cases
+
+from wave64 import OPS
+
+#: Operators with tables have most problems: they are several tests, which run side by side.
+PARTS = 3
+TESTS = [(op.name, part) for op in OPS.values() if "triton" in op.backends
+         for part in range(PARTS if op.name in launched.tables("gfx942") else 1)]
+
+
+@pytest.fixture(scope="session")
+def plans(request, compiling, tmp_path_factory) -> dict[str, launched.Plan]:
+    """By architecture. Found once, for all workers of a run."""
+    def find() -> dict[str, launched.Plan]:
+        return {arch: compiling.submit(launched.plan, arch).result() for arch in ARCHS}
+
+    if not hasattr(request.config, "workerinput"):
+        return find()
+    shared = tmp_path_factory.getbasetemp().parent / "plans.pickle"  # workers of one run have this folder in common
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            shared.write_bytes(pickle.dumps(find()))
+    return pickle.loads(shared.read_bytes())
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -12,3 +43,25 @@ def test_every_hip_kernel_is_executed_by_a_small_case(arch):
         pytest.skip(f"the package was built without {arch} code objects")
     left_out = sorted(symbols - hip_launched(arch, small_cases("hip")))
     assert left_out == [], "give ops/<op>.py a case that launches it, or delete the kernel"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_binary_of_large_cases_and_every_tuned_row_is_executed(arch, plans, record_property):
+    tested = {op for op, _ in TESTS}
+    assert {problem.op for problem in plans[arch].problems} <= tested
+    assert plans[arch].left_out == [], "give ops/<op>.py a small case that launches it, or shrunken.py its shape"
+    record_property("planned", {"arch": arch, "binaries": sorted(plans[arch].binaries)})
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("op", "part"), TESTS)
+def test_shrunken_problems_keep_the_contract(op, part, arch, plans, compiling, record_property):
+    parts = PARTS if (op, 1) in TESTS else 1
+    problems = [problem for problem in plans[arch].problems if problem.op == op][part::parts]
+    if not problems:
+        pytest.skip("its small cases launch all")
+    for problem in problems:
+        result, told = compiling.submit(launched.execute, arch, problem).result()
+        assert result.failures == {}
+        assert result.passed == 1
+        record_property("emulated", told)

@@ -33,7 +33,7 @@ def test_machine_code_keeps_the_contract(op, case, arch, record_property):
         if supports is not None and (why := supports(**args)):
             pytest.skip(why)
         contract.verify(op, "hip", case, "cpu", run=call)
-    record_property("emulated", {"kernels": sorted(kernels), "instructions": instructions})
+    record_property("emulated", {"arch": arch, "kernels": sorted(kernels), "instructions": instructions})
 
 
 def test_emulation_counts_instructions_by_name():

@@ -39,6 +39,7 @@ def cases():
         yield Case(f"4x4096-{dtype}", lambda d=dtype: _draw(4, 4096, dtype=d))
         yield Case(f"3x1009-{dtype}", lambda d=dtype: _draw(3, 1009, dtype=d))
         yield Case(f"few-allowed-{dtype}", lambda d=dtype: _draw(2, 5000, 0.01, d))
+        yield Case(f"1x4128-{dtype}", lambda d=dtype: _draw(1, 4128, dtype=d))  # words no multiple of 16, logits one
     yield Case("all-allowed", lambda: _draw(2, 1000, 2.0))
     yield Case("none-allowed", lambda: _draw(2, 1000, -1.0))
     yield Case("empty", lambda: _draw(0, 1000))

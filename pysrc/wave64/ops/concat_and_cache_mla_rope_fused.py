@@ -69,6 +69,7 @@ def cases():
         yield Case(f"{fp8}-scale-1e-40", lambda c=fp8: with_zeros(_draw(5, 3, 2, cache_dtype=c, scale=1e-40)))
         yield Case(f"odd-{fp8}", lambda c=fp8: _draw(7, 5, 5, 37, 6, is_neox=True, cache_dtype=c, page_size=3,
                                                      skip=(0, 4), nope=3))
+    yield Case("deepseek-fp8", lambda: _draw(5, 16, 2, cache_dtype=fp8_dtype(), skip=(3,), scale=0.03))
     for dtype in (torch.float16, torch.float32):
         yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype: _draw(
             4, 3, 5, 37, 6, d, True, fp8_dtype(), page_size=3, skip=(2,), scale=0.03, nope=3))

@@ -48,6 +48,7 @@ def cases():
     for dtype in DTYPES:
         yield Case(f"absent-{dtype}", lambda d=dtype: _absent(d))
         yield Case(f"far-{dtype}", lambda d=dtype: _draw(6, 4, 64, d, spread=1e4))
+    yield Case("2x128x128", lambda: _draw(2, 128, 128))
     yield Case("strided", _strided)
     yield Case("unaligned", _unaligned)
     for tokens, heads, head_dim in [(1, 128, 512), (128, 128, 512), (8192, 16, 128), (8192, 128, 128),

@@ -21,6 +21,7 @@ def cases():
         yield Case(name, lambda draw=draw: dict(x=draw()))
     yield Case("amax-anywhere", _amax_anywhere)
     yield Case("long", lambda: dict(x=torch.randn(2, 20011)))
+    yield Case("long-bf16", lambda: dict(x=torch.randn(1, 28672, dtype=torch.bfloat16)))
     for tokens in (1, 128, 4096):
         yield Case(f"{tokens}x7168", lambda t=tokens: dict(x=torch.randn(t, 7168, dtype=torch.bfloat16)), large=True)
     yield Case("128x28672", lambda: dict(x=torch.randn(128, 28672, dtype=torch.bfloat16)), large=True)

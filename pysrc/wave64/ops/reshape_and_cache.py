@@ -44,6 +44,7 @@ def cases():
             yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 2, 2, 64, d, c, skip=(1,), scale=0.03))
         yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype: _draw(
             4, 5, 3, 37, d, quant.fp8_dtype(), page_size=3, skip=(2,), scale=0.03))
+    yield Case("llama-8b-fp8", lambda: _draw(3, 2, 8, 128, cache_dtype=quant.fp8_dtype(), scale=0.03))
     yield Case("fp8-unscaled", lambda: _draw(5, 2, 2, 64, cache_dtype=torch.float8_e4m3fn))
     for scale in (0.0, 1e-40, 2.0**-126):
         yield Case(f"fp8-scale-{scale:.0e}", lambda s=scale: _with_zeros(_draw(

@@ -46,7 +46,8 @@ if why := import_triton_kernels():  # on a machine without a GPU nothing else ha
 class Launch:
     """A kernel that was compiled instead of launched."""
 
-    kernel: Any   # triton.compiler.CompiledKernel: .name, .asm["amdgcn"], .asm["hsaco"], .metadata
+    kernel: Any   # triton.compiler.CompiledKernel: .name, .asm["amdgcn"], .asm["hsaco"], .metadata; None: not compiled
+    key: str      # launches of one key are of one binary
     grid: Any     # as the launcher gave it: a tuple, or a function of the kernel's arguments
     arguments: dict[str, Any]  # by name
 
@@ -77,20 +78,29 @@ class _Driver:
         return GPUTarget("hip", self._arch.name, self._arch.wave_size)
 
 
+def _key(function: JITFunction, args: tuple, kwargs: dict[str, Any]) -> str:
+    """What Triton tells the binaries of a function apart by: types, what it specialises on, and options."""
+    *_, binder = function.device_caches[driver.active.get_current_device()]
+    _, specialization, options = binder(*args, **kwargs)
+    return f"{function.__name__} {specialization} {sorted(options.items())}"
+
+
 @contextlib.contextmanager
-def capture(arch: str, perform: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+def capture(arch: str, perform: Callable[[Launch], None] | None = None,
+            compiled: bool = True) -> Iterator[list[Launch]]:
     """Inside the block Triton launches compile for `arch` and are recorded, in order, instead of launched. perform:
-    what is done with each there and then, in its place."""
+    what is done with each there and then, in its place. compiled: False to record only, which costs nearly nothing."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("capture: TRITON_INTERPRET: expected unset, got 1; unset it and start a new process")
     launches: list[Launch] = []
     run = JITFunction.run
 
     def record(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        key = _key(self, args, kwargs)
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs) if compiled else None
         given = dict(zip((p.name for p in self.params), args, strict=False))
         bound = {p.name: given.get(p.name, kwargs.get(p.name, p.default)) for p in self.params}
-        launches.append(Launch(kernel, grid, bound))
+        launches.append(Launch(kernel, key, grid, bound))
         if perform:
             perform(launches[-1])
         return kernel
@@ -124,10 +134,10 @@ def _moved(args: dict[str, Any], device: str) -> dict[str, Any]:
     return pytree.tree_map_only(Tensor, move, args)
 
 
-def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
+def compile_case(op: Op, case: Case, arch: str, compiled: bool = True) -> list[Launch]:
     """What the operator's Triton backend launches for `case` on `arch`; nothing where it declines the arguments."""
     backend = op.backends["triton"]
-    with capture(arch) as launches:
+    with capture(arch, compiled=compiled) as launches:
         args = arguments(case)  # here, since which FP8 type a case draws is up to the architecture
         if backend.supports is None or backend.supports(**args) is None:
             backend.run(**args)

@@ -37,6 +37,7 @@ class Result:
     declined: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     kernels: list[tuple[str, str]] = field(default_factory=list)  # (code object, kernel)
+    keys: list[str] = field(default_factory=list)  # of Triton's binaries, see compile.Launch
     launches: int = 0
     waves: int = 0
     instructions: int = 0
@@ -54,7 +55,7 @@ class Result:
 def check(op: Op, backend: str, arch: str, cases: list[Case]) -> Result:
     """Runs the cases one after another; a failure is kept, and the next case runs."""
     result, own = Result(op.name, backend, arch), op.backends[backend]
-    began, kernels = time.monotonic(), set()
+    began, kernels, keys = time.monotonic(), set(), set()
 
     def run(**args: Any) -> Any:
         with BACKENDS[backend](arch) as counts:
@@ -64,6 +65,7 @@ def check(op: Op, backend: str, arch: str, cases: list[Case]) -> Result:
 
     def add(counts: Counts) -> None:
         kernels.update(counts.kernels)
+        keys.update(counts.keys)
         result.launches += counts.launches
         result.waves += counts.waves
         result.instructions += counts.instructions
@@ -79,7 +81,7 @@ def check(op: Op, backend: str, arch: str, cases: list[Case]) -> Result:
                 result.passed += 1
             except Exception as e:  # whatever a kernel does wrong is a finding; the other cases still run
                 result.failures[case.id] = f"{type(e).__name__}: {e}"
-    result.kernels, result.seconds = sorted(kernels), time.monotonic() - began
+    result.kernels, result.keys, result.seconds = sorted(kernels), sorted(keys), time.monotonic() - began
     return result
 
 

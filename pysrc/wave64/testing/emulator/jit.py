@@ -76,6 +76,7 @@ def emulate_triton(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1) 
                        for start, size in storages.items() if size]
             recorded = _launch_of(launch, str(Path(folder, f"{launch.kernel.hash}.hsaco")))
             if math.prod(recorded.grid):
+                counts.keys.add(launch.key)
                 execute(recorded, buffers, counts, checks, SECONDS, granule)
 
         with compile.capture(arch, perform):

@@ -48,6 +48,7 @@ class Counts:
     instructions: int = 0                                    # of waves
     by_name: dict[str, int] = field(default_factory=dict)    # mnemonic -> wave instructions
     kernels: set[tuple[str, str]] = field(default_factory=set)  # (<arch>/<code object>, kernel)
+    keys: set[str] = field(default_factory=set)              # of Triton's binaries, see compile.Launch
     seconds: float = 0.0                                     # that executing took
 
     def add(self, machine: Machine, waves: int) -> None:
