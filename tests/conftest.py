@@ -8,6 +8,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
+import tiers  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tier", choices=tiers.TIERS, default="suite", help="how much to run; see tests/tiers.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen, rest = tiers.select(items, config.getoption("--tier"))
+    if rest:
+        config.hook.pytest_deselected(items=rest)
+        items[:] = chosen
 
 
 @pytest.fixture(scope="session")
