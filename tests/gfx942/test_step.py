@@ -1,5 +1,6 @@
 """The stepper shows what one wave of one workgroup executes, and what its lane's registers then hold."""
 
+import re
 import subprocess
 import sys
 
@@ -55,5 +56,5 @@ def test_the_command_goes_through_an_operator():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, *others = done.stdout.splitlines()
-    assert first.startswith("rms_norm_bf16+0x0: s_load")
+    assert re.match(r"rms_norm_bf16\+0x0 \(ops/rms_norm.hip:\d+\): s_load", first)
     assert len(others) == 2

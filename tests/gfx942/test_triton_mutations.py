@@ -22,7 +22,7 @@ ARCH = "gfx942"
 SOURCES = Path(triton_ops.__file__).parent
 FAR = r"ContractError: \w+: result \d: error \S+ against fp64"
 OUTSIDE = r"EmulationError: .*buffer_{}_\w+ .* \d+ bytes at 0x\w+, .* bytes into {}"
-BEFORE = r"EmulationError: .* (reads|writes) \d+ bytes at 0x\w+, \d+ bytes before \w+_ptr"
+ELSEWHERE = r"EmulationError: .* (reads|writes) \d+ bytes at 0x\w+, \d+ bytes (before|into) \w+_ptr"
 #: what is wrong -> (operator, module, what stands there once or more, what the first of them becomes, how it shows)
 BUGS = {
     "store without its mask": (
@@ -60,12 +60,12 @@ BUGS = {
     "earlier keys not shrunk": ("paged_attention", "paged_attention", "mixed * shrink[:, None])", "mixed)", FAR),
     "columns beyond the last": (
         "fp8_scaled_mm", "fp8_mm", "mask=offs_k < K - first", "mask=offs_k <= K - first",
-        OUTSIDE.format("load", "b_ptr")),
+        OUTSIDE.format("load", "[ab]_ptr")),
     "slots of 32 bits": (
         "reshape_and_cache", "reshape_and_cache", "slot * (heads * head_dim)",
-        "(slot * (heads * head_dim)).to(tl.int32)", BEFORE),
+        "(slot * (heads * head_dim)).to(tl.int32)", ELSEWHERE),
     "pages of 32 bits": (
-        "paged_attention", "attention", "return any(sum(", "return False and any(sum(", BEFORE),
+        "paged_attention", "attention", "return any(sum(", "return False and any(sum(", ELSEWHERE),
 }
 #: Of those that show beyond 2 GiB only, the case.
 CASES = {"slots of 32 bits": "pool-5gib-page-16-fp8", "pages of 32 bits": "pool-5gib-page-16-fp8"}
