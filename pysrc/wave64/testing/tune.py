@@ -411,12 +411,13 @@ def source(command: str, timed: bool, executed: bool = False) -> dict[str, Any]:
 
 def merged(before: tuning.Table, arch: str, rows: list[tuning.Row], made: dict[str, Any],
            module: ModuleType) -> tuning.Table:
-    """`before` with its measured rows renewed: those of these buckets replaced, those of no bucket any more dropped."""
+    """`before` with the rows of these buckets replaced, whoever chose them: behind a measured row, one for the same
+    arguments would never be reached. Measured rows of no bucket any more are dropped."""
     def current(row: tuning.Row) -> bool:
         return all(row.when[name] in ranges(bounds) for name, bounds in module.BUCKETS.items() if name in row.when)
 
     renewed = [row.when for row in rows]
-    kept = [row for row in before.rows if not (row.measured and (row.when in renewed or not current(row)))]
+    kept = [row for row in before.rows if row.when not in renewed and (current(row) or not row.measured)]
     sources: list[Mapping[str, Any]] = []
 
     def numbered(row: tuning.Row, of: Mapping[str, Any]) -> tuning.Row:
