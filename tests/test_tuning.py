@@ -96,6 +96,15 @@ def test_operators_have_tables_and_candidates(op):
             assert all(module.pairs(config, **b.facts) > 0 for config in configs)
 
 
+@pytest.mark.parametrize("op", ["fp8_block_scaled_mm", "fp8_scaled_mm", "fused_moe"])
+def test_fp8_products_on_gfx950_have_instructions_of_16_rows(op):
+    """Reading the sum of one of 32 rows takes 20 wait states, of which LLVM may leave one out."""
+    made, table = OPS[op], tuning.table(op, arch.lookup("gfx950"))
+    configs = [tuning.build(tune.launcher(made).Config, row, table.file) for row in table.rows]
+    configs += [c.config for b in tune.buckets(made, arch.lookup("gfx950"), [""]) for c in b.candidates[1:]]
+    assert {config.options["matrix_instr_nonkdim"] for config in configs} == {16}
+
+
 def test_launchers_that_choose_are_known():
     assert {"prefill_attention", "varlen_attention", "paged_attention", "mla_decode", "mla_decode_rope"} <= set(
         tune.tunable())
