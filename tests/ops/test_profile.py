@@ -22,7 +22,7 @@ def first(op):
 @each_op
 def test_the_profiler_names_the_operator_and_its_shapes(op):
     args = first(op)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as seen:
         op(**args)
     events = [event for event in seen.events() if event.name == f"wave64::{op.name}"]
     assert len(events) == 1

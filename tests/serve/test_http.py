@@ -105,6 +105,9 @@ def test_numbers_and_switches_in_the_forms_that_clients_have(app, tokenizer):
     params = app.engine.requests[0].params
     assert (params.max_new_tokens, params.seed, params.top_k, params.stop_token_ids) == (3, 5, 4, [7])
     assert (params.min_new_tokens, params.ignore_eos, app.engine.requests[0].top_logprobs) == (1, True, 1)
+    assert [request.params.seed for request in app.engine.requests] == [5, 6]
+    assert app.post(COMPLETIONS, prompt="x", logprobs=False, seed=0, n=2).status_code == 200
+    assert [request.params.seed for request in app.engine.requests[2:]] == [0, 1]
     assert app.post(COMPLETIONS, prompt="x", logprobs=False).json()["choices"][0]["logprobs"] is None
     assert app.post(COMPLETIONS, prompt=[5.0, 6]).status_code == 200
     assert app.engine.requests[-1].input_ids == [5, 6]

@@ -39,3 +39,22 @@ def test_rewards_are_penalties_too(changes, counts):
 def test_a_parameter_out_of_range_is_named(name, value):
     assert _bad_params(SamplingParams(**{name: value}), 9).startswith(f"{name}: expected ")
     assert _bad_params(SamplingParams(), 9) is None
+
+
+def test_each_penalty_is_its_own():
+    """Presence counts a token of the output once, frequency each time, repetition those of the prompt, too."""
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0)
+    seq = Sequence(Request("a", [0], params), frozenset(), random.Random(0))
+    seq.tokens += [1, 1, 1, 2]
+    logits = torch.full((1, 5), 8.0)
+    sampler._penalise(logits, [seq])
+    assert logits.tolist() == [[4.0, 4 - 0.5 - 3 * 0.25, 4 - 0.5 - 0.25, 8.0, 8.0]]
+
+
+def test_top_k_counts_up_to_the_whole_vocabulary(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sampler.ops, "sample", lambda *args: seen.append(args[2]) or torch.zeros(5, dtype=torch.int64))
+    seqs = [Sequence(Request("a", [5], SamplingParams(top_k=k)), frozenset(), random.Random(0))
+            for k in (-1, 0, 1, 8, 9)]  # fmt: skip
+    sampler._choose(torch.zeros(5, 9), seqs)
+    assert seen[0].tolist() == [0, 0, 1, 8, 0]
