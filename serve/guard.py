@@ -22,6 +22,7 @@ from wave64.serve.protocol import ApiError, parse
 log = logging.getLogger("wave64")
 
 MAX_BODY = 16 << 20  # bytes; a million token ids are half of it
+SHORT_BODY = 1 << 16  # bytes that are checked at once, without the detour through a thread
 MAX_LOGGED = 500  # characters of a refusal's reason in the log
 OPEN_PATHS = ("/health", "/health_generate")  # asked by load balancers, which have no key
 
@@ -50,7 +51,9 @@ async def read(request: Request, model: type[T]) -> T:
             raise _too_long("more")
     if gunzip:
         gunzip.check_end()
-    return parse(model, bytes(body))
+    if len(body) <= SHORT_BODY:
+        return parse(model, bytes(body))
+    return await asyncio.to_thread(parse, model, bytes(body))
 
 
 class _Gunzip:

@@ -15,6 +15,8 @@ from wave64.serve.messages import SamplingParams
 from wave64.serve.neutral import asks_for_nothing, objection
 
 MAX_CHOICES = 4096  # prompts times n in one request
+MAX_MESSAGES = 1 << 16
+MAX_STOPS = 1024  # each is looked for at every token
 MAX_TOP_LOGPROBS = 20
 GREEDY_BELOW = 1e-6  # a temperature that is none
 
@@ -95,13 +97,15 @@ class Sampling(_Body):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     no_stop_trim: Flag | None = None
 
     @model_validator(mode="after")
     def _check_stop(self) -> Any:
+        if (count := len(self.stop_strings)) > MAX_STOPS:
+            raise ApiError(f"stop: expected at most {MAX_STOPS} strings, got {count}", "stop", "invalid_value")
         if "" in self.stop_strings:
             raise ApiError("stop: expected strings of at least one character, got ''", "stop", "invalid_value")
         return self
@@ -196,7 +200,7 @@ class Message(BaseModel):
 class ChatRequest(_OpenAI):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
     logprobs: Flag | None = None
     top_logprobs: TopLogprobs | None = None
@@ -277,17 +281,19 @@ def prompts_of(value: Any, param: str) -> list[str | list[int]]:
         raise ApiError(f"{param}: required, a string, token ids, or a list of either", param, "missing")
     if not isinstance(value, str | list):
         raise refuse(param, value)
-    is_one = isinstance(value, str) or (bool(value) and all(isinstance(v, int | float | None) for v in value))
+    is_one = isinstance(value, str) or (bool(value) and {*map(type, value)} <= {int, float, bool, type(None)})
     prompts = [value] if is_one else list(value)
     if not prompts:
         raise ApiError(f"{param}: empty, expected at least one prompt", param, "empty_prompt")
+    if len(prompts) > MAX_CHOICES:
+        raise ApiError(f"{param}: expected at most {MAX_CHOICES} prompts, got {len(prompts)}", param, "invalid_value")
     for i, prompt in enumerate(prompts):
         where = param if is_one else f"{param}[{i}]"
         if not isinstance(prompt, str | list):
             raise refuse(where, prompt)
         if prompt == []:  # an empty text may become a bos
             raise ApiError(f"{where}: empty, expected at least one token", param, "empty_prompt")
-        if isinstance(prompt, list) and any(type(t) is not int for t in prompt):
+        if isinstance(prompt, list) and {*map(type, prompt)} != {int}:
             prompts[i] = prompt = [_whole(t) for t in prompt]
             if odd := [t for t in prompt if type(t) is not int]:
                 raise ApiError(f"{where}: expected token ids, got {_short(odd[0])}", param, "invalid_type")
@@ -333,6 +339,8 @@ def _path(loc: tuple[int | str, ...]) -> list[int | str]:
 def _wanted(fault: Any) -> str:
     if fault["type"] == "too_short":
         return f"at least {fault['ctx']['min_length']} of them"
+    if fault["type"] == "too_long":
+        return f"at most {fault['ctx']['max_length']} of them"
     text = fault["msg"].removeprefix("Input should be ")
     return f"a value {text}" if text.startswith(("greater", "less")) else text
 

@@ -35,8 +35,11 @@ class Arguments(dict):
     write it out."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(json.loads(text) if text.strip() else {})
         self._text = text if text.strip() else "{}"
+        value = json.loads(self._text)
+        if not isinstance(value, dict):  # dict() takes pairs, too
+            raise TypeError(type(value).__name__)
+        super().__init__(value)
 
     def __str__(self) -> str:
         return self._text

@@ -272,6 +272,26 @@ def test_health_answers_while_prompts_are_tokenized(app, tokenizer, path, fields
     asyncio.run(both())
 
 
+def test_health_answers_while_a_long_body_is_checked(app, monkeypatch):
+    has_begun, may_go_on, original = threading.Event(), threading.Event(), guard.parse
+
+    def held(model, raw):
+        has_begun.set()
+        assert may_go_on.wait(WAIT_S), "nothing else was served meanwhile"
+        return original(model, raw)
+
+    async def both() -> None:
+        asked = asyncio.create_task(app.ask("POST", COMPLETIONS, json={"prompt": [5] * guard.SHORT_BODY}))
+        while not has_begun.is_set():
+            await asyncio.sleep(0)
+        assert (await app.ask("GET", "/health")).status_code == 200
+        may_go_on.set()
+        assert "maximum context length" in (await asked).text
+
+    monkeypatch.setattr(guard, "parse", held)
+    asyncio.run(both())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_the_tokenizing(app, tokenizer, stream):
     async def ask_and_leave() -> int:

@@ -72,6 +72,7 @@ def test_no_arguments_are_an_empty_object(arguments):
         ("x", "messages[1].tool_calls: expected a list, got \"x\""),
         (["x"], "messages[1].tool_calls[0]: expected an object"),
         ([{"function": "f"}], "messages[1].tool_calls[0].function: expected an object"),
+        ([{"function": {"arguments": '[["a", 1]]'}}], "[0].function.arguments: expected the JSON of an object, got"),
         ([{"function": {"arguments": "{"}}], "[0].function.arguments: expected the JSON of an object, got"),
         ([{"function": {"arguments": "[1]"}}], "[0].function.arguments: expected the JSON of an object, got"),
         ([{"function": {"arguments": "[" * 10**5}}], "[0].function.arguments: expected the JSON of an object, got"),
