@@ -7,6 +7,7 @@ less than a microsecond, because a loop over parameters would be several. What t
 torch's dispatcher can serve (subclasses, fake and meta tensors, proxies of a tracer), or refuses in words.
 """
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import torch
 import torch.autograd.profiler
 from torch import Tensor
 
+#: torch.autograd.graph.increment_version without what that does of its own, which takes longer than this.
+increment_version = torch._C._increment_version
 #: Types of tensors that are nothing but memory.
 PLAIN = {Tensor, torch.nn.Parameter}
 #: Kernels take sizes and counts as int32.
@@ -57,17 +60,13 @@ def told(value: Any) -> str:
 
 
 def is_disjoint(tensor: Tensor) -> bool:
-    """True if no two elements share memory, as far as strides tell: each dimension's is beyond what the dimensions of
-    smaller strides span."""
-    sizes, strides = tensor.shape, tensor.stride()
-    beyond = -1  # the last stride from which on all that follows is one element, as of rows cut from wider ones
-    for size, stride in zip(sizes, strides, strict=True):
-        if size > 1 and beyond >= 0 and size * stride > beyond:
-            break
-        beyond = stride if size > 1 else beyond
-    else:
-        if beyond != 0:
-            return True
+    """True if no two elements share memory, as far as strides tell."""
+    return are_disjoint(tensor.shape, tensor.stride())
+
+
+@functools.lru_cache(maxsize=4096)  # a server's shapes come again and again, and looking is half a microsecond dearer
+def are_disjoint(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """True if each dimension's stride is beyond what the dimensions of smaller strides span."""
     reach = 1
     for stride, size in sorted(zip(strides, sizes, strict=True)):
         if size == 0:
@@ -257,14 +256,15 @@ def compiled(examiner: Examiner, serve: Callable, torch_op: Callable) -> tuple[C
     else:
         accepted += [p.either(f"({p.name}.is_cpu or {p.name}.is_cuda)") for p in tensors]
     written = [p for p in parameters if p.mutated]
-    accepted += [p.either(f"({p.name}.is_contiguous() or is_disjoint({p.name}))") for p in written]
+    accepted += [p.either(f"({p.name}.is_contiguous() or are_disjoint({p.name}.shape, {p.name}.stride()))")
+                 for p in written]
     accepted += [f"({' or '.join([f'{q.name} is None' for q in (a, b) if q.optional] + [''])}"
                  f"{a.name}.data_ptr() != {b.name}.data_ptr())"
                  for i, a in enumerate(written) for b in written[:i]]
     wants = " or ".join(p.either(f"{p.name}.requires_grad").replace("is None or", "is not None and") for p in tensors)
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     takes = ", ".join(f"{p.name}=DEFAULTS[{p.name!r}]" if p.name in defaults else p.name for p in parameters)
-    bumps = f"bump({', '.join(p.name for p in written)})" if written else "pass"
+    bumps = f"bump(({', '.join(p.name for p in written)},))" if written else "pass"
     source = f"""
 def {examiner.name}({takes}):
     if profiler._is_profiler_enabled or functorch_level() is not None or is_tracing() is not None:
@@ -288,7 +288,7 @@ def again({names}):
     return result
 """
     scope: dict[str, Any] = dict(
-        PLAIN=PLAIN, DEFAULTS=defaults, is_disjoint=is_disjoint, serve=serve, torch_op=torch_op, bump=bump,
+        PLAIN=PLAIN, DEFAULTS=defaults, are_disjoint=are_disjoint, serve=serve, torch_op=torch_op, bump=bump,
         examine=examiner.examine, profiler=torch.autograd.profiler, grad_enabled=torch.is_grad_enabled,
         functorch_level=torch._C._functorch.peek_interpreter_stack, is_tracing=torch._C._get_tracing_state,
         dtype=torch.dtype)
@@ -296,9 +296,10 @@ def again({names}):
     return scope[examiner.name], scope["kernel"]
 
 
-def bump(*written: Tensor | None) -> None:
+def bump(written: tuple[Tensor | None, ...]) -> None:
     """Tells autograd that these were written, as every in-place operator of torch does: a backward that saved what one
     held then refuses. Tensors of inference mode have no version."""
-    versioned = [tensor for tensor in written if tensor is not None and not tensor.is_inference()]
-    if versioned:
-        torch.autograd.graph.increment_version(versioned)
+    try:
+        increment_version(written)
+    except (TypeError, RuntimeError):  # of None, and of inference tensors outside their mode
+        increment_version(tuple(each for each in written if each is not None and not each.is_inference()))

@@ -154,7 +154,15 @@ class Op(Generic[P, R]):
         try:
             if self.check is not None:
                 self.check(*args)
-            return self._backend(where, args)
+            bound = self._bound or self.bound
+            candidates = bound.get("cpu" if where.is_cpu else where.device.type) or (self.backends["reference"],)
+            for backend in candidates:
+                reason = backend.supports(*args) if backend.supports else None
+                if reason is None:
+                    return backend.run(*args)
+                if len(candidates) > 1:
+                    self._decline(backend.name, reason)
+            raise NotSupported(f"{self.name}: backend {backend.name}: {reason}")
         except BadArgument as e:
             e.op = self.name
             raise
@@ -163,16 +171,6 @@ class Op(Generic[P, R]):
         except Exception:  # torch's, of a sparse tensor for one: which argument it is comes first
             self._examiner.examine(args, eager=False)
             raise
-
-    def _backend(self, where: Tensor, args: tuple):
-        candidates = self.bound.get("cpu" if where.is_cpu else where.device.type) or (self.backends["reference"],)
-        for backend in candidates:
-            reason = backend.supports(*args) if backend.supports else None
-            if reason is None:
-                return backend.run(*args)
-            if len(candidates) > 1:
-                self._decline(backend.name, reason)
-        raise NotSupported(f"{self.name}: backend {backend.name}: {reason}")
 
     def _promise(self, *args, **kwargs):
         """The result's shapes and dtypes on fake tensors, whatever autocast says."""

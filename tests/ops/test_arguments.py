@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wave64
-from wave64 import OPS, BadArgument, arguments, ops
+from wave64 import OPS, BadArgument, NotSupported, arguments, ops
 from wave64.testing import contract
 
 machinery = importlib.import_module("wave64.op")
@@ -289,3 +289,25 @@ def test_sparse_tensors_are_refused_in_words(op):
     name, value = next(iter(tensors_of(args).items()))
     sparse = (value.float() if value.element_size() == 1 else value).to_sparse()  # there are none of FP8
     refused(op, name, lambda: op(**args | {name: sparse}), "sparse_coo")
+
+
+SHAPES = {
+    "no dimension": lambda x: torch.zeros((), dtype=x.dtype), "five dimensions": lambda x: x.reshape(1, 1, 1, 1, -1),
+    "one more": lambda x: x[None], "flat": lambda x: x.reshape(-1), "no rows": lambda x: x[:0] if x.ndim else x,
+    "no columns": lambda x: x[..., :0] if x.ndim else x, "transposed": lambda x: x.mT if x.ndim > 1 else x,
+    "one of five dimensions": lambda x: torch.ones(1, 1, 1, 1, 1).to(x.dtype),
+    "another dtype": lambda x: x.to(torch.bfloat16) if x.ndim < 2 else x.double()}
+
+
+@each_op
+def test_tensors_of_any_shape_are_served_or_refused_in_words(op):
+    """As argument and operator; never as an error of something within."""
+    said = []
+    for name, value in tensors_of(draw(op)).items():
+        for change in SHAPES.values():
+            args = draw(op)
+            try:
+                op(**args | {name: change(value.clone())})
+            except (BadArgument, NotSupported) as e:
+                said.append(str(e))
+    assert all(text.startswith(f"{op.name}: ") for text in said), said

@@ -133,6 +133,7 @@ def test_groups_that_the_kernel_cannot_rank_are_the_reference_s():
     (dict(num_expert_group=5), "num_expert_group", "a divisor of 12"),
     (dict(num_expert_group=0), "num_expert_group", "a divisor of 12"),
     (dict(topk_group=5), "topk_group", "1 to 4"), (dict(topk_group=0), "topk_group", "1 to 4"),
+    (dict(num_fused_shared_experts=2**31 - 1), "num_fused_shared_experts", "0 to 12"),
     (dict(scoring_func="relu"), "scoring_func", "'softmax' or 'sigmoid', got 'relu'"),
     (dict(correction_bias=torch.zeros(11)), "correction_bias", "float32 [12]"),
     (dict(correction_bias=torch.zeros(12).half()), "correction_bias", "float32 [12]"),

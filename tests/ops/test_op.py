@@ -8,7 +8,7 @@ import torch
 
 import wave64
 from wave64 import OPS, BadArgument, Case, Cost, NotSupported, ops
-from wave64.op import BACKENDS, Op
+from wave64.op import BACKENDS, Backend, Op
 from wave64.testing import contract
 
 
@@ -49,6 +49,26 @@ def test_refusals_name_operator_argument_expected_and_got(x):
         ops.rms_norm(x, torch.randn(31, device=x.device))
     with pytest.raises(ValueError, match="rms_norm: weight"):
         torch.ops.wave64.rms_norm(x, torch.randn(32, device=x.device).half())
+
+
+@pytest.mark.parametrize("name", ["rotary_embedding", "reshape_and_cache", "fused_add_rms_norm", "rms_norm"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_an_eager_call_runs_few_functions(name, mode, monkeypatch):
+    """What a call costs on the host is the Python functions between the caller and the backend: counted, not timed."""
+    op = OPS[name]
+    args = tuple(contract.draw(next(case for case in op.cases() if not case.sparse), "cpu", 0).values())
+    monkeypatch.setattr(op, "bound", {"cpu": (Backend("nothing", lambda *args: None),)})
+    monkeypatch.setattr(op, "check", None)
+    called = []
+    with mode():
+        op(*args)
+        sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            op(*args)
+        finally:
+            sys.setprofile(None)
+    ours = [each for each in called if not each.startswith("is_")]  # torch's questions differ by version
+    assert ours == ["__call__", name, "_serve", "_run", "<lambda>"] + ["bump"] * bool(op.mutates)
 
 
 def test_use_demands_and_restores(x):

@@ -60,8 +60,8 @@ def cases():
 
 
 def check(logits, prompt_ids, output_ids, presence_penalty, frequency_penalty, repetition_penalty):
-    if logits.ndim != 2 or (logits.stride(1) != 1 and logits.shape[1] > 1):
-        raise BadArgument("logits", "[num_seqs, vocab] with a contiguous last dimension", logits)
+    if logits.ndim != 2 or not logits.shape[1] or (logits.stride(1) != 1 and logits.shape[1] > 1):
+        raise BadArgument("logits", "[num_seqs, vocab] with vocab at least 1 and a contiguous last dimension", logits)
     if logits.dtype not in DTYPES:
         raise BadArgument("logits", "bf16, fp16 or fp32", logits)
     rows = logits.shape[0]

@@ -89,8 +89,8 @@ def check(kv_c, k_pe, kv_cache, slot_mapping, scale=None):
         raise BadArgument("kv_cache", expected, kv_cache)
     if kv_cache.dtype != kv_c.dtype and kv_cache.dtype not in FP8:
         raise BadArgument("kv_cache", f"dtype {kv_c.dtype}, that of kv_c, or float8_e4m3fn(uz)", kv_cache)
-    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
-        raise BadArgument("scale", "one fp32 value in a tensor", scale)
+    if scale is not None and (scale.numel() != 1 or scale.ndim > 1 or scale.dtype != torch.float32):
+        raise BadArgument("scale", "one fp32 value in a tensor, [] or [1]", scale)
     if scale is not None and kv_cache.dtype not in FP8:
         raise BadArgument("scale", f"None for a {kv_cache.dtype} cache", scale, "scales belong to FP8 caches")
 

@@ -74,8 +74,9 @@ def check(gating, top_k, num_expert_group, topk_group, renormalize, scoring_func
         raise BadArgument("top_k", f"at most {topk_group * in_group}, the experts of {topk_group} groups", top_k)
     if scoring_func not in SCORING:
         raise BadArgument("scoring_func", " or ".join(map(repr, SCORING)), repr(scoring_func))
-    if num_fused_shared_experts < 0:
-        raise BadArgument("num_fused_shared_experts", "at least 0", num_fused_shared_experts)
+    if not 0 <= num_fused_shared_experts <= experts:
+        raise BadArgument("num_fused_shared_experts", f"0 to {experts}, the number of experts",
+                          num_fused_shared_experts)
     if correction_bias is None:
         return
     if correction_bias.shape != gating.shape[1:] or correction_bias.dtype != torch.float32 \
@@ -178,7 +179,7 @@ def grouped_topk(gating: Tensor, top_k: int, num_expert_group: int, topk_group: 
     topk_group       1 to num_expert_group
     scoring_func     "softmax" or "sigmoid"
     correction_bias  [num_experts]  fp32
-    num_fused_shared_experts  at least 0
+    num_fused_shared_experts  0 to num_experts
     returns          weights [num_tokens, top_k + num_fused_shared_experts] fp32, computed in fp32; ids, the same shape,
                      int32
     raises           BadArgument (a ValueError) if an argument is none of these, or if there is a correction_bias, but

@@ -133,8 +133,8 @@ def check_latents(dtype: torch.dtype, width: int, kv_cache: Tensor, page_table: 
         if longest > room or longest > 0 and not kv_cache.shape[0]:
             got = f"{list(page_table.shape)}, room for {room} tokens in {kv_cache.shape[0]} pages"
             raise BadArgument("page_table", f"room for {longest} tokens, as seq_lens says", got, "pass a wider table")
-    if kv_scale is not None and (kv_scale.numel() != 1 or kv_scale.dtype != torch.float32):
-        raise BadArgument("kv_scale", "one fp32 number in a tensor", kv_scale)
+    if kv_scale is not None and (kv_scale.numel() != 1 or kv_scale.ndim > 1 or kv_scale.dtype != torch.float32):
+        raise BadArgument("kv_scale", "one fp32 number in a tensor, [] or [1]", kv_scale)
 
 
 def check_queries(name: str, q: Tensor, width: int | None = None) -> None:

@@ -60,10 +60,10 @@ def _not_stored(args: dict) -> dict:
 def check(q_nope, q_pe, kv_c, k_pe, kv_cache, slot_mapping, page_table, seq_lens, positions, cos_sin_cache, scale,
           is_neox=False, kv_scale=None):
     check_queries("q_nope", q_nope)
+    check_queries("q_pe", q_pe)
     leading, heads, rank, rope = q_nope.shape[:-2], q_nope.shape[-2], q_nope.shape[-1], q_pe.shape[-1]
     if not rank:
         raise BadArgument("q_nope", "at least one column", q_nope)
-    check_queries("q_pe", q_pe)
     if q_pe.shape[:-1] != q_nope.shape[:-1] or q_pe.dtype != q_nope.dtype:
         raise BadArgument("q_pe", f"{q_nope.dtype} {[*leading, heads]} x rope_dim, as q_nope", q_pe)
     for name, x, width in (("kv_c", kv_c, rank), ("k_pe", k_pe, rope)):
@@ -72,9 +72,10 @@ def check(q_nope, q_pe, kv_c, k_pe, kv_cache, slot_mapping, page_table, seq_lens
     for name, x, integers in (("slot_mapping", slot_mapping, "int64"), ("positions", positions, "int64 or int32")):
         if x.shape != leading or str(x.dtype).removeprefix("torch.") not in integers.split() or not x.is_contiguous():
             raise BadArgument(name, f"contiguous {integers} {list(leading)}, one for each new token", x)
-    if cos_sin_cache.ndim != 2 or cos_sin_cache.shape[1] != rope or rope % 2 or not cos_sin_cache.is_contiguous():
-        raise BadArgument("cos_sin_cache", f"contiguous [max_pos, {rope}], the width of q_pe, which is to be even",
-                          cos_sin_cache)
+    if (cos_sin_cache.ndim != 2 or not len(cos_sin_cache) or cos_sin_cache.shape[1] != rope or rope % 2
+            or not cos_sin_cache.is_contiguous()):
+        raise BadArgument("cos_sin_cache", f"contiguous [max_pos, {rope}] with max_pos at least 1, of the width of "
+                          "q_pe, which is to be even", cos_sin_cache)
     if cos_sin_cache.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise BadArgument("cos_sin_cache", "bf16, fp16 or fp32", cos_sin_cache)
     check_latents(q_nope.dtype, rank + rope, kv_cache, page_table, seq_lens, len(q_nope), kv_scale)

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from wave64.op import BadArgument, Case, Cost, op
 
+#: More than any model has; counts of all of them are held.
+MAX_EXPERTS = 1 << 16
+
 
 def _draw(tokens, top_k, experts, block_size, dropped=0.0):
     """Distinct experts per token, as a gate chooses them; a share of ids -1 or out of range."""
@@ -41,8 +44,10 @@ def check(topk_ids, block_size, num_experts):
         raise BadArgument("topk_ids", "contiguous int32 [num_tokens, top_k]", topk_ids)
     if block_size < 1:
         raise BadArgument("block_size", "at least 1", block_size)
-    if num_experts < 1:
-        raise BadArgument("num_experts", "at least 1", num_experts)
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise BadArgument("num_experts", f"1 to {MAX_EXPERTS}", num_experts)
+    if num_blocks(topk_ids.numel(), block_size, num_experts) * block_size >= 2**31:
+        raise BadArgument("block_size", f"one at which {topk_ids.numel()} ids take fewer than 2^31 places", block_size)
 
 
 def num_blocks(num_ids: int, block_size: int, num_experts: int) -> int:

@@ -136,8 +136,8 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
         raise BadArgument("sinks", f"contiguous [{heads}], one logit per head", sinks)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and (scale.numel() != 1 or not scale.dtype.is_floating_point):
-            raise BadArgument(name, "one fp32 number in a tensor", scale)
+        if scale is not None and (scale.numel() != 1 or scale.ndim > 1 or not scale.dtype.is_floating_point):
+            raise BadArgument(name, "one fp32 number in a tensor, [] or [1]", scale)
 
 
 def check(query, key_cache, value_cache, page_table, seq_lens, scale, sliding_window=-1, logit_cap=0.0, sinks=None,

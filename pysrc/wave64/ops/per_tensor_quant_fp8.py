@@ -22,8 +22,8 @@ def cases():
 
 def check(x, scale=None):
     check_x(x)
-    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
-        raise BadArgument("scale", "one fp32 number in a tensor", scale)
+    if scale is not None and (scale.numel() != 1 or scale.ndim > 1 or scale.dtype != torch.float32):
+        raise BadArgument("scale", "one fp32 number in a tensor, [] or [1]", scale)
 
 
 def agree(args, result, exact) -> None:

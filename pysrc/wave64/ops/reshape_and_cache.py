@@ -83,8 +83,8 @@ def check(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_scal
         pages = list(key_cache.shape[:2])
         raise BadArgument("value_cache", f"{key_cache.dtype} with the pages of key_cache, {pages}", value_cache)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
-            raise BadArgument(name, "one fp32 value in a tensor", scale)
+        if scale is not None and (scale.numel() != 1 or scale.ndim > 1 or scale.dtype != torch.float32):
+            raise BadArgument(name, "one fp32 value in a tensor, [] or [1]", scale)
         if scale is not None and key_cache.dtype not in FP8:
             raise BadArgument(name, f"None for a {key_cache.dtype} cache", scale, "scales belong to FP8 caches")
 

@@ -58,11 +58,11 @@ def cases():
 
 def _refuse(name: str, x: Tensor, tokens: int, head_size: int) -> None:
     """Raises unless `x` is [tokens, heads * head_size] or [tokens, heads, head_size], dense within a row."""
-    wrong = x.shape[0] != tokens or (x.stride(-1) != 1 and x.shape[-1] > 1)
+    wrong = x.ndim not in (2, 3) or x.shape[0] != tokens or (x.stride(-1) != 1 and x.shape[-1] > 1)
     if x.ndim == 2:
         wrong |= x.shape[1] % head_size != 0
     else:
-        wrong |= x.ndim != 3 or x.shape[2] != head_size
+        wrong = wrong or x.shape[2] != head_size
     if wrong:
         raise BadArgument(name, f"[{tokens}, heads * {head_size}] or [{tokens}, heads, {head_size}], a row per "
                           "position, last dimension contiguous", x)
@@ -80,10 +80,10 @@ def check(positions, query, key, head_size, cos_sin_cache, is_neox=True):
         _refuse("key", key, positions.shape[0], head_size)
         if key.dtype != query.dtype:
             raise BadArgument("key", f"dtype {query.dtype}, that of query", key)
-    if (cos_sin_cache.ndim != 2 or cos_sin_cache.shape[1] % 2 or cos_sin_cache.shape[1] > head_size
-            or not cos_sin_cache.is_contiguous()):
-        raise BadArgument("cos_sin_cache", f"contiguous [max_pos, rot_dim] with rot_dim even and at most {head_size}",
-                          cos_sin_cache)
+    if (cos_sin_cache.ndim != 2 or not len(cos_sin_cache) or cos_sin_cache.shape[1] % 2
+            or cos_sin_cache.shape[1] > head_size or not cos_sin_cache.is_contiguous()):
+        raise BadArgument("cos_sin_cache", "contiguous [max_pos, rot_dim] with max_pos at least 1, rot_dim even and at "
+                          f"most {head_size}", cos_sin_cache)
     if cos_sin_cache.dtype not in DTYPES:
         raise BadArgument("cos_sin_cache", "fp32, or bf16 or fp16", cos_sin_cache)
 
