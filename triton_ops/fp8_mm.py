@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from wave64 import platform
 from wave64.arch import Arch
 from wave64.triton_ops.attention import dot, is_wide
-from wave64.triton_ops.geometry import matrix_options, num_warps
+from wave64.triton_ops.geometry import matrix_options, num_stages, num_warps
 from wave64.triton_ops.splits import overlaps
 
 #: Numbers that a program of the merge takes.
@@ -235,7 +235,8 @@ def launch(kernel, a: Tensor, b: Tensor, scales: tuple, group_k: int, out_dtype:
         out, a, b, *scales, None if splits > 1 else bias, m, n, k, a.stride(0), b.stride(0), **constants, SHORT=short,
         SWAP=config.swap, EVEN=k % block_k == 0, WIDE=is_wide(a, b) or wide, OVERLAP=overlap, GROUP_M=config.group_m,
         XCDS=config.xcds, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, num_warps=config.num_warps,
-        num_stages=config.num_stages, **config.options)
+        num_stages=num_stages(config.num_stages, config.num_warps, block_k, (a, config.block_m), (b, config.block_n)),
+        **config.options)
     if splits > 1:
         _fp8_mm_merge_kernel[triton.cdiv(m * n, MERGED),](
             y, out, bias, m, n, splits, OVERLAP=overlap, WIDE=wide, BLOCK_S=triton.next_power_of_2(splits),

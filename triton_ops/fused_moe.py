@@ -19,7 +19,7 @@ from wave64.ops.fused_moe import granularity
 from wave64.quant import FP8
 from wave64.triton_ops import moe_align_block_size, per_token_group_quant_fp8, per_token_quant_fp8
 from wave64.triton_ops.attention import is_wide
-from wave64.triton_ops.geometry import matrix_options, num_warps, on_hopper
+from wave64.triton_ops.geometry import matrix_options, num_stages, num_warps, on_hopper
 from wave64.triton_ops.moe_gemm import (
     BLOCKS,
     PLAIN,
@@ -226,8 +226,9 @@ def first_product(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype, w13: Te
         h, h_scale, x, x_scale, w13, w13_scale, weights, *routing.arguments(), stride_x=x.stride(0), N=inter,
         TOP_K=routing.topk_ids.shape[1], ACTIVATION=activation, DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
         ONE=one, WIDE=is_wide(x), SWAP=config.swap, UNROLL=config.unroll, GROUP_M=config.group_m, XCDS=config.xcds,
-        BLOCK_M=config.block_m, BLOCK_N=config.up_n, **about, num_warps=config.up_warps, num_stages=config.up_stages,
-        **config.options)
+        BLOCK_M=config.block_m, BLOCK_N=config.up_n, **about, num_warps=config.up_warps,
+        num_stages=num_stages(config.up_stages, config.up_warps, about["BLOCK_K"], (x, config.block_m),
+                              (w13, config.up_n)), **config.options)
     return h, h_scale
 
 
@@ -247,7 +248,8 @@ def second_product(h: Tensor, h_scale: Tensor | None, dtype: torch.dtype, w2: Te
         y, h, h_scale, w2, w2_scale, weights, *routing.arguments(), N=hidden,
         ONE=about["GROUP_N"] % config.down_n == 0, WIDE=is_wide(h), SWAP=config.swap, GROUP_M=config.group_m,
         XCDS=config.xcds, BLOCK_M=config.block_m, BLOCK_N=config.down_n, **about, num_warps=config.down_warps,
-        num_stages=config.down_stages, **config.options)
+        num_stages=num_stages(config.down_stages, config.down_warps, about["BLOCK_K"], (h, config.block_m),
+                              (w2, config.down_n)), **config.options)
     return y
 
 
@@ -269,7 +271,8 @@ def second_product_of_few(out: Tensor, h: Tensor, w2: Tensor, w2_scale: Tensor |
     _moe_down_few_kernel[triton.cdiv(hidden, block_n), tokens](
         out, h, w2, w2_scale, weights, routing.topk_ids, routing.expert_map, routing.routed, routing.experts, N=hidden,
         TOP_K=top_k, BLOCK_J=block_j, BLOCK_C=max(16, block_j), BLOCK_N=block_n, **about, num_warps=config.down_warps,
-        num_stages=config.down_stages, **config.options)
+        num_stages=num_stages(config.down_stages, config.down_warps, about["BLOCK_K"], (w2, block_n)),
+        **config.options)
 
 
 def unsupported(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, block_shape=None,

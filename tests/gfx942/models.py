@@ -81,7 +81,7 @@ class Model:
             return self.after
         apply: dict[str, Callable] = {"SMEM": self._scalar_memory, "DS": self._lds, "GLOBAL": self._global,
                                       "FLAT": self._global, "MUBUF": self._buffer}
-        if not self.text and "_tr_b" not in self.name:
+        if not self.text and not any(kind in self.name for kind in ("_tr_b", "_lds_")):  # models of our own, below
             raise NotImplementedError(f"no model of {self.name}")
         for wave in range(WAVES):
             if self.family.startswith("SOP"):
@@ -435,13 +435,15 @@ class Model:
         fields = self.fields
         offset = fields.offset if self.family == "FLAT" else (fields.offset ^ 0x1000) - 0x1000
         for lane in self._accesses(wave):
-            register = fields.addr.offset - 256
-            address = int(self.before.v[register, wave, lane])
+            address = int(self.before.v[fields.addr.offset - 256, wave, lane])
             if self.family == "GLOBAL" and fields.saddr.offset != 127:
                 base = self.before.s[wave, fields.saddr.offset:fields.saddr.offset + 2].tolist()
                 address += base[0] | base[1] << 32
             else:
-                address |= int(self.before.v[register + 1, wave, lane]) << 32
+                address |= int(self.before.v[fields.addr.offset - 255, wave, lane]) << 32
+            if "_lds_" in self.name:
+                self._to_lds(wave, lane, address + offset - self.trial.middle)
+                continue
             self._at(wave, lane, address + offset, len(self.after.memory), "data", "vdst")
 
     def _at(self, wave: int, lane: int, address: int, limit: int, data: str, result: str) -> None:
@@ -476,10 +478,8 @@ class Model:
         size = {"dword": 4, "dwordx3": 12, "dwordx4": 16}[self.name.rsplit("_", 1)[1]]
         at = int(self.before.s[wave, M0]) + self.fields.offset + size * lane
         for word in range(0, size, 4):
-            first = offset + word
-            inside = first + 4 <= RECORDS
-            got = self.before.memory[MIDDLE + first:MIDDLE + first + 4] if inside else 0
-            self.after.lds[at + word:at + word + 4] = got
+            inside, first = offset + word + 4 <= RECORDS or self.family == "GLOBAL", MIDDLE + offset + word
+            self.after.lds[at + word:at + word + 4] = self.before.memory[first:first + 4] if inside else 0
 
     def _scalar_memory(self, wave: int) -> None:
         fields = self.fields

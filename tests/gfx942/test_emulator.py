@@ -76,8 +76,10 @@ WRONG = {
                          r"v3 is used, but no s_waitcnt"),
     "missing wait for LDS": ("v_mov_b32_e32 v2, 0\nds_read_b32 v3, v2\nv_add_u32_e32 v3, 1, v3\n",
                              r"v3 is used, but no s_waitcnt .*lgkmcnt"),
-    "unwaited store before a barrier": ("v_lshlrev_b32_e32 v1, 2, v0\nds_write_b32 v1, v0\ns_barrier\n",
-                                        r"a barrier, but no s_waitcnt has waited for the LDS stores"),
+    "unwaited store before a barrier": ("v_lshlrev_b32_e32 v1, 2, v0\nds_write_b32 v1, v0\ns_barrier\n"
+                                        "v_xor_b32_e32 v1, 256, v1\nds_read_b32 v2, v1\n",
+                                        r"ds_read_b32 .*byte \d+ of LDS is accessed, but no s_waitcnt had waited "
+                                        r"\(lgkmcnt\) for the store of wave \d there"),
     "missing wait for a load to LDS": (LOAD + "s_mov_b32 m0, 0\ns_nop 0\nglobal_load_lds_dword v1, s[0:1]\n"
                                        "ds_read_b32 v3, v1\n",
                                        r"LDS is accessed, but no s_waitcnt has waited \(vmcnt\)"),
@@ -138,3 +140,21 @@ def test_two_loads_outstanding_come_back_in_order():
     given, result = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
     run(assemble("gfx942", (("ordered", body),)), "ordered", given, result)
     assert (result == given + 1).all()
+
+
+def test_a_store_on_its_way_at_a_barrier_harms_only_who_meets_it():
+    """What another wave reads behind the next barrier may be under way at this one."""
+    body = LOAD + WAIT + """
+v_lshlrev_b32_e32 v3, 2, v0
+ds_write_b32 v3, v2
+s_barrier
+ds_read_b32 v4, v3
+s_waitcnt lgkmcnt(0)
+s_barrier
+v_xor_b32_e32 v3, 256, v3
+ds_read_b32 v2, v3
+s_waitcnt lgkmcnt(0)
+""" + STORE
+    given, result = np.arange(128, dtype=np.uint32), np.zeros(128, np.uint32)
+    run(assemble("gfx942", (("exchange", body),), lds=1024), "exchange", given, result, block=128)
+    assert (result == np.concatenate([given[64:], given[:64]])).all()

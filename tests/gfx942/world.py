@@ -174,12 +174,13 @@ class Trial:
                 whole = (slots + self.middle - offset).astype(U64)
                 pair = world.v[fields.addr.offset - 256:fields.addr.offset - 254]
                 pair[0], pair[1] = whole & U64(0xFFFFFFFF), whole >> U64(32)
-        elif family == "MUBUF":
+        if "_lds_" in name or family == "MUBUF":  # loads that go to LDS at M0
+            world.s[:, M0] = 1024
+        if family == "MUBUF":
             resource = world.s[:, fields.srsrc.offset:fields.srsrc.offset + 4]
             resource[:] = (self.middle & 0xFFFFFFFF, self.middle >> 32, RECORDS, 0x00027000)
             if fields.soffset.offset < 106:
                 world.s[:, fields.soffset.offset] = 160
-            world.s[:, M0] = 1024
             if fields.offen:
                 slots = self._slots(16, 8 if "atomic" in name else SLOTS)
                 far = self.random.random(slots.shape) < 0.2

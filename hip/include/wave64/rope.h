@@ -71,8 +71,9 @@ private:
         for (int i = 0; i < N; i++) {
             const int first = IS_NEOX ? i : 2 * i, second = IS_NEOX ? i + N : 2 * i + 1;
             const float a = float(x.at[first]), b = float(x.at[second]);
-            y[first / N][first % N] = a * angles.cos[i] - b * angles.sin[i];
-            y[second / N][second % N] = b * angles.cos[i] + a * angles.sin[i];
+            // which product is rounded by itself is said, so that every kernel that rotates gives the same bits
+            y[first / N][first % N] = fma(-b, angles.sin[i], a * angles.cos[i]);
+            y[second / N][second % N] = fma(b, angles.cos[i], a * angles.sin[i]);
         }
         return {Pack<T, N>::rounded(y[0]), Pack<T, N>::rounded(y[1])};
     }

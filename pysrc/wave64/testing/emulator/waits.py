@@ -1,12 +1,12 @@
-"""A result is used, or overwritten, before an s_waitcnt has waited for the load that brings it; or LDS stores are on
-their way when a barrier is reached."""
+"""A result is used, or overwritten, before an s_waitcnt has waited for the load that brings it; or LDS is accessed
+where another wave's store was still on its way when the two met at a barrier."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 from wave64.testing.emulator.binding import Binding
-from wave64.testing.emulator.lanes import active
+from wave64.testing.emulator.lanes import READ, active
 from wave64.testing.emulator.memory import EmulationError
 from wave64.testing.emulator.watch import SCALAR, Check, name_of, registers
 
@@ -27,7 +27,11 @@ class Waits(Check):
         self.due = {"vm": np.zeros((count, n), np.int64), "lgkm": np.zeros((count, n), np.int64)}
         #: the last scalar load or flat access
         self.unordered = {"vm": np.zeros(n, np.int64), "lgkm": np.zeros(n, np.int64)}
-        self.lds_stores = np.zeros(n, np.int64)     # the last LDS operation that writes
+        #: LDS stores since the last barrier: (lgkm count and wave of each lane, bytes of LDS)
+        self.stores: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.met_with = np.zeros(n, np.int64)   # what lgkm waits had seen done when the wave last came to a barrier
+        #: by byte of LDS, a store that was on its way at a barrier: (lgkm count, wave); None before the first such one
+        self.late: tuple[np.ndarray, np.ndarray] | None = None
         self.busy: set[int] = set()             # registers that some wave waits for
         #: by byte of LDS, what a load past the registers brings: (vm count, wave); None before the first such load
         self.direct: tuple[np.ndarray, np.ndarray] | None = None
@@ -36,16 +40,17 @@ class Waits(Check):
         for arrays in (self.issued, self.done, self.due, self.unordered):
             for array in arrays.values():
                 array.fill(0)
-        self.lds_stores.fill(0)
+        self.stores.clear()
+        self.met_with.fill(0)
         self.busy.clear()
-        self.direct = None
+        self.direct = self.late = None
 
     def wrap(self, b: Binding, execute: Callable) -> Callable:
         name, waves = b.instruction.name, b.party.waves
         if name == "s_waitcnt":
             return self._wait(b.fields.simm16, waves)
         if name == "s_barrier":
-            return self._barrier(execute, waves)
+            return self._barrier(execute, b.party.numbers)
         counters = self._counters(name, b.instruction.family)
         written = registers(b.writes)
         watched = registers(b.reads) + written
@@ -53,8 +58,6 @@ class Waits(Check):
             watched = [r for r in watched if r not in written] + ([] if len(counters) == 1 else written)
         watched = frozenset(watched)
         busy = self.busy
-        only_gives = ("ds_read", "ds_bpermute", "ds_permute", "ds_swizzle")
-        stores = b.instruction.family == "DS" and not name.startswith(only_gives)
         unordered = b.instruction.family in ("SMEM", "FLAT")
 
         def checked():
@@ -69,8 +72,6 @@ class Waits(Check):
                     if unordered:
                         self.unordered[counter][waves] = self.issued[counter][waves]
                 busy.update(written)
-                if stores:
-                    self.lds_stores[waves] = self.issued["lgkm"][waves]
             return outcome
         return checked
 
@@ -83,18 +84,40 @@ class Waits(Check):
 
     def lds(self, b: Binding, offsets: np.ndarray, width: int, access: int, words: np.ndarray | None) -> None:
         loads = b.instruction.family != "DS"
-        if not loads and self.direct is None:
+        stores = not loads and access != READ and self.machine.shape.waves > 1
+        if not (loads or stores or self.direct or self.late):
             return
-        if self.direct is None:
-            size = self.machine.shape.groups * self.machine.lds_stride
-            self.direct = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        due, by = self.direct
-        places = offsets[:, None] + np.arange(width)
+        wave, places = active(b, b.party.numbers[:, None])[:, None], offsets[:, None] + np.arange(width)
+        if self.late is not None:
+            self._meet_late(places, wave)
+        if stores:
+            self.stores.append((self.issued["lgkm"][wave] + 1, wave, places))
         if loads:
-            wave = active(b, b.party.numbers[:, None])[:, None]
+            due, by = self._direct()
             due[places], by[places] = self.issued["vm"][wave] + 1, wave
-        elif (due[places] > self.done["vm"][by[places]]).any():
-            raise EmulationError("LDS is accessed, but no s_waitcnt has waited (vmcnt) for the load that goes there")
+        elif self.direct is not None:
+            due, by = self.direct
+            if (due[places] > self.done["vm"][by[places]]).any():
+                raise EmulationError(
+                    "LDS is accessed, but no s_waitcnt has waited (vmcnt) for the load that goes there")
+
+    def _meet_late(self, places: np.ndarray, wave: np.ndarray) -> None:
+        due, by = self.late
+        late = (due[places] > self.met_with[by[places]]) & (by[places] != wave)
+        if late.any():
+            place = int(places[late][0])
+            raise EmulationError(
+                f"byte {place % self.machine.lds_stride} of LDS is accessed, but no s_waitcnt had waited (lgkmcnt) for "
+                f"the store of wave {by[place] % self.machine.shape.waves} there when that wave came to the barrier")
+
+    def _bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        size = self.machine.shape.groups * self.machine.lds_stride
+        return np.zeros(size, np.int64), np.zeros(size, np.int64)
+
+    def _direct(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.direct is None:
+            self.direct = self._bytes()
+        return self.direct
 
     def _wait(self, immediate: int, waves: slice) -> Callable:
         left = {"vm": immediate & 15 | immediate >> 10 & 0x30, "lgkm": immediate >> 8 & 15}
@@ -110,10 +133,20 @@ class Waits(Check):
             self.busy.intersection_update(waiting)
         return run
 
-    def _barrier(self, execute: Callable, waves: slice) -> Callable:
+    def _barrier(self, execute: Callable, waves: np.ndarray) -> Callable:
         def run():
-            if (self.lds_stores[waves] > self.done["lgkm"][waves]).any():
-                raise EmulationError("a barrier, but no s_waitcnt has waited for the LDS stores before it")
+            kept = []
+            for store in self.stores:
+                count, wave, places = store
+                here = np.isin(wave, waves)
+                if not here.all():
+                    kept.append(store)
+                late = (here & (count > self.done["lgkm"][wave]))[:, 0]
+                if late.any():
+                    self.late = self.late or self._bytes()
+                    self.late[0][places[late]], self.late[1][places[late]] = count[late], wave[late]
+            self.stores = kept
+            self.met_with[waves] = self.done["lgkm"][waves]
             return execute()
         return run
 
