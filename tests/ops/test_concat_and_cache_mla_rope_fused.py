@@ -14,7 +14,7 @@ FUSED = ops.concat_and_cache_mla_rope_fused
 #: Sources with waves of 64 and of 32, and FP8 of both flavours; machine code, since only there products are fused.
 HIP = [pytest.param(run, arch, id=f"{name}-{arch}") for name, run, archs in [
     ("lanes", lanes.on_cpu, ("gfx942", "gfx1201")), ("machine-code", emulate, ("gfx942", "gfx950"))] for arch in archs]
-small = pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in FUSED.cases() if not c.large])
+small = pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in FUSED.cases() if not (c.large or c.sparse)])
 
 
 def in_turn(backend, positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, kv_cache, scale=None):
