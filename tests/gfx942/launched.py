@@ -208,7 +208,6 @@ def plan(arch: str) -> Plan:
     return found
 
 
-
 # ---- executing
 
 def executed(result: Result, row: int | None) -> dict[str, Any]:
@@ -221,8 +220,9 @@ def execute_small(op: str, case: str, arch: str) -> tuple[Result, dict[str, Any]
     """Holds a case of the operator to the contract on the emulator. Needs a process without TRITON_INTERPRET."""
     result, declared, row = check_case(op, "triton", arch, case), OPS[op], None
     if result.passed and op in tables(arch):
+        chosen = next(c for c in declared.cases() if c.id == case)  # of the list that the test was made of
         with platform.target(arch):
-            args = contract.draw(next(c for c in declared.cases() if c.id == case), "cpu", seed=0)
+            args = contract.draw(chosen, "cpu", seed=0)
             row = row_of(tables(arch)[op], launcher(declared).facts(**args))
     return result, executed(result, row)
 
