@@ -5,7 +5,6 @@ import gc
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-import launched
 import pytest
 
 
@@ -25,27 +24,3 @@ def compiling():
         assert process.submit(gc.isenabled).result() is False  # it has started
     with process:
         yield process
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Of each architecture: what was executed, of what there is. "planned" comes from the test that looks for what is
-    left out, so without it nobody knows how many binaries large cases launch."""
-    told = [(name, value) for report in terminalreporter.stats.get("passed", ()) if report.when == "call"
-            for name, value in report.user_properties if name in ("emulated", "planned")]
-    for arch in launched.ARCHS:
-        ran = [value for name, value in told if name == "emulated" and value["arch"] == arch]
-        if not ran:
-            continue
-        kernels = {tuple(kernel) for value in ran for kernel in value["kernels"] if kernel[0].endswith(".co")}
-        binaries = {key for value in ran for key in value.get("binaries", ())}
-        rows = {tuple(row) for value in ran for row in value.get("rows", ())}
-        of_large = {key for name, value in told if name == "planned" and value["arch"] == arch
-                    for key in value["binaries"]}
-        tables = sum(len(table.rows) for table in launched.tables(arch).values())
-        symbols = len(launched.hip_symbols(arch))
-        words = [f"{len(kernels)} of {symbols} HIP kernels", f"{len(rows)} of {tables} tuned rows",
-                 f"{len(binaries)} Triton binaries"]
-        if of_large:
-            words[-1] += f", among them {len(of_large & binaries)} of the {len(of_large)} of large cases"
-        words.append(f"{sum(value['instructions'] for value in ran):,} wave instructions")
-        terminalreporter.write_line(f"emulated {arch}: {', '.join(words)}")

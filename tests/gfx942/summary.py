@@ -1,0 +1,27 @@
+"""What a run of the tests executed on the emulator, of what there is: told at its end."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import launched
+
+
+def lines(told: list[tuple[str, Any]]) -> Iterator[str]:
+    """A line per architecture, of what tests that passed recorded: ("emulated", what a test executed) and ("planned",
+    the binaries of large cases, by the test that looks for what is left out; without it nobody knows how many)."""
+    for arch in launched.ARCHS:
+        ran = [value for name, value in told if name == "emulated" and value["arch"] == arch]
+        if not ran:
+            continue
+        kernels = {tuple(kernel) for value in ran for kernel in value["kernels"] if kernel[0].endswith(".co")}
+        binaries = {key for value in ran for key in value.get("binaries", ())}
+        rows = {tuple(row) for value in ran for row in value.get("rows", ())}
+        of_large = {key for name, value in told if name == "planned" and value["arch"] == arch
+                    for key in value["binaries"]}
+        tables = sum(len(table.rows) for table in launched.tables(arch).values())
+        words = [f"{len(kernels)} of {len(launched.hip_symbols(arch))} HIP kernels",
+                 f"{len(rows)} of {tables} tuned rows", f"{len(binaries)} Triton binaries"]
+        if of_large:
+            words[-1] += f", among them {len(of_large & binaries)} of the {len(of_large)} of large cases"
+        words.append(f"{sum(value['instructions'] for value in ran):,} wave instructions")
+        yield f"emulated {arch}: {', '.join(words)}"
