@@ -17,7 +17,7 @@ BROKEN = {
     "pysrc/wave64/ops/__init__.py": ("import os\nos.getcwd()\n", "an __init__ lists"),
     "pysrc/wave64/platform.py": ("from wave64.serve import engine\n", "wave64.serve may be imported by"),
     "triton_ops/rms_norm.py": ("from wave64 import _hip\n", "wave64._hip may be imported by"),
-    "serve/layers.py": ("import triton.language as tl\n", "triton may be imported by"),
+    "serve/model/layers.py": ("import triton.language as tl\n", "triton may be imported by"),
     "pysrc/wave64/ops/sample.py": ("from wave64 import backends\n", "does not know wave64.backends"),
     "hip/src/runtime.cpp": ("#include <hip/hip_runtime.h>\n", "neither torch nor a GPU runtime"),
     "hip/ops/sample.hip": ('auto x = getenv("X");\n', "does not allocate, synchronise or read"),
@@ -25,7 +25,7 @@ BROKEN = {
     "triton_ops/splits.py": ("@triton.jit\ndef f(x, W):\n    if W:\n        return x\n    return x + 1\n",
                              "f returns in 2"),
     "pysrc/wave64/op.py": ("import os\nx = os.environ['X']\n", "read the environment"),
-    "serve/engine.py": ("# TO" "DO: later\n", "without the number"),
+    "serve/engine/engine.py": ("# TO" "DO: later\n", "without the number"),
     "serve/args.py": ('x = "/ho' 'me/me/models"\n', "absolute path"),
     "README.md": ("pip install --index-url https://py" "pi.org/simple wave64\n", "package registry"),
 }
@@ -35,7 +35,7 @@ CLEAN = {
     "triton_ops/rms_norm.py": "import triton\nnum_warps = 4\n",
     "triton_ops/sample.py": "@triton.jit\ndef f(x, W):\n    if W:\n        return\n    return x\n\n\n"
                             "def g(x):\n    if x:\n        return 1\n    return 2\n",
-    "serve/engine.py": "# TO" "DO(#12): later\n",
+    "serve/engine/engine.py": "# TO" "DO(#12): later\n",
     "hip/ops/rms_norm.hip": '#include "wave64/abi.h"  // no malloc here\n',
 }
 

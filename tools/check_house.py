@@ -29,8 +29,8 @@ MAY_IMPORT = {
 #: What operators (contract and reference) must not import: what implements them.
 OPS_NEVER_IMPORT = ("wave64.backends", "wave64.testing")
 
-ENVIRONMENT_READERS = ("pysrc/wave64/backends/__init__.py", "pysrc/wave64/backends/hip_library.py", "serve/engine.py",
-                       "tests/", "setup_rocm.py")
+ENVIRONMENT_READERS = ("pysrc/wave64/backends/__init__.py", "pysrc/wave64/backends/hip_library.py",
+                       "serve/engine/engine.py", "tests/", "setup_rocm.py")
 
 
 def length(path: str, text: str) -> Iterator[str]:

@@ -24,7 +24,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine import Engine
+from wave64.serve.engine.engine import Engine
 from wave64.serve.messages import Request, SamplingParams
 
 VOCAB, CONTEXT = 49152, 2048

@@ -22,13 +22,13 @@ import transformers
 from torch import Tensor, nn
 
 from wave64 import platform
-from wave64.serve.batch import Batch
-from wave64.serve.config import MLAConfig, ModelConfig, MoEConfig, QuantConfig, RopeConfig
-from wave64.serve.graphs import DecodeGraphs
-from wave64.serve.layers import Layer
-from wave64.serve.models import DeepseekForCausalLM
-from wave64.serve.quantised import Experts
-from wave64.serve.weights import fill_with_noise
+from wave64.serve.engine.graphs import DecodeGraphs
+from wave64.serve.model import DeepseekForCausalLM
+from wave64.serve.model.batch import Batch
+from wave64.serve.model.config import MLAConfig, ModelConfig, MoEConfig, QuantConfig, RopeConfig
+from wave64.serve.model.layers import Layer
+from wave64.serve.model.load import fill_with_noise
+from wave64.serve.model.quantized import Experts
 from wave64.testing import timing
 
 PAGE_SIZE = 64

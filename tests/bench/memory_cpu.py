@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine import Engine
+from wave64.serve.engine.engine import Engine
 from wave64.serve.messages import Request, SamplingParams
 
 AT_MOST_MB = 300

@@ -5,11 +5,11 @@ import json
 
 import httpx
 
-from wave64.serve.api import create_app
 from wave64.serve.args import ServerArgs
-from wave64.serve.generation import Generator
+from wave64.serve.http.app import create_app
+from wave64.serve.http.generation import Generator
+from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Output, Ready, TokenLogprob
-from wave64.serve.tokenizer import Tokenizer
 
 CONTEXT = 2048
 

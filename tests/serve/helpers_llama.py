@@ -8,9 +8,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from wave64.serve.batch import Batch
-from wave64.serve.config import ModelConfig
-from wave64.serve.weights import load_model
+from wave64.serve.model.batch import Batch
+from wave64.serve.model.config import ModelConfig
+from wave64.serve.model.load import load_model
 
 BASE = dict(vocab_size=101, hidden_size=48, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=128, rms_norm_eps=1e-5, eos_token_id=None, bos_token_id=None)  # fmt: skip

@@ -8,13 +8,13 @@ import pytest
 from helpers_server import VOCAB, make_tokenizer
 
 from wave64.serve.args import ServerArgs
-from wave64.serve.completions import Completion, answer, usage
-from wave64.serve.generation import Generator
-from wave64.serve.guard import json_response
+from wave64.serve.http.generation import Generator
+from wave64.serve.http.guard import json_response
+from wave64.serve.http.native import Generate
+from wave64.serve.http.openai import Completion, answer, usage
+from wave64.serve.http.schemas import ApiError, CompletionRequest, GenerateRequest, parse
+from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Output, Ready, TokenLogprob
-from wave64.serve.native import Generate
-from wave64.serve.protocol import ApiError, CompletionRequest, GenerateRequest, parse
-from wave64.serve.tokenizer import Tokenizer
 
 CONTEXT = 64
 PROMPTS = ["Four", "score and", "seven"]

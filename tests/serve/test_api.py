@@ -10,8 +10,8 @@ import torch
 from helpers_server import CONTEXT, POOL, TEXT, VOCAB, eventually
 from transformers import AutoModelForCausalLM
 
-from wave64.serve import tokenizer as serving
-from wave64.serve.protocol import CompletionRequest, NativeSampling
+from wave64.serve.http import tokenizer as serving
+from wave64.serve.http.schemas import CompletionRequest, NativeSampling
 
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 40}
 PROMPTS = ["Four score", "Now we are engaged in a great civil war", "é 你好", "It is"]

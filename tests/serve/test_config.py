@@ -7,8 +7,8 @@ import torch
 from helpers_llama import make_llama
 from safetensors.torch import save_file
 
-from wave64.serve.config import ConfigError, ModelConfig, RopeConfig, architectures
-from wave64.serve.models import MODELS
+from wave64.serve.model import MODELS
+from wave64.serve.model.config import ConfigError, ModelConfig, RopeConfig, architectures
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from wave64.serve.config import ConfigError, ModelConfig, QuantConfig
+from wave64.serve.model.config import ConfigError, ModelConfig, QuantConfig
 
 YARN = dict(beta_fast=32, beta_slow=1, factor=40, mscale=1.0, mscale_all_dim=1.0,
             original_max_position_embeddings=4096, type="yarn")

@@ -5,9 +5,10 @@ import torch
 from helpers_llama import load, make_llama
 from torch.nn import functional as F
 
-from wave64.serve import cpu, weights
-from wave64.serve.cpu import _filled, choose_products
-from wave64.serve.layers import Embedding, Linear
+from wave64.serve.model import cpu
+from wave64.serve.model import load as weights
+from wave64.serve.model.cpu import _filled, choose_products
+from wave64.serve.model.layers import Embedding, Linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -46,7 +47,7 @@ def test_products_are_those_of_linear(model, amd, monkeypatch):
 
 
 def test_few_numbers_of_tokens_are_compiled_for():
-    """Each leaves machine code behind for good (serve/cpu.py), so lengths of all kinds must not give as many."""
+    """Each leaves machine code behind for good (serve/model/cpu.py), so lengths of all kinds must not give as many."""
     filled = [_filled(tokens) for tokens in range(513)]
     assert filled[:33] == list(range(33))
     assert all(tokens <= more <= tokens * 17 / 16 + 1 for tokens, more in enumerate(filled))

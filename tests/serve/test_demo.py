@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import wave64.serve.demo
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine import Engine
+from wave64.serve.engine.engine import Engine
 from wave64.serve.messages import Request, SamplingParams
 
 DEMO = Path(next(iter(wave64.serve.demo.__path__)))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wave64 import quant
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine import Engine
+from wave64.serve.engine.engine import Engine
 from wave64.serve.messages import Request, SamplingParams
 
 FOLDERS = {name: DEMO / name for name in ("deepseek", "deepseek-fp8")}

@@ -15,8 +15,7 @@ import zmq
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.config import ConfigError
-from wave64.serve.engine import PREFILL_CHUNK, Engine, Throughput, run_engine
+from wave64.serve.engine.engine import PREFILL_CHUNK, Engine, Throughput, run_engine
 from wave64.serve.messages import (
     Abort,
     Failed,
@@ -28,6 +27,7 @@ from wave64.serve.messages import (
     decode_to_api,
     encode,
 )
+from wave64.serve.model.config import ConfigError
 
 VOCAB, CONTEXT, EOS = 97, 160, 2
 GREEDY = SamplingParams(max_new_tokens=64, temperature=0, ignore_eos=True)
@@ -355,7 +355,7 @@ def test_ready_tells_the_limits(make):
 
 
 def test_a_busy_engine_says_how_fast_it_is(make, monkeypatch, caplog):
-    monkeypatch.setattr("wave64.serve.engine.REPORT_S", 0.0)
+    monkeypatch.setattr("wave64.serve.engine.engine.REPORT_S", 0.0)
     engine = make(max_running_requests=1)
     engine.add(request("a", [5] * 20, SamplingParams(max_new_tokens=2, temperature=0, ignore_eos=True)))
     engine.add(request("b", [5]))
@@ -441,7 +441,7 @@ def test_engine_process_that_cannot_start(start, tmp_path):
 PARENT = """
 import multiprocessing, sys
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine import run_engine
+from wave64.serve.engine.engine import run_engine
 
 if __name__ == "__main__":
     model, folder = sys.argv[1:]

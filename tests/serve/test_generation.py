@@ -8,10 +8,10 @@ import pytest
 from helpers_server import VOCAB, make_tokenizer
 
 from wave64.serve.args import ServerArgs
-from wave64.serve.generation import Generator
+from wave64.serve.http.generation import Generator
+from wave64.serve.http.schemas import CompletionRequest, NativeSampling, parse
+from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Output, Ready
-from wave64.serve.protocol import CompletionRequest, NativeSampling, parse
-from wave64.serve.tokenizer import Tokenizer
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip

@@ -10,9 +10,9 @@ import torch
 from helpers_deepseek import make_deepseek
 from helpers_llama import load, make_llama
 
-from wave64.serve import graphs
-from wave64.serve.batch import Schedule
-from wave64.serve.runner import Runner
+from wave64.serve.engine import graphs
+from wave64.serve.engine.runner import Runner
+from wave64.serve.model.batch import Schedule
 
 PAGE, PAGES = 2, 24
 

@@ -11,9 +11,10 @@ from helpers_http import CONTEXT, App, hang_up
 from helpers_server import VOCAB
 from transformers import AutoTokenizer
 
-from wave64.serve import guard, protocol
-from wave64.serve.detokenizer import Detokenizer
-from wave64.serve.tokenizer import Tokenizer, TokenizerError
+from wave64.serve.http import guard
+from wave64.serve.http import schemas as protocol
+from wave64.serve.http.detokenizer import Detokenizer
+from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
 
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
 USER = [{"role": "user", "content": "x"}]

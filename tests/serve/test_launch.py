@@ -17,9 +17,9 @@ import openai
 import pytest
 from helpers_server import CONTEXT, Server, eventually, free_port, is_alive, serve
 
-from wave64.serve import launch
 from wave64.serve.args import ServerArgs
-from wave64.serve.tokenizer import Tokenizer
+from wave64.serve.http import launch
+from wave64.serve.http.tokenizer import Tokenizer
 
 LONG = {"prompt": "It", "max_tokens": CONTEXT - 10, "ignore_eos": True}
 

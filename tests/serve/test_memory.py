@@ -9,11 +9,11 @@ from helpers_deepseek import make_deepseek
 from helpers_llama import make_llama
 
 from wave64 import platform, quant
-from wave64.serve import memory
 from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.config import ConfigError, ModelConfig
-from wave64.serve.engine import Engine, _kv_dtype
+from wave64.serve.engine import memory
+from wave64.serve.engine.engine import Engine, _kv_dtype
 from wave64.serve.messages import Request, SamplingParams
+from wave64.serve.model.config import ConfigError, ModelConfig
 
 CPU = torch.device("cpu")
 PROMPT = [17, 3, 99, 42, 8, 8, 71, 0, 55, 23, 64, 90, 12]

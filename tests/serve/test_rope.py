@@ -5,8 +5,8 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from wave64.serve.config import RopeConfig
-from wave64.serve.rope import cos_sin_cache, inverse_frequencies
+from wave64.serve.model.config import RopeConfig
+from wave64.serve.model.rope import cos_sin_cache, inverse_frequencies
 
 TRAINED = 4096
 ROPES = {

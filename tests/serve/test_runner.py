@@ -5,8 +5,8 @@ import torch
 from helpers_deepseek import make_deepseek
 from helpers_llama import load, make_llama
 
-from wave64.serve.batch import Schedule
-from wave64.serve.runner import Runner
+from wave64.serve.engine.runner import Runner
+from wave64.serve.model.batch import Schedule
 
 A, B, C = [17, 3, 99, 42, 8], [8, 71, 0, 55, 23, 64, 90, 12], [5, 5, 60, 1, 33, 7]
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wave64.serve import sampler
-from wave64.serve.engine import _bad_params
+from wave64.serve.engine import sampler
+from wave64.serve.engine.engine import _bad_params
+from wave64.serve.engine.scheduler import Sequence
 from wave64.serve.messages import Request, SamplingParams
-from wave64.serve.scheduler import Sequence
 
 
 def test_the_number_a_token_is_drawn_by_is_less_than_one(monkeypatch):

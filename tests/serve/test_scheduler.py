@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wave64.serve.engine.pages import PagePool
+from wave64.serve.engine.scheduler import PROMPT_LOGITS_PER_STEP, Scheduler, Sequence
 from wave64.serve.messages import Request, SamplingParams, TokenLogprob
-from wave64.serve.pages import PagePool
-from wave64.serve.scheduler import PROMPT_LOGITS_PER_STEP, Scheduler, Sequence
 
 PAGE = 4
 STOP = 7

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from wave64.serve import template_process
-from wave64.serve.template_process import TemplateProcess, render_once
-from wave64.serve.templates import Template, TemplateError
+from wave64.serve.http import template_process
+from wave64.serve.http.template_process import TemplateProcess, render_once
+from wave64.serve.http.templates import Template, TemplateError
 
 LOOP = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 WAIT_S = 60  # for what must happen; only a defect waits so long

@@ -1,6 +1,6 @@
 """What a busy engine says of itself."""
 
-from wave64.serve.engine import Throughput
+from wave64.serve.engine.engine import Throughput
 
 
 def test_throughput_is_of_the_time_that_steps_took():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from wave64.serve import tokenizer as serving
-from wave64.serve.detokenizer import Detokenizer, StopStrings
+from wave64.serve.http import tokenizer as serving
+from wave64.serve.http.detokenizer import Detokenizer, StopStrings
 
 TEXT = (Path(__file__).parents[2] / "serve/demo/gettysburg.txt").read_text()
 SAMPLES = ["Four score", " leading and  double  spaces", "你好世界" * 30, "naïve café — 你好, мир! 👩‍👩‍👧",

@@ -9,9 +9,9 @@ import torch
 from helpers_llama import LLAMAS, edit_json, load, make_llama
 from safetensors.torch import load_file, save_file
 
-from wave64.serve.checkpoint import INDEX, WeightsError, read_header
-from wave64.serve.config import ModelConfig
-from wave64.serve.weights import TOKENIZER_FILES, load_model, resolve_model_path
+from wave64.serve.model.checkpoint import INDEX, WeightsError, read_header
+from wave64.serve.model.config import ModelConfig
+from wave64.serve.model.load import TOKENIZER_FILES, load_model, resolve_model_path
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 BIASED = LLAMAS["linear-gqa3-bias"]
@@ -74,7 +74,7 @@ def test_many_files_with_index(tmp_path, device):
 
 
 def test_a_tensor_larger_than_the_buffer(monkeypatch, file, device):
-    monkeypatch.setattr("wave64.serve.checkpoint.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("wave64.serve.model.checkpoint.BUFFER_BYTES", 1000)
     model, _ = load(file.parent, device, torch.bfloat16)
     assert_holds(model, load_file(file))
 

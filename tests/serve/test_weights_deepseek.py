@@ -11,11 +11,11 @@ from helpers_llama import edit_json, load
 from safetensors.torch import load_file, save_file
 
 from wave64 import platform, quant
-from wave64.serve import weights
-from wave64.serve.checkpoint import BUFFER_BYTES, WeightsError
-from wave64.serve.config import ModelConfig, QuantConfig
-from wave64.serve.models.deepseek import MixtureOfExperts
-from wave64.serve.quantised import Experts, Fp8Linear
+from wave64.serve.model import load as weights
+from wave64.serve.model.checkpoint import BUFFER_BYTES, WeightsError
+from wave64.serve.model.config import ModelConfig, QuantConfig
+from wave64.serve.model.deepseek.model import MixtureOfExperts
+from wave64.serve.model.quantized import Experts, Fp8Linear
 
 FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[16, 32])
 
@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from wave64.serve.config import ModelConfig, QuantConfig
-from wave64.serve.weights import load_model
+from wave64.serve.model.config import ModelConfig, QuantConfig
+from wave64.serve.model.load import load_model
 
 def resident(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,0 +1,1 @@
+"""The engine process: schedules, runs and commits steps."""

@@ -1,0 +1,315 @@
+"""The engine: a model, its runner and a scheduler behind add(), abort() and step(); and the process around them.
+
+A step is three verbs: schedule, run, commit. `Engine` is whole in one process, for tests and offline use;
+`run_engine` is what the api process starts, with `messages` going in and out over ZeroMQ.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import zmq
+
+import wave64
+from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.engine import sampler
+from wave64.serve.engine.memory import pool_pages
+from wave64.serve.engine.pages import PagePool
+from wave64.serve.engine.runner import Runner
+from wave64.serve.engine.scheduler import Scheduler, Sequence
+from wave64.serve.messages import (
+    Abort,
+    Failed,
+    Output,
+    Outputs,
+    Ready,
+    Request,
+    SamplingParams,
+    decode_to_engine,
+    encode,
+)
+from wave64.serve.model.checkpoint import WeightsError
+from wave64.serve.model.config import DTYPES, ConfigError, ModelConfig
+from wave64.serve.model.load import load_model, resolve_model_path
+
+log = logging.getLogger("wave64")
+
+IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
+ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
+REPORT_S = 5.0  # a busy engine says how fast it is this often, at most
+PREFILL_CHUNK = {"cpu": 256, "cuda": 8192}
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+
+
+class Throughput:
+    """What a busy engine says of itself every few seconds; rates are of the time that steps took."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._reported = clock()
+        self._began = self._busy = 0.0
+        self._prompt = self._generated = 0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._began = self._clock()
+
+    def end(self, prompt: int, generated: int) -> str | None:
+        """A step ends that computed so many prompt tokens and generated so many; a line, if it is time for one."""
+        now = self._clock()
+        self._busy += now - self._began
+        self._prompt += prompt
+        self._generated += generated
+        if now - self._reported < REPORT_S or not self._busy:
+            return None
+        rates = (self._prompt / self._busy, self._generated / self._busy)
+        self._reported, self._busy, self._prompt, self._generated = now, 0.0, 0, 0
+        return "throughput: {:.1f} prompt and {:.1f} generated tokens/s".format(*rates)
+
+
+class Engine:
+    """Continues token sequences. Not thread-safe; nothing runs between calls of step().
+
+    Raises ArgsError, ConfigError or WeightsError, each in one line for the operator, when it cannot be built.
+    """
+
+    def __init__(self, args: ServerArgs) -> None:
+        folder = resolve_model_path(args.model_path, args.revision)
+        self.config = _config(folder, args)
+        self.device = _device(args.device)
+        self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
+        model = load_model(self.config, folder, self.dtype, self.device, args.load_format)
+        kv_dtype = _kv_dtype(args.kv_cache_dtype, self.dtype, self.device)
+        self.pool = PagePool(pool_pages(args, self.config, kv_dtype, self.device), args.page_size)
+        capture = self.device.type == "cuda" and not args.disable_cuda_graph
+        max_running = min(args.max_running_requests, self.pool.num_pages)
+        self.runner = Runner(
+            model, self.config, kv_dtype, self.device, self.pool.num_pages, args.page_size, max_running, capture
+        )
+        self.scheduler = Scheduler(self.pool, max_running, self._prefill_budget(args))
+        self._eos = frozenset(i for i in self.config.eos_token_ids if i < self.config.vocab_size)
+        self._seeds = random.Random(args.random_seed)
+        self._refused: list[Output] = []
+        self._throughput = Throughput()
+
+    def _prefill_budget(self, args: ServerArgs) -> int:
+        chunk = args.chunked_prefill_size or PREFILL_CHUNK[self.device.type]
+        if chunk == -1:
+            return max(self.config.context_length, args.max_prefill_tokens)
+        return min(chunk, args.max_prefill_tokens)
+
+    def ready(self) -> Ready:
+        """What a client may ask of this engine, and which backends serve it."""
+        return Ready(
+            context_length=self.config.context_length,
+            max_total_num_tokens=self.pool.num_tokens,
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            dtype=str(self.dtype).removeprefix("torch."),
+            vocab_size=self.config.vocab_size,
+            backends=wave64.report(self.device.type),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() has something to run or to say."""
+        return bool(len(self.scheduler) or self._refused)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. One that cannot be served is answered by the next step(), with finish_reason "error".
+
+        Raises ValueError if a live request has the same rid: its answers could not be told apart.
+        """
+        if request.rid in self.scheduler:
+            raise ValueError(f"request {request.rid!r} is already there; every live request needs its own rid")
+        if why := self._objection(request):
+            self._refused.append(Output(request.rid, [], "error", error=why))
+            return
+        params = request.params
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        self.scheduler.add(Sequence(request, stops, random.Random(seed)))
+
+    def abort(self, rid: str) -> None:
+        """Forget a request and free its pages at once; no Output follows. An unknown rid is ignored."""
+        self.scheduler.abort(rid)
+
+    def step(self) -> list[Output]:
+        """Run one step, if there is work. What fails in it fails the requests that took part, and no others."""
+        outputs, self._refused = self._refused, []
+        step = self.scheduler.schedule()
+        if not step.rows:
+            return outputs
+        self._throughput.begin()
+        try:
+            logits = self.runner.run(step)
+            tokens = sampler.sample(logits, step, self.scheduler.batch, self.scheduler.sampling)
+        except Exception as error:
+            log.exception("a step of %d requests failed", len(step.rows))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # raises if the device itself is lost: then there is no going on
+            why = f"the engine failed while computing this request: {type(error).__name__}: {error}"
+            return outputs + [Output(seq.request.rid, [], "error", error=why) for seq in self.scheduler.drop()]
+        if line := self._throughput.end(sum(step.counts[step.num_decodes :]), len(tokens)):
+            log.info("%s; %d running, %d waiting, %d of %d KV pages in use", line, len(self.scheduler.running),
+                     len(self.scheduler.waiting), self.pool.num_pages - self.pool.num_free, self.pool.num_pages)
+        return outputs + [_output(seq) for seq in self.scheduler.commit(tokens)]
+
+    def _objection(self, request: Request) -> str | None:
+        """Why a request cannot be served, in words; None if it can."""
+        ids, params, vocab = request.input_ids, request.params, self.config.vocab_size
+        if not ids:
+            return "input_ids: expected at least one token, got an empty prompt"
+        if min(ids) < 0 or max(ids) >= vocab:
+            bad = next(i for i in ids if not 0 <= i < vocab)
+            return f"input_ids: expected token ids from 0 to {vocab - 1}, got {bad}"
+        if why := _bad_params(params, vocab):
+            return why
+        total, context, pool = len(ids) + params.max_new_tokens, self.config.context_length, self.pool.num_tokens
+        asked = f"{len(ids)} prompt tokens and {params.max_new_tokens} new ones"
+        if total > context:
+            return f"{asked} are {total} in all, more than the context length of {context}; shorten either"
+        if total > pool:
+            return f"{asked} are {total} in all, more than the KV pool of {pool} holds; raise --max-total-tokens"
+        return None
+
+
+def _bad_params(params: SamplingParams, vocab: int) -> str | None:
+    """Which sampling parameter is out of range, in words. A NaN is out of every range."""
+    checks = (
+        ("max_new_tokens", params.max_new_tokens >= 0, "at least 0"),
+        ("min_new_tokens", params.min_new_tokens >= 0, "at least 0"),
+        ("temperature", 0 <= params.temperature < math.inf, "at least 0"),
+        ("top_p", 0 < params.top_p <= 1, "more than 0 and at most 1"),
+        ("min_p", 0 <= params.min_p <= 1, "0 to 1"),
+        ("presence_penalty", math.isfinite(params.presence_penalty), "a finite number"),
+        ("frequency_penalty", math.isfinite(params.frequency_penalty), "a finite number"),
+        ("repetition_penalty", 0 < params.repetition_penalty < math.inf, "more than 0"),
+        ("stop_token_ids", all(0 <= i < vocab for i in params.stop_token_ids), f"token ids from 0 to {vocab - 1}"),
+    )
+    for name, fine, expected in checks:
+        if not fine:
+            return f"{name}: expected {expected}, got {getattr(params, name)}"
+    return None
+
+
+def _output(seq: Sequence) -> Output:
+    """What the last step gave `seq`."""
+    request = seq.request
+    new = seq.tokens[-1:] if request.params.max_new_tokens else []
+    output = Output(request.rid, new, seq.finish_reason, seq.matched_stop)
+    if request.top_logprobs >= 0:
+        output.logprobs, seq.logprobs = seq.logprobs[: len(new)], []
+    if request.prompt_logprobs and seq.num_generated <= 1:
+        output.prompt_logprobs = seq.prompt_logprobs
+    return output
+
+
+def _config(folder: Path, args: ServerArgs) -> ModelConfig:
+    """The model's configuration, with the context length that was asked for."""
+    config = ModelConfig.from_folder(folder, args.ignore_config_key)
+    if config.passed_by:
+        log.info("%s: not known and passed by: %s", folder / "config.json", ", ".join(config.passed_by))
+    if args.ignore_config_key:
+        log.info("ignored, as --ignore-config-key says: %s", ", ".join(args.ignore_config_key))
+    if args.context_length is None:
+        return config
+    if args.context_length > config.context_length:
+        raise ArgsError(
+            f"--context-length: expected at most {config.context_length}, the model's own, got {args.context_length}"
+        )
+    return replace(config, context_length=args.context_length)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ArgsError("--device: cuda was asked for, and torch sees no GPU; use cpu, or see python -m wave64")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _kv_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys, values and latents are kept in. A CPU keeps OCP's FP8."""
+    if name == "auto":
+        return model_dtype
+    arch = wave64.platform.arch() if device.type == "cuda" else None
+    if arch and arch.fp8 is None:
+        raise ArgsError(f"--kv-cache-dtype: {arch.name} has no FP8, got {name}; use auto")
+    return wave64.quant.fp8_dtype()
+
+
+def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
+    """Be the engine process: bind the ZeroMQ endpoint `requests`, connect to `outputs`, serve until ended.
+
+    Ends when its parent does, at SIGTERM, or, with status 1 and after a Failed message, when it cannot start or when
+    the device is lost. Ctrl-C in a terminal reaches the api process too, which then sends SIGTERM.
+    """
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    choose_threads = "OMP_NUM_THREADS" not in os.environ
+    if choose_threads:
+        torch.set_num_threads(_usable_cpus())
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    for pipe in (inbox, outbox):
+        pipe.setsockopt(zmq.SNDHWM, 0)
+        pipe.setsockopt(zmq.RCVHWM, 0)
+    try:
+        inbox.bind(requests)
+        outbox.connect(outputs)
+        try:
+            engine = Engine(args)
+            if choose_threads and engine.runner.weight_bytes < ONE_THREAD_BYTES:
+                torch.set_num_threads(1)
+            outbox.send(encode(engine.ready()))
+            _serve(engine, inbox, outbox, parent)
+        except Exception as error:
+            log.debug("the engine ends", exc_info=True)
+            outbox.send(encode(Failed(_one_line(error))))
+            sys.exit(1)
+    finally:
+        context.destroy(linger=1000)
+
+
+def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int) -> None:
+    while os.getppid() == parent:
+        while inbox.poll(0 if engine.has_work else IDLE_POLL_MS):
+            _receive(engine, inbox.recv())
+        if outputs := engine.step():
+            outbox.send(encode(Outputs(outputs)))
+    log.info("the api process is gone; the engine ends")
+
+
+def _receive(engine: Engine, frame: bytes) -> None:
+    try:
+        message = decode_to_engine(frame)
+        if isinstance(message, Abort):
+            engine.abort(message.rid)
+        else:
+            engine.add(message)
+    except ValueError:  # of msgspec's or of add(): a defect of the sender, and no reason to fail the others
+        log.exception("a message to the engine was dropped")
+
+
+def _usable_cpus() -> int:
+    """CPUs this process may use: its affinity, and its container's quota, which torch does not look at."""
+    cpus = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists() and (limit := quota.read_text().split())[0] != "max":
+        cpus = min(cpus, max(1, int(limit[0]) // int(limit[1])))
+    return min(cpus, torch.get_num_threads())  # torch counts cores, not the two threads of each
+
+
+def _one_line(error: Exception) -> str:
+    """The error for the operator: as it is where it was worded for one, else with its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (ArgsError, ConfigError, WeightsError)) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,80 @@
+"""How large the KV pool may be, from the flags and from the memory that is free once the weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+
+from wave64.serve.args import ServerArgs
+from wave64.serve.model.config import ConfigError, ModelConfig
+from wave64.serve.model.layers import KVCache
+
+log = logging.getLogger("wave64")
+
+GPU_FRACTION = 0.85  # of device memory for weights and pool; the rest is for activations and graphs
+CPU_CONTEXTS = 4  # without a flag, a pool in main memory holds this many whole contexts,
+CPU_POOL_BYTES = 1 << 30  # or this much, whichever is less
+
+
+def kv_shapes(config: ModelConfig, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
+    """Of the tensors that a layer keeps its tokens in: keys and values of each KV head, or one latent of all heads."""
+    if config.mla:
+        return ((num_pages, page_size, config.mla.kv_lora_rank + config.mla.qk_rope_head_dim),)
+    return ((num_pages, page_size, config.num_kv_heads, config.head_dim),) * 2
+
+
+def kv_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype,
+             device: torch.device) -> list[KVCache]:
+    """The pool, layer by layer, uninitialised."""
+    return [tuple(torch.empty(shape, dtype=dtype, device=device) for shape in kv_shapes(config, num_pages, page_size))
+            for _ in range(config.num_layers)]
+
+
+def pool_pages(args: ServerArgs, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """The number of KV pages, at least 1; says in the log how it was chosen. dtype: of what they hold.
+
+    Raises ConfigError when not even one page fits.
+    """
+    per_token = config.num_layers * sum(math.prod(shape) for shape in kv_shapes(config, 1, 1)) * dtype.itemsize
+    if args.max_total_tokens is not None:
+        tokens, why = args.max_total_tokens, "--max-total-tokens"
+        pages = -(-tokens // args.page_size)
+    else:
+        free, why = _free_bytes(args.mem_fraction_static, device)
+        tokens = free // per_token
+        if device.type == "cpu" and args.mem_fraction_static is None:
+            tokens = min(tokens, CPU_CONTEXTS * config.context_length, CPU_POOL_BYTES // per_token)
+            why = f"at most {CPU_CONTEXTS} contexts and 1 GiB on a CPU; --max-total-tokens sets another size"
+        pages = tokens // args.page_size
+    if pages < 1:
+        raise ConfigError(
+            f"KV pool: one page of {args.page_size} tokens takes {args.page_size * per_token} bytes, more than is left "
+            f"({why}); use a smaller model, a larger --mem-fraction-static, or give --max-total-tokens"
+        )
+    size = pages * args.page_size
+    log.info("KV pool: %d tokens in %d pages, %.1f MiB (%s)", size, pages, size * per_token / 2**20, why)
+    return pages
+
+
+def _free_bytes(fraction: float | None, device: torch.device) -> tuple[int, str]:
+    """Bytes that the pool may take, and why."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        share = fraction or GPU_FRACTION
+        return int(free - total * (1 - share)), f"{share:.3g} of {total / 2**30:.0f} GiB less what is in use"
+    free = _available_ram()
+    share = fraction or 0.5
+    return int(free * share), f"{share:.3g} of {free / 2**30:.1f} GiB of available memory"
+
+
+def _available_ram() -> int:
+    """Bytes that this process may still take: what the system has, or what its container allows."""
+    meminfo = Path("/proc/meminfo").read_text()
+    free = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free

@@ -1,0 +1,1 @@
+"""The api process: speaks HTTP. It imports no torch."""

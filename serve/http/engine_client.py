@@ -1,0 +1,162 @@
+"""The api process's side of the engine: it starts the engine process, sends requests, and hands outputs to who waits.
+
+Everything runs on one event loop. A stream that is closed early, for whatever reason, aborts what it left unfinished.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+
+import zmq
+import zmq.asyncio
+
+from wave64.serve.args import ServerArgs
+from wave64.serve.http.schemas import ApiError
+from wave64.serve.messages import Abort, Failed, Output, Ready, Request, decode_to_api, encode
+
+log = logging.getLogger("wave64")
+
+LAST_WORDS_S = 1.0  # how long the reason of an engine that has exited may still be on its way
+STOP_S = 1.0  # how long an engine may take to exit at SIGTERM; it has nothing to save
+
+
+class EngineClient:
+    """start(), then run() for as long as the engine lives; stream() and abort() meanwhile; stop() at the end."""
+
+    def __init__(self, args: ServerArgs) -> None:
+        self._args = args
+        self.ready: Ready | None = None  # set when the engine is
+        self.is_ready = asyncio.Event()
+        self.lost: str | None = None  # why there is no engine any more
+        self._queues: dict[str, asyncio.Queue[Output | ApiError]] = {}  # by rid, one for all rids of a stream
+        self._folder = tempfile.TemporaryDirectory(prefix="wave64-")
+        self._context = zmq.Context()
+        self._outputs = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self._requests = self._context.socket(zmq.PUSH)  # never blocks: its queue has no bound
+        for pipe in (self._outputs, self._requests):
+            pipe.setsockopt(zmq.SNDHWM, 0)
+            pipe.setsockopt(zmq.RCVHWM, 0)
+            pipe.setsockopt(zmq.LINGER, 0)
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start the engine process. In a session of its own: Ctrl-C in a terminal is for the api process alone."""
+        requests, outputs = (f"ipc://{self._folder.name}/{name}" for name in ("requests", "outputs"))
+        self._outputs.bind(outputs)
+        self._requests.connect(requests)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "wave64.serve.engine.process", stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        settings = {"args": asdict(self._args), "requests": requests, "outputs": outputs, "parent": os.getpid()}
+        self._process.stdin.write(json.dumps(settings).encode() + b"\n")
+        self._process.stdin.close()
+
+    async def run(self) -> str:
+        """Hand out what the engine says until it is gone; returns why it is."""
+        receiving = asyncio.create_task(self._receive())
+        exited = asyncio.create_task(self._process.wait())
+        try:
+            await asyncio.wait({receiving, exited}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({receiving}, timeout=LAST_WORDS_S)
+            self.lost = receiving.result() if receiving.done() else _obituary(await exited)
+        finally:
+            receiving.cancel()
+            exited.cancel()
+        self.fail_all(f"the engine is gone: {self.lost}")
+        return self.lost
+
+    async def _receive(self) -> str:
+        """Read messages until there is one that says why the engine ends."""
+        while True:
+            message = decode_to_api(await self._outputs.recv())
+            if isinstance(message, Failed):
+                return message.error
+            if isinstance(message, Ready):
+                self.ready = message
+                self.is_ready.set()
+                continue
+            for output in message.outputs:
+                if queue := self._queues.get(output.rid):  # else it was aborted meanwhile
+                    queue.put_nowait(output)
+
+    async def stream(self, requests: list[Request]) -> AsyncIterator[Output]:
+        """The outputs of some requests as they come, until each has finished. Raises ApiError (5xx) when one cannot go
+        on. Closing the iterator aborts the rest."""
+        if self.lost is not None:
+            raise ApiError(f"the engine is gone: {self.lost}", status=503)
+        if self.ready is None:
+            raise ApiError("the model is still loading; try again when GET /health answers 200", status=503)
+        queue: asyncio.Queue[Output | ApiError] = asyncio.Queue()
+        live = {request.rid for request in requests}
+        try:
+            for request in requests:
+                self._queues[request.rid] = queue
+                self._send(request)
+            while live:
+                output = await queue.get()
+                if isinstance(output, ApiError):
+                    raise output
+                if output.finish_reason == "error":
+                    live.discard(output.rid)
+                    raise ApiError(output.error or "the engine gave no reason", status=500)
+                if output.finish_reason is not None:
+                    live.discard(output.rid)
+                    self._queues.pop(output.rid, None)
+                yield output
+        finally:
+            for request in requests:
+                if self._queues.pop(request.rid, None) and request.rid in live:
+                    self._send(Abort(request.rid))
+
+    def abort(self, rid: str) -> None:
+        """End one request of a stream; the stream takes it as finished."""
+        if queue := self._queues.pop(rid, None):
+            self._send(Abort(rid))
+            queue.put_nowait(Output(rid, [], "abort"))
+
+    def fail_all(self, why: str) -> None:
+        """End every stream with an error of status 503."""
+        for queue in set(self._queues.values()):
+            queue.put_nowait(ApiError(why, status=503))
+
+    @property
+    def num_live(self) -> int:
+        """Requests that the engine works on."""
+        return len(self._queues)
+
+    def _send(self, message: Request | Abort) -> None:
+        self._requests.send(encode(message))
+
+    def kill(self) -> None:
+        """End the engine process at once, and leave nothing behind."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+        self._folder.cleanup()
+
+    async def stop(self) -> None:
+        """End the engine process, by force if it does not end itself, and close the pipes."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+            exited = asyncio.create_task(self._process.wait())
+            await asyncio.wait({exited}, timeout=STOP_S)
+            if not exited.done():
+                self._process.kill()
+            await exited
+        self._outputs.close()
+        self._context.destroy()
+        self._folder.cleanup()
+
+
+def _obituary(status: int) -> str:
+    """What the exit status of an engine without last words tells."""
+    if status >= 0:
+        return f"the engine process exited with status {status}; its log is above"
+    name = signal.Signals(-status).name
+    hint = ", which is what the kernel sends when memory runs out" if name == "SIGKILL" else ""
+    return f"the engine process was ended by signal {name}{hint}"

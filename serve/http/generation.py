@@ -1,0 +1,284 @@
+"""From prompts to choices: what a request asks for becomes engine requests, and tokens that come back become text."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from wave64.serve.args import ServerArgs
+from wave64.serve.http.detokenizer import Detokenizer, StopStrings
+from wave64.serve.http.engine_client import EngineClient
+from wave64.serve.http.schemas import MAX_CHOICES, ApiError, Sampling
+from wave64.serve.http.template_process import TemplateProcess
+from wave64.serve.http.templates import TemplateError
+from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
+from wave64.serve.messages import Output, Ready, Request, SamplingParams, TokenLogprob
+
+log = logging.getLogger("wave64")
+
+SHORT_TEXT = 2048  # characters of one prompt that are tokenized at once, without the detour through a thread
+SLICE = 1 << 18  # characters that a thread tokenizes before it looks whether anyone still waits
+
+Prompt = str | list[int]
+
+
+@dataclass(slots=True)
+class Delta:
+    """What became certain of a choice since the last one."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)  # with where in the text the token begins
+
+    def __iadd__(self, other: "Delta") -> "Delta":
+        self.text += other.text
+        self.token_ids += other.token_ids
+        self.logprobs += other.logprobs
+        return self
+
+
+class Choice:
+    """One completion of one prompt: an engine request and what has come of it."""
+
+    def __init__(self, index: int, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer,
+                 body: Sampling, top_logprobs: int, prompt_logprobs: bool,
+                 stop_tokens: dict[int, str] | None = None) -> None:  # fmt: skip
+        """stop_tokens: special tokens whose text is among the request's stop strings."""
+        self.index = index
+        self.prompt_ids = prompt_ids
+        self.request = Request(uuid4().hex, prompt_ids, params, top_logprobs, prompt_logprobs)
+        self.all = Delta()
+        self.prompt_logprobs: list[TokenLogprob | None] = []
+        self.finish_reason: str | None = None
+        self.matched: int | str | None = None  # the stop token or stop string that ended it
+        self.new = Delta()  # not yet streamed
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids, body.skip_special_tokens is not False)
+        self._stops = StopStrings(body.stop_strings, keep=bool(body.no_stop_trim))
+        self._keep_stop = bool(body.no_stop_trim)
+        self._stop_tokens = stop_tokens or {}
+        self._skips_special = body.skip_special_tokens is not False
+        self._decoded = 0  # characters so far, those held back by the stop strings among them
+        self._held: list[tuple[int, TokenLogprob]] = []  # logprobs of tokens whose text is held back
+
+    def feed(self, output: Output) -> None:
+        """Take what a step of the engine gave."""
+        delta = Delta()
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        for i, token in enumerate(output.token_ids):
+            delta.token_ids.append(token)
+            if output.logprobs:
+                self._held.append((self._decoded, output.logprobs[i]))
+            is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1
+            if not is_stop or self._keep_stop:
+                delta.text += self._show(self._detokenizer.push([token]), len(self.all.token_ids) + i + 1)
+            if self._stops.matched:
+                break
+        if output.finish_reason and not self._stops.matched:
+            delta.text += self._show(self._detokenizer.flush(), len(self.all.token_ids) + len(delta.token_ids))
+        if self._stops.matched:
+            self.finish_reason, self.matched = "stop", self._stops.matched
+        elif output.finish_reason:
+            self.finish_reason = output.finish_reason
+            self.matched = self._stop_tokens.get(output.matched_stop, output.matched_stop)
+            delta.text += self._stops.flush()
+            if self._keep_stop and self._skips_special:
+                delta.text += self._stop_tokens.get(output.matched_stop, "")
+        delta.logprobs = self._release(len(self.all.text) + len(delta.text))
+        self.all += delta
+        self.new += delta
+
+    def take_new(self) -> Delta:
+        """What is new since the last call."""
+        new, self.new = self.new, Delta()
+        return new
+
+    def _show(self, text: str, num_tokens: int) -> str:
+        """What may be shown of `text`, which the last of `num_tokens` tokens completed."""
+        self._decoded += len(text)
+        return self._stops.push(text, may_stop=num_tokens > self.request.params.min_new_tokens)
+
+    def _release(self, shown: int) -> list[tuple[int, TokenLogprob]]:
+        """The logprobs of tokens that begin within the first `shown` characters; of all, if no text is held back."""
+        nothing_held = not self._stops.matched and shown == self._decoded
+        count = len(self._held) if nothing_held else sum(start < shown for start, _ in self._held)
+        released, self._held = self._held[:count], self._held[count:]
+        return released
+
+
+class Generator:
+    """What every endpoint that generates needs: the tokenizer, the engine, the model's sampling defaults."""
+
+    def __init__(self, args: ServerArgs, client: EngineClient, tokenizer: Tokenizer, defaults: dict[str, float],
+                 model_path: str | None = None, tokenizer_path: str | None = None) -> None:  # fmt: skip
+        """`model_path` and `tokenizer_path` are what a client's transformers can open, where the flags are not."""
+        self.args = args
+        self.model_path = model_path or args.model_path
+        self.tokenizer_path = tokenizer_path or args.tokenizer_path or self.model_path
+        self.client = client
+        self.tokenizer = tokenizer
+        self.defaults = defaults
+        self.templates = TemplateProcess(tokenizer.template_source) if tokenizer.template_source else None
+        self.is_serving = False  # after the warm-up
+
+    async def warm_up(self) -> None:
+        """Generate one token, and have the chat template's process there. Raises ApiError when the first fails."""
+        if self.templates is not None:
+            try:
+                await self.templates.start()
+            except TemplateError as error:
+                log.warning("%s", error)
+        request = Request(uuid4().hex, [0], SamplingParams(max_new_tokens=1, temperature=0.0))
+        async for _ in self.client.stream([request]):
+            pass
+
+    async def close(self) -> None:
+        """End the chat template's process."""
+        if self.templates is not None:
+            await self.templates.stop()
+
+    @property
+    def ready(self) -> Ready:
+        """The engine's limits. Raises ApiError (503) while there is no engine."""
+        if self.client.ready is None or self.client.lost is not None:
+            raise ApiError(f"the engine is not there: {self.client.lost or 'the model is still loading'}", status=503)
+        return self.client.ready
+
+    async def encode(self, prompts: list[Prompt], names: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The token ids of some prompts, checked; `names` says which field each came in. Texts are tokenized in a
+        thread, a slice at a time, so that whatever else is served goes on, and cancelling ends it. Raises ApiError."""
+        limit, what = self._limit()
+        for prompt, name in zip(prompts, names, strict=True):
+            if isinstance(prompt, str) and len(prompt) > limit * self.tokenizer.longest_token:
+                raise _too_long(limit, what, f"your {name} of {len(prompt)} characters is more than that", name, name)
+        found = list(prompts)
+        for part in _slices([i for i, prompt in enumerate(prompts) if isinstance(prompt, str)], prompts):
+            encoded = await self._tokenize([prompts[i] for i in part], [names[i] for i in part], add_special_tokens)
+            for i, ids in zip(part, encoded, strict=True):
+                found[i] = ids
+        for ids, name in zip(found, names, strict=True):
+            self._check_ids(ids, name)
+        return found
+
+    async def _tokenize(self, texts: list[str], names: list[str], add_special_tokens: bool) -> list[list[int]]:
+        try:
+            if len(texts) == 1 and len(texts[0]) <= SHORT_TEXT:
+                return [self.tokenizer.encode(texts[0], add_special_tokens)]
+            return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens)
+        except TokenizerError as error:
+            raise ApiError(f"{names[0]}: {error}", names[0], "invalid_value") from None
+
+    def _check_ids(self, ids: list[int], name: str) -> None:
+        if not ids:
+            raise ApiError(f"{name}: empty, expected at least one token", name, "empty_prompt")
+        vocab = self.ready.vocab_size
+        if min(ids) < 0 or max(ids) >= vocab:
+            bad = next(i for i in ids if not 0 <= i < vocab)
+            raise ApiError(f"{name}: expected token ids from 0 to {vocab - 1}, got {bad}", name, "invalid_token")
+
+    async def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """The prompt text of a conversation, by the model's chat template. Raises ApiError."""
+        if self.templates is None:
+            raise ApiError("messages: this model has no chat template: start the server with --chat-template FILE, "
+                           "or use /v1/completions", "messages", "invalid_value")  # fmt: skip
+        try:
+            return await self.templates.render(messages, self.tokenizer.template_variables(variables))
+        except TemplateError as error:
+            raise ApiError(f"messages: {error}", "messages", "invalid_value") from None
+
+    def check_model(self, name: str | None) -> None:
+        """One model is served, under any name; but one that is a single slip away from its own is taken for a slip.
+        Raises ApiError (404)."""
+        ours = self.args.model_name
+        if name is not None and name.casefold() != ours.casefold() and _is_one_slip(name, ours):
+            raise ApiError(f"model: {name}: no such model; did you mean {ours}?", "model", "model_not_found", 404)
+
+    def _limit(self) -> tuple[int, str]:
+        """How many tokens a prompt and its completion may have, and what sets the limit, if not the model."""
+        context, pool = self.ready.context_length, self.ready.max_total_num_tokens
+        if pool < context:
+            return pool, f" on this server, whose KV pool (--max-total-tokens) is smaller than the model's {context}"
+        return context, ""
+
+    def new_tokens(self, num_prompt: int, asked: int | None, default: int | None, name: str, where: str) -> int:
+        """How many tokens to generate: what was `asked` for in the field `name`, else `default`, else up to the limit.
+        Raises ApiError when the prompt, or the two together, are too long."""
+        limit, what = self._limit()
+        if num_prompt + (asked != 0) > limit:
+            more = ", and at least one new one has to follow" if asked != 0 else ""
+            raise _too_long(limit, what, f"your {where} resulted in {num_prompt} tokens{more}", where, where)
+        if asked is None:
+            return limit - num_prompt if default is None else min(default, limit - num_prompt)
+        if asked > limit - num_prompt:
+            requested = f"you requested {num_prompt + asked} tokens ({num_prompt} in the {where}, {asked} in {name})"
+            raise _too_long(limit, what, requested, f"{where} or {name}", name)
+        return asked
+
+    def choices(self, prompt_ids: list[int], body: Sampling, max_new_tokens: int, first_index: int = 0,
+                top_logprobs: int = -1, prompt_logprobs: bool = False) -> list[Choice]:  # fmt: skip
+        """`body.n` choices of one prompt, each with a seed of its own."""
+        vocab = self.ready.vocab_size
+        if (ids := body.stop_token_ids) and max(ids) >= vocab:
+            raise ApiError(f"stop_token_ids: expected token ids from 0 to {vocab - 1}, got {max(ids)}",
+                           "stop_token_ids", "invalid_token")  # fmt: skip
+        if first_index + (body.n or 1) > MAX_CHOICES:
+            raise ApiError(f"n: prompts times n may be at most {MAX_CHOICES}", "n", "invalid_value")
+        added = self.tokenizer.added_ids
+        named = {added[stop]: stop for stop in body.stop_strings if added.get(stop, vocab) < vocab}
+        made = []
+        for i in range(body.n or 1):
+            params = body.sampling_params(self.defaults, max_new_tokens=max_new_tokens)
+            ends = set() if params.ignore_eos else {token for token in self.tokenizer.end_ids if token < vocab}
+            params.stop_token_ids = sorted({*params.stop_token_ids, *named, *ends})
+            if params.seed is not None:
+                params.seed += i
+            choice = Choice(first_index + i, prompt_ids, params, self.tokenizer, body, top_logprobs, prompt_logprobs,
+                            named)  # fmt: skip
+            made.append(choice)
+        return made
+
+    async def run(self, choices: list[Choice]) -> AsyncIterator[Choice]:
+        """Generate; yields a choice whenever it has something new. Closing the iterator aborts what is unfinished."""
+        by_rid = {choice.request.rid: choice for choice in choices}
+        async with aclosing(self.client.stream([choice.request for choice in choices])) as outputs:
+            async for output in outputs:
+                choice = by_rid[output.rid]
+                if choice.finish_reason is not None:
+                    continue  # tokens after a stop string
+                choice.feed(output)
+                if choice.finish_reason is not None and output.finish_reason is None:
+                    self.client.abort(output.rid)
+                if choice.finish_reason is not None or len(choice.new.token_ids) >= self.args.stream_interval:
+                    yield choice
+
+
+def _slices(indices: list[int], prompts: list[Prompt]) -> Iterator[list[int]]:
+    """The indices in groups whose texts are SLICE characters or a little more together, a very long one by itself."""
+    part: list[int] = []
+    size = 0
+    for i in indices:
+        part.append(i)
+        size += len(prompts[i])
+        if size >= SLICE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _too_long(limit: int, what: str, requested: str, shorten: str, param: str) -> ApiError:
+    """In OpenAI's own words: clients look for them to cut the prompt, or to go to another model."""
+    return ApiError(f"This model's maximum context length is {limit} tokens{what}. However, {requested}. Please reduce "
+                    f"the length of the {shorten}.", param, "context_length_exceeded")  # fmt: skip
+
+
+def _is_one_slip(given: str, name: str) -> bool:
+    """Whether one letter more, less, another one, or two swapped make `name` of what was given."""
+    short, long = sorted((given, name), key=len)
+    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    if len(long) - len(short) == 1:
+        return short[at:] == long[at + 1 :]
+    swapped = short[at : at + 2] == long[at : at + 2][::-1] and short[at + 2 :] == long[at + 2 :]
+    return len(long) == len(short) and given != name and (short[at + 1 :] == long[at + 1 :] or swapped)

@@ -1,0 +1,207 @@
+"""What stands between the socket and the endpoints: reading bodies, the API key, errors, clients that go away."""
+
+import asyncio
+import hmac
+import logging
+import zlib
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from wave64.serve.http.schemas import ApiError, parse
+
+log = logging.getLogger("wave64")
+
+MAX_BODY = 16 << 20  # bytes; a million token ids are half of it
+SHORT_BODY = 1 << 16  # bytes that are checked at once, without the detour through a thread
+MAX_LOGGED = 500  # characters of a refusal's reason in the log
+OPEN_PATHS = ("/health", "/health_generate")  # asked by load balancers, which have no key
+
+T = TypeVar("T", bound=BaseModel)
+R = TypeVar("R")
+
+
+class Gone(Exception):
+    """The client closed its connection, so nobody waits for an answer."""
+
+
+async def read(request: Request, model: type[T]) -> T:
+    """The request's body, checked. Refuses one that is too long before reading it all."""
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > MAX_BODY:
+        raise _too_long(f"{length} bytes")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", "gzip", "x-gzip", ""):
+        raise ApiError(f"Content-Encoding: expected gzip or none, got {coding}", status=415)
+    gunzip = _Gunzip() if "gzip" in coding else None
+    body, received = bytearray(), 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        body += gunzip.push(chunk, MAX_BODY + 1 - len(body)) if gunzip else chunk
+        if max(len(body), received) > MAX_BODY:
+            raise _too_long("more")
+    if gunzip:
+        gunzip.check_end()
+    if len(body) <= SHORT_BODY:
+        return parse(model, bytes(body))
+    return await asyncio.to_thread(parse, model, bytes(body))
+
+
+class _Gunzip:
+    """Unpacks a body as it comes, and no more of it than is asked for: a few bytes can stand for gigabytes."""
+
+    def __init__(self) -> None:
+        self._unpacking = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+
+    def push(self, packed: bytes, limit: int) -> bytes:
+        """What `packed` adds to the body, at most `limit` bytes. Raises ApiError for what is not gzip."""
+        try:
+            body = self._unpacking.decompress(packed, limit)
+        except (zlib.error, EOFError) as error:
+            raise ApiError(f"the body: expected gzip, as Content-Encoding says: {error}", code="invalid_gzip") from None
+        if self._unpacking.unused_data:
+            raise ApiError("the body: expected one gzip member, got more after its end", code="invalid_gzip")
+        return body
+
+    def check_end(self) -> None:
+        """Raises ApiError unless the body was whole."""
+        if not self._unpacking.eof:
+            raise ApiError("the body: the gzip data ends early", code="invalid_gzip")
+
+
+def _too_long(got: str) -> ApiError:
+    return ApiError(f"the body: expected at most {MAX_BODY} bytes, got {got}", code="body_too_large", status=413)
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, "application/json")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events: each item as JSON, an error that came up on the way as one, then [DONE].
+
+    When the client goes away, `items` is closed, which aborts what it was generating.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        super().__init__(self._events(items), headers={"Cache-Control": "no-cache"})
+
+    @staticmethod
+    async def _events(items: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+        try:
+            async with aclosing(items):
+                async for item in items:
+                    yield b"data: " + msgspec.json.encode(item) + b"\n\n"
+        except ApiError as error:
+            log.error("a stream ended early: %s", _printable(str(error)))
+            yield b"data: " + msgspec.json.encode(error.body) + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+async def unless_gone(request: Request, answer: Coroutine[Any, Any, R]) -> R:
+    """Await `answer`, or cancel it when the client goes away first, and raise Gone."""
+    task = asyncio.create_task(answer)
+    leaving = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        task.cancel()
+        leaving.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class ApiKey:
+    """ASGI middleware: refuses requests that do not carry the key as a bearer token."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._key = key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            scheme, _, key = given.partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
+                what = "the wrong one" if given else "none"
+                error = ApiError(f"Authorization: expected 'Bearer ' and the API key of this server, got {what}",
+                                 code="invalid_api_key", status=401)  # fmt: skip
+                await _answer_error(error, scope)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def install(app: FastAPI, api_key: str | None) -> None:
+    """Every error of `app` becomes OpenAI's error object; with an `api_key`, every request needs it."""
+
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return _answer_error(error, request.scope)
+
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        if error.status_code == 404:
+            return _answer_error(ApiError(f"{path}: no such endpoint", code="unknown_url", status=404), request.scope)
+        allowed = Headers(error.headers).get("allow")
+        message = f"{path}: method {request.method} not allowed, expected {allowed}"
+        answer = ApiError(message if allowed else str(error.detail), status=error.status_code)
+        return _answer_error(answer, request.scope, error.headers)
+
+    async def gone(request: Request, _: Exception) -> Response:
+        log.debug("%s: the client went away", request.url.path)
+        return Response(status_code=499)
+
+    async def defect(request: Request, error: Exception) -> Response:
+        failed = ApiError(f"the server failed: {type(error).__name__}: {error}", status=500)
+        return _answer_error(failed, request.scope)
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Gone, gone)
+    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(Exception, defect)
+    if api_key is not None:
+        app.add_middleware(ApiKey, key=api_key)
+
+
+def _answer_error(error: ApiError, scope: Scope, headers: Any = None) -> Response:
+    """The error as an answer, and as a line of the log: operators are asked why."""
+    level = logging.ERROR if error.status >= 500 else logging.INFO
+    log.log(level, "%s %s: %d: %s", scope["method"], _printable(scope["path"]), error.status, _printable(str(error)))
+    close = {"Connection": "close"} if error.status == 413 else {}  # what is left of the body is not read
+    return json_response(error.body, error.status, {**(headers or {}), **close})
+
+
+def _printable(text: str) -> str:
+    """On one line of bounded length, whatever a client sent."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return line if len(line) <= MAX_LOGGED else line[: MAX_LOGGED - 3] + "..."
+
+
+class NotPolled(logging.Filter):
+    """Keeps the polls of load balancers out of uvicorn's access log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (isinstance(record.args, tuple) and len(record.args) == 5 and
+                    str(record.args[2]).partition("?")[0] in OPEN_PATHS)  # fmt: skip

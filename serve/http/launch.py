@@ -1,0 +1,200 @@
+"""The server's start and end, behind `python -m wave64.launch_server`.
+
+This is the api process: it claims the port, starts the engine process, and speaks HTTP while that one computes. It ends
+with status 0 when told to (SIGTERM, Ctrl-C, a terminal that is closed), and with status 1 and one line on stderr when
+something is wrong. Told a second time, it ends at once and with status 1, whatever runs.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+
+import wave64
+from wave64.serve.args import ArgsError, ServerArgs, without_effect
+from wave64.serve.engine.process import LOG_FORMAT
+from wave64.serve.http.app import create_app
+from wave64.serve.http.engine_client import EngineClient
+from wave64.serve.http.generation import Generator
+from wave64.serve.http.guard import NotPolled
+from wave64.serve.http.schemas import ApiError, NativeSampling, parse
+from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
+from wave64.serve.model.config import ConfigError, ModelConfig
+from wave64.serve.model.load import BUILT_IN, TOKENIZER_FILES, WeightsError, resolve_model_path
+
+log = logging.getLogger("wave64")
+
+T = TypeVar("T")
+
+GRACE_S = 5  # how long running requests may go on after the server was told to end
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until told to end; the exit status."""
+    args = ServerArgs.from_cli(argv)
+    logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
+    logging.getLogger("uvicorn.access").setLevel((args.log_level_http or args.log_level).upper())
+    logging.getLogger("uvicorn.access").addFilter(NotPolled())
+    for number in _ends():
+        signal.signal(number, signal.default_int_handler)  # until there is an event loop, which takes them over
+    try:
+        listener = listen(args.host, args.port)
+        rows = wave64.report(None if args.device == "auto" else args.device)
+        log.info("what serves each operator:\n%s", wave64.table(rows))
+        for line in without_effect(argv):
+            log.info(line)
+        folder = resolve_model_path(args.model_path, args.revision)
+        return run_loop(_serve(args, listener, folder))
+    except KeyboardInterrupt:
+        return 0
+    except (ArgsError, ConfigError, WeightsError, TokenizerError, EngineEnded, wave64.NotSupported) as error:
+        print(f"wave64.launch_server: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def run_loop(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run, on uvloop where that is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+def _ends() -> list[signal.Signals]:
+    """The signals that tell the server to end. nohup has SIGHUP ignored, which stays so."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (not ignored)
+
+
+class EngineEnded(RuntimeError):
+    """The engine could not start, or died."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Claimed first of all, so that a port in use is known before a model is loaded."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ArgsError(f"--host: {host}: {error.strerror}") from None
+    listener = socket.socket(family, kind, proto)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ArgsError(f"--port: cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are _serve's; uvicorn would raise them again at the end, and the exit status would be theirs
+
+
+async def _serve(args: ServerArgs, listener: socket.socket, folder: Path) -> int:
+    told_to_end = asyncio.Event()
+    defaults = _sampling_defaults(folder, args)
+    client = EngineClient(replace(args, model_path=str(folder)))
+    generator = None
+
+    def end() -> None:
+        if told_to_end.is_set():
+            log.warning("told to end again: ending at once")
+            client.kill()
+            os._exit(1)
+        told_to_end.set()
+
+    for number in _ends():
+        asyncio.get_running_loop().add_signal_handler(number, end)
+    try:
+        await client.start()
+        engine = asyncio.create_task(client.run())
+        place = folder
+        if args.tokenizer_path:
+            place = resolve_model_path(args.tokenizer_path, args.revision, TOKENIZER_FILES)
+        tokenizer = await asyncio.to_thread(_tokenizer, place, args.chat_template)
+        generator = Generator(args, client, tokenizer, defaults, _openable(args.model_path, folder),
+                              _openable(args.tokenizer_path or args.model_path, place))  # fmt: skip
+        server = _Server(http_config(args, create_app(generator)))
+        serving = asyncio.create_task(server.serve([listener]))
+        announcing = asyncio.create_task(_announce(generator))
+        ending = asyncio.create_task(told_to_end.wait())
+        try:
+            await asyncio.wait({engine, serving, ending, announcing}, return_when=asyncio.FIRST_COMPLETED)
+            if announcing.done():
+                announcing.result()
+                await asyncio.wait({engine, serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if ending.done():
+                log.info("told to end; running requests have %d s to finish", GRACE_S)
+                asyncio.get_running_loop().call_later(GRACE_S, client.fail_all, "the server is shutting down")
+            server.should_exit = True
+            await serving
+        finally:
+            announcing.cancel()
+            ending.cancel()
+        if engine.done():
+            raise EngineEnded(engine.result())
+        engine.cancel()
+        return 0
+    finally:
+        if generator is not None:
+            await generator.close()
+        await client.stop()
+
+
+def http_config(args: ServerArgs, app: Any) -> uvicorn.Config:
+    """How HTTP is spoken."""
+    return uvicorn.Config(app, log_config=None, lifespan="off", timeout_keep_alive=args.timeout_keep_alive,
+                          timeout_graceful_shutdown=GRACE_S + 2)  # fmt: skip
+
+
+def _tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
+    made = Tokenizer(folder, chat_template)
+    _ = made.end_ids  # which takes a while the first time
+    return made
+
+
+def _openable(name: str, folder: Path) -> str:
+    """What a client's transformers can open: a hub name as it is, of all else the folder."""
+    is_hub_name = name not in BUILT_IN and not Path(name).expanduser().is_dir()
+    return name if is_hub_name else str(folder.resolve())
+
+
+def _sampling_defaults(folder: Path, args: ServerArgs) -> dict[str, float]:
+    """What the model recommends, held to what a request may ask for."""
+    defaults = ModelConfig.from_folder(folder, args.ignore_config_key).sampling_defaults
+    try:
+        parse(NativeSampling, json.dumps(defaults).encode())
+    except ApiError as error:
+        raise ConfigError(f"{folder / 'generation_config.json'}: {error}") from None
+    return defaults
+
+
+async def _announce(generator: Generator) -> None:
+    """Wait for the engine, warm it up, and say that requests are welcome."""
+    await generator.client.is_ready.wait()
+    ready, args = generator.ready, generator.args
+    log.info("%s on %s in %s: context of %d tokens, KV pool of %d", args.model_name, ready.device, ready.dtype,
+             ready.context_length, ready.max_total_num_tokens)  # fmt: skip
+    if not args.skip_server_warmup:
+        try:
+            await generator.warm_up()
+        except ApiError as error:
+            raise EngineEnded(f"the warm-up request failed: {error}") from None
+    generator.is_serving = True
+    log.info("listening on http://%s:%d", args.host, args.port)
+    print("The server is fired up and ready to roll!", flush=True)

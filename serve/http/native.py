@@ -1,0 +1,104 @@
+"""SGLang's own endpoint, /generate: what its answers look like, whole and streamed."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from wave64.serve.http.generation import Choice, Generator
+from wave64.serve.http.schemas import MAX_TOP_LOGPROBS, ApiError, GenerateRequest, NativeSampling
+from wave64.serve.messages import TokenLogprob
+
+NEW_TOKENS = 128  # SGLang's default of max_new_tokens
+
+Json = dict[str, Any]
+
+
+class Generate:
+    """One /generate request: prompts times n choices, answered in that order."""
+
+    def __init__(self, body: GenerateRequest, generator: Generator) -> None:
+        self.body = body
+        self.generator = generator
+        self.choices: list[Choice] = []
+        self._started = time.perf_counter()
+        self._has_logprobs: list[bool] = []  # per choice, as is the next
+        self._with_prompt: list[bool] = []
+
+    async def prepare(self) -> None:
+        """Check the prompts and make the choices. Raises ApiError."""
+        body, prompts = self.body, self.body.prompts
+        name = "text" if body.text is not None else "input_ids"
+        samplings = body.per_prompt("sampling_params", NativeSampling())
+        wanted = body.per_prompt("return_logprob", False)
+        starts = body.per_prompt("logprob_start_len", -1)
+        tops = body.per_prompt("top_logprobs_num", 0)
+        names = [f"{name}[{i}]" if body.is_batch else name for i in range(len(prompts))]
+        for i in range(len(prompts)):
+            if not 0 <= tops[i] <= MAX_TOP_LOGPROBS:
+                raise ApiError(f"top_logprobs_num: expected 0 to {MAX_TOP_LOGPROBS}, got {tops[i]}", "top_logprobs_num")
+            if starts[i] not in (-1, 0):
+                expected = "-1 (new tokens only) or 0 (the prompt, too)"
+                raise ApiError(f"logprob_start_len: expected {expected}, got {starts[i]}", "logprob_start_len")
+        for i, ids in enumerate(await self.generator.encode(prompts, names)):
+            sampling = samplings[i]
+            new = self.generator.new_tokens(len(ids), sampling.max_new_tokens, NEW_TOKENS, "max_new_tokens", names[i])
+            scored = wanted[i] and starts[i] == 0
+            made = self.generator.choices(
+                ids, sampling, new, len(self.choices), tops[i] if wanted[i] else -1, prompt_logprobs=scored
+            )
+            self.choices += made
+            self._has_logprobs += [wanted[i]] * len(made)
+            self._with_prompt += [scored] * len(made)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the answer is a list of choices."""
+        return self.body.is_batch or len(self.choices) > 1
+
+    async def answer(self) -> Json | list[Json]:
+        """The whole answer."""
+        async for _ in self.generator.run(self.choices):
+            pass
+        done = [self._result(choice) for choice in self.choices]
+        return done if self.is_list else done[0]
+
+    async def stream(self) -> AsyncIterator[Json]:
+        """The answer as it grows: each event holds all of a choice's text so far."""
+        async with aclosing(self.generator.run(self.choices)) as grown:
+            async for choice in grown:
+                choice.take_new()
+                yield self._result(choice) | ({"index": choice.index} if self.is_list else {})
+
+    def _result(self, choice: Choice) -> Json:
+        meta: Json = {
+            "id": choice.request.rid,
+            "finish_reason": _finish(choice),
+            "prompt_tokens": len(choice.prompt_ids),
+            "completion_tokens": len(choice.all.token_ids),
+            "cached_tokens": 0,  # there is no prefix cache
+            "e2e_latency": time.perf_counter() - self._started,
+        }
+        if self._has_logprobs[choice.index]:
+            entries = [entry for _, entry in choice.all.logprobs]
+            meta |= self._logprobs("output", entries, [entry.id for entry in entries], choice)
+        if self._with_prompt[choice.index]:
+            meta |= self._logprobs("input", choice.prompt_logprobs, choice.prompt_ids, choice)
+        return {"text": choice.all.text, "output_ids": choice.all.token_ids, "meta_info": meta}
+
+    def _logprobs(self, side: str, entries: list[TokenLogprob | None], ids: list[int], choice: Choice) -> Json:
+        text = self.generator.tokenizer.token_text
+        tokens = [(entry.logprob if entry else None, i, text(i)) for entry, i in zip(entries, ids, strict=True)]
+        found = {f"{side}_token_logprobs": tokens}
+        if choice.request.top_logprobs > 0:
+            tops = [[(logprob, i, text(i)) for i, logprob in entry.top] if entry else None for entry in entries]
+            found[f"{side}_top_logprobs"] = tops
+        return found
+
+
+def _finish(choice: Choice) -> Json | None:
+    if choice.finish_reason is None:
+        return None
+    if choice.finish_reason == "length":
+        return {"type": "length", "length": len(choice.all.token_ids)}
+    return {"type": choice.finish_reason, "matched": choice.matched}

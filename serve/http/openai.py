@@ -1,0 +1,203 @@
+"""OpenAI's two endpoints that generate: what their answers look like, whole and streamed."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+from uuid import uuid4
+
+from wave64.serve.http.detokenizer import Detokenizer
+from wave64.serve.http.generation import Choice, Delta, Generator, Prompt
+from wave64.serve.http.schemas import ChatRequest, CompletionRequest
+from wave64.serve.messages import TokenLogprob
+
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may go on to the end of the context
+MAX_ADDED = 8  # tokens that a tokenizer may put in front of a text
+LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON has not
+
+Json = dict[str, Any]
+Entry = tuple[int, int, TokenLogprob | None]  # where a token begins in the text, its id, what the model thought of it
+
+
+class Completion:
+    """One /v1/completions request."""
+
+    kind = chunk_kind = "text_completion"
+
+    def __init__(self, body: CompletionRequest, generator: Generator) -> None:
+        self.body = body
+        self.generator = generator
+        self.tokenizer = generator.tokenizer
+        self.choices: list[Choice] = []
+        self._echoes: list[str] = []  # the prompts' texts, where they are asked for
+        self._offsets: list[list[int]] = []  # of their tokens in these, where they are scored
+
+    async def prepare(self) -> None:
+        """Check the prompts and make the choices. Raises ApiError."""
+        body, prompts = self.body, self.body.prompts
+        names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
+        top = -1 if body.logprobs is None else body.logprobs
+        scored = bool(body.echo and top >= 0)
+        encoded = await self.generator.encode(prompts, names, body.add_special_tokens is not False)
+        for ids, name in zip(encoded, names, strict=True):
+            new = self.generator.new_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS, "max_tokens", name)
+            self.choices += self.generator.choices(ids, body, new, len(self.choices), top, scored)
+        if body.echo:
+            self._echoes = await asyncio.to_thread(lambda: [self._text(prompt) for prompt in prompts])
+        if scored:
+            self._offsets = await asyncio.to_thread(lambda: list(map(self._prompt_offsets, prompts, encoded)))
+
+    def _text(self, prompt: Prompt) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special_tokens=False)
+
+    def _prompt_text(self, choice: Choice) -> str:
+        """What is put before a choice's text: the prompt, where echo asks for it."""
+        return self._echoes[choice.index // (self.body.n or 1)] if self.body.echo else ""
+
+    def whole(self, choice: Choice) -> Json:
+        return self.part(choice, choice.all, is_first=True)
+
+    def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
+        """A choice, or the part of it that is in `delta`."""
+        before = self._prompt_text(choice)
+        entries = [(len(before) + start, entry.id, entry) for start, entry in delta.logprobs]
+        if is_first and self.body.echo and self.body.logprobs is not None:
+            offsets = self._offsets[choice.index // (self.body.n or 1)]
+            entries = [*zip(offsets, choice.prompt_ids, choice.prompt_logprobs, strict=True), *entries]
+        logprobs = None if self.body.logprobs is None else self._logprobs(entries)
+        return {"text": (before if is_first else "") + delta.text, "logprobs": logprobs}
+
+    def _prompt_offsets(self, prompt: Prompt, ids: list[int]) -> list[int]:
+        """Where in the prompt's text each of its tokens begins. One that continues a character begins where that one
+        does; one that the tokenizer added has no character in the text."""
+        of_text = ids if isinstance(prompt, list) else self.tokenizer.encode(prompt, add_special_tokens=False)
+        begin = next((i for i in range(min(len(ids), MAX_ADDED)) if ids[i : i + len(of_text)] == of_text), 0)
+        detokenizer, start, offsets = Detokenizer(self.tokenizer, [], skip_special_tokens=False), 0, []
+        for i, token in enumerate(ids):
+            offsets.append(start)
+            if begin <= i < begin + len(of_text):
+                start += len(detokenizer.push([token]))
+        return offsets
+
+    def _logprobs(self, entries: list[Entry]) -> Json:
+        text = self.tokenizer.token_text
+        tops: list[Json | None] = []
+        for _, _, entry in entries:
+            best: Json = {}
+            for token, logprob in [(entry.id, entry.logprob), *entry.top] if entry else []:
+                best[text(token)] = max(_finite(logprob), best.get(text(token), LEAST_LOGPROB))
+            tops.append(best or None)
+        return {
+            "tokens": [text(token) for _, token, _ in entries],
+            "token_logprobs": [_finite(entry.logprob) if entry else None for _, _, entry in entries],
+            "top_logprobs": tops,
+            "text_offset": [start for start, _, _ in entries],
+        }
+
+    def opening(self, choice: Choice) -> Json | None:
+        """What a stream says of a choice before its first token, if anything."""
+        return None
+
+
+class Chat:
+    """One /v1/chat/completions request."""
+
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatRequest, generator: Generator) -> None:
+        self.body = body
+        self.generator = generator
+        self.tokenizer = generator.tokenizer
+        self.choices: list[Choice] = []
+
+    async def prepare(self) -> None:
+        """Check the messages and make the choices. Raises ApiError."""
+        body = self.body
+        begin = body.add_generation_prompt is not False
+        variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": begin}
+        text = await self.generator.render([message.on_the_wire() for message in body.messages], variables)
+        (ids,) = await self.generator.encode([text], ["messages"], bool(body.add_special_tokens))
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        new = self.generator.new_tokens(len(ids), getattr(body, name), None, name, "messages")
+        top = (body.top_logprobs or 0) if body.logprobs else -1
+        self.choices = self.generator.choices(ids, body, new, top_logprobs=top)
+
+    def whole(self, choice: Choice) -> Json:
+        message = {"role": "assistant", "content": choice.all.text}
+        return {"message": message, "logprobs": self._logprobs(choice.all)}
+
+    def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
+        """The part of a choice that is in `delta`."""
+        return {"delta": {"content": delta.text} if delta.text else {}, "logprobs": self._logprobs(delta)}
+
+    def opening(self, choice: Choice) -> Json | None:
+        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+
+    def _logprobs(self, delta: Delta) -> Json | None:
+        if not self.body.logprobs:
+            return None
+        content = []
+        for _, entry in delta.logprobs:
+            tops = [self._token(token, logprob) for token, logprob in entry.top]
+            content.append({**self._token(entry.id, entry.logprob), "top_logprobs": tops})
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> Json:
+        text, raw = self.tokenizer.token_text(token), self.tokenizer.token_bytes(token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
+
+
+async def answer(job: Completion | Chat) -> Json:
+    """The whole answer."""
+    async for _ in job.generator.run(job.choices):
+        pass
+    done = [_with_end(job.whole(choice), choice) for choice in job.choices]
+    return _envelope(job, job.kind) | {"choices": done, "usage": usage(job.choices, job.body.n or 1)}
+
+
+async def stream(job: Completion | Chat) -> AsyncIterator[Json]:
+    """The answer in parts, each choice's last with its finish_reason; the usage at the end, where it is asked for."""
+    options = job.body.stream_options
+    envelope, count = _envelope(job, job.chunk_kind), job.body.n or 1
+    each, at_the_end = options and options.continuous_usage_stats, options and options.include_usage
+
+    def event(part: Json) -> Json:
+        """OpenAI's chunks have a null for usage before the one that has it."""
+        extra = {"usage": usage(job.choices, count)} if each else {"usage": None} if at_the_end else {}
+        return envelope | {"choices": [part]} | extra
+
+    seen: set[int] = set()
+    async with aclosing(job.generator.run(job.choices)) as grown:
+        async for choice in grown:
+            is_first = choice.index not in seen
+            seen.add(choice.index)
+            if is_first and (opening := job.opening(choice)):
+                yield event({"index": choice.index, **opening, "finish_reason": None})
+            part = job.part(choice, delta := choice.take_new(), is_first)
+            if delta.text or delta.logprobs or part.get("text") or choice.finish_reason:
+                yield event(_with_end(part, choice))
+    if at_the_end:
+        yield envelope | {"choices": [], "usage": usage(job.choices, count)}
+
+
+def usage(choices: list[Choice], n: int) -> Json:
+    """Tokens of the prompts, each counted once, and of all choices so far."""
+    prompt = sum(len(choice.prompt_ids) for choice in choices[::n])
+    completion = sum(len(choice.all.token_ids) for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _envelope(job: Completion | Chat, kind: str) -> Json:
+    prefix = "cmpl" if isinstance(job, Completion) else "chatcmpl"
+    name = job.generator.args.model_name
+    return {"id": f"{prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
+
+
+def _with_end(part: Json, choice: Choice) -> Json:
+    """The part with its choice's index and, once it has ended, why."""
+    return {"index": choice.index, **part, "finish_reason": choice.finish_reason, "matched_stop": choice.matched}

@@ -1,0 +1,350 @@
+"""What a request body may hold, and what is wrong with one that is refused.
+
+One pydantic model per endpoint. Null means "the default", as OpenAI's clients send it. A field is either used, known to
+be without effect on the answer (`neutral`), or refused by name: nothing that would change the answer is passed over.
+"""
+
+import difflib
+import json
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from wave64.serve.http.neutral import asks_for_nothing, objection
+from wave64.serve.messages import SamplingParams
+
+MAX_CHOICES = 4096  # prompts times n in one request
+MAX_MESSAGES = 1 << 16
+MAX_STOPS = 1024  # each is looked for at every token
+MAX_TOP_LOGPROBS = 20
+GREEDY_BELOW = 1e-6  # a temperature that is none
+
+# What the server itself hands to a chat template or to its renderer, as it does bos_token and the like.
+TEMPLATE_FIELDS = ("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message",
+                   "chat_template", "tokenize", "tokenizer", "return_dict", "raise_exception",
+                   "strftime_now")  # fmt: skip
+
+
+class ApiError(Exception):
+    """An answer of status 4xx or 5xx: OpenAI's error object with `message`, `param` (the field at fault) and `code`."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = {401: "authentication_error", 404: "not_found_error"}.get(status, "invalid_request_error")
+        kind = "server_error" if status >= 500 else kind
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _whole(value: Any) -> Any:
+    """5.0 is 5: some clients know no other numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _flag(value: Any) -> Any:
+    """1 is true, 0 is false."""
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+def _number_of_logprobs(value: Any) -> Any:
+    """true is 1, false is none: chat's form of the field, sent to completions."""
+    return {True: 1, False: None}[value] if isinstance(value, bool) else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Count = Annotated[Int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
+TopLogprobs = Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63 - 128)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weigh_unknown_fields(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        known = {}
+        for name, value in body.items():
+            if name in cls.model_fields:
+                known[name] = value
+            elif not asks_for_nothing(name, value):
+                if why := objection(name):
+                    raise ApiError(why, name, "unsupported_parameter")
+                near = difflib.get_close_matches(name, cls.model_fields, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ApiError(f"{name}: unknown field{hint}", name, "unknown_parameter")
+        return known
+
+
+class Sampling(_Body):
+    """What both families of endpoints call by the same names."""
+
+    # our name in SamplingParams for what the endpoint calls otherwise
+    renamed: ClassVar[dict[str, str]] = {}
+
+    n: Annotated[Int, Field(ge=1, le=128)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
+    ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    no_stop_trim: Flag | None = None
+
+    @model_validator(mode="after")
+    def _check_stop(self) -> Any:
+        if (count := len(self.stop_strings)) > MAX_STOPS:
+            raise ApiError(f"stop: expected at most {MAX_STOPS} strings, got {count}", "stop", "invalid_value")
+        if "" in self.stop_strings:
+            raise ApiError("stop: expected strings of at least one character, got ''", "stop", "invalid_value")
+        return self
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def sampling_params(self, defaults: dict[str, float], **settled: Any) -> SamplingParams:
+        """The engine's form of these fields: the request's word, else the model's, else the neutral value."""
+        values = dict(defaults)
+        for name in type(self).model_fields:
+            if (value := getattr(self, name)) is not None:
+                values[self.renamed.get(name, name)] = value
+        values |= settled
+        if values.get("temperature", 1.0) < GREEDY_BELOW:
+            values["temperature"] = 0.0
+        fields = SamplingParams.__struct_fields__
+        return SamplingParams(**{name: value for name, value in values.items() if name in fields})
+
+
+class StreamOptions(_Body):
+    """Which extras a stream carries."""
+
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
+
+
+class _OpenAI(Sampling):
+    renamed: ClassVar[dict[str, str]] = {"min_tokens": "min_new_tokens"}
+
+    model: str | None = None  # one model is served, under any name that is not nearly its own
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    seed: Seed | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Any:
+        options = self.stream_options
+        if options and (options.include_usage or options.continuous_usage_stats) and not self.stream:
+            raise ApiError("stream_options: allowed only with stream: true", "stream_options", "invalid_value")
+        return self
+
+
+class CompletionRequest(_OpenAI):
+    """POST /v1/completions"""
+
+    prompt: Any = None
+    add_special_tokens: Flag | None = None
+    echo: Flag | None = None
+    logprobs: Annotated[TopLogprobs | None, BeforeValidator(_number_of_logprobs)] = None
+    best_of: Annotated[Int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Any:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ApiError(f"best_of: not supported by wave64 other than n, {self.n or 1}, got {self.best_of}",
+                           "best_of", "unsupported_parameter")  # fmt: skip
+        return self
+
+    @cached_property
+    def prompts(self) -> list[str | list[int]]:
+        return prompts_of(self.prompt, "prompt")
+
+
+class TextPart(BaseModel):
+    """A part of a message's content. Images and sound are refused by their type."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a conversation. What a chat template gets of it: `templates.Template.prepare`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Annotated[str, Field(min_length=1)]
+    content: str | list[TextPart] | None = None
+
+    def on_the_wire(self) -> dict[str, Any]:
+        """The message as it came."""
+        parts = self.content
+        content = [part.model_dump() for part in parts] if isinstance(parts, list) else parts
+        return {**(self.model_extra or {}), "role": self.role, "content": content}
+
+
+class ChatRequest(_OpenAI):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Count | None = None
+    logprobs: Flag | None = None
+    top_logprobs: TopLogprobs | None = None
+    add_generation_prompt: Flag | None = None
+    add_special_tokens: Flag | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> Any:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs: allowed only with logprobs: true", "top_logprobs", "invalid_value")
+        return self
+
+    @model_validator(mode="after")
+    def _check_template_variables(self) -> Any:
+        for name in self.chat_template_kwargs or {}:
+            if name in TEMPLATE_FIELDS or name.endswith("_token"):
+                raise ApiError(f"chat_template_kwargs.{name}: set by the server, expected variables of the template's "
+                               "own, such as enable_thinking", "chat_template_kwargs", "invalid_value")  # fmt: skip
+        return self
+
+
+class NativeSampling(Sampling):
+    """`sampling_params` of POST /generate"""
+
+    renamed: ClassVar[dict[str, str]] = {"sampling_seed": "seed"}
+
+    max_new_tokens: Count | None = None
+    min_new_tokens: Count | None = None
+    sampling_seed: Seed | None = None
+
+
+class GenerateRequest(_Body):
+    """POST /generate, SGLang's own form. A list has an entry per prompt; what is not one serves all."""
+
+    model: str | None = None  # added by routers
+    text: str | list[str] | None = None
+    input_ids: Any = None
+    sampling_params: NativeSampling | list[NativeSampling] | None = None
+    stream: Flag | None = None
+    return_logprob: Flag | list[Flag] | None = None
+    logprob_start_len: Int | list[Int] | None = None
+    top_logprobs_num: Int | list[Int] | None = None
+
+    @property
+    def is_batch(self) -> bool:
+        given = self.text if self.text is not None else self.input_ids
+        return isinstance(given, list) and not (given and isinstance(given[0], int))
+
+    @cached_property
+    def prompts(self) -> list[str | list[int]]:
+        if (self.text is None) == (self.input_ids is None):
+            raise ApiError("text, input_ids: expected one of the two", "text", "invalid_value")
+        if self.text is not None:
+            return prompts_of(self.text, "text")
+        if isinstance(self.input_ids, str):
+            raise ApiError("input_ids: expected token ids, got a string; that goes into text", "input_ids")
+        return prompts_of(self.input_ids, "input_ids")
+
+    def per_prompt(self, name: str, default: Any) -> list[Any]:
+        """The field's value for each prompt."""
+        value, count = getattr(self, name), len(self.prompts)
+        if not isinstance(value, list):
+            return [default if value is None else value] * count
+        if len(value) != count:
+            raise ApiError(f"{name}: expected an entry for each of {count} prompts, got {len(value)}", name)
+        return value
+
+
+def prompts_of(value: Any, param: str) -> list[str | list[int]]:
+    """The prompts in a text, a list of texts, a list of token ids or a list of those. Raises ApiError."""
+
+    def refuse(where: str, got: Any) -> ApiError:
+        expected = "a string, token ids, or a list of either"
+        return ApiError(f"{where}: expected {expected}, got {_short(got)}", param, "invalid_type")
+
+    if value is None:
+        raise ApiError(f"{param}: required, a string, token ids, or a list of either", param, "missing")
+    if not isinstance(value, str | list):
+        raise refuse(param, value)
+    is_one = isinstance(value, str) or (bool(value) and {*map(type, value)} <= {int, float, bool, type(None)})
+    prompts = [value] if is_one else list(value)
+    if not prompts:
+        raise ApiError(f"{param}: empty, expected at least one prompt", param, "empty_prompt")
+    if len(prompts) > MAX_CHOICES:
+        raise ApiError(f"{param}: expected at most {MAX_CHOICES} prompts, got {len(prompts)}", param, "invalid_value")
+    for i, prompt in enumerate(prompts):
+        where = param if is_one else f"{param}[{i}]"
+        if not isinstance(prompt, str | list):
+            raise refuse(where, prompt)
+        if prompt == []:  # an empty text may become a bos
+            raise ApiError(f"{where}: empty, expected at least one token", param, "empty_prompt")
+        if isinstance(prompt, list) and {*map(type, prompt)} != {int}:
+            prompts[i] = prompt = [_whole(t) for t in prompt]
+            if odd := [t for t in prompt if type(t) is not int]:
+                raise ApiError(f"{where}: expected token ids, got {_short(odd[0])}", param, "invalid_type")
+    return prompts
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def parse(model: type[T], raw: bytes) -> T:
+    """The body of a request. Raises ApiError that says what is wrong with it and where."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        got = f"byte 0x{raw[error.start]:02x} at position {error.start}"
+        raise ApiError(f"the body: expected JSON in UTF-8, got {got}", code="invalid_utf8") from None
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        raise _in_words(error) from None
+
+
+def _in_words(error: ValidationError) -> ApiError:
+    """The fault that pydantic found deepest in the body; of a union's branches there, all in one sentence."""
+    faults = [(_path(fault["loc"]), fault) for fault in error.errors(include_url=False)]
+    path, first = max(faults, key=lambda found: len(found[0]))  # the first of the deepest
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".") or "the body"
+    param = str(path[0]) if path else None
+    if first["type"] == "json_invalid":
+        return ApiError(f"the body: expected JSON: {first['ctx']['error']}", code="invalid_json")
+    if first["type"] == "missing":
+        return ApiError(f"{where}: required", param, "missing")
+    wanted = ", or ".join(dict.fromkeys(_wanted(fault) for at, fault in faults if at == path))
+    return ApiError(f"{where}: expected {wanted}, got {_short(first['input'])}", param, first["type"])
+
+
+def _path(loc: tuple[int | str, ...]) -> list[int | str]:
+    """The fields and indices of pydantic's path, without the names of the types it tried."""
+    types = ("str", "int", "bool", "float")
+    return [p for p in loc if isinstance(p, int) or not (p[0].isupper() or "[" in p or "-" in p or p in types)]
+
+
+def _wanted(fault: Any) -> str:
+    if fault["type"] == "too_short":
+        return f"at least {fault['ctx']['min_length']} of them"
+    if fault["type"] == "too_long":
+        return f"at most {fault['ctx']['max_length']} of them"
+    text = fault["msg"].removeprefix("Input should be ")
+    return f"a value {text}" if text.startswith(("greater", "less")) else text
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,181 @@
+"""DeepSeek-V2, V2-Lite, V3 and R1 (DeepSeek-AI 2024, DeepSeek-V2; DeepSeek-AI 2024, DeepSeek-V3).
+
+A block is Llama's but for its two sub-layers. Attention is multi-head latent attention: of a token only a latent of
+kv_lora_rank numbers and one rotated key that all heads share are kept, and every head's keys and values are linear in
+the latent. The gated MLP is, after the first layers, a mixture: a router chooses a few of many experts for each token,
+and shared experts serve all.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from wave64 import ops
+from wave64.serve.model.batch import Batch
+from wave64.serve.model.config import ModelConfig, MoEConfig
+from wave64.serve.model.layers import (
+    ACTIVATIONS,
+    Block,
+    Decoder,
+    KVCache,
+    Layer,
+    Linear,
+    RMSNorm,
+    Rotary,
+    mm_fp32,
+    weight,
+)
+from wave64.serve.model.quantized import Experts, UpProjection, linear
+
+LATENT_EPS = 1e-6  # of the norms inside attention, whatever rms_norm_eps says
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Queries and keys have a part without position and a rotated one. q = W_q x, through a latent of their own where
+    q_lora_rank says so; [kv_c, k_pe] = W_kv_a x; per head k = [W_uk kv_c, k_pe] and v = W_uv kv_c.
+
+    Decoding never computes k and v: q k^T = (W_uk^T q) kv_c^T, so the heads' queries go to the latents, and the mixed
+    latents come back through W_uv. A prefill has as many queries as keys, for which expanding them is cheaper.
+    """
+
+    def __init__(self, config: ModelConfig, rotary: Rotary):
+        super().__init__()
+        mla, hidden = config.mla, config.hidden_size
+        self.num_heads, self.rank = config.num_heads, mla.kv_lora_rank
+        self.nope, self.rope, self.v_head_dim = mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim
+        self.scale, self.rotary = mla.softmax_scale, rotary
+        heads = config.num_heads * (self.nope + self.rope)
+        self.q_width = mla.q_lora_rank or heads
+        parts = {"q_a_proj" if mla.q_lora_rank else "q_proj": self.q_width, "kv_a_proj_with_mqa": self.rank + self.rope}
+        self.down_proj = linear(config, hidden, parts)
+        self.q_a_layernorm = RMSNorm(mla.q_lora_rank, LATENT_EPS) if mla.q_lora_rank else None
+        self.q_b_proj = linear(config, mla.q_lora_rank, {"q_b_proj": heads}) if mla.q_lora_rank else None
+        self.kv_a_layernorm = RMSNorm(self.rank, LATENT_EPS)
+        self.kv_b_proj = UpProjection(config, config.num_heads, self.rank, self.nope, self.v_head_dim)
+        self.o_proj = linear(config, config.num_heads * self.v_head_dim, {"o_proj": hidden})
+
+    def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        q, kv_c, k_pe = self.down_proj(x).split((self.q_width, self.rank, self.rope), dim=-1)
+        if self.q_b_proj is not None:
+            q = self.q_b_proj(self.q_a_layernorm.alone(q))
+        q = q.unflatten(-1, (self.num_heads, -1))
+        kv_c = self.kv_a_layernorm.alone(kv_c)
+        n = batch.num_decodes
+        if n == x.shape[0]:
+            out = self._decode(q, kv_c, k_pe, batch, *kv_cache)
+        elif n == 0:
+            out = self._prefill(q, kv_c, k_pe, batch, *kv_cache)
+        else:
+            out = torch.cat((self._decode(q[:n], kv_c[:n], k_pe[:n], batch, *kv_cache),
+                             self._prefill(q[n:], kv_c[n:], k_pe[n:], batch, *kv_cache)))
+        return self.o_proj(out.flatten(1))
+
+    def _decode(self, q: Tensor, kv_c: Tensor, k_pe: Tensor, batch: Batch, latents: Tensor) -> Tensor:
+        n = batch.num_decodes
+        q_nope, q_pe = q.split((self.nope, self.rope), dim=-1)
+        mixed = ops.mla_decode_rope(
+            self.kv_b_proj.queries_to_latents(q_nope), q_pe, kv_c, k_pe, latents, batch.slot_mapping[:n],
+            batch.page_table[:n], batch.seq_lens[:n], batch.positions[:n], self.rotary.cos_sin_cache, self.scale,
+            self.rotary.is_neox)
+        return self.kv_b_proj.latents_to_values(mixed)
+
+    def _prefill(self, q: Tensor, kv_c: Tensor, k_pe: Tensor, batch: Batch, latents: Tensor) -> Tensor:
+        n = batch.num_decodes
+        q_nope, q_pe = q.split((self.nope, self.rope), dim=-1)
+        q_pe, k_pe = q_pe.contiguous(), k_pe.contiguous()
+        ops.concat_and_cache_mla_rope_fused(batch.positions[n:], q_pe, k_pe, kv_c, self.rotary.cos_sin_cache,
+                                            self.rotary.is_neox, batch.slot_mapping[n:], latents)
+        q = torch.cat((q_nope, q_pe), dim=-1)
+        starts, longest = batch.cu_seqlens_q, batch.max_seqlen_q
+        out, lse = ops.varlen_attention(q, *self._keys_and_values(kv_c, k_pe), starts, starts, longest, longest,
+                                        self.scale)
+        if batch.max_prefix:  # tokens of earlier chunks, which every new token sees
+            stored = latents.flatten(0, 1)[batch.prefix_slots].to(q.dtype)
+            before, its_lse = ops.varlen_attention(
+                q, *self._keys_and_values(*stored.split((self.rank, self.rope), dim=-1)), starts,
+                batch.cu_seqlens_prefix, longest, batch.max_prefix, self.scale, False)
+            out, _ = ops.merge_attn_states(out, lse, before, its_lse)
+        return out
+
+    def _keys_and_values(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """[num_tokens, num_heads, nope + rope] and [num_tokens, num_heads, v_head_dim]; k_pe is rotated."""
+        k_nope, v = self.kv_b_proj(kv_c)
+        return torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)), dim=-1), v
+
+
+class Router(Layer):
+    """Chooses experts by their affinity to a token, in fp32. V2: softmax over all, then the best of at most topk_groups
+    groups of experts, a group counting as its best. V3: sigmoid, a bias on the choice alone, which keeps the load
+    balanced, and a group counts as its best two."""
+
+    def __init__(self, config: MoEConfig, hidden_size: int, fused_shared: int):
+        super().__init__()
+        self.config, self.fused_shared = config, fused_shared
+        self.weight = weight(config.num_experts, hidden_size)
+        self.e_score_correction_bias = None
+        if config.correction_bias:
+            self.e_score_correction_bias = weight(config.num_experts, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights fp32, ids int32), of each token its top_k and then `fused_shared` experts"""
+        c = self.config
+        return ops.grouped_topk(mm_fp32(x, self.weight), c.top_k, c.num_groups, c.topk_groups, c.norm_topk_prob,
+                                c.scoring_func, self.e_score_correction_bias, c.routed_scaling_factor,
+                                self.fused_shared)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: ModelConfig, intermediate_size: int):
+        super().__init__()
+        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up_proj = linear(config, config.hidden_size, parts)
+        self.down_proj = linear(config, intermediate_size, {"down_proj": config.hidden_size})
+        self.activation_and_mul = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation_and_mul(self.gate_up_proj(x)))
+
+
+class MixtureOfExperts(nn.Module):
+    """One shared expert is one more expert that every token chooses; several are a gated MLP of their joint width."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        moe = config.moe
+        fused = moe.num_shared_experts == 1
+        self.gate = Router(moe, config.hidden_size, int(fused))
+        self.experts = Experts(config, moe.num_experts, moe.intermediate_size, fused)
+        shared = 0 if fused else moe.num_shared_experts * moe.intermediate_size
+        self.shared_experts = GatedMLP(config, shared) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.experts(x, *self.gate(x))
+        return out if self.shared_experts is None else out + self.shared_experts(x)
+
+
+class DeepseekForCausalLM(nn.Module):
+    """Built uninitialised on the default device, in the default dtype; `model.load.load_model` fills it."""
+
+    #: names that end so are in old checkpoints and hold what the configuration gives anyway
+    derived_weights = ("rotary_emb.inv_freq",)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        mla, moe = config.mla, config.moe
+        rotary = Rotary(config.rope, mla.qk_rope_head_dim, config.context_length, is_neox=not mla.rope_interleave)
+
+        def mlp(number: int) -> nn.Module:
+            sparse = moe is not None and number >= moe.first_dense_layers and number % moe.layer_freq == 0
+            return MixtureOfExperts(config) if sparse else GatedMLP(config, config.intermediate_size)
+
+        self.model = Decoder(config, (Block(config, MultiHeadLatentAttention(config, rotary), mlp(i))
+                                      for i in range(config.num_layers)))
+        tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, tied=tied)
+        #: layers behind the last predict the token after next, for speculation, which is not served
+        self.unused_weights = tuple(f"model.layers.{config.num_layers + i}."
+                                    for i in range(config.num_nextn_predict_layers))
+
+    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
+        """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows. Writes the new tokens' latents to kv_cache, one
+        tuple of one tensor [num_pages, page_size, kv_lora_rank + rope] per layer."""
+        return self.lm_head(self.model(batch, kv_cache)).float()

@@ -1,0 +1,200 @@
+"""The parts decoder models are made of. Every kernel is an op of wave64; matrix products are torch's.
+
+Weights are allocated uninitialised, on the default device and in the default dtype: whoever builds a model sets both,
+then fills the places that `checkpoint()` names. Activations are token-major, [num_tokens, ...].
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wave64 import ops
+from wave64.serve.model.batch import Batch
+from wave64.serve.model.config import ModelConfig, RopeConfig
+from wave64.serve.model.rope import cos_sin_cache
+
+ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
+
+#: whether ROCm's torch multiplies matrices of 16-bit numbers into fp32
+MIXED_ON_ROCM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+#: of one layer: keys and values, each [num_pages, page_size, num_kv_heads, head_dim], or latents alone
+KVCache = tuple[Tensor, ...]
+
+
+class Layer(nn.Module):
+    """A module that holds weights and knows under which names a checkpoint stores them."""
+
+    def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Yields, for each weight held, its name in the checkpoint and the contiguous view to write it to.
+
+        name  of this module within the model
+        """
+        for own_name, parameter in self.named_parameters(recurse=False):
+            yield f"{name}.{own_name}", parameter.data
+
+    def finish(self) -> None:
+        """Called once, when all of the checkpoint's weights are in place."""
+
+
+def weight(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+def mm_fp32(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix.T in fp32, both of one dtype. Of 16-bit numbers every product is exact in fp32, so nothing is widened
+    first where torch has the mixed product: on GPUs, ROCm's since torch 2.10."""
+    if x.is_cuda and x.dtype != torch.float32 and (torch.version.hip is None or MIXED_ON_ROCM):
+        return torch.mm(x, matrix.t(), out_dtype=torch.float32)
+    return F.linear(x.float(), matrix.float())
+
+
+class Embedding(Layer):
+    """A row of `weight` [vocab_size, hidden] per token id."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        super().__init__()
+        self.weight = weight(vocab_size, hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class Linear(Layer):
+    """y = x @ weight.T + bias, weight [out_features, in_features]; `tied` is another layer's weight to share.
+
+    `product` computes it; `model.cpu` puts another in its place together with another layout of the weight.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, tied: nn.Parameter | None = None):
+        super().__init__()
+        self.weight = weight(out_features, in_features) if tied is None else tied
+        self.bias = weight(out_features) if bias else None
+        self.product = F.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
+class MergedLinear(Linear):
+    """Several projections of the same input in one matrix product, their outputs side by side in the last dimension;
+    the checkpoint stores each under its own name.
+
+    parts  {name in the checkpoint, in place of this module's own last name: out_features}, in order
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False):
+        super().__init__(in_features, sum(parts.values()), bias)
+        self.parts = parts
+
+    def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        parent = name.rpartition(".")[0]
+        for own_name, merged in super().checkpoint(name):
+            kind = own_name.rpartition(".")[2]
+            for part, rows in zip(self.parts, merged.split(list(self.parts.values())), strict=True):
+                yield f"{parent}.{part}.{kind}", rows
+
+
+class RMSNorm(Layer):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = weight(hidden_size)
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Adds x to the residual stream and returns the norm of the sum. Both are written: residual holds the sum,
+        x the norm."""
+        ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
+        return x
+
+    def alone(self, x: Tensor) -> Tensor:
+        """The norm of x, which rows apart may be; x stays."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Turns queries and keys by their positions; one table for all layers of a model."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int, length: int, is_neox: bool = True):
+        super().__init__()
+        self.head_dim, self.is_neox = head_dim, is_neox
+        table = cos_sin_cache(rope, head_dim, length).to(torch.get_default_device())
+        self.register_buffer("cos_sin_cache", table, persistent=False)
+
+    def forward(self, positions: Tensor, heads: Tensor) -> None:
+        """heads [num_tokens, any number of heads * head_dim], in place: queries and keys side by side."""
+        ops.rotary_embedding(positions, heads, None, self.head_dim, self.cos_sin_cache, self.is_neox)
+
+
+class Attention(nn.Module):
+    """Causal attention over a paged cache, any number of query heads per KV head. Holds no weights."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """query [num_tokens, num_heads * head_dim], key and value [num_tokens, num_kv_heads * head_dim].
+
+        Writes keys and values to their slots, then attends: decodes with the decode kernel, the rest with the
+        prefill kernel. Returns [num_tokens, num_heads * head_dim].
+        """
+        query = query.view(-1, self.num_heads, self.head_dim)
+        key = key.view(-1, self.num_kv_heads, self.head_dim)
+        value = value.view(-1, self.num_kv_heads, self.head_dim)
+        ops.reshape_and_cache(key, value, *kv_cache, batch.slot_mapping)
+        n = batch.num_decodes
+        if n == query.shape[0]:
+            out = self._decode(query, batch, kv_cache)
+        elif n == 0:
+            out = self._prefill(query, batch, kv_cache)
+        else:
+            out = torch.cat((self._decode(query[:n], batch, kv_cache), self._prefill(query[n:], batch, kv_cache)))
+        return out.flatten(1)
+
+    def _decode(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        n = batch.num_decodes
+        return ops.paged_attention(query, *kv_cache, batch.page_table[:n], batch.seq_lens[:n], self.scale)
+
+    def _prefill(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        n = batch.num_decodes
+        out, _ = ops.prefill_attention(query, *kv_cache, batch.page_table[n:], batch.cu_seqlens_q, batch.seq_lens[n:],
+                                       batch.max_seqlen_q, self.scale)
+        return out
+
+
+class Block(nn.Module):
+    """Two sub-layers, attention and MLP, each fed with the norm of the residual stream and added to it."""
+
+    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """x is what the block before has yet to add to the residual stream; returns what this one has."""
+        x = self.self_attn(self.input_layernorm(x, residual), batch, kv_cache)
+        return self.mlp(self.post_attention_layernorm(x, residual))
+
+
+class Decoder(nn.Module):
+    """Token ids through all blocks."""
+
+    def __init__(self, config: ModelConfig, blocks: Iterable[Block]):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
+        """The final hidden states of the rows in batch.logit_rows, [R, hidden]."""
+        x = self.embed_tokens(batch.input_ids)
+        residual = torch.zeros_like(x)
+        for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
+            x = layer(x, residual, batch, layer_cache)
+        return self.norm(x[batch.logit_rows], residual[batch.logit_rows])

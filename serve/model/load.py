@@ -1,0 +1,193 @@
+"""From a checkpoint folder to a model with weights on its device."""
+
+import difflib
+import logging
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from wave64.serve.model import MODELS
+from wave64.serve.model.checkpoint import StoredTensor, WeightsError, stored_tensors
+from wave64.serve.model.config import ModelConfig
+from wave64.serve.model.cpu import choose_products, slow_dtype
+from wave64.serve.model.layers import Layer, RMSNorm
+
+log = logging.getLogger(__name__)
+
+DEMO = Path(__file__).parents[1] / "demo"
+BUILT_IN = {f"demo-{name}": DEMO / name for name in ("llama", "deepseek", "deepseek-fp8")}
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+HUB_FILES = (*TOKENIZER_FILES, "*.safetensors")
+DUMMY_SEED = 0
+
+
+def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, device: str | torch.device,
+               load_format: str = "auto") -> nn.Module:
+    """Builds the model of `config` on `device` in `dtype` and fills it.
+
+    load_format  "auto": the safetensors of `folder`, tensor by tensor; "dummy": random weights, the same at every
+                 start on the same kind of device, `folder` is not read
+    raises       WeightsError naming file and tensor
+    """
+    started = time.perf_counter()
+    if load_format != "dummy":
+        _plan(_build(config, dtype, "meta"), Path(folder))  # what it refuses is refused before memory is taken
+    model = _build(config, dtype, device)
+    if load_format == "dummy":
+        fill_with_noise(model)
+    else:
+        fill_from(model, Path(folder))
+    products = f", {choose_products(model)}" if torch.device(device).type == "cpu" else ""
+    size = sum(weight.nbytes for weight in model.parameters())
+    log.info("%s: %.2f GB of %s weights on %s%s in %.1f s", folder, size / 1e9, str(dtype).removeprefix("torch."),
+             device, products, time.perf_counter() - started)
+    if torch.device(device).type == "cpu" and (hint := slow_dtype(dtype)):
+        log.warning(hint)
+    return model
+
+
+def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return MODELS[config.architecture](config).eval()
+    finally:
+        torch.set_default_dtype(default_dtype)
+
+
+def fill_from(model: nn.Module, folder: Path) -> None:
+    """Reads every weight of `model` from the checkpoint in `folder`.
+
+    Raises WeightsError if a weight is missing there, has another shape, or if there is one the model has no place for.
+    """
+    places, reads, copies, unused = _plan(model, folder)
+    if unused:
+        log.info("%s: %d weights of %s... are not used", folder, len(unused), unused[0].rpartition(".")[0])
+    size, quiet = sum(t.end - t.begin for t in reads), not sys.stderr.isatty()
+    with tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=quiet) as bar:
+        for tensor in sorted(reads, key=lambda t: (t.file, t.begin)):
+            tensor.load(places[tensor.name])
+            bar.update(tensor.end - tensor.begin)
+    for tensor, original in copies:
+        if not tensor.equals(places[tensor.name]):
+            raise WeightsError(f"{tensor.file}: {tensor.name}: expected the values of {original}, because config.json "
+                               "ties the two, got others; set tie_word_embeddings to false there")
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.finish()
+
+
+def fill_with_noise(model: nn.Module) -> None:
+    """Weights that keep activations in range: gains of norms 1, all else normal with deviation 0.02, which FP8 leaves
+    to its scales."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(DUMMY_SEED)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(module, RMSNorm):
+                weight.data.fill_(1.0)
+            elif name.endswith("_scale"):
+                weight.data.fill_(0.02)
+            elif weight.dtype == torch.float8_e4m3fn:
+                for part in weight.data.view(-1).split(2**24):  # there may be no room for all of it in another dtype
+                    part.copy_(torch.empty(part.shape, device=part.device).normal_(generator=generator))
+            else:
+                weight.data.normal_(std=0.02, generator=generator)
+        if isinstance(module, Layer):
+            module.finish()
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """Checkpoint name -> the view to fill. Tied weights are two names of one view."""
+    return {
+        name: view
+        for module_name, module in model.named_modules() if isinstance(module, Layer)
+        for name, view in module.checkpoint(module_name)
+    }  # fmt: skip
+
+
+class Plan(NamedTuple):
+    places: dict[str, Tensor]
+    reads: list[StoredTensor]
+    copies: list[tuple[StoredTensor, str]]  # what is stored a second time, and the name it is read under
+    unused: list[str]
+
+
+def _plan(model: nn.Module, folder: Path) -> Plan:
+    """Which of the checkpoint's tensors goes where. Raises WeightsError as fill_from does, of shapes and dtypes apart;
+    reads no weight, and needs none of the model's memory."""
+    stored, places = stored_tensors(folder), _places(model)
+    derived = tuple(f".{name}" for name in model.derived_weights)
+    unused = [name for name in stored if name.startswith(model.unused_weights)]
+    surplus = [tensor for name, tensor in stored.items()
+               if name not in places and not name.endswith(derived) and name not in unused]
+    if surplus:
+        raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model config.json "
+                           "describes has no such weight; does it belong to these weights?")
+    names: dict[tuple, list[str]] = {}
+    for name, view in places.items():
+        names.setdefault((view.untyped_storage()._cdata, view.storage_offset(), view.shape), []).append(name)
+    reads, copies, missing = [], [], []
+    for tied in names.values():
+        found = [name for name in tied if name in stored]
+        if not found:
+            missing.append(tied[0])
+        reads += [stored[name] for name in found[:1]]
+        copies += [(stored[name], found[0]) for name in found[1:]]
+    if missing:
+        raise WeightsError(f"{folder}: {_listed(missing)}: expected by the model, not in any of its safetensors files")
+    return Plan(places, reads, copies, unused)
+
+
+def _listed(names) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def resolve_model_path(model_path: str, revision: str | None = None, files: Sequence[str] = HUB_FILES) -> Path:
+    """The folder that `model_path` stands for: a folder, a built-in name, or a hub name, of which `files` (patterns)
+    are downloaded.
+
+    Raises WeightsError in one line if it is none of these or cannot be fetched.
+    """
+    folder = Path(model_path).expanduser()
+    if model_path and folder.is_dir():
+        return folder
+    if model_path in BUILT_IN:
+        folder = BUILT_IN[model_path]
+        if not folder.is_dir():
+            raise WeightsError(f"{model_path}: {folder} is missing from this installation of wave64; install it again")
+        return folder
+    built_in = ", ".join(BUILT_IN)
+    hint = _did_you_mean(model_path, folder)
+    if "demo-" in hint:
+        raise WeightsError(f"{model_path}: neither a folder nor a built-in name ({built_in}){hint}")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model_path) or folder.exists():
+        raise WeightsError(f"{model_path}: expected a folder, a built-in name ({built_in}) or a hub name (owner/name), "
+                           f"got {'a file' if folder.exists() else 'a path that does not exist'}{hint}")
+    import huggingface_hub  # only here: a local model needs no hub client
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model_path, revision=revision, allow_patterns=list(files)))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise WeightsError(f"{model_path}: neither a folder nor a built-in name ({built_in}), and the Hugging Face Hub "
+                           f"did not give it: {type(e).__name__}: {reason}{hint}") from None
+
+
+def _did_you_mean(model_path: str, folder: Path) -> str:
+    """The end of an error about `model_path`: what it may be a slip of, among the demos and the folders beside it."""
+    try:
+        beside = {entry.name: entry for entry in folder.parent.iterdir() if entry.is_dir()}
+    except OSError:
+        beside = {}
+    names = [*BUILT_IN, *beside] if model_path == folder.name else [*beside]
+    near = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {beside.get(near[0], near[0])}?" if near else ""

@@ -1,9 +1,0 @@
-"""The models that can be served, by the name a checkpoint's config.json gives under `architectures`."""
-
-from wave64.serve.models.deepseek import DeepseekForCausalLM
-from wave64.serve.models.llama import LlamaForCausalLM
-
-MODELS = {"DeepseekV2ForCausalLM": DeepseekForCausalLM, "DeepseekV3ForCausalLM": DeepseekForCausalLM,
-          "LlamaForCausalLM": LlamaForCausalLM}
-
-__all__ = ["MODELS", "DeepseekForCausalLM", "LlamaForCausalLM"]
