@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from wave64.serve.args import ServerArgs
+from wave64.serve.model import FAMILIES
 from wave64.serve.model.config import ConfigError, ModelConfig
 from wave64.serve.model.layers import KVCache
 
@@ -19,17 +20,11 @@ CPU_CONTEXTS = 4  # without a flag, a pool in main memory holds this many whole 
 CPU_POOL_BYTES = 1 << 30  # or this much, whichever is less
 
 
-def kv_shapes(config: ModelConfig, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
-    """Of the tensors that a layer keeps its tokens in: keys and values of each KV head, or one latent of all heads."""
-    if config.mla:
-        return ((num_pages, page_size, config.mla.kv_lora_rank + config.mla.qk_rope_head_dim),)
-    return ((num_pages, page_size, config.num_kv_heads, config.head_dim),) * 2
-
-
 def kv_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype,
              device: torch.device) -> list[KVCache]:
     """The pool, layer by layer, uninitialised."""
-    return [tuple(torch.empty(shape, dtype=dtype, device=device) for shape in kv_shapes(config, num_pages, page_size))
+    shapes = FAMILIES[config.architecture].kv_shapes(config, num_pages, page_size)
+    return [tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
             for _ in range(config.num_layers)]
 
 
@@ -38,7 +33,8 @@ def pool_pages(args: ServerArgs, config: ModelConfig, dtype: torch.dtype, device
 
     Raises ConfigError when not even one page fits.
     """
-    per_token = config.num_layers * sum(math.prod(shape) for shape in kv_shapes(config, 1, 1)) * dtype.itemsize
+    shapes = FAMILIES[config.architecture].kv_shapes(config, 1, 1)
+    per_token = config.num_layers * sum(map(math.prod, shapes)) * dtype.itemsize
     if args.max_total_tokens is not None:
         tokens, why = args.max_total_tokens, "--max-total-tokens"
         pages = -(-tokens // args.page_size)

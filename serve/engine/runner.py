@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wave64.serve.engine.graphs import DecodeGraphs
 from wave64.serve.engine.memory import kv_cache
+from wave64.serve.model import FAMILIES
 from wave64.serve.model.batch import Batch, Schedule
 from wave64.serve.model.config import ModelConfig
 
@@ -25,7 +26,7 @@ class Runner:
         page_size: int, max_running: int, capture: bool,
     ) -> None:  # fmt: skip
         self.model, self.device, self.page_size = model, device, page_size
-        self._expands_prefixes = config.mla is not None
+        self._reads_prefixes = FAMILIES[config.architecture].reads_prefixes
         self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device)
         max_pages = -(-config.context_length // page_size)
         self._page_table = np.zeros((max_running, min(max_pages, num_pages)), dtype=np.int32)
@@ -73,7 +74,7 @@ class Runner:
             "cu_seqlens_q": cu_seqlens,
             "logit_rows": logit_rows,
         }
-        before = starts[step.num_decodes :] if self._expands_prefixes else np.zeros(1, dtype=np.int64)
+        before = starts[step.num_decodes :] if self._reads_prefixes else np.zeros(1, dtype=np.int64)
         if before.any():
             earlier = _ranges(np.zeros_like(before), before)
             whose = np.repeat(np.arange(step.num_decodes, len(rows)), before)

@@ -1,9 +1,12 @@
-"""The models that can be served, by the name a checkpoint's config.json gives under `architectures`."""
+"""The model families that can be served, by the name that a checkpoint's config.json gives under `architectures`."""
 
-from wave64.serve.model.deepseek.model import DeepseekForCausalLM
-from wave64.serve.model.llama.model import LlamaForCausalLM
+from wave64.serve.model import deepseek, llama
+from wave64.serve.model.family import Family
 
-MODELS = {"DeepseekV2ForCausalLM": DeepseekForCausalLM, "DeepseekV3ForCausalLM": DeepseekForCausalLM,
-          "LlamaForCausalLM": LlamaForCausalLM}
+FAMILIES: dict[str, Family] = {
+    "DeepseekV2ForCausalLM": deepseek.FAMILY,
+    "DeepseekV3ForCausalLM": deepseek.FAMILY,
+    "LlamaForCausalLM": llama.FAMILY,
+}
 
-__all__ = ["MODELS", "DeepseekForCausalLM", "LlamaForCausalLM"]
+__all__ = ["FAMILIES", "Family"]

@@ -137,7 +137,7 @@ class ModelConfig:
     rope: RopeConfig
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    attention_bias: bool  # of q, k, v and o projections
     mlp_bias: bool
     hidden_act: str  # silu, gelu or gelu_tanh
     dtype: torch.dtype  # what the checkpoint was saved in
@@ -148,6 +148,8 @@ class ModelConfig:
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
     quantization: QuantConfig | None = None
+    qkv_bias: bool = False  # of q, k and v projections alone
+    sliding_window: int = -1  # w > 0: a query sees the last w tokens, its own among them; -1: all
     num_nextn_predict_layers: int = 0  # stored behind the last layer, for predicting the token after next
     passed_by: tuple[str, ...] = field(default=(), compare=False)  # keys that were not understood
 
@@ -159,20 +161,14 @@ class ModelConfig:
         Raises ConfigError for a missing or malformed file, an architecture, value or key that is not supported, and
         WeightsError for a checkpoint whose headers are needed and damaged.
         """
+        from wave64.serve.model import FAMILIES  # here, because families are built on this module
+
         keys = Keys(Path(path) / "config.json", ignored=ignored)
         names = keys.raw.get("architectures") or []
         for name in names:
-            if name in architectures():
-                config = architectures()[name](name, keys)
-                return replace(config, passed_by=keys.pass_by_the_rest())
-        raise keys.error("architectures", names, f"one of {', '.join(architectures())}")
-
-
-def architectures() -> dict[str, Any]:
-    """architecture as config.json names it -> how its keys are read; the models are in `wave64.serve.model`"""
-    from wave64.serve.model.deepseek.config import deepseek  # which is made of what is here
-
-    return {"DeepseekV2ForCausalLM": deepseek, "DeepseekV3ForCausalLM": deepseek, "LlamaForCausalLM": _llama}
+            if name in FAMILIES:
+                return replace(FAMILIES[name].read_config(name, keys), passed_by=keys.pass_by_the_rest())
+        raise keys.error("architectures", names, f"one of {', '.join(FAMILIES)}")
 
 
 class Keys:
@@ -267,40 +263,37 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _llama(architecture: str, keys: Keys) -> ModelConfig:
-    if keys.get("quantization_config") or keys.get("compression_config"):
-        found = keys.get("quantization_config") or keys.get("compression_config")
+def refuse_quantization(keys: Keys, family: str) -> None:
+    """Raises ConfigError if config.json says that the weights are quantized."""
+    if found := keys.get("quantization_config") or keys.get("compression_config"):
         method = found.get("quant_method") if isinstance(found, dict) else found
-        raise keys.error("quantization_config", method, "none: quantised Llama checkpoints are not served yet, "
-                                                        "use the float16 or bfloat16 original")
+        raise keys.error("quantization_config", method, f"none: quantized {family} checkpoints are not served yet, use "
+                                                        "the float16 or bfloat16 original")
+
+
+def read_heads(keys: Keys, head_dim: int | None = None) -> dict[str, int]:
+    """num_heads, num_kv_heads and head_dim of grouped-query attention. head_dim: where config.json has none; None:
+    hidden_size / num_attention_heads."""
     hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
     num_kv_heads = keys.count("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise keys.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}")
-    if keys.get("head_dim") is None and hidden_size % num_heads:
+    if keys.get("head_dim", head_dim) is None and hidden_size % num_heads:
         raise keys.error("hidden_size", hidden_size, f"a multiple of num_attention_heads, {num_heads}, or a head_dim")
-    head_dim = keys.count("head_dim", hidden_size // num_heads)
+    head_dim = keys.count("head_dim", head_dim or hidden_size // num_heads)
     if head_dim % 2:
-        raise keys.error("head_dim", head_dim, "an even number: rotary embedding turns pairs of elements")
-    max_position_embeddings = keys.count("max_position_embeddings", 2048)
-    window = keys.get("sliding_window")
-    if window is not None and keys.count("sliding_window") < max_position_embeddings:
-        raise keys.error("sliding_window", window, "null: a Llama attends to the whole context")
+        raise keys.error("head_dim", head_dim, "an even number: RoPE rotates pairs of elements")
+    return dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+
+def refuse_other_layers(keys: Keys, kind: str, family: str) -> None:
+    """Raises ConfigError unless every entry of `layer_types` is `kind`, and for interleaved RoPE."""
     for key in ("rope_interleave", "rope_interleaved"):
         if keys.flag(key):
-            raise keys.error(key, True, "false: a Llama rotates the two halves of a head")
+            raise keys.error(key, True, f"false: {family} rotates the two halves of a head")
     layer_types = keys.get("layer_types", [])
-    if any(kind != "full_attention" for kind in layer_types):
-        raise keys.error("layer_types", layer_types, "full_attention in every layer")
-    return ModelConfig(
-        architecture=architecture,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        attention_bias=keys.flag("attention_bias"),
-        mlp_bias=keys.flag("mlp_bias"),
-        **common(keys, read_rope(keys, max_position_embeddings), max_position_embeddings),
-    )
+    if not isinstance(layer_types, list) or any(each != kind for each in layer_types):
+        raise keys.error("layer_types", layer_types, f"{kind} in every layer")
 
 
 def common(keys: Keys, rope: RopeConfig, max_position_embeddings: int, bos: int = 1, eos: int = 2) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wave64.serve.model import MODELS
+from wave64.serve.model import FAMILIES
 from wave64.serve.model.checkpoint import StoredTensor, WeightsError, stored_tensors
 from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.cpu import choose_products, slow_dtype
@@ -58,7 +58,7 @@ def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) 
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return MODELS[config.architecture](config).eval()
+            return FAMILIES[config.architecture].build(config).eval()
     finally:
         torch.set_default_dtype(default_dtype)
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from wave64 import platform
 from wave64.serve.engine.graphs import DecodeGraphs
-from wave64.serve.model import DeepseekForCausalLM
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import MLAConfig, ModelConfig, MoEConfig, QuantConfig, RopeConfig
+from wave64.serve.model.deepseek import DeepseekForCausalLM
 from wave64.serve.model.layers import Layer
 from wave64.serve.model.load import fill_with_noise
 from wave64.serve.model.quantized import Experts

@@ -6,12 +6,17 @@ granted; rope_interleave and head_dim are transformers'.
 
 import json
 import math
-from typing import TYPE_CHECKING
 
-from wave64.serve.model.config import MLAConfig, ModelConfig, MoEConfig, QuantConfig, RopeConfig, common, read_rope
-
-if TYPE_CHECKING:
-    from wave64.serve.model.config import Keys
+from wave64.serve.model.config import (
+    Keys,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    QuantConfig,
+    RopeConfig,
+    common,
+    read_rope,
+)
 
 #: Training's, or how a deployment divides its experts: without effect on what a forward pass computes.
 WITHOUT_EFFECT = ("aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits", "router_aux_loss_coef")
@@ -19,7 +24,7 @@ WITHOUT_EFFECT = ("aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits"
 GROUPS = ("n_group", "topk_group")
 
 
-def deepseek(architecture: str, keys: "Keys") -> ModelConfig:
+def read_config(architecture: str, keys: Keys) -> ModelConfig:
     is_v3 = architecture == "DeepseekV3ForCausalLM"
     for key in (*WITHOUT_EFFECT, *GROUPS):
         keys.get(key)
@@ -71,13 +76,13 @@ def deepseek(architecture: str, keys: "Keys") -> ModelConfig:
     )
 
 
-def _count_or_none(keys: "Keys", key: str, missing: int) -> int:
+def _count_or_none(keys: Keys, key: str, missing: int) -> int:
     """A count that may be 0, of which null means 0."""
     value = keys.get(key, 0 if key in keys.raw else missing)
     return 0 if value == 0 and value is not False else keys.count(key, missing)
 
 
-def _count(keys: "Keys", key: str, missing: int | None) -> int:
+def _count(keys: Keys, key: str, missing: int | None) -> int:
     """A positive integer, which null is not. missing: what the key means where it is not there; None: it has to be."""
     return keys.count(key, None if key in keys.raw else missing)
 
@@ -89,7 +94,7 @@ def _softening(rope: RopeConfig) -> float:
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
 
 
-def _experts(keys: "Keys", is_v3: bool) -> MoEConfig:
+def _experts(keys: Keys, is_v3: bool) -> MoEConfig:
     experts = _count(keys, "n_routed_experts", 256 if is_v3 else 64)
     top_k = _count(keys, "num_experts_per_tok", 8 if is_v3 else None)
     scoring = keys.choice("scoring_func", "sigmoid" if is_v3 else "softmax", {"sigmoid": "sigmoid"} if is_v3 else
@@ -128,7 +133,7 @@ def _experts(keys: "Keys", is_v3: bool) -> MoEConfig:
     )
 
 
-def _blocks(keys: "Keys") -> QuantConfig | None:
+def _blocks(keys: Keys) -> QuantConfig | None:
     """DeepSeek-V3's own form of FP8, and no other."""
     if not keys.get("quantization_config"):
         return None

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from wave64 import ops
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import ModelConfig, MoEConfig
+from wave64.serve.model.deepseek.config import read_config
+from wave64.serve.model.family import Family
 from wave64.serve.model.layers import (
     ACTIVATIONS,
     Block,
@@ -179,3 +181,11 @@ class DeepseekForCausalLM(nn.Module):
         """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows. Writes the new tokens' latents to kv_cache, one
         tuple of one tensor [num_pages, page_size, kv_lora_rank + rope] per layer."""
         return self.lm_head(self.model(batch, kv_cache)).float()
+
+
+def latents(config: ModelConfig, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
+    """`kv_shapes` of multi-head latent attention: one latent and one rotated key per token."""
+    return ((num_pages, page_size, config.mla.kv_lora_rank + config.mla.qk_rope_head_dim),)
+
+
+FAMILY = Family(read_config, latents, DeepseekForCausalLM, reads_prefixes=True)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import ModelConfig
+from wave64.serve.model.family import Family, keys_and_values
 from wave64.serve.model.layers import ACTIVATIONS, Attention, Block, Decoder, KVCache, Linear, MergedLinear, Rotary
+from wave64.serve.model.llama.config import read_config
 
 
 class LlamaAttention(nn.Module):
@@ -61,3 +63,6 @@ class LlamaForCausalLM(nn.Module):
         """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows. Writes the new keys and values to kv_cache,
         one (keys, values) pair per layer."""
         return self.lm_head(self.model(batch, kv_cache)).float()
+
+
+FAMILY = Family(read_config, keys_and_values, LlamaForCausalLM)
