@@ -3,7 +3,7 @@
 from wave64.serve.model import deepseek, llama
 from wave64.serve.model.family import Family
 
-FAMILIES: dict[str, Family] = {
+FAMILIES = {
     "DeepseekV2ForCausalLM": deepseek.FAMILY,
     "DeepseekV3ForCausalLM": deepseek.FAMILY,
     "LlamaForCausalLM": llama.FAMILY,
