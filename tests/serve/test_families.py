@@ -13,7 +13,7 @@ from wave64.serve.model.config import ConfigError, ModelConfig
 
 CONFIG = dict(architectures=["RunningSumForCausalLM"], vocab_size=50, hidden_size=1, intermediate_size=1,
               num_hidden_layers=1, max_position_embeddings=64, eos_token_id=None)  # fmt: skip
-PROMPTS = {"a": [3, 9, 27, 1, 8, 40, 2], "b": [5], "c": [11, 12, 13, 14]}
+PROMPTS = {"a": [3, 9, 27, 1, 8, 40, 2, 7], "b": [5], "c": [11, 12, 13, 14]}
 
 
 @pytest.fixture
