@@ -23,12 +23,30 @@ def _rms_norm_kernel(y_ptr, x_ptr, weight_ptr, x_stride, hidden, eps, BLOCK: tl.
     tl.store(y_ptr + row * hidden + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _rms_norm_heads_kernel(y_ptr, x_ptr, weight_ptr, x_stride, x_head_stride, num_heads, hidden, eps,
+                           BLOCK: tl.constexpr):
+    """The same for rows [token, head] whose two strides differ: the heads of a merged projection."""
+    row = tl.program_id(0).to(tl.int64)
+    token, head = row // num_heads, row % num_heads
+    offs = tl.arange(0, BLOCK)
+    mask = offs < hidden
+    x = tl.load(x_ptr + token * x_stride + head * x_head_stride + offs, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / hidden + eps) * weight
+    tl.store(y_ptr + row * hidden + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 @rms_norm.backend("triton")
 def launch(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    tokens, hidden = x.shape
-    y = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
+    hidden = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
         block = triton.next_power_of_2(hidden)
-        _rms_norm_kernel[(tokens,)](y, x, weight, x.stride(0), hidden, eps, BLOCK=block,
-                                    num_warps=num_warps(block * x.element_size() // 64))
+        how = dict(BLOCK=block, num_warps=num_warps(block * x.element_size() // 64))
+        if x.ndim == 3:
+            tokens, heads = x.shape[:2]
+            _rms_norm_heads_kernel[(tokens * heads,)](y, x, weight, x.stride(0), x.stride(1), heads, hidden, eps, **how)
+        else:
+            _rms_norm_kernel[(x.shape[0],)](y, x, weight, x.stride(0), hidden, eps, **how)
     return y
