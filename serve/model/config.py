@@ -271,11 +271,12 @@ def refuse_quantization(keys: Keys, family: str) -> None:
                                                         "the float16 or bfloat16 original")
 
 
-def read_heads(keys: Keys, head_dim: int | None = None) -> dict[str, int]:
-    """num_heads, num_kv_heads and head_dim of grouped-query attention. head_dim: where config.json has none; None:
-    hidden_size / num_attention_heads."""
+def read_heads(keys: Keys, num_kv_heads: int | None = None, head_dim: int | None = None) -> dict[str, int]:
+    """num_heads, num_kv_heads and head_dim of grouped-query attention. num_kv_heads, head_dim: what a key that is
+    missing means; None: num_attention_heads, and hidden_size / num_attention_heads."""
     hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
-    num_kv_heads = keys.count("num_key_value_heads", num_heads)
+    default = num_heads if num_kv_heads is None or "num_key_value_heads" in keys.raw else num_kv_heads
+    num_kv_heads = keys.count("num_key_value_heads", default)
     if num_heads % num_kv_heads:
         raise keys.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}")
     if keys.get("head_dim", head_dim) is None and hidden_size % num_heads:
@@ -296,8 +297,9 @@ def refuse_other_layers(keys: Keys, kind: str, family: str) -> None:
         raise keys.error("layer_types", layer_types, f"{kind} in every layer")
 
 
-def common(keys: Keys, rope: RopeConfig, max_position_embeddings: int, bos: int = 1, eos: int = 2) -> dict[str, Any]:
-    """The fields of ModelConfig that every model's config.json spells alike; bos and eos where it has none."""
+def common(keys: Keys, rope: RopeConfig, max_position_embeddings: int, bos: int | None = 1,
+           eos: int | None = 2) -> dict[str, Any]:
+    """The fields of ModelConfig that every model's config.json spells alike. bos, eos: what a missing key means."""
     generation_file = keys.file.with_name("generation_config.json")
     generation = Keys(generation_file, _read_json(generation_file) if generation_file.exists() else {})
     return dict(
@@ -326,11 +328,11 @@ def _sampling_defaults(generation: Keys) -> dict[str, float]:
     return {key: generation.get(key) for key in given} | greedy
 
 
-def _end_ids(generation: Keys, keys: Keys, default: int) -> tuple[int, ...]:
+def _end_ids(generation: Keys, keys: Keys, default: int | None) -> tuple[int, ...]:
     """The tokens that end a text: those of both files. An explicit null means none; `default`: where neither has the
     key."""
     if "eos_token_id" not in generation.raw and "eos_token_id" not in keys.raw:
-        return (default,)
+        return () if default is None else (default,)
     return tuple(dict.fromkeys((*_token_ids(generation), *_token_ids(keys))))
 
 

@@ -115,7 +115,7 @@ class RMSNorm(Layer):
 
 
 class Rotary(nn.Module):
-    """Turns queries and keys by their positions; one table for all layers of a model."""
+    """Applies RoPE to queries and keys; one table for all layers of a model."""
 
     def __init__(self, rope: RopeConfig, head_dim: int, length: int, is_neox: bool = True):
         super().__init__()
@@ -123,21 +123,25 @@ class Rotary(nn.Module):
         table = cos_sin_cache(rope, head_dim, length).to(torch.get_default_device())
         self.register_buffer("cos_sin_cache", table, persistent=False)
 
-    def forward(self, positions: Tensor, heads: Tensor) -> None:
-        """heads [num_tokens, any number of heads * head_dim], in place: queries and keys side by side."""
-        ops.rotary_embedding(positions, heads, None, self.head_dim, self.cos_sin_cache, self.is_neox)
+    def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> None:
+        """query and key [num_tokens, heads * head_dim] or [num_tokens, heads, head_dim], in place"""
+        ops.rotary_embedding(positions, query, key, self.head_dim, self.cos_sin_cache, self.is_neox)
 
 
 class Attention(nn.Module):
-    """Causal attention over a paged cache, any number of query heads per KV head. Holds no weights."""
+    """Causal attention over a paged cache, any number of query heads per KV head. Holds no weights.
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
+    sliding_window  w > 0: a query sees the last w tokens, its own among them; -1: all
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: int = -1):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.scale = head_dim**-0.5
+        self.scale, self.sliding_window = head_dim**-0.5, sliding_window
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """query [num_tokens, num_heads * head_dim], key and value [num_tokens, num_kv_heads * head_dim].
+        """query [num_tokens, num_heads * head_dim], key and value [num_tokens, num_kv_heads * head_dim], each also as
+        [num_tokens, heads, head_dim].
 
         Writes keys and values to their slots, then attends: decodes with the decode kernel, the rest with the
         prefill kernel. Returns [num_tokens, num_heads * head_dim].
@@ -157,13 +161,54 @@ class Attention(nn.Module):
 
     def _decode(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         n = batch.num_decodes
-        return ops.paged_attention(query, *kv_cache, batch.page_table[:n], batch.seq_lens[:n], self.scale)
+        return ops.paged_attention(query, *kv_cache, batch.page_table[:n], batch.seq_lens[:n], self.scale,
+                                   self.sliding_window)
 
     def _prefill(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         n = batch.num_decodes
         out, _ = ops.prefill_attention(query, *kv_cache, batch.page_table[n:], batch.cu_seqlens_q, batch.seq_lens[n:],
-                                       batch.max_seqlen_q, self.scale)
+                                       batch.max_seqlen_q, self.scale, True, self.sliding_window)
         return out
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention between its projections, RoPE on whole heads. A family that changes queries and keys
+    before RoPE overrides `before_rope`."""
+
+    def __init__(self, config: ModelConfig, rotary: Rotary):
+        super().__init__()
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.widths = (width, kv_width, kv_width)
+        parts = dict(zip(("q_proj", "k_proj", "v_proj"), self.widths, strict=True))
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias or config.qkv_bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.rotary = rotary
+        self.attention = Attention(config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window)
+
+    def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        query, key, value = self.qkv_proj(x).split(self.widths, dim=-1)
+        query, key = self.before_rope(query, key)
+        self.rotary(batch.positions, query, key)
+        return self.o_proj(self.attention(query, key, value, batch, kv_cache))
+
+    def before_rope(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """query and key [num_tokens, heads * head_dim], slices of the projection -> what RoPE is applied to, in place,
+        in the same shape or as [num_tokens, heads, head_dim]"""
+        return query, key
+
+
+class MLP(nn.Module):
+    """Gated MLP: down(activation(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation_and_mul = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation_and_mul(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -198,3 +243,24 @@ class Decoder(nn.Module):
         for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
             x = layer(x, residual, batch, layer_cache)
         return self.norm(x[batch.logit_rows], residual[batch.logit_rows])
+
+
+class CausalLM(nn.Module):
+    """Decoder and head. Built uninitialized on the default device, in the default dtype; `model.load.load_model` fills
+    it."""
+
+    #: suffixes of names that old checkpoints have and whose values follow from the configuration
+    derived_weights = ("rotary_emb.inv_freq",)
+    #: prefixes of stored names that this model does not use
+    unused_weights: tuple[str, ...] = ()
+
+    def __init__(self, config: ModelConfig, blocks: Iterable[Block]):
+        super().__init__()
+        self.model = Decoder(config, blocks)
+        tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, tied=tied)
+
+    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
+        """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows. Writes what attention caches of the new tokens
+        to kv_cache, one tuple of tensors per layer, shaped as the family's kv_shapes says."""
+        return self.lm_head(self.model(batch, kv_cache)).float()

@@ -38,16 +38,17 @@ LLAMAS = {
 }  # fmt: skip
 
 
-def make_llama(folder: Path, max_shard_size: str = "1GB", old_spelling: bool = False,
-               **overrides) -> transformers.LlamaForCausalLM:
+def make_llama(folder: Path, max_shard_size: str = "1GB", old_spelling: bool = False, family: str = "Llama",
+               **overrides) -> transformers.PreTrainedModel:
     """Saves a random fp32 Llama to `folder` and returns it. Every weight, biases and gains too, is drawn so that
     leaving it out shows in the logits.
 
     old_spelling: rope_theta beside rope_scaling, as transformers wrote before version 5.
+    family: another of transformers' families with Llama's configuration keys
     """
     torch.manual_seed(1)
-    config = transformers.LlamaConfig(**{**BASE, **overrides}, attn_implementation="eager")
-    model = transformers.LlamaForCausalLM(config).eval()
+    config = getattr(transformers, f"{family}Config")(**{**BASE, **overrides}, attn_implementation="eager")
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(1.0 if "norm" in name else 0.0, 0.3)

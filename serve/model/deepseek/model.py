@@ -17,10 +17,9 @@ from wave64.serve.model.family import Family
 from wave64.serve.model.layers import (
     ACTIVATIONS,
     Block,
-    Decoder,
+    CausalLM,
     KVCache,
     Layer,
-    Linear,
     RMSNorm,
     Rotary,
     mm_fp32,
@@ -154,14 +153,8 @@ class MixtureOfExperts(nn.Module):
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
 
-class DeepseekForCausalLM(nn.Module):
-    """Built uninitialised on the default device, in the default dtype; `model.load.load_model` fills it."""
-
-    #: names that end so are in old checkpoints and hold what the configuration gives anyway
-    derived_weights = ("rotary_emb.inv_freq",)
-
+class DeepseekForCausalLM(CausalLM):
     def __init__(self, config: ModelConfig):
-        super().__init__()
         mla, moe = config.mla, config.moe
         rotary = Rotary(config.rope, mla.qk_rope_head_dim, config.context_length, is_neox=not mla.rope_interleave)
 
@@ -169,18 +162,11 @@ class DeepseekForCausalLM(nn.Module):
             sparse = moe is not None and number >= moe.first_dense_layers and number % moe.layer_freq == 0
             return MixtureOfExperts(config) if sparse else GatedMLP(config, config.intermediate_size)
 
-        self.model = Decoder(config, (Block(config, MultiHeadLatentAttention(config, rotary), mlp(i))
-                                      for i in range(config.num_layers)))
-        tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, tied=tied)
-        #: layers behind the last predict the token after next, for speculation, which is not served
+        super().__init__(config, (Block(config, MultiHeadLatentAttention(config, rotary), mlp(i))
+                                  for i in range(config.num_layers)))
+        # layers behind the last one predict the token after next, for speculation, which is not served
         self.unused_weights = tuple(f"model.layers.{config.num_layers + i}."
                                     for i in range(config.num_nextn_predict_layers))
-
-    def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
-        """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows. Writes the new tokens' latents to kv_cache, one
-        tuple of one tensor [num_pages, page_size, kv_lora_rank + rope] per layer."""
-        return self.lm_head(self.model(batch, kv_cache)).float()
 
 
 def latents(config: ModelConfig, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
