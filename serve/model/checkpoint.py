@@ -1,15 +1,18 @@
 """A checkpoint folder as a set of named tensors: safetensors files, one or many, with or without an index.
 
 The format is eight bytes of header length, a JSON header, then the tensors' bytes back to back, little-endian.
-Files are read, not mapped, straight into the memory where a tensor is to live where dtypes agree and that memory is
-the host's, else through a small buffer: so a load never needs more than the model itself.
+Files are read, not mapped: straight into the target where the dtypes agree and the target is in host memory, else
+through a small buffer. So a load never needs more memory than the model itself, and a rank that wants a shard of a
+tensor reads no other bytes of it.
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -26,6 +29,15 @@ class WeightsError(ValueError):
 
 
 @dataclass(frozen=True)
+class Shard:
+    """The slice [begin, end) of dimension `dim` of a stored tensor, as one rank holds it."""
+
+    dim: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a safetensors file; its bytes are [begin, end) of the file."""
 
@@ -36,39 +48,52 @@ class StoredTensor:
     begin: int
     end: int
 
-    def chunks(self, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(piece of `target`, the stored values of it in their own dtype, on the host), front to back.
+    def chunks(self, target: Tensor, shard: Shard | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (slice of `target`, flattened; its stored values in their own dtype, in host memory), in order.
 
-        target  contiguous, of this tensor's shape, any floating dtype and device
+        target  contiguous, of the shard's shape, any floating dtype and device
+        shard   the slice of this tensor that is wanted; None: all
         raises  WeightsError for another shape, or a dtype that holds no plain floating-point numbers
         """
-        if tuple(target.shape) != self.shape:
-            raise WeightsError(f"{self.file}: {self.name}: expected shape {list(target.shape)}, got {list(self.shape)}")
+        self._check_shape(target, shard)
         dtype = self._plain_dtype(target)
         flat = target.view(-1)
         step = BUFFER_BYTES // dtype.itemsize
         buffer = torch.empty(min(step, flat.numel()), dtype=dtype, device="cpu")
-        with self.file.open("rb") as f:
-            f.seek(self.begin)
+        with self.file.open("rb", buffering=0) as f:
             for start in range(0, flat.numel(), step):
-                piece = flat[start : start + step]
-                values = buffer[: piece.numel()]
-                self._read(f, values)
-                yield piece, values
+                values = buffer[: min(step, flat.numel() - start)]
+                self._read(f, values, start, shard)
+                yield flat[start : start + step], values
 
-    def load(self, target: Tensor) -> None:
-        """Fills `target`, converting to its dtype; requirements as for `chunks`."""
-        if target.device.type == "cpu" and target.dtype == DTYPES.get(self.dtype) and tuple(target.shape) == self.shape:
+    def load(self, target: Tensor, shard: Shard | None = None) -> None:
+        """Fill `target`, converting to its dtype; arguments as for `chunks`."""
+        if target.device.type == "cpu" and target.dtype == DTYPES.get(self.dtype):
+            self._check_shape(target, shard)
             with self.file.open("rb", buffering=0) as f:
-                f.seek(self.begin)
-                self._read(f, target)
+                self._read(f, target.view(-1), 0, shard)
         else:
-            for piece, values in self.chunks(target):
+            for piece, values in self.chunks(target, shard):
                 piece.copy_(values)
 
-    def equals(self, target: Tensor) -> bool:
-        """Whether `target` holds what `load` would put there."""
-        return all(torch.equal(piece, values.to(piece)) for piece, values in self.chunks(target))
+    def equals(self, target: Tensor, shard: Shard | None = None) -> bool:
+        """Whether `target` holds what `load` would write to it."""
+        return all(torch.equal(piece, values.to(piece)) for piece, values in self.chunks(target, shard))
+
+    def nbytes(self, shard: Shard | None = None) -> int:
+        """The stored bytes of a shard, of the whole tensor for None."""
+        size = self.end - self.begin
+        return size * (shard.end - shard.begin) // self.shape[shard.dim] if shard and size else size
+
+    def _check_shape(self, target: Tensor, shard: Shard | None) -> None:
+        expected: list[int | str] = list(target.shape)
+        found = list(self.shape)
+        if shard is not None and len(found) == len(expected) and found[shard.dim] >= shard.end:
+            found[shard.dim] = shard.end - shard.begin
+        if found != expected:
+            if shard is not None:
+                expected[shard.dim] = f"at least {shard.end}"
+            raise WeightsError(f"{self.file}: {self.name}: expected shape {expected}, got {list(self.shape)}")
 
     def _plain_dtype(self, target: Tensor) -> torch.dtype:
         """FP8 is read as such, where there are scales for it, and nothing else is."""
@@ -82,10 +107,26 @@ class StoredTensor:
                                f"{hint}")
         return DTYPES[self.dtype]
 
-    def _read(self, f, target: Tensor) -> None:
-        if target.numel() == 0:
+    def _read(self, f: BinaryIO, out: Tensor, start: int, shard: Shard | None) -> None:
+        """Fill the 1-D `out` with the shard's elements from `start` on, in the shard's order. A shard is one run of
+        elements per index of the dimensions before its own: one for rows, one per row for columns."""
+        if out.numel() == 0:
             return
-        raw = memoryview(target.view(-1).view(torch.uint8).numpy())
+        run = stride = math.prod(self.shape)
+        first = 0
+        if shard is not None:
+            inner = math.prod(self.shape[shard.dim + 1 :])
+            run, stride, first = ((n * inner) for n in (shard.end - shard.begin, self.shape[shard.dim], shard.begin))
+        size, raw = out.element_size(), memoryview(out.view(torch.uint8).numpy())
+        done = 0
+        while done < out.numel():
+            index, offset = divmod(start + done, run)
+            count = min(run - offset, out.numel() - done)
+            f.seek(self.begin + (index * stride + first + offset) * size)
+            self._fill(f, raw[done * size : (done + count) * size])
+            done += count
+
+    def _fill(self, f: BinaryIO, raw: memoryview) -> None:
         while len(raw):
             count = f.readinto(raw)
             if not count:

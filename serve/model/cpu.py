@@ -15,13 +15,12 @@ cache of primitives is switched off (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0): prompts
 megabytes. So it is asked for few numbers of tokens, whatever comes; rows of zeros fill up the rest.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from wave64.serve.model.layers import Embedding, Linear
 
 FEW_TOKENS = 4  # from here on oneDNN's fp32 product is faster than BLAS's
 MANY_TOKENS = 64  # beyond it a plain bf16 weight is better laid out anew than multiplied from the left
@@ -29,24 +28,24 @@ COLUMNS = 16  # of a product with a plain bf16 weight on the left: a vector regi
 TYPICAL_TOKENS = 8  # what oneDNN is told to choose the blocks for; it reads them well for any number
 
 
-def choose_products(model: nn.Module) -> str:
-    """Sets `product` of every Linear in `model`, which is on the CPU, and the layout of its weight. A weight that an
-    Embedding shares stays plain, because rows are looked up in it. Returns in words what was chosen, or why not."""
-    dtype = next(model.parameters()).dtype
+def choose_product(weight: nn.Parameter, plain: bool) -> tuple[Callable[..., Tensor], nn.Parameter]:
+    """(function of x, weight and bias that computes a Linear, the weight in the layout that it reads fastest). plain:
+    the layout must stay. On other devices than a CPU, and where oneDNN cannot serve, F.linear and the weight itself."""
+    dtype = weight.dtype
+    if weight.device.type != "cpu" or _why_not(dtype):
+        return F.linear, weight
+    if dtype == torch.float32:
+        return (_onednn if _is_amd() else _plain_fp32), weight
+    if plain:
+        return (_plain_bf16 if dtype == torch.bfloat16 and not _is_amd() else _onednn), weight
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.data, TYPICAL_TOKENS)
+    return _onednn, nn.Parameter(blocks, requires_grad=False)
+
+
+def products_by(dtype: torch.dtype) -> str:
+    """What computes products with weights of `dtype` on this CPU, in words."""
     reason = _why_not(dtype)
-    if reason:
-        return f"products by torch, not oneDNN: {reason}"
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
-    for linear in model.modules():
-        if isinstance(linear, Linear):
-            shared = id(linear.weight) in looked_up
-            linear.product = _plain_fp32 if dtype == torch.float32 and not _is_amd() else _onednn
-            if dtype == torch.bfloat16 and shared and not _is_amd():
-                linear.product = _plain_bf16
-            if dtype != torch.float32 and not shared:
-                blocks = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, TYPICAL_TOKENS)
-                linear.weight = nn.Parameter(blocks, requires_grad=False)
-    return "products by oneDNN"
+    return f"products by torch, not oneDNN: {reason}" if reason else "products by oneDNN"
 
 
 def slow_dtype(dtype: torch.dtype) -> str | None:

@@ -1,7 +1,7 @@
 """The parts decoder models are made of. Every kernel is an op of wave64; matrix products are torch's.
 
-Weights are allocated uninitialised, on the default device and in the default dtype: whoever builds a model sets both,
-then fills the places that `checkpoint()` names. Activations are token-major, [num_tokens, ...].
+Weights are allocated uninitialized, on the default device and in the default dtype: the caller sets both, builds the
+model, then fills the views that `checkpoint()` yields. Activations are token-major, [num_tokens, ...].
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from wave64 import ops
 from wave64.serve.model.batch import Batch
+from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ModelConfig, RopeConfig
+from wave64.serve.model.cpu import choose_product
 from wave64.serve.model.rope import cos_sin_cache
 
 ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
@@ -23,20 +25,24 @@ MIXED_ON_ROCM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 #: of one layer: keys and values, each [num_pages, page_size, num_kv_heads, head_dim], or latents alone
 KVCache = tuple[Tensor, ...]
 
+#: (name in the checkpoint, view to fill, shard of the stored tensor)
+Stored = tuple[str, Tensor, Shard | None]
+
 
 class Layer(nn.Module):
     """A module that holds weights and knows under which names a checkpoint stores them."""
 
-    def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Yields, for each weight held, its name in the checkpoint and the contiguous view to write it to.
+    def checkpoint(self, name: str) -> Iterator[Stored]:
+        """Yields, for each weight, its name in the checkpoint, the contiguous view to fill, and the shard of the stored
+        tensor that belongs there, None for all of it.
 
         name  of this module within the model
         """
         for own_name, parameter in self.named_parameters(recurse=False):
-            yield f"{name}.{own_name}", parameter.data
+            yield f"{name}.{own_name}", parameter.data, None
 
     def finish(self) -> None:
-        """Called once, when all of the checkpoint's weights are in place."""
+        """Called once, when all weights are loaded."""
 
 
 def weight(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -63,16 +69,18 @@ class Embedding(Layer):
 
 
 class Linear(Layer):
-    """y = x @ weight.T + bias, weight [out_features, in_features]; `tied` is another layer's weight to share.
-
-    `product` computes it; `model.cpu` puts another in its place together with another layout of the weight.
-    """
+    """y = x @ weight.T + bias, weight [out_features, in_features]; `tied` is the weight of an Embedding to use."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, tied: nn.Parameter | None = None):
         super().__init__()
         self.weight = weight(out_features, in_features) if tied is None else tied
         self.bias = weight(out_features) if bias else None
-        self.product = F.linear
+        self.is_tied, self.product = tied is not None, F.linear
+
+    def finish(self) -> None:
+        """Choose the product, and the layout of the weight that it reads fastest. A tied weight stays plain, because
+        the embedding looks up its rows."""
+        self.product, self.weight = choose_product(self.weight, self.is_tied)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
@@ -89,12 +97,12 @@ class MergedLinear(Linear):
         super().__init__(in_features, sum(parts.values()), bias)
         self.parts = parts
 
-    def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
+    def checkpoint(self, name: str) -> Iterator[Stored]:
         parent = name.rpartition(".")[0]
-        for own_name, merged in super().checkpoint(name):
+        for own_name, merged, shard in super().checkpoint(name):
             kind = own_name.rpartition(".")[2]
             for part, rows in zip(self.parts, merged.split(list(self.parts.values())), strict=True):
-                yield f"{parent}.{part}.{kind}", rows
+                yield f"{parent}.{part}.{kind}", rows, shard
 
 
 class RMSNorm(Layer):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wave64.serve.model import FAMILIES
-from wave64.serve.model.checkpoint import StoredTensor, WeightsError, stored_tensors
+from wave64.serve.model.checkpoint import Shard, StoredTensor, WeightsError, stored_tensors
 from wave64.serve.model.config import ModelConfig
-from wave64.serve.model.cpu import choose_products, slow_dtype
+from wave64.serve.model.cpu import products_by, slow_dtype
 from wave64.serve.model.layers import Layer, RMSNorm
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
         fill_with_noise(model)
     else:
         fill_from(model, Path(folder))
-    products = f", {choose_products(model)}" if torch.device(device).type == "cpu" else ""
+    products = f", {products_by(dtype)}" if torch.device(device).type == "cpu" else ""
     size = sum(weight.nbytes for weight in model.parameters())
     log.info("%s: %.2f GB of %s weights on %s%s in %.1f s", folder, size / 1e9, str(dtype).removeprefix("torch."),
              device, products, time.perf_counter() - started)
@@ -66,18 +66,19 @@ def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) 
 def fill_from(model: nn.Module, folder: Path) -> None:
     """Reads every weight of `model` from the checkpoint in `folder`.
 
-    Raises WeightsError if a weight is missing there, has another shape, or if there is one the model has no place for.
+    Raises WeightsError if a weight is missing there or has another shape, or if the model does not have one of them.
     """
-    places, reads, copies, unused = _plan(model, folder)
+    targets, reads, copies, unused = _plan(model, folder)
     if unused:
         log.info("%s: %d weights of %s... are not used", folder, len(unused), unused[0].rpartition(".")[0])
-    size, quiet = sum(t.end - t.begin for t in reads), not sys.stderr.isatty()
+    size, quiet = sum(t.nbytes(targets[t.name][1]) for t in reads), not sys.stderr.isatty()
     with tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=quiet) as bar:
         for tensor in sorted(reads, key=lambda t: (t.file, t.begin)):
-            tensor.load(places[tensor.name])
-            bar.update(tensor.end - tensor.begin)
+            view, shard = targets[tensor.name]
+            tensor.load(view, shard)
+            bar.update(tensor.nbytes(shard))
     for tensor, original in copies:
-        if not tensor.equals(places[tensor.name]):
+        if not tensor.equals(*targets[tensor.name]):
             raise WeightsError(f"{tensor.file}: {tensor.name}: expected the values of {original}, because config.json "
                                "ties the two, got others; set tie_word_embeddings to false there")
     for module in model.modules():
@@ -104,17 +105,17 @@ def fill_with_noise(model: nn.Module) -> None:
             module.finish()
 
 
-def _places(model: nn.Module) -> dict[str, Tensor]:
-    """Checkpoint name -> the view to fill. Tied weights are two names of one view."""
+def _targets(model: nn.Module) -> dict[str, tuple[Tensor, Shard | None]]:
+    """Checkpoint name -> the view to fill and the shard that it wants. Tied weights are two names of one view."""
     return {
-        name: view
+        name: (view, shard)
         for module_name, module in model.named_modules() if isinstance(module, Layer)
-        for name, view in module.checkpoint(module_name)
+        for name, view, shard in module.checkpoint(module_name)
     }  # fmt: skip
 
 
 class Plan(NamedTuple):
-    places: dict[str, Tensor]
+    targets: dict[str, tuple[Tensor, Shard | None]]
     reads: list[StoredTensor]
     copies: list[tuple[StoredTensor, str]]  # what is stored a second time, and the name it is read under
     unused: list[str]
@@ -123,17 +124,17 @@ class Plan(NamedTuple):
 def _plan(model: nn.Module, folder: Path) -> Plan:
     """Which of the checkpoint's tensors goes where. Raises WeightsError as fill_from does, of shapes and dtypes apart;
     reads no weight, and needs none of the model's memory."""
-    stored, places = stored_tensors(folder), _places(model)
+    stored, targets = stored_tensors(folder), _targets(model)
     derived = tuple(f".{name}" for name in model.derived_weights)
     unused = [name for name in stored if name.startswith(model.unused_weights)]
     surplus = [tensor for name, tensor in stored.items()
-               if name not in places and not name.endswith(derived) and name not in unused]
+               if name not in targets and not name.endswith(derived) and name not in unused]
     if surplus:
         raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model config.json "
                            "describes has no such weight; does it belong to these weights?")
     names: dict[tuple, list[str]] = {}
-    for name, view in places.items():
-        names.setdefault((view.untyped_storage()._cdata, view.storage_offset(), view.shape), []).append(name)
+    for name, (view, shard) in targets.items():
+        names.setdefault((view.untyped_storage()._cdata, view.storage_offset(), view.shape, shard), []).append(name)
     reads, copies, missing = [], [], []
     for tied in names.values():
         found = [name for name in tied if name in stored]
@@ -143,7 +144,7 @@ def _plan(model: nn.Module, folder: Path) -> Plan:
         copies += [(stored[name], found[0]) for name in found[1:]]
     if missing:
         raise WeightsError(f"{folder}: {_listed(missing)}: expected by the model, not in any of its safetensors files")
-    return Plan(places, reads, copies, unused)
+    return Plan(targets, reads, copies, unused)
 
 
 def _listed(names) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wave64 import ops, quant
 from wave64.serve.model.config import ModelConfig, QuantConfig
-from wave64.serve.model.layers import Layer, MergedLinear, weight
+from wave64.serve.model.layers import Layer, MergedLinear, Stored, weight
 
 
 def linear(config: ModelConfig, in_features: int, parts: dict[str, int]) -> nn.Module:
@@ -42,8 +42,8 @@ class Scales:
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
         return -(-rows // self.rows), -(-columns // self.columns)
 
-    def place(self, scale: Tensor, first: int, rows: int) -> Tensor:
-        """What the checkpoint's scales of `rows` rows from `first` on are to be written to."""
+    def view(self, scale: Tensor, first: int, rows: int) -> Tensor:
+        """The tensor to fill with the checkpoint's scales of `rows` rows from `first` on."""
         part = scale[first // self.rows : -(-(first + rows) // self.rows)]
         if self.rows == self.stored_rows:
             return part
@@ -79,11 +79,11 @@ class Fp8Linear(Layer):
         self.weight = weight(ends[-1], in_features, dtype=torch.float8_e4m3fn)
         self.weight_scale = weight(*self.scales.shape(ends[-1], in_features), dtype=torch.float32)
 
-    def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
+    def checkpoint(self, name: str) -> Iterator[Stored]:
         parent, first = name.rpartition(".")[0], 0
         for part, rows in self.parts.items():
-            yield f"{parent}.{part}.weight", self.weight.data[first : first + rows]
-            yield f"{parent}.{part}.weight_scale_inv", self.scales.place(self.weight_scale.data, first, rows)
+            yield f"{parent}.{part}.weight", self.weight.data[first : first + rows], None
+            yield f"{parent}.{part}.weight_scale_inv", self.scales.view(self.weight_scale.data, first, rows), None
             first += rows
 
     def finish(self) -> None:
@@ -114,16 +114,17 @@ class Experts(Layer):
             self.w13_scale = weight(num_experts, *self.scales.shape(2 * inter, hidden), dtype=torch.float32)
             self.w2_scale = weight(num_experts, *self.scales.shape(hidden, inter), dtype=torch.float32)
 
-    def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
+    def checkpoint(self, name: str) -> Iterator[Stored]:
         hidden, parent = self.w2.shape[1], name.rpartition(".")[0]
         for e, expert in enumerate(self.names):
             for part, of, scale, first, rows in (
                     ("gate_proj", self.w13, self.w13_scale, 0, self.inter),
                     ("up_proj", self.w13, self.w13_scale, self.inter, self.inter),
                     ("down_proj", self.w2, self.w2_scale, 0, hidden)):
-                yield f"{parent}.{expert}.{part}.weight", of.data[e, first : first + rows]
+                yield f"{parent}.{expert}.{part}.weight", of.data[e, first : first + rows], None
                 if scale is not None:
-                    yield f"{parent}.{expert}.{part}.weight_scale_inv", self.scales.place(scale.data[e], first, rows)
+                    view = self.scales.view(scale.data[e], first, rows)
+                    yield f"{parent}.{expert}.{part}.weight_scale_inv", view, None
 
     def finish(self) -> None:
         if self.scales is not None:
@@ -150,7 +151,7 @@ class UpProjection(Layer):
         self._stored: tuple[Tensor, Tensor, list[int]] | None = None
         self._block = config.quantization and list(config.quantization.weight_block_size)
 
-    def checkpoint(self, name: str) -> Iterator[tuple[str, Tensor]]:
+    def checkpoint(self, name: str) -> Iterator[Stored]:
         if self._block is None:
             yield from super().checkpoint(name)
             return
@@ -158,8 +159,8 @@ class UpProjection(Layer):
         shape = [-(-n // block) for n, block in zip((rows, columns), self._block, strict=True)]
         stored = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=self.weight.device)
         self._stored = stored, torch.empty(shape, dtype=torch.float32, device=self.weight.device), self._block
-        yield f"{name}.weight", stored
-        yield f"{name}.weight_scale_inv", self._stored[1]
+        yield f"{name}.weight", stored, None
+        yield f"{name}.weight_scale_inv", self._stored[1], None
 
     def finish(self) -> None:
         if self._stored is not None:

@@ -187,7 +187,7 @@ def copy_weights(theirs: nn.Module, model: nn.Module) -> None:
     """Puts transformers' weights in ours, by the names of a checkpoint."""
     stored = theirs.state_dict()
     for name, module in model.named_modules():
-        for place, view in module.checkpoint(name) if isinstance(module, Layer) else ():
+        for place, view, _ in module.checkpoint(name) if isinstance(module, Layer) else ():
             if ".experts." in place:
                 parent, number, kind = place.removesuffix(".weight").rsplit(".", 2)
                 fused = stored[f"{parent}.{'down_proj' if kind == 'down_proj' else 'gate_up_proj'}"][int(number)]

@@ -5,9 +5,8 @@ import torch
 from helpers_llama import load, make_llama
 from torch.nn import functional as F
 
-from wave64.serve.model import cpu
-from wave64.serve.model import load as weights
-from wave64.serve.model.cpu import _filled, choose_products
+from wave64.serve.model import cpu, layers
+from wave64.serve.model.cpu import _filled, products_by
 from wave64.serve.model.layers import Embedding, Linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,9 +24,14 @@ class Tied(torch.nn.Module):
             weight.data.normal_()
 
 
+def finish(model):
+    for layer in (model.middle, model.head):
+        layer.finish()
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def model(request):
-    said = choose_products(Tied().to(request.param))
+    said = products_by(request.param)
     if said != "products by oneDNN":
         pytest.skip(said)
     return Tied().to(request.param)
@@ -37,7 +41,7 @@ def model(request):
 def test_products_are_those_of_linear(model, amd, monkeypatch):
     monkeypatch.setattr(cpu, "_is_amd", lambda: amd)
     weight, bias = model.middle.weight.clone(), model.middle.bias.clone()
-    choose_products(model)
+    finish(model)
     for tokens in (0, 1, 3, 4, 9, 17, 65, 300):
         x = torch.randn(tokens, 24).to(weight.dtype)
         with torch.inference_mode():
@@ -57,7 +61,7 @@ def test_few_numbers_of_tokens_are_compiled_for():
 def test_layout_replaces_the_weight(model):
     before = sum(weight.nbytes for weight in model.parameters())
     values = model.middle.weight.clone()
-    choose_products(model)
+    finish(model)
     assert sum(weight.nbytes for weight in model.parameters()) == before
     layout = model.middle.weight
     assert layout.is_mkldnn == (layout.dtype != torch.float32)
@@ -65,14 +69,15 @@ def test_layout_replaces_the_weight(model):
 
 
 def test_rows_that_are_looked_up_stay_plain(model):
-    choose_products(model)
+    finish(model)
     assert model.head.weight is model.embed.weight
     assert torch.equal(model.embed(torch.tensor([5]))[0], model.head.weight[5])
 
 
 def test_without_onednn_products_stay_and_the_reason_is_given(model, monkeypatch):
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
-    assert choose_products(model) == "products by torch, not oneDNN: this torch was built without it"
+    assert products_by(model.middle.weight.dtype) == "products by torch, not oneDNN: this torch was built without it"
+    finish(model)
     assert not model.middle.weight.is_mkldnn
     assert model.middle.product is F.linear
 
@@ -85,7 +90,7 @@ def test_a_cpu_without_the_instructions_is_told_of(dtype, probe, monkeypatch, ca
     for supported, lines in ((True, 0), (False, 1)):
         monkeypatch.setattr(torch.ops.mkldnn, probe, lambda supported=supported: supported)
         assert cpu.slow_dtype(torch.float32) is None
-        monkeypatch.setattr(weights, "choose_products", lambda model: "products untouched")
+        monkeypatch.setattr(layers, "choose_product", lambda weight, plain: (F.linear, weight))
         caplog.clear()
         with caplog.at_level("INFO", logger="wave64"):
             load(tmp_path, "cpu", dtype)

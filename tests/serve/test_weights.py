@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from fnmatch import fnmatch
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from helpers_llama import LLAMAS, edit_json, load, make_llama
 from safetensors.torch import load_file, save_file
 
-from wave64.serve.model.checkpoint import INDEX, WeightsError, read_header
+from wave64.serve.model import FAMILIES
+from wave64.serve.model.checkpoint import INDEX, Shard, WeightsError, read_header
 from wave64.serve.model.config import ModelConfig
+from wave64.serve.model.layers import Layer, Linear
 from wave64.serve.model.load import TOKENIZER_FILES, load_model, resolve_model_path
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -77,6 +80,82 @@ def test_a_tensor_larger_than_the_buffer(monkeypatch, file, device):
     monkeypatch.setattr("wave64.serve.model.checkpoint.BUFFER_BYTES", 1000)
     model, _ = load(file.parent, device, torch.bfloat16)
     assert_holds(model, load_file(file))
+
+
+class Counted:
+    """A file that adds up the bytes read from it."""
+
+    def __init__(self, file, total):
+        self.file, self.total, self.seek = file, total, file.seek
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def readinto(self, raw):
+        count = self.file.readinto(raw)
+        self.total[0] += count
+        return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the stored one, read into the view; another
+@pytest.mark.parametrize("buffer", [16 << 20, 40])
+@pytest.mark.parametrize(("dim", "begin", "end"), [(0, 0, 48), (0, 7, 19), (0, 47, 48), (1, 0, 52), (1, 13, 26),
+                                                   (1, 51, 52)])
+def test_a_shard_is_the_slice_and_reads_no_other_bytes(monkeypatch, tmp_path, dtype, buffer, dim, begin, end):
+    whole = torch.randn(48, 52)
+    save_file({"before": torch.ones(3), "w": whole, "z": torch.ones(5)}, tmp_path / "model.safetensors")
+    stored = read_header(tmp_path / "model.safetensors")["w"]
+    shard, want = Shard(dim, begin, end), whole.narrow(dim, begin, end - begin).to(dtype)
+    monkeypatch.setattr("wave64.serve.model.checkpoint.BUFFER_BYTES", buffer)
+    total, opened = [0], type(stored.file).open
+    monkeypatch.setattr(type(stored.file), "open", lambda path, *how, **more: Counted(
+        opened(path, *how, **more), total))
+    target = torch.full(want.shape, float("nan"), dtype=dtype)
+    stored.load(target, shard)
+    assert torch.equal(target, want)
+    assert total == [want.numel() * 4] == [stored.nbytes(shard)]
+    assert stored.equals(target, shard)
+    target[-1, -1] += 1
+    assert not stored.equals(target, shard)
+
+
+def test_a_shard_of_three_dimensions(tmp_path):
+    whole = torch.randn(3, 5, 4)
+    save_file({"w": whole}, tmp_path / "model.safetensors")
+    for dim, begin, end in ((0, 1, 3), (1, 2, 4), (2, 1, 2)):
+        target = torch.empty(whole.narrow(dim, begin, end - begin).shape)
+        read_header(tmp_path / "model.safetensors")["w"].load(target, Shard(dim, begin, end))
+        assert torch.equal(target, whole.narrow(dim, begin, end - begin))
+
+
+@pytest.mark.parametrize(("shape", "shard", "expected"), [
+    ((4, 6), Shard(0, 6, 10), "['at least 10', 6]"), ((4, 5), Shard(0, 0, 4), "['at least 4', 5]"),
+    ((8, 2), Shard(1, 5, 7), "[8, 'at least 7']"), ((4, 6, 1), Shard(0, 0, 4), "['at least 4', 6, 1]")])
+def test_a_shard_that_the_stored_tensor_does_not_have(tmp_path, shape, shard, expected):
+    save_file({"w": torch.ones(8, 6)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError) as refusal:
+        read_header(tmp_path / "model.safetensors")["w"].load(torch.empty(shape), shard)
+    assert str(refusal.value).endswith(f"w: expected shape {expected}, got [8, 6]")
+
+
+def test_a_layer_reads_the_shard_that_it_names(monkeypatch, file, device):
+    """A rank's part of the head: the rest of the model is whole."""
+    monkeypatch.setattr(Linear, "checkpoint", lambda self, name: [(f"{name}.weight", self.weight.data, Shard(0, 0, 40))]
+                        if name == "lm_head" else Layer.checkpoint(self, name))
+    build = FAMILIES["LlamaForCausalLM"].build
+
+    def with_part_of_the_head(config):
+        model = build(config)
+        model.lm_head = Linear(config.hidden_size, 40)
+        return model
+
+    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", replace(FAMILIES["LlamaForCausalLM"],
+                                                              build=with_part_of_the_head))
+    model, _ = load(file.parent, device)
+    assert torch.equal(plain(model.lm_head.weight), load_file(file)["lm_head.weight"][:40])
 
 
 def test_checkpoint_in_another_dtype(file, device):
