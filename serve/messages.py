@@ -71,10 +71,23 @@ class Output(Struct):
     error: str | None = None  # the reason in words, when finish_reason is "error"
 
 
+class Statistics(Struct):
+    """The state of the engine after a step. The totals count from its start."""
+
+    running: int = 0  # requests that hold KV pages
+    waiting: int = 0  # requests that hold none yet, or lost theirs to preemption
+    pages_used: int = 0
+    pages_total: int = 0
+    prompt_tokens: int = 0  # total computed; tokens that were preempted count again
+    generated_tokens: int = 0  # total
+    preemptions: int = 0  # total
+
+
 class Outputs(Struct, tag=True):
     """The Outputs of one engine step, in one frame."""
 
     outputs: list[Output]
+    statistics: Statistics | None = None
 
 
 class Ready(Struct, tag=True):

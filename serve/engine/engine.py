@@ -22,7 +22,6 @@ import zmq
 
 import wave64
 from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.engine import sampler
 from wave64.serve.engine.memory import pool_pages
 from wave64.serve.engine.pages import PagePool
 from wave64.serve.engine.runner import Runner
@@ -35,6 +34,7 @@ from wave64.serve.messages import (
     Ready,
     Request,
     SamplingParams,
+    Statistics,
     decode_to_engine,
     encode,
 )
@@ -101,6 +101,7 @@ class Engine:
         self._seeds = random.Random(args.random_seed)
         self._refused: list[Output] = []
         self._throughput = Throughput()
+        self._totals = (0, 0)  # prompt tokens computed, tokens generated
 
     def _prefill_budget(self, args: ServerArgs) -> int:
         chunk = args.chunked_prefill_size or PREFILL_CHUNK[self.device.type]
@@ -146,23 +147,32 @@ class Engine:
     def step(self) -> list[Output]:
         """Run one step, if there is work. What fails in it fails the requests that took part, and no others."""
         outputs, self._refused = self._refused, []
-        step = self.scheduler.schedule()
+        step, sampling = self.scheduler.schedule()
         if not step.rows:
             return outputs
         self._throughput.begin()
         try:
-            logits = self.runner.run(step)
-            tokens = sampler.sample(logits, step, self.scheduler.batch, self.scheduler.sampling)
+            sampled = self.runner.run(step, sampling)
         except Exception as error:
             log.exception("a step of %d requests failed", len(step.rows))
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # raises if the device itself is lost: then there is no going on
             why = f"the engine failed while computing this request: {type(error).__name__}: {error}"
             return outputs + [Output(seq.request.rid, [], "error", error=why) for seq in self.scheduler.drop()]
-        if line := self._throughput.end(sum(step.counts[step.num_decodes :]), len(tokens)):
-            log.info("%s; %d running, %d waiting, %d of %d KV pages in use", line, len(self.scheduler.running),
-                     len(self.scheduler.waiting), self.pool.num_pages - self.pool.num_free, self.pool.num_pages)
-        return outputs + [_output(seq) for seq in self.scheduler.commit(tokens)]
+        prompt, generated = sum(step.counts[step.num_decodes :]), len(sampled.ids)
+        self._totals = (self._totals[0] + prompt, self._totals[1] + generated)
+        if line := self._throughput.end(prompt, generated):
+            now = self.statistics()
+            log.info("%s; %d running, %d waiting, %d of %d KV pages in use", line, now.running, now.waiting,
+                     now.pages_used, now.pages_total)
+        return outputs + self.scheduler.commit(sampled)
+
+    def statistics(self) -> Statistics:
+        """The state of the engine between two steps."""
+        scheduler, pool = self.scheduler, self.pool
+        prompt, generated = self._totals
+        return Statistics(len(scheduler.running), len(scheduler.waiting), pool.num_pages - pool.num_free,
+                          pool.num_pages, prompt, generated, scheduler.preemptions)  # fmt: skip
 
     def _objection(self, request: Request) -> str | None:
         """Why a request cannot be served, in words; None if it can."""
@@ -200,18 +210,6 @@ def _bad_params(params: SamplingParams, vocab: int) -> str | None:
         if not fine:
             return f"{name}: expected {expected}, got {getattr(params, name)}"
     return None
-
-
-def _output(seq: Sequence) -> Output:
-    """What the last step gave `seq`."""
-    request = seq.request
-    new = seq.tokens[-1:] if request.params.max_new_tokens else []
-    output = Output(request.rid, new, seq.finish_reason, seq.matched_stop)
-    if request.top_logprobs >= 0:
-        output.logprobs, seq.logprobs = seq.logprobs[: len(new)], []
-    if request.prompt_logprobs and seq.num_generated <= 1:
-        output.prompt_logprobs = seq.prompt_logprobs
-    return output
 
 
 def _config(folder: Path, args: ServerArgs) -> ModelConfig:
@@ -285,7 +283,7 @@ def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int) -
         while inbox.poll(0 if engine.has_work else IDLE_POLL_MS):
             _receive(engine, inbox.recv())
         if outputs := engine.step():
-            outbox.send(encode(Outputs(outputs)))
+            outbox.send(encode(Outputs(outputs, engine.statistics())))
     log.info("the api process is gone; the engine ends")
 
 

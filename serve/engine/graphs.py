@@ -76,8 +76,11 @@ class DecodeGraphs:
         seconds = time.perf_counter() - started
         log.info("decode graphs: %d batch sizes up to %d in %.1f s", len(self._sizes), max_batch, seconds)
 
-    def replay(self, batch: Batch) -> Tensor:
-        """The logits [B, vocab_size] of a batch that only decodes, its tensors in main memory; valid until the next."""
+    def replay(self, batch: Batch, replaced: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The logits [B, vocab_size] of a batch that only decodes, its tensors in main memory; valid until the next.
+
+        replaced  indices into batch.input_ids and the token ids to read there instead, both on the device
+        """
         count, width = batch.page_table.shape
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
         self._copied.synchronize()  # of the step before: what it reads must not change under it
@@ -87,6 +90,8 @@ class DecodeGraphs:
         self._staged["seq_lens"][count:size].zero_()
         self._there.copy_(self._host, non_blocking=True)
         self._copied.record()
+        if replaced is not None:
+            self._inputs.input_ids[replaced[0]] = replaced[1]
         if not torch.equal(batch.page_table, self._table):
             self._inputs.page_table[:count, :width].copy_(batch.page_table)
             self._table = batch.page_table.clone()  # the caller may write to its own

@@ -1,21 +1,22 @@
-"""The page allocator: which pages of the KV pool are free. Pure Python; it knows numbers, not tensors."""
+"""The page allocator: how many sequences hold each page of the KV pool. Pure Python: page numbers, no tensors."""
 
 from __future__ import annotations
 
 
 class PagePool:
-    """Pages 0 .. num_pages - 1 of `page_size` tokens each. A page belongs to one sequence or to nobody."""
+    """Pages 0 .. num_pages - 1 of `page_size` tokens each. A page is free when nothing holds a reference to it."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"PagePool: expected at least one page of one token, got {num_pages} of {page_size}")
         self.num_pages = num_pages
         self.page_size = page_size
+        self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is likely still in cache
 
     @property
     def num_free(self) -> int:
-        """Pages that belong to nobody."""
+        """Pages without a reference."""
         return len(self._free)
 
     @property
@@ -28,11 +29,28 @@ class PagePool:
         return -(-num_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages. Ask `num_free` first: raises RuntimeError when there are fewer."""
+        """Take `count` free pages, with one reference each. Raises RuntimeError when fewer than that are free."""
         if count > len(self._free):
             raise RuntimeError(f"PagePool: {count} pages wanted, {len(self._free)} of {self.num_pages} free")
-        return [self._free.pop() for _ in range(count)]
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def retain(self, pages: list[int]) -> None:
+        """Add a reference to each of the pages, which another sequence holds. Raises RuntimeError at a free one."""
+        for page in pages:
+            self._check_held(page)
+            self._references[page] += 1
 
     def free(self, pages: list[int]) -> None:
-        """Give back pages that `allocate` gave."""
-        self._free.extend(pages)
+        """Drop one reference to each of the pages; a page without any is free. Raises RuntimeError at a free one."""
+        for page in pages:
+            self._check_held(page)
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free.append(page)
+
+    def _check_held(self, page: int) -> None:
+        if not self._references[page]:
+            raise RuntimeError(f"PagePool: expected a page that a sequence holds, got page {page}, which is free")

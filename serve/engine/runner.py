@@ -1,4 +1,4 @@
-"""The runner: turns a Schedule into a Batch, keeps the KV pool, and runs the model. Tensors start here.
+"""The runner: turns a Schedule into a Batch, owns the KV pool, runs the model and samples. Tensors start here.
 
 What a step needs is computed in numpy, on arrays that live as long as the runner where they can, and crosses to the
 device as one tensor per field. On a GPU, steps that only decode replay captured graphs (graphs.py).
@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from wave64.serve.engine import sampler
 from wave64.serve.engine.graphs import DecodeGraphs
 from wave64.serve.engine.memory import kv_cache
+from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled, Sampling, Schedule
 from wave64.serve.model import FAMILIES
-from wave64.serve.model.batch import Batch, Schedule
+from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import ModelConfig
 
 
@@ -30,24 +32,41 @@ class Runner:
         self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device)
         max_pages = -(-config.context_length // page_size)
         self._page_table = np.zeros((max_running, min(max_pages, num_pages)), dtype=np.int32)
+        self._last_sampled = torch.zeros(max_running, dtype=torch.int64, device=device)  # by row of the page table
         self._graphs = None
         if capture:
             self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, self._page_table.shape[1])
 
     @property
     def weight_bytes(self) -> int:
-        """What the model's weights take; shared ones count once."""
+        """Bytes of the model's weights; tied ones count once."""
         return sum(weight.nbytes for weight in self.model.parameters())
 
+    def run(self, step: Schedule, sampling: Sampling) -> Sampled:
+        """Run one step: the model, then the sampler."""
+        return sampler.sample(self.forward(step), sampling, self._last_sampled)
+
     @torch.inference_mode()
-    def run(self, step: Schedule) -> Tensor:
-        """Run the model over the step and return the wanted logits, [sum(step.logits), vocab_size] float32.
+    def forward(self, step: Schedule) -> Tensor:
+        """Run the model over the step and return the logits, [sum(step.logits), vocab_size] float32.
 
         They are valid until the next call.
         """
+        replaced = self._replaced(step)
         if self._graphs is not None and step.num_decodes == len(step.rows):
-            return self._graphs.replay(self._batch(step, torch.device("cpu")))
-        return self.model(self._batch(step, self.device), self.kv_cache)
+            return self._graphs.replay(self._batch(step, torch.device("cpu")), replaced)
+        batch = self._batch(step, self.device)
+        if replaced is not None:
+            batch.input_ids[replaced[0]] = replaced[1]
+        return self.model(batch, self.kv_cache)
+
+    def _replaced(self, step: Schedule) -> tuple[Tensor, Tensor] | None:
+        """Where the step says LAST_SAMPLED, and the tokens to read there, both on the device; None if it never does."""
+        if LAST_SAMPLED not in step.tokens:
+            return None
+        where = np.flatnonzero(np.array(step.tokens) == LAST_SAMPLED)
+        rows = np.repeat(step.rows, step.counts)[where]
+        return (torch.from_numpy(where).to(self.device), self._last_sampled[torch.from_numpy(rows).to(self.device)])
 
     def _batch(self, step: Schedule, device: torch.device) -> Batch:
         for row, first, pages in step.pages:
@@ -66,7 +85,8 @@ class Runner:
             prompts = counts[step.num_decodes :]
             cu_seqlens, longest = np.append(0, np.cumsum(prompts)).astype(np.int32), int(prompts.max())
         fields = {
-            "input_ids": np.array(step.tokens),
+            # LAST_SAMPLED is replaced on the device. Padding rows of a later replay read what stays here: a valid id.
+            "input_ids": np.maximum(step.tokens, 0),
             "positions": positions,
             "slot_mapping": self._slots(table, index, positions),
             "page_table": table,
@@ -85,7 +105,7 @@ class Runner:
                      **tensors)
 
     def _slots(self, table: NDArray, rows: NDArray, positions: NDArray) -> NDArray[np.int64]:
-        """Where in the pool the positions of `rows` of the page table lie."""
+        """The slots of these positions, each in its row of `table`."""
         size = self.page_size
         return table[rows, positions // size].astype(np.int64) * size + positions % size
 

@@ -1,4 +1,4 @@
-"""Which sequences take part in the next step, and with how many tokens. Pure Python: ints in, a Schedule out.
+"""Which sequences take part in the next step, and with how many tokens. Pure Python: ints in, ints out.
 
 First come, first served. A step holds one token of every sequence that decodes, then prompt chunks up to a budget,
 the oldest prompt first; a prompt that does not finish within the budget ends the step, so first tokens leave in the
@@ -13,8 +13,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from wave64.serve.engine.pages import PagePool
-from wave64.serve.messages import Request, TokenLogprob
-from wave64.serve.model.batch import Schedule
+from wave64.serve.engine.schedule import Penalties, Sampled, Sampling, Schedule, Scored
+from wave64.serve.messages import Output, Request, TokenLogprob
 
 # A row of logits of a large vocabulary is half a megabyte: prompts whose logprobs are wanted go in small chunks.
 PROMPT_LOGITS_PER_STEP = 128
@@ -22,7 +22,7 @@ PROMPT_LOGITS_PER_STEP = 128
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request on its way: its tokens, how far they are in the KV pool, and where."""
+    """A live request: its tokens, and which of them have keys and values in which pages of the KV pool."""
 
     request: Request
     stop_ids: frozenset[int]  # the tokens that end it: the model's, unless ignored, and the request's
@@ -32,7 +32,6 @@ class Sequence:
     computed: int = 0  # tokens whose keys and values are in the pool
     row: int = -1  # of the runner's page table; -1: waiting
     pages: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of generated tokens, not sent yet
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # of tokens[:len(...)]
     finish_reason: str | None = None
     matched_stop: int | None = None
@@ -52,8 +51,8 @@ class Sequence:
         return self.request.prompt_logprobs and len(self.prompt_logprobs) < self.num_prompt
 
     @property
-    def penalised(self) -> bool:
-        """Whether what was seen so far changes its logits."""
+    def penalized(self) -> bool:
+        """Whether its tokens so far change its logits."""
         params = self.request.params
         return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
@@ -69,10 +68,10 @@ class Sequence:
 
 
 class Scheduler:
-    """schedule() -> (the runner runs) -> commit(tokens), again and again; add() and abort() in between.
+    """schedule() -> (the runner runs) -> commit(sampled), again and again; add() and abort() in between.
 
-    Every added sequence must fit into the pool alone (the engine refuses others on arrival), so the oldest one always
-    goes on, and nothing waits forever.
+    Every sequence fits into the pool alone (add() refuses others), so the oldest one always makes progress, and no
+    sequence waits forever. Only commit() writes the results of a step to the sequences.
     """
 
     def __init__(self, pool: PagePool, max_running: int, prefill_budget: int) -> None:
@@ -80,9 +79,10 @@ class Scheduler:
         self.prefill_budget = prefill_budget  # prompt tokens per step
         self.waiting: deque[Sequence] = deque()  # oldest first; all arrived later than all that run
         self.running: list[Sequence] = []  # oldest first
-        self.batch: list[Sequence] = []  # of the scheduled step, in its order
-        self.sampling: list[Sequence] = []  # those of them that get a token by it
-        self._step = Schedule()
+        self.preemptions = 0  # so far
+        self._step, self._sampling = Schedule(), Sampling()
+        self._batch: list[Sequence] = []  # of the scheduled step, in its order
+        self._sampled: list[Sequence] = []  # those of them that sample a token in it
         self._live: dict[str, Sequence] = {}
         self._free_rows = list(range(max_running - 1, -1, -1))
 
@@ -96,9 +96,10 @@ class Scheduler:
         """Queue a sequence. Raises ValueError if its rid is taken or if it could never fit into the pool."""
         if seq.request.rid in self._live:
             raise ValueError(f"request {seq.request.rid!r} is already there; every live request needs its own rid")
-        most = seq.num_prompt + seq.request.params.max_new_tokens
-        if most > self.pool.num_tokens:
-            raise ValueError(f"request {seq.request.rid!r}: {most} tokens do not fit a pool of {self.pool.num_tokens}")
+        max_tokens = seq.num_prompt + seq.request.params.max_new_tokens
+        if max_tokens > self.pool.num_tokens:
+            pool = self.pool.num_tokens
+            raise ValueError(f"request {seq.request.rid!r}: {max_tokens} tokens do not fit a pool of {pool}")
         self._live[seq.request.rid] = seq
         self.waiting.append(seq)
 
@@ -109,46 +110,51 @@ class Scheduler:
             self._remove(seq)
         return seq
 
-    def schedule(self) -> Schedule:
-        """The next step; one without rows if there is nothing to do."""
+    def schedule(self) -> tuple[Schedule, Sampling]:
+        """The next step, and how its tokens are chosen; a step without rows if there is nothing to do."""
         self._step = step = Schedule()
-        self.batch, self.sampling = [], []
+        self._batch, self._sampled = [], []
         self._add_decodes(step)
         self._add_prompts(step)
-        return step
+        self._sampling = self._sampling_of(step)
+        return step, self._sampling
 
-    def commit(self, sampled: list[int]) -> list[Sequence]:
-        """Record that the scheduled step ran; `sampled` holds one token for each sequence of `self.sampling`.
+    def commit(self, sampled: Sampled) -> list[Output]:
+        """Write the results of the scheduled step to its sequences.
 
-        Returns those sequences; one that has a finish_reason now is already forgotten.
+        Returns what each sequence that sampled is answered; one that has a finish_reason now is already forgotten.
         """
-        for seq, count in zip(self.batch, self._step.counts, strict=True):
+        for seq, count in zip(self._batch, self._step.counts, strict=True):
             seq.computed += count
-        for seq, token in zip(self.sampling, sampled, strict=True):
+        for run, entries in zip(self._sampling.scored, sampled.prompt_logprobs, strict=True):
+            self._batch[run.index].prompt_logprobs += entries
+        outputs = []
+        for seq, token, logprob in zip(self._sampled, sampled.ids, sampled.logprobs, strict=True):
             seq.append(token)
             if seq.finish_reason is not None:
                 self._remove(seq)
-        return self.sampling
+            outputs.append(_output(seq, logprob))
+        return outputs
 
     def drop(self) -> list[Sequence]:
         """The scheduled step failed: forget the sequences that took part in it, and return them."""
-        for seq in self.batch:
+        for seq in self._batch:
             self._remove(seq)
-        return self.batch
+        return self._batch
 
     def _add_decodes(self, step: Schedule) -> None:
         for seq in list(self.running):
             if seq.row < 0:
                 break  # preempted below, as everything younger was
             if len(seq.tokens) - seq.computed == 1 and self._grow(seq, step):
-                self.batch.append(seq)
-        self.sampling = list(self.batch)
-        step.num_decodes = len(self.batch)
-        step.rows = [seq.row for seq in self.batch]
-        step.starts = [seq.computed for seq in self.batch]
-        step.tokens = [seq.tokens[-1] for seq in self.batch]
-        step.counts = [1] * len(self.batch)
-        step.logits = [1] * len(self.batch)
+                self._batch.append(seq)
+        self._sampled = list(self._batch)
+        step.num_decodes = len(self._batch)
+        step.rows = [seq.row for seq in self._batch]
+        step.starts = [seq.computed for seq in self._batch]
+        step.tokens = [seq.tokens[-1] for seq in self._batch]
+        step.counts = [1] * len(self._batch)
+        step.logits = [1] * len(self._batch)
 
     def _add_prompts(self, step: Schedule) -> None:
         budget, scored_budget = self.prefill_budget, PROMPT_LOGITS_PER_STEP
@@ -179,16 +185,32 @@ class Scheduler:
         step.counts.append(count)
         step.logits.append(logits)
         step.tokens += seq.tokens[start:end]
-        self.batch.append(seq)
+        self._batch.append(seq)
         if samples:
-            self.sampling.append(seq)
+            self._sampled.append(seq)
+
+    def _sampling_of(self, step: Schedule) -> Sampling:
+        sampling, end = Sampling(), 0
+        for i, (seq, start, count, wanted) in enumerate(
+            zip(self._batch, step.starts, step.counts, step.logits, strict=True)
+        ):
+            first, end = end, end + wanted
+            samples = start + count == len(seq.tokens)
+            top = seq.request.top_logprobs
+            if scored := wanted - samples:
+                known = len(seq.prompt_logprobs)
+                sampling.scored.append(Scored(i, first, seq.tokens[known : known + scored], max(top, 0)))
+            if samples:
+                _add_sampling(sampling, seq, end - 1)
+        return sampling
 
     def _grow(self, seq: Sequence, step: Schedule) -> bool:
-        """Give `seq` the page that its newest token needs, preempting the youngest; False if that was `seq` itself."""
+        """Allocate the page that the newest token of `seq` needs, preempting the youngest; False if that was `seq`."""
         if len(seq.tokens) <= len(seq.pages) * self.pool.page_size:
             return True
         while not self.pool.num_free:
             victim = self.running.pop()
+            self.preemptions += 1
             self._release(victim)
             victim.computed = 0
             self.waiting.appendleft(victim)
@@ -226,3 +248,34 @@ class Scheduler:
         self.pool.free(seq.pages)
         self._free_rows.append(seq.row)
         seq.pages, seq.row = [], -1
+
+
+def _add_sampling(sampling: Sampling, seq: Sequence, logit_row: int) -> None:
+    """Add the column of a sequence that samples from this row of the step's logits."""
+    params, index = seq.request.params, len(sampling.rows)
+    sampling.rows.append(seq.row)
+    sampling.logit_rows.append(logit_row)
+    sampling.temperature.append(params.temperature)
+    sampling.top_k.append(params.top_k)
+    sampling.top_p.append(params.top_p)
+    sampling.min_p.append(params.min_p)
+    sampling.uniform.append(seq.random.random() if params.temperature else 0.0)
+    sampling.top_logprobs.append(seq.request.top_logprobs)
+    if seq.penalized:
+        prompt, output = seq.tokens[: seq.num_prompt], seq.tokens[seq.num_prompt :]
+        sampling.penalties.append(Penalties(index, params.presence_penalty, params.frequency_penalty,
+                                            params.repetition_penalty, prompt, output))  # fmt: skip
+    if seq.num_generated < params.min_new_tokens:
+        sampling.forbidden += [(index, token) for token in seq.stop_ids]
+
+
+def _output(seq: Sequence, logprob: TokenLogprob | None) -> Output:
+    """What the step gave `seq`, whose newest token has this logprob."""
+    request = seq.request
+    output = Output(request.rid, seq.tokens[-1:] if request.params.max_new_tokens else [], seq.finish_reason,
+                    seq.matched_stop)  # fmt: skip
+    if request.top_logprobs >= 0:
+        output.logprobs = [logprob] if output.token_ids else []
+    if request.prompt_logprobs and seq.num_generated <= 1:
+        output.prompt_logprobs = seq.prompt_logprobs
+    return output

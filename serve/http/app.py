@@ -77,7 +77,8 @@ def create_app(generator: Generator) -> FastAPI:
     @app.api_route("/server_info", methods=READ)
     async def server_info() -> Response:
         settings = asdict(args) | {"api_key": args.api_key and "***"}
-        return json_response(settings | {"engine": msgspec.to_builtins(generator.ready)})
+        engine = {"engine": generator.ready, "statistics": client.statistics}
+        return json_response(settings | msgspec.to_builtins(engine))
 
     @app.api_route("/health", methods=READ)
     async def health() -> Response:

@@ -18,7 +18,7 @@ import zmq.asyncio
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.schemas import ApiError
-from wave64.serve.messages import Abort, Failed, Output, Ready, Request, decode_to_api, encode
+from wave64.serve.messages import Abort, Failed, Output, Ready, Request, Statistics, decode_to_api, encode
 
 log = logging.getLogger("wave64")
 
@@ -33,6 +33,7 @@ class EngineClient:
         self._args = args
         self.ready: Ready | None = None  # set when the engine is
         self.is_ready = asyncio.Event()
+        self.statistics: Statistics | None = None  # after the engine's last step
         self.lost: str | None = None  # why there is no engine any more
         self._queues: dict[str, asyncio.Queue[Output | ApiError]] = {}  # by rid, one for all rids of a stream
         self._folder = tempfile.TemporaryDirectory(prefix="wave64-")
@@ -81,6 +82,7 @@ class EngineClient:
                 self.ready = message
                 self.is_ready.set()
                 continue
+            self.statistics = message.statistics or self.statistics
             for output in message.outputs:
                 if queue := self._queues.get(output.rid):  # else it was aborted meanwhile
                     queue.put_nowait(output)

@@ -1,29 +1,10 @@
-"""The two types that cross inside the engine: `Schedule` (scheduler -> runner) and `Batch` (runner -> model)."""
+"""`Batch`: what the runner hands to the model, the one of the engine's four types that holds tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-if TYPE_CHECKING:  # the scheduler imports Schedule and must not import torch
-    from torch import Tensor
-
-
-@dataclass(slots=True)
-class Schedule:
-    """One step in plain ints, column by column, B sequences and T tokens; all that a rank needs to take part in it.
-
-    A row is a sequence's place in the runner's page table, from admission until it ends or is preempted.
-    Decodes come first.
-    """
-
-    num_decodes: int = 0
-    rows: list[int] = field(default_factory=list)  # [B]
-    starts: list[int] = field(default_factory=list)  # [B] position of the sequence's first token in this step
-    counts: list[int] = field(default_factory=list)  # [B] its tokens in this step
-    logits: list[int] = field(default_factory=list)  # [B] logits are wanted for the last so many of them
-    tokens: list[int] = field(default_factory=list)  # [T]
-    pages: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (row, first index, pages) newly given
+from torch import Tensor
 
 
 @dataclass(slots=True)

@@ -117,6 +117,7 @@ def test_preemption_loses_nothing(make, expected, monkeypatch):
     asked = [request(i, p, top_logprobs=2, prompt_logprobs=True) for i, p in enumerate(PROMPTS)]
     got = collect(engine, *asked)
     assert len(released) > len(PROMPTS)
+    assert engine.statistics().preemptions == len(released) - len(PROMPTS)
     roomy = collect(make(), *asked)
     for i, tokens in enumerate(expected):
         assert got[str(i)].token_ids == tokens
@@ -416,13 +417,22 @@ def test_engine_process(start, llama, device, expected):
     engine.requests.send(encode(Abort("gone")))
     tokens: dict[str, list[int]] = {}
     done = set()
+    statistics = []
     while len(done) < len(PROMPTS):
-        for output in engine.receive().outputs:
+        message = engine.receive()
+        statistics.append(message.statistics)
+        for output in message.outputs:
             tokens.setdefault(output.rid, []).extend(output.token_ids)
             if output.finish_reason:
                 done.add(output.rid)
     assert [tokens[str(i)] for i in range(5)] == expected
     assert "gone" not in done
+    assert max(each.running for each in statistics) >= 1
+    last = statistics[-1]
+    assert (last.running, last.waiting, last.pages_used, last.preemptions) == (0, 0, 0, 0)
+    assert last.prompt_tokens >= sum(map(len, PROMPTS))
+    assert last.generated_tokens >= 64 * len(PROMPTS)
+    assert statistics == sorted(statistics, key=lambda each: each.generated_tokens)
     engine.process.terminate()
     engine.process.join(30)
     assert engine.process.exitcode == 0

@@ -4,6 +4,7 @@ What it cannot show is that a model can be captured; `test_engine.py` does, on a
 """
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from helpers_llama import load, make_llama
 
 from wave64.serve.engine import graphs
 from wave64.serve.engine.runner import Runner
-from wave64.serve.model.batch import Schedule
+from wave64.serve.engine.schedule import LAST_SAMPLED, Schedule
 
 PAGE, PAGES = 2, 24
 
@@ -99,9 +100,17 @@ def test_replays_write_and_say_what_eager_steps_do(tmp_path, capture, name):
         starts = [lengths.get(row, 0) for row in rows]
         new = [(row, start // PAGE, [free.pop()]) for row, start in zip(rows, starts, strict=True) if start % PAGE == 0]
         tokens = [(7 * step + 3 * row) % config.vocab_size for row in rows]
+        if step % 2:  # what a row sampled last is read on the device
+            replayed._last_sampled[:] = torch.tensor([(5 * step + row) % config.vocab_size for row in range(8)])
+            named = [LAST_SAMPLED if row % 2 else token for row, token in zip(rows, tokens, strict=True)]
+            tokens = [(5 * step + row) % config.vocab_size if row % 2 else token
+                      for row, token in zip(rows, tokens, strict=True)]  # fmt: skip
+        else:
+            named = tokens
         schedule = Schedule(len(rows), rows, starts, [1] * len(rows), [1] * len(rows), tokens, new)
+        told = replace(schedule, tokens=named)
         lengths |= {row: start + 1 for row, start in zip(rows, starts, strict=True)}
-        torch.testing.assert_close(replayed.run(schedule), eager.run(schedule), rtol=0, atol=1e-4)
+        torch.testing.assert_close(replayed.forward(told), eager.forward(schedule), rtol=0, atol=1e-4)
         graph = min(size for size in (1, 2, 4, 8) if size >= len(rows))
         assert Graph.replayed is replayed._graphs._graphs[graph][0], "the smallest graph that holds the batch"
         assert not replayed._graphs._staged["seq_lens"][len(rows) : graph].any(), "padding rows attend to nothing"

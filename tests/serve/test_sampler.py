@@ -1,26 +1,44 @@
 """What the sampler asks of the operators."""
 
 import random
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from wave64.serve.engine import sampler
 from wave64.serve.engine.engine import _bad_params
+from wave64.serve.engine.schedule import Penalties, Sampling
 from wave64.serve.engine.scheduler import Sequence
 from wave64.serve.messages import Request, SamplingParams
+
+HOT = Sampling(rows=[3, 1], logit_rows=[0, 1], temperature=[1.0, 1.0], top_k=[0, 0], top_p=[1.0, 1.0],
+               min_p=[0.0, 0.0], uniform=[0.5, 0.5], top_logprobs=[-1, -1])  # fmt: skip
 
 
 def test_the_number_a_token_is_drawn_by_is_less_than_one(monkeypatch):
     """In single precision, too, where the largest of Python's random numbers is 1."""
     seen = []
     monkeypatch.setattr(sampler.ops, "sample", lambda *args: seen.append(args[-1]) or torch.zeros(2, dtype=torch.int64))
-    draws = [SimpleNamespace(request=Request("a", [5], SamplingParams()), random=SimpleNamespace(random=lambda u=u: u))
-             for u in (1 - 2**-53, 0.25)]
-    assert sampler._choose(torch.zeros(2, 9), draws) == [0, 0]
+    sampler._choose(torch.zeros(2, 9), replace(HOT, uniform=[1 - 2**-53, 0.25]))
     assert seen[0].dtype == torch.float32
     assert seen[0].tolist() == [1 - 2**-24, 0.25]
+
+
+def test_a_bitmask_leaves_what_it_allows():
+    """Logprobs are of the logits before it; the tokens are noted at their rows."""
+    logits = torch.linspace(0, 4, 2 * 40).view(2, 40)
+    raw = torch.log_softmax(logits, dim=-1)
+    words = [[1 << 7, 0], [0, 1 << 2]]  # token 7, and token 34
+    mask = b"".join(word.to_bytes(4, "little") for row in words for word in row)
+    last = torch.zeros(4, dtype=torch.int64)
+    for temperature in (0.0, 5.0):
+        asked = replace(HOT, temperature=[temperature] * 2, top_logprobs=[-1, 0], bitmask=mask)
+        got = sampler.sample(logits.clone(), asked, last)
+        assert got.ids == [7, 34]
+        assert got.logprobs[0] is None
+        assert got.logprobs[1].logprob == pytest.approx(float(raw[1, 34]))
+        assert last.tolist() == [0, 34, 0, 7]
 
 
 @pytest.mark.parametrize(("changes", "counts"), [
@@ -29,7 +47,7 @@ def test_the_number_a_token_is_drawn_by_is_less_than_one(monkeypatch):
 ])  # fmt: skip
 def test_rewards_are_penalties_too(changes, counts):
     request = Request("a", [5], SamplingParams(**changes))
-    assert Sequence(request, frozenset(), random.Random(0)).penalised == counts
+    assert Sequence(request, frozenset(), random.Random(0)).penalized == counts
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -43,18 +61,13 @@ def test_a_parameter_out_of_range_is_named(name, value):
 
 def test_each_penalty_is_its_own():
     """Presence counts a token of the output once, frequency each time, repetition those of the prompt, too."""
-    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0)
-    seq = Sequence(Request("a", [0], params), frozenset(), random.Random(0))
-    seq.tokens += [1, 1, 1, 2]
-    logits = torch.full((1, 5), 8.0)
-    sampler._penalise(logits, [seq])
-    assert logits.tolist() == [[4.0, 4 - 0.5 - 3 * 0.25, 4 - 0.5 - 0.25, 8.0, 8.0]]
+    logits = torch.full((2, 5), 8.0)
+    sampler._penalize(logits, replace(HOT, penalties=[Penalties(1, 0.5, 0.25, 2.0, [0], [1, 1, 1, 2])]))
+    assert logits.tolist() == [[8.0] * 5, [4.0, 4 - 0.5 - 3 * 0.25, 4 - 0.5 - 0.25, 8.0, 8.0]]
 
 
 def test_top_k_counts_up_to_the_whole_vocabulary(monkeypatch):
     seen = []
     monkeypatch.setattr(sampler.ops, "sample", lambda *args: seen.append(args[2]) or torch.zeros(5, dtype=torch.int64))
-    seqs = [Sequence(Request("a", [5], SamplingParams(top_k=k)), frozenset(), random.Random(0))
-            for k in (-1, 0, 1, 8, 9)]  # fmt: skip
-    sampler._choose(torch.zeros(5, 9), seqs)
+    sampler._choose(torch.zeros(5, 9), replace(HOT, top_k=[-1, 0, 1, 8, 9], uniform=[0.5] * 5))
     assert seen[0].tolist() == [0, 0, 1, 8, 0]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wave64.serve.engine.pages import PagePool
+from wave64.serve.engine.schedule import Sampled
 from wave64.serve.engine.scheduler import PROMPT_LOGITS_PER_STEP, Scheduler, Sequence
 from wave64.serve.messages import Request, SamplingParams, TokenLogprob
 
@@ -54,32 +55,38 @@ class World:
 
     def step(self):
         scheduler = self.scheduler
-        step = scheduler.schedule()
+        step, sampling = scheduler.schedule()
         self.check(step)
+        before = [(list(seq.tokens), seq.computed, list(seq.prompt_logprobs)) for seq in scheduler.running]
         for row, first, pages in step.pages:
             self.table[row] = self.table.get(row, [])[:first] + pages
-        sampled, tokens = [], iter(step.tokens)
-        for seq, row, start, count, logits in zip(
-            scheduler.batch, step.rows, step.starts, step.counts, step.logits, strict=True
-        ):
+        texts, ends, tokens, end = {}, {}, iter(step.tokens), 0
+        for i, (row, start, count) in enumerate(zip(step.rows, step.starts, step.counts, strict=True)):
             slots = [self.table[row][p // PAGE] * PAGE + p % PAGE for p in range(start + count)]
             for slot in slots[start:]:
                 self.memory[slot] = next(tokens)
-            text = [self.memory[slot] for slot in slots]
-            samples = seq in scheduler.sampling
-            known = len(seq.prompt_logprobs)
-            new = seq.tokens[known : known + logits - samples]
-            if logits > samples:
-                assert start + count - logits == known - 1  # the rows of logits continue where the last ones ended
-            seq.prompt_logprobs += [TokenLogprob(token, 0.0) for token in new]
-            if samples:
-                sampled.append(next_token(text))
-        for seq in scheduler.commit(sampled):
-            rid = seq.request.rid
-            if rid not in self.generated:
-                self.first_tokens.append(rid)
-            self.generated[rid] = seq.tokens[seq.num_prompt :]
-            self.prompt_scores[rid] = [entry and entry.id for entry in seq.prompt_logprobs]
+            texts[row] = [self.memory[slot] for slot in slots]
+            end += step.logits[i]
+            ends[row] = end - 1
+        assert sampling.logit_rows == [ends[row] for row in sampling.rows]
+        sampled = Sampled([next_token(texts[row]) for row in sampling.rows], [None] * len(sampling.rows))
+        live = {seq.row: seq for seq in scheduler.running}
+        for run in sampling.scored:
+            row, logits = step.rows[run.index], step.logits[run.index]
+            position = step.starts[run.index] + step.counts[run.index] - logits  # of the first logits
+            assert run.first_row == ends[row] + 1 - logits
+            assert position == len(live[row].prompt_logprobs) - 1, "logits continue where the last ones ended"
+            assert run.ids == live[row].tokens[position + 1 : position + 1 + logits - (row in sampling.rows)]
+            sampled.prompt_logprobs.append([TokenLogprob(token, 0.0) for token in run.ids])
+        after = [(list(seq.tokens), seq.computed, list(seq.prompt_logprobs)) for seq in scheduler.running]
+        assert before == after, "only commit() writes to sequences"
+        for output in scheduler.commit(sampled):
+            if output.rid not in self.generated:
+                self.first_tokens.append(output.rid)
+            self.generated.setdefault(output.rid, []).extend(output.token_ids)
+            if output.prompt_logprobs:
+                assert output.rid not in self.prompt_scores, "they are sent once"
+                self.prompt_scores[output.rid] = [entry and entry.id for entry in output.prompt_logprobs]
         return step
 
     def check(self, step):

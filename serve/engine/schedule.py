@@ -1,0 +1,77 @@
+"""What crosses inside the engine, in plain Python: `Schedule` (scheduler -> every rank), `Sampling` (scheduler -> the
+rank that samples) and `Sampled` (back to the scheduler). `Batch` (runner -> model) holds tensors, in model/batch.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from wave64.serve.messages import TokenLogprob
+
+LAST_SAMPLED = -1  # in Schedule.tokens: the token that the row sampled last, which only the runner needs to know
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step in plain ints, column by column, B sequences and T tokens; all that a rank needs to take part in it.
+
+    A row is a sequence's row of the runner's page table, from admission until it ends or is preempted.
+    Decodes come first.
+    """
+
+    num_decodes: int = 0
+    rows: list[int] = field(default_factory=list)  # [B]
+    starts: list[int] = field(default_factory=list)  # [B] position of the sequence's first token in this step
+    counts: list[int] = field(default_factory=list)  # [B] its tokens in this step
+    logits: list[int] = field(default_factory=list)  # [B] logits are computed for the last so many of them
+    tokens: list[int] = field(default_factory=list)  # [T] token ids, or LAST_SAMPLED
+    pages: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (row, first index, pages) newly allocated
+
+
+class Penalties(NamedTuple):
+    """What one sequence's logits are penalized by: every token that it holds already."""
+
+    index: int  # of the sequence, in the columns of Sampling
+    presence: float
+    frequency: float
+    repetition: float
+    prompt_ids: list[int]
+    output_ids: list[int]
+
+
+class Scored(NamedTuple):
+    """A run of prompt tokens whose logprobs a request asked for."""
+
+    index: int  # of the sequence, in the columns of Schedule
+    first_row: int  # of the step's logits: this row scores ids[0], the next one ids[1]
+    ids: list[int]
+    top: int  # how many of the most likely tokens go with each
+
+
+@dataclass(slots=True)
+class Sampling:
+    """How the tokens of one step are chosen: column by column, S sequences, in the order of the Schedule."""
+
+    rows: list[int] = field(default_factory=list)  # [S] of the runner's page table
+    logit_rows: list[int] = field(default_factory=list)  # [S] rows of the step's logits
+    temperature: list[float] = field(default_factory=list)  # [S] 0: the most likely token
+    top_k: list[int] = field(default_factory=list)  # [S] <= 0: all
+    top_p: list[float] = field(default_factory=list)  # [S]
+    min_p: list[float] = field(default_factory=list)  # [S]
+    uniform: list[float] = field(default_factory=list)  # [S] in [0, 1): the random number that chooses
+    top_logprobs: list[int] = field(default_factory=list)  # [S] -1: no logprobs; k: the chosen token's and the k best
+    penalties: list[Penalties] = field(default_factory=list)  # of the sequences that have any
+    forbidden: list[tuple[int, int]] = field(default_factory=list)  # (index, token): stops before min_new_tokens
+    scored: list[Scored] = field(default_factory=list)
+    # [S, ceil(vocab_size / 32)] little-endian int32, as ops.apply_token_bitmask takes it: what grammars allow.
+    bitmask: bytes | None = None
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What came of one step, in the order of its Sampling. Scheduler.commit() writes it to the sequences."""
+
+    ids: list[int] = field(default_factory=list)  # [S]
+    logprobs: list[TokenLogprob | None] = field(default_factory=list)  # [S] None where none were asked for
+    prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)  # for each of Sampling.scored
