@@ -26,10 +26,25 @@ def gpu(monkeypatch):
 def test_on_a_gpu_hip_comes_first_then_triton_then_the_reference(gpu):
     assert [b.name for b in backends.order(ops.rms_norm, "cuda", {})] == ["hip", "triton", "reference"]
     assert [b.name for b in backends.order(ops.rms_norm, "cpu", {})] == ["reference"]
+    assert [b.name for b in backends.order(ops.sample, "cpu", {})] == ["cpu", "reference"]
+    assert [b.name for b in backends.order(ops.sample, "cuda", {})] == ["hip", "triton", "reference"]
     without_hip = next(op for op in OPS.values() if "hip" not in op.backends)
     assert [b.name for b in backends.order(without_hip, "cuda", {})] == ["triton", "reference"]
     assert [b.name for b in backends.order(ops.rms_norm, "cuda", {"*": "triton"})] == ["triton", "hip", "reference"]
     assert [b.name for b in backends.order(ops.rms_norm, "cuda", {"*": "triton", "rms_norm": "hip"})] == ["hip"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine choices are for the GPU")
+def test_on_a_cpu_the_cpu_backend_comes_first_and_can_be_chosen():
+    assert [b.name for b in ops.sample.bound["cpu"]] == ["cpu", "reference"]
+    with wave64.use("reference"):
+        assert ops.sample.bound["cpu"][0].name == "reference"
+    with wave64.use(sample="cpu"):
+        assert [b.name for b in ops.sample.bound["cpu"]] == ["cpu"]
+    with pytest.raises(NotSupported, match="rms_norm: backend cpu was asked for: no cpu kernel"), wave64.use(
+            rms_norm="cpu"):
+        pass
+    assert backends.probe("cpu", "cuda") == "serves CPU tensors only"
 
 
 def test_strict_leaves_the_first_choice_alone(gpu, monkeypatch):

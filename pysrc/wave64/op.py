@@ -25,8 +25,8 @@ log = logging.getLogger("wave64")
 #: Every operator by name, in order of declaration.
 OPS: dict[str, "Op"] = {}
 
-#: Preference on a GPU; `aiter` joins only where it is asked for. On CPU tensors the reference serves.
-BACKENDS = ("hip", "triton", "reference", "aiter")
+#: In order of preference; `cpu` serves CPU tensors only, `aiter` only where it is asked for.
+BACKENDS = ("hip", "triton", "cpu", "reference", "aiter")
 
 
 P = ParamSpec("P")

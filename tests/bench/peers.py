@@ -30,7 +30,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from wave64 import quant
-from wave64.ops.paged_attention import read_keys
 
 SGLANG = [f"sglang/kernels/ops/attention/{name}.py" for name in ("score_mod", "decode_attention", "extend_attention")]
 VLLM = [f"vllm/v1/attention/ops/triton_{name}.py" for name in ("attention_helpers", "unified_attention")]
@@ -123,6 +122,11 @@ def _flash(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, **how) -> I
 
 def _causal(new: int, length: int) -> dict[str, Any]:
     return {"is_causal": True} if new == length else {"attn_mask": causal_lower_right(new, length)}
+
+
+def read_keys(cache: Tensor, slots: Tensor) -> Tensor:
+    """cache[page, row] of every slot = page * page_size + row: [*slots.shape, num_kv_heads, head_dim]."""
+    return cache[slots // cache.shape[1], slots % cache.shape[1]]
 
 
 def _dense(args: dict[str, Any]) -> list[Tensor]:

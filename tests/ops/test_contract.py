@@ -8,7 +8,7 @@ from wave64.backends import probe
 from wave64.testing import contract
 
 GPU = platform.device_type() == "cuda"
-BACKENDS = ["reference", "triton", *(["hip"] if probe("hip", "cuda") is None and GPU else [])]
+BACKENDS = ["reference", "triton", "cpu", *(["hip"] if probe("hip", "cuda") is None and GPU else [])]
 
 
 def grid():
@@ -17,13 +17,14 @@ def grid():
             if case.large and not GPU:
                 continue
             for backend in BACKENDS:
-                if backend in op.backends:
+                if backend in op.backends and (backend != "cpu" or not case.large):
                     yield pytest.param(op, backend, case, id=f"{op.name}-{backend}-{case.id}")
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, of what is saturated next
 @pytest.mark.parametrize(("op", "backend", "case"), list(grid()))
 def test_backend_keeps_the_contract(op, backend, case, device):
+    device = "cpu" if backend == "cpu" else device
     if why := contract.too_large(case, device):
         pytest.skip(why)
     args = contract.draw(case, device, seed=0)

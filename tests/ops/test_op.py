@@ -29,6 +29,8 @@ def test_one_stem(request):
         for name, backend in op.backends.items():
             if name == "triton":
                 assert backend.run.__module__ == f"wave64.triton_ops.{op.name}"
+            if name == "cpu":
+                assert backend.run.__module__ == f"wave64.backends.cpu_ops.{op.name}"
     assert {p.stem for p in (root / "hip/ops").glob("*.hip")} <= set(OPS)
     assert {name for name, op in OPS.items() if "triton" in op.backends} <= {
         p.stem for p in (root / "triton_ops").glob("*.py")}

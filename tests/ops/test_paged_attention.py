@@ -16,6 +16,7 @@ from wave64.quant import fp8_dtype
 from wave64.tuning import choose
 
 BACKENDS = ("reference", "triton")
+ALL_BACKENDS = BACKENDS if torch.cuda.is_available() else (*BACKENDS, "cpu")
 #: Weights and results are rounded to the dtype, once each, and neither is above 1 (relative to the largest value).
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
 #: Few and not shrunk: under the interpreter an example takes half a second.
@@ -89,7 +90,7 @@ shapes = st.fixed_dictionaries(dict(
 groups = st.sampled_from([1, 2, 3, 4, 7])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @given(options=shapes, group=groups, seq_lens=st.lists(st.integers(0, 70), min_size=1, max_size=4))
 @drawn
 def test_equals_a_loop_over_keys(device, backend, options, group, seq_lens):
@@ -146,7 +147,7 @@ def test_programs_find_their_share_beyond_one_block_of_lengths(device, programs)
     assert_near(launch(args, block_b=2, programs=programs), naive(**on_cpu(args)), args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_pages_beyond_two_gib(device, backend):
     """Offsets in the pool need 33 bits. Memory that nobody touches costs nothing on a CPU."""
     page_size, kv_heads, head_dim = 16, 2, 64
@@ -165,7 +166,7 @@ def test_pages_beyond_two_gib(device, backend):
     assert torch.equal(run("paged_attention", backend, far), run("paged_attention", backend, near))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_heads_before_pages(device, backend):
     """A pool whose strides are not those of its shape."""
     with torch.device(device):

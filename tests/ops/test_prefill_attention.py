@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_paged_attention import BACKENDS, assert_near, attend_one, drawn, groups, key_of, on_cpu, run, shapes
+from test_paged_attention import ALL_BACKENDS, assert_near, attend_one, drawn, groups, key_of, on_cpu, run, shapes
 
 from wave64 import ops
 from wave64.op import BadArgument
@@ -44,7 +45,7 @@ def assert_right(got, args):
     torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @given(options=shapes, group=groups, causal=st.booleans(),
        lengths=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 50)), min_size=1, max_size=3))
 @drawn
@@ -55,7 +56,7 @@ def test_equals_a_loop_over_keys(device, backend, options, group, causal, length
     assert_right(run("prefill_attention", backend, args), args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize(("new", "length", "window"), [(70, 70, -1), (40, 100, -1), (70, 100, 20), (100, 100, 64)])
 def test_several_blocks_of_queries(device, backend, new, length, window):
     with torch.device(device):
@@ -77,7 +78,7 @@ def test_rows_behind_the_last_sequence_are_neither_read_nor_written(device):
         assert g[14:].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_queries_without_keys_are_zeros(device, backend):
     """A row of padding (no length), and more new tokens than the sequence is long."""
     with torch.device(device):
@@ -90,7 +91,7 @@ def test_queries_without_keys_are_zeros(device, backend):
     assert_right(run("prefill_attention", backend, {**args, "sinks": sinks}), {**args, "sinks": sinks})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_capped_logits_are_accurate(device, backend):
     """Of a single key lse is the logit itself: from the smallest to those at the cap."""
     with torch.device(device):
@@ -101,7 +102,7 @@ def test_capped_logits_are_accurate(device, backend):
     torch.testing.assert_close(lse.cpu().double(), exact, atol=5e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize(("scale", "k_scale"), [(-0.3, None), (0.0, None), (1, None), (0.2, -1.5), (-0.2, -1.5)])
 def test_any_scale(device, backend, scale, k_scale):
     """Also such as turn the order of the logits round, or make all of them equal."""
@@ -112,7 +113,7 @@ def test_any_scale(device, backend, scale, k_scale):
     assert_right(run("prefill_attention", backend, args), args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_keys_and_values_in_different_layouts(device, backend):
     with torch.device(device):
         args = make_prefill([30, 5], [70, 5])
@@ -136,14 +137,15 @@ def test_launch_settings(device, page_size, changes, window):
     assert_right(kernels.launch(**{**rest, **args}, config=config), args)
 
 
-def test_the_reference_in_small_blocks(device, monkeypatch):
+@pytest.mark.parametrize(("backend", "bounds"), [("reference", ["QUERIES_AT_ONCE"]),
+                                                 ("cpu", ["KEYS_AT_ONCE", "SCORES_AT_ONCE"])])
+def test_small_blocks(monkeypatch, backend, bounds):
     """Blocks of keys and queries much smaller than the sequence give what one block gives."""
-    with torch.device(device):
-        args = make_prefill([40, 9], [90, 30], sinks=True, sliding_window=60, dtype=torch.float32)
-    module = __import__(declared.reference.__module__, fromlist=["*"])
-    monkeypatch.setattr(module, "KEYS_AT_ONCE", 1)
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", 1)
-    assert_right(declared.reference(**args), args)
+    args = make_prefill([40, 9], [90, 30], sinks=True, sliding_window=60, dtype=torch.float32)
+    run = declared.backends[backend].run
+    for bound in bounds:
+        monkeypatch.setattr(sys.modules[run.__module__], bound, 1)
+    assert_right(run(**args), args)
 
 
 def test_chunks_give_what_the_whole_gives(device):

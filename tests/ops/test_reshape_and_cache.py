@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from wave64 import BadArgument, ops
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", *([] if torch.cuda.is_available() else ["cpu"]))
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 quick = settings(max_examples=10, deadline=None, derandomize=True)
 

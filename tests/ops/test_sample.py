@@ -11,7 +11,7 @@ from transformers.generation import logits_process as hf
 
 from wave64 import BadArgument, ops
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", *([] if torch.cuda.is_available() else ["cpu"]))
 quick = settings(max_examples=12, deadline=None, derandomize=True)
 
 

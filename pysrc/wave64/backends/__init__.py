@@ -25,8 +25,7 @@ _first = threading.RLock()
 
 
 def device_types() -> tuple[str, ...]:
-    """Of tensors that operators are bound for: CPU tensors on a GPU machine are a convenience, the reference serves
-    them."""
+    """The device types that operators are bound for."""
     return ("cpu", "cuda") if platform.device_type() == "cuda" else ("cpu",)
 
 
@@ -63,6 +62,8 @@ def probe(backend: str, device_type: str) -> str | None:
     """None if `backend` can serve tensors of `device_type` on this machine, else the reason in words."""
     if backend == "reference":
         return None
+    if backend == "cpu":
+        return None if device_type == "cpu" else "serves CPU tensors only"
     if device_type == "cuda" and platform.device_type() == "cpu":
         return "no GPU is visible"
     if backend == "triton":
@@ -95,7 +96,7 @@ def order(op: Op, device_type: str, overrides: dict[str, str]) -> tuple[Backend,
     if demanded := overrides.get(op.name):
         demand(op.name, demanded, device_type)
         return (op.backends[demanded],)
-    names = ["hip", "triton", "reference"] if device_type == "cuda" else ["reference"]
+    names = ["hip", "triton", "reference"] if device_type == "cuda" else ["cpu", "reference"]
     if preferred := overrides.get("*"):
         demand("*", preferred, device_type)
         names = [preferred, *(n for n in names if n != preferred)]
@@ -142,8 +143,9 @@ def bind_first(op: Op) -> None:
 def load() -> None:
     """Registers what kernels there are and takes the environment's overrides; called once, when `wave64` is imported.
     Raises NotSupported where what they ask for cannot serve; nothing else is probed yet."""
-    from wave64.backends import hip_ops
+    from wave64.backends import cpu_ops, hip_ops
 
+    import_modules(cpu_ops)
     import_modules(hip_ops)
     if interpreted() or platform.may_have_gpu():
         import_triton_kernels()

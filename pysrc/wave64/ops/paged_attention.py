@@ -1,15 +1,11 @@
 """Decode attention: one new token per sequence against its keys and values in a paged cache."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wave64 import platform, pools
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.quant import FP8, fp8_dtype
-
-#: The reference's bound on temporary memory: key (and as many value) elements gathered at a time.
-KEYS_AT_ONCE = 2**21
 
 
 def make_cache(seq_lens: list[int], page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
@@ -156,29 +152,30 @@ def cost(query, key_cache, value_cache, page_table, seq_lens, scale, sliding_win
                 flops=4 * tokens * query.shape[1] * head_dim)
 
 
-def read_keys(cache: Tensor, slots: Tensor) -> Tensor:
-    """cache[page, row] of every slot = page * page_size + row: [*slots.shape, num_kv_heads, head_dim]."""
-    num_pages, page_size = cache.shape[:2]
-    if not cache.is_contiguous():
-        return cache[slots // page_size, slots % page_size]
-    rows = cache.view(num_pages * page_size, -1)  # index_select copies whole rows: twice as fast as indexing
-    return rows.index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[2:])
+def read_positions(cache: Tensor, pages: Tensor, position: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The keys or values at `position` [S] of the sequence that has `pages`, dequantized: [S, num_kv_heads, head_dim].
+    A page that the pool does not have reads another one."""
+    page = pages[position // cache.shape[1]].long().clamp(0, cache.shape[0] - 1)
+    rows = cache[page, position % cache.shape[1]].to(dtype)
+    return rows if scale is None else rows * scale.to(dtype)
 
 
-def _common_length(seq_lens: Tensor) -> int:
-    """The length of all sequences; 0 where they differ, or where looking would stall a GPU."""
-    lengths = set(seq_lens.tolist()) if seq_lens.device.type == "cpu" else ()
-    return lengths.pop() if len(lengths) == 1 else 0
-
-
-def read_pages(cache: Tensor, pages: Tensor) -> Tensor:
-    """cache[pages], pages side by side: pages [B, P] -> [B, P * page_size, num_kv_heads, head_dim]."""
-    return cache.index_select(0, pages.flatten()).view(pages.shape[0], -1, *cache.shape[2:])
-
-
-def dequantise(kv: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    kv = kv.to(dtype)
-    return kv if scale is None else kv * scale.to(dtype)
+def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, logit_cap: float = 0.0,
+           sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of one sequence in the dtype given, one for all: query [N, num_heads, D], keys [S, num_kv_heads, D],
+    values [S, num_kv_heads, Dv], seen [N, S] -> out [N, num_heads, Dv] and lse [N, num_heads]; 0 and -inf where nothing
+    is seen."""
+    grouped = query.unflatten(1, (keys.shape[1], -1))  # so that keys are never expanded to the queries' heads
+    logits = torch.einsum("nhgd,shd->nhgs", grouped, keys) * scale
+    if logit_cap > 0:
+        logits = logit_cap * torch.tanh(logits / logit_cap)
+    logits = logits.masked_fill(~seen[:, None, None], float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(logits.dtype).view(keys.shape[1], -1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], -1)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()[..., :len(keys)]
+    return torch.einsum("nhgs,shd->nhgd", weights, values).flatten(1, 2), lse.flatten(1)
 
 
 def fake(query, *args, **kwargs):
@@ -207,52 +204,16 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
     returns         [num_seqs, num_heads, head_dim]  dtype of query, contiguous
     raises          BadArgument for dtypes, shapes and strides other than these; on CPU also for a table too narrow
     """
-    num_seqs, heads, head_dim = query.shape
-    num_pages, page_size, kv_heads, _ = key_cache.shape
-    room = page_table.shape[1] * page_size
-    if room == 0 or num_pages == 0 or num_seqs == 0:
-        return query.new_zeros(query.shape)
-    # Grouped by key head, so that keys and values are never expanded to the queries' heads.
-    grouped = query.view(num_seqs, kv_heads, heads // kv_heads, head_dim)
-    length = _common_length(seq_lens)
-    if length and sliding_window <= 0 and num_seqs * length * kv_heads * head_dim <= KEYS_AT_ONCE:
-        pages = page_table[:, :-(-length // page_size)]  # read whole, and nothing is masked
-        keys, values = (read_pages(cache, pages)[:, :length].transpose(1, 2) for cache in (key_cache, value_cache))
-        return attend(grouped, keys, values, None, scale, logit_cap, sinks, k_scale, v_scale).flatten(1, 2)
-    in_page = torch.arange(page_size, device=query.device)
-    keys_read = min(room, sliding_window) if sliding_window > 0 else room
-    at_once = max(1, KEYS_AT_ONCE // (keys_read * kv_heads * head_dim))
-    parts = []
-    for first in range(0, num_seqs, at_once):
-        some = slice(first, first + at_once)
-        lengths = seq_lens[some, None]
-        slots = (page_table[some, :, None] * page_size + in_page).flatten(1)  # of every position there is room for
-        positions = torch.arange(keys_read, device=query.device)
-        if keys_read < room:
-            positions = positions + (lengths - keys_read).clamp_(min=0)
-            slots = slots.gather(1, positions)
-        present = positions < lengths
-        # A sequence with fewer keys reads its first one in place of the missing, never a place that it does not own.
-        slots = torch.where(present, slots, slots[:, :1]).clamp_(0, num_pages * page_size - 1)
-        keys, values = (read_keys(cache, slots).transpose(1, 2) for cache in (key_cache, value_cache))
-        mixed = attend(grouped[some], keys, values, present[:, None, None], scale, logit_cap, sinks, k_scale, v_scale)
-        parts.append(mixed.masked_fill_((lengths == 0)[..., None, None], 0).flatten(1, 2))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, present: Tensor | None, scale: float, logit_cap: float,
-           sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor:
-    """query [B, Hkv, G, D], keys and values [B, Hkv, S, D], present [B, 1, 1, S] (None: all) -> [B, Hkv, G, D]"""
-    if query.device.type == "cpu" and keys.dtype == query.dtype and not logit_cap and sinks is None:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=present, scale=scale)
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(wide) @ dequantise(keys, k_scale, wide).transpose(2, 3) * scale
-    if logit_cap > 0:
-        scores = logit_cap * torch.tanh(scores / logit_cap)
-    if present is not None:
-        scores = scores.masked_fill(~present, float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(wide).view(scores.shape[1], -1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], -1)
-    weights = scores.softmax(-1)[..., :keys.shape[2]]
-    return (weights @ dequantise(values, v_scale, wide)).to(query.dtype)
+    out = query.new_zeros(query.shape)
+    position = torch.arange(page_table.shape[1] * key_cache.shape[1] if len(key_cache) else 0, device=query.device)
+    for b in range(len(query)):  # lengths stay on the device
+        length = seq_lens[b]
+        seen = (position < length) & (position >= (length - sliding_window if sliding_window > 0 else 0))
+        # What is not seen may hold anything: the newest key is read in its stead, with weight 0.
+        read = torch.where(seen, position, length - 1)
+        keys = read_positions(key_cache, page_table[b], read, k_scale, wide)
+        values = read_positions(value_cache, page_table[b], read, v_scale, wide)
+        result, _ = attend(query[b, None].to(wide), keys, values, seen[None], scale, logit_cap, sinks)
+        out[b] = result[0].masked_fill(length == 0, 0)
+    return out

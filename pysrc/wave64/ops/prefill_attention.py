@@ -5,10 +5,10 @@ from torch import Tensor
 
 from wave64 import pools
 from wave64.op import BadArgument, Case, Cost, op
-from wave64.ops.paged_attention import KEYS_AT_ONCE, check_kv, dequantise, make_case, read_keys
+from wave64.ops.paged_attention import attend, check_kv, make_case, read_positions
 
-#: The reference's bound on temporary memory: scores at a time.
-SCORES_AT_ONCE = 2**23
+#: The reference's bound on temporary memory: queries of a sequence at a time.
+QUERIES_AT_ONCE = 256
 
 
 def make_prefill(new: list[int], seq_lens: list[int], **options) -> dict:
@@ -128,71 +128,21 @@ def prefill_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pag
                     -inf where nothing is summed
     raises          BadArgument for dtypes, shapes and strides other than these
     """
-    tokens, heads, head_dim = query.shape
-    _, page_size, kv_heads, _ = key_cache.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(query.shape)
-    lse = query.new_full((tokens, heads), float("-inf"), dtype=wide)
-    # Grouped by key head, so that keys and values are never expanded to the queries' heads.
-    grouped = query.view(tokens, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
-    keys_at_once = max(16, KEYS_AT_ONCE // (kv_heads * head_dim))
+    lse = query.new_full(query.shape[:2], float("-inf"), dtype=wide)
     starts = cu_seqlens_q.tolist()
     for i, length in enumerate(seq_lens.tolist()):
         before = length - starts[i + 1]  # position of a query = its row + before
-        queries_at_once = max(16, SCORES_AT_ONCE // (heads * max(1, min(length, keys_at_once))))
-        for row in range(starts[i], starts[i + 1], queries_at_once):
-            end = min(row + queries_at_once, starts[i + 1])
-            position = torch.arange(row + before, end + before, device=query.device)[:, None]
-            # Peak, total and weighted values of the keys so far; a sink is where they start.
-            peak = lse.new_full((kv_heads, heads // kv_heads, end - row), float("-inf"))
-            total, mixed = torch.zeros_like(peak), lse.new_zeros(*peak.shape, head_dim)
-            if sinks is not None:
-                peak, total = peak.copy_(sinks.view(kv_heads, -1, 1)), total.fill_(1)
-            first = max(0, row + before - sliding_window + 1) if sliding_window > 0 else 0
-            last = min(length, end + before) if causal else length
-            for key in range(first, last, keys_at_once):
-                at = torch.arange(key, min(key + keys_at_once, last), device=query.device)
-                seen = torch.ones(end - row, len(at), dtype=torch.bool, device=query.device)
-                if causal:
-                    seen &= at <= position
-                if sliding_window > 0:
-                    seen &= at > position - sliding_window
-                slots = page_table[i, at // page_size].long() * page_size + at % page_size
-                keys, values = read_keys(key_cache, slots), read_keys(value_cache, slots)
-                some = attend(grouped[:, :, row:end], keys, values, seen, scale, logit_cap, k_scale, v_scale)
-                peak, total, mixed = merge((peak, total, mixed), some)
-            out[row:end] = (mixed / total.masked_fill(total == 0, 1)[..., None]).permute(2, 0, 1, 3).flatten(1, 2)
-            lse[row:end] = (peak + total.log()).permute(2, 0, 1).flatten(1)
+        first = max(0, starts[i] + before - sliding_window + 1) if sliding_window > 0 else 0
+        at = torch.arange(first, length, device=query.device)
+        keys = read_positions(key_cache, page_table[i], at, k_scale, wide)
+        values = read_positions(value_cache, page_table[i], at, v_scale, wide)
+        for rows in torch.arange(starts[i], starts[i + 1], device=query.device).split(QUERIES_AT_ONCE):
+            position = (rows + before)[:, None]
+            seen = (at <= position) | (not causal)
+            if sliding_window > 0:
+                seen = seen & (at > position - sliding_window)
+            result, lse[rows] = attend(query[rows].to(wide), keys, values, seen, scale, logit_cap, sinks)
+            out[rows] = result.to(query.dtype)
     return out, lse
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, logit_cap: float,
-           k_scale: Tensor | None, v_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """query [Hkv, G, N, D], keys and values [S, Hkv, D], seen [N, S] -> peak [Hkv, G, N], total [Hkv, G, N] of
-    exp(logit - peak), and mixed [Hkv, G, N, D], the values weighted with it; -inf, 0 and 0 where nothing is seen."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    query = query.to(wide)
-    keys = dequantise(keys, k_scale, wide).transpose(0, 1)[:, None]
-    values = dequantise(values, v_scale, wide).transpose(0, 1)[:, None]
-    if query.device.type == "cpu" and not logit_cap:
-        # Several times faster than the steps below, and as exact; what it mixes is already divided by the total.
-        mask = torch.zeros(seen.shape, dtype=wide).masked_fill_(~seen, float("-inf"))
-        mixed, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, *(kv.expand(-1, query.shape[1], -1, -1) for kv in (keys, values)), attn_mask=mask, scale=scale)
-        blind = ~seen.any(1)
-        return lse.masked_fill(blind, float("-inf")), (~blind).to(wide).expand_as(lse), mixed
-    scores = query @ keys.transpose(2, 3) * scale
-    if logit_cap > 0:
-        scores = logit_cap * torch.tanh(scores / logit_cap)
-    scores.masked_fill_(~seen, float("-inf"))
-    peak = scores.amax(-1)
-    weights = scores.sub_(peak.masked_fill(peak == float("-inf"), 0)[..., None]).exp_()
-    return peak, weights.sum(-1), weights @ values
-
-
-def merge(one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(peak, total, mixed) of two sets of keys together."""
-    peak = torch.maximum(one[0], other[0])
-    base = peak.masked_fill(peak == float("-inf"), 0)  # nothing seen yet: exp(-inf - 0) = 0, not NaN
-    a, b = (one[0] - base).exp(), (other[0] - base).exp()
-    return peak, one[1] * a + other[1] * b, one[2] * a[..., None] + other[2] * b[..., None]

@@ -94,18 +94,19 @@ def cost(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_scale
     return Cost(bytes=numbers * (key.element_size() + key_cache.element_size()) + slot_mapping.nbytes)
 
 
-def _store(new: Tensor, cache: Tensor, slots: Tensor, source: Tensor | None, some: Tensor | None,
-           scale: Tensor | None) -> None:
-    """cache[slots] = new[source] if `some`, else leaves slot 0 as it is; without `source` cache[slots] = new."""
+def as_stored(new: Tensor, cache: Tensor, scale: Tensor | None) -> Tensor:
+    """`new` in the cache's dtype: scaled and saturated where that is FP8."""
     if scale is not None:
         new = new.to(torch.promote_types(new.dtype, torch.float32)) / scale.clamp(min=quant.MIN_SCALE)
     if cache.dtype in FP8:
         limit = torch.finfo(cache.dtype).max
-        new, cache = new.clamp(-limit, limit).to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)
-    rows = cache.view(-1, *cache.shape[2:])
-    if source is not None:
-        new = torch.where(some, new.index_select(0, source), rows[0])
-    rows.index_copy_(0, slots, new)
+        new = new.clamp(-limit, limit)
+    return new.to(cache.dtype)
+
+
+def rows_of(cache: Tensor) -> Tensor:
+    """[num_slots, num_kv_heads, head_dim], FP8 as bytes: torch cannot index it."""
+    return (cache.view(torch.uint8) if cache.dtype in FP8 else cache).view(-1, *cache.shape[2:])
 
 
 @op(cases=cases, check=check, cost=cost, mutates=("key_cache", "value_cache"), fake=lambda *_, **__: None)
@@ -124,14 +125,13 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
     tokens = slot_mapping.shape[0]
     if tokens == 0:
         return
+    # A skipped token repeats one that is not: the same value to the same slot, so order cannot matter and no shape
+    # depends on data. Where all are skipped, slot 0 is written with what it holds.
     valid = slot_mapping >= 0
-    slots, source, some = slot_mapping, None, None
-    # On a CPU it costs little to see that no token is skipped, on a GPU it would be a synchronisation.
-    if slot_mapping.device.type != "cpu" or not valid.all():
-        # A skipped token repeats one that is not: the same value to the same slot, so order cannot matter and no shape
-        # depends on data. Where all are skipped slot 0 is written with what it holds.
-        some, kept = valid.to(torch.uint8).max(0)
-        source = torch.where(valid, torch.arange(tokens, device=slots.device), kept)
-        slots, some = slots.index_select(0, source).clamp_(min=0), some.bool()
-    _store(key, key_cache, slots, source, some, k_scale)
-    _store(value, value_cache, slots, source, some, v_scale)
+    some, kept = valid.to(torch.uint8).max(0)
+    source = torch.where(valid, torch.arange(tokens, device=slot_mapping.device), kept)
+    slots = slot_mapping.index_select(0, source).clamp_(min=0)
+    for new, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
+        rows, stored = rows_of(cache), as_stored(new, cache, scale)
+        new_rows = (stored.view(torch.uint8) if cache.dtype in FP8 else stored).index_select(0, source)
+        rows.index_copy_(0, slots, torch.where(some.bool(), new_rows, rows[0]))

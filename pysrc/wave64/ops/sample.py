@@ -106,25 +106,25 @@ def check(logits, temperature, top_k, top_p, min_p, uniform):
             raise BadArgument(name, f"contiguous float32 {list(rows)}, one value per row of logits", x)
 
 
-def _clean(logits: Tensor) -> Tensor:
+def clean(logits: Tensor) -> Tensor:
     """Logits in at least fp32, NaN as -inf and +inf as the largest number."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide.nan_to_num(-torch.inf, torch.finfo(wide.dtype).max, -torch.inf)
 
 
-def _best(wide: Tensor) -> Tensor:
+def best_of(wide: Tensor) -> Tensor:
     """Each row's maximum [B, 1], finite even where nothing is."""
     return wide.amax(-1, keepdim=True).clamp_(min=torch.finfo(wide.dtype).min)
 
 
-def _weight(wide: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
+def weight_of(wide: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
     """exp((wide - best) / temperature), of greedy rows at temperature 1; `best` is each row's maximum [B, 1]. An
     infinite temperature counts as the largest number, so that -inf stays -inf."""
     temperature = temperature.clamp(max=torch.finfo(torch.float32).max)
     return (wide - best).div_(torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)).exp_()
 
 
-def _threshold(wide: Tensor, weight: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
+def threshold_of(wide: Tensor, weight: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
                width: int) -> tuple[Tensor, Tensor]:
     """The smallest logit [B, 1] that top_k, then top_p of what remains, keep, found among the `width` largest; and the
     rows [B, 1] for which these were enough to tell."""
@@ -134,11 +134,19 @@ def _threshold(wide: Tensor, weight: Tensor, best: Tensor, temperature: Tensor, 
     found = count <= width
     kth = torch.where(found, ordered.gather(1, count.clamp(max=width) - 1), -torch.inf)
     want = top_p * weight.masked_fill(wide < kth, 0.0).sum(-1, keepdim=True)
-    running = _weight(ordered, best, temperature).masked_fill_(ordered < kth, 0.0).cumsum(-1)
+    running = weight_of(ordered, best, temperature).masked_fill_(ordered < kth, 0.0).cumsum(-1)
     # a token stays while the mass before it is below top_p of all, the first one always
     stay = 1 + (running[:, :-1] < want).sum(-1, keepdim=True)
     threshold = torch.where(top_p < 1, ordered.gather(1, stay - 1).maximum(kth), kth)
     return threshold, found | ((count == vocab) & ((top_p >= 1) | (running[:, -1:] >= want)))
+
+
+def draw(wide: Tensor, weight: Tensor, kept: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+    """The first kept id at which the running sum of weights exceeds uniform times their sum; greedy rows: the best."""
+    running = weight.masked_fill(~kept, 0.0).cumsum(-1)
+    hit = (running > uniform.clamp(max=BELOW_ONE).unsqueeze(1) * running[:, -1:]) & kept
+    drawn = (temperature > 0) & hit.any(-1)
+    return torch.where(drawn, hit.to(torch.uint8).argmax(-1), wide.argmax(-1))
 
 
 def agree(args: dict[str, Tensor], result: Tensor, exact: Tensor) -> None:
@@ -150,16 +158,16 @@ def agree(args: dict[str, Tensor], result: Tensor, exact: Tensor) -> None:
     vocab = args["logits"].shape[1]
     if result.dtype != torch.int64 or result.shape != exact.shape or ((result < 0) | (result >= vocab)).any():
         raise AssertionError(f"expected int64 {list(exact.shape)} in [0, {vocab}), got {result}")
-    wide = _clean(args["logits"])
-    best = _best(wide)
-    weight, eps = _weight(wide, best, args["temperature"]), torch.finfo(torch.float32).eps
+    wide = clean(args["logits"])
+    best = best_of(wide)
+    weight, eps = weight_of(wide, best, args["temperature"]), torch.finfo(torch.float32).eps
     # exp turns the rounding of its argument z, |z| eps, into a relative error; sums add a rounding per block
     spread = -torch.special.xlogy(weight, weight).sum(-1) / weight.sum(-1).clamp(min=1.0)
     off = (eps * (spread + 32 + vocab / 512)).unsqueeze(1)
     ids, allowed = result.unsqueeze(1), (result == exact)
     for shift in (-1.0, 0.0, 1.0):
         top_p = torch.where(args["top_p"] < 1, args["top_p"] + shift * off[:, 0], args["top_p"])
-        threshold, _ = _threshold(wide, weight, best, args["temperature"], args["top_k"], top_p, vocab)
+        threshold, _ = threshold_of(wide, weight, best, args["temperature"], args["top_k"], top_p, vocab)
         for tilt in (-1.0, 0.0, 1.0):
             edge = (1 + 128 * tilt * eps) * args["min_p"].clamp(max=1.0).unsqueeze(1)
             kept = (wide >= threshold) & (weight >= edge.clamp(max=1.0))
@@ -194,22 +202,8 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     returns      [num_seqs]         int64 ids in [0, vocab)
     raises       BadArgument (a ValueError) if a shape or dtype is none of these
     """
-    wide, vocab = _clean(logits), logits.shape[1]
-    # Looking at the settings costs nothing on a CPU, and saves most of the work; a GPU cannot without synchronising.
-    look = wide.device.type == "cpu"
-    if look and not (temperature > 0).any():
-        return wide.argmax(-1)
-    best = _best(wide)
-    weight = _weight(wide, best, temperature)
-    kept = weight >= min_p.clamp(max=1.0).unsqueeze(1)
-    if not look or ((top_k > 0) | (top_p < 1)).any():
-        for width in (min(256, vocab), vocab) if look else (vocab,):
-            threshold, enough = _threshold(wide, weight, best, temperature, top_k, top_p, width)
-            if look and enough.all():
-                break
-        kept &= wide >= threshold
-    running = weight.masked_fill_(~kept, 0.0).cumsum(-1)
-    uniform = uniform.clamp(max=BELOW_ONE)
-    hit = (running > uniform.unsqueeze(1) * running[:, -1:]) & kept
-    drawn = (temperature > 0) & hit.any(-1)
-    return torch.where(drawn, hit.to(torch.uint8).argmax(-1), wide.argmax(-1))
+    wide, vocab = clean(logits), logits.shape[1]
+    best = best_of(wide)
+    weight = weight_of(wide, best, temperature)
+    threshold, _ = threshold_of(wide, weight, best, temperature, top_k, top_p, vocab)
+    return draw(wide, weight, (weight >= min_p.clamp(max=1.0).unsqueeze(1)) & (wide >= threshold), temperature, uniform)
