@@ -132,7 +132,7 @@ def test_nothing_beyond_a_sequence_is_used(device, backend):
 def test_the_reference_in_small_blocks(device, monkeypatch):
     with torch.device(device):
         args = make_case([40, 9], [70, 30], dtype=torch.float32)
-    monkeypatch.setattr(__import__(declared.reference.__module__, fromlist=["*"]), "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(__import__(declared.reference.__module__, fromlist=["*"]), "QUERIES_AT_ONCE", 1)
     assert_right(declared.reference(**args), args)
 
 

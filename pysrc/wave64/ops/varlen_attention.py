@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from wave64.op import BadArgument, Case, Cost, op
+from wave64.ops.paged_attention import attend
 
-#: The reference's bound on temporary memory: scores at a time.
-SCORES_AT_ONCE = 2**23
+#: The reference's bound on temporary memory: queries of a sequence at a time.
+QUERIES_AT_ONCE = 256
 
 
 def make_case(queries: list[int], keys: list[int], heads: int = 4, kv_heads: int = 2, qk_dim: int = 64, v_dim: int = 0,
@@ -145,24 +146,12 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
                     such sums and for a max_seqlen too small
     """
     out, lse = fake(q, k, v)
-    heads, kv_heads = q.shape[1], k.shape[1]
-    # Grouped by key head, so that keys and values are never expanded to the queries' heads.
-    grouped = q.to(lse.dtype).unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for i in range(len(starts_q) - 1):
-        some = slice(starts_k[i], starts_k[i + 1])
-        keys, values = (t[some].to(lse.dtype).transpose(0, 1)[:, None] for t in (k, v))
-        length = keys.shape[2]
-        before = length - starts_q[i + 1]  # position of a query among the keys = its row + before
-        at_once = max(16, SCORES_AT_ONCE // (heads * max(1, length)))
-        for row in range(starts_q[i], starts_q[i + 1], at_once):
-            end = min(row + at_once, starts_q[i + 1])
-            scores = grouped[:, :, row:end] @ keys.transpose(2, 3) * scale
-            if causal:
-                position = torch.arange(row + before, end + before, device=q.device)[:, None]
-                scores.masked_fill_(torch.arange(length, device=q.device) > position, float("-inf"))
-            total = scores.logsumexp(-1, keepdim=True)
-            weights = (scores - total.masked_fill(total == float("-inf"), 0)).exp_()
-            out[row:end] = (weights @ values).permute(2, 0, 1, 3).flatten(1, 2)
-            lse[row:end] = total[..., 0].permute(2, 0, 1).flatten(1)
+        keys, values = (x[starts_k[i]:starts_k[i + 1]].to(lse.dtype) for x in (k, v))
+        at, before = torch.arange(len(keys), device=q.device), len(keys) - starts_q[i + 1]
+        for rows in torch.arange(starts_q[i], starts_q[i + 1], device=q.device).split(QUERIES_AT_ONCE):
+            seen = (at <= (rows + before)[:, None]) | (not causal)
+            result, lse[rows] = attend(q[rows].to(lse.dtype), keys, values, seen, scale)
+            out[rows] = result.to(q.dtype)
     return out, lse
