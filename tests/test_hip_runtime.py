@@ -92,35 +92,105 @@ def test_nothing_to_do_launches_nothing(shape):
     assert launches == []
 
 
-GOOD = {"x": 16, "weight": 16, "out": 16, "x_stride": 64, "out_stride": 64, "num_tokens": 5, "hidden": 64, "eps": 1e-6,
-        "dtype": 0, "stream": 0}
+X, OTHER = torch.zeros(5, 64), torch.zeros(5, 64)
+GOOD = {"x": X, "weight": torch.zeros(64), "out": OTHER, "x_stride": 64, "out_stride": 64, "num_tokens": 5,
+        "hidden": 64, "eps": 1e-6, "dtype": torch.float32}
+
+
+def launched(**fields):
+    """The launches of rms_norm with these fields."""
+    with hip.record("gfx942") as launches:
+        hip.launch("rms_norm", **fields)
+    return launches
 
 
 @pytest.mark.parametrize(("change", "error", "words"), [
-    ({"dtype": 3}, ValueError, r"rms_norm: dtype: expected 0 \(bf16\), 1 \(fp16\) or 2 \(fp32\), got 3"),
-    ({"num_tokens": -1}, ValueError, "rms_norm: num_tokens: expected at least 0, got -1"),
-    ({"hidden": -7}, ValueError, r"rms_norm: hidden: expected 0 to 2\^28, got -7"),
-    ({"weight": 0}, ValueError, "rms_norm: weight: expected an address, got 0"),
-    ({"hidden": 2**31}, TypeError, "rms_norm: hidden: expected a 32-bit integer, got 2147483648"),
-    ({"x": -1}, TypeError, "rms_norm: x: expected an address, got -1"),
-    ({"eps": "small"}, TypeError, "rms_norm: eps: expected a number, got 'small'"),
-    ({"stream": None}, TypeError, "rms_norm: stream: expected an address, got None"),
+    ({"dtype": torch.float8_e4m3fn}, ValueError, "rms_norm: dtype: expected bf16, fp16 or fp32, got fp8$"),
+    ({"num_tokens": -1}, ValueError, "rms_norm: num_tokens: expected at least 0, got -1$"),
+    ({"hidden": -7}, ValueError, r"rms_norm: hidden: expected 0 to 2\^28, got -7$"),
+    ({"weight": None}, ValueError, "rms_norm: weight: expected a tensor, got None$"),
+    ({"hidden": 2**31}, TypeError, "rms_norm: hidden: expected a 32-bit integer, got 2147483648$"),
+    ({"hidden": torch.tensor(64)}, TypeError, "rms_norm: hidden: expected a 32-bit integer, got a tensor$"),
+    ({"x_stride": 2**63}, TypeError, "rms_norm: x_stride: expected a 64-bit integer, got 9223372036854775808$"),
+    ({"x": 16}, TypeError, "rms_norm: x: expected a tensor or None, got 16$"),
+    ({"eps": "small"}, TypeError, "rms_norm: eps: expected a number, got 'small'$"),
+    ({"eps": torch.tensor(1.0)}, TypeError, "rms_norm: eps: expected a number, got a tensor$"),
+    ({"dtype": 0}, TypeError, "rms_norm: dtype: expected one of torch.bfloat16, .*, got 0$"),
+    ({"dtype": torch.int32}, TypeError, "rms_norm: dtype: expected one of torch.bfloat16, .*, got torch.int32$"),
 ])
 def test_bad_arguments_are_refused_in_words(change, error, words):
     with pytest.raises(error, match=words):
-        _hip.rms_norm(*{**GOOD, **change}.values())
+        launched(**{**GOOD, **change})
 
 
-def test_a_wrong_number_of_arguments_names_them():
-    with pytest.raises(TypeError, match=r"rms_norm\(x, weight, .*, stream\): expected 10 arguments, got 2"):
-        _hip.rms_norm(1, 2)
+def test_fields_go_by_name_in_any_order():
+    (first,), (other,) = launched(**GOOD), launched(**dict(reversed(GOOD.items())))
+    assert first.args == other.args
+    with hip.record("gfx942") as launches:
+        for x, eps in ((X, 0.5), (OTHER, 0.25)):  # the same names twice, and other values
+            hip.launch("rms_norm", x=x, weight=X, out=X, x_stride=1, out_stride=2, num_tokens=3, hidden=64, eps=eps,
+                       dtype=torch.bfloat16)
+    assert [(hip.arguments(launch)["x"], hip.arguments(launch)["eps"]) for launch in launches] == [
+        (X.data_ptr(), 0.5), (OTHER.data_ptr(), 0.25)]
+
+
+def test_fields_that_are_unknown_missing_or_doubled_are_named():
+    with pytest.raises(TypeError, match="rms_norm: there is no field weights; its fields are x, weight, out, x_stride"):
+        launched(**GOOD, weights=X)
+    with pytest.raises(TypeError, match="rms_norm: the field eps is missing$"):
+        launched(**{name: value for name, value in GOOD.items() if name != "eps"})
+    with pytest.raises(TypeError, match="rms_norm: the field x is missing$"):
+        launched()
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'x'"):
+        hip.launch("rms_norm", x=X, **GOOD)
+    with pytest.raises(TypeError, match="launch: there is no operator 'rms'$"):
+        hip.launch("rms", **GOOD)
+    with pytest.raises(TypeError, match=r"launch\(op, tensor=None, /, \*\*fields\)"):
+        hip.launch("rms_norm", X, X, X)
+    with pytest.raises(TypeError, match="rms_norm: expected a tensor of the device to run on, got 7$"):
+        hip.launch("rms_norm", 7, **GOOD)
+
+
+def test_a_recorded_launch_keeps_the_tensors_that_it_may_touch():
+    launch, = launched(**GOOD)
+    assert list(launch.tensors) == ["x", "weight", "out"]
+    assert all(launch.tensors[name] is GOOD[name] for name in launch.tensors)
+    q, scale = torch.zeros(5, 64), torch.zeros(1)
+    with hip.record("gfx942") as launches:
+        OPS["reshape_and_cache"].backends["hip"].run(q[:, None], q[:, None], q[:, None], q[:, None],
+                                                     torch.arange(5), None, scale)
+    assert [name for name in launches[0].tensors if name.endswith("scale")] == ["v_scale"]
+
+
+@pytest.fixture
+def other_devices():
+    """Stands for torch with two GPUs: CPU tensors lie on GPU 1, GPU 0 is current. Gives the calls that were made."""
+    calls, current = [], [0]
+
+    def exchange(index):
+        calls.append(f"exchange {index}")
+        current[0], before = index, current[0]
+        return before
+
+    hip.connect(get_device=lambda tensor: 1, current_device=lambda: current[0], exchange_device=exchange,
+                current_stream=lambda index: calls.append(f"stream of {index}") or 2**63 + 16)
+    yield calls
+    hip.connect()
+    assert current == [0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_launch_is_on_the_device_and_stream_of_its_first_tensor(other_devices):
+    with pytest.raises(_hip.Unavailable):
+        hip.launch("rms_norm", **GOOD)
+    assert other_devices == ["exchange 1", "stream of 1", "exchange 0"]  # whatever comes of the launch
 
 
 def test_recordings_do_not_nest_and_belong_to_a_thread():
     elsewhere = []
     with hip.record("gfx942"):
         with pytest.raises(ValueError, match="already records"):
-            _hip.record_begin(DEVICE)
+            _hip.record_begin(DEVICE, [])
         assert _hip.recording()
         thread = threading.Thread(target=lambda: elsewhere.append(_hip.recording()))
         thread.start()
@@ -140,9 +210,16 @@ def test_cpu_tensors_are_never_launched_on():
         run(torch.empty(2, 64), torch.empty(64))
 
 
+def test_constants_come_from_the_sources():
+    source = (Path(__file__).parents[1] / "hip" / "ops" / "moe_align_block_size.hip").read_text()
+    assert f"kMaxExperts = {hip.constants('moe_align_block_size').MAX_EXPERTS};" in source
+    assert (_hip.BF16, _hip.FP16, _hip.FP32, _hip.FP8) == (0, 1, 2, 3)  # what is stored in args; names are shared
+    assert hip.constants("no_such_op") is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_the_reason_is_told():
     with pytest.raises(_hip.Unavailable) as refused:
-        _hip.rms_norm(*GOOD.values())
+        _hip.device_count()
     assert hip.reason("cuda") == str(refused.value)
     assert "libamdhip64.so" in str(refused.value) or "GPU" in str(refused.value)

@@ -36,7 +36,7 @@ CLEAN = {
     "triton_ops/sample.py": "@triton.jit\ndef f(x, W):\n    if W:\n        return\n    return x\n\n\n"
                             "def g(x):\n    if x:\n        return 1\n    return 2\n",
     "serve/engine/engine.py": "# TO" "DO(#12): later\n",
-    "hip/ops/rms_norm.hip": '#include "wave64/abi.h"  // no malloc here\n',
+    "hip/ops/rms_norm.hip": '#include "wave64/types.h"  // no malloc here\n',
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from wave64.ops import moe_align_block_size
-from wave64.ops.moe_align_block_size import num_blocks
+from wave64.ops.moe_align_block_size import outputs
 from wave64.triton_ops.geometry import num_warps
 from wave64.triton_ops.splits import overlaps
 
@@ -138,13 +138,10 @@ def _moe_align_block_size_kernel(sorted_ptr, experts_ptr, total_ptr, ids_ptr, co
 
 @moe_align_block_size.backend("triton")
 def launch(topk_ids: Tensor, block_size: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    n, device = topk_ids.numel(), topk_ids.device
-    blocks = num_blocks(n, block_size, num_experts)
-    sorted_token_ids = torch.empty(blocks * block_size, dtype=torch.int32, device=device)
-    expert_ids = torch.empty(blocks, dtype=torch.int32, device=device)
+    n = topk_ids.numel()
+    sorted_token_ids, expert_ids, total = outputs(topk_ids, block_size, num_experts)
     if n == 0:
-        return sorted_token_ids, expert_ids, torch.zeros(1, dtype=torch.int32, device=device)
-    total = torch.empty(1, dtype=torch.int32, device=device)
+        return sorted_token_ids, expert_ids, total
     tile = max(LANES[0], min(TILE, triton.next_power_of_2(n)))
     experts = max(64, triton.next_power_of_2(num_experts))
     waves = num_warps(min(tile, LANES[1]))
@@ -152,13 +149,13 @@ def launch(topk_ids: Tensor, block_size: int, num_experts: int) -> tuple[Tensor,
     if n > MOST_IDS:
         part = triton.cdiv(triton.cdiv(n, PARTS), tile) * tile
         parts = triton.cdiv(n, part)
-        counts = torch.empty((PARTS, experts), dtype=torch.int32, device=device)
+        counts = torch.empty((PARTS, experts), dtype=torch.int32, device=topk_ids.device)
         _moe_align_block_size_count_kernel[PARTS,](counts, topk_ids, n, part, num_experts, EXPERTS=experts, TILE=tile,
                                                    num_warps=waves)
     overlap = counts is None and overlaps()
     _moe_align_block_size_kernel[triton.cdiv(num_experts, 2), parts](
-        sorted_token_ids, expert_ids, total, topk_ids, counts, n, part, blocks, num_experts, OVERLAP=overlap,
-        EXPERTS=experts, TILE=tile, PARTS=PARTS, FILL=FILL, BLOCK_SIZE=block_size,
+        sorted_token_ids, expert_ids, total, topk_ids, counts, n, part, expert_ids.shape[0], num_experts,
+        OVERLAP=overlap, EXPERTS=experts, TILE=tile, PARTS=PARTS, FILL=FILL, BLOCK_SIZE=block_size,
         PADDING=triton.next_power_of_2(block_size), num_warps=waves,
         **({"launch_pdl": True} if overlap else {}))  # an option that other compilers do not know
     return sorted_token_ids, expert_ids, total

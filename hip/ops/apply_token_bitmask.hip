@@ -1,14 +1,30 @@
 // Keeps the tokens that a grammar allows: logits whose bit is 0 become -inf, in place.
 //
-// The trick: logits are decided on by packs of 16 bytes. One without a forbidden token is left alone, one without an
-// allowed token is written, only a mixed one is read before. Packs begin where 16 divides the address, which need not
-// be where the row begins: what of its first and last pack is not the row's counts as allowed and is not touched.
-// Bound by memory: a bit per token in, the forbidden logits out.
-#include "wave64/abi.h"
+// The trick: logits are handled in packs of 16 bytes. A pack without a forbidden token is left alone, one without an
+// allowed token is written without being read. Packs begin where 16 divides the address, so the first and last pack of
+// a row may reach into its neighbors: tokens outside the row count as allowed and are not touched. Bound by memory: a
+// bit per token in, the forbidden logits out.
+#include "wave64/types.h"
 
 namespace wave64 {
+
+// Logits of tokens whose bit is 0 become -inf: the bit of token i is bit i % 32 of word i / 32.
+struct ApplyTokenBitmaskArgs {
+    void* logits;             // [num_seqs, vocab_size]
+    const uint32_t* bitmask;  // [num_seqs, ceil(vocab_size / 32)]
+    int64_t logits_stride;
+    int64_t bitmask_stride;
+    int64_t num_seqs;
+    int32_t vocab_size;
+    Dtype dtype;  // of logits
+    // set by the launcher
+    int32_t block;  // lanes of a block
+    int32_t grid;   // blocks from sequence to sequence; the grid's other dimension goes along the vocabulary
+};
+
 constexpr int kMaxLanes = 256;
 constexpr int kHeld = 4;  // packs of a lane
+
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -16,8 +32,8 @@ constexpr int kHeld = 4;  // packs of a lane
 
 namespace wave64 {
 
-// A bit for each of the N tokens from `token` on that is of the row and forbidden. The bits of a pack lie in one word,
-// or, where the row begins `lead` tokens within a pack, in two.
+// A bit for each of the N tokens from `token` on: set if the row has the token and it is forbidden. The bits of a pack
+// lie in one word or, if the row begins `lead` tokens into a pack, in two.
 template <int N>
 WAVE64_DEVICE unsigned forbidden_from(const Row<Bits32, 1>& words, int num_words, int token, int vocab, int lead) {
     constexpr unsigned all = (1u << N) - 1;
@@ -52,8 +68,8 @@ WAVE64_DEVICE void apply_token_bitmask(const ApplyTokenBitmaskArgs& args) {
 #pragma unroll
         for (int i = 0; i < kHeld; i++)
             forbidden[i] = forbidden_from<N>(words, num_words, (first + i * args.block) * N - lead, vocab, lead);
-        // A pack that shares its 16 bytes with what is not the row's is written token by token. Of the others, those to
-        // be left alone are read from and written to past the end: nowhere.
+        // A pack that reaches out of the row is written token by token. Packs to be left alone are read from and
+        // written to past the end: nowhere.
         bool whole[kHeld];
         Pack<T, N> packs[kHeld];
 #pragma unroll
@@ -92,59 +108,34 @@ APPLY_TOKEN_BITMASK(apply_token_bitmask_fp16, wave64::fp16, 8)
 APPLY_TOKEN_BITMASK(apply_token_bitmask_fp32, float, 4)
 
 #else
-#include <algorithm>
-
 #include "wave64/host.h"
 
 namespace wave64 {
 namespace {
 
-struct Kernels {
-    int64_t element_bytes;
-    const char* aligned;
-    const char* unaligned;
-};
-constexpr Kernels kKernels[] = {{2, "apply_token_bitmask_bf16", "apply_token_bitmask_bf16_unaligned"},
-                                {2, "apply_token_bitmask_fp16", "apply_token_bitmask_fp16_unaligned"},
-                                {4, "apply_token_bitmask_fp32", "apply_token_bitmask_fp32_unaligned"}};
-constexpr int64_t kMaxGrid = 65535;
+constexpr KernelPairs kKernels = WAVE64_KERNEL_PAIRS(apply_token_bitmask);
+
+void apply_token_bitmask(ApplyTokenBitmaskArgs args, const Call& call) {
+    call.expect_float("dtype", args.dtype);
+    call.expect_min("num_seqs", args.num_seqs, 0);
+    call.expect_range("vocab_size", args.vocab_size, 0, 1 << 28);
+    if (args.num_seqs == 0 || args.vocab_size == 0) return;
+    call.expect_tensors({{"logits", args.logits}, {"bitmask", args.bitmask}});
+
+    const int64_t bytes = element_bytes(args.dtype);
+    const bool aligned = is_16_aligned({args.logits}, {args.logits_stride * bytes});
+    const int64_t packs = ceil_div(args.vocab_size * bytes, 16) + !aligned;
+    args.block = kMaxLanes;
+    while (args.block > call.device.wave_size &&
+           args.num_seqs * ceil_div(packs, args.block * kHeld) < call.device.compute_units)
+        args.block /= 2;
+    args.grid = int32_t(std::min(args.num_seqs, kMaxGridY));
+    call.launch(kKernels[args.dtype].of(aligned), {ceil_div(packs, args.block * kHeld), args.grid}, args.block, args);
+}
+
+WAVE64_OP(apply_token_bitmask, ApplyTokenBitmaskArgs, logits, bitmask, logits_stride, bitmask_stride, num_seqs,
+          vocab_size, dtype)
 
 }  // namespace
 }  // namespace wave64
-
-int32_t wave64_apply_token_bitmask(const wave64::ApplyTokenBitmaskArgs* caller_args, void* stream) {
-    using namespace wave64;
-    const auto refused = [](const char* argument, const char* expected, int64_t got) {
-        return refuse("apply_token_bitmask", argument, expected, got);
-    };
-    ApplyTokenBitmaskArgs args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32) return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
-    if (args.num_seqs < 0) return refused("num_seqs", "at least 0", args.num_seqs);
-    if (args.vocab_size < 0 || args.vocab_size > 1 << 28) return refused("vocab_size", "0 to 2^28", args.vocab_size);
-    if (args.num_seqs == 0 || args.vocab_size == 0) return kOk;
-    if (!args.logits) return refused("logits", "an address", 0);
-    if (!args.bitmask) return refused("bitmask", "an address", 0);
-
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
-    const Kernels& kernels = kKernels[args.dtype];
-    const bool aligned = is_16_aligned({args.logits}, {args.logits_stride * kernels.element_bytes});
-    const int64_t packs = ceil_div(args.vocab_size * kernels.element_bytes, 16) + !aligned;
-    args.block = kMaxLanes;
-    while (args.block > device->wave_size &&
-           args.num_seqs * ceil_div(packs, args.block * kHeld) < device->compute_units)
-        args.block /= 2;
-    args.grid = int32_t(std::min(args.num_seqs, kMaxGrid));
-
-    const uint32_t pieces = ceil_div(packs, args.block * kHeld), grid = args.grid, block = args.block;
-    return launch(
-        {"apply_token_bitmask", aligned ? kernels.aligned : kernels.unaligned, {pieces, grid, 1}, {block, 1, 1}, 0},
-        &args, sizeof args, stream);
-}
-
-#define FIELD(NAME) WAVE64_FIELD(wave64::ApplyTokenBitmaskArgs, NAME)
-static const bool registered = wave64::register_op<wave64::ApplyTokenBitmaskArgs, wave64_apply_token_bitmask>(
-    "apply_token_bitmask", {FIELD(logits), FIELD(bitmask), FIELD(logits_stride), FIELD(bitmask_stride), FIELD(num_seqs),
-                            FIELD(vocab_size), FIELD(dtype)});
-
 #endif

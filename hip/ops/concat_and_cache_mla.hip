@@ -1,8 +1,30 @@
 // Writes new latents and rotated keys into the paged cache of latent attention: kv_cache[slot_mapping[t]] =
 // [kv_c[t], k_pe[t]], converted where it is FP8.
 //
-// How, and what bounds it, is in cache_write.h.
+// The trick, and what bounds it, is in cache_write.h.
 #include "wave64/cache_write.h"
+
+namespace wave64 {
+
+// kv_cache[slot] = [kv_c, k_pe]; in FP8 caches, divided by scale.
+struct ConcatAndCacheMlaArgs {
+    const void* kv_c;             // [num_tokens, kv_lora_rank]
+    const void* k_pe;             // [num_tokens, rope_dim]
+    void* kv_cache;               // [slots, kv_lora_rank + rope_dim], contiguous
+    const int64_t* slot_mapping;  // [num_tokens]; -1: not written
+    const float* scale;           // one number, or null: 1
+    int64_t kv_c_stride;
+    int64_t k_pe_stride;
+    int64_t num_tokens;
+    int32_t kv_lora_rank;
+    int32_t rope_dim;
+    Dtype dtype;        // of kv_c and k_pe
+    Dtype cache_dtype;  // dtype, or FP8
+    // set by the launcher
+    RowPartition partition;
+};
+
+}  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
@@ -20,7 +42,7 @@ WAVE64_DEVICE void concat_and_cache_mla(const ConcatAndCacheMlaArgs& args) {
                                   cache + args.kv_lora_rank,
                                   row,
                                   args.scale};
-    write_cache<N>(args.shares, args.num_tokens, args.slot_mapping, args.kv_lora_rank / N, latents, keys);
+    write_cache<N>(args.partition, args.num_tokens, args.slot_mapping, args.kv_lora_rank / N, latents, keys);
 }
 
 }  // namespace wave64
@@ -33,42 +55,26 @@ namespace {
 
 constexpr CacheKernels kKernels[] = WAVE64_CACHE_KERNELS(concat_and_cache_mla);
 
-}  // namespace
-}  // namespace wave64
+void concat_and_cache_mla(ConcatAndCacheMlaArgs args, const Call& call) {
+    call.expect_float("dtype", args.dtype);
+    call.expect_cache_dtype(args.cache_dtype, args.dtype);
+    call.expect_min("num_tokens", args.num_tokens, 0);
+    call.expect_range("kv_lora_rank", args.kv_lora_rank, 1, 1 << 27);
+    call.expect_range("rope_dim", args.rope_dim, 1, 1 << 27);
+    if (args.num_tokens == 0) return;
+    call.expect_tensors(
+        {{"kv_c", args.kv_c}, {"k_pe", args.k_pe}, {"kv_cache", args.kv_cache}, {"slot_mapping", args.slot_mapping}});
 
-int32_t wave64_concat_and_cache_mla(const wave64::ConcatAndCacheMlaArgs* caller_args, void* stream) {
-    using namespace wave64;
-    constexpr const char* op = "concat_and_cache_mla";
-    ConcatAndCacheMlaArgs args = *caller_args;
-    if (int32_t status = check_cache_dtypes(op, args.dtype, args.cache_dtype)) return status;
-    if (args.num_tokens < 0) return refuse(op, "num_tokens", "at least 0", args.num_tokens);
-    if (args.kv_lora_rank < 1 || args.kv_lora_rank > 1 << 27)
-        return refuse(op, "kv_lora_rank", "1 to 2^27", args.kv_lora_rank);
-    if (args.rope_dim < 1 || args.rope_dim > 1 << 27) return refuse(op, "rope_dim", "1 to 2^27", args.rope_dim);
-    if (args.num_tokens == 0) return kOk;
-    for (auto [name, pointer] : {std::pair{"kv_c", args.kv_c},
-                                 {"k_pe", args.k_pe},
-                                 {"kv_cache", (const void*)args.kv_cache},
-                                 {"slot_mapping", (const void*)args.slot_mapping}})
-        if (!pointer) return refuse(op, name, "an address", 0);
-
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
-    const CacheKernels& kernels = kKernels[args.dtype];
-    const int64_t bytes = kernels.element_bytes, row = args.kv_lora_rank + args.rope_dim;
+    const int64_t bytes = element_bytes(args.dtype);
     const bool aligned = is_16_aligned(
         {args.kv_c, args.k_pe, args.kv_cache},
         {args.kv_c_stride * bytes, args.k_pe_stride * bytes, args.kv_lora_rank * bytes, args.rope_dim * bytes});
-    const char* const* names = args.cache_dtype == kFp8 ? kernels.to_fp8 : kernels.copy;
-    return launch(over_rows(op, names[!aligned], args.num_tokens, aligned ? row * bytes / 16 : row, kCacheRows, *device,
-                            args.shares),
-                  &args, sizeof args, stream);
+    launch_cache_write(call, kKernels, aligned, args.kv_lora_rank + args.rope_dim, args);
 }
 
-#define FIELD(NAME) WAVE64_FIELD(wave64::ConcatAndCacheMlaArgs, NAME)
-static const bool registered = wave64::register_op<wave64::ConcatAndCacheMlaArgs, wave64_concat_and_cache_mla>(
-    "concat_and_cache_mla",
-    {FIELD(kv_c), FIELD(k_pe), FIELD(kv_cache), FIELD(slot_mapping), FIELD(scale), FIELD(kv_c_stride),
-     FIELD(k_pe_stride), FIELD(num_tokens), FIELD(kv_lora_rank), FIELD(rope_dim), FIELD(dtype), FIELD(cache_dtype)});
+WAVE64_OP(concat_and_cache_mla, ConcatAndCacheMlaArgs, kv_c, k_pe, kv_cache, slot_mapping, scale, kv_c_stride,
+          k_pe_stride, num_tokens, kv_lora_rank, rope_dim, dtype, cache_dtype)
 
+}  // namespace
+}  // namespace wave64
 #endif

@@ -1,12 +1,30 @@
-// Residual add and root mean square normalisation in place: residual += x, then x = rms_norm(residual).
+// Residual add and root mean square normalization in place: residual += x, then x = rms_norm(residual).
 //
-// The rows are rms.h's: the sum, rounded to the residual's dtype, goes out and stays in registers to be normalised.
-// Bound by memory: x and residual in, both out, 16 bytes per lane and access, eight loads under way. With few tokens,
+// The trick is in rms.h: the sum, rounded to the residual's dtype, is written and stays in registers to be normalized.
+// Bound by memory: x and residual in, both out, 16 bytes per lane and access, eight loads in flight. With few tokens,
 // by the latency of one row.
 #include "wave64/rms.h"
 
 namespace wave64 {
-constexpr int kMaxLanes = 512;  // more would leave a lane too few registers for what it holds
+
+// residual += x, rounded to its dtype; then x = residual / sqrt(mean(residual^2) + eps) * weight.
+struct FusedAddRmsNormArgs {
+    void* x;             // [num_tokens, hidden]
+    void* residual;      // [num_tokens, hidden]
+    const void* weight;  // [hidden]
+    int64_t x_stride;
+    int64_t residual_stride;
+    int64_t num_tokens;
+    int32_t hidden;
+    float eps;
+    Dtype dtype;  // of x, residual and weight
+    // set by the launcher
+    int32_t block;  // lanes of a block
+    int32_t grid;   // blocks
+};
+
+constexpr int kMaxLanes = 512;  // with more, a lane would have too few registers for its packs
+
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -35,64 +53,38 @@ struct FusedAddRow {
     WAVE64_DEVICE void store(int i, const Pack<T, N>& y) const { in_out.store(i, y); }
 };
 
+template <typename T, int N>
+WAVE64_DEVICE void fused_add_rms_norm(const FusedAddRmsNormArgs& args) {
+    normalize_rows<T, N, kMaxLanes, FusedAddRow<T, N>>(args);
+}
+
 }  // namespace wave64
 
-#define FUSED_ADD_RMS_NORM(NAME, T, N)                                                    \
-    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::FusedAddRmsNormArgs args) {             \
-        wave64::normalize_rows<T, N, wave64::kMaxLanes, wave64::FusedAddRow<T, N>>(args); \
-    }
-
-FUSED_ADD_RMS_NORM(fused_add_rms_norm_bf16, wave64::bf16, 8)
-FUSED_ADD_RMS_NORM(fused_add_rms_norm_fp16, wave64::fp16, 8)
-FUSED_ADD_RMS_NORM(fused_add_rms_norm_fp32, float, 4)
-FUSED_ADD_RMS_NORM(fused_add_rms_norm_bf16_unaligned, wave64::bf16, 1)
-FUSED_ADD_RMS_NORM(fused_add_rms_norm_fp16_unaligned, wave64::fp16, 1)
-FUSED_ADD_RMS_NORM(fused_add_rms_norm_fp32_unaligned, float, 1)
+WAVE64_KERNELS(fused_add_rms_norm, wave64::kMaxLanes, FusedAddRmsNormArgs)
 
 #else
 namespace wave64 {
 namespace {
 
-struct Kernels {
-    int element_bytes;
-    const char* aligned;
-    const char* unaligned;
-};
-constexpr Kernels kKernels[] = {{2, "fused_add_rms_norm_bf16", "fused_add_rms_norm_bf16_unaligned"},
-                                {2, "fused_add_rms_norm_fp16", "fused_add_rms_norm_fp16_unaligned"},
-                                {4, "fused_add_rms_norm_fp32", "fused_add_rms_norm_fp32_unaligned"}};
+constexpr KernelPairs kKernels = WAVE64_KERNEL_PAIRS(fused_add_rms_norm);
+
+void fused_add_rms_norm(FusedAddRmsNormArgs args, const Call& call) {
+    call.expect_float("dtype", args.dtype);
+    call.expect_min("num_tokens", args.num_tokens, 0);
+    call.expect_range("hidden", args.hidden, 0, 1 << 28);
+    if (args.num_tokens == 0 || args.hidden == 0) return;
+    call.expect_tensors({{"x", args.x}, {"residual", args.residual}, {"weight", args.weight}});
+
+    const int64_t bytes = element_bytes(args.dtype);
+    const bool aligned = is_16_aligned({args.x, args.residual, args.weight},
+                                       {args.x_stride * bytes, args.residual_stride * bytes, args.hidden * bytes});
+    launch_rms_rows(call, kKernels[args.dtype].of(aligned), aligned ? args.hidden * bytes / 16 : args.hidden, kMaxLanes,
+                    args);
+}
+
+WAVE64_OP(fused_add_rms_norm, FusedAddRmsNormArgs, x, residual, weight, x_stride, residual_stride, num_tokens, hidden,
+          eps, dtype)
 
 }  // namespace
 }  // namespace wave64
-
-int32_t wave64_fused_add_rms_norm(const wave64::FusedAddRmsNormArgs* caller_args, void* stream) {
-    using namespace wave64;
-    constexpr const char* op = "fused_add_rms_norm";
-    FusedAddRmsNormArgs args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32)
-        return refuse(op, "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
-    if (args.num_tokens < 0) return refuse(op, "num_tokens", "at least 0", args.num_tokens);
-    if (args.hidden < 0 || args.hidden > 1 << 28) return refuse(op, "hidden", "0 to 2^28", args.hidden);
-    if (args.num_tokens == 0 || args.hidden == 0) return kOk;
-    for (auto [name, pointer] :
-         {std::pair{"x", (const void*)args.x}, {"residual", args.residual}, {"weight", args.weight}})
-        if (!pointer) return refuse(op, name, "an address", 0);
-
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
-    const Kernels& kernels = kKernels[args.dtype];
-    const int64_t bytes = kernels.element_bytes;
-    const bool aligned = is_16_aligned({args.x, args.residual, args.weight},
-                                       {args.x_stride * bytes, args.residual_stride * bytes, args.hidden * bytes});
-    share_rms_rows(args, aligned ? args.hidden * bytes / 16 : args.hidden, kMaxLanes, *device);
-    const uint32_t grid = args.grid, block = args.block;
-    return launch({op, aligned ? kernels.aligned : kernels.unaligned, {grid, 1, 1}, {block, 1, 1}, 0}, &args,
-                  sizeof args, stream);
-}
-
-#define FIELD(NAME) WAVE64_FIELD(wave64::FusedAddRmsNormArgs, NAME)
-static const bool registered = wave64::register_op<wave64::FusedAddRmsNormArgs, wave64_fused_add_rms_norm>(
-    "fused_add_rms_norm", {FIELD(x), FIELD(residual), FIELD(weight), FIELD(x_stride), FIELD(residual_stride),
-                           FIELD(num_tokens), FIELD(hidden), FIELD(eps), FIELD(dtype)});
-
 #endif

@@ -29,4 +29,4 @@ WAVE64_DEVICE float gelu(float x) {
 }  // namespace wave64
 #endif
 
-WAVE64_GATED(gelu_and_mul, wave64::gelu)
+WAVE64_GATED(gelu_and_mul, gelu)

@@ -14,4 +14,4 @@ WAVE64_DEVICE float gelu_tanh(float x) {
 }  // namespace wave64
 #endif
 
-WAVE64_GATED(gelu_tanh_and_mul, wave64::gelu_tanh)
+WAVE64_GATED(gelu_tanh_and_mul, gelu_tanh)

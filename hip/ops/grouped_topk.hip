@@ -1,15 +1,41 @@
-// DeepSeek's gate: the top_k best experts of every token, out of its topk_group best groups of experts.
+// DeepSeek's gate: the top_k best experts of each token, out of its topk_group best groups of experts.
 //
 // The trick: a wave has a token's logits in registers, each group in a run of lanes of its own: the group's score is
-// a maximum over the run, its rank the count of those ahead, one broadcast each. Experts are chosen as topk.h does.
+// a maximum over the run, its rank the count of better groups, one broadcast each. topk.h chooses the experts.
 // Bound by latency: a load, the scores, the groups' ranks, top_k rounds, a store.
-#include "wave64/abi.h"
 #include "wave64/topk.h"
+
+namespace wave64 {
+
+// As topk_softmax, out of the topk_group best of num_groups groups of experts; then num_shared experts of weight 1.
+struct GroupedTopkArgs {
+    const void* gating;  // [num_tokens, num_experts]
+    const float* bias;   // [num_experts], or null
+    float* weights;      // [num_tokens, top_k + num_shared]
+    int32_t* ids;        // [num_tokens, top_k + num_shared]
+    int64_t gating_stride;
+    int64_t num_tokens;
+    int32_t num_experts;
+    int32_t top_k;
+    int32_t num_groups;
+    int32_t topk_group;
+    int32_t num_shared;
+    int32_t renormalize;  // 1: weights are divided by their sum
+    int32_t sigmoid;      // 1: scores are sigmoid(gating); 0: softmax
+    float factor;         // that weights are multiplied by
+    Dtype dtype;          // of gating
+    // set by the launcher
+    int32_t grid;       // waves
+    int32_t in_group;   // experts of a group
+    int32_t lane_bits;  // 2^lane_bits lanes hold a group
+};
+
+}  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
 
-// A logit's share in the softmax, or its logistic function: without a branch, for there are many.
+// A logit's softmax, or its logistic function: without a branch, since each lane has several logits.
 struct Score {
     bool sigmoid;
     float largest = 0, scale = 1;
@@ -48,7 +74,7 @@ struct LargestTwo {
         second = max(max(second, from_other_half<HALF>(second)), min(first, other));
         first = max(first, other);
     }
-    // Over each run of `lanes` lanes: at most half a wave's, since there are two groups or more.
+    // Over each run of `lanes` lanes: at most half a wave, since there are at least two groups.
     WAVE64_DEVICE void join_run(int lanes) {
         if (lanes > 1) join_other_half<1>();
         if (lanes > 2) join_other_half<2>();
@@ -112,7 +138,7 @@ WAVE64_DEVICE void grouped_topk(const GroupedTopkArgs& args) {
         const bool narrow = sizeof(T) == 2 && !args.bias;
         const Chosen mine =
             narrow ? choose<true>(args.top_k, first, lanes, choice) : choose<false>(args.top_k, first, lanes, choice);
-        // With a bias the number is not the logit. To load it again is quicker than to bring it from its lane.
+        // With a bias the number is not the logit. Loading it again is faster than getting it from its lane.
         const float logit = args.bias ? clean(float(gating.load(mine.expert).values().at[0])) : mine.number;
         float weight = lane < args.top_k ? score(logit) : 0, factor = args.factor;
         if (args.renormalize) factor /= wave_sum(weight) + 1e-20f;
@@ -129,51 +155,42 @@ WAVE64_DEVICE void grouped_topk(const GroupedTopkArgs& args) {
 WAVE64_GATES(grouped_topk, GroupedTopkArgs)
 
 #else
+namespace wave64 {
+namespace {
 
-int32_t wave64_grouped_topk(const wave64::GroupedTopkArgs* caller_args, void* stream) {
-    using namespace wave64;
-    constexpr const char* op = "grouped_topk";
-    GroupedTopkArgs args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32)
-        return refuse(op, "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
-    if (args.num_tokens < 0) return refuse(op, "num_tokens", "at least 0", args.num_tokens);
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
-    const int wave_size = device->wave_size;
-    if (args.num_experts < 1 || args.num_experts > kMostSlots * wave_size)
-        return refuse(op, "num_experts", "1 to 16 for each lane of a wave", args.num_experts);
-    if (args.num_groups < 1 || args.num_experts % args.num_groups)
-        return refuse(op, "num_groups", "a divisor of num_experts", args.num_groups);
-    if (args.topk_group < 1 || args.topk_group > args.num_groups)
-        return refuse(op, "topk_group", "1 to num_groups", args.topk_group);
+constexpr GateKernels kKernels = WAVE64_GATE_NAMES(grouped_topk);
+
+void grouped_topk(GroupedTopkArgs args, const Call& call) {
+    check_gate(call, args);
+    const int wave_size = call.device.wave_size;
+    call.expect(args.num_groups >= 1 && args.num_experts % args.num_groups == 0, "num_groups",
+                "a divisor of num_experts", args.num_groups);
+    call.expect(args.topk_group >= 1 && args.topk_group <= args.num_groups, "topk_group", "1 to num_groups",
+                args.topk_group);
     args.in_group = args.num_experts / args.num_groups;
-    if (args.top_k < 1 || args.top_k > args.topk_group * args.in_group)
-        return refuse(op, "top_k", "1 to the experts of topk_group groups", args.top_k);
-    if (args.num_shared < 0 || args.num_shared > wave_size - args.top_k)
-        return refuse(op, "num_shared", "at least 0, with top_k at most a wave's lanes", args.num_shared);
+    call.expect(args.top_k >= 1 && args.top_k <= args.topk_group * args.in_group, "top_k",
+                "1 to the experts of topk_group groups", args.top_k);
+    call.expect(args.num_shared >= 0 && args.num_shared <= wave_size - args.top_k, "num_shared",
+                "at least 0, with top_k at most the lanes of a wave", args.num_shared);
     if (args.topk_group == args.num_groups) {  // no limit
         args.num_groups = args.topk_group = 1;
         args.in_group = args.num_experts;
-    } else if (args.bias && args.in_group < 2) {
-        return refuse(op, "num_groups", "two experts or more in each, with a bias", args.num_groups);
+    } else {
+        call.expect(!args.bias || args.in_group >= 2, "num_groups", "two experts or more in each, with a bias",
+                    args.num_groups);
     }
-    if (args.num_groups > wave_size) return refuse(op, "num_groups", "at most a wave's lanes", args.num_groups);
-    // As many lanes for each group as there are, a power of two.
+    call.expect(args.num_groups <= wave_size, "num_groups", "at most the lanes of a wave", args.num_groups);
+    // As many lanes for each group as fit the wave, a power of two.
     args.lane_bits = 0;
     while (args.num_groups << (args.lane_bits + 1) <= wave_size) args.lane_bits++;
     const int64_t slots = ceil_div(args.in_group, 1 << args.lane_bits);
-    if (slots > kMostSlots) return refuse(op, "num_groups", "enough for 16 experts a lane", args.num_groups);
-    if (args.num_tokens == 0) return kOk;
-    for (auto [name, pointer] : {std::pair{"gating", args.gating}, {"weights", args.weights}, {"ids", args.ids}})
-        if (!pointer) return refuse(op, name, "an address", 0);
-    constexpr GateKernels kernels = WAVE64_GATE_NAMES(grouped_topk);
-    return launch_gate(op, kernels, slots, *device, args, stream);
+    call.expect(slots <= kMaxSlots, "num_groups", "enough for 16 experts a lane", args.num_groups);
+    launch_gate(call, kKernels, slots, args);
 }
 
-#define FIELD(NAME) WAVE64_FIELD(wave64::GroupedTopkArgs, NAME)
-static const bool registered = wave64::register_op<wave64::GroupedTopkArgs, wave64_grouped_topk>(
-    "grouped_topk", {FIELD(gating), FIELD(bias), FIELD(weights), FIELD(ids), FIELD(gating_stride), FIELD(num_tokens),
-                     FIELD(num_experts), FIELD(top_k), FIELD(num_groups), FIELD(topk_group), FIELD(num_shared),
-                     FIELD(renormalize), FIELD(sigmoid), FIELD(factor), FIELD(dtype)});
+WAVE64_OP(grouped_topk, GroupedTopkArgs, gating, bias, weights, ids, gating_stride, num_tokens, num_experts, top_k,
+          num_groups, topk_group, num_shared, renormalize, sigmoid, factor, dtype)
 
+}  // namespace
+}  // namespace wave64
 #endif

@@ -1,13 +1,34 @@
-// Quantises activations to FP8 with one scale, given or found: q = x / scale, found scale = amax of all / limit.
+// Quantizes activations to FP8 with one scale, given or found: q = x / scale, found scale = amax of all / limit.
 //
-// The trick: a first launch leaves each block's amax, and every block of the second takes the largest of them: no
-// atomics, nothing to set to zero before. The second goes backwards: what the first read last is still in the cache.
+// The trick: a first launch leaves each block's amax, and each block of the second takes the maximum of them: no
+// atomics, nothing to zero before. The second goes backwards: the rows that the first read last are still in the cache.
 // Bound by memory: x in twice (once with a given scale), 16 bytes per lane, and half of that (of 16-bit x) out.
-#include "wave64/abi.h"
+#include "wave64/types.h"
 
 namespace wave64 {
-inline constexpr int kMaxLanes = 512;
-inline constexpr int kHeld = 2;  // packs of a chunk that a lane has
+
+// q = x / scale in FP8, with one scale, given or found from all numbers; found is written either way.
+struct PerTensorQuantFp8Args {
+    const void* x;       // [num_tokens, columns]
+    const float* scale;  // one number, or null
+    void* q;             // [num_tokens, columns], contiguous
+    float* found;        // one number
+    float* amax;         // [num_parts] to work in, without a scale
+    int64_t x_stride;
+    int64_t num_tokens;
+    int64_t columns;
+    int32_t num_parts;  // at least 1
+    Dtype dtype;        // of x
+    // set by the launcher
+    int32_t block;       // lanes of a block
+    int32_t grid;        // blocks, at most num_parts
+    int32_t chunks;      // of a row
+    int32_t all_chunks;  // of all rows
+};
+
+constexpr int kMaxLanes = 512;
+constexpr int kHeld = 2;  // packs of a chunk that a lane holds
+
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -16,7 +37,7 @@ inline constexpr int kHeld = 2;  // packs of a chunk that a lane has
 #if WAVE64_HAS_FP8
 namespace wave64 {
 
-// What a block works on at a time: as much of a row as its lanes can hold.
+// As much of a row as the lanes of a block hold: they work on one chunk at a time.
 template <typename T, int N>
 struct Chunk {
     Row<T, N> x;
@@ -24,10 +45,10 @@ struct Chunk {
 
     WAVE64_DEVICE static Chunk of(const PerTensorQuantFp8Args& args, int index) {
         const int64_t row = args.chunks == 1 ? index : unsigned(index) / unsigned(args.chunks);
-        const int64_t most = args.block * kHeld * N, in_row = (index - row * args.chunks) * most;
+        const int64_t capacity = args.block * kHeld * N, in_row = (index - row * args.chunks) * capacity;
         const int64_t in_q = row * args.columns + in_row, left_of_q = args.num_tokens * args.columns - in_q;
         const int64_t left_of_row = args.columns - in_row, left = left_of_row < left_of_q ? left_of_row : left_of_q;
-        const unsigned columns = left < most ? left : most;
+        const unsigned columns = left < capacity ? left : capacity;
         return {{static_cast<const T*>(args.x) + row * args.x_stride + in_row, int(columns / N)},
                 {static_cast<Bits8*>(args.q) + in_q, int(columns / N)}};
     }
@@ -90,79 +111,48 @@ PER_TENSOR_QUANT_FP8(per_tensor_amax_fp32_unaligned, per_tensor_quant_fp8_fp32_u
 #endif
 
 #else
-#include <algorithm>
-
 #include "wave64/host.h"
 
 namespace wave64 {
 namespace {
 
-constexpr int kBlocksPerUnit = 4;  // fill a compute unit
+constexpr int64_t kBlocksPerUnit = 4;  // fill a compute unit
+constexpr KernelPairs kAmaxKernels = WAVE64_KERNEL_PAIRS(per_tensor_amax);
+constexpr KernelPairs kKernels = WAVE64_KERNEL_PAIRS(per_tensor_quant_fp8);
 
-struct Kernels {
-    int element_bytes;
-    const char* aligned_amax;
-    const char* aligned;
-    const char* unaligned_amax;
-    const char* unaligned;
-};
-constexpr Kernels kKernels[] = {{2, "per_tensor_amax_bf16", "per_tensor_quant_fp8_bf16",
-                                 "per_tensor_amax_bf16_unaligned", "per_tensor_quant_fp8_bf16_unaligned"},
-                                {2, "per_tensor_amax_fp16", "per_tensor_quant_fp8_fp16",
-                                 "per_tensor_amax_fp16_unaligned", "per_tensor_quant_fp8_fp16_unaligned"},
-                                {4, "per_tensor_amax_fp32", "per_tensor_quant_fp8_fp32",
-                                 "per_tensor_amax_fp32_unaligned", "per_tensor_quant_fp8_fp32_unaligned"}};
-
-}  // namespace
-}  // namespace wave64
-
-// Of no numbers, too, there is a scale.
-int32_t wave64_per_tensor_quant_fp8(const wave64::PerTensorQuantFp8Args* caller_args, void* stream) {
-    using namespace wave64;
-    constexpr const char* op = "per_tensor_quant_fp8";
-    PerTensorQuantFp8Args args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32)
-        return refuse(op, "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
-    if (args.num_tokens < 0) return refuse(op, "num_tokens", "at least 0", args.num_tokens);
-    if (args.columns < 0) return refuse(op, "columns", "at least 0", args.columns);
-    if (args.num_parts < 1) return refuse(op, "num_parts", "at least 1", args.num_parts);
-    if (!args.found) return refuse(op, "found", "an address", 0);
-    if (!args.scale && !args.amax) return refuse(op, "amax", "an address where there is no scale", 0);
+// Even an empty x has a scale.
+void per_tensor_quant_fp8(PerTensorQuantFp8Args args, const Call& call) {
+    call.expect_float("dtype", args.dtype);
+    call.expect_min("num_tokens", args.num_tokens, 0);
+    call.expect_min("columns", args.columns, 0);
+    call.expect_min("num_parts", args.num_parts, 1);
+    call.expect_tensors({{"found", args.found}});
+    if (!args.scale) call.expect_tensors({{"amax", args.amax}});
     const int64_t numbers = args.num_tokens * args.columns;
-    if (numbers && !args.x) return refuse(op, "x", "an address", 0);
-    if (numbers && !args.q) return refuse(op, "q", "an address", 0);
+    if (numbers) call.expect_tensors({{"x", args.x}, {"q", args.q}});
 
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
     if (args.num_tokens <= 1 || args.x_stride == args.columns) {  // rows without gaps are one row
         args.num_tokens = 1;
         args.x_stride = args.columns = numbers;
     }
-    const Kernels& kernels = kKernels[args.dtype];
-    const int64_t bytes = kernels.element_bytes;
+    const int64_t bytes = element_bytes(args.dtype), wave_size = call.device.wave_size;
     const bool aligned = is_16_aligned({args.x, args.q}, {args.x_stride * bytes, args.columns * bytes});
-    const int in_pack = aligned ? 16 / kernels.element_bytes : 1;
-    const int64_t lanes = round_up(ceil_div(args.columns, in_pack * kHeld), device->wave_size);
-    args.block = int32_t(std::clamp<int64_t>(lanes, device->wave_size, kMaxLanes));
+    const int64_t in_pack = aligned ? 16 / bytes : 1;
+    args.block = int32_t(
+        std::clamp<int64_t>(round_up(ceil_div(args.columns, in_pack * kHeld), wave_size), wave_size, kMaxLanes));
     const int64_t chunks = ceil_div(args.columns, args.block * kHeld * in_pack), all_chunks = args.num_tokens * chunks;
-    if (all_chunks > INT32_MAX / 2) return refuse(op, "num_tokens * columns", "at most 2^30 blocks", all_chunks);
+    call.expect(all_chunks <= INT32_MAX / 2, "num_tokens * columns", "at most 2^30 blocks", all_chunks);
     args.chunks = int32_t(chunks);
     args.all_chunks = int32_t(all_chunks);
     args.grid = int32_t(std::clamp<int64_t>(
-        all_chunks, 1, std::min<int64_t>(args.num_parts, int64_t(device->compute_units) * kBlocksPerUnit)));
-
-    const uint32_t grid = args.grid, block = args.block;
-    const auto run = [&](const char* kernel) {
-        return launch({op, kernel, {grid, 1, 1}, {block, 1, 1}, 0}, &args, sizeof args, stream);
-    };
-    if (!args.scale)
-        if (int32_t status = run(aligned ? kernels.aligned_amax : kernels.unaligned_amax)) return status;
-    return run(aligned ? kernels.aligned : kernels.unaligned);
+        all_chunks, 1, std::min<int64_t>(args.num_parts, call.device.compute_units * kBlocksPerUnit)));
+    if (!args.scale) call.launch(kAmaxKernels[args.dtype].of(aligned), {args.grid}, args.block, args);
+    call.launch(kKernels[args.dtype].of(aligned), {args.grid}, args.block, args);
 }
 
-#define FIELD(NAME) WAVE64_FIELD(wave64::PerTensorQuantFp8Args, NAME)
-static const bool registered = wave64::register_op<wave64::PerTensorQuantFp8Args, wave64_per_tensor_quant_fp8>(
-    "per_tensor_quant_fp8", {FIELD(x), FIELD(scale), FIELD(q), FIELD(found), FIELD(amax), FIELD(x_stride),
-                             FIELD(num_tokens), FIELD(columns), FIELD(num_parts), FIELD(dtype)});
+WAVE64_OP(per_tensor_quant_fp8, PerTensorQuantFp8Args, x, scale, q, found, amax, x_stride, num_tokens, columns,
+          num_parts, dtype)
 
+}  // namespace
+}  // namespace wave64
 #endif

@@ -1,7 +1,33 @@
 // Writes new keys and values into the paged KV cache: cache[slot_mapping[t]] = new[t], converted where it is FP8.
 //
-// How, and what bounds it, is in cache_write.h.
+// The trick, and what bounds it, is in cache_write.h.
 #include "wave64/cache_write.h"
+
+namespace wave64 {
+
+// cache[slot] = new, for a token's keys and values, each in a cache of its own. In FP8 caches, new / scale.
+struct ReshapeAndCacheArgs {
+    const void* key;    // [num_tokens, num_heads, head_dim]
+    const void* value;  // as key
+    void* key_cache;    // [slots, num_heads, head_dim], contiguous
+    void* value_cache;
+    const int64_t* slot_mapping;  // [num_tokens]; -1: not written
+    const float* k_scale;         // one number, or null: 1
+    const float* v_scale;
+    int64_t key_stride;
+    int64_t key_head_stride;
+    int64_t value_stride;
+    int64_t value_head_stride;
+    int64_t num_tokens;
+    int32_t num_heads;
+    int32_t head_dim;
+    Dtype dtype;        // of key and value
+    Dtype cache_dtype;  // dtype, or FP8
+    // set by the launcher
+    RowPartition partition;
+};
+
+}  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
@@ -23,7 +49,7 @@ WAVE64_DEVICE void reshape_and_cache(const ReshapeAndCacheArgs& args) {
                                     static_cast<Out*>(args.value_cache),
                                     row,
                                     args.v_scale};
-    write_cache<N>(args.shares, args.num_tokens, args.slot_mapping, row / N, keys, values);
+    write_cache<N>(args.partition, args.num_tokens, args.slot_mapping, row / N, keys, values);
 }
 
 }  // namespace wave64
@@ -36,51 +62,38 @@ namespace {
 
 constexpr CacheKernels kKernels[] = WAVE64_CACHE_KERNELS(reshape_and_cache);
 
-}  // namespace
-}  // namespace wave64
-
-int32_t wave64_reshape_and_cache(const wave64::ReshapeAndCacheArgs* caller_args, void* stream) {
-    using namespace wave64;
-    constexpr const char* op = "reshape_and_cache";
-    ReshapeAndCacheArgs args = *caller_args;
-    if (int32_t status = check_cache_dtypes(op, args.dtype, args.cache_dtype)) return status;
-    if (args.num_tokens < 0) return refuse(op, "num_tokens", "at least 0", args.num_tokens);
-    if (args.num_heads < 0) return refuse(op, "num_heads", "at least 0", args.num_heads);
-    if (args.head_dim < 0) return refuse(op, "head_dim", "at least 0", args.head_dim);
+void reshape_and_cache(ReshapeAndCacheArgs args, const Call& call) {
+    call.expect_float("dtype", args.dtype);
+    call.expect_cache_dtype(args.cache_dtype, args.dtype);
+    call.expect_min("num_tokens", args.num_tokens, 0);
+    call.expect_min("num_heads", args.num_heads, 0);
+    call.expect_min("head_dim", args.head_dim, 0);
     const int64_t row = int64_t(args.num_heads) * args.head_dim;
-    if (row > 1 << 28) return refuse(op, "num_heads * head_dim", "at most 2^28", row);
-    if (args.num_tokens == 0 || row == 0) return kOk;
-    for (auto [name, pointer] : {std::pair{"key", args.key},
-                                 {"value", args.value},
-                                 {"key_cache", (const void*)args.key_cache},
-                                 {"value_cache", (const void*)args.value_cache},
-                                 {"slot_mapping", (const void*)args.slot_mapping}})
-        if (!pointer) return refuse(op, name, "an address", 0);
+    call.expect_range("num_heads * head_dim", row, 0, 1 << 28);
+    if (args.num_tokens == 0 || row == 0) return;
+    call.expect_tensors({{"key", args.key},
+                         {"value", args.value},
+                         {"key_cache", args.key_cache},
+                         {"value_cache", args.value_cache},
+                         {"slot_mapping", args.slot_mapping}});
 
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
     if (args.key_head_stride == args.head_dim && args.value_head_stride == args.head_dim) {  // one wide head
         args.head_dim = int32_t(row);
         args.num_heads = 1;
         args.key_head_stride = args.value_head_stride = 0;
     }
-    const CacheKernels& kernels = kKernels[args.dtype];
-    const int64_t bytes = kernels.element_bytes;
+    const int64_t bytes = element_bytes(args.dtype);
     const bool aligned =
         is_16_aligned({args.key, args.value, args.key_cache, args.value_cache},
                       {args.key_stride * bytes, args.key_head_stride * bytes, args.value_stride * bytes,
                        args.value_head_stride * bytes, args.head_dim * bytes});
-    const char* const* names = args.cache_dtype == kFp8 ? kernels.to_fp8 : kernels.copy;
-    return launch(over_rows(op, names[!aligned], args.num_tokens, 2 * (aligned ? row * bytes / 16 : row), kCacheRows,
-                            *device, args.shares),
-                  &args, sizeof args, stream);
+    launch_cache_write(call, kKernels, aligned, 2 * row, args);
 }
 
-#define FIELD(NAME) WAVE64_FIELD(wave64::ReshapeAndCacheArgs, NAME)
-static const bool registered = wave64::register_op<wave64::ReshapeAndCacheArgs, wave64_reshape_and_cache>(
-    "reshape_and_cache",
-    {FIELD(key), FIELD(value), FIELD(key_cache), FIELD(value_cache), FIELD(slot_mapping), FIELD(k_scale),
-     FIELD(v_scale), FIELD(key_stride), FIELD(key_head_stride), FIELD(value_stride), FIELD(value_head_stride),
-     FIELD(num_tokens), FIELD(num_heads), FIELD(head_dim), FIELD(dtype), FIELD(cache_dtype)});
+WAVE64_OP(reshape_and_cache, ReshapeAndCacheArgs, key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale,
+          key_stride, key_head_stride, value_stride, value_head_stride, num_tokens, num_heads, head_dim, dtype,
+          cache_dtype)
 
+}  // namespace
+}  // namespace wave64
 #endif

@@ -1,12 +1,30 @@
-// Root mean square normalisation: out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight.
+// Root mean square normalization: out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight.
 //
-// The rows are rms.h's: a block keeps its row in registers between the sum and the scaling, so x is read once.
+// The trick is in rms.h: a block keeps its row in registers between the sum and the scaling, so x is read once.
 // Bound by memory: 2 * num_tokens * hidden elements, moved 16 bytes per lane. With few tokens, by the latency of one
 // row: a load, a sum over the block, a store.
 #include "wave64/rms.h"
 
 namespace wave64 {
+
+// out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight, in fp32, rounded once. out may be x.
+struct RmsNormArgs {
+    const void* x;       // [num_tokens, hidden]
+    const void* weight;  // [hidden]
+    void* out;           // [num_tokens, hidden]
+    int64_t x_stride;
+    int64_t out_stride;
+    int64_t num_tokens;
+    int32_t hidden;
+    float eps;
+    Dtype dtype;  // of x, weight and out
+    // set by the launcher
+    int32_t block;  // lanes of a block
+    int32_t grid;   // blocks
+};
+
 constexpr int kMaxLanes = 1024;
+
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -25,62 +43,37 @@ struct RmsNormRow {
     WAVE64_DEVICE void store(int i, const Pack<T, N>& y) const { out.store(i, y); }
 };
 
+template <typename T, int N>
+WAVE64_DEVICE void rms_norm(const RmsNormArgs& args) {
+    normalize_rows<T, N, kMaxLanes, RmsNormRow<T, N>>(args);
+}
+
 }  // namespace wave64
 
-#define RMS_NORM(NAME, T, N)                                                             \
-    WAVE64_KERNEL(wave64::kMaxLanes) NAME(wave64::RmsNormArgs args) {                    \
-        wave64::normalize_rows<T, N, wave64::kMaxLanes, wave64::RmsNormRow<T, N>>(args); \
-    }
-
-RMS_NORM(rms_norm_bf16, wave64::bf16, 8)
-RMS_NORM(rms_norm_fp16, wave64::fp16, 8)
-RMS_NORM(rms_norm_fp32, float, 4)
-RMS_NORM(rms_norm_bf16_unaligned, wave64::bf16, 1)
-RMS_NORM(rms_norm_fp16_unaligned, wave64::fp16, 1)
-RMS_NORM(rms_norm_fp32_unaligned, float, 1)
+WAVE64_KERNELS(rms_norm, wave64::kMaxLanes, RmsNormArgs)
 
 #else
 namespace wave64 {
 namespace {
 
-struct Kernels {
-    int element_bytes;
-    const char* aligned;
-    const char* unaligned;
-};
-constexpr Kernels kKernels[] = {{2, "rms_norm_bf16", "rms_norm_bf16_unaligned"},
-                                {2, "rms_norm_fp16", "rms_norm_fp16_unaligned"},
-                                {4, "rms_norm_fp32", "rms_norm_fp32_unaligned"}};
+constexpr KernelPairs kKernels = WAVE64_KERNEL_PAIRS(rms_norm);
+
+void rms_norm(RmsNormArgs args, const Call& call) {
+    call.expect_float("dtype", args.dtype);
+    call.expect_min("num_tokens", args.num_tokens, 0);
+    call.expect_range("hidden", args.hidden, 0, 1 << 28);
+    if (args.num_tokens == 0 || args.hidden == 0) return;
+    call.expect_tensors({{"x", args.x}, {"weight", args.weight}, {"out", args.out}});
+
+    const int64_t bytes = element_bytes(args.dtype);
+    const bool aligned = is_16_aligned({args.x, args.weight, args.out},
+                                       {args.x_stride * bytes, args.out_stride * bytes, args.hidden * bytes});
+    launch_rms_rows(call, kKernels[args.dtype].of(aligned), aligned ? args.hidden * bytes / 16 : args.hidden, kMaxLanes,
+                    args);
+}
+
+WAVE64_OP(rms_norm, RmsNormArgs, x, weight, out, x_stride, out_stride, num_tokens, hidden, eps, dtype)
 
 }  // namespace
 }  // namespace wave64
-
-int32_t wave64_rms_norm(const wave64::RmsNormArgs* caller_args, void* stream) {
-    using namespace wave64;
-    RmsNormArgs args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32)
-        return refuse("rms_norm", "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
-    if (args.num_tokens < 0) return refuse("rms_norm", "num_tokens", "at least 0", args.num_tokens);
-    if (args.hidden < 0 || args.hidden > 1 << 28) return refuse("rms_norm", "hidden", "0 to 2^28", args.hidden);
-    if (args.num_tokens == 0 || args.hidden == 0) return kOk;
-    for (auto [name, pointer] : {std::pair{"x", args.x}, {"weight", args.weight}, {"out", (const void*)args.out}})
-        if (!pointer) return refuse("rms_norm", name, "an address", 0);
-
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
-    const Kernels& kernels = kKernels[args.dtype];
-    const int64_t bytes = kernels.element_bytes;
-    const bool aligned = is_16_aligned({args.x, args.weight, args.out},
-                                       {args.x_stride * bytes, args.out_stride * bytes, args.hidden * bytes});
-    share_rms_rows(args, aligned ? args.hidden * bytes / 16 : args.hidden, kMaxLanes, *device);
-    const uint32_t grid = args.grid, block = args.block;
-    return launch({"rms_norm", aligned ? kernels.aligned : kernels.unaligned, {grid, 1, 1}, {block, 1, 1}, 0}, &args,
-                  sizeof args, stream);
-}
-
-#define FIELD(NAME) WAVE64_FIELD(wave64::RmsNormArgs, NAME)
-static const bool registered = wave64::register_op<wave64::RmsNormArgs, wave64_rms_norm>(
-    "rms_norm", {FIELD(x), FIELD(weight), FIELD(out), FIELD(x_stride), FIELD(out_stride), FIELD(num_tokens),
-                 FIELD(hidden), FIELD(eps), FIELD(dtype)});
-
 #endif

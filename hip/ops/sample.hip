@@ -1,20 +1,43 @@
 // Draws a token per row: temperature, top_k, top_p, min_p, then inversion of the running sum.
 //
-// The trick: the first of two launches reads the logits, over all compute units, and leaves the peak of every 16 of
-// them, and the largest logit and the mass of every chunk. The second, a block per row, gathers into a list the logits
-// of the groups with the highest peaks. All that follows is one search over the list: the first key, in order, at which
-// a running sum reaches a goal. It finds the k-th largest logit (counts by logit), the end of the nucleus (weights by
-// logit) and the token (weights by id). Weights are summed as whole numbers, so no order of additions can show. Where
-// the list does not hold all that is kept (a flat distribution), the row is searched instead; where all is kept, one
-// wave finds the chunk and then the token.
-// Bound by memory in the first launch, the logits once, and by latency in the second.
-#include "wave64/abi.h"
+// The trick: the first of two launches reads the logits, over all compute units, and leaves the maximum of every 16
+// logits, and the largest logit and the mass of every chunk. The second, a block per row, lists the logits of the
+// groups with the highest maxima. All that follows is one search over the list: the first key, in order, at which a
+// running sum reaches a goal. It finds the k-th largest logit (counts by logit), the end of the nucleus (weights by
+// logit) and the token (weights by id). Weights are summed as integers, so the order of additions does not matter. If
+// the list does not hold all tokens that are kept (a flat distribution), the row is searched instead; if all are kept,
+// one wave finds the chunk and then the token. Bound by memory in the first launch, the logits once, and by latency in
+// the second.
+#include "wave64/types.h"
 
 namespace wave64 {
-constexpr int kPeakLanes = 256;  // of a block that finds peaks
+
+// A token per row: the first at which the running sum of the kept weights exceeds uniform times their total.
+struct SampleArgs {
+    const void* logits;        // [num_seqs, vocab_size]
+    const float* temperature;  // [num_seqs], as all below; at most 0: the largest logit
+    const int32_t* top_k;      // at most 0: all
+    const float* top_p;        // at least 1: all
+    const float* min_p;        // at most 0: all
+    const float* uniform;      // in [0, 1)
+    int64_t* out;
+    float* work;  // [num_seqs, work_stride] to work in; vocab_size / WORK_LOGITS + MIN_WORK of each row are enough
+    int64_t logits_stride;
+    int64_t work_stride;
+    int64_t num_seqs;
+    int32_t vocab_size;
+    Dtype dtype;  // of logits
+    // set by the launcher
+    int32_t chunks;  // of a row: what a wave of the first launch reads
+    int32_t groups;  // of a row, each with a maximum
+    int32_t grid;    // blocks of the first launch from sequence to sequence; its other dimension goes along a row
+};
+
+constexpr int kPeakLanes = 256;  // of a block that finds maxima
 constexpr int kHeld = 4;         // packs of a lane of these
 constexpr int kLanes = 512;      // of a block that draws
-constexpr int kGroup = 16;       // logits that a peak stands for
+constexpr int kGroup = 16;       // logits of a maximum
+
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -23,15 +46,15 @@ constexpr int kGroup = 16;       // logits that a peak stands for
 namespace wave64 {
 
 constexpr int kMany = 3500;      // groups to gather for a nucleus that is not small
-constexpr int kGroups = 3584;    // groups there is room for
-constexpr int kListed = 5312;    // and logits
-constexpr int kListedBits = 13;  // of the number of these
+constexpr int kGroups = 3584;    // capacity for groups
+constexpr int kListed = 5312;    // capacity for logits
+constexpr int kListedBits = 13;  // of a count of these
 constexpr float kLargest = 0x1.fffffep127f, kNever = -__builtin_inff();
 static_assert(kGroups * kGroup <= 1 << 16 && kListed < 1 << kListedBits);
 
 struct Lds {
-    float logits[kListed];   // the list, in any order
-    Bits16 places[kListed];  // where in the groups they are
+    float logits[kListed];      // the list, in any order
+    Bits16 positions[kListed];  // of each in the groups
     int groups[kGroups];
     Bins bins;
     float maxima[kLanes / 32], minima[kLanes / 32];
@@ -60,8 +83,8 @@ public:
     WAVE64_DEVICE int first_id(int pack) const { return pack * N - lead; }
     WAVE64_DEVICE Pack<T, N> load(int pack) const { return packs.load(pack); }
 
-    // The pack's logits: NaN, and what is not the row's, as -inf, and +inf as the largest number, so that differences
-    // of two are never NaN.
+    // The pack's logits: NaN and elements outside the row as -inf, +inf as the largest number, so that the difference
+    // of two is never NaN.
     WAVE64_DEVICE void unpack(const Pack<T, N>& bits, int pack, float* x) const {
         const auto values = bits.values();
         for (int i = 0; i < N; i++) {
@@ -74,7 +97,7 @@ public:
                 if (id + i < 0 || id + i >= vocab) x[i] = kNever;
     }
 
-    // Calls visit(logit, id) for what this lane takes of the row.
+    // Calls visit(logit, id) for the logits of this lane.
     template <typename Visit>
     WAVE64_DEVICE void for_each(Visit visit) const {
         constexpr int taken = 16 / N;  // packs at a time
@@ -94,8 +117,8 @@ public:
     }
 };
 
-// What the first launch leaves of a row: peaks of groups, and of every chunk, which is what a wave reads, its largest
-// logit and its mass relative to that.
+// What the first launch leaves of a row: the maximum of each group, and of each chunk, which one wave reads, its
+// largest logit and its mass relative to that.
 struct Summary {
     float *peaks, *bests, *masses;
 
@@ -103,7 +126,7 @@ struct Summary {
         : peaks(args.work + seq * args.work_stride), bests(peaks + args.groups), masses(bests + args.chunks) {}
 };
 
-// log2(e) / temperature, within what makes no NaN of any difference of logits.
+// log2(e) / temperature, clamped so that no difference of logits becomes NaN.
 WAVE64_DEVICE float scale_of(float temperature) { return 1.44269504f / min(max(temperature, 1e-30f), 1e36f); }
 
 template <typename T, int N>
@@ -129,7 +152,8 @@ WAVE64_DEVICE void sample_peaks(const SampleArgs& args) {
             for (int j = 1; j < N; j++) peak = max(peak, x[i][j]);
             peak = max(peak, from_other_half<1>(peak));
             if (group_lanes > 2) peak = max(peak, from_other_half<2>(peak));
-            if (lane % group_lanes == i % group_lanes) summary.peaks[pack / group_lanes] = peak;  // they take turns
+            if (lane % group_lanes == i % group_lanes)
+                summary.peaks[pack / group_lanes] = peak;  // a lane of the group writes each
             best = max(best, peak);
         }
         best = wave_max(best);
@@ -144,14 +168,13 @@ WAVE64_DEVICE void sample_peaks(const SampleArgs& args) {
     }
 }
 
-// Where this lane's item goes that is to be appended to a list of `count` items. Whole waves call it, with how many
-// items each lane has.
-template <int MOST>
+// Appends `items` items per lane to a list of `count`, and returns the index of this lane's first. Whole waves call it.
+template <int MAX_ITEMS>
 WAVE64_DEVICE int append(int& count, int items) {
-    unsigned before = 0;  // the sum of their numbers over the lanes before this one, bit by bit
-    for (int bit = 0; MOST >> bit; bit++) {
+    unsigned before = 0;  // the items of the lanes before this one, summed bit by bit
+    for (int bit = 0; MAX_ITEMS >> bit; bit++) {
         before += bits_before(ballot(items >> bit & 1)) << bit;
-        forget(before);  // one ballot at a time: each takes two scalar registers, of which there are few left
+        forget(before);  // one ballot at a time: each takes two of the few scalar registers left
     }
     const int last = wave_size() - 1;
     int begin = 0;
@@ -170,13 +193,13 @@ WAVE64_DEVICE uint64_t sum_of_all(uint64_t x, uint64_t* lds) {
     return sum;
 }
 
-// Lists all logits up to a rank, by way of the groups whose peaks are; false if there is no room for them.
+// Lists all logits up to a rank, from the groups whose maxima are; false if they exceed the capacity.
 template <typename T, int N>
 WAVE64_DEVICE bool list_up_to(Lds& lds, unsigned rank, const Logits<T, N>& row, const float* peaks, int groups) {
     constexpr int group_packs = kGroup / N;
     const int lane = lane_in_block();
     for (int first = 0; first < groups; first += kGroup * kLanes) {
-        unsigned chosen = 0;  // a bit for each: as many flags would take two scalar registers each
+        unsigned chosen = 0;  // a bit each: flags would take two scalar registers each
 #pragma unroll
         for (int i = 0; i < kGroup; i++) {
             const int group = first + i * kLanes + lane;
@@ -219,7 +242,7 @@ WAVE64_DEVICE bool list_up_to(Lds& lds, unsigned rank, const Logits<T, N>& row, 
                 if (!(chosen >> (i * N + j) & 1)) continue;
                 if (to < kListed) {
                     lds.logits[to] = x[i][j];
-                    lds.places[to] = Bits16((first + i * kLanes + lane) * N + j);
+                    lds.positions[to] = Bits16((first + i * kLanes + lane) * N + j);
                 }
                 to++;
             }
@@ -229,7 +252,7 @@ WAVE64_DEVICE bool list_up_to(Lds& lds, unsigned rank, const Logits<T, N>& row, 
     return uniform(lds.num_listed) <= kListed;
 }
 
-// The token of a row of which all is kept, or the largest logit asked for. A wave does it.
+// The token of a row whose logits are all kept, or the largest one (greedy). Called by one wave.
 template <typename T, int N>
 WAVE64_DEVICE int draw_from_all(const Logits<T, N>& row, const Summary& summary, int chunks, bool greedy, float scale,
                                 float uniform) {
@@ -240,17 +263,18 @@ WAVE64_DEVICE int draw_from_all(const Logits<T, N>& row, const Summary& summary,
     if (best == kNever) return 0;
     const auto chunk_quantity = [&](int chunk) {
         if (chunk >= chunks) return uint64_t(0);
-        const float most = summary.bests[chunk];
-        return greedy ? uint64_t(most == best) : fixed(summary.masses[chunk] * exp2((most - best) * scale));
+        const float chunk_best = summary.bests[chunk];
+        return greedy ? uint64_t(chunk_best == best) : fixed(summary.masses[chunk] * exp2((chunk_best - best) * scale));
     };
 
-    // The chunk, and which part of it comes before the token: lanes have neighbouring chunks, so that their sums are in
+    // The chunk, and the fraction of it before the token: a lane has neighboring chunks, so that the lanes' sums are in
     // order.
     const int own = (chunks + wave_size() - 1) / wave_size();
     uint64_t sum = 0;
 #pragma unroll 8
     for (int i = 0; i < own; i++) sum += chunk_quantity(lane * own + i);
-    uint64_t running = running_sum(sum), goal = share(from_lane(running, wave_size() - 1), greedy ? 0 : uniform) + 1;
+    uint64_t running = running_sum(sum),
+             goal = fraction_of(from_lane(running, wave_size() - 1), greedy ? 0 : uniform) + 1;
     int finder = __builtin_popcountll(ballot(running < goal)), chunk = -1;
     uint64_t reached = running - sum;
     float before = 0;
@@ -266,9 +290,11 @@ WAVE64_DEVICE int draw_from_all(const Logits<T, N>& row, const Summary& summary,
     chunk = broadcast(chunk, finder);
     before = greedy ? 0 : broadcast(before, finder);
 
-    // The token, in the same way, by weights relative to the chunk's largest logit; lanes have neighbouring packs.
-    const float most = summary.bests[chunk];
-    const auto quantity = [&](float x) { return greedy ? uint64_t(x == most) : fixed(exp2((x - most) * scale)); };
+    // The token, by weights relative to the chunk's largest logit; a lane has neighboring packs.
+    const float chunk_best = summary.bests[chunk];
+    const auto quantity = [&](float x) {
+        return greedy ? uint64_t(x == chunk_best) : fixed(exp2((x - chunk_best) * scale));
+    };
     const int first = (chunk * wave_size() + lane) * kHeld;
     Pack<T, N> held[kHeld];
 #pragma unroll
@@ -281,7 +307,7 @@ WAVE64_DEVICE int draw_from_all(const Logits<T, N>& row, const Summary& summary,
         for (int j = 0; j < N; j++) sum += quantity(x[i][j]);
     }
     running = running_sum(sum);
-    goal = share(from_lane(running, wave_size() - 1), before) + 1;
+    goal = fraction_of(from_lane(running, wave_size() - 1), before) + 1;
     finder = __builtin_popcountll(ballot(running < goal));
     reached = running - sum;
     int token = row.first_id(first);
@@ -306,8 +332,8 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
     const float temperature = args.temperature[seq], top_p = args.top_p[seq], min_p = min(args.min_p[seq], 1);
     const float scale = scale_of(temperature), uniform = args.uniform[seq];
     const bool greedy = !(temperature > 0), by_count = top_k > 0 && top_k < vocab;
-    float most = kNever;
-    for (int i = lane; i < args.chunks; i += kLanes) most = max(most, summary.bests[i]);
+    float largest = kNever;
+    for (int i = lane; i < args.chunks; i += kLanes) largest = max(largest, summary.bests[i]);
     if (greedy || !(by_count || top_p < 1 || min_p > 0)) {
         if (lane >= wave_size()) return;
         const int token = draw_from_all(row, summary, args.chunks, greedy, scale, uniform);
@@ -316,7 +342,7 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
     }
 
     clear(lds.bins, kLanes);
-    const float best = block_max(most, lds.maxima, kLanes);
+    const float best = block_max(largest, lds.maxima, kLanes);
     if (best == kNever) {
         if (lane == 0) args.out[seq] = 0;
         return;
@@ -336,27 +362,28 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
     const auto each = [&](auto visit) {
         if (from_list)
             for (int i = lane; i < lds.num_listed; i += kLanes)
-                visit(lds.logits[i], first_id + lds.groups[lds.places[i] / kGroup] * kGroup + lds.places[i] % kGroup);
+                visit(lds.logits[i],
+                      first_id + lds.groups[lds.positions[i] / kGroup] * kGroup + lds.positions[i] % kGroup);
         else
             row.for_each(visit);
     };
     const auto quantity_of = [&](float weight) { return fixed(weight) << count_bits | (from_list && fixed(weight)); };
     const auto is_one = [&](uint64_t quantity) { return from_list && (quantity & ((1 << kListedBits) - 1)) == 1; };
 
-    // So many of the largest logits are listed: k; else a few, as most chunks have one of these; else many.
+    // How many of the largest logits to list: top_k; else a few, since most chunks have one of these; else many.
     const int few = args.chunks * 4 / 5 + 1;
     for (int aim = by_count ? top_k : few;; aim = aim < kMany && !by_count ? kMany : kMany + 1) {
         bool enough = true;
         from_list = aim <= kMany;
         if (from_list) {
-            // Among the largest logits of the chunks are as many that are at least as large; peaks are needed for more.
+            // The chunks' largest logits bound few logits; for more, the groups' maxima are needed.
             const float* const peaks = aim <= few ? summary.bests : summary.peaks;
             const int num_peaks = aim <= few ? args.chunks : args.groups;
-            float least = best;
-            for (int i = lane; i < num_peaks; i += kLanes) least = min(least, peaks[i]);
+            float lowest = best;
+            for (int i = lane; i < num_peaks; i += kLanes) lowest = min(lowest, peaks[i]);
             block_barrier();  // the last round's counts are read until here
             if (lane == 0) lds.num_groups = lds.num_listed = 0;
-            unsigned from = rank_of(best), to = rank_of(-block_max(-least, lds.minima, kLanes));
+            unsigned from = rank_of(best), to = rank_of(-block_max(-lowest, lds.minima, kLanes));
             to = to < kLastRank ? to : kLastRank;
             const int spare = aim / 8 + 4 < kGroups - aim ? aim / 8 + 4 : kGroups - aim;
             const bool found = search(
@@ -367,7 +394,7 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
                 });
             if (!found) to = kLastRank;
             from_list = list_up_to(lds, to, row, summary.peaks, args.groups);
-            // Enough: all there are, all that min_p keeps, or no list at all.
+            // Enough: all logits, all that min_p keeps, or no list at all.
             enough = !found || !from_list || (!by_count && weight_of(number_of_rank(to)) < min_p);
         }
         count_bits = from_list ? kListedBits : 0;
@@ -376,8 +403,8 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
             unsigned from = rank_of(best), to = last;
             const auto goal_of = [&](uint64_t sum) {
                 if (!by_mass) return uint64_t(top_k);
-                const uint64_t there = sum >> count_bits, part = share(by_count ? there : whole, top_p);
-                if (part > there) return sum + 1;
+                const uint64_t mass = sum >> count_bits, part = fraction_of(by_count ? mass : whole, top_p);
+                if (part > mass) return sum + 1;
                 return (part > 0 ? part : 1) << count_bits;
             };
             const bool found = search(lds.bins, from, to, goal_of, is_one, [&](auto add) {
@@ -393,7 +420,7 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
     unsigned low = 0, high = vocab - 1;
     const auto kept = [&](float x) { return rank_of(x) <= last && weight_of(x) >= min_p; };
     search(
-        lds.bins, low, high, [&](uint64_t sum) { return (share(sum >> count_bits, uniform) + 1) << count_bits; },
+        lds.bins, low, high, [&](uint64_t sum) { return (fraction_of(sum >> count_bits, uniform) + 1) << count_bits; },
         is_one,
         [&](auto add) {
             each([&](float x, int id) {
@@ -401,10 +428,10 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
             });
         });
     if (low == high && lane == 0) args.out[seq] = low;
-    if (low < high) {  // it is the one there that is listed
+    if (low < high) {  // the listed one in the range
         for (int i = lane; i < lds.num_listed; i += kLanes) {
             const float x = lds.logits[i];
-            const int id = first_id + lds.groups[lds.places[i] / kGroup] * kGroup + lds.places[i] % kGroup;
+            const int id = first_id + lds.groups[lds.positions[i] / kGroup] * kGroup + lds.positions[i] % kGroup;
             if (unsigned(id) - low <= high - low && kept(x) && fixed(weight_of(x)) > 0) args.out[seq] = id;
         }
     }
@@ -421,68 +448,49 @@ SAMPLE(sample_fp16, wave64::fp16, 8)
 SAMPLE(sample_fp32, float, 4)
 
 #else
-#include <algorithm>
-
 #include "wave64/host.h"
 
 namespace wave64 {
 namespace {
 
 struct Kernels {
-    int64_t per_pack;
-    const char* peaks;
-    const char* draw;
+    const char *peaks, *draw;
 };
-constexpr Kernels kKernels[] = {{8, "sample_bf16_peaks", "sample_bf16"},
-                                {8, "sample_fp16_peaks", "sample_fp16"},
-                                {4, "sample_fp32_peaks", "sample_fp32"}};
-constexpr int64_t kMaxGrid = 65535;
+constexpr Kernels kKernels[] = {
+    {"sample_bf16_peaks", "sample_bf16"}, {"sample_fp16_peaks", "sample_fp16"}, {"sample_fp32_peaks", "sample_fp32"}};
+// Of `work`: a maximum of 16 logits and, for a chunk of at least 512, two numbers; and the last chunk and groups.
+constexpr int kWorkLogits = 8, kMinWork = 512;
+
+void sample(SampleArgs args, const Call& call) {
+    call.expect_float("dtype", args.dtype);
+    call.expect_range("num_seqs", args.num_seqs, 0, 1 << 21);
+    call.expect_range("vocab_size", args.vocab_size, 1, 1 << 26);
+    if (args.num_seqs == 0) return;
+    call.expect_tensors({{"logits", args.logits},
+                         {"temperature", args.temperature},
+                         {"top_k", args.top_k},
+                         {"top_p", args.top_p},
+                         {"min_p", args.min_p},
+                         {"uniform", args.uniform},
+                         {"out", args.out},
+                         {"work", args.work}});
+
+    const int64_t wave_size = call.device.wave_size, per_pack = 16 / element_bytes(args.dtype);
+    const int64_t chunk = kHeld * wave_size * per_pack;
+    args.chunks = int32_t(ceil_div(args.vocab_size + per_pack - 1, chunk));  // a row may begin within a pack
+    args.groups = int32_t(args.chunks * chunk / kGroup);
+    call.expect(args.work_stride >= args.groups + 2 * int64_t(args.chunks), "work_stride",
+                "a maximum of each 16 logits and two numbers of each chunk", args.work_stride);
+    args.grid = int32_t(std::min(args.num_seqs, kMaxGridY));
+    const auto& [peaks, draw] = kKernels[args.dtype];
+    call.launch(peaks, {ceil_div(args.chunks, kPeakLanes / wave_size), args.grid}, kPeakLanes, args);
+    call.launch(draw, {args.num_seqs}, kLanes, args);
+}
+
+WAVE64_OP_AND_CONSTANTS(sample, SampleArgs, ({{"WORK_LOGITS", kWorkLogits}, {"MIN_WORK", kMinWork}}), logits,
+                        temperature, top_k, top_p, min_p, uniform, out, work, logits_stride, work_stride, num_seqs,
+                        vocab_size, dtype)
 
 }  // namespace
 }  // namespace wave64
-
-int32_t wave64_sample(const wave64::SampleArgs* caller_args, void* stream) {
-    using namespace wave64;
-    const auto refused = [](const char* argument, const char* expected, int64_t got) {
-        return refuse("sample", argument, expected, got);
-    };
-    SampleArgs args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32) return refused("dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
-    if (args.num_seqs < 0 || args.num_seqs > 1 << 21) return refused("num_seqs", "0 to 2^21", args.num_seqs);
-    if (args.vocab_size < 1 || args.vocab_size > 1 << 26) return refused("vocab_size", "1 to 2^26", args.vocab_size);
-    if (args.num_seqs == 0) return kOk;
-    for (auto [name, pointer] : {std::pair{"logits", args.logits},
-                                 {"temperature", args.temperature},
-                                 {"top_k", args.top_k},
-                                 {"top_p", args.top_p},
-                                 {"min_p", args.min_p},
-                                 {"uniform", args.uniform},
-                                 {"out", args.out},
-                                 {"work", args.work}})
-        if (!pointer) return refused(name, "an address", 0);
-
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
-    const Kernels& kernels = kKernels[args.dtype];
-    const int64_t chunk = kHeld * device->wave_size * kernels.per_pack;
-    args.chunks = int32_t(ceil_div(args.vocab_size + kernels.per_pack - 1, chunk));  // a row may begin within a pack
-    args.groups = int32_t(args.chunks * chunk / kGroup);
-    if (args.work_stride < args.groups + 2 * int64_t(args.chunks))
-        return refused("work_stride", "room for the peaks", args.work_stride);
-    args.grid = int32_t(std::min(args.num_seqs, kMaxGrid));
-
-    const uint32_t waves = kPeakLanes / device->wave_size, blocks = uint32_t(ceil_div(args.chunks, waves));
-    if (int32_t status = launch({"sample", kernels.peaks, {blocks, uint32_t(args.grid), 1}, {kPeakLanes, 1, 1}, 0},
-                                &args, sizeof args, stream))
-        return status;
-    return launch({"sample", kernels.draw, {uint32_t(args.num_seqs), 1, 1}, {kLanes, 1, 1}, 0}, &args, sizeof args,
-                  stream);
-}
-
-#define FIELD(NAME) WAVE64_FIELD(wave64::SampleArgs, NAME)
-static const bool registered = wave64::register_op<wave64::SampleArgs, wave64_sample>(
-    "sample",
-    {FIELD(logits), FIELD(temperature), FIELD(top_k), FIELD(top_p), FIELD(min_p), FIELD(uniform), FIELD(out),
-     FIELD(work), FIELD(logits_stride), FIELD(work_stride), FIELD(num_seqs), FIELD(vocab_size), FIELD(dtype)});
-
 #endif

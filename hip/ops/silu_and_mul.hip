@@ -9,4 +9,4 @@ WAVE64_DEVICE float silu(float x) { return x * logistic(x); }
 }  // namespace wave64
 #endif
 
-WAVE64_GATED(silu_and_mul, wave64::silu)
+WAVE64_GATED(silu_and_mul, silu)

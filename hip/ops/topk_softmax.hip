@@ -1,10 +1,28 @@
-// The softmax gate: the top_k likeliest experts of every token, and their weights.
+// The softmax gate: the top_k most likely experts of each token, and their weights.
 //
-// The trick: a wave has a token's logits in registers and chooses by them (topk.h), so the softmax is off the path of
-// the rounds; with renormalize only the chosen logits enter it.
+// The trick: a wave has a token's logits in registers and chooses by them (topk.h), so the rounds do not wait for the
+// softmax; with renormalize it is taken of the chosen logits only.
 // Bound by latency: a load, top_k rounds, a store.
-#include "wave64/abi.h"
 #include "wave64/topk.h"
+
+namespace wave64 {
+
+// The top_k largest of softmax(gating[t]), the largest first, and their experts.
+struct TopkSoftmaxArgs {
+    const void* gating;  // [num_tokens, num_experts]
+    float* weights;      // [num_tokens, top_k]
+    int32_t* ids;        // [num_tokens, top_k]
+    int64_t gating_stride;
+    int64_t num_tokens;
+    int32_t num_experts;
+    int32_t top_k;
+    int32_t renormalize;  // 1: weights are divided by their sum
+    Dtype dtype;          // of gating
+    // set by the launcher
+    int32_t grid;  // waves
+};
+
+}  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
@@ -46,31 +64,22 @@ WAVE64_DEVICE void topk_softmax(const TopkSoftmaxArgs& args) {
 WAVE64_GATES(topk_softmax, TopkSoftmaxArgs)
 
 #else
+namespace wave64 {
+namespace {
 
-int32_t wave64_topk_softmax(const wave64::TopkSoftmaxArgs* caller_args, void* stream) {
-    using namespace wave64;
-    constexpr const char* op = "topk_softmax";
-    TopkSoftmaxArgs args = *caller_args;
-    if (args.dtype < kBf16 || args.dtype > kFp32)
-        return refuse(op, "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
-    if (args.num_tokens < 0) return refuse(op, "num_tokens", "at least 0", args.num_tokens);
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
-    const int wave_size = device->wave_size;
-    if (args.num_experts < 1 || args.num_experts > kMostSlots * wave_size)
-        return refuse(op, "num_experts", "1 to 16 for each lane of a wave", args.num_experts);
-    if (args.top_k < 1 || args.top_k > std::min(args.num_experts, wave_size))
-        return refuse(op, "top_k", "1 to num_experts, at most a wave's lanes", args.top_k);
-    if (args.num_tokens == 0) return kOk;
-    for (auto [name, pointer] : {std::pair{"gating", args.gating}, {"weights", args.weights}, {"ids", args.ids}})
-        if (!pointer) return refuse(op, name, "an address", 0);
-    constexpr GateKernels kernels = WAVE64_GATE_NAMES(topk_softmax);
-    return launch_gate(op, kernels, ceil_div(args.num_experts, wave_size), *device, args, stream);
+constexpr GateKernels kKernels = WAVE64_GATE_NAMES(topk_softmax);
+
+void topk_softmax(TopkSoftmaxArgs args, const Call& call) {
+    check_gate(call, args);
+    const int wave_size = call.device.wave_size;
+    call.expect(args.top_k >= 1 && args.top_k <= std::min(args.num_experts, wave_size), "top_k",
+                "1 to num_experts, at most the lanes of a wave", args.top_k);
+    launch_gate(call, kKernels, ceil_div(args.num_experts, wave_size), args);
 }
 
-#define FIELD(NAME) WAVE64_FIELD(wave64::TopkSoftmaxArgs, NAME)
-static const bool registered = wave64::register_op<wave64::TopkSoftmaxArgs, wave64_topk_softmax>(
-    "topk_softmax", {FIELD(gating), FIELD(weights), FIELD(ids), FIELD(gating_stride), FIELD(num_tokens),
-                     FIELD(num_experts), FIELD(top_k), FIELD(renormalize), FIELD(dtype)});
+WAVE64_OP_AND_CONSTANTS(topk_softmax, TopkSoftmaxArgs, ({{"MAX_SLOTS", kMaxSlots}}), gating, weights, ids,
+                        gating_stride, num_tokens, num_experts, top_k, renormalize, dtype)
 
+}  // namespace
+}  // namespace wave64
 #endif

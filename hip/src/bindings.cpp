@@ -1,13 +1,18 @@
-// wave64._hip: the runtime and every registered op as Python functions. The only file that knows Python.
+// wave64._hip: the runtime, and launches of every registered op. The only file that knows Python.
 //
-// An op takes its struct's fields by position, addresses as integers, then the stream. Status codes become exceptions:
-// ValueError for a refused argument, _hip.Unavailable where nothing can serve, RuntimeError where the GPU runtime
-// failed.
+//     launch("rms_norm", x=x, weight=weight, out=out, x_stride=x.stride(0), ..., dtype=x.dtype)
+//
+// names the fields of the op's struct. A pointer field takes a tensor, or None for null; a field for a dtype takes
+// torch's. What a tensor is, and which stream is current, `connect` is told: nothing of torch is included or linked.
+// Status codes become exceptions: ValueError for a refused argument, _hip.Unavailable where nothing can serve,
+// RuntimeError where the GPU runtime failed.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "runtime.h"
 
@@ -19,18 +24,51 @@ namespace {
 class Unavailable : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
+PyObject* unavailable;
 
 void raise_unless_ok(int32_t status) {
     if (status == kOk) return;
-    if (status == kBadArgument) throw py::value_error(wave64_error());
-    if (status == kUnavailable) throw Unavailable(wave64_error());
-    throw std::runtime_error(wave64_error());
+    if (status == kBadArgument) throw py::value_error(last_error());
+    if (status == kUnavailable) throw Unavailable(last_error());
+    throw std::runtime_error(last_error());
 }
 
-std::string signature(const Op& op) {
-    std::string text = std::string(op.name) + "(";
-    for (const Field& field : op.fields) text += std::string(field.name) + ", ";
-    return text + "stream)";
+// What `connect` was told of torch.
+struct Torch {
+    PyTypeObject* tensor = nullptr;
+    // Tensor's methods, then functions: device, stream of a device, and the device as it was before another was set.
+    PyObject *data_ptr = nullptr, *get_device = nullptr, *current_device = nullptr, *current_stream = nullptr,
+             *exchange_device = nullptr;
+    PyObject* dtypes = nullptr;  // {torch.dtype: code}
+} torch;
+
+void connect(const py::type& tensor, const py::object& data_ptr, const py::object& get_device,
+             const py::object& current_device, const py::object& current_stream, const py::object& exchange_device,
+             const py::dict& dtypes) {
+    const auto keep = [](PyObject*& to, const py::handle& value) {
+        PyObject* const before = std::exchange(to, value.inc_ref().ptr());
+        Py_XDECREF(before);
+    };
+    Py_INCREF(tensor.ptr());
+    Py_XDECREF(std::exchange(torch.tensor, reinterpret_cast<PyTypeObject*>(tensor.ptr())));
+    keep(torch.data_ptr, data_ptr), keep(torch.get_device, get_device), keep(torch.current_device, current_device);
+    keep(torch.current_stream, current_stream), keep(torch.exchange_device, exchange_device);
+    keep(torch.dtypes, dtypes);
+}
+
+bool is_tensor(PyObject* value) { return torch.tensor && PyObject_TypeCheck(value, torch.tensor); }
+
+// The number that a function of torch's gives.
+template <typename... Arguments>
+int64_t ask(PyObject* function, Arguments... arguments) {
+    PyObject* const given[] = {nullptr, arguments...};
+    const auto answer = py::reinterpret_steal<py::object>(
+        PyObject_Vectorcall(function, given + 1, sizeof...(arguments) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+    if (!answer) throw py::error_already_set();
+    // Addresses and streams use all 64 bits.
+    const auto number = PyLong_AsUnsignedLongLongMask(answer.ptr());
+    if (number == static_cast<unsigned long long>(-1) && PyErr_Occurred()) throw py::error_already_set();
+    return int64_t(number);
 }
 
 template <typename T>
@@ -38,34 +76,19 @@ void put(char* at, T value) {
     std::memcpy(at, &value, sizeof value);
 }
 
-// False, with a Python error set or not, where `value` is not of the field's kind.
-bool put_field(char* at, char kind, PyObject* value) {
-    if (kind == 'f') {
-        const double number = PyFloat_AsDouble(value);
-        put(at, float(number));
-        return number != -1.0 || !PyErr_Occurred();
+// What a field takes, for errors.
+std::string takes(const Field& field) {
+    if (field.is_dtype) {
+        std::string names;
+        for (auto [dtype, code] : py::reinterpret_borrow<py::dict>(torch.dtypes))
+            names += (names.empty() ? "" : ", ") + std::string(py::str(dtype));
+        return "one of " + names;
     }
-    if (kind == 'P') {
-        const auto address = PyLong_AsUnsignedLongLong(value);
-        put(at, uintptr_t(address));
-        return address != static_cast<unsigned long long>(-1) || !PyErr_Occurred();
-    }
-    const auto number = PyLong_AsLongLong(value);
-    if (number == -1 && PyErr_Occurred()) return false;
-    if (kind == 'q') {
-        put(at, int64_t(number));
-        return true;
-    }
-    put(at, int32_t(number));
-    return number >= std::numeric_limits<int32_t>::min() && number <= std::numeric_limits<int32_t>::max();
-}
-
-const char* kind_words(char kind) {
-    switch (kind) {
+    switch (field.kind) {
         case 'f':
             return "a number";
         case 'P':
-            return "an address";
+            return "a tensor or None";
         case 'q':
             return "a 64-bit integer";
         default:
@@ -73,31 +96,182 @@ const char* kind_words(char kind) {
     }
 }
 
-void call(const Op& op, const py::args& values) {
-    alignas(16) char args[1024] = {};
-    const size_t count = op.fields.size() + 1;
-    if (values.size() != count)
-        throw py::type_error(signature(op) + ": expected " + std::to_string(count) + " arguments, got " +
-                             std::to_string(values.size()));
-    const auto convert = [&](char* at, const char* name, char kind, size_t i) {
-        PyObject* value = PyTuple_GET_ITEM(values.ptr(), i);
-        if (put_field(at, kind, value)) return;
-        PyErr_Clear();
-        throw py::type_error(std::string(op.name) + ": " + name + ": expected " + kind_words(kind) + ", got " +
-                             std::string(py::repr(value)));
-    };
-    for (size_t i = 0; i < op.fields.size(); i++)
-        convert(args + op.fields[i].offset, op.fields[i].name, op.fields[i].kind, i);
-    void* stream;
-    convert(reinterpret_cast<char*>(&stream), "stream", 'P', count - 1);
-
-    int32_t status;
-    {
-        py::gil_scoped_release unlocked;
-        status = op.run(args, stream);
+// False, with a Python error set or not, where `value` is not what the field takes. A tensor counts as no number: to
+// read it would wait for the GPU.
+bool put_field(char* args, const Field& field, PyObject* value) {
+    char* const at = args + field.offset;
+    if (field.kind == 'P') {
+        if (is_tensor(value)) return put(at, ask(torch.data_ptr, value)), true;
+        return put(at, int64_t(0)), value == Py_None;
     }
+    if (field.is_dtype) {
+        value = torch.dtypes ? PyDict_GetItemWithError(torch.dtypes, value) : nullptr;
+        if (!value) return false;
+    } else if (is_tensor(value)) {
+        return false;
+    }
+    if (field.kind == 'f') {
+        const double number = PyFloat_AsDouble(value);
+        put(at, float(number));
+        return number != -1.0 || !PyErr_Occurred();
+    }
+    const auto number = PyLong_AsLongLong(value);
+    if (number == -1 && PyErr_Occurred()) return false;
+    if (field.kind == 'q') return put(at, int64_t(number)), true;
+    put(at, int32_t(number));
+    return number >= std::numeric_limits<int32_t>::min() && number <= std::numeric_limits<int32_t>::max();
+}
+
+constexpr size_t kMaxFields = 64;
+constexpr size_t kMaxArgsBytes = 1024;
+using Order = std::array<uint8_t, kMaxFields>;  // of a call's arguments: the field of each
+
+// An op with its fields' names as Python has them, and the order of its last call: a call in the source passes the same
+// tuple of names each time.
+struct Callee {
+    const Op* op;
+    std::vector<py::object> names;  // interned
+    py::object last_names;
+    Order last_order;
+
+    [[noreturn]] void refuse(const std::string& what) const {
+        throw py::type_error(std::string(op->name) + ": " + what);
+    }
+
+    size_t field(PyObject* name) const {
+        for (size_t i = 0; i < names.size(); i++)
+            if (names[i].ptr() == name) return i;
+        for (size_t i = 0; i < names.size(); i++)
+            if (PyUnicode_Compare(names[i].ptr(), name) == 0) return i;
+        std::string all;
+        for (const Field& each : op->fields) all += (all.empty() ? "" : ", ") + std::string(each.name);
+        refuse("there is no field " + std::string(py::str(name)) + "; its fields are " + all);
+    }
+
+    // A copy, since what is called while arguments are read may launch the op from another thread.
+    Order order_of(PyObject* call_names) {
+        if (call_names == last_names.ptr() && call_names) return last_order;
+        Order order{};
+        std::vector<bool> given(names.size());
+        const size_t count = call_names ? PyTuple_GET_SIZE(call_names) : 0;
+        for (size_t i = 0; i < count; i++) {
+            const size_t at = field(PyTuple_GET_ITEM(call_names, i));
+            if (given[at]) refuse("the field " + std::string(op->fields[at].name) + " is given twice");
+            given[at] = true, order[i] = uint8_t(at);
+        }
+        for (size_t i = 0; i < names.size(); i++)
+            if (!given[i]) refuse("the field " + std::string(op->fields[i].name) + " is missing");
+        last_names = py::reinterpret_borrow<py::object>(call_names), last_order = order;
+        return order;
+    }
+};
+
+// Kept for the process, as the extension is: no destructor may run after Python's end.
+std::vector<Callee>& callees() {
+    static auto* const all = new std::vector<Callee>;
+    return *all;
+}
+PyObject* index_of_op;  // {name: index in callees()}
+
+// The list that this thread's launches are kept in, while it records.
+thread_local PyObject* kept_in = nullptr;
+
+struct KeptLaunch : RecordedLaunch {
+    py::dict tensors;  // by field: what the launch may touch
+};
+
+void keep_launches(const Callee& callee, const Order& order, PyObject* const* values) {
+    py::dict tensors;
+    for (size_t i = 0; i < callee.names.size(); i++)
+        if (callee.op->fields[order[i]].kind == 'P' && values[i] != Py_None)
+            tensors[callee.names[order[i]]] = py::handle(values[i]);
+    for (RecordedLaunch& made : record_take())
+        py::reinterpret_borrow<py::list>(kept_in).append(KeptLaunch{std::move(made), tensors});
+}
+
+// Runs on the device of `tensor`, on its current stream.
+void run_on_device(const Op& op, const char* args, PyObject* tensor) {
+    int64_t stream = 0, device = 0, before = 0;
+    const bool is_recorded = recording_active();
+    if (!is_recorded) {
+        device = tensor ? ask(torch.get_device, tensor) : -1;
+        if (device < 0)
+            throw py::value_error(
+                std::string(op.name) + ": expected GPU tensors outside of record(), got " +
+                (tensor ? "one on " + std::string(py::str(py::handle(tensor).attr("device"))) : std::string("none")));
+        before = ask(torch.current_device);
+    }
+    const auto set_device = [](int64_t index) { ask(torch.exchange_device, py::int_(index).ptr()); };
+    if (before != device) set_device(device);
+    int32_t status;
+    try {
+        if (!is_recorded) stream = ask(torch.current_stream, py::int_(device).ptr());
+        py::gil_scoped_release unlocked;
+        status = op.run(args, reinterpret_cast<void*>(stream));
+    } catch (...) {
+        if (before != device) set_device(before);
+        throw;
+    }
+    if (before != device) set_device(before);
     raise_unless_ok(status);
 }
+
+void call(PyObject* const* positional, size_t count, PyObject* const* values, PyObject* names) {
+    PyObject* const found = count == 1 || count == 2 ? PyDict_GetItemWithError(index_of_op, positional[0]) : nullptr;
+    if (!found) {
+        if (PyErr_Occurred()) throw py::error_already_set();
+        throw py::type_error(count == 1 || count == 2
+                                 ? "launch: there is no operator " + std::string(py::repr(positional[0]))
+                                 : "launch(op, tensor=None, /, **fields): pass the operator's fields by name");
+    }
+    Callee& callee = callees()[PyLong_AsSize_t(found)];
+    PyObject* tensor = count == 2 && positional[1] != Py_None ? positional[1] : nullptr;
+    if (tensor && !is_tensor(tensor))
+        callee.refuse("expected a tensor of the device to run on, got " + std::string(py::repr(tensor)));
+    const Order order = callee.order_of(names);
+    alignas(16) char args[kMaxArgsBytes] = {};
+    for (size_t i = 0; i < callee.names.size(); i++) {
+        const Field& field = callee.op->fields[order[i]];
+        PyObject* const value = values[i];
+        if (!put_field(args, field, value)) {
+            PyErr_Clear();
+            callee.refuse(std::string(field.name) + ": expected " + takes(field) + ", got " +
+                          (is_tensor(value) ? "a tensor" : std::string(py::repr(value))));
+        }
+        if (!tensor && field.kind == 'P' && value != Py_None) tensor = value;
+    }
+    try {
+        run_on_device(*callee.op, args, tensor);
+    } catch (...) {
+        if (recording_active()) keep_launches(callee, order, values);
+        throw;
+    }
+    if (recording_active()) keep_launches(callee, order, values);
+}
+
+PyObject* launch_fields(PyObject*, PyObject* const* arguments, Py_ssize_t count, PyObject* names) {
+    try {
+        call(arguments, size_t(count), arguments + count, names);
+    } catch (py::error_already_set& error) {
+        error.restore();
+        return nullptr;
+    } catch (const Unavailable& error) {
+        PyErr_SetString(unavailable, error.what());
+        return nullptr;
+    } catch (const py::builtin_exception& error) {
+        error.set_error();
+        return nullptr;
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+    Py_RETURN_NONE;
+}
+
+PyMethodDef launch_method = {
+    "launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launch_fields)), METH_FASTCALL | METH_KEYWORDS,
+    "launch(op, tensor=None, /, **fields)\n--\n\nLaunches an operator with the fields of its struct by name, on the "
+    "device of `tensor`, or of the first field that is one, and on its current stream."};
 
 py::dict fields_of_ops() {
     py::dict all;
@@ -114,7 +288,7 @@ py::dict fields_of_ops() {
 
 PYBIND11_MODULE(_hip, m) {
     m.doc() = "Native operators: launches on HIP streams, or recordings of launches.";
-    py::register_exception<Unavailable>(m, "Unavailable", PyExc_RuntimeError);
+    unavailable = py::register_exception<Unavailable>(m, "Unavailable", PyExc_RuntimeError).inc_ref().ptr();
 
     py::class_<Device>(m, "Device", "A GPU as kernels are planned for it.")
         .def(py::init<std::string, int, int, int>(), py::arg("arch"), py::arg("compute_units"), py::arg("wave_size"),
@@ -124,14 +298,17 @@ PYBIND11_MODULE(_hip, m) {
         .def_readonly("wave_size", &Device::wave_size)
         .def_readonly("lds_bytes", &Device::lds_bytes);
 
-    py::class_<RecordedLaunch>(m, "Launch", "A launch that was kept: grid in blocks, block in lanes, args as bytes.")
-        .def_readonly("op", &RecordedLaunch::op)
-        .def_readonly("kernel", &RecordedLaunch::kernel)
-        .def_readonly("code_object", &RecordedLaunch::code_object)
-        .def_property_readonly("grid", [](const RecordedLaunch& self) { return py::tuple(py::cast(self.grid)); })
-        .def_property_readonly("block", [](const RecordedLaunch& self) { return py::tuple(py::cast(self.block)); })
-        .def_readonly("lds_bytes", &RecordedLaunch::lds_bytes)
-        .def_property_readonly("args", [](const RecordedLaunch& self) { return py::bytes(self.args); });
+    py::class_<KeptLaunch>(
+        m, "Launch",
+        "A launch that was kept: grid in blocks, block in lanes, args as bytes, tensors as {field: tensor}.")
+        .def_readonly("op", &KeptLaunch::op)
+        .def_readonly("kernel", &KeptLaunch::kernel)
+        .def_readonly("code_object", &KeptLaunch::code_object)
+        .def_property_readonly("grid", [](const KeptLaunch& self) { return py::tuple(py::cast(self.grid)); })
+        .def_property_readonly("block", [](const KeptLaunch& self) { return py::tuple(py::cast(self.block)); })
+        .def_readonly("lds_bytes", &KeptLaunch::lds_bytes)
+        .def_property_readonly("args", [](const KeptLaunch& self) { return py::bytes(self.args); })
+        .def_readonly("tensors", &KeptLaunch::tensors);
 
     m.def(
         "open_runtime",
@@ -161,13 +338,39 @@ PYBIND11_MODULE(_hip, m) {
         py::arg("index"));
     m.def("code_object_folder", &code_object_folder, "Where <arch>/<op>.co lie.");
     m.def(
-        "record_begin", [](const Device& device) { raise_unless_ok(record_begin(device)); }, py::arg("device"),
-        "From here on this thread's launches are kept, planned for `device`, instead of made.");
+        "record_begin",
+        [](const Device& device, const py::list& launches) {
+            raise_unless_ok(record_begin(device));
+            kept_in = launches.inc_ref().ptr();
+        },
+        py::arg("device"), py::arg("launches"),
+        "From here on this thread's launches are planned for `device` and appended to `launches`, not made.");
     m.def("recording", &recording_active, "Whether this thread records.");
-    m.def("record_end", &record_end, "Ends this thread's recording and gives its launches.");
-    m.def("fields", &fields_of_ops, "{op: [(field, struct code, offset), ...]}, in the order an op takes them.");
+    m.def(
+        "record_end",
+        [] {
+            record_end();
+            Py_XDECREF(std::exchange(kept_in, nullptr));
+        },
+        "Ends this thread's recording.");
+    m.def("fields", &fields_of_ops, "{op: [(field, struct code, offset), ...]}, in the order of its struct.");
+    m.def("connect", &connect, py::kw_only(), py::arg("tensor"), py::arg("data_ptr"), py::arg("get_device"),
+          py::arg("current_device"), py::arg("current_stream"), py::arg("exchange_device"), py::arg("dtypes"),
+          "Says what a tensor is and how to ask for addresses, devices and streams; dtypes: {torch.dtype: code}.");
+    m.attr("launch") = py::reinterpret_steal<py::object>(PyCFunction_New(&launch_method, nullptr));
+    for (auto [name, code] : {std::pair{"BF16", kBf16}, {"FP16", kFp16}, {"FP32", kFp32}, {"FP8", kFp8}})
+        m.attr(name) = int(code);
 
-    for (const Op& op : ops())
-        m.attr(op.name) = py::cpp_function([&op](const py::args& values) { call(op, values); }, py::name(op.name),
-                                           py::doc(signature(op).c_str()));
+    index_of_op = PyDict_New();
+    for (const Op& op : ops()) {
+        if (op.fields.size() > kMaxFields || op.args_size > kMaxArgsBytes)
+            throw std::runtime_error(std::string(op.name) + ": its struct is too large for launch()");
+        Callee callee{&op, {}, {}, {}};
+        for (const Field& field : op.fields)
+            callee.names.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(field.name)));
+        py::reinterpret_borrow<py::dict>(index_of_op)[op.name] = callees().size();
+        callees().push_back(std::move(callee));
+        auto constants = m.def_submodule(op.name, "Constants of hip/ops/<op>.hip that its adapter needs.");
+        for (const Constant& constant : op.constants) constants.attr(constant.name) = constant.value;
+    }
 }

@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include "wave64/cpu.h"
+#include "wave64/device.h"
 
 extern "C" char __start_wave64_lds[] __attribute__((weak)), __stop_wave64_lds[] __attribute__((weak));
 
@@ -131,7 +131,8 @@ extern "C" __attribute__((visibility("default"))) const char* wave64_run(void (*
                                                                          const uint32_t* grid, uint32_t lanes,
                                                                          int wave_size, const void* args, size_t size) {
     using namespace wave64;
-    if (lanes > kMaxLanes || size > sizeof arguments.bytes) return "more lanes, or larger arguments, than there is room for";
+    if (lanes > kMaxLanes || size > sizeof arguments.bytes)
+        return "more lanes, or larger arguments, than there is room for";
     if (!stacks)
         stacks = static_cast<char*>(mmap(nullptr, kMaxLanes * kStackBytes, PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));

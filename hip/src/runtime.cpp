@@ -60,12 +60,10 @@ struct Driver {
     }
 };
 
-template <typename F>
-bool find(void* library, const char* symbol, F& entry, std::string& missing) {
-    entry = reinterpret_cast<F>(dlsym(library, symbol));
-    if (!entry) missing += std::string(missing.empty() ? "" : ", ") + symbol;
-    return entry;
-}
+struct EntryPoint {
+    const char* symbol;
+    void* address;  // of the member that gets it
+};
 
 // A library whose file name begins with `stem` and that the process already holds, or null. A ROCm torch brings its own
 // copy of the runtime; a second one would know neither its streams nor its memory.
@@ -91,37 +89,48 @@ std::string path_of(void* library, const char* fallback) {
     return dlinfo(library, RTLD_DI_LINKMAP, &map) == 0 && map->l_name[0] ? map->l_name : fallback;
 }
 
-int32_t open_hip(Driver& driver, void* library) {
+// Finds a driver's entry points, or fails with the names of all that are missing and what they need.
+int32_t find_all(const Driver& driver, void* library, std::initializer_list<EntryPoint> entry_points,
+                 const char* needed) {
     std::string missing;
+    for (const auto& [symbol, address] : entry_points) {
+        void* const found = dlsym(library, symbol);
+        if (!found) missing += std::string(missing.empty() ? "" : ", ") + symbol;
+        std::memcpy(address, &found, sizeof found);
+    }
+    return missing.empty() ? int32_t(kOk)
+                           : fail(kUnavailable, "%s lacks %s%s", driver.library.c_str(), missing.c_str(), needed);
+}
+
+int32_t open_hip(Driver& driver, void* library) {
     driver.name = "HIP", driver.library = path_of(library, "libamdhip64.so"), driver.is_hip = true;
-    find(library, "hipInit", driver.init, missing);
-    find(library, "hipGetDeviceCount", driver.count, missing);
-    find(library, "hipGetDevice", driver.current, missing);
-    find(library, "hipModuleLoadData", driver.load, missing);
-    find(library, "hipModuleGetFunction", driver.function, missing);
-    find(library, "hipThreadExchangeStreamCaptureMode", driver.exchange_capture_mode, missing);
-    find(library, "hipModuleLaunchKernel", driver.launch, missing);
-    find(library, "hipGetDevicePropertiesR0600", driver.properties, missing);
-    find(library, "hipGetErrorString", driver.hip_error, missing);
-    find(library, "hipGetLastError", driver.last_error, missing);
-    if (missing.empty()) return kOk;
-    return fail(kUnavailable, "%s lacks %s; ROCm 6.0 or later is needed", driver.library.c_str(), missing.c_str());
+    return find_all(driver, library,
+                    {{"hipInit", &driver.init},
+                     {"hipGetDeviceCount", &driver.count},
+                     {"hipGetDevice", &driver.current},
+                     {"hipModuleLoadData", &driver.load},
+                     {"hipModuleGetFunction", &driver.function},
+                     {"hipThreadExchangeStreamCaptureMode", &driver.exchange_capture_mode},
+                     {"hipModuleLaunchKernel", &driver.launch},
+                     {"hipGetDevicePropertiesR0600", &driver.properties},
+                     {"hipGetErrorString", &driver.hip_error},
+                     {"hipGetLastError", &driver.last_error}},
+                    "; ROCm 6.0 or later is needed");
 }
 
 int32_t open_cuda(Driver& driver, void* library) {
-    std::string missing;
     driver.name = "CUDA", driver.library = path_of(library, "libcuda.so.1"), driver.is_hip = false;
-    find(library, "cuInit", driver.init, missing);
-    find(library, "cuDeviceGetCount", driver.count, missing);
-    find(library, "cuCtxGetDevice", driver.current, missing);
-    find(library, "cuModuleLoadData", driver.load, missing);
-    find(library, "cuModuleGetFunction", driver.function, missing);
-    find(library, "cuThreadExchangeStreamCaptureMode", driver.exchange_capture_mode, missing);
-    find(library, "cuLaunchKernel", driver.launch, missing);
-    find(library, "cuDeviceGetAttribute", driver.attribute, missing);
-    find(library, "cuGetErrorString", driver.cuda_error, missing);
-    if (missing.empty()) return kOk;
-    return fail(kUnavailable, "libcuda.so.1 lacks %s", missing.c_str());
+    return find_all(driver, library,
+                    {{"cuInit", &driver.init},
+                     {"cuDeviceGetCount", &driver.count},
+                     {"cuCtxGetDevice", &driver.current},
+                     {"cuModuleLoadData", &driver.load},
+                     {"cuModuleGetFunction", &driver.function},
+                     {"cuThreadExchangeStreamCaptureMode", &driver.exchange_capture_mode},
+                     {"cuLaunchKernel", &driver.launch},
+                     {"cuDeviceGetAttribute", &driver.attribute},
+                     {"cuGetErrorString", &driver.cuda_error}},
+                    "");
 }
 
 // What the process holds already, else the first candidate that can be opened: never a second runtime.
@@ -280,9 +289,7 @@ int32_t fail(int32_t status, const char* format, ...) {
     return status;
 }
 
-int32_t refuse(const char* op, const char* argument, const char* expected, int64_t got) {
-    return fail(kBadArgument, "%s: %s: expected %s, got %lld", op, argument, expected, static_cast<long long>(got));
-}
+const char* last_error() { return error_text.c_str(); }
 
 int32_t open_runtime(const std::vector<std::string>& candidates, std::string* path) {
     const Driver* opened;
@@ -357,12 +364,11 @@ int32_t record_begin(const Device& device) {
 
 bool recording_active() { return recording.has_value(); }
 
-std::vector<RecordedLaunch> record_end() {
-    if (!recording) return {};
-    auto launches = std::move(recording->launches);
-    recording.reset();
-    return launches;
+std::vector<RecordedLaunch> record_take() {
+    return recording ? std::exchange(recording->launches, {}) : std::vector<RecordedLaunch>{};
 }
+
+void record_end() { recording.reset(); }
 
 int32_t launch(const Launch& launch, const void* args, size_t args_size, void* stream) {
     const auto& [gx, gy, gz] = launch.grid;
@@ -394,5 +400,3 @@ std::vector<Op>& ops() {
 }
 
 }  // namespace wave64
-
-const char* wave64_error() { return wave64::error_text.c_str(); }

@@ -34,6 +34,8 @@ struct RecordedLaunch {
 // From here on launches of this thread are kept, planned for `device`, instead of made.
 int32_t record_begin(const Device& device);
 bool recording_active();
-std::vector<RecordedLaunch> record_end();
+// The launches since this was last asked.
+std::vector<RecordedLaunch> record_take();
+void record_end();
 
 }  // namespace wave64

@@ -2,7 +2,7 @@
 
 The smallest case that launches something, called again and again without waiting for the GPU. The columns:
 
-    launch  the extension's function alone: arguments checked, the kernel given to the driver (some take two)
+    launch  the extension's function alone: fields checked, the kernel given to the driver (some take two)
     call    all of the backend: outputs by torch.empty, the adapter, the launch
 
 The first row is torch's own smallest operator, by the same clock. Needs a GPU.
@@ -34,32 +34,24 @@ def per_call_us(call: Callable[[], object]) -> float:
     return min(rounds) / (CALLS // 10) * 1e6
 
 
-class Noted:
-    """Stands for the extension and keeps the last call that was made of it."""
-
-    def __init__(self, extension):
-        self.extension, self.call = extension, None
-
-    def __getattr__(self, name: str):
-        found = getattr(self.extension, name)
-        if not callable(found) or name == "recording":
-            return found
-
-        def noted(*args):
-            self.call = functools.partial(found, *args)
-            return found(*args)
-
-        return noted
-
-
 def launch_of(run: Callable[[], object]) -> tuple[Callable[[], object], object]:
-    """The extension's call in `run`, and what has to live as long as its addresses are used."""
-    noted = hip._hip = Noted(hip._hip)
+    """The launch in `run`, fields and all, and what has to live as long as its outputs are used."""
+    modules = [module for name, module in sys.modules.items()
+               if name.startswith("wave64.backends.hip_ops.") and getattr(module, "launch", None) is hip.launch]
+    noted = []
+
+    def note(*args, **fields):
+        noted.append(functools.partial(hip.launch, *args, **fields))
+        hip.launch(*args, **fields)
+
+    for module in modules:
+        module.launch = note
     try:
         result = run()
     finally:
-        hip._hip = noted.extension
-    return noted.call, result
+        for module in modules:
+            module.launch = hip.launch
+    return noted[-1], result
 
 
 def smallest(op) -> dict | None:

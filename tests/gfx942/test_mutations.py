@@ -50,15 +50,15 @@ BUGS = {
         "reshape_and_cache", "include/wave64/cache_write.h", "head * part.head_stride", "head * part.head", FAR),
     "both sides weighed alike": ("merge_attn_states", "ops/merge_attn_states.hip", "weights.b", "weights.a", FAR),
     "absent side counted": (
-        "merge_attn_states", "ops/merge_attn_states.hip", "peak == absent() ? 0 : peak", "peak", FAR),
+        "merge_attn_states", "ops/merge_attn_states.hip", "lse_max == absent() ? 0 : lse_max", "lse_max", FAR),
     "ties to the higher index": (
         "topk_softmax", "include/wave64/topk.h", "lowest = key[i] == best ? ~(first + i * step)",
         "lowest = key[i] == best ? (first + i * step)", FAR),
     "groups tied to the higher index": (
         "grouped_topk", "ops/grouped_topk.hip", "&& other < group", "&& other > group",
         "AssertionError: .* expected experts"),
-    "no least amax": (
-        "per_token_group_quant_fp8", "include/wave64/quant.h", "    amax = max(amax, kLeastAmax);\n", "",
+    "no minimum of amax": (
+        "per_token_group_quant_fp8", "include/wave64/quant.h", "    amax = max(amax, kMinAmax);\n", "",
         "AssertionError: Tensor-likes are not close"),
     "other FP8's largest number": (
         "per_token_quant_fp8", "include/wave64/fp8.h", "kFp8Max = 240", "kFp8Max = 224",
@@ -73,8 +73,8 @@ BUGS = {
     "table cleared while it is read": (
         "apply_penalties", "ops/apply_penalties.hip", "        block_barrier();\n", "", RACE),
     "keys beyond the length": (
-        "paged_attention", "ops/paged_attention.hip", "length < args.room ? length : args.room",
-        "length < args.room ? length + 1 : args.room", FAR),
+        "paged_attention", "ops/paged_attention.hip", "length < args.capacity ? length : args.capacity",
+        "length < args.capacity ? length + 1 : args.capacity", FAR),
     "half of each wide head": (
         "paged_attention", "include/wave64/attention.h", "j < kKeyPacks; j++) {\n            Array<Operand",
         "j < kKeyPacks / (D / 64); j++) {\n            Array<Operand", FAR),

@@ -5,7 +5,6 @@ Imports and a fork come first, then what the hip backend says of itself, then op
 launcher, hip/src/runtime.cpp, the stand-in's checks and, on the emulator, the code object that ships.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -61,24 +60,23 @@ def emulated(storages: dict[int, object], folder: Path):
 def driven(standin: Standin, name: str, case_id: str) -> dict:
     """Runs the hip adapter of an operator through the driver, and once more recorded; its error against the reference.
     """
-    module = importlib.import_module(f"wave64.backends.hip_ops.{name}")
     case = next(case for case in OPS[name].cases() if case.id == case_id)
     args, storages, seen = contract.draw(case, "cpu", 0), {}, []
-    original, run = Tensor.data_ptr, OPS[name].backends["hip"].run
+    run = OPS[name].backends["hip"].run
 
     def noted(tensor: Tensor) -> int:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return original(tensor)
+        return tensor.data_ptr()
 
-    through_launch, module.launch = module.launch, lambda op, tensor, *values: getattr(hip._hip, op)(*values, 0)
-    Tensor.data_ptr = noted
+    # torch has no GPU here: CPU tensors lie on device 0 of the stand-in
+    hip.connect(data_ptr=noted, get_device=lambda tensor: 0, current_device=lambda: 0, current_stream=lambda index: 0)
     with tempfile.TemporaryDirectory() as folder, platform.target("gfx942"):
         execute = emulated(storages, Path(folder))
         standin.on_launch(lambda launch: (seen.append(launch), execute(launch)))
         try:
             out = run(**args)
         finally:
-            Tensor.data_ptr, module.launch = original, through_launch
+            hip.connect()
     with hip.record("gfx942") as recorded:
         run(**args)
     exact = OPS[name].reference(**{k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v

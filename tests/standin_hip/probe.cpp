@@ -30,5 +30,5 @@ int probe_device(int index, char* arch, int* numbers) {
     numbers[0] = device->compute_units, numbers[1] = device->wave_size, numbers[2] = device->lds_bytes;
     return 0;
 }
-const char* probe_error() { return wave64_error(); }
+const char* probe_error() { return wave64::last_error(); }
 }

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 
-OK, BAD_ARGUMENT, UNAVAILABLE, RUNTIME_ERROR = range(4)  # abi.h, enum Status
+OK, BAD_ARGUMENT, UNAVAILABLE, RUNTIME_ERROR = range(4)  # host.h, enum Status
 
 
 class _Launch(ctypes.Structure):

@@ -1,7 +1,7 @@
 // What kernels may call, on clang's builtins for AMD: no HIP headers, no device libraries. nvidia.h has the same names.
 #pragma once
 
-#include "wave64/abi.h"
+#include "wave64/types.h"
 
 #define WAVE64_DEVICE __attribute__((device, always_inline)) inline
 #define WAVE64_LDS __attribute__((shared))
@@ -10,14 +10,6 @@
     extern "C" __attribute__((global, amdgpu_flat_work_group_size(1, MAX_LANES), visibility("protected"))) void
 
 namespace wave64 {
-
-using bf16 = __bf16;
-using fp16 = _Float16;
-using Bits8 = unsigned char;
-using Bits16 = unsigned short;
-using Bits32 = unsigned;
-using Bits64 = unsigned __attribute__((ext_vector_type(2)));
-using Bits128 = unsigned __attribute__((ext_vector_type(4)));
 
 WAVE64_DEVICE int wave_size() { return __builtin_amdgcn_wavefrontsize(); }
 WAVE64_DEVICE int lane_in_block() { return __builtin_amdgcn_workitem_id_x(); }
@@ -30,15 +22,6 @@ WAVE64_DEVICE float log2(float x) { return __builtin_amdgcn_logf(x); }
 WAVE64_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }  // of a number and NaN, the number
 WAVE64_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
 WAVE64_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }  // a * b + c, rounded once
-
-// Two numbers of a 16-bit dtype.
-template <typename T>
-WAVE64_DEVICE Bits32 rounded_pair(float a, float b, T) {
-    struct {
-        T a, b;
-    } pair{T(a), T(b)};
-    return __builtin_bit_cast(Bits32, pair);
-}
 
 WAVE64_DEVICE void block_barrier() {
     __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");

@@ -3,13 +3,17 @@
 // where a lane has as many. Logits are in base 2, for exp2.
 #pragma once
 
-#include "wave64/fp8.h"
 #include "wave64/matrix.h"
+
+namespace wave64 {
+constexpr int kGroup = 16;  // keys that a wave takes at a time; a page holds whole groups
+}  // namespace wave64
+
+#ifdef WAVE64_DEVICE_CODE
+#include "wave64/fp8.h"
 #include "wave64/rows.h"
 
 namespace wave64 {
-
-constexpr int kGroup = 16;  // keys that a wave takes at a time
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -1e38f;  // below any logit, and finite, so that no difference of two is NaN
@@ -45,7 +49,7 @@ struct Array {
     T at[N];
 };
 
-// A pack of the cache in T, two numbers to a word. T holds every number of FP8: nothing is rounded.
+// A pack of the cache in T, two numbers to a word. T represents every FP8 number: nothing is rounded.
 template <typename T, typename Stored, int N>
 WAVE64_DEVICE Array<Bits32, N / 2> widened(const Pack<Stored, N>& pack) {
     if constexpr (sizeof(Stored) == 2) {
@@ -72,38 +76,38 @@ struct Attention {
     static constexpr int kKeyPack = 16 / sizeof(Stored), kKeyPacks = D / kParts / kKeyPack;
     static constexpr int kColumns = D / kLines;  // of the values
     static constexpr int kValuePack = kColumns < kKeyPack ? kColumns : kKeyPack, kValuePacks = kColumns / kValuePack;
-    static constexpr int kOperands = kKeyPack / kNumbers;            // in a pack of keys
-    static constexpr int kProducts = kValuePack / kTiles;               // of a pack of values with the weights
-    static constexpr int kMixed = kValuePacks * kProducts;
-    static constexpr int kJoined = kHeads * (kMixed * kRows + 2);  // numbers that waves tell each other
+    static constexpr int kOperands = kKeyPack / kNumbers;  // in a pack of keys
+    static constexpr int kProducts = kValuePack / kTiles;  // of a pack of values with the weights
+    static constexpr int kAcc = kValuePacks * kProducts;
+    static constexpr int kJoined = kHeads * (kAcc * kRows + 2);  // numbers that waves exchange
     using Logits = float[kHeads][kRows];
 
-    Place place = place_in_wave();
-    // In packs that are kParts (values: kLines) packs apart, a lane has
+    LanePosition lane = lane_position();
+    // A lane has every kParts-th pack (of values: every kLines-th)
     Operand query[D / 16] = {};                              // of head `line`, the columns that it has of keys
-    Pack<Stored, kKeyPack> keys[kTiles][kKeyPacks];          // of rows row_of_16(tile) the packs from `part` on
-    Pack<Stored, kValuePack> values[kNumbers][kValuePacks];  // of rows kNumbers * part + n the packs from `row` on
-    float peak[kHeads], total[kHeads];                       // of heads place.head(h); total: of its rows' weights
-    Sums mixed[kValuePacks][kProducts] = {};                 // see mixed_at
+    Pack<Stored, kKeyPack> keys[kTiles][kKeyPacks];          // of rows row_of_16(tile), from pack `part` on
+    Pack<Stored, kValuePack> values[kNumbers][kValuePacks];  // of rows kNumbers * part + n, from pack `row` on
+    float row_max[kHeads], row_sum[kHeads];                  // of heads lane.head(h): over its keys, of its weights
+    Sums acc[kValuePacks][kProducts] = {};                   // the weighted sum of values; see acc_at
 
     WAVE64_DEVICE Attention() {
-        for (int h = 0; h < kHeads; h++) peak[h] = kLowest, total[h] = 0;
+        for (int h = 0; h < kHeads; h++) row_max[h] = kLowest, row_sum[h] = 0;
     }
 
-    // The rows of a product with pack u are kLines columns that are kValuePack apart, and their kTiles - 1 neighbours.
-    // So a lane has kRuns runs of kValuePack columns: where one begins, and what it holds of its t-th column.
+    // The rows of a product with pack u are every kValuePack-th of kLines columns, and their kTiles - 1 neighbors. So a
+    // lane has kRuns runs of kValuePack columns: where one begins, and the sum of its t-th column.
     static constexpr int kRuns = kRows / kTiles;
     WAVE64_DEVICE int first_column(int u, int run) const {
-        return kValuePack * ((kTiles == 1 ? kRows * place.part + run : place.line) + kLines * u);
+        return kValuePack * ((kTiles == 1 ? kRows * lane.part + run : lane.line) + kLines * u);
     }
-    WAVE64_DEVICE float mixed_at(int h, int u, int run, int t) const {
-        return mixed[u][t / kTiles].at[h][run * kTiles + t % kTiles];
+    WAVE64_DEVICE float acc_at(int h, int u, int run, int t) const {
+        return acc[u][t / kTiles].at[h][run * kTiles + t % kTiles];
     }
 
-    // Heads from num_heads on stay zeros.
+    // Heads from num_heads on stay zero.
     WAVE64_DEVICE void load_query(const T* first_head, int64_t head_stride, int num_heads) {
-        if (place.line >= num_heads) return;
-        const T* at = first_head + place.line * head_stride + kKeyPack * place.part;
+        if (lane.line >= num_heads) return;
+        const T* at = first_head + lane.line * head_stride + kKeyPack * lane.part;
 #pragma unroll
         for (int j = 0; j < kKeyPacks; j++) {
             Array<Pack<T, 8>, kKeyPack / 8> packs;
@@ -117,7 +121,7 @@ struct Attention {
         const char* rows = pool.rows(page, row);
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile++) {
-            const unsigned at = unsigned(place.row_of_16(tile) * pool.row_bytes + 16 * place.part);
+            const unsigned at = unsigned(lane.row_of_16(tile) * pool.row_bytes + 16 * lane.part);
 #pragma unroll
             for (int j = 0; j < kKeyPacks; j++) keys[tile][j] = {load_behind<Bits128>(rows + 16 * kParts * j, at)};
         }
@@ -126,7 +130,7 @@ struct Attention {
     WAVE64_DEVICE void load_values(const Pool& pool, int page, int row) {
         constexpr int bytes = kValuePack * sizeof(Stored);
         const char* rows = pool.rows(page, row);
-        const unsigned at = unsigned(kNumbers * place.part * pool.row_bytes + bytes * place.row);
+        const unsigned at = unsigned(kNumbers * lane.part * pool.row_bytes + bytes * lane.row);
 #pragma unroll
         for (int n = 0; n < kNumbers; n++)
 #pragma unroll
@@ -135,7 +139,7 @@ struct Attention {
                     rows + int64_t(n) * pool.row_bytes + bytes * kLines * u, at)};
     }
 
-    // Of the group's keys place.row_of_sums(i).
+    // Logits of the group's keys lane.row_of_sums(i).
     WAVE64_DEVICE void find_logits(const Logit& logit, Logits& logits) const {
         Sums sums = {};
 #pragma unroll
@@ -157,49 +161,49 @@ struct Attention {
                 for (float& x : row) x = logit.capped(x);
     }
 
-    // Of a group that begins with first_key, leaves the keys from `first` to `end`. The others weigh nothing, and their
-    // values become zeros: 0 times what lies there could be NaN.
-    WAVE64_DEVICE void hide_all_but(int first, int end, int first_key, Logits& logits) {
+    // Masks all keys of the group from first_key on but those from `first` to `end`: their logits become -inf, and
+    // their values zeros, since 0 times what the memory holds could be NaN.
+    WAVE64_DEVICE void mask_all_but(int first, int end, int first_key, Logits& logits) {
 #pragma unroll
         for (int n = 0; n < kNumbers; n++) {
-            const int key = first_key + kNumbers * place.part + n;
+            const int key = first_key + kNumbers * lane.part + n;
             if (key >= first && key < end) continue;
             for (int u = 0; u < kValuePacks; u++) values[n][u].bits = {};
         }
         for (int i = 0; i < kRows; i++) {
-            const int key = first_key + place.row_of_sums(i);
+            const int key = first_key + lane.row_of_sums(i);
             if (key >= first && key < end) continue;
             for (int h = 0; h < kHeads; h++) logits[h][i] = -__builtin_huge_valf();
         }
     }
 
-    WAVE64_DEVICE void raise_peak(int h, float higher) {
-        const float shrink = exp2(peak[h] - higher);
-        peak[h] = higher, total[h] *= shrink;
+    WAVE64_DEVICE void raise_row_max_to(int h, float higher) {
+        const float shrink = exp2(row_max[h] - higher);
+        row_max[h] = higher, row_sum[h] *= shrink;
 #pragma unroll
         for (int u = 0; u < kValuePacks; u++)
 #pragma unroll
             for (int p = 0; p < kProducts; p++)
-                for (int i = 0; i < kRows; i++) mixed[u][p].at[h][i] *= shrink;
+                for (int i = 0; i < kRows; i++) acc[u][p].at[h][i] *= shrink;
     }
 
-    WAVE64_DEVICE void raise_peaks(const Logits& logits) {
+    WAVE64_DEVICE void raise_row_max(const Logits& logits) {
         constexpr float slack = 8;
         float top[kHeads];
         bool above = false;
         for (int h = 0; h < kHeads; h++) {
             top[h] = logits[h][0];
             for (int i = 1; i < kRows; i++) top[h] = max(top[h], logits[h][i]);
-            above |= top[h] > peak[h] + slack;
+            above |= top[h] > row_max[h] + slack;
         }
         if (!ballot(above)) return;
-        for (int h = 0; h < kHeads; h++) raise_peak(h, max(peak[h], max_of_rows(top[h])));
+        for (int h = 0; h < kHeads; h++) raise_row_max_to(h, max(row_max[h], max_of_rows(top[h])));
     }
 
-    WAVE64_DEVICE void mix(const Logits& logits) {
+    WAVE64_DEVICE void accumulate(const Logits& logits) {
         float unrounded[kHeads][kRows];
         for (int h = 0; h < kHeads; h++)
-            for (int i = 0; i < kRows; i++) total[h] += unrounded[h][i] = exp2(logits[h][i] - peak[h]);
+            for (int i = 0; i < kRows; i++) row_sum[h] += unrounded[h][i] = exp2(logits[h][i] - row_max[h]);
         const Operand weights = operand_of<T>(unrounded);
 #pragma unroll
         for (int u = 0; u < kValuePacks; u++) {
@@ -215,64 +219,65 @@ struct Attention {
                         const Bits32 x = rows[n].at[t / 2], y = rows[n + 1].at[t / 2];
                         columns[tile].words[n / 2] = t % 2 ? high_halves(x, y) : low_halves(x, y);
                     }
-                multiply<T>(columns, weights, mixed[u][p]);
+                multiply<T>(columns, weights, acc[u][p]);
             }
         }
     }
 
-    // Takes in what the others of a block's WAVES waves found; the first then has all.
+    // Merges the states of a block's WAVES waves into the first one's.
     template <int WAVES>
     WAVE64_DEVICE void join_waves(int wave) {
         WAVE64_LDS static float lds[WAVES / 2][kJoined][kLanes];
-        const int lane = lane_in_block() % kLanes;
-        const auto place_of = [](int u, int p, int h, int i) {
+        const int id = lane_in_block() % kLanes;
+        const auto index_of = [](int u, int p, int h, int i) {
             return 2 * kHeads + ((u * kProducts + p) * kHeads + h) * kRows + i;
         };
-        for (int h = 0; h < kHeads; h++) total[h] = sum_of_rows(total[h]);
+        for (int h = 0; h < kHeads; h++) row_sum[h] = sum_of_rows(row_sum[h]);
         for (int half = WAVES / 2; half > 0; half /= 2) {
             if (wave >= half && wave < 2 * half) {
                 auto& theirs = lds[wave - half];
-                for (int h = 0; h < kHeads; h++) theirs[2 * h][lane] = peak[h], theirs[2 * h + 1][lane] = total[h];
+                for (int h = 0; h < kHeads; h++) theirs[2 * h][id] = row_max[h], theirs[2 * h + 1][id] = row_sum[h];
 #pragma unroll
                 for (int u = 0; u < kValuePacks; u++)
 #pragma unroll
                     for (int p = 0; p < kProducts; p++)
                         for (int h = 0; h < kHeads; h++)
-                            for (int i = 0; i < kRows; i++) theirs[place_of(u, p, h, i)][lane] = mixed[u][p].at[h][i];
+                            for (int i = 0; i < kRows; i++) theirs[index_of(u, p, h, i)][id] = acc[u][p].at[h][i];
             }
             block_barrier();
             if (wave < half) {
                 const auto& theirs = lds[wave];
                 for (int h = 0; h < kHeads; h++) {
-                    const float other = theirs[2 * h][lane];
-                    raise_peak(h, max(peak[h], other));
-                    const float scale = exp2(other - peak[h]);
-                    total[h] += theirs[2 * h + 1][lane] * scale;
+                    const float other = theirs[2 * h][id];
+                    raise_row_max_to(h, max(row_max[h], other));
+                    const float scale = exp2(other - row_max[h]);
+                    row_sum[h] += theirs[2 * h + 1][id] * scale;
 #pragma unroll
                     for (int u = 0; u < kValuePacks; u++)
 #pragma unroll
                         for (int p = 0; p < kProducts; p++)
                             for (int i = 0; i < kRows; i++)
-                                mixed[u][p].at[h][i] += theirs[place_of(u, p, h, i)][lane] * scale;
+                                acc[u][p].at[h][i] += theirs[index_of(u, p, h, i)][id] * scale;
                 }
             }
             block_barrier();
         }
     }
 
-    // Hands out what the lane has of its h-th head, times `scale`, four columns at a time: store(column, numbers).
+    // Calls store(column, numbers) for the lane's columns of its h-th head, times `scale`, four at a time.
     template <typename Store>
-    WAVE64_DEVICE void store_mixed(int h, float scale, Store store) const {
+    WAVE64_DEVICE void store_acc(int h, float scale, Store store) const {
 #pragma unroll
         for (int u = 0; u < kValuePacks; u++)
             for (int run = 0; run < kRuns; run++)
 #pragma unroll
                 for (int t = 0; t < kValuePack; t += 4) {
                     Array<float, 4> columns;
-                    for (int c = 0; c < 4; c++) columns.at[c] = mixed_at(h, u, run, t + c) * scale;
+                    for (int c = 0; c < 4; c++) columns.at[c] = acc_at(h, u, run, t + c) * scale;
                     store(first_column(u, run) + t, columns);
                 }
     }
 };
 
 }  // namespace wave64
+#endif

@@ -1,8 +1,8 @@
-// Writes to KV caches: what is kept of a token lies in two parts, keys and values or latents and rotated keys, and is
-// one row to the lanes: the packs of the first part, then those of the second.
+// Writes to KV caches. What a token adds lies in two parts, keys and values or latents and rotated keys; the lanes take
+// both as one row: the packs of the first part, then those of the second.
 //
-// The trick: data is on its way before the slot is known that it goes to, of several tokens at a time.
-// Bound by memory: the new numbers in, 16 bytes per lane and access, the same or half of it (FP8) out.
+// The trick: the data of several tokens is loaded while their slots are.
+// Bound by memory: the new values in, 16 bytes per lane and access, the same or half of it (FP8) out.
 #pragma once
 
 #include "wave64/rows.h"
@@ -16,8 +16,8 @@ constexpr int kCacheRows = 4;  // that a lane holds
 
 namespace wave64 {
 
-// New heads of `head` columns each, and the cache in which a slot's heads lie without gaps. In and Out are bits where
-// numbers are only moved.
+// New heads of `head` columns each, and the cache, whose slots hold their heads without gaps. In and Out are bits where
+// values are only moved.
 template <typename In, typename Out>
 struct CachePart {
     const In* from;
@@ -28,7 +28,7 @@ struct CachePart {
     const float* scale;  // null: 1
 };
 
-// A divisor and 1 / it.
+// A divisor and its reciprocal.
 struct Divisor {
     float value, inverse;
 };
@@ -45,14 +45,14 @@ WAVE64_DEVICE float quotient(float x, const Divisor& by) {
     return better == better ? better : guess;  // an infinite guess has no correction
 }
 
-// What a cache keeps of a pack: the bits, or x / scale in FP8.
+// A pack as the cache stores it: its bits, or x / scale in FP8.
 template <typename Bits, int N>
-WAVE64_DEVICE Pack<Bits, N> kept(const Pack<Bits, N>& x, const Divisor&, Bits*) {
+WAVE64_DEVICE Pack<Bits, N> stored(const Pack<Bits, N>& x, const Divisor&, Bits*) {
     return x;
 }
 #if WAVE64_HAS_FP8
 template <typename T, int N>
-WAVE64_DEVICE Pack<Bits8, N> kept(const Pack<T, N>& x, const Divisor& scale, Bits8*) {
+WAVE64_DEVICE Pack<Bits8, N> stored(const Pack<T, N>& x, const Divisor& scale, Bits8*) {
     struct {
         Bits32 at[(N + 3) / 4];
     } words;
@@ -70,22 +70,22 @@ WAVE64_DEVICE Pack<Bits8, N> kept(const Pack<T, N>& x, const Divisor& scale, Bit
 #endif
 
 template <int N, typename In, typename Out>
-WAVE64_DEVICE void write_cache(const RowShares& shares, int64_t num_tokens, const int64_t* slots, int first_packs,
+WAVE64_DEVICE void write_cache(const RowPartition& partition, int64_t num_tokens, const int64_t* slots, int first_packs,
                                const CachePart<In, Out>& first_part, const CachePart<In, Out>& second_part) {
-    const RowShare share = row_share(shares);
-    const bool is_first = share.pack < first_packs;
+    const LaneRows rows = lane_rows(partition);
+    const bool is_first = rows.pack < first_packs;
     const CachePart<In, Out> part = is_first ? first_part : second_part;
-    const unsigned column = (is_first ? share.pack : share.pack - first_packs) * N;
+    const unsigned column = (is_first ? rows.pack : rows.pack - first_packs) * N;
     const unsigned head = column / unsigned(part.head);
     const In* from = part.from + head * part.head_stride + (column - head * part.head);
     Out* to = part.to + column;
 
-    for (int64_t first = share.first; first < num_tokens; first += kCacheRows * share.step) {
+    for (int64_t first = rows.first; first < num_tokens; first += kCacheRows * rows.step) {
         int64_t slot[kCacheRows];
         Pack<In, N> x[kCacheRows];
 #pragma unroll
         for (int i = 0; i < kCacheRows; i++) {
-            const int64_t token = first + i * share.step;
+            const int64_t token = first + i * rows.step;
             if (token >= num_tokens) break;
             slot[i] = slots[token];
             x[i] = load_pack<In, N>(from + token * part.stride);
@@ -93,8 +93,8 @@ WAVE64_DEVICE void write_cache(const RowShares& shares, int64_t num_tokens, cons
         const Divisor scale = divisor_of(part.scale);  // here, so that no load waits for it
 #pragma unroll
         for (int i = 0; i < kCacheRows; i++) {
-            if (first + i * share.step >= num_tokens) break;
-            if (slot[i] >= 0) store_pack(to + slot[i] * part.slot_stride, kept(x[i], scale, to));
+            if (first + i * rows.step >= num_tokens) break;
+            if (slot[i] >= 0) store_pack(to + slot[i] * part.slot_stride, stored(x[i], scale, to));
         }
     }
 }
@@ -122,23 +122,22 @@ WAVE64_DEVICE void write_cache(const RowShares& shares, int64_t num_tokens, cons
 namespace wave64 {
 
 struct CacheKernels {
-    int element_bytes;    // of new numbers
-    const char* copy[2];  // aligned or not
+    const char* copy[2];  // aligned, unaligned
     const char* to_fp8[2];
 };
 
-#define WAVE64_CACHE_NAMES(OP, BYTES, COPY, TO_FP8) \
-    {BYTES, {OP COPY, OP COPY "_unaligned"}, {OP TO_FP8, OP TO_FP8 "_unaligned"}}
+#define WAVE64_CACHE_NAMES(OP, COPY, TO_FP8) {{OP COPY, OP COPY "_unaligned"}, {OP TO_FP8, OP TO_FP8 "_unaligned"}}
 // By dtype.
-#define WAVE64_CACHE_KERNELS(OP)                                                                                     \
-    {WAVE64_CACHE_NAMES(#OP, 2, "_16bit", "_fp8_from_bf16"), WAVE64_CACHE_NAMES(#OP, 2, "_16bit", "_fp8_from_fp16"), \
-     WAVE64_CACHE_NAMES(#OP, 4, "_32bit", "_fp8_from_fp32")}
+#define WAVE64_CACHE_KERNELS(OP)                                                                               \
+    {WAVE64_CACHE_NAMES(#OP, "_16bit", "_fp8_from_bf16"), WAVE64_CACHE_NAMES(#OP, "_16bit", "_fp8_from_fp16"), \
+     WAVE64_CACHE_NAMES(#OP, "_32bit", "_fp8_from_fp32")}
 
-// Refuses dtypes that no kernel has.
-inline int32_t check_cache_dtypes(const char* op, int32_t dtype, int32_t cache_dtype) {
-    if (dtype < kBf16 || dtype > kFp32) return refuse(op, "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", dtype);
-    if (cache_dtype != dtype && cache_dtype != kFp8) return refuse(op, "cache_dtype", "dtype, or 3 (FP8)", cache_dtype);
-    return kOk;
+// Launches the kernel of a row of `row` new values, in packs of 16 bytes where the rows are aligned to them.
+template <typename Args>
+void launch_cache_write(const Call& call, const CacheKernels (&kernels)[3], bool aligned, int64_t row, Args& args) {
+    const char* const* names = args.cache_dtype == kFp8 ? kernels[args.dtype].to_fp8 : kernels[args.dtype].copy;
+    const int64_t packs = aligned ? row * element_bytes(args.dtype) / 16 : row;
+    launch_over_rows(call, names[!aligned], args.num_tokens, packs, kCacheRows, args);
 }
 
 }  // namespace wave64

@@ -5,21 +5,13 @@
 // architecture's.
 #pragma once
 
-#include "wave64/abi.h"
+#include "wave64/types.h"
 
 #define WAVE64_DEVICE __attribute__((always_inline)) inline
 #define WAVE64_LDS __attribute__((section("wave64_lds")))
 #define WAVE64_KERNEL(MAX_LANES) extern "C" __attribute__((visibility("default"))) void
 
 namespace wave64 {
-
-using bf16 = __bf16;
-using fp16 = _Float16;
-using Bits8 = unsigned char;
-using Bits16 = unsigned short;
-using Bits32 = unsigned;
-using Bits64 = unsigned __attribute__((ext_vector_type(2)));
-using Bits128 = unsigned __attribute__((ext_vector_type(4)));
 
 // The lane that runs, and where it is.
 struct Lane {
@@ -44,15 +36,6 @@ WAVE64_DEVICE float log2(float x) { return __builtin_log2f(x); }
 WAVE64_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }
 WAVE64_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
 WAVE64_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-
-// Two numbers of a 16-bit dtype.
-template <typename T>
-WAVE64_DEVICE Bits32 rounded_pair(float a, float b, T) {
-    struct {
-        T a, b;
-    } pair{T(a), T(b)};
-    return __builtin_bit_cast(Bits32, pair);
-}
 
 WAVE64_DEVICE void block_barrier() { meet_block(); }
 WAVE64_DEVICE void wave_barrier() { meet_wave(0, 0); }
@@ -81,9 +64,7 @@ WAVE64_DEVICE int atomic_swap_if(int* at, int expected, int x) {
 template <typename Bits>
 WAVE64_DEVICE void forget(Bits&) {}
 
-WAVE64_DEVICE int uniform(int x) { return x; }
 WAVE64_DEVICE int load_uniform(const int32_t* at) { return *at; }
-WAVE64_DEVICE void keep_uniform(const char*&) {}
 WAVE64_DEVICE void keep_order() {}
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
@@ -94,8 +75,6 @@ WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
 WAVE64_DEVICE Bits32 low_halves(Bits32 a, Bits32 b) { return (a & 0xffff) | b << 16; }
 WAVE64_DEVICE Bits32 high_halves(Bits32 a, Bits32 b) { return a >> 16 | (b & 0xffff0000); }
 
-WAVE64_DEVICE int broadcast(int x, int lane) { return from_lane(x, lane); }
-WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
 WAVE64_DEVICE int bits_before(uint64_t mask) {
     return __builtin_popcountll(mask & ((uint64_t(1) << lane_in_block() % wave_size()) - 1));
 }
@@ -115,8 +94,7 @@ WAVE64_DEVICE float wave_sum(float x) {
 WAVE64_DEVICE float wave_max(float x) {
     const uint64_t* all = meet_wave(4, __builtin_bit_cast(unsigned, x));
     float most = x;
-    for (int lane = 0; lane < wave_size(); lane++)
-        most = max(most, __builtin_bit_cast(float, unsigned(all[lane])));
+    for (int lane = 0; lane < wave_size(); lane++) most = max(most, __builtin_bit_cast(float, unsigned(all[lane])));
     return most;
 }
 WAVE64_DEVICE int wave_sum(int x) {
@@ -132,7 +110,6 @@ WAVE64_DEVICE int wave_max(int x) {
         if (int(unsigned(all[lane])) > most) most = int(unsigned(all[lane]));
     return most;
 }
-WAVE64_DEVICE int wave_max_of_rare(int x, int) { return wave_max(x); }
 
 class Bounded {
     char* base;

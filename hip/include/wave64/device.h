@@ -1,6 +1,20 @@
 // The device names that kernels use. Lane, wave, block and lds mean the same on AMD (amd.h), on NVIDIA (nvidia.h, for
-// development only) and on a CPU (cpu.h, for tests); the wave size does not.
+// development only) and on a CPU (cpu.h, for tests); the wave size differs.
 #pragma once
+
+#include "wave64/types.h"
+
+namespace wave64 {
+using Bits8 = unsigned char;
+using Bits16 = unsigned short;
+using Bits32 = unsigned;
+#if defined(__HIP__) || defined(WAVE64_CPU)
+using bf16 = __bf16;
+using fp16 = _Float16;
+using Bits64 = unsigned __attribute__((ext_vector_type(2)));
+using Bits128 = unsigned __attribute__((ext_vector_type(4)));
+#endif
+}  // namespace wave64
 
 #if defined(WAVE64_CPU)
 #include "wave64/cpu.h"
@@ -11,6 +25,26 @@
 #endif
 
 namespace wave64 {
+
+#if defined(__HIP__) || defined(WAVE64_CPU)
+// Two numbers of a 16-bit dtype.
+template <typename T>
+WAVE64_DEVICE Bits32 rounded_pair(float a, float b, T) {
+    struct {
+        T a, b;
+    } pair{T(a), T(b)};
+    return __builtin_bit_cast(Bits32, pair);
+}
+#endif
+
+#if !defined(__HIP__)
+// Without scalar registers of a wave, what amd.h has for them is nothing special.
+WAVE64_DEVICE int uniform(int x) { return x; }
+WAVE64_DEVICE void keep_uniform(const char*&) {}
+WAVE64_DEVICE int broadcast(int x, int lane) { return from_lane(x, lane); }
+WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
+WAVE64_DEVICE int wave_max_of_rare(int x, int) { return wave_max(x); }
+#endif
 
 template <int BYTES>
 struct BitsOf;
@@ -35,8 +69,8 @@ struct BitsOf<16> {
     using type = Bits128;
 };
 
-// N values that move as one memory access. It stays bits until it is used: a load converted at once is a load waited
-// for.
+// N values that one memory access moves. They stay bits until they are used: to convert a load at once would be to
+// wait for it.
 template <typename T, int N>
 struct Pack {
     using Bits = typename BitsOf<sizeof(T) * N>::type;
@@ -80,7 +114,7 @@ public:
     WAVE64_DEVICE void store(int i, const Pack<T, N>& pack) const { memory.store(i * int(sizeof(T)) * N, pack.bits); }
 };
 
-// The largest over each run of `lanes` lanes, a power of two, in every lane of the run, of some numbers at once.
+// The maximum over each run of `lanes` lanes, a power of two, in every lane of the run, for N numbers at once.
 template <int N>
 WAVE64_DEVICE void run_max(int (&x)[N], int lanes) {
     const auto larger = [](int& a, int b) { a = a > b ? a : b; };
@@ -113,8 +147,8 @@ WAVE64_DEVICE float block_sum(float x, float* lds, int block) {
     return wave_sum(lane < num_waves ? lds[lane] : 0);
 }
 
-// The largest over the block's lanes, in every lane; `lds` as for block_sum. Of sizes, give the bits, which are in the
-// sizes' order: some hardware compares whole numbers over a wave in one instruction.
+// The maximum over the block's lanes, in every lane; `lds` as for block_sum. For magnitudes pass the bits, which are in
+// the same order: some hardware compares integers over a wave in one instruction.
 template <typename T>
 WAVE64_DEVICE T block_max(T x, T* lds, int block) {
     x = wave_max(x);
@@ -126,3 +160,15 @@ WAVE64_DEVICE T block_max(T x, T* lds, int block) {
 }
 
 }  // namespace wave64
+
+// The kernels of an op, OP<T, N>(args), by dtype: with packs of 16 bytes, and with packs of one element for rows that
+// do not begin at multiples of 16 bytes. host.h has their names in the same order.
+#define WAVE64_KERNEL_OF(NAME, MAX_LANES, OP, ARGS, T, N) \
+    WAVE64_KERNEL(MAX_LANES) NAME(wave64::ARGS args) { wave64::OP<T, N>(args); }
+#define WAVE64_KERNELS(OP, MAX_LANES, ARGS)                                     \
+    WAVE64_KERNEL_OF(OP##_bf16, MAX_LANES, OP, ARGS, wave64::bf16, 8)           \
+    WAVE64_KERNEL_OF(OP##_fp16, MAX_LANES, OP, ARGS, wave64::fp16, 8)           \
+    WAVE64_KERNEL_OF(OP##_fp32, MAX_LANES, OP, ARGS, float, 4)                  \
+    WAVE64_KERNEL_OF(OP##_bf16_unaligned, MAX_LANES, OP, ARGS, wave64::bf16, 1) \
+    WAVE64_KERNEL_OF(OP##_fp16_unaligned, MAX_LANES, OP, ARGS, wave64::fp16, 1) \
+    WAVE64_KERNEL_OF(OP##_fp32_unaligned, MAX_LANES, OP, ARGS, float, 1)

@@ -1,14 +1,28 @@
 // Gated activations: out[t] = f(x[t, :d]) * x[t, d:]. The three operators differ in f alone; their kernels, launcher
 // and registration are here.
 //
-// The trick: gate and up of the same columns meet in registers, so that nothing is written between.
-// Bound by memory: 2 d values of a row in, d out, 16 bytes per lane and access, four loads under way.
+// The trick: gate and up of the same columns meet in registers, so no intermediate is written.
+// Bound by memory: 2 d values of a row in, d out, 16 bytes per lane and access, four loads in flight.
 #pragma once
 
 #include "wave64/rows.h"
 
 namespace wave64 {
+
+// out[t] = f(x[t, :d]) * x[t, d:], in fp32, rounded once.
+struct GatedArgs {
+    const void* x;  // [num_tokens, 2 * d]
+    void* out;      // [num_tokens, d]
+    int64_t x_stride;
+    int64_t num_tokens;
+    int32_t d;
+    Dtype dtype;  // of x and out
+    // set by the launcher
+    RowPartition partition;
+};
+
 constexpr int kGatedRows = 2;  // that a lane holds
+
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -28,21 +42,21 @@ WAVE64_DEVICE Pack<T, N> gated(const Pack<T, N>& gate, const Pack<T, N>& up) {
 
 template <typename T, int N, float F(float)>
 WAVE64_DEVICE void gated(const GatedArgs& args) {
-    const RowShare share = row_share(args.shares);
-    const T* x = static_cast<const T*>(args.x) + share.pack * N;
-    T* out = static_cast<T*>(args.out) + share.pack * N;
-    for (int64_t first = share.first; first < args.num_tokens; first += kGatedRows * share.step) {
+    const LaneRows rows = lane_rows(args.partition);
+    const T* x = static_cast<const T*>(args.x) + rows.pack * N;
+    T* out = static_cast<T*>(args.out) + rows.pack * N;
+    for (int64_t first = rows.first; first < args.num_tokens; first += kGatedRows * rows.step) {
         Pack<T, N> gate[kGatedRows], up[kGatedRows];
 #pragma unroll
         for (int i = 0; i < kGatedRows; i++) {
-            const int64_t token = first + i * share.step;
+            const int64_t token = first + i * rows.step;
             if (token >= args.num_tokens) break;
             gate[i] = load_pack<T, N>(x + token * args.x_stride);
             up[i] = load_pack<T, N>(x + token * args.x_stride + args.d);
         }
 #pragma unroll
         for (int i = 0; i < kGatedRows; i++) {
-            const int64_t token = first + i * share.step;
+            const int64_t token = first + i * rows.step;
             if (token >= args.num_tokens) break;
             store_pack(out + token * args.d, gated<T, N, F>(gate[i], up[i]));
         }
@@ -51,57 +65,39 @@ WAVE64_DEVICE void gated(const GatedArgs& args) {
 
 }  // namespace wave64
 
-#define WAVE64_GATED_KERNEL(NAME, T, N, F) \
-    WAVE64_KERNEL(512) NAME(wave64::GatedArgs args) { wave64::gated<T, N, F>(args); }
-
-#define WAVE64_GATED(OP, F)                                      \
-    WAVE64_GATED_KERNEL(OP##_bf16, wave64::bf16, 8, F)           \
-    WAVE64_GATED_KERNEL(OP##_fp16, wave64::fp16, 8, F)           \
-    WAVE64_GATED_KERNEL(OP##_fp32, float, 4, F)                  \
-    WAVE64_GATED_KERNEL(OP##_bf16_unaligned, wave64::bf16, 1, F) \
-    WAVE64_GATED_KERNEL(OP##_fp16_unaligned, wave64::fp16, 1, F) \
-    WAVE64_GATED_KERNEL(OP##_fp32_unaligned, float, 1, F)
+#define WAVE64_GATED(OP, F)                        \
+    namespace wave64 {                             \
+    template <typename T, int N>                   \
+    WAVE64_DEVICE void OP(const GatedArgs& args) { \
+        gated<T, N, F>(args);                      \
+    }                                              \
+    }                                              \
+    WAVE64_KERNELS(OP, 512, GatedArgs)
 
 #else
 namespace wave64 {
 
-struct GatedKernels {
-    int element_bytes;
-    const char* aligned;
-    const char* unaligned;
-};
+inline void launch_gated(GatedArgs args, const Call& call, const KernelPairs& kernels) {
+    call.expect_float("dtype", args.dtype);
+    call.expect_min("num_tokens", args.num_tokens, 0);
+    call.expect_range("d", args.d, 0, 1 << 28);
+    if (args.num_tokens == 0 || args.d == 0) return;
+    call.expect_tensors({{"x", args.x}, {"out", args.out}});
 
-inline int32_t launch_gated(const char* op, const GatedKernels (&kernels)[3], GatedArgs args, void* stream) {
-    if (args.dtype < kBf16 || args.dtype > kFp32)
-        return refuse(op, "dtype", "0 (bf16), 1 (fp16) or 2 (fp32)", args.dtype);
-    if (args.num_tokens < 0) return refuse(op, "num_tokens", "at least 0", args.num_tokens);
-    if (args.d < 0 || args.d > 1 << 28) return refuse(op, "d", "0 to 2^28", args.d);
-    if (args.num_tokens == 0 || args.d == 0) return kOk;
-    for (auto [name, pointer] : {std::pair{"x", args.x}, {"out", (const void*)args.out}})
-        if (!pointer) return refuse(op, name, "an address", 0);
-
-    const Device* device;
-    if (int32_t status = current_device(&device)) return status;
-    const auto& [bytes, aligned_kernel, unaligned_kernel] = kernels[args.dtype];
-    const bool aligned = is_16_aligned({args.x, args.out}, {args.x_stride * bytes, int64_t(args.d) * bytes});
-    const Launch over_tokens = over_rows(op, aligned ? aligned_kernel : unaligned_kernel, args.num_tokens,
-                                         aligned ? args.d * bytes / 16 : args.d, kGatedRows, *device, args.shares);
-    return launch(over_tokens, &args, sizeof args, stream);
+    const int64_t bytes = element_bytes(args.dtype);
+    const bool aligned = is_16_aligned({args.x, args.out}, {args.x_stride * bytes, args.d * bytes});
+    launch_over_rows(call, kernels[args.dtype].of(aligned), args.num_tokens, aligned ? args.d * bytes / 16 : args.d,
+                     kGatedRows, args);
 }
 
 }  // namespace wave64
 
-#define WAVE64_GATED_FIELD(NAME) WAVE64_FIELD(wave64::GatedArgs, NAME)
-#define WAVE64_GATED(OP, F)                                                                 \
-    int32_t wave64_##OP(const wave64::GatedArgs* args, void* stream) {                      \
-        return wave64::launch_gated(#OP,                                                    \
-                                    {{2, #OP "_bf16", #OP "_bf16_unaligned"},               \
-                                     {2, #OP "_fp16", #OP "_fp16_unaligned"},               \
-                                     {4, #OP "_fp32", #OP "_fp32_unaligned"}},              \
-                                    *args, stream);                                         \
-    }                                                                                       \
-    static const bool registered = wave64::register_op<wave64::GatedArgs, wave64_##OP>(     \
-        #OP, {WAVE64_GATED_FIELD(x), WAVE64_GATED_FIELD(out), WAVE64_GATED_FIELD(x_stride), \
-              WAVE64_GATED_FIELD(num_tokens), WAVE64_GATED_FIELD(d), WAVE64_GATED_FIELD(dtype)});
+#define WAVE64_GATED(OP, F)                                                                          \
+    namespace wave64 {                                                                               \
+    namespace {                                                                                      \
+    void OP(GatedArgs args, const Call& call) { launch_gated(args, call, WAVE64_KERNEL_PAIRS(OP)); } \
+    WAVE64_OP(OP, GatedArgs, x, out, x_stride, num_tokens, d, dtype)                                 \
+    }                                                                                                \
+    }
 
 #endif

@@ -10,11 +10,18 @@
 //     gfx11, gfx12      16       2  lane % 16  lane / 16  line                 kRows * part + 0, 1, ...
 //     sm_90              8       4  lane / 4   lane % 4   2 part, 2 part + 1   line, line + 8
 //
-// Which k a part has is nobody's business as long as x and y agree. So on AMD the sums of 16 rows lie as a y does: a
-// lane that finds logits of some keys needs, for the weighted sum of values, the weights of the very same keys, and
-// lanes exchange nothing. On sm_90 the sums are turned first (operand_of).
+// Which k a part has does not matter as long as x and y agree. So on AMD the sums of 16 rows lie as a y does: a lane
+// that finds logits of some keys needs, for the weighted sum of values, the weights of the same keys, and lanes
+// exchange nothing. On sm_90 the sums are transposed first (operand_of).
 #pragma once
 
+#include "wave64/types.h"
+
+namespace wave64 {
+constexpr int kAmdTileHeads = 16, kNvidiaTileHeads = 8;  // kTileHeads, which the host and Python plan with
+}  // namespace wave64
+
+#ifdef WAVE64_DEVICE_CODE
 #include "wave64/device.h"
 
 namespace wave64 {
@@ -28,37 +35,37 @@ constexpr int kLines = 8, kParts = 4;
 #endif
 constexpr int kLanes = kLines * kParts;  // the wave size
 constexpr int kTileHeads = kLines;
-constexpr int kTiles = 16 / kLines;    // rows of x that a lane holds
-constexpr int kNumbers = 16 / kParts;  // k of a lane
-constexpr int kHeads = kTiles;         // of a lane, in its sums
-constexpr int kRows = kNumbers / kHeads;  // likewise
+static_assert(kTileHeads == kAmdTileHeads || kTileHeads == kNvidiaTileHeads);
+constexpr int kTiles = 16 / kLines;       // rows of x that a lane holds
+constexpr int kNumbers = 16 / kParts;     // k of a lane
+constexpr int kHeads = kTiles;            // of a lane, in its sums
+constexpr int kRows = kNumbers / kHeads;  // of a lane, in its sums
 
-struct Place {
+// What a lane holds of operands and sums.
+struct LanePosition {
     int line, part;
     int row;  // of an x
 
-    // Which of 16 rows the lane holds in the tile-th x, and which its i-th sums are of: in this order, the rows that
-    // it is to hold as k of the next product are kNumbers * part + 0, 1, ...
-    WAVE64_DEVICE int row_of_16(int tile) const {
-        return kTiles == 1 ? row : row / 2 * kNumbers + tile * 2 + row % 2;
-    }
+    // Which of 16 rows the lane holds in the tile-th x, and which one its i-th sums belong to. In this order, the rows
+    // that it holds as k of the next product are kNumbers * part + 0, 1, ...
+    WAVE64_DEVICE int row_of_16(int tile) const { return kTiles == 1 ? row : row / 2 * kNumbers + tile * 2 + row % 2; }
     WAVE64_DEVICE int row_of_sums(int i) const { return kTiles == 1 ? kRows * part + i : row_of_16(i); }
     WAVE64_DEVICE int head(int h) const { return kTiles == 1 ? line : kHeads * part + h; }
-    // Of the lanes with the same heads, the first.
+    // Whether this is the first of the lanes with the same heads.
     WAVE64_DEVICE bool first_of_heads() const { return (kTiles == 1 ? part : line) == 0; }
 };
 
-WAVE64_DEVICE Place place_in_wave() {
+WAVE64_DEVICE LanePosition lane_position() {
     const int lane = lane_in_block() % kLanes;
     if constexpr (kLines == 8) return {lane / kParts, lane % kParts, lane / kParts};
-#if defined(__GFX11__)  // gives a part every other row
+#if defined(__GFX11__)  // a part gets every other row
     return {lane % 16, lane / 16, lane % 2 * 8 + lane % 16 / 2};
 #else
     return {lane % 16, lane / 16, lane % 16};
 #endif
 }
 
-// The sum over the lanes that have the same heads in their sums, or the largest, in all of them.
+// The sum or the maximum over the lanes that have the same heads in their sums, in each of them.
 template <typename Join>
 WAVE64_DEVICE float joined_rows(float x, Join join) {
     for (int bit = kTiles == 1 ? kLines : kParts; bit < kLanes; bit *= 2)
@@ -72,7 +79,7 @@ WAVE64_DEVICE float max_of_rows(float x) {
     return joined_rows(x, [](float a, float b) { return max(a, b); });
 }
 
-// A lane's k of a row or head, two numbers of 16 bits to a word.
+// A lane's k of a row or head, two 16-bit numbers to a word.
 struct Operand {
     Bits32 words[kNumbers / 2];
 };
@@ -95,7 +102,7 @@ WAVE64_DEVICE Operand operand_of(const float (&x)[kHeads][kRows]) {
 
 template <typename T>
 WAVE64_DEVICE void multiply(const Operand (&x)[kTiles], const Operand& y, Sums& sums) {
-    const auto [line, part, row] = place_in_wave();
+    const auto [line, part, row] = lane_position();
     int line_of[kLines];  // of the lanes that hold a row of x
     const uint64_t* all = meet_wave(9, row);
     for (int l = 0; l < kLines; l++) line_of[all[part * kLines + l]] = l;
@@ -180,10 +187,11 @@ WAVE64_DEVICE void multiply(const Operand (&x)[kTiles], const Operand& y, Sums& 
 template <typename T>
 WAVE64_DEVICE void multiply(const Operand (&x)[kTiles], const Operand& y, Sums& sums) {
     auto& [low, high] = sums.at;
-#define WAVE64_MMA(TYPE)                                                                                  \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
-        "{%8, %9}, {%0, %1, %2, %3};"                                                                     \
-        : "+f"(low[0]), "+f"(high[0]), "+f"(low[1]), "+f"(high[1])                                        \
+#define WAVE64_MMA(TYPE)                                                                                   \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                             \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "                                                        \
+        "{%8, %9}, {%0, %1, %2, %3};"                                                                      \
+        : "+f"(low[0]), "+f"(high[0]), "+f"(low[1]), "+f"(high[1])                                         \
         : "r"(x[0].words[0]), "r"(x[1].words[0]), "r"(x[0].words[1]), "r"(x[1].words[1]), "r"(y.words[0]), \
           "r"(y.words[1]))
     if constexpr (__is_same(T, fp16))
@@ -193,7 +201,7 @@ WAVE64_DEVICE void multiply(const Operand (&x)[kTiles], const Operand& y, Sums& 
 #undef WAVE64_MMA
 }
 
-// A word has one row and two heads; turned, one head and two rows.
+// A word has one row and two heads; transposed, one head and two rows.
 template <typename T>
 WAVE64_DEVICE Operand operand_of(const float (&x)[kHeads][kRows]) {
     Operand y;
@@ -207,3 +215,4 @@ WAVE64_DEVICE Operand operand_of(const float (&x)[kHeads][kRows]) {
 #endif
 
 }  // namespace wave64
+#endif

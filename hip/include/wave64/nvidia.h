@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-#include "wave64/abi.h"
+#include "wave64/types.h"
 
 #define WAVE64_DEVICE __device__ __forceinline__
 #define WAVE64_LDS __shared__
@@ -15,9 +15,6 @@ namespace wave64 {
 
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
-using Bits8 = unsigned char;
-using Bits16 = unsigned short;
-using Bits32 = unsigned;
 using Bits64 = uint2;
 using Bits128 = uint4;
 
@@ -83,9 +80,7 @@ WAVE64_DEVICE void forget(Bits32& bits) { asm volatile("" : "+r"(bits)); }
 WAVE64_DEVICE void forget(Bits64& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y)); }
 WAVE64_DEVICE void forget(Bits128& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w)); }
 
-WAVE64_DEVICE int uniform(int x) { return x; }
 WAVE64_DEVICE int load_uniform(const int32_t* at) { return __ldg(at); }
-WAVE64_DEVICE void keep_uniform(const char*&) {}
 WAVE64_DEVICE void keep_order() { __syncwarp(); }  // which the assembler does not move loads of global memory across
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
@@ -94,8 +89,6 @@ WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
 WAVE64_DEVICE Bits32 low_halves(Bits32 a, Bits32 b) { return __byte_perm(a, b, 0x5410); }
 WAVE64_DEVICE Bits32 high_halves(Bits32 a, Bits32 b) { return __byte_perm(a, b, 0x7632); }
 
-WAVE64_DEVICE int broadcast(int x, int lane) { return from_lane(x, lane); }
-WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
 WAVE64_DEVICE int bits_before(uint64_t mask) { return __popc(unsigned(mask) & ((1u << threadIdx.x % 32) - 1)); }
 template <int HALF, typename T>
 WAVE64_DEVICE T from_other_half(T x) {
@@ -113,7 +106,6 @@ WAVE64_DEVICE float wave_max(float x) {
 }
 WAVE64_DEVICE int wave_sum(int x) { return __reduce_add_sync(0xffffffff, x); }
 WAVE64_DEVICE int wave_max(int x) { return __reduce_max_sync(0xffffffff, x); }
-WAVE64_DEVICE int wave_max_of_rare(int x, int) { return wave_max(x); }
 
 class Bounded {
     char* base;

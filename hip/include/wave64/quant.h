@@ -1,5 +1,5 @@
 // FP8 with scales, as pysrc/wave64/quant.py defines it: scale = amax / limit, and numbers are multiplied by
-// inverse = below / amax, below the next number to limit towards 0, so that no product exceeds the limit.
+// inverse = below / amax, where below is the next fp32 number to limit towards 0, so that no product exceeds the limit.
 #pragma once
 
 #include "wave64/fp8.h"
@@ -7,7 +7,7 @@
 #if WAVE64_HAS_FP8
 namespace wave64 {
 
-constexpr float kLeastAmax = 1e-10f;
+constexpr float kMinAmax = 1e-10f;
 constexpr float kBelowFp8Max = kFp8Max == 240 ? 240 - 0x1p-16f : 448 - 0x1p-15f;
 
 struct Scale {
@@ -16,16 +16,16 @@ struct Scale {
 
 // Both quotients are rounded to nearest, as on every backend.
 WAVE64_DEVICE Scale scale_of(float amax) {
-    amax = max(amax, kLeastAmax);
+    amax = max(amax, kMinAmax);
     return {amax / kFp8Max, kBelowFp8Max / amax};
 }
 
-// The scale of what a block shares, whose lanes have the amax of their parts each.
+// The scale of a block's numbers, from the amax of each lane's.
 WAVE64_DEVICE Scale scale_of_block(float amax, int* lds, int block) {
     return scale_of(__builtin_bit_cast(float, block_max(__builtin_bit_cast(int, amax), lds, block)));
 }
 
-// The largest size of a pack's numbers; NaN do not count.
+// The largest magnitude of a pack's numbers; NaN is skipped.
 template <typename T, int N>
 WAVE64_DEVICE float amax_of(const Pack<T, N>& x) {
     const auto values = x.values();
@@ -34,7 +34,7 @@ WAVE64_DEVICE float amax_of(const Pack<T, N>& x) {
     return amax;
 }
 
-// A pack's numbers times `inverse`, in FP8. IN_RANGE: no product exceeds the limit; else those that do become it.
+// A pack's numbers times `inverse`, in FP8. IN_RANGE: no product exceeds the limit; else those that do are clamped.
 template <bool IN_RANGE = true, typename T, int N>
 WAVE64_DEVICE Pack<Bits8, N> quantized(const Pack<T, N>& x, float inverse) {
     constexpr int words = (N + 3) / 4;

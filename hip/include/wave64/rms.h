@@ -1,12 +1,12 @@
-// Root mean square normalisation of rows: x / sqrt(mean(x^2) + eps) * weight.
+// Root mean square normalization of rows: x / sqrt(mean(x^2) + eps) * weight.
 //
-// The trick: a block keeps its row in registers between the sum and the scaling, so what it is made of is read once.
+// The trick: a block keeps its row in registers between the sum and the scaling, so that its inputs are read once.
 #pragma once
 
-#include "wave64/abi.h"
+#include "wave64/types.h"
 
 namespace wave64 {
-constexpr int kRmsHeld = 4;  // packs of a row that a lane holds; of longer rows, the rest is read twice
+constexpr int kRmsHeld = 4;  // packs of a row that a lane holds; the rest of a longer row is read twice
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
@@ -31,25 +31,25 @@ WAVE64_DEVICE Pack<T, N> scaled(const Pack<T, N>& x, const Pack<T, N>& weight, f
     return Pack<T, N>::rounded(y);
 }
 
-// Normalises the rows of a block of at most MAX_LANES. A TokenRow is made of (args, token, num_packs) and has
-//   load(i)       reads what pack i of x is made of
-//   x(i, loaded)  pack i of x; called once
-//   again(i)      the same, later
-//   store(i, y)   where the result goes
+// Normalizes the rows of a block of at most MAX_LANES. TokenRow(args, token, num_packs) has
+//   load(i)       reads the inputs of pack i of x
+//   x(i, loaded)  returns pack i of x; called once
+//   again(i)      reads pack i of x again
+//   store(i, y)   writes pack i of the result
 template <typename T, int N, int MAX_LANES, typename TokenRow, typename Args>
 WAVE64_DEVICE void normalize_rows(const Args& args) {
     WAVE64_LDS static float lds[2][MAX_LANES / 32];  // two, so that a row's sum may begin while the last one's is read
     const int num_packs = args.hidden / N, first = lane_in_block(), block = args.block;
-    const float share = 1 / float(args.hidden);  // here, so that no row waits for a division
+    const float inverse_hidden = 1 / float(args.hidden);  // here, so that no row waits for a division
 
-    // A lane's columns are the same in every row, so its weights are read once, and beside the first row, not after it.
+    // A lane's columns are the same in every row, so its weights are read once, together with the first row.
     const Row<T, N> weight(args.weight, num_packs);
     Pack<T, N> held_weight[kRmsHeld];
 #pragma unroll
     for (int i = 0; i < kRmsHeld; i++) held_weight[i] = weight.load(first + i * block);
 
-    int turn = 0;
-    for (int64_t token = block_id(); token < args.num_tokens; token += args.grid, turn ^= 1) {
+    int parity = 0;
+    for (int64_t token = block_id(); token < args.num_tokens; token += args.grid, parity ^= 1) {
         const TokenRow row(args, token, num_packs);
 
         decltype(row.load(0)) loaded[kRmsHeld];
@@ -62,7 +62,7 @@ WAVE64_DEVICE void normalize_rows(const Args& args) {
 #pragma unroll 1
         for (int i = first + kRmsHeld * block; i < num_packs; i += block) sum += sum_of_squares(row.x(i, row.load(i)));
 
-        const float scale = rsqrt(block_sum(sum, lds[turn], block) * share + args.eps);
+        const float scale = rsqrt(block_sum(sum, lds[parity], block) * inverse_hidden + args.eps);
 #pragma unroll
         for (int i = 0; i < kRmsHeld; i++) {
             forget(held_weight[i].bits);  // unpacked ahead of the loop, weights double in size and make x's load wait
@@ -77,19 +77,18 @@ WAVE64_DEVICE void normalize_rows(const Args& args) {
 }  // namespace wave64
 
 #else
-#include <algorithm>
-
 #include "wave64/host.h"
 
 namespace wave64 {
 
-// Sets the lanes and blocks of a launch: few lanes per row, so that each has much in flight and few waves meet for its
-// sum, which is quicker even for a single row.
+// Launches over rows of num_packs packs: few lanes per row, so that each has many loads in flight and few waves meet
+// for its sum, which is faster even for a single row.
 template <typename Args>
-void share_rms_rows(Args& args, int64_t num_packs, int max_lanes, const Device& device) {
-    constexpr int kBlocksPerUnit = 32;  // fill a compute unit; more tokens than that share blocks, and weights
-    args.block = int32_t(std::min<int64_t>(round_up(ceil_div(num_packs, kRmsHeld), device.wave_size), max_lanes));
-    args.grid = int32_t(std::min<int64_t>(args.num_tokens, int64_t(device.compute_units) * kBlocksPerUnit));
+void launch_rms_rows(const Call& call, const char* kernel, int64_t num_packs, int max_lanes, Args& args) {
+    constexpr int64_t kBlocksPerUnit = 32;  // fill a compute unit; a block of more tokens reads its weights once
+    args.block = int32_t(std::min<int64_t>(round_up(ceil_div(num_packs, kRmsHeld), call.device.wave_size), max_lanes));
+    args.grid = int32_t(std::min(args.num_tokens, call.device.compute_units * kBlocksPerUnit));
+    call.launch(kernel, {args.grid}, args.block, args);
 }
 
 }  // namespace wave64

@@ -1,11 +1,16 @@
-// Rotation by position: a pair (a, b) of columns becomes (a c - b s, b c + a s), in fp32, rounded once. Half of a
-// rotation's width is cut into packs; a lane turns the N pairs of one pack, so nothing is exchanged between lanes.
+// RoPE: a pair (a, b) of columns becomes (a c - b s, b c + a s), in fp32, rounded once. Half of the rotated columns is
+// cut into packs; a lane rotates the N pairs of one pack, so lanes exchange nothing.
 #pragma once
 
 #include "wave64/rows.h"
 
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
+
+// The low word of a token's position, int64 or int32: no cache of angles has 2^32 rows. So one load serves both widths.
+WAVE64_DEVICE Bits32 position_of(const void* positions, int64_t token, int64_t stride, int position_bytes) {
+    return static_cast<const Bits32*>(positions)[token * stride * (position_bytes / 4)];
+}
 
 // The cosines and sines of N pairs.
 template <int N>
@@ -15,7 +20,7 @@ struct Angles {
 
 template <typename T, int N>
 WAVE64_DEVICE Angles<N> load_angles_of(const void* angles, int64_t at, int half) {
-    // Of fp32, 8 numbers are two packs.
+    // 8 numbers of fp32 are two packs.
     constexpr int n = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
     Angles<N> wide;
     for (int i = 0; i < N; i += n) {
@@ -26,7 +31,7 @@ WAVE64_DEVICE Angles<N> load_angles_of(const void* angles, int64_t at, int half)
     return wide;
 }
 
-// Those of pack `pack` in the row of `position`, of which each is `half` cosines, then as many sines.
+// Those of pack `pack` in the row of `position`; a row is `half` cosines, then as many sines.
 template <int N>
 WAVE64_DEVICE Angles<N> load_angles(const void* angles, int dtype, int64_t position, int half, int pack) {
     const int64_t at = position * 2 * half + pack * N;
@@ -35,8 +40,8 @@ WAVE64_DEVICE Angles<N> load_angles(const void* angles, int dtype, int64_t posit
     return load_angles_of<float, N>(angles, at, half);
 }
 
-// Two packs of a head that hold the pairs of pack `pack`. is_neox: the first numbers, then the second ones, `half`
-// columns on; else first and second in turn, and the two packs are neighbours.
+// The two packs of a head that hold the pairs of pack `pack`. is_neox: the second numbers are `half` columns behind the
+// first; else first and second alternate, and the two packs are neighbors.
 template <typename T, int N>
 struct Pairs {
     Pack<T, N> low, high;
@@ -53,13 +58,13 @@ struct Pairs {
         store_pack(head + high_at(is_neox, half, pack), high);
     }
 
-    WAVE64_DEVICE Pairs turned(bool is_neox, const Angles<N>& angles) const {
-        return is_neox ? turned<true>(angles) : turned<false>(angles);
+    WAVE64_DEVICE Pairs rotated(bool is_neox, const Angles<N>& angles) const {
+        return is_neox ? rotated<true>(angles) : rotated<false>(angles);
     }
 
 private:
     template <bool IS_NEOX>
-    WAVE64_DEVICE Pairs turned(const Angles<N>& angles) const {
+    WAVE64_DEVICE Pairs rotated(const Angles<N>& angles) const {
         struct Both {
             typename Pack<T, N>::Values low, high;
         };
@@ -71,7 +76,7 @@ private:
         for (int i = 0; i < N; i++) {
             const int first = IS_NEOX ? i : 2 * i, second = IS_NEOX ? i + N : 2 * i + 1;
             const float a = float(x.at[first]), b = float(x.at[second]);
-            // which product is rounded by itself is said, so that every kernel that rotates gives the same bits
+            // one fma each, spelled out, so that every kernel that rotates gives the same bits
             y[first / N][first % N] = fma(-b, angles.sin[i], a * angles.cos[i]);
             y[second / N][second % N] = fma(b, angles.cos[i], a * angles.sin[i]);
         }

@@ -1,5 +1,5 @@
-// Finding the key at which a running sum reaches a goal, among keys in no order: bins in LDS, and again in the bin that
-// it lies in. Quantities are whole numbers, so that no order of additions can show.
+// Finds the key at which a running sum reaches a goal, among unordered keys: sums over bins in LDS, then again within
+// the bin that holds the key. Quantities are integers, so the order of additions does not matter.
 #pragma once
 
 #ifdef WAVE64_DEVICE_CODE
@@ -10,7 +10,7 @@ namespace wave64 {
 constexpr int kBins = 256;
 constexpr unsigned kLastRank = 0xff7fffff;  // of the smallest finite number
 
-// Places of numbers in descending order: the larger one has the lower rank, equals have the same.
+// The rank of a number in descending order: larger numbers have lower ranks, equal ones the same.
 WAVE64_DEVICE unsigned rank_of(float x) {
     const unsigned bits = __builtin_bit_cast(unsigned, x + 0.0f);  // -0 becomes 0
     return bits >> 31 ? bits : 0x7fffffff - bits;
@@ -25,8 +25,8 @@ WAVE64_DEVICE uint64_t fixed(float weight) {
     return uint64_t(unsigned(high)) << 32 | unsigned((weight * 16 - high) * 0x1p32f);
 }
 
-// The share of a sum, less than all of it.
-WAVE64_DEVICE uint64_t share(uint64_t sum, float part) {
+// A fraction of a sum, less than all of it.
+WAVE64_DEVICE uint64_t fraction_of(uint64_t sum, float part) {
     const uint64_t scaled = unsigned(min(max(part, 0), 1 - 0x1p-24f) * 0x1p32f);
     return (sum >> 32) * scaled + ((sum & 0xffffffff) * scaled >> 32);
 }
@@ -46,25 +46,25 @@ WAVE64_DEVICE uint64_t running_sum(uint64_t x) {
 }
 
 struct Bins {
-    uint64_t sums[kBins + kBins / 8];  // at place_of(bin); all 0 between searches
+    uint64_t sums[kBins + kBins / 8];  // at slot_of(bin); all 0 between searches
     struct {
         int bin;                // negative: none
         uint64_t before, here;  // sums of the bins before it, and its own
     } found;
 };
 
-// Where in LDS a bin is: so that lanes that read neighbouring bins, several each, do not all want the same bank.
-WAVE64_DEVICE int place_of(int bin) { return bin + bin / 8; }
+// A bin's index in LDS: padded, so that lanes that read several neighboring bins each do not hit the same bank.
+WAVE64_DEVICE int slot_of(int bin) { return bin + bin / 8; }
 
-// Before the first search; a barrier is to follow.
+// Before the first search; the caller adds a barrier.
 WAVE64_DEVICE void clear(Bins& bins, int block) {
     for (int i = lane_in_block(); i < kBins + kBins / 8; i += block) bins.sums[i] = 0;
 }
 
 // Among keys in [low, high], finds the first at which the running sum of their quantities, in the order of the keys,
-// reaches a goal, and narrows [low, high] to it, or to the range of a bin whose sum may stay as it is. `each` calls its
-// argument with key and quantity of everything that this lane has; `goal_of` makes a goal, at least 1, of the sum over
-// all of them. False if the sum does not reach it. All lanes get the same.
+// reaches a goal, and narrows [low, high] to it, or to the range of a bin whose sum `may_stay` accepts. each(add) calls
+// add(key, quantity) for all keys of this lane; goal_of(sum over all) is the goal, at least 1. False if the sum does
+// not reach it. All lanes get the same result.
 template <typename Goal, typename Stay, typename Each>
 WAVE64_DEVICE bool search(Bins& bins, unsigned& low, unsigned& high, Goal goal_of, Stay may_stay, Each each) {
     const int lane = lane_in_block();
@@ -73,17 +73,17 @@ WAVE64_DEVICE bool search(Bins& bins, unsigned& low, unsigned& high, Goal goal_o
         const unsigned begin = low, span = high - low;
         const int shift = span < kBins ? 0 : 24 - __builtin_clz(span);
         int bin = 0;
-        uint64_t sum = 0;  // of neighbours in one bin, so that equal numbers do not all wait for each other
+        uint64_t sum = 0;  // of neighbors in one bin, so that equal numbers make one atomic
         each([&](unsigned key, uint64_t quantity) {
             if (key - begin > span) return;
             if (const int next = int((key - begin) >> shift); next != bin) {
-                if (sum) atomic_add(&bins.sums[place_of(bin)], sum);
+                if (sum) atomic_add(&bins.sums[slot_of(bin)], sum);
                 bin = next;
                 sum = 0;
             }
             sum += quantity;
         });
-        if (sum) atomic_add(&bins.sums[place_of(bin)], sum);
+        if (sum) atomic_add(&bins.sums[slot_of(bin)], sum);
         block_barrier();
         if (lane < wave_size()) {
             const int own = kBins / wave_size();
@@ -92,8 +92,8 @@ WAVE64_DEVICE bool search(Bins& bins, unsigned& low, unsigned& high, Goal goal_o
             for (int i = 0; i < kBins / 32; i++) {
                 own_sums[i] = 0;
                 if (i < own) {
-                    own_sums[i] = bins.sums[place_of(lane * own + i)];
-                    bins.sums[place_of(lane * own + i)] = 0;
+                    own_sums[i] = bins.sums[slot_of(lane * own + i)];
+                    bins.sums[slot_of(lane * own + i)] = 0;
                 }
                 mine += own_sums[i];
             }

@@ -1,22 +1,22 @@
-// How the keys of a batch are dealt out to blocks: in shares of about equal size, so that a long sequence gets many
-// parts and a short one one. Blocks work out the shares from the lengths themselves: the host need not know them.
+// Splits the keys of a batch among blocks: into splits of about equal size, so that a long sequence gets many and a
+// short one one. Blocks compute the splits from the lengths on the device: the host need not know them.
 #pragma once
 
 #include "wave64/device.h"
 
 namespace wave64 {
 
-// One of the parts of a sequence.
-struct Part {
-    int seq;    // num_seqs where there are fewer parts than blocks
+// One of the splits of a sequence.
+struct Split {
+    int seq;    // num_seqs if there are fewer splits than blocks
     int index;  // among the sequence's
     int count;  // of the sequence
 };
 
-// Into how many parts so much work is dealt: each has at most 1.5 times the share.
-WAVE64_DEVICE int parts_of(int work, int share) {
-    const int parts = int((unsigned(work) + unsigned(share) / 2) / unsigned(share));
-    return parts > 1 ? parts : 1;
+// The number of splits of a sequence: each has at most 1.5 times split_work.
+WAVE64_DEVICE int splits_of(int work, int split_work) {
+    const int splits = int((unsigned(work) + unsigned(split_work) / 2) / unsigned(split_work));
+    return splits > 1 ? splits : 1;
 }
 
 // The sum over this lane and those before it.
@@ -29,37 +29,38 @@ WAVE64_DEVICE int sum_up_to_lane(int x) {
     return x;
 }
 
-// Lanes with some parts each, and the one among them that has the item-th, counted from 0.
+// The lane that has the item-th split, counted from 0, where each lane has some.
 struct Found {
-    int lane, before;  // the parts of the lanes before it; lane is the wave size if there are fewer parts
+    int lane, before;  // `before`: the splits of earlier lanes. lane is the wave size if there are fewer splits
 
-    WAVE64_DEVICE Found(int item, int parts) {
-        const bool passed = sum_up_to_lane(parts) <= item;
-        lane = wave_sum(int(passed)), before = wave_sum(passed ? parts : 0);
+    WAVE64_DEVICE Found(int item, int splits) {
+        const bool passed = sum_up_to_lane(splits) <= item;
+        lane = wave_sum(int(passed)), before = wave_sum(passed ? splits : 0);
     }
 };
 
-// The item-th part, counted through the batch. All work is dealt in `shares` parts, and one more for each sequence at
-// most, but none for less than `least`. work_of(seq) is what a sequence takes. There are at most as many sequences as
-// the square of the wave size: first each lane looks at several neighbours, then each at one of a lane's.
+// The item-th split of the batch. The work is cut into num_splits splits, plus at most one for each sequence, but none
+// has less than min_work. work_of(seq) is the work of a sequence. num_seqs is at most the square of the wave size:
+// first each lane looks at several neighboring sequences, then each at one of those that a lane had.
 template <typename Work>
-WAVE64_DEVICE Part find_part(int item, int num_seqs, int shares, int least, Work work_of) {
+WAVE64_DEVICE Split find_split(int item, int num_seqs, int num_splits, int min_work, Work work_of) {
     const int lane = lane_in_block() % wave_size(), each = (num_seqs + wave_size() - 1) / wave_size();
     int work = 0;
     for (int seq = lane * each; seq < (lane + 1) * each && seq < num_seqs; seq++) work += work_of(seq);
-    const int total = wave_sum(work), even = total / shares + (total % shares > 0), share = even > least ? even : least;
+    const int total = wave_sum(work), even = total / num_splits + (total % num_splits > 0);
+    const int split_work = even > min_work ? even : min_work;
 
-    int parts = 0;
+    int splits = 0;
     for (int seq = lane * each; seq < (lane + 1) * each && seq < num_seqs; seq++)
-        parts += parts_of(each == 1 ? work : work_of(seq), share);
-    const Found run(item, parts);
+        splits += splits_of(each == 1 ? work : work_of(seq), split_work);
+    const Found run(item, splits);
     if (run.lane == wave_size()) return {num_seqs, 0, 0};
-    if (each == 1) return {run.lane, item - run.before, uniform(from_lane(parts, run.lane))};
+    if (each == 1) return {run.lane, item - run.before, uniform(from_lane(splits, run.lane))};
 
     const int seq = run.lane * each + lane;
-    parts = lane < each && seq < num_seqs ? parts_of(work_of(seq), share) : 0;
-    const Found one(item - run.before, parts);
-    return {run.lane * each + one.lane, item - run.before - one.before, uniform(from_lane(parts, one.lane))};
+    splits = lane < each && seq < num_seqs ? splits_of(work_of(seq), split_work) : 0;
+    const Found one(item - run.before, splits);
+    return {run.lane * each + one.lane, item - run.before - one.before, uniform(from_lane(splits, one.lane))};
 }
 
 }  // namespace wave64

@@ -1,8 +1,14 @@
-// What the gates of experts share: the largest numbers of a row that lies in one wave's registers, by rounds of maxima
-// over integers in the order of the numbers.
+// The largest numbers of a row in one wave's registers, as the gates of experts choose them: rounds of maxima over
+// integers that are in the order of the numbers.
 //
-// Of 16-bit numbers the integer has room for the expert as well, and a round is one maximum; else it is two.
+// The trick: with 16-bit numbers the integer holds the expert as well, and a round is one maximum; else it is two.
 #pragma once
+
+#include "wave64/types.h"
+
+namespace wave64 {
+constexpr int kMaxSlots = 16;  // experts of a lane
+}  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
 #include "wave64/device.h"
@@ -11,12 +17,12 @@ namespace wave64 {
 
 constexpr float kLargestLogit = 0x1p126f;  // so that differences of two stay finite
 constexpr float kLog2E = 1.44269504f;
-constexpr float kNowhere = -__builtin_inff();  // the number of a slot without an expert: is never chosen
+constexpr float kNowhere = -__builtin_inff();  // the number of a slot without an expert: never chosen
 
-// A number within the limit, NaN (signalling ones, too, which max does not pass over) as the lowest.
+// x clamped to the limit; NaN (also a signaling one, which max returns) becomes the lowest.
 WAVE64_DEVICE float clean(float x) { return x == x ? min(max(x, -kLargestLogit), kLargestLogit) : -kLargestLogit; }
 
-// Integers in the order of the numbers; zeros of both signs are one.
+// Integers in the order of the numbers; zeros of both signs are equal.
 WAVE64_DEVICE int order_of(float x) {
     const int bits = __builtin_bit_cast(int, x + 0.0f);
     return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -28,11 +34,11 @@ struct Chosen {
     int expert;
 };
 
-// The experts that a wave chooses among: SLOTS per lane, of which slot i is first + i * step. NARROW: their numbers
-// were of 16 bits, so that of 32 the lowest 13 are zeros: there the expert stands, the first as the largest.
+// The experts that a wave chooses among: SLOTS per lane, slot i is expert first + i * step. NARROW: the numbers were of
+// 16 bits, so the lowest 13 of 32 are zeros; they hold the expert, the first one as the largest.
 template <int SLOTS, bool NARROW>
 class Candidates {
-    static constexpr int kRoom = (1 << 13) - 1, kTaken = -2147483647 - 1;
+    static constexpr int kExpertMask = (1 << 13) - 1, kTaken = -2147483647 - 1;
     int first, step, key[SLOTS];
 
 public:
@@ -40,11 +46,11 @@ public:
 #pragma unroll
         for (int i = 0; i < SLOTS; i++) {
             key[i] = order_of(numbers[i]);
-            if (NARROW) key[i] = (key[i] & ~kRoom) | (kRoom - (first + i * step));
+            if (NARROW) key[i] = (key[i] & ~kExpertMask) | (kExpertMask - (first + i * step));
         }
     }
 
-    // The largest that was not taken before, of equals the lowest expert: the same in all lanes.
+    // The largest that was not taken before, and of equals the lowest expert: the same in all lanes.
     WAVE64_DEVICE Chosen take() {
         int best = key[0];
 #pragma unroll
@@ -53,9 +59,10 @@ public:
         if (NARROW) {
 #pragma unroll
             for (int i = 0; i < SLOTS; i++) key[i] = key[i] == best ? kTaken : key[i];
-            return {number_of((best & ~kRoom) | ((best >> 31) & kRoom)), kRoom - (best & kRoom)};
+            return {number_of((best & ~kExpertMask) | ((best >> 31) & kExpertMask)),
+                    kExpertMask - (best & kExpertMask)};
         }
-        int lowest = kTaken;  // of ~expert the largest
+        int lowest = kTaken;  // the largest ~expert
 #pragma unroll
         for (int i = SLOTS - 1; i >= 0; i--) lowest = key[i] == best ? ~(first + i * step) : lowest;
         const int expert = ~wave_max_of_rare(lowest, kTaken);
@@ -79,7 +86,7 @@ WAVE64_DEVICE Chosen choose(int count, int first, int step, const float (&number
 
 }  // namespace wave64
 
-// A kernel for every dtype and number of slots.
+// A kernel for each dtype and number of slots.
 #define WAVE64_GATE_OF(OP, DTYPE, T, SLOTS, ARGS) \
     WAVE64_KERNEL(64) OP##_##DTYPE##_##SLOTS(wave64::ARGS args) { wave64::OP<T, SLOTS>(args); }
 #define WAVE64_GATES_OF(OP, DTYPE, T, ARGS) \
@@ -93,14 +100,11 @@ WAVE64_DEVICE Chosen choose(int count, int first, int step, const float (&number
     WAVE64_GATES_OF(OP, fp32, float, ARGS)
 
 #else
-#include <algorithm>
-
 #include "wave64/host.h"
 
 namespace wave64 {
 
-constexpr int kMostSlots = 16;
-constexpr int kWavesPerUnit = 32;  // enough to fill a compute unit; more tokens than that share waves
+constexpr int kWavesPerUnit = 32;  // enough to fill a compute unit; with more tokens, waves take several
 
 // By dtype and by slots: 2, 4, 8, 16.
 using GateKernels = const char* [3][4];
@@ -109,14 +113,23 @@ using GateKernels = const char* [3][4];
      {#OP "_fp16_2", #OP "_fp16_4", #OP "_fp16_8", #OP "_fp16_16"}, \
      {#OP "_fp32_2", #OP "_fp32_4", #OP "_fp32_8", #OP "_fp32_16"}}
 
-// A wave per token; `slots` is at most kMostSlots.
+// The checks that all gates share.
 template <typename Args>
-int32_t launch_gate(const char* op, const GateKernels& kernels, int64_t slots, const Device& device, Args& args,
-                    void* stream) {
-    args.grid = int32_t(std::min<int64_t>(args.num_tokens, int64_t(device.compute_units) * kWavesPerUnit));
+void check_gate(const Call& call, const Args& args) {
+    call.expect_float("dtype", args.dtype);
+    call.expect_min("num_tokens", args.num_tokens, 0);
+    call.expect(args.num_experts >= 1 && args.num_experts <= kMaxSlots * call.device.wave_size, "num_experts",
+                "1 to 16 for each lane of a wave", args.num_experts);
+}
+
+// A wave per token; `slots` is at most kMaxSlots.
+template <typename Args>
+void launch_gate(const Call& call, const GateKernels& kernels, int64_t slots, Args& args) {
+    if (args.num_tokens == 0) return;
+    call.expect_tensors({{"gating", args.gating}, {"weights", args.weights}, {"ids", args.ids}});
+    args.grid = int32_t(std::min<int64_t>(args.num_tokens, int64_t(call.device.compute_units) * kWavesPerUnit));
     const char* kernel = kernels[args.dtype][slots > 8 ? 3 : slots > 4 ? 2 : slots > 2 ? 1 : 0];
-    return launch({op, kernel, {uint32_t(args.grid), 1, 1}, {uint32_t(device.wave_size), 1, 1}, 0}, &args, sizeof args,
-                  stream);
+    call.launch(kernel, {args.grid}, call.device.wave_size, args);
 }
 
 }  // namespace wave64

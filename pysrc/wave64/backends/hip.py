@@ -1,15 +1,16 @@
-"""The hip backend. An operator's file in hip_ops/ makes a tensor an address, sizes and strides and calls `launch`; the
-C++ launcher of the op does the rest.
+"""The hip backend: an operator's file in hip_ops/ allocates the outputs and calls `launch` with the fields of the
+operator's struct by name; the C++ launcher checks them, plans the grid and launches.
 
-`reason` says whether it can serve. `record` keeps launches instead of making them, on CPU tensors and without a GPU:
-that is how the emulator runs the real host code and the real code objects. `arguments` reads a kept launch.
+    launch("rms_norm", x=x, weight=weight, out=out, x_stride=x.stride(0), ..., dtype=x.dtype)
+
+`reason` says whether the backend can serve. `record` keeps launches instead of making them, on CPU tensors and without
+a GPU: so the emulator runs the real host code and the real code objects. `arguments` reads a recorded launch.
 """
 
 import contextlib
 import functools
 import hashlib
 import struct
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,20 +28,40 @@ except ImportError as e:
     _hip = None
     extension_error = f"the extension wave64._hip is not built ({e}): python3 setup_rocm.py install"
 
-#: abi.h, enum Dtype
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float8_e4m3fn: 3, torch.float8_e4m3fnuz: 3}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+
+
+def connect(**instead) -> None:
+    """Tells the extension how to ask torch for addresses, devices and streams; `instead` replaces some of it (see
+    _hip.connect), for a runtime that torch knows nothing of."""
+    _hip.connect(**dict(
+        tensor=Tensor, data_ptr=Tensor.data_ptr, get_device=Tensor.get_device,
+        current_device=getattr(torch._C, "_cuda_getDevice", None),  # absent where torch is built without GPU support
+        current_stream=getattr(torch._C, "_cuda_getCurrentRawStream", None),
+        exchange_device=getattr(torch._C, "_cuda_exchangeDevice", None),
+        dtypes={torch.bfloat16: _hip.BF16, torch.float16: _hip.FP16, torch.float32: _hip.FP32,
+                **dict.fromkeys(FP8, _hip.FP8)}) | instead)
+
+
+launch = None
+if _hip is not None:
+    connect()
+    #: launch(op, tensor=None, /, **fields): the fields of the op's struct by name, tensors as tensors or None, dtypes
+    #: as torch's. Launches on the device of `tensor`, or of the first field that is one, and on its current stream.
+    #: Raises TypeError for a field that is unknown, missing or of another type, ValueError for one that the op refuses.
+    launch = _hip.launch
 
 
 def code_objects() -> dict[str, list[str]]:
-    """Architecture -> operators there are code objects for."""
+    """Architecture -> operators that have code objects for it."""
     folder = Path(_hip.code_object_folder())
     return {arch.name: sorted(path.stem for path in arch.glob("*.co"))
             for arch in sorted(folder.glob("*/"), key=lambda path: path.name)}
 
 
 def code_object(arch: str, op: str) -> bytes:
-    """What was built of hip/ops/<op>.hip for `arch`."""
+    """The bytes of hip/ops/<op>.hip's code object for `arch`."""
     return Path(_hip.code_object_folder(), arch, f"{op}.co").read_bytes()
 
 
@@ -51,12 +72,12 @@ def hashes() -> dict[str, str]:
 
 
 def missing_code_objects() -> str:
-    """What the build noted about architectures it could not compile for; empty where there is nothing to note."""
+    """The build's note about architectures it could not compile for; empty if it compiled for all."""
     return _note("missing.txt")
 
 
 def compilers() -> str:
-    """What the build noted about the compiler of each architecture, and why others that it found did not serve."""
+    """The build's note about the compiler of each architecture, and why others that it found were not used."""
     return _note("compilers.txt")
 
 
@@ -67,14 +88,14 @@ def _note(name: str) -> str:
 
 @functools.cache
 def runtime() -> str:
-    """Opens the GPU runtime, unless it is open, and gives the path of its library. Raises _hip.Unavailable where there
-    is none. A process that forks afterwards cannot use it in the child, so this is called when it is needed."""
+    """Opens the GPU runtime, unless it is open, and returns the path of its library. Raises _hip.Unavailable if no
+    runtime can be opened. A child forked afterwards cannot use it, so this is called only when it is needed."""
     return _hip.open_runtime(hip_library.candidates())
 
 
 @functools.cache
 def reason(device_type: str) -> str | None:
-    """None if this backend can serve tensors of `device_type` on this machine, else why not."""
+    """None if this backend can serve tensors of `device_type` on this machine, else the reason."""
     if extension_error:
         return extension_error
     if device_type == "cpu" and torch.version.hip is None and torch.version.cuda is None:
@@ -101,78 +122,51 @@ def _code_objects_reason(arch: str) -> str | None:
     return None
 
 
-class Launches(list):
-    """Recorded launches, and the workspaces that they point at."""
-
-    def __init__(self):
-        self.workspaces: list[Tensor] = []
-
-
-_recording = threading.local()
-
-
 @contextlib.contextmanager
-def record(arch: str) -> Iterator[Launches]:
-    """This thread's launches inside the block are planned for `arch` and kept, not made; the list it gives is filled
-    when the block ends. A launch has op, kernel, code_object (a path), grid (in blocks), block (in lanes), lds_bytes
-    and args (the bytes of the op's struct).
+def record(arch: str) -> Iterator[list]:
+    """This thread's launches inside the block are planned for `arch` and appended to the list, not made. A launch has
+    op, kernel, code_object (a path), grid (in blocks), block (in lanes), lds_bytes, args (the bytes of the op's struct)
+    and tensors ({field: tensor}, all that it may touch), which it keeps alive.
     """
-    _recording.launches = launches = Launches()
+    launches: list = []
     with platform.target(arch) as row:
-        _hip.record_begin(_hip.Device(row.name, row.compute_units or 1, row.wave_size, row.lds_bytes))
+        _hip.record_begin(_hip.Device(row.name, row.compute_units or 1, row.wave_size, row.lds_bytes), launches)
         try:
             yield launches
         finally:
-            launches += _hip.record_end()
+            _hip.record_end()
 
 
 def arguments(launch) -> dict[str, int | float]:
-    """The caller's fields of a recorded launch's argument struct, by name."""
+    """The caller's fields of a recorded launch's struct, by name; addresses for tensors, 0 for None."""
     return {name: struct.unpack_from(kind, launch.args, offset)[0]
             for name, kind, offset in _hip.fields()[launch.op]}
 
 
-def launch(op: str, tensor: Tensor, *args) -> None:
-    """Calls an operator of `_hip` for the device that holds `tensor`, on that device's current stream."""
-    function, index = getattr(_hip, op), tensor.get_device()
-    if index < 0:
-        if not _hip.recording():
-            raise ValueError(f"hip: expected GPU tensors outside of record(), got one on {tensor.device}")
-        function(*args, 0)
-    elif index == torch._C._cuda_getDevice():
-        function(*args, torch._C._cuda_getCurrentRawStream(index))
-    else:
-        with torch.cuda.device(index):
-            function(*args, torch._C._cuda_getCurrentRawStream(index))
-
-
-def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty for what only the launches of one call use; recorded launches keep it alive."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if _hip.recording():
-        _recording.launches.workspaces.append(tensor)
-    return tensor
+def constants(op: str):
+    """The constants that hip/ops/<op>.hip exports, as attributes; None without the extension."""
+    return getattr(_hip, op, None)
 
 
 def bind(op, supports):
-    """Registers the decorated function as backend hip of `op`, if the extension is there and has the operator."""
+    """Registers the decorated function as backend hip of `op`, if the extension is built and has the operator."""
     return op.backend("hip", supports=supports) if hasattr(_hip, op.name) else lambda run: run
 
 
 def floats_only(x: Tensor, *args, **kwargs) -> str | None:
-    """`supports` of operators whose first argument says the dtype of all."""
+    """`supports` of operators whose arguments all have the dtype of the first."""
     return None if x.dtype in FLOATS else f"dtype {x.dtype}"
 
 
 def other_fp8(dtype: torch.dtype) -> str | None:
-    """None, or that `dtype` is FP8 of a flavour that the architecture does not convert."""
-    arch, flavour = platform.arch(), str(dtype).removeprefix("torch.float8_")
-    if arch is None or DTYPES.get(dtype) != 3 or arch.fp8 == flavour:
+    """None, or that `dtype` is FP8 of a flavor that the architecture does not convert."""
+    arch, flavor = platform.arch(), str(dtype).removeprefix("torch.float8_")
+    if arch is None or dtype not in FP8 or arch.fp8 == flavor:
         return None
-    return f"{flavour} on {arch.name}, whose kernels have {arch.fp8 or 'no FP8'}"
+    return f"{flavor} on {arch.name}, whose kernels have {arch.fp8 or 'no FP8'}"
 
 
 def fp8_only(*args, **kwargs) -> str | None:
-    """`supports` of operators whose kernels are there only where the architecture converts FP8."""
+    """`supports` of operators whose kernels exist only for architectures that convert FP8."""
     arch = platform.arch()
     return f"{arch.name} has no FP8 conversion" if arch and arch.fp8 is None else None

@@ -55,6 +55,14 @@ def num_blocks(num_ids: int, block_size: int, num_experts: int) -> int:
     return -(-(num_ids + min(num_ids, num_experts) * (block_size - 1)) // block_size)
 
 
+def outputs(topk_ids: Tensor, block_size: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results, allocated for a kernel to write; of no ids, nothing is left to write."""
+    blocks, device = num_blocks(topk_ids.numel(), block_size, num_experts), topk_ids.device
+    empty = torch.empty if topk_ids.numel() else torch.zeros
+    return (torch.empty(blocks * block_size, dtype=torch.int32, device=device),
+            torch.empty(blocks, dtype=torch.int32, device=device), empty(1, dtype=torch.int32, device=device))
+
+
 def cost(topk_ids, block_size, num_experts) -> Cost:
     blocks = num_blocks(topk_ids.numel(), block_size, num_experts)
     return Cost(bytes=topk_ids.nbytes + 4 * (blocks * block_size + blocks + 1))

@@ -1,1 +1,1 @@
-"""A module per operator that hip/ops has: tensors become addresses, sizes and strides."""
+"""A module per operator of hip/ops: it allocates the outputs and launches with the fields of the op's struct."""

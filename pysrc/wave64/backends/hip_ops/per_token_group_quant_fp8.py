@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from wave64 import ops, quant
-from wave64.backends.hip import DTYPES, bind, fp8_only, launch
+from wave64.backends.hip import bind, fp8_only, launch
 
 
 def supports(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> str | None:
@@ -11,9 +11,9 @@ def supports(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> str | Non
 
 @bind(ops.per_token_group_quant_fp8, supports=supports)
 def per_token_group_quant_fp8(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
-    tokens, columns = x.shape
-    q = torch.empty((tokens, columns), dtype=quant.fp8_dtype(), device=x.device)
-    scale = torch.empty((tokens, -(-columns // group_size)), dtype=torch.float32, device=x.device)
-    launch("per_token_group_quant_fp8", x, x.data_ptr(), q.data_ptr(), scale.data_ptr(), x.stride(0), tokens, columns,
-           group_size, DTYPES[x.dtype])
+    num_tokens, columns = x.shape
+    q = torch.empty((num_tokens, columns), dtype=quant.fp8_dtype(), device=x.device)
+    scale = torch.empty((num_tokens, -(-columns // group_size)), dtype=torch.float32, device=x.device)
+    launch("per_token_group_quant_fp8", x=x, q=q, scale=scale, x_stride=x.stride(0), num_tokens=num_tokens,
+           columns=columns, group_size=group_size, dtype=x.dtype)
     return q, scale

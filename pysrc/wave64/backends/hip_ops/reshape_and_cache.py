@@ -1,7 +1,7 @@
 from torch import Tensor
 
 from wave64 import ops
-from wave64.backends.hip import DTYPES, FLOATS, bind, launch, other_fp8
+from wave64.backends.hip import FLOATS, bind, launch, other_fp8
 
 
 def supports(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_scale=None) -> str | None:
@@ -16,8 +16,10 @@ def supports(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_s
 def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor,
                       k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> None:
     if key_cache.numel() == 0:
-        return  # no slot but -1
-    launch("reshape_and_cache", key, key.data_ptr(), value.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),
-           slot_mapping.data_ptr(), 0 if k_scale is None else k_scale.data_ptr(),
-           0 if v_scale is None else v_scale.data_ptr(), *key.stride()[:2], *value.stride()[:2], *key.shape,
-           DTYPES[key.dtype], DTYPES[key_cache.dtype])
+        return  # every slot is -1
+    num_tokens, num_heads, head_dim = key.shape
+    launch("reshape_and_cache", key=key, value=value, key_cache=key_cache, value_cache=value_cache,
+           slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale, key_stride=key.stride(0),
+           key_head_stride=key.stride(1), value_stride=value.stride(0), value_head_stride=value.stride(1),
+           num_tokens=num_tokens, num_heads=num_heads, head_dim=head_dim, dtype=key.dtype,
+           cache_dtype=key_cache.dtype)

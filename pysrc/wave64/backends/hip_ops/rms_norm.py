@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from wave64 import ops
-from wave64.backends.hip import DTYPES, bind, floats_only, launch
+from wave64.backends.hip import bind, floats_only, launch
 
 
 def supports(x: Tensor, weight: Tensor, eps: float = 1e-6) -> str | None:
@@ -15,6 +15,7 @@ def supports(x: Tensor, weight: Tensor, eps: float = 1e-6) -> str | None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = x.view(-1, x.shape[-1]) if x.ndim == 3 else x
-    launch("rms_norm", x, x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows.stride(0), out.stride(-2), *rows.shape,
-           eps, DTYPES[x.dtype])
+    num_tokens, hidden = rows.shape
+    launch("rms_norm", x=rows, weight=weight, out=out, x_stride=rows.stride(0), out_stride=out.stride(-2),
+           num_tokens=num_tokens, hidden=hidden, eps=eps, dtype=x.dtype)
     return out

@@ -195,35 +195,29 @@ def _initial_registers(machine: Machine, launch, first: int, arguments: np.ndarr
         sgprs.view(np.uint64)[:, 63] = masks
 
 
-def named(addresses: dict[str, int | float], start: int, size: int) -> str:
-    """The arguments, of all with their values, that point into a buffer, as reports call it; "" where none does."""
+def _storages(tensors: dict[str, Tensor]) -> dict[int, int]:
+    """Address -> bytes of the storages of a launch's tensors."""
+    storages = (tensor.untyped_storage() for tensor in tensors.values())
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+def named(addresses: dict[str, int], start: int, size: int) -> str:
+    """What reports call a buffer: the arguments that point into it; "" if none does."""
     return " and ".join(name for name, address in addresses.items() if start <= address < start + size)
 
 
 @contextlib.contextmanager
 def emulate(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1) -> Iterator[Counts]:
-    """Inside, hip operators take CPU tensors; their launches are executed, in order, when the block ends. What kernels
-    may touch are the storages of the tensors whose addresses the backend asked for, to the byte; granule: loads also
-    the rest of the so many bytes in which one begins or ends. See GRANULES."""
-    counts, storages = Counts(), {}
-    original = Tensor.data_ptr
-
-    def noted(tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            storages[storage.data_ptr()] = storage
-        return original(tensor)
-
+    """Inside, hip operators take CPU tensors; their launches are executed, in order, when the block ends. A launch may
+    touch the storages of the tensors that it was given, to the byte; granule: loads may also touch the rest of the
+    `granule` bytes in which one begins or ends. See GRANULES."""
+    counts = Counts()
     with hip.record(arch) as launches:
-        Tensor.data_ptr = noted
-        try:
-            yield counts
-        finally:
-            Tensor.data_ptr = original
+        yield counts
     for launch in launches:
-        arguments = hip.arguments(launch)
-        buffers = [Buffer(named(arguments, start, storage.nbytes()) or f"tensor {i}", start, storage.nbytes())
-                   for i, (start, storage) in enumerate(storages.items())]
+        addresses = {name: tensor.data_ptr() for name, tensor in launch.tensors.items()}
+        buffers = [Buffer(named(addresses, start, size) or "a tensor", start, size)
+                   for start, size in _storages(launch.tensors).items()]
         execute(launch, buffers, counts, checks, SECONDS, max(granule, GRANULES.get(launch.op, 1)))
 
 
