@@ -19,6 +19,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     chosen, rest = tiers.select(items, config.getoption("--tier"))
+    if config.getoption("--tier") == "long":
+        tiers.widen(chosen)
     if rest:
         config.hook.pytest_deselected(items=rest)
         items[:] = chosen

@@ -3,17 +3,19 @@
 quick   what a developer runs at every save: no server, no machine code, and of every operator, backend and architecture
         one case (a drawn one would be another each time; it is the first)
 suite   everything but what is marked long: what `setup_rocm.py test` and CI run
-long    everything, with what is marked `@pytest.mark.long`: production shapes, soaks, full fuzzing. What only `long`
-        runs has a short form in the suite
+long    everything, what is marked `@pytest.mark.long` too (each has a short form in the suite), and MORE_EXAMPLES
+        times the examples of every hypothesis test, drawn anew at each run
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TIERS = ("quick", "suite", "long")
 TESTS = Path(__file__).parent
+MORE_EXAMPLES = 20
 
 #: Fixtures that start a server, train, or compile for a GPU: not for `quick`.
 SLOW_FIXTURES = {"server", "compiling", "reports", "tuned", "forms", "golden"}
@@ -32,6 +34,15 @@ def select(items: Iterable[pytest.Item], tier: str) -> tuple[list[pytest.Item], 
             seen.add(_group(item))
         (chosen if runs else rest).append(item)
     return chosen, rest
+
+
+def widen(items: Iterable[pytest.Item]) -> None:
+    """For `long`: more examples of hypothesis tests, which are no longer the same at every run. A failure prints its
+    example and the decorator that repeats it."""
+    for test in {item.function for item in items if getattr(item.function, "is_hypothesis_test", False)}:
+        given = test._hypothesis_internal_use_settings
+        test._hypothesis_internal_use_settings = settings(
+            given, max_examples=MORE_EXAMPLES * given.max_examples, derandomize=False, database=None, print_blob=True)
 
 
 def _is_slow(item: pytest.Item) -> bool:
