@@ -16,14 +16,14 @@ from wave64.triton_ops.geometry import num_warps
 
 #: Numbers of a program that takes several groups.
 BLOCK = 4096
-LEAST = tl.constexpr(quant.LEAST)
+MIN_AMAX = tl.constexpr(quant.MIN_AMAX)
 
 
 @triton.jit
 def scales(amax, LIMIT: tl.constexpr, BELOW: tl.constexpr):
     """(scale, what numbers are multiplied by instead of divided by it); both quotients are rounded to nearest. BELOW 0:
     scales are the next powers of two from there on."""
-    amax = tl.maximum(amax, LEAST)
+    amax = tl.maximum(amax, MIN_AMAX)
     scale = tl.div_rn(amax, tl.full(amax.shape, LIMIT, tl.float32))
     if BELOW == 0:
         bits = scale.to(tl.int32, bitcast=True)

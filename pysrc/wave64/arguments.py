@@ -1,10 +1,10 @@
-"""What every operator demands of its arguments, whatever it computes: each of its parameter's kind, plain tensors of
-one device, integers of 32 bits, nothing that wants a gradient, and outputs no two elements of which share memory.
+"""The checks that all operators share: each argument has its parameter's type, tensors are plain and on one device,
+integers have 32 bits, no tensor requires a gradient, and written tensors have no overlapping elements.
 
-`compiled` writes, for one operator's signature, the function that an eager call goes through: a line of comparisons,
-less than a microsecond, because a loop over parameters would be several. What that line does not accept goes to
-`Examiner`, which has time: it converts (a numpy integer, a tuple), passes on to the registered torch operator what only
-torch's dispatcher can serve (subclasses, fake and meta tensors, proxies of a tracer), or refuses in words.
+`compiled` generates, for one operator's signature, the function behind an eager call: one line of comparisons, which
+takes less than a microsecond where a loop over parameters takes several. Calls that this line does not accept go to
+`Examiner`: it converts arguments (a numpy integer, a tuple), passes calls to the registered torch operator that only
+torch's dispatcher can serve (subclasses, fake and meta tensors, proxies of a tracer), or raises BadArgument.
 """
 
 import functools
@@ -29,7 +29,7 @@ SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class BadArgument(ValueError):
-    """A refused argument: which operator, which argument, what was expected, what came, what to do."""
+    """A refused argument: operator, argument, expected, got, hint."""
 
     def __init__(self, argument: str, expected: str, got: Any, hint: str = ""):
         self.op, self.argument, self.expected, self.hint = "", argument, expected, hint
@@ -42,7 +42,7 @@ class BadArgument(ValueError):
 
 
 def describe(tensor: Tensor) -> str:
-    """dtype, shape, device and, where it is not contiguous, strides: what a message says of a tensor."""
+    """A tensor, for a message: dtype, shape, device and, if it is not contiguous, strides."""
     shape = "nested" if tensor.is_nested else list(tensor.shape)
     text = f"{str(tensor.dtype).removeprefix('torch.')} {shape} on {tensor.device}"
     if tensor.layout != torch.strided:
@@ -50,8 +50,8 @@ def describe(tensor: Tensor) -> str:
     return text if tensor.is_contiguous() else f"{text} with strides {list(tensor.stride())}"
 
 
-def told(value: Any) -> str:
-    """What a message says of a value that is not of its parameter's kind."""
+def describe_value(value: Any) -> str:
+    """A value of the wrong type, for a message."""
     if isinstance(value, Tensor):
         return f"a tensor, {describe(value)}"
     if value is None or isinstance(value, str | bytes | bool | int | float):
@@ -60,13 +60,13 @@ def told(value: Any) -> str:
 
 
 def is_disjoint(tensor: Tensor) -> bool:
-    """True if no two elements share memory, as far as strides tell."""
+    """True if the strides show that no two elements share memory."""
     return are_disjoint(tensor.shape, tensor.stride())
 
 
-@functools.lru_cache(maxsize=4096)  # a server's shapes come again and again, and looking is half a microsecond dearer
+@functools.lru_cache(maxsize=4096)  # a server's shapes repeat, and computing takes half a microsecond more
 def are_disjoint(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """True if each dimension's stride is beyond what the dimensions of smaller strides span."""
+    """True if each dimension's stride exceeds the span of the dimensions with smaller strides."""
     reach = 1
     for stride, size in sorted(zip(strides, sizes, strict=True)):
         if size == 0:
@@ -79,7 +79,7 @@ def are_disjoint(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 class Parameter:
-    """One parameter of an operator: its kind, whether None stands for it, whether it is written."""
+    """One parameter of an operator: its type, whether it may be None, whether it is written."""
 
     def __init__(self, parameter: inspect.Parameter, mutates: tuple[str, ...]):
         self.name, self.default = parameter.name, parameter.default
@@ -114,7 +114,7 @@ class Parameter:
         try:
             return self._convert(value)
         except (TypeError, ValueError, OverflowError):
-            raise BadArgument(self.name, self.expected(), told(value), self._hint(value)) from None
+            raise BadArgument(self.name, self.expected(), describe_value(value), self._hint(value)) from None
 
     def _convert(self, value: Any) -> Any:
         if self.is_tensor:
@@ -155,14 +155,14 @@ class Parameter:
 
 
 def is_symbolic(value: Any) -> bool:
-    """True of what only torch's dispatcher can serve, and of what stands for a value while a graph is traced."""
+    """True for values that only torch's dispatcher can serve, and for symbols of a traced graph."""
     if isinstance(value, Tensor):
         return type(value) not in PLAIN
     return isinstance(value, SYMBOLS) or hasattr(type(value), "__torch_function__")
 
 
 class Examiner:
-    """Looks at a call's arguments one by one. `scattered`: the operator checks the devices of its tensors itself."""
+    """Checks a call's arguments one by one. `scattered`: the operator checks the devices of its tensors itself."""
 
     def __init__(self, name: str, signature: inspect.Signature, mutates: tuple[str, ...], scattered: bool):
         self.name, self.signature, self.scattered = name, signature, scattered
@@ -225,7 +225,7 @@ class Examiner:
         tensors = self._tensors(args)
         for p, value in tensors:
             if value.layout != torch.strided or value.is_quantized or value.is_nested:
-                raise BadArgument(p.name, "a dense tensor", told(value))
+                raise BadArgument(p.name, "a dense tensor", describe_value(value))
             if eager and value.requires_grad and torch.is_grad_enabled():
                 raise BadArgument(p.name, "a tensor that does not require a gradient", f"{describe(value)}, which does",
                                   NO_BACKWARD)
@@ -233,11 +233,11 @@ class Examiner:
         for i, (p, value) in enumerate(written):
             if not is_disjoint(value):
                 strides = f"{list(value.shape)} with strides {list(value.stride())}"
-                raise BadArgument(p.name, "no two elements in one place, for it is written", strides,
+                raise BadArgument(p.name, "no overlapping elements, because it is written", strides,
                                   "pass .contiguous(), not an expanded view")
             for other, earlier in written[:i]:
                 if earlier.data_ptr() == value.data_ptr():
-                    raise BadArgument(p.name, f"memory of its own, for {other.name} is written, too",
+                    raise BadArgument(p.name, f"memory of its own, because {other.name} is written, too",
                                       f"the address of {other.name}")
 
 
@@ -297,8 +297,8 @@ def again({names}):
 
 
 def bump(written: tuple[Tensor | None, ...]) -> None:
-    """Tells autograd that these were written, as every in-place operator of torch does: a backward that saved what one
-    held then refuses. Tensors of inference mode have no version."""
+    """Increment the versions of written tensors, as torch's in-place operators do: a backward pass that saved an old
+    value then raises. Tensors of inference mode have no version."""
     try:
         increment_version(written)
     except (TypeError, RuntimeError):  # of None, and of inference tensors outside their mode

@@ -1,7 +1,7 @@
 """What an operator is: one Python function whose body is the reference, docstring the contract, signature the schema.
 
-`@op` makes of it `torch.ops.wave64.<name>`, a place where backends register, and the cases that
-the contract test, `python -m wave64 check`, the benchmark and the tuner all read.
+`@op` registers it as `torch.ops.wave64.<name>`, lets backends register with it, and keeps the cases that the contract
+test, `python -m wave64 check`, the benchmark and the tuner all read.
 
 An eager call goes straight to the bound backend; under torch.compile, in fake tensor mode and from C++ the registered
 torch operator serves the same call. Which backend is bound is decided by `wave64.backends`, once, at the first call.
@@ -37,7 +37,7 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda:
 
 
 def named(name: str) -> "Op":
-    """The operator of that name: what a pickled one is loaded by."""
+    """The operator of that name; pickle loads operators through it."""
     return OPS[name]
 
 
@@ -47,8 +47,8 @@ class NotSupported(ValueError):
 
 @dataclass(frozen=True)
 class Cost:
-    """The least a call must do: bytes through device memory, each input read once and each output written once, and
-    floating-point operations. Either over its peak rate is the roofline."""
+    """The minimum work of a call: bytes of device memory traffic, each input read once and each output written once,
+    and floating-point operations. The roofline is the longer of the two at peak rates."""
 
     bytes: int
     flops: int = 0
@@ -60,8 +60,8 @@ class Case:
     from the default generator: the caller sets both (`torch.device(...)` as a context, `torch.manual_seed`).
 
     large: too big for the interpreter and for a CPU test; run on a GPU, in benchmarks and by the tuner.
-    sparse: names of the arguments that are pools of which only `pools.rows_in_use` are in use. Nothing else of them may
-    be touched, by kernels nor by who copies, compares or poisons arguments: most of their memory is never there.
+    sparse: names of the arguments that are pools in which only `pools.rows_in_use` are in use. Neither kernels nor code
+    that copies, compares or poisons arguments may touch other rows: most of their memory is never allocated.
     """
 
     id: str
@@ -84,17 +84,17 @@ class Op(Generic[P, R]):
 
     def __init__(self, reference: Callable[P, R], cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost],
                  mutates: tuple[str, ...], check: Callable | None, fake: Callable | None, agree: Callable | None,
-                 place: Callable | None = None):
+                 device_of: Callable | None = None):
         self.name: str = reference.__name__
         self.reference, self.cases, self.cost = reference, cases, cost
-        self.mutates, self.check, self.agree, self.place = mutates, check, agree, place
+        self.mutates, self.check, self.agree, self.device_of = mutates, check, agree, device_of
         self.signature = inspect.signature(reference)
         self.__doc__, self.__wrapped__ = reference.__doc__, reference
         self.backends = {"reference": Backend("reference", reference)}
         self._bound: dict[str, tuple[Backend, ...]] | None = None
         self._declined: set[tuple[str, str]] = set()
         self._fake = fake or reference
-        self._examiner = Examiner(self.name, self.signature, mutates, scattered=place is not None)
+        self._examiner = Examiner(self.name, self.signature, mutates, scattered=device_of is not None)
         registered = torch.library.custom_op(f"wave64::{self.name}", lambda *args: self._kernel(*args),
                                              mutates_args=mutates,
                                              schema=torch.library.infer_schema(reference, mutates_args=mutates))
@@ -135,16 +135,16 @@ class Op(Generic[P, R]):
         try:
             return self._eager(*args, **kwargs)
         except TypeError:
-            self._examiner.bind(args, kwargs)  # raises what is to be said, where the signature was not met
+            self._examiner.bind(args, kwargs)  # raises BadArgument if the call does not fit the signature
             raise
 
     def _serve(self, *args):
-        """Runs the call on the device of its tensors, whichever is current, and in the dtypes of its contract, whatever
-        autocast says."""
+        """Run the call on the device of its tensors, whichever is current, and in the dtypes of its contract, with
+        autocast too."""
         if torch._C._is_any_autocast_enabled():
             with torch._C._DisableAutocast():
                 return self._serve(*args)
-        where = args[0] if self.place is None else self.place(*args)
+        where = args[0] if self.device_of is None else self.device_of(*args)
         if where.is_cuda and where.get_device() != current_device():
             with torch.cuda.device(where.get_device()):
                 return self._run(where, args)
@@ -173,7 +173,7 @@ class Op(Generic[P, R]):
             raise
 
     def _promise(self, *args, **kwargs):
-        """The result's shapes and dtypes on fake tensors, whatever autocast says."""
+        """The result's shapes and dtypes on fake tensors, also under autocast."""
         with torch._C._DisableAutocast():
             return self._fake(*args, **kwargs)
 
@@ -184,7 +184,7 @@ class Op(Generic[P, R]):
         raise error
 
     def _decline(self, backend: str, reason: str) -> None:
-        """Nothing falls back in silence; nothing says the same thing at every call."""
+        """Log a fallback once per backend and reason: none is silent, and none is repeated at every call."""
         if (backend, reason) not in self._declined:
             self._declined.add((backend, reason))
             log.warning("%s: backend %s declines: %s; the next one serves", self.name, backend, reason)
@@ -203,7 +203,7 @@ class Op(Generic[P, R]):
 
 def op(*, cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost], mutates: tuple[str, ...] = (),
        check: Callable | None = None, fake: Callable | None = None, agree: Callable | None = None,
-       place: Callable | None = None) -> Callable[[Callable[P, R]], Op[P, R]]:
+       device_of: Callable | None = None) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declares the decorated function as an operator.
 
     cases    yields the `Case`s that matter: decode of the served models, one token, odd sizes, empty, longest
@@ -213,15 +213,15 @@ def op(*, cases: Callable[[], Iterable[Case]], cost: Callable[..., Cost], mutate
     fake     shapes and dtypes of the result, only where the reference cannot run on fake tensors (it looks at data)
     agree    (args, result, exact) -> None or AssertionError: replaces closeness where an answer is not a rounded
              number; `args` and `exact` are the arguments and the result of the evaluation in fp64
-    place    (same arguments) -> the tensor on whose device the call runs, where tensors may lie on several; then check
-             has to compare them
+    device_of  (same arguments) -> the tensor on whose device the call runs, if tensors may be on several devices; then
+             check has to compare them
 
-    Whatever the operator, wave64/arguments.py refuses arguments of another kind than the signature's, tensors of two
-    devices, those that require a gradient while gradients are on, and written ones whose elements share memory.
+    For every operator, wave64/arguments.py refuses arguments of another type than the signature's, tensors on two
+    devices, tensors that require a gradient while gradients are on, and written tensors whose elements overlap.
     """
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:
-        OPS[reference.__name__] = declared = Op(reference, cases, cost, mutates, check, fake, agree, place)
+        OPS[reference.__name__] = declared = Op(reference, cases, cost, mutates, check, fake, agree, device_of)
         return declared
 
     return declare

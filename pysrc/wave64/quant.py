@@ -1,14 +1,14 @@
-"""FP8: which of its two flavours an architecture takes, checkpoints of the other one, scales, and weights' layout.
+"""FP8: which of its two types an architecture has, conversion between them, scales, and the layout of weights.
 
 Both have 4 bits of exponent and 3 of fraction. e4m3fn (OCP's) ends at 448 and has two NaN, 0x7F and 0xFF. e4m3fnuz,
 which the MI300 series multiplies, has a bias that is larger by one: the same bits mean half the number. It ends at 240;
 its one NaN is 0x80, e4m3fn's -0.
 
 A number is stored as x / scale, rounded to nearest even; scale = amax / limit of the row, group or block that x is in,
-limit the largest number of the flavour. What is computed is x * inverse, inverse = below / amax in fp32, below the next
+limit the largest number of the flavor. What is computed is x * inverse, inverse = below / amax in fp32, below the next
 number to limit towards 0. A product is one instruction and rounds alike on every machine; a quotient is ten or is not
 rounded right. No product exceeds limit, amax * inverse <= below (1 + 2^-24) < limit, so none is saturated. Amax counts
-as at least LEAST, so that zeros and subnormal numbers have a scale; NaN does not count.
+as at least MIN_AMAX, so that zeros and subnormal numbers have a scale; NaN does not count.
 """
 
 import math
@@ -20,8 +20,8 @@ from torch import Tensor
 from wave64 import platform
 
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
-#: Least amax.
-LEAST = 1e-10
+#: The minimum that amax counts as.
+MIN_AMAX = 1e-10
 #: The smallest scale that has a finite reciprocal in fp32: given ones below count as it, so that 0 / scale is 0.
 MIN_SCALE = 2.0**-126
 
@@ -44,7 +44,7 @@ def below(dtype: torch.dtype) -> float:
 
 def largest(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Amax over `dim`, which stays as 1; NaN do not count."""
-    return x.abs().nan_to_num_(0.0, posinf=float("inf")).amax(dim, keepdim=True).clamp_min_(LEAST)
+    return x.abs().nan_to_num_(0.0, posinf=float("inf")).amax(dim, keepdim=True).clamp_min_(MIN_AMAX)
 
 
 def scales(amax: Tensor, dtype: torch.dtype, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def quantize_weight_tensors(weight: Tensor, dtype: torch.dtype | None = None) ->
 def dequantize(q: Tensor, scale: Tensor, block_shape: list[int] | None = None,
                dtype: torch.dtype = torch.float32) -> Tensor:
     """q [..., N, K] times scale in `dtype`: with block_shape [bn, bk] a number per block, [..., ceil(N / bn),
-    ceil(K / bk)] (a group of a row is a block of [1, group_size]); else whatever can be multiplied with q."""
+    ceil(K / bk)] (a group of a row is a block of [1, group_size]); else anything that broadcasts with q."""
     scale = scale.to(dtype)
     if block_shape is not None:
         (rows, columns), (bn, bk) = q.shape[-2:], block_shape
@@ -121,9 +121,9 @@ def fn_to_fnuz_kv_scale(scale: Tensor) -> Tensor:
 
 
 def pad_rows(weight: Tensor) -> Tensor:
-    """The weight [..., N, K] as kernels read it fastest, once, at load: on gfx942 rows a multiple of 512 bytes apart,
-    which meet in few of an MI300X's memory channels, are put 256 bytes further apart, and a view of the same shape is
-    returned. Elsewhere, and where rows are otherwise apart, the weight itself."""
+    """The weight [..., N, K] in the layout that kernels read fastest; called once, at load. On gfx942 a row stride that
+    is a multiple of 512 bytes maps to few of an MI300X's memory channels: 256 bytes are added to it, and a view of the
+    same shape is returned. For other architectures and row strides, the weight itself."""
     arch = platform.arch()
     if arch is None or arch.name != "gfx942" or weight.ndim < 2 or weight.stride(-2) * weight.element_size() % 512:
         return weight

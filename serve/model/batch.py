@@ -13,7 +13,7 @@ class Batch:
 
     input_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    slot_mapping: Tensor  # [T] int64: page * page_size + offset of the token's place in the KV pool, -1 = none
+    slot_mapping: Tensor  # [T] int64: page * page_size + offset of the token in the KV pool, -1: none
     page_table: Tensor  # [B, max_pages] int32, only as wide as this batch needs
     seq_lens: Tensor  # [B] int32: length including this step's tokens (0 for a padding row)
     num_decodes: int  # the first num_decodes sequences have exactly one new token each

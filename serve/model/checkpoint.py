@@ -138,18 +138,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder` by name, after checking that its files are all there and whole.
 
     Raises WeightsError for a folder without safetensors, a file that is missing, truncated or not safetensors, and a
-    tensor that the index places in a file that does not have it.
+    tensor that the index expects in a file that does not have it.
     """
     index = folder / INDEX
     if index.exists():
-        placed = _read_index(index)
-        files = sorted({folder / file for file in placed.values()})
+        file_of = _read_index(index)
+        files = sorted({folder / file for file in file_of.values()})
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise WeightsError(f"{folder}: {len(missing)} of {len(files)} weight files named in {INDEX} are missing: "
                                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; fetch them again")
         tensors = {name: tensor for file in files for name, tensor in read_header(file).items()}
-        for name, file in placed.items():
+        for name, file in file_of.items():
             if name not in tensors:
                 raise WeightsError(f"{folder / file}: {name}: expected here by {INDEX}, but the file does not have it")
         return tensors
@@ -168,12 +168,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if odd := [file for file in placed.values() if not _is_file_name(file)]:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if odd := [file for file in weight_map.values() if not _is_file_name(file)]:
             raise ValueError(f"weight_map has a value that is not the name of a file of this folder: {odd[0]!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise WeightsError(f"{index}: expected JSON with a weight_map of tensor names to files: {e!r}") from None
-    return placed
+    return weight_map
 
 
 def _is_file_name(name: object) -> bool:

@@ -1,8 +1,8 @@
 """What a Hugging Face folder says of a model: config.json and generation_config.json, read once into ModelConfig.
 
-Every key of config.json is understood, known to be without effect on inference, passed by with a word in the log, or
-refused where its name says that it changes the mathematics: a key that is skipped in silence is a model that answers
-wrongly in silence. Reads two JSON files, and of weights their headers where config.json says that dtype is theirs.
+Every key of config.json is understood, known to be without effect on inference, skipped with a line in the log, or
+refused if its name says that it changes the mathematics: a key that is skipped silently is a model that answers wrongly
+and silently. Reads two JSON files, and of weights their headers where config.json says that dtype is theirs.
 """
 
 import json
@@ -48,7 +48,7 @@ MATHEMATICS = re.compile(
 )  # fmt: skip
 TRAINING = re.compile("dropout|pdrop|loss|initializer")
 
-# rope type -> (required keys, optional keys) beside rope_theta and the type itself
+# rope type -> (required keys, optional keys) in addition to rope_theta and the type itself
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -90,7 +90,7 @@ class MLAConfig:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    rope_interleave: bool  # pairs that turn lie side by side, not half a head apart
+    rope_interleave: bool  # pairs are adjacent elements, not half a head apart
     softmax_scale: float
 
 
@@ -114,7 +114,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Weights in FP8 (e4m3fn) with a scale per block of [rows, columns]; activations quantised as they come."""
+    """Weights in FP8 (e4m3fn) with a scale per block of [rows, columns]; activations are quantized at run time."""
 
     weight_block_size: tuple[int, int]
     scale_ue8m0: bool = False  # activations' scales are powers of two
@@ -172,7 +172,7 @@ class ModelConfig:
 
 
 class Keys:
-    """The keys of one JSON object, each asked for by name and type; what nobody asked for is refused at the end."""
+    """The keys of one JSON object, each read by name and type; keys that were not read are refused at the end."""
 
     def __init__(self, file: Path, raw: dict[str, Any] | None = None, prefix: str = "", ignored: Collection[str] = ()):
         self.file, self.prefix, self.ignored = file, prefix, ignored
@@ -229,9 +229,9 @@ class Keys:
                            f"with --ignore-config-key {self.prefix}{key}")
 
     def pass_by_the_rest(self) -> tuple[str, ...]:
-        """The keys that nobody asked for. Raises ConfigError for one whose name says that it changes the mathematics.
-        One that is off (null, false, empty) cannot, nor one with a leading underscore: those are transformers' private
-        notes."""
+        """The keys that were not read. Raises ConfigError for a key whose name says that it changes the mathematics.
+        Keys that are off (null, false, empty) cannot, nor keys with a leading underscore, which are private to
+        transformers."""
         known = self.asked | WITHOUT_EFFECT
         left = [key for key, value in self.raw.items()
                 if key not in known and not key.startswith("_") and not _is_off(value)]
@@ -241,7 +241,7 @@ class Keys:
         return tuple(left)
 
     def refuse_the_rest(self) -> None:
-        """Raises ConfigError for any key that nobody asked for and that is not off."""
+        """Raises ConfigError for any key that was not read and is not off."""
         for key, value in self.raw.items():
             if key not in self.asked and not _is_off(value):
                 raise self.refused(key, "wave64 does not know it")
@@ -360,8 +360,8 @@ def _dtype(keys: Keys) -> torch.dtype:
 
 
 def read_rope(keys: Keys, max_position_embeddings: int) -> RopeConfig:
-    """Either `rope_theta` beside `rope_scaling`, or everything in `rope_parameters`; the type under `rope_type` or
-    `type`. Two spellings of one thing may stand side by side as long as they agree."""
+    """Either `rope_theta` and `rope_scaling`, or everything in `rope_parameters`; the type under `rope_type` or `type`.
+    Both spellings may be present if they agree."""
     given = [keys.group(name) for name in ("rope_scaling", "rope_parameters") if keys.get(name)]
     rope = given[0] if given else Keys(keys.file, {}, "rope_scaling.", keys.ignored)
     if len(given) == 2 and given[0].raw != given[1].raw:
@@ -375,10 +375,10 @@ def read_rope(keys: Keys, max_position_embeddings: int) -> RopeConfig:
     theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
     if keys.get("rope_theta") not in (None, theta):
         raise keys.error("rope_theta", keys.get("rope_theta"), f"the same as {rope.prefix}rope_theta, {theta:g}")
-    for place in (keys, rope):
-        if place.number("partial_rotary_factor", 1.0) != 1.0:
-            value = place.get("partial_rotary_factor")
-            raise place.error("partial_rotary_factor", value, "1.0: whole heads turn")
+    for group in (keys, rope):
+        if group.number("partial_rotary_factor", 1.0) != 1.0:
+            value = group.get("partial_rotary_factor")
+            raise group.error("partial_rotary_factor", value, "1.0: RoPE on whole heads")
 
     required, optional = ROPE_KEYS[rope_type]
     # Checkpoints repeat the trained context and write out what a type does not scale.
@@ -391,8 +391,8 @@ def read_rope(keys: Keys, max_position_embeddings: int) -> RopeConfig:
     original = keys.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
     values: dict[str, Any] = {"original_max_position_embeddings": max_position_embeddings}
     if original is not None and rope_type in ("llama3", "yarn"):
-        place = keys if keys.get("original_max_position_embeddings") is not None else rope
-        values["original_max_position_embeddings"] = place.count("original_max_position_embeddings")
+        group = keys if keys.get("original_max_position_embeddings") is not None else rope
+        values["original_max_position_embeddings"] = group.count("original_max_position_embeddings")
     if rope_type == "yarn":
         default_factor = max_position_embeddings / values["original_max_position_embeddings"]
         values |= {

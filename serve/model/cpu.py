@@ -1,8 +1,8 @@
-"""Matrix products on a CPU, where a decode step is little else: each in the way that reads its weights fastest.
+"""Matrix products on a CPU, which take most of a decode step: each by the function that reads its weight fastest.
 
-16-bit weights are laid out once in the blocks that oneDNN reads, in place of the plain layout, so the memory is the
-same; otherwise every product lays them out anew. Those that an embedding shares must stay plain; in bf16 oneDNN reads
-them as they are when they are the left factor. fp32 weights stay plain: one to three tokens are fastest as BLAS's
+16-bit weights are reordered once into the blocks that oneDNN reads, which replace the plain layout, so memory stays the
+same; otherwise every product would reorder them. A weight that is tied to an embedding must stay plain; in bf16 oneDNN
+reads it without reordering if it is the left factor. fp32 weights stay plain: one to three tokens are fastest as BLAS's
 matrix-vector products, more as oneDNN's matrix product. On one thread of an AVX-512 Xeon, a step of a Llama with 110 M
 parameters spends 24 ms instead of 40 on products in bf16, and with 8 tokens in fp32 65 instead of 105; the shared head
 of 49152 x 768 takes 8 ms instead of 12.
@@ -12,7 +12,7 @@ The operators are those torch's own compiler calls on a CPU.
 
 oneDNN compiles a product anew for every number of tokens and keeps about 0.6 MB of each, half of it even where its
 cache of primitives is switched off (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0): prompts of all lengths would fill hundreds of
-megabytes. So it is asked for few numbers of tokens, whatever comes; rows of zeros fill up the rest.
+megabytes. So it is called with few different numbers of tokens; rows of zeros are added to reach the next.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 FEW_TOKENS = 4  # from here on oneDNN's fp32 product is faster than BLAS's
 MANY_TOKENS = 64  # beyond it a plain bf16 weight is better laid out anew than multiplied from the left
 COLUMNS = 16  # of a product with a plain bf16 weight on the left: a vector register's, fewer take as long
-TYPICAL_TOKENS = 8  # what oneDNN is told to choose the blocks for; it reads them well for any number
+TYPICAL_TOKENS = 8  # oneDNN chooses the blocks for this number, and reads them well for any
 
 
 def choose_product(weight: nn.Parameter, plain: bool) -> tuple[Callable[..., Tensor], nn.Parameter]:
@@ -49,7 +49,7 @@ def products_by(dtype: torch.dtype) -> str:
 
 
 def slow_dtype(dtype: torch.dtype) -> str | None:
-    """What to say to an operator whose CPU has no instructions for numbers of `dtype`; None where there is nothing."""
+    """A warning if this CPU has no instructions for `dtype`, else None."""
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in supported or getattr(torch.ops.mkldnn, supported[dtype], lambda: False)():
         return None

@@ -19,7 +19,7 @@ from wave64.serve.model.rope import cos_sin_cache
 
 ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
 
-#: whether ROCm's torch multiplies matrices of 16-bit numbers into fp32
+#: whether ROCm's torch has a product of 16-bit matrices with an fp32 result
 MIXED_ON_ROCM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 #: of one layer: keys and values, each [num_pages, page_size, num_kv_heads, head_dim], or latents alone
@@ -50,8 +50,8 @@ def weight(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
 
 
 def mm_fp32(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix.T in fp32, both of one dtype. Of 16-bit numbers every product is exact in fp32, so nothing is widened
-    first where torch has the mixed product: on GPUs, ROCm's since torch 2.10."""
+    """x @ matrix.T in fp32, both of one dtype. Products of 16-bit numbers are exact in fp32: torch's mixed product,
+    where there is one (on GPUs, ROCm's since torch 2.10), needs no widening first."""
     if x.is_cuda and x.dtype != torch.float32 and (torch.version.hip is None or MIXED_ON_ROCM):
         return torch.mm(x, matrix.t(), out_dtype=torch.float32)
     return F.linear(x.float(), matrix.float())
@@ -87,10 +87,10 @@ class Linear(Layer):
 
 
 class MergedLinear(Linear):
-    """Several projections of the same input in one matrix product, their outputs side by side in the last dimension;
+    """Several projections of the same input in one matrix product, their outputs concatenated in the last dimension;
     the checkpoint stores each under its own name.
 
-    parts  {name in the checkpoint, in place of this module's own last name: out_features}, in order
+    parts  {name in the checkpoint, instead of the last part of this module's name: out_features}, in order
     """
 
     def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False):
@@ -118,7 +118,7 @@ class RMSNorm(Layer):
         return x
 
     def alone(self, x: Tensor) -> Tensor:
-        """The norm of x, which rows apart may be; x stays."""
+        """The norm of x [num_tokens, hidden] or [num_tokens, num_heads, hidden], strided or not; x does not change."""
         return ops.rms_norm(x, self.weight, self.eps)
 
 
@@ -230,7 +230,7 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """x is what the block before has yet to add to the residual stream; returns what this one has."""
+        """x: the output of the previous block, not yet added to the residual stream; returns that of this block."""
         x = self.self_attn(self.input_layernorm(x, residual), batch, kv_cache)
         return self.mlp(self.post_attention_layernorm(x, residual))
 

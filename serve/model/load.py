@@ -38,7 +38,7 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     """
     started = time.perf_counter()
     if load_format != "dummy":
-        _plan(_build(config, dtype, "meta"), Path(folder))  # what it refuses is refused before memory is taken
+        _plan(_build(config, dtype, "meta"), Path(folder))  # refuse before memory is allocated
     model = _build(config, dtype, device)
     if load_format == "dummy":
         fill_with_noise(model)
@@ -64,7 +64,7 @@ def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) 
 
 
 def fill_from(model: nn.Module, folder: Path) -> None:
-    """Reads every weight of `model` from the checkpoint in `folder`.
+    """Read every weight of `model` from the checkpoint in `folder`.
 
     Raises WeightsError if a weight is missing there or has another shape, or if the model does not have one of them.
     """
@@ -97,7 +97,7 @@ def fill_with_noise(model: nn.Module) -> None:
             elif name.endswith("_scale"):
                 weight.data.fill_(0.02)
             elif weight.dtype == torch.float8_e4m3fn:
-                for part in weight.data.view(-1).split(2**24):  # there may be no room for all of it in another dtype
+                for part in weight.data.view(-1).split(2**24):  # a copy of all of it in another dtype may not fit
                     part.copy_(torch.empty(part.shape, device=part.device).normal_(generator=generator))
             else:
                 weight.data.normal_(std=0.02, generator=generator)
@@ -122,8 +122,8 @@ class Plan(NamedTuple):
 
 
 def _plan(model: nn.Module, folder: Path) -> Plan:
-    """Which of the checkpoint's tensors goes where. Raises WeightsError as fill_from does, of shapes and dtypes apart;
-    reads no weight, and needs none of the model's memory."""
+    """Which stored tensor fills which view. Raises WeightsError as fill_from does, except for shapes and dtypes; reads
+    no weight, and works for a model on the meta device."""
     stored, targets = stored_tensors(folder), _targets(model)
     derived = tuple(f".{name}" for name in model.derived_weights)
     unused = [name for name in stored if name.startswith(model.unused_weights)]
@@ -153,8 +153,8 @@ def _listed(names) -> str:
 
 
 def resolve_model_path(model_path: str, revision: str | None = None, files: Sequence[str] = HUB_FILES) -> Path:
-    """The folder that `model_path` stands for: a folder, a built-in name, or a hub name, of which `files` (patterns)
-    are downloaded.
+    """The folder of `model_path`: a folder, a built-in name, or a hub name, from which `files` (patterns) are
+    downloaded.
 
     Raises WeightsError in one line if it is none of these or cannot be fetched.
     """
@@ -184,11 +184,11 @@ def resolve_model_path(model_path: str, revision: str | None = None, files: Sequ
 
 
 def _did_you_mean(model_path: str, folder: Path) -> str:
-    """The end of an error about `model_path`: what it may be a slip of, among the demos and the folders beside it."""
+    """The end of an error about `model_path`: the demo or neighboring folder that may have been meant."""
     try:
-        beside = {entry.name: entry for entry in folder.parent.iterdir() if entry.is_dir()}
+        siblings = {entry.name: entry for entry in folder.parent.iterdir() if entry.is_dir()}
     except OSError:
-        beside = {}
-    names = [*BUILT_IN, *beside] if model_path == folder.name else [*beside]
+        siblings = {}
+    names = [*BUILT_IN, *siblings] if model_path == folder.name else [*siblings]
     near = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.8)
-    return f"; did you mean {beside.get(near[0], near[0])}?" if near else ""
+    return f"; did you mean {siblings.get(near[0], near[0])}?" if near else ""

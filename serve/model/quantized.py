@@ -1,8 +1,8 @@
-"""Layers whose weights a checkpoint may hold in FP8 with a scale per block, as DeepSeek-V3's does, or not at all so.
+"""Layers whose weights may be stored in FP8 with a scale per block, as DeepSeek-V3's are, or unquantized.
 
 Such a weight is stored as numbers and, under `..._scale_inv`, what to multiply each block with; activations are
-quantised on the way in, each token by groups of a block's columns. Where several of a checkpoint's weights lie in one
-tensor and do not begin at a block, blocks are cut until they do, and the scales repeated.
+quantized in front of the product, each token in groups of a block's columns. If several stored weights are merged in
+one tensor and do not begin at a block boundary, blocks are made smaller until they do, and scales are repeated.
 """
 
 import math
@@ -142,7 +142,7 @@ class Experts(Layer):
 class UpProjection(Layer):
     """MLA's keys and values out of latents: per head W_uk [nope, rank], and below it W_uv [v_head_dim, rank].
 
-    One tensor serves both ways round, so it is in the model's dtype also where it is stored in FP8."""
+    One tensor serves both directions, so it has the model's dtype even if it is stored in FP8."""
 
     def __init__(self, config: ModelConfig, num_heads: int, rank: int, nope: int, v_head_dim: int):
         super().__init__()
@@ -176,10 +176,10 @@ class UpProjection(Layer):
         return both.split((self.nope, self.v_head_dim), dim=-1)
 
     def queries_to_latents(self, q_nope: Tensor) -> Tensor:
-        """q_nope [num_tokens, num_heads, nope] -> [num_tokens, num_heads, rank]: what meets a latent as q_nope would
-        meet the key it gives."""
+        """q_nope [num_tokens, num_heads, nope] -> [num_tokens, num_heads, rank], whose product with a latent is that of
+        q_nope with its key."""
         return torch.bmm(q_nope.transpose(0, 1), self._heads()[0]).transpose(0, 1)
 
-    def latents_to_values(self, mixed: Tensor) -> Tensor:
-        """mixed [num_tokens, num_heads, rank] -> [num_tokens, num_heads, v_head_dim]"""
-        return torch.bmm(mixed.transpose(0, 1), self._heads()[1].transpose(1, 2)).transpose(0, 1)
+    def latents_to_values(self, x: Tensor) -> Tensor:
+        """x [num_tokens, num_heads, rank] -> [num_tokens, num_heads, v_head_dim]"""
+        return torch.bmm(x.transpose(0, 1), self._heads()[1].transpose(1, 2)).transpose(0, 1)

@@ -2,7 +2,7 @@
 
 Pure mathematics on small fp32 tensors, once per model. The rotation itself is `wave64.ops.rotary_embedding`.
 Frequencies and angles are fp32 products on purpose: that is what the published models were trained with, and at a
-position of 100,000 a more exact product would turn the fastest pair by a visible angle.
+position of 100,000 a more exact product would change the angle of the fastest pair visibly.
 """
 
 import math
@@ -16,12 +16,12 @@ from wave64.serve.model.config import RopeConfig
 def cos_sin_cache(rope: RopeConfig, head_dim: int, length: int) -> Tensor:
     """The table `rotary_embedding` reads: [length, head_dim] fp32, cos then sin, row p for position p.
 
-    Every type but `dynamic` turns all positions by the same frequencies. `dynamic` (NTK-aware scaling) derives them
-    from the length of the sequence so far. In a batch server that length must not be that of a neighbour, nor depend
+    Every type but `dynamic` has the same frequencies at all positions. `dynamic` (NTK-aware scaling) derives them
+    from the length of the sequence so far. In a server that length must not be that of another sequence, nor depend
     on how a prompt was cut in chunks, so row p holds the frequencies of the sequence that ends with p: those of the
     trained context up to there, stretched ones beyond. Up to the trained context, and beyond it while generating,
     this is what transformers computes; it differs only for a prompt that is itself longer than the trained context,
-    all of which transformers turns by the frequencies of the whole prompt, when it gets it in one piece.
+    to all of which transformers applies the frequencies of the whole prompt, if it gets it in one piece.
     """
     positions = torch.arange(length, dtype=torch.float32, device="cpu")
     if rope.rope_type == "dynamic":
@@ -54,26 +54,26 @@ def _exponents(head_dim: int) -> Tensor:
 
 
 def _ntk_base(rope: RopeConfig, head_dim: int, lengths: Tensor) -> Tensor:
-    """theta raised so that the slowest pair turns as far over `lengths` as it did over the trained context."""
+    """theta raised so that the slowest pair rotates as far over `lengths` as it did over the trained context."""
     stretch = rope.factor * lengths / rope.original_max_position_embeddings - (rope.factor - 1)
     return rope.theta * stretch ** (head_dim / (head_dim - 2))
 
 
 def _llama3(rope: RopeConfig, plain: Tensor) -> Tensor:
     """Slow pairs slowed down by the factor, fast ones kept, a ramp between (Llama 3.1, Grattafiori et al. 2024)."""
-    turns = rope.original_max_position_embeddings * plain / (2 * math.pi)  # over the trained context
-    ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    rotations = rope.original_max_position_embeddings * plain / (2 * math.pi)  # over the trained context
+    ramp = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     return torch.lerp(plain / rope.factor, plain, ramp.clamp(0, 1))
 
 
 def _yarn(rope: RopeConfig, plain: Tensor, head_dim: int) -> Tensor:
     """As llama3, with the ramp linear in the pair's index (YaRN, Peng et al. 2023, section 3.2)."""
 
-    def pair_that_turns(times: float) -> float:
+    def pair_that_rotates(times: float) -> float:
         wavelength = rope.original_max_position_embeddings / (times * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
-    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    low, high = pair_that_rotates(rope.beta_fast), pair_that_rotates(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)

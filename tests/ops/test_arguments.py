@@ -97,8 +97,8 @@ def test_tensors_lie_on_one_device(op):
     first, *others = tensors_of(args)
     for name in others:
         call = args | {name: args[name].to("meta")}
-        refused(op, ".*" if op.place else name, lambda: op(**call), "on ")  # noqa: B023
-        if op.place:  # it has a rule of its own
+        refused(op, ".*" if op.device_of else name, lambda: op(**call), "on ")  # noqa: B023
+        if op.device_of:  # it has a rule of its own
             continue
         with pytest.raises(BadArgument, match="on cpu, where"):  # what the torch operator runs, too
             op._examiner.examine(tuple(call.values()), eager=False)
@@ -212,7 +212,7 @@ def test_what_is_written_does_not_overlap_itself(op):
         for shared in (value[:1].expand_as(value), value.as_strided(value.shape, (1, *value.stride()[1:]))):
             if shared.is_contiguous():
                 continue
-            refused(op, name, lambda: op(**args | {name: shared}), "no two elements in one place")  # noqa: B023
+            refused(op, name, lambda: op(**args | {name: shared}), "no overlapping elements")  # noqa: B023
 
 
 def test_two_written_arguments_are_two_tensors():

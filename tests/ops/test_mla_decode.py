@@ -343,7 +343,7 @@ def bad(**changes):
     ("page_table", lambda a: a["page_table"][:1], "int32 [2, max_pages]"),
     ("page_table", lambda a: a["page_table"].long(), "int32 [2, max_pages]"),
     ("page_table", lambda a: a["page_table"].T.contiguous().T, "contiguous last dimension"),
-    ("page_table", lambda a: a["page_table"][:, :2], "room for 37 tokens"),
+    ("page_table", lambda a: a["page_table"][:, :2], "capacity for 37 tokens"),
     ("page_table", lambda a: a["page_table"].to("meta"), "on cpu, where q"),
     ("seq_lens", lambda a: a["seq_lens"].long(), "int32 [2]"),
     ("seq_lens", lambda a: a["seq_lens"][:1], "int32 [2]"),
@@ -365,7 +365,7 @@ def test_refuses(argument, change, words):
 
 
 def test_refuses_a_pool_without_pages_for_keys():
-    with pytest.raises(BadArgument, match="page_table: expected room for 37 tokens.* in 0 pages"):
+    with pytest.raises(BadArgument, match="page_table: expected capacity for 37 tokens.* in 0 pages"):
         ops.mla_decode(**bad(kv_cache=lambda a: a["kv_cache"][:0]))
 
 

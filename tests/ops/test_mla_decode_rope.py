@@ -405,7 +405,7 @@ def columns_apart(name):
     ("page_table", lambda a: a["page_table"][:1], "int32 [2, max_pages]"),
     ("page_table", lambda a: a["page_table"].long(), "int32 [2, max_pages]"),
     ("page_table", columns_apart("page_table"), "contiguous last dimension"),
-    ("page_table", lambda a: a["page_table"][:, :2], "room for 37 tokens"),
+    ("page_table", lambda a: a["page_table"][:, :2], "capacity for 37 tokens"),
     ("page_table", lambda a: a["page_table"].to("meta"), "on cpu, where q"),
     ("seq_lens", lambda a: a["seq_lens"].long(), "int32 [2]"),
     ("seq_lens", lambda a: a["seq_lens"][:1], "int32 [2]"),

@@ -73,7 +73,7 @@ def test_all_to_one_expert(backend, device):
     ("topk_ids", torch.zeros(8, dtype=torch.int32), "int32 [num_tokens, top_k]"),
     ("topk_ids", torch.zeros(4, 2, dtype=torch.int64), "int32 [num_tokens, top_k]"),
     ("topk_ids", torch.zeros(4, 4, dtype=torch.int32)[:, ::2], "contiguous"),
-    ("block_size", 0, "at least 1"), ("block_size", 2**31 - 1, "fewer than 2^31 places"),
+    ("block_size", 0, "at least 1"), ("block_size", 2**31 - 1, "fewer than 2^31"),
     ("num_experts", 0, "1 to 65536"),
     ("num_experts", 2**31 - 1, "1 to 65536")])
 def test_refuses_by_name(argument, wrong, words):

@@ -192,7 +192,7 @@ def bad(**changes):
     ("key_cache", lambda a: a["key_cache"][..., :32], "[num_pages, page_size, num_kv_heads, 64]"),
     ("value_cache", lambda a: a["value_cache"][1:], "as key_cache"),
     ("page_table", lambda a: a["page_table"].long(), "int32 [2, max_pages]"),
-    ("page_table", lambda a: a["page_table"][:, :2], "room for 37 tokens"),
+    ("page_table", lambda a: a["page_table"][:, :2], "capacity for 37 tokens"),
     ("seq_lens", lambda a: a["seq_lens"].long(), "int32 [num_seqs]"),
     ("seq_lens", lambda a: a["seq_lens"].to("meta"), "on cpu, where query is"),
     ("sinks", lambda a: torch.zeros(2), "one logit per head"),

@@ -168,7 +168,7 @@ def test_chunks_give_what_the_whole_gives(device):
     ("cu_seqlens_q", lambda a: a["cu_seqlens_q"][:-1], "contiguous int32 [3]"),
     ("cu_seqlens_q", lambda a: a["cu_seqlens_q"].long(), "contiguous int32 [3]"),
     ("max_seqlen_q", lambda a: 8, "at least 9"),
-    ("page_table", lambda a: a["page_table"][:, :1], "room for 20 tokens"),
+    ("page_table", lambda a: a["page_table"][:, :1], "capacity for 20 tokens"),
     ("key_cache", lambda a: a["key_cache"].float(), "that of query, or FP8"),
 ])
 def test_refuses(argument, change, words):

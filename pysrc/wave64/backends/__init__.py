@@ -1,12 +1,12 @@
-"""Which backend serves which operator: decided once, and told in words.
+"""Which backend serves which operator: decided once, and reported in words.
 
 The first call of an operator, or the first report, decides; until then no GPU runtime is opened, so that a process may
 import wave64 and fork. `WAVE64_BACKEND` is checked at import all the same.
 
 `WAVE64_BACKEND` overrides the default order: `triton` or `*=triton` prefers a backend wherever it has a kernel,
 `rms_norm=hip` demands one for one operator; entries are separated by commas. `use(...)` does the same for a block of
-code. What is demanded and cannot serve raises `NotSupported` with the reason.
-`WAVE64_STRICT=1` also turns every fallback for unsupported arguments into an error.
+code. A demanded backend that cannot serve raises `NotSupported` with the reason.
+`WAVE64_STRICT=1` also makes every fallback for unsupported arguments an error.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ def strict() -> bool:
 
 
 def import_modules(package) -> None:
-    """Imports every module of a package of kernels, each of which registers what it holds."""
+    """Import every module of a package of backends; each module registers its operators."""
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 @functools.cache
 def import_triton_kernels() -> str | None:
-    """None, or why the kernels of triton_ops cannot be had."""
+    """None, or why triton_ops cannot be imported."""
     try:
         import triton  # noqa: F401
     except ImportError as e:
@@ -53,8 +53,8 @@ def import_triton_kernels() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is asked for. Triton takes 75 MB to import: not where it cannot serve, hence the
-    variable is read here, as Triton reads it."""
+    """Whether Triton's interpreter is asked for. The variable is read here, as Triton reads it, because importing
+    Triton takes 75 MB, too much where it cannot serve."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 

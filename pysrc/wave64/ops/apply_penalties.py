@@ -84,14 +84,16 @@ def cost(logits, prompt_ids, output_ids, presence_penalty, frequency_penalty, re
 @op(cases=cases, check=check, cost=cost, mutates=("logits",))
 def apply_penalties(logits: Tensor, prompt_ids: Tensor, output_ids: Tensor, presence_penalty: Tensor,
                     frequency_penalty: Tensor, repetition_penalty: Tensor) -> None:
-    """Lowers the logits of tokens seen before, in fp32, rounded once:
+    """Penalize the logits of tokens that the prompt or the output contains, in place; in fp32, rounded once:
       in prompt or output  l = l / repetition_penalty if l > 0 else l * repetition_penalty   (Keskar et al. 2019)
       in output            l -= frequency_penalty * count_in_output + presence_penalty       (OpenAI's definition)
 
     logits                    [num_seqs, vocab]  bf16, fp16 or fp32; last dim contiguous, rows may be strided; written
     prompt_ids, output_ids    [num_seqs, any]    int64 in [0, vocab), not checked; padded with -1
-    presence, frequency and repetition_penalty   [num_seqs] fp32; 0, 0 and 1 change nothing
-    raises                    BadArgument (a ValueError) if a shape or dtype is none of these
+    presence_penalty          [num_seqs]  fp32; 0 changes nothing
+    frequency_penalty         [num_seqs]  fp32; 0 changes nothing
+    repetition_penalty        [num_seqs]  fp32; 1 changes nothing
+    raises                    BadArgument (a ValueError) for other shapes or dtypes
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     counts = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)

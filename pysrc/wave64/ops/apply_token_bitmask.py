@@ -1,4 +1,4 @@
-"""Keeps the tokens that a grammar allows: the logits of all others become -inf, in place."""
+"""Mask the tokens that a grammar does not allow: their logits become -inf, in place."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def _words(vocab: int) -> int:
 
 
 def _draw(rows, vocab, allowed=0.5, dtype=torch.float32):
-    """`allowed`: the share of tokens whose bit is 1. Bits behind the vocabulary are drawn as well."""
+    """`allowed`: the fraction of tokens whose bit is 1. Bits behind the vocabulary are random, too."""
     bits = torch.rand(rows, _words(vocab), WORD) < allowed
     words = (bits.long() << torch.arange(WORD)).sum(-1)
     return dict(logits=torch.randn(rows, vocab).mul_(4).to(dtype), bitmask=words.to(torch.int32))
@@ -64,14 +64,15 @@ def check(logits, bitmask):
 
 
 @op(cases=cases, check=check, mutates=("logits",),
-    cost=lambda logits, bitmask: Cost(bytes=bitmask.nbytes + logits.nbytes))  # nearly all are written by most grammars
+    cost=lambda logits, bitmask: Cost(bytes=bitmask.nbytes + logits.nbytes))  # most grammars mask nearly all logits
 def apply_token_bitmask(logits: Tensor, bitmask: Tensor) -> None:
-    """logits[s, i] = -inf for every token i whose bit is 0: bit i % 32 of bitmask[s, i // 32], the lowest bit first, as
-    xgrammar (Dong et al. 2024) and SGLang lay it out. Where it is 1, the logit stays as it is, NaN too.
+    """Set logits[s, i] to -inf for every token i whose bit is 0. The bit of token i is bit i % 32, counted from the
+    lowest, of bitmask[s, i // 32], as in xgrammar (Dong et al. 2024) and SGLang. Other logits do not change, NaN
+    included.
 
     logits   [num_seqs, vocab_size]             bf16, fp16 or fp32; last dim contiguous, rows may be strided; written
-    bitmask  [num_seqs, ceil(vocab_size / 32)]  int32; likewise; bits behind the vocabulary are ignored
-    raises   BadArgument (a ValueError) if a shape or dtype is none of these
+    bitmask  [num_seqs, ceil(vocab_size / 32)]  int32; last dim contiguous; bits behind the vocabulary are ignored
+    raises   BadArgument (a ValueError) for other shapes or dtypes
     """
     bits = bitmask.unsqueeze(-1) >> torch.arange(WORD, dtype=torch.int32, device=bitmask.device) & 1
     logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)

@@ -103,21 +103,21 @@ def cost(kv_c, k_pe, kv_cache, slot_mapping, scale=None) -> Cost:
 @op(cases=cases, check=check, cost=cost, mutates=("kv_cache",), fake=lambda *_, **__: None)
 def concat_and_cache_mla(kv_c: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapping: Tensor,
                          scale: Tensor | None = None) -> None:
-    """kv_cache[slot // page_size, slot % page_size] = [kv_c[t], k_pe[t]], slot = slot_mapping[t]; tokens whose slot is
-    -1 are skipped. In an FP8 cache x is stored as x / scale, computed in fp32, saturated and rounded to nearest even.
-    (the cache of multi-head latent attention: DeepSeek-AI 2024, DeepSeek-V2)
+    """Write new tokens to a paged latent cache: kv_cache[slot // page_size, slot % page_size] = [kv_c[t], k_pe[t]] with
+    slot = slot_mapping[t]. Tokens whose slot is -1 are skipped. An FP8 cache stores x / scale, computed in fp32,
+    saturated and rounded to nearest even.   (DeepSeek-AI 2024, DeepSeek-V2)
 
     kv_c         [num_tokens, kv_lora_rank]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
-    k_pe         [num_tokens, rope_dim] or [num_tokens, 1, rope_dim]  as kv_c, already rotated
+    k_pe         [num_tokens, rope_dim] or [num_tokens, 1, rope_dim]  dtype and strides as kv_c; RoPE is applied already
     kv_cache     [num_pages, page_size, kv_lora_rank + rope_dim]  dtype of kv_c, or float8_e4m3fn or float8_e4m3fnuz;
                  contiguous; written
     slot_mapping [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1
-    scale        one fp32 value in a tensor, FP8 caches only; None is 1; at least 0, below 2^-126 it counts as that
-    raises       BadArgument (a ValueError) if a shape, dtype, stride or device is none of these
+    scale        one fp32 value in a tensor, FP8 caches only; None means 1; values below 2^-126 count as 2^-126
+    raises       BadArgument (a ValueError) for other shapes, dtypes, strides or devices
     """
     if kv_cache.numel() == 0:
         return  # no slot but -1
-    # Side by side, the two are what a key and a value of one head are in caches of their own.
+    # The two parts of a row are a key and a value of one head, in two views of the cache.
     rank, cache = kv_c.shape[1], kv_cache.unsqueeze(2)
     key, value = kv_c.unsqueeze(1), k_pe if k_pe.ndim == 3 else k_pe.unsqueeze(1)
     reshape_and_cache.reference(key, value, cache[..., :rank], cache[..., rank:], slot_mapping, scale, scale)

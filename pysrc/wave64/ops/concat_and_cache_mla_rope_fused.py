@@ -1,4 +1,4 @@
-"""Rotates the queries and keys of latent attention in place, and writes latents and rotated keys into its cache."""
+"""Apply RoPE to the queries and keys of latent attention in place, and write [kv_c, k_pe] to the KV cache."""
 
 import torch
 from torch import Tensor
@@ -129,8 +129,9 @@ def cost(positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, kv_c
 def concat_and_cache_mla_rope_fused(positions: Tensor, q_pe: Tensor, k_pe: Tensor, kv_c: Tensor, cos_sin_cache: Tensor,
                                     is_neox: bool, slot_mapping: Tensor, kv_cache: Tensor,
                                     scale: Tensor | None = None) -> None:
-    """rotary_embedding of q_pe and k_pe, then concat_and_cache_mla of kv_c and k_pe: the cache gets the rotated key as
-    it was rounded to its dtype. A token whose slot is -1 is not cached; its q_pe and k_pe are rotated nevertheless.
+    """Apply RoPE to q_pe and k_pe in place, then write [kv_c, k_pe] to the KV cache: rotary_embedding, then
+    concat_and_cache_mla of the rotated and rounded key. A token whose slot is -1 is not cached, but its q_pe and k_pe
+    are rotated.
     (DeepSeek-AI 2024, DeepSeek-V2, section 2.1; rotation: Su et al. 2021; the operator is vLLM's)
 
     positions      [num_tokens]  int64 or int32 in [0, max_pos), which is not checked; may be strided
@@ -138,15 +139,15 @@ def concat_and_cache_mla_rope_fused(positions: Tensor, q_pe: Tensor, k_pe: Tenso
                    heads may be strided (the end of each query head); written
     k_pe           [num_tokens, rope_dim] or [num_tokens, 1, rope_dim]  dtype of q_pe; last dim contiguous, rows may be
                    strided; written
-    kv_c           [num_tokens, kv_lora_rank]  likewise, not written; none of the three overlaps another
+    kv_c           [num_tokens, kv_lora_rank]  dtype and strides as k_pe; q_pe, k_pe and kv_c do not overlap
     cos_sin_cache  [max_pos, rope_dim]  fp32 (best) or narrower, cosines then sines; contiguous. Pair j is
                    (x[j], x[j + rope_dim/2]) if is_neox, else (x[2j], x[2j + 1]); (a, b) becomes
                    (a cos - b sin, b cos + a sin), in fp32
     slot_mapping   [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1
     kv_cache       [num_pages, page_size, kv_lora_rank + rope_dim]  dtype of q_pe, or float8_e4m3fn or float8_e4m3fnuz,
-                   in which x is stored as x / scale, saturated; contiguous; written
-    scale          one fp32 value in a tensor, FP8 caches only; None is 1; at least 0, below 2^-126 it counts as that
-    raises         BadArgument (a ValueError) if a shape, dtype, stride or device is none of these
+                   which stores x / scale, saturated; contiguous; written
+    scale          one fp32 value in a tensor, FP8 caches only; None means 1; values below 2^-126 count as 2^-126
+    raises         BadArgument (a ValueError) for other shapes, dtypes, strides or devices
     """
     rotary_embedding.reference(positions, q_pe, k_pe, q_pe.shape[2], cos_sin_cache, is_neox)
     concat_and_cache_mla.reference(kv_c, k_pe, kv_cache, slot_mapping, scale)

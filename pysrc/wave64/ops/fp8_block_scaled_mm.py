@@ -13,12 +13,12 @@ TOKENS = (1, 16, 64, 128, 256, 1024, 6144)
 
 
 def fp8(rows: int, columns: int, dtype: torch.dtype | None = None, padded: int = 0) -> Tensor:
-    """Random numbers in FP8, rows `padded` further apart than they are long."""
+    """Random numbers in FP8; the row stride is `padded` more than the number of columns."""
     return torch.randn(rows, columns + padded, dtype=torch.bfloat16).to(dtype or quant.fp8_dtype())[:, :columns]
 
 
 def whole(rows: int, columns: int) -> Tensor:
-    """Random whole numbers in FP8, of whose products every sum is exact."""
+    """Random integers in FP8, so that every sum of products is exact."""
     return torch.randint(-4, 5, (rows, columns)).to(torch.float32).to(quant.fp8_dtype())
 
 
@@ -54,7 +54,7 @@ def cases():
         "no-tokens": dict(m=0, n=64, k=128),
         "no-columns": dict(m=4, n=0, k=128),
     }
-    if platform.arch() is None:  # elsewhere only the architecture's own flavour is served
+    if platform.arch() is None:  # elsewhere only the architecture's own flavor is served
         drawn["fnuz"] = dict(m=7, n=64, k=128, dtype=torch.float8_e4m3fnuz)
     for name, settings in drawn.items():
         yield Case(name, lambda settings=settings: make_case(**settings))
@@ -66,7 +66,7 @@ def cases():
 
 
 def check_factors(a, b, out_dtype):
-    """Shared by the FP8 products."""
+    """Checks that the FP8 products share."""
     for name, factor, shape in (("a", a, "[M, K]"), ("b", b, "[N, K]")):
         if factor.ndim != 2 or factor.shape[1] == 0 or factor.stride(1) != 1 and factor.shape[1] > 1:
             raise BadArgument(name, f"{shape} with a contiguous last dimension, not empty", factor)
@@ -106,17 +106,17 @@ def fp8_block_scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, 
     block_shape = [bn, bk] and group g has the columns from g bk on.   (DeepSeek-AI 2024, DeepSeek-V3, section 3.3.2)
 
     a            [M, K]  the architecture's FP8; last dim contiguous, rows may be strided
-    b            [N, K]  likewise, the same flavour; neither N nor K need be a multiple of the block
+    b            [N, K]  dtype of a; last dim contiguous, rows may be strided; any N and K, blocks or not
     a_scale      [M, ceil(K / bk)]  fp32, any strides: a = stored * scale
-    b_scale      [ceil(N / bn), ceil(K / bk)]  likewise
+    b_scale      [ceil(N / bn), ceil(K / bk)]  fp32, any strides: b = stored * scale
     block_shape  two numbers, rows and columns of a block of b
     out_dtype    bf16, fp16 or fp32
     returns      [M, N]  out_dtype, contiguous
-    raises       BadArgument (a ValueError) for other dtypes, mixed flavours, scales that are not of these blocks
+    raises       BadArgument (a ValueError) for other dtypes, two FP8 types, or scales of other shapes
 
     How far y may be from that, S the sum of all |a_scale b_scale a b| of its products and u the unit roundoff of
     out_dtype (bf16 2^-8, fp16 2^-11, fp32 2^-24):
-      |error| <= (K + 6) 2^-23 S + u |y|, and where fp16 is subnormal half its least step more.
+      |error| <= (K + 6) 2^-23 S + u |y|, and where fp16 is subnormal half its smallest step more.
     A product of two FP8 numbers has 8 significant bits, so it is exact in fp32. It goes through K additions at most,
     within groups, between them and between programs that share K, two multiplications by scales, and the one of the
     scales; each is off by 2^-23 at most of what it gives, which S bounds, also where matrix cores truncate.

@@ -36,7 +36,7 @@ def cases():
         "no-tokens": dict(m=0, n=64, k=128),
         "no-columns": dict(m=4, n=0, k=128),
     }
-    if platform.arch() is None:  # elsewhere only the architecture's own flavour is served
+    if platform.arch() is None:  # elsewhere only the architecture's own flavor is served
         drawn["fnuz"] = dict(m=7, n=64, k=128, dtype=torch.float8_e4m3fnuz)
     for name, settings in drawn.items():
         yield Case(name, lambda settings=settings: make_case(**settings))
@@ -68,13 +68,13 @@ def fp8_scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out_dt
     (Micikevicius et al. 2022, FP8 formats)
 
     a          [M, K]  the architecture's FP8; last dim contiguous, rows may be strided
-    b          [N, K]  likewise, the same flavour
+    b          [N, K]  dtype of a; last dim contiguous, rows may be strided
     a_scale    [1] or [M, 1]  fp32: a = stored * scale
-    b_scale    [1], [N, 1] or [N]  likewise
+    b_scale    [1], [N, 1] or [N]  fp32: b = stored * scale
     out_dtype  bf16, fp16 or fp32
     bias       [N]  out_dtype
     returns    [M, N]  out_dtype, contiguous
-    raises     BadArgument (a ValueError) for other dtypes and shapes and for mixed flavours
+    raises     BadArgument (a ValueError) for other dtypes or shapes, or two FP8 types
 
     How far y may be from that, S the sum of all |a_scale b_scale a b| of its products and u the unit roundoff of
     out_dtype: |error| <= (K + 6) 2^-23 (S + |bias|) + u |y|, and on Hopper 2^-5.9 S more at most, as derived in

@@ -1,4 +1,4 @@
-"""Residual add and root mean square normalisation in one pass, in place."""
+"""Residual add and root mean square normalization in one pass, in place."""
 
 import itertools
 
@@ -43,12 +43,13 @@ def check(x, residual, weight, eps=1e-6):
 @op(cases=cases, check=check, mutates=("x", "residual"),
     cost=lambda x, residual, weight, eps=1e-6: Cost(bytes=4 * x.nbytes + weight.nbytes))
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> None:
-    """residual += x, rounded to its dtype; then x = rms_norm(residual), accumulated in fp32 and rounded once.
+    """Add x to the residual and normalize the sum, both in place: residual += x, rounded to its dtype; then
+    x = rms_norm(residual), accumulated in fp32 and rounded once.
 
     x         [num_tokens, hidden]  bf16, fp16 or fp32; last dim contiguous, rows may be strided; written
-    residual  [num_tokens, hidden]  dtype of x, likewise strided; written
+    residual  [num_tokens, hidden]  dtype of x; last dim contiguous, rows may be strided; written
     weight    [hidden]              dtype of x
-    raises    BadArgument (a ValueError) if residual is not like x or weight is not [hidden] of x's dtype
+    raises    BadArgument (a ValueError) for other shapes, dtypes or strides
     """
     residual.add_(x)
     x.copy_(F.rms_norm(residual, weight.shape, weight, eps))

@@ -16,7 +16,7 @@ def make_case(tokens: int, experts: int = 4, top_k: int = 2, hidden: int = 64, i
               fp8: torch.dtype | None = None, routed: int = 0, dropped: float = 0.0, one: bool = False,
               padded: int = 0, **options) -> dict:
     """scales: "", or for FP8 weights "tensor", "channel" or "block". routed: experts that a map maps to the local ones,
-    every second to none. dropped: share of the ids that are -1 or out of range. one: all go to the first experts.
+    every second to none. dropped: fraction of the ids that are -1 or out of range. one: all go to the first experts.
     padded: numbers between rows of the weights."""
     def weight(rows, columns):
         drawn = torch.randn(experts, rows, columns + padded, dtype=torch.bfloat16 if scales else dtype)
@@ -90,7 +90,7 @@ def cases():
 
 
 def granularity(scale: Tensor | None, block_shape: list[int] | None) -> str:
-    """What a scale is of: "tensor", "channel" or "block"; "" where there is none."""
+    """The granularity of the scales: "tensor", "channel" or "block"; "" without scales."""
     return "" if scale is None else "block" if block_shape else "tensor" if scale.ndim == 1 else "channel"
 
 
@@ -176,7 +176,7 @@ def cost(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, bloc
     return Cost(bytes=2 * x.nbytes + ids.unique().numel() * each * w13.element_size(), flops=2 * ids.numel() * each)
 
 
-def dequantised(weight: Tensor, scale: Tensor | None, block_shape: list[int] | None, wide: torch.dtype) -> Tensor:
+def dequantized(weight: Tensor, scale: Tensor | None, block_shape: list[int] | None, wide: torch.dtype) -> Tensor:
     """One expert's weight [N, K]; its scale is a number, [N], [N, 1] or one of each block."""
     if scale is None:
         return weight.to(wide)
@@ -184,7 +184,7 @@ def dequantised(weight: Tensor, scale: Tensor | None, block_shape: list[int] | N
 
 
 def as_read(x: Tensor, fp8: torch.dtype, block_shape: list[int] | None, ue8m0: bool = False) -> Tensor:
-    """x [rows, columns] in fp32 as a product with FP8 weights reads it: quantised by rows or groups of columns."""
+    """x [rows, columns] in fp32 as a product with FP8 weights reads it: quantized by rows or groups of columns."""
     columns = x.shape[1]
     group = block_shape[1] if block_shape else columns
     q, scale = quantize(F.pad(x.float(), (0, -columns % group)).unflatten(1, (-1, group)), -1, fp8, ue8m0)
@@ -214,45 +214,45 @@ def fused_moe(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids
     w13_scale     of FP8 weights, fp32, weight = stored * scale: [num_experts]; or, per channel,
                   [num_experts, 2 * inter] or [num_experts, 2 * inter, 1]; or, with block_shape [bn, bk], of each block,
                   also those that an edge cuts, [num_experts, ceil(2 * inter / bn), ceil(hidden / bk)]
-    w2_scale      likewise, of w2's shape
+    w2_scale      as w13_scale, for the shape of w2
     activation    silu, gelu (with erf), gelu_tanh
     apply_router_weight_on_input  the weight multiplies G x and U x instead (Llama 4); top_k 1 only
     expert_map    [num_global_experts]  int32: the expert here that a global id means, or -1
     scale_ue8m0   with block_shape: the scales of x and h are rounded up to powers of two (DeepSeek-V3.1)
     returns       [num_tokens, hidden]  dtype of x, contiguous
-    raises        BadArgument (a ValueError) if a shape, dtype, stride, device or name is none of these
+    raises        BadArgument (a ValueError) for other shapes, dtypes, strides, devices or names
 
-    Sums are in fp32, h is rounded to the dtype of x. With FP8 weights x and h are quantised as wave64.quant says: by
+    Sums are in fp32, h is rounded to the dtype of x. With FP8 weights x and h are quantized as wave64.quant says: by
     rows, or with block_shape by groups of bk columns, each with a scale of its own.
     In fp64, which is for comparison, nothing is rounded: the mixture itself, of the weights as stored times scale.
 
     How far a result may be from that. |M| has the magnitudes of M; u is the dtype's unit roundoff (2^-8 in bf16, 2^-11
     in fp16, 2^-24 in fp32); s(K) bounds the relative error of a sum of K products: K 2^-23, and 2^-7 more in FP8, whose
     products Hopper aligns to 14 bits before it adds a block of 128. Rounding v to FP8 is off by d(v) = 2^-4 |v| +
-    2^-18 max |v|: half a step of the 3 fraction bits, or half of the least step, 2^-10 of 448 or 2^-11 of 240, which
+    2^-18 max |v|: half a step of the 3 fraction bits, or half of the smallest step, 2^-10 of 448 or 2^-11 of 240, which
     the largest of the group becomes; without FP8 d = 0. Then, element by element and to first order,
-      G x is off by  e_G = |G| d(x) + s |G| |x|   and U x by e_U likewise, in d and s;
+      G x is off by  e_G = |G| d(x) + s |G| |x|   and U x by e_U, the same with U;
       h by           e_h = |act(Gx)| e_U + 1.13 e_G (|Ux| + e_U) + (u + 2^-20) (|Gx| |Ux|), for |act(a)| <= |a| and
                      |act'| <= 1.13 (largest of gelu's; 1.10 of silu's);
       W2 h by        e = |W2| (e_h + d(|h| + e_h)) + s |W2| (|h| + e_h) + u |W2 h|, the last where pairs are stored;
       y by           the sum over j of |topk_weights[t, j]| (e + (u + top_k 2^-23) |W2 h|).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    quantised = w13.dtype in FP8.values() and wide != torch.float64
+    quantized = w13.dtype in FP8.values() and wide != torch.float64
     ids = local_ids(topk_ids, w13.shape[0], expert_map)
-    read = as_read(x, w13.dtype, block_shape, scale_ue8m0) if quantised else x.to(wide)
+    read = as_read(x, w13.dtype, block_shape, scale_ue8m0) if quantized else x.to(wide)
     pairs = x.new_zeros((*topk_ids.shape, x.shape[1]), dtype=wide)
-    # Experts that nobody chose are left out: with hundreds of them they would be nearly all of the work.
+    # Experts that no token chose are left out: with hundreds of experts they would be nearly all of the work.
     for e in ids.unique().tolist():
         if e < 0:
             continue
         token, slot = (ids == e).nonzero(as_tuple=True)
         weight = topk_weights[token, slot, None].to(wide)
         scales = [None if scale is None else scale[e] for scale in (w13_scale, w2_scale)]
-        both = read[token] @ dequantised(w13[e], scales[0], block_shape, wide).T
+        both = read[token] @ dequantized(w13[e], scales[0], block_shape, wide).T
         gate, up = (both * weight if apply_router_weight_on_input else both).chunk(2, -1)
         h = (activated(gate, activation) * up).to(x.dtype)
-        h = as_read(h, w2.dtype, block_shape, scale_ue8m0) if quantised else h.to(wide)
-        y = h @ dequantised(w2[e], scales[1], block_shape, wide).T
+        h = as_read(h, w2.dtype, block_shape, scale_ue8m0) if quantized else h.to(wide)
+        y = h @ dequantized(w2[e], scales[1], block_shape, wide).T
         pairs[token, slot] = y if apply_router_weight_on_input else y * weight
     return pairs.sum(1).to(x.dtype)

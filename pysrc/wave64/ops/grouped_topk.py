@@ -144,8 +144,8 @@ def agree(args: dict, result: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor
             open_to_all = (as_good <= topk_group).repeat_interleave(per_group, 1)
             used = chosen.unflatten(1, (groups, -1)).any(-1).sum(-1)
             in_order &= used <= topk_group
-        least = choice.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
-        missed = open_to_all & ~chosen & (choice > least + off)
+        minimum = choice.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
+        missed = open_to_all & ~chosen & (choice > minimum + off)
         allowed |= in_order & (chosen.sum(-1) == ids.shape[1]) & ~(barred & chosen).any(-1) & ~missed.any(-1)
     if not allowed.all():
         raise AssertionError(f"rows {(~allowed).nonzero()[:, 0].tolist()}: expected experts "
@@ -182,7 +182,7 @@ def grouped_topk(gating: Tensor, top_k: int, num_expert_group: int, topk_group: 
     num_fused_shared_experts  0 to num_experts
     returns          weights [num_tokens, top_k + num_fused_shared_experts] fp32, computed in fp32; ids, the same shape,
                      int32
-    raises           BadArgument (a ValueError) if an argument is none of these, or if there is a correction_bias, but
+    raises           BadArgument (a ValueError) for other arguments, or if there is a correction_bias, but
                      only one expert in a group
     """
     scores, choice = _scores(gating, scoring_func, correction_bias)

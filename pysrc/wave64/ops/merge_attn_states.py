@@ -95,12 +95,12 @@ def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
     raises   BadArgument (a ValueError) for shapes, dtypes, strides and devices other than these
     """
     lse_a, lse_b = (lse.masked_fill(lse == math.inf, -math.inf) for lse in (lse_a, lse_b))
-    peak = torch.maximum(lse_a, lse_b)
-    base = peak.masked_fill(peak == -math.inf, 0)  # neither side: exp(-inf - 0) = 0, not NaN
+    row_max = torch.maximum(lse_a, lse_b)
+    base = row_max.masked_fill(row_max == -math.inf, 0)  # neither side: exp(-inf - 0) = 0, not NaN
     weights = [(lse - base).exp() for lse in (lse_a, lse_b)]
-    total = weights[0] + weights[1]
-    divisor = total.masked_fill(total == 0, 1)
-    mixed = 0
+    row_sum = weights[0] + weights[1]
+    divisor = row_sum.masked_fill(row_sum == 0, 1)
+    acc = 0
     for out, lse, weight in zip((out_a, out_b), (lse_a, lse_b), weights, strict=True):
-        mixed = mixed + out.masked_fill((lse == -math.inf)[..., None], 0) * (weight / divisor)[..., None]
-    return mixed.to(out_a.dtype).contiguous(), (peak + total.log()).contiguous()
+        acc = acc + out.masked_fill((lse == -math.inf)[..., None], 0) * (weight / divisor)[..., None]
+    return acc.to(out_a.dtype).contiguous(), (row_max + row_sum.log()).contiguous()

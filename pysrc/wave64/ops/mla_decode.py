@@ -14,7 +14,7 @@ LATENTS_AT_ONCE = 2**22
 def make_latents(seq_lens: list[int], page_size: int, width: int, dtype: torch.dtype, fp8: bool = False,
                  written: int = 0) -> dict[str, Tensor]:
     """A latent pool as a server leaves it: pages in any order; NaN wherever no query may read, the last `written`
-    places of each sequence among them; out-of-range numbers in the table where no page is needed."""
+    rows of each sequence included; out-of-range numbers in the table where no page is needed."""
     pages = [-(-n // page_size) for n in seq_lens]
     order = torch.randperm(sum(pages) + 2).to(torch.int32)
     table = torch.full((len(seq_lens), max(pages, default=0) + 1), 2147480000, dtype=torch.int32)
@@ -114,7 +114,7 @@ def _strided(args: dict) -> dict:
 
 def check_latents(dtype: torch.dtype, width: int, kv_cache: Tensor, page_table: Tensor,
                   seq_lens: Tensor, num_seqs: int, kv_scale: Tensor | None) -> None:
-    """What every operator that attends to a latent cache demands of it."""
+    """Checks that all operators on a latent cache share."""
     if kv_cache.ndim != 3 or kv_cache.shape[2] != width or kv_cache.stride(2) != 1 and width > 1:
         raise BadArgument("kv_cache", f"[num_pages, page_size, {width}] with a contiguous last dimension", kv_cache)
     if kv_cache.dtype != dtype and kv_cache.dtype not in FP8.values():
@@ -122,17 +122,18 @@ def check_latents(dtype: torch.dtype, width: int, kv_cache: Tensor, page_table: 
     arch = platform.arch() if kv_cache.device.type != "cpu" else None
     if kv_cache.dtype != dtype and arch and arch.fp8 and kv_cache.dtype != FP8[arch.fp8]:
         raise BadArgument("kv_cache", f"{FP8[arch.fp8]}, the FP8 type of {arch.name}", kv_cache,
-                          "requantise the cache")
+                          "requantize the cache")
     if seq_lens.shape != (num_seqs,) or seq_lens.dtype != torch.int32 or not seq_lens.is_contiguous():
         raise BadArgument("seq_lens", f"contiguous int32 [{num_seqs}]", seq_lens)
     if page_table.ndim != 2 or page_table.dtype != torch.int32 or page_table.shape[0] != num_seqs \
             or page_table.stride(1) != 1 and page_table.shape[1] > 1:
         raise BadArgument("page_table", f"int32 [{num_seqs}, max_pages] with a contiguous last dimension", page_table)
-    if seq_lens.device.type == "cpu" and num_seqs:  # reading a GPU's memory here would stall it
-        longest, room = int(seq_lens.max()), page_table.shape[1] * kv_cache.shape[1]
-        if longest > room or longest > 0 and not kv_cache.shape[0]:
-            got = f"{list(page_table.shape)}, room for {room} tokens in {kv_cache.shape[0]} pages"
-            raise BadArgument("page_table", f"room for {longest} tokens, as seq_lens says", got, "pass a wider table")
+    if seq_lens.device.type == "cpu" and num_seqs:  # on a GPU this would synchronize
+        longest, capacity = int(seq_lens.max()), page_table.shape[1] * kv_cache.shape[1]
+        if longest > capacity or longest > 0 and not kv_cache.shape[0]:
+            got = f"{list(page_table.shape)}, capacity {capacity} tokens, in {kv_cache.shape[0]} pages"
+            expected = f"capacity for {longest} tokens, as seq_lens says"
+            raise BadArgument("page_table", expected, got, "pass a wider table")
     if kv_scale is not None and (kv_scale.numel() != 1 or kv_scale.ndim > 1 or kv_scale.dtype != torch.float32):
         raise BadArgument("kv_scale", "one fp32 number in a tensor, [] or [1]", kv_scale)
 
@@ -171,48 +172,52 @@ def fake(q, kv_cache, page_table, seq_lens, scale, kv_lora_rank, kv_scale=None):
 @op(cases=cases, check=check, cost=cost, fake=fake)
 def mla_decode(q: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float, kv_lora_rank: int,
                kv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """out = softmax(scale * q K^T) K[:, :kv_lora_rank], K the latents of the query's sequence: one key for all heads,
-    whose first part is also the value.   (DeepSeek-V2, DeepSeek-AI 2024, section 2.1, keys and values absorbed)
+    """Decode attention over a paged latent cache (multi-head latent attention, keys and values absorbed): all heads
+    have one key per token, the latent, and its first kv_lora_rank numbers are the value.
+    (DeepSeek-V2, DeepSeek-AI 2024, section 2.1)
 
-    With new tokens per sequence Q > 1 (speculative decoding) query j of them sees the keys up to its own, seq_lens
-    counting all Q; of a sequence shorter than Q the first queries see nothing. Softmax in fp32, products of the inputs'
-    dtype accumulated in fp32, one rounding at the end.
+        out = softmax(scale * q @ K.T) @ K[:, :kv_lora_rank],  K the latents of the query's sequence
+
+    With Q > 1 new tokens per sequence (speculative decoding), which seq_lens includes, they are causal among
+    themselves; if a sequence is shorter than Q, its first queries see nothing. Softmax is computed in fp32; products
+    take the inputs' dtype and accumulate in fp32; the result is rounded once.
 
     q             [num_seqs, num_heads, kv_lora_rank + rope_dim] or [num_seqs, Q, num_heads, ...]  bf16, fp16 or fp32;
-                  any number of heads, last dim contiguous; what was rotated is in the last rope_dim columns
-    kv_cache      [num_pages, page_size, kv_lora_rank + rope_dim]  dtype of q or the architecture's FP8; any page_size,
-                  last dim contiguous, the others strided
-    page_table    [num_seqs, max_pages] int32; entries of pages that no key is read from may be anything
-    seq_lens      [num_seqs] int32, lengths including the new tokens; 0 gives zeros
-    kv_lora_rank  from 1 to the width of q
-    kv_scale      one fp32 number in a tensor: latent = stored * kv_scale
-    returns       out [num_seqs, (Q,) num_heads, kv_lora_rank] of q's dtype, contiguous, and
-                  lse [num_seqs, (Q,) num_heads] fp32: natural log of the sum of exp(logit); -inf where nothing is seen
-    raises        BadArgument for dtypes, shapes, strides and devices other than these; on CPU also for a table too
-                  narrow
+                  any number of heads; last dim contiguous; RoPE is applied to the last rope_dim columns already
+    kv_cache      [num_pages, page_size, kv_lora_rank + rope_dim]  dtype of q or the architecture's FP8; any page_size;
+                  last dim contiguous, the others may be strided
+    page_table    [num_seqs, max_pages]  int32; entries of pages that are not read are ignored
+    seq_lens      [num_seqs]  int32; length including the new tokens; the result for length 0 is 0
+    scale         factor on the logits
+    kv_lora_rank  1 to the width of q
+    kv_scale      one fp32 number in a tensor, [] or [1]: latent = stored * kv_scale
+    returns       out [num_seqs, (Q,) num_heads, kv_lora_rank]  dtype of q, contiguous, and
+                  lse [num_seqs, (Q,) num_heads]  fp32; natural log of the sum of exp(logit); -inf if no key is seen
+    raises        BadArgument (a ValueError) for other dtypes, shapes or strides; on a CPU also if page_table is too
+                  narrow for seq_lens
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_zeros((*q.shape[:-1], kv_lora_rank)), q.new_full(q.shape[:-1], float("-inf"), dtype=wide)
     num_pages, page_size, width = kv_cache.shape
-    room = page_table.shape[1] * page_size
-    if not (room and num_pages and q.numel()):
+    capacity = page_table.shape[1] * page_size
+    if not (capacity and num_pages and q.numel()):
         return out, lse
     new = q.shape[1] if q.ndim == 4 else 1
     grouped = q.reshape(len(q), new, -1, width)
-    at = torch.arange(room, device=q.device)
-    at_once = max(1, LATENTS_AT_ONCE // (room * width))
+    at = torch.arange(capacity, device=q.device)
+    at_once = max(1, LATENTS_AT_ONCE // (capacity * width))
     for first in range(0, len(q), at_once):
         some = slice(first, first + at_once)
         lengths = seq_lens[some, None]
         slots = (page_table[some, :, None] * page_size + torch.arange(page_size, device=q.device)).flatten(1)
-        # A sequence with fewer keys reads its first one in place of the missing, never a place that it does not own.
+        # A sequence with fewer keys reads its first one instead of the missing, never a row that it does not own.
         slots = torch.where(at < lengths, slots, slots[:, :1]).clamp_(0, num_pages * page_size - 1).long()
         latents = kv_cache[slots // page_size, slots % page_size].to(wide)
         if kv_scale is not None:
             latents = latents * kv_scale.to(wide)
         ends = lengths - new + 1 + torch.arange(new, device=q.device)  # [n, Q]: keys that each query sees
-        mixed, sums = attend(grouped[some], latents, at < ends[..., None], scale, kv_lora_rank)
-        out[some], lse[some] = mixed.view_as(out[some]), sums.view_as(lse[some])
+        result, sums = attend(grouped[some], latents, at < ends[..., None], scale, kv_lora_rank)
+        out[some], lse[some] = result.view_as(out[some]), sums.view_as(lse[some])
     return out, lse
 
 
@@ -223,6 +228,6 @@ def attend(q: Tensor, latents: Tensor, seen: Tensor, scale: float, rank: int) ->
     scores.masked_fill_(~seen[:, :, None], float("-inf"))
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp_()
-    mixed = (weights.flatten(1, 2) @ latents[..., :rank]).view(n, new, heads, rank)
-    blind = ~seen.any(-1)[..., None, None]  # it read a place that may hold anything: 0 * NaN is not 0
-    return mixed.masked_fill_(blind, 0).to(q.dtype), lse
+    out = (weights.flatten(1, 2) @ latents[..., :rank]).view(n, new, heads, rank)
+    blind = ~seen.any(-1)[..., None, None]  # what it read may be NaN, and 0 * NaN is not 0
+    return out.masked_fill_(blind, 0).to(q.dtype), lse

@@ -100,32 +100,32 @@ def fake(q_nope, *args, **kwargs):
 def mla_decode_rope(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapping: Tensor,
                     page_table: Tensor, seq_lens: Tensor, positions: Tensor, cos_sin_cache: Tensor, scale: float,
                     is_neox: bool = False, kv_scale: Tensor | None = None) -> Tensor:
-    """Rotates q_pe and k_pe by the angles of their positions, stores [kv_c, k_pe] in the latent cache, and attends as
-    mla_decode does with q = [q_nope, q_pe].   (DeepSeek-V2, DeepSeek-AI 2024, section 2.1; rotation: Su et al. 2021)
+    """Apply RoPE to q_pe and k_pe, write [kv_c, k_pe] to the latent cache, and attend as mla_decode does with
+    q = [q_nope, q_pe].   (DeepSeek-V2, DeepSeek-AI 2024, section 2.1; RoPE: Su et al. 2021)
 
-    The new tokens are the last of their sequence and take part as given, rounded as the cache rounds them;
-    slot_mapping only says where they are kept for later steps. With Q > 1 of them per sequence every argument of a
-    token is [num_seqs, Q, ...] and a query does not see the new tokens after its own. Of a sequence shorter than Q the
-    first new tokens are none: they are not seen, and their results are zeros.
+    The new tokens are the last of their sequence. Attention takes them as they were given, rounded as the cache rounds
+    them; slot_mapping only says where they are stored for later steps. With Q > 1 new tokens per sequence every
+    per-token argument has shape [num_seqs, Q, ...] and the new tokens are causal among themselves. If a sequence is
+    shorter than Q, its first new tokens do not exist: they are not seen, and their results are 0.
 
     q_nope         [num_seqs, num_heads, kv_lora_rank]  bf16, fp16 or fp32; any number of heads; last dim contiguous
     q_pe           [num_seqs, num_heads, rope_dim]      dtype of q_nope; rotated in fp32, then rounded to its dtype;
-                   rope_dim even, last dim contiguous
-    kv_c, k_pe     [num_seqs, kv_lora_rank] and [num_seqs, rope_dim]  dtype of q_nope; last dims contiguous; k_pe is
-                   rotated and rounded as q_pe
-    kv_cache       [num_pages, page_size, kv_lora_rank + rope_dim]  dtype of q_nope or the architecture's FP8, in which
-                   x is stored as x / kv_scale, saturated; any page_size, last dim contiguous, others strided; written
-    slot_mapping   [num_seqs] int64: page * page_size + offset, that of the token's place in its sequence, not checked;
-                   -1: not stored
-    page_table     [num_seqs, max_pages] int32; entries of pages that no older key is read from may be anything
-    seq_lens       [num_seqs] int32, lengths including the new tokens; 0 gives zeros
-    positions      [num_seqs] int64 or int32, rows of cos_sin_cache, not checked; need not follow from seq_lens
+                   rope_dim even; last dim contiguous
+    kv_c           [num_seqs, kv_lora_rank]  dtype of q_nope; last dim contiguous
+    k_pe           [num_seqs, rope_dim]  dtype of q_nope; last dim contiguous; rotated and rounded like q_pe
+    kv_cache       [num_pages, page_size, kv_lora_rank + rope_dim]  dtype of q_nope or the architecture's FP8, which
+                   stores x / kv_scale, saturated; any page_size; last dim contiguous, others may be strided; written
+    slot_mapping   [num_seqs]  int64: page * page_size + offset of the token's position, not checked; -1: not stored
+    page_table     [num_seqs, max_pages]  int32; entries of pages that are not read are ignored
+    seq_lens       [num_seqs]  int32; length including the new tokens; the result for length 0 is 0
+    positions      [num_seqs]  int64 or int32; rows of cos_sin_cache, not checked; need not follow from seq_lens
     cos_sin_cache  [max_pos, rope_dim] fp32 (best) or narrower, cosines then sines; pair j is (x[j], x[j + rope_dim/2])
                    if is_neox, else (x[2j], x[2j + 1]); (a, b) becomes (a cos - b sin, b cos + a sin)
-    kv_scale       one fp32 number in a tensor, FP8 caches only: latent = stored * kv_scale; None is 1
+    scale          factor on the logits
+    kv_scale       one fp32 number in a tensor, FP8 caches only: latent = stored * kv_scale; None means 1
     returns        [num_seqs, (Q,) num_heads, kv_lora_rank]  dtype of q_nope, contiguous
-    raises         BadArgument for dtypes, shapes, strides and devices other than these; on CPU also for a table too
-                   narrow
+    raises         BadArgument (a ValueError) for other dtypes, shapes or strides; on a CPU also if page_table is too
+                   narrow for seq_lens
     """
     rank, rope = q_nope.shape[-1], q_pe.shape[-1]
     heads, new = q_nope.shape[-2], q_nope.shape[1] if q_nope.ndim == 4 else 1

@@ -10,7 +10,7 @@ MAX_EXPERTS = 1 << 16
 
 
 def _draw(tokens, top_k, experts, block_size, dropped=0.0):
-    """Distinct experts per token, as a gate chooses them; a share of ids -1 or out of range."""
+    """Distinct experts per token, as a gate chooses them; a fraction of ids -1 or out of range."""
     ids = torch.rand(tokens, experts).topk(top_k).indices
     outside = torch.tensor([-1, experts, -2**31, 2**31 - 1])[torch.randint(4, ids.shape)]
     ids = torch.where(torch.rand(ids.shape) < dropped, outside, ids)
@@ -47,11 +47,11 @@ def check(topk_ids, block_size, num_experts):
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise BadArgument("num_experts", f"1 to {MAX_EXPERTS}", num_experts)
     if num_blocks(topk_ids.numel(), block_size, num_experts) * block_size >= 2**31:
-        raise BadArgument("block_size", f"one at which {topk_ids.numel()} ids take fewer than 2^31 places", block_size)
+        raise BadArgument("block_size", f"{topk_ids.numel()} ids padded to fewer than 2^31", block_size)
 
 
 def num_blocks(num_ids: int, block_size: int, num_experts: int) -> int:
-    """The most blocks that so many ids can take: every expert that occurs leaves all but one place of a block empty."""
+    """The maximum number of blocks for so many ids: every expert that occurs has one id in its last block."""
     return -(-(num_ids + min(num_ids, num_experts) * (block_size - 1)) // block_size)
 
 
@@ -72,7 +72,7 @@ def cost(topk_ids, block_size, num_experts) -> Cost:
 def moe_align_block_size(topk_ids: Tensor, block_size: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices into the flattened topk_ids, sorted by the expert that stands there, in order of the index within an
     expert. Each expert's run is padded to a multiple of block_size with the index behind the last, num_tokens * top_k;
-    so are the places behind the last run. An expert that nobody chose takes no block. Ids outside [0, num_experts), as
+    so is the output behind the last run. An expert that no token chose has no block. Ids outside [0, num_experts), as
     those of another rank's experts, are left out.   (vLLM's and SGLang's operator of this name; Gale et al. 2022)
 
     topk_ids     [num_tokens, top_k]  int32, contiguous
@@ -80,8 +80,8 @@ def moe_align_block_size(topk_ids: Tensor, block_size: int, num_experts: int) ->
     num_experts  at least 1
     returns      sorted_token_ids int32 [blocks * block_size], blocks = ceil((n + min(n, num_experts) *
                  (block_size - 1)) / block_size) of n = num_tokens * top_k; expert_ids int32 [blocks], each block's
-                 expert, -1 behind the last; num_tokens_post_padded int32 [1], the places that all runs take together
-    raises       BadArgument (a ValueError) if an argument is none of these
+                 expert, -1 behind the last; num_tokens_post_padded int32 [1], the length of all runs together
+    raises       BadArgument (a ValueError) for other arguments
     """
     ids, n = topk_ids.flatten(), topk_ids.numel()
     blocks = num_blocks(n, block_size, num_experts)
@@ -92,10 +92,10 @@ def moe_align_block_size(topk_ids: Tensor, block_size: int, num_experts: int) ->
     taken[num_experts] = 0
     end = taken.cumsum(0)
     shift = end - taken - (count.cumsum(0) - count)
-    # those left out go to a place of their own, which is cut off
-    place = torch.where(expert < num_experts, torch.arange(n, device=ids.device) + shift[expert], blocks * block_size)
-    places = torch.full((blocks * block_size + 1,), n, dtype=torch.int32, device=ids.device)
-    sorted_token_ids = places.scatter_(0, place, order.to(torch.int32))[:-1].clone()
+    # those left out go to one element behind the last, which is cut off
+    target = torch.where(expert < num_experts, torch.arange(n, device=ids.device) + shift[expert], blocks * block_size)
+    padded = torch.full((blocks * block_size + 1,), n, dtype=torch.int32, device=ids.device)
+    sorted_token_ids = padded.scatter_(0, target, order.to(torch.int32))[:-1].clone()
     starts = torch.arange(blocks, device=ids.device) * block_size
     of_block = torch.searchsorted(end[:num_experts], starts, right=True)
     expert_ids = torch.where(of_block < num_experts, of_block, -1).to(torch.int32)

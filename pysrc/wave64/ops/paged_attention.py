@@ -10,7 +10,7 @@ from wave64.quant import FP8, fp8_dtype
 
 def make_cache(seq_lens: list[int], page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
                kv_dtype: torch.dtype | None = None, window: int = -1) -> dict[str, Tensor]:
-    """A cache as a server leaves it: pages in any order; NaN in each place that no query may read, and out-of-range
+    """A cache as a server leaves it: pages in any order; NaN in each row that no query may read, and out-of-range
     numbers in the table wherever no page is needed."""
     pages = [-(-n // page_size) for n in seq_lens]
     order = torch.randperm(sum(pages) + 2).to(torch.int32)
@@ -97,7 +97,7 @@ def _strided(args: dict) -> dict:
 
 
 def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale) -> None:
-    """What every operator that attends to a paged cache demands of it."""
+    """Checks that all operators on a paged cache of keys and values share."""
     if query.ndim != 3 or query.stride(2) != 1 and query.shape[2] > 1:
         raise BadArgument("query", "[tokens, num_heads, head_dim] with a contiguous last dimension", query)
     if not query.dtype.is_floating_point or query.element_size() == 1:
@@ -111,7 +111,7 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
             raise BadArgument(name, f"dtype {query.dtype}, that of query, or FP8", cache)
         arch = platform.arch() if cache.device.type != "cpu" else None
         if cache.dtype != query.dtype and arch and arch.fp8 and cache.dtype != FP8[arch.fp8]:
-            raise BadArgument(name, f"{FP8[arch.fp8]}, the FP8 type of {arch.name}", cache, "requantise the cache")
+            raise BadArgument(name, f"{FP8[arch.fp8]}, the FP8 type of {arch.name}", cache, "requantize the cache")
     if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
         raise BadArgument("value_cache", f"{key_cache.dtype} {list(key_cache.shape)}, as key_cache", value_cache)
     num_pages, page_size, kv_heads, _ = key_cache.shape
@@ -124,11 +124,12 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
             or page_table.stride(1) != 1 and page_table.shape[1] > 1:
         expected = f"int32 [{num_seqs}, max_pages] with a contiguous last dimension"
         raise BadArgument("page_table", expected, page_table)
-    if seq_lens.device.type == "cpu" and num_seqs:  # reading a GPU's memory here would stall it
-        longest, room = int(seq_lens.max()), page_table.shape[1] * page_size
-        if longest > room or longest > 0 and not num_pages:
-            got = f"{list(page_table.shape)}, room for {room} tokens in {num_pages} pages of {page_size}"
-            raise BadArgument("page_table", f"room for {longest} tokens, as seq_lens says", got, "pass a wider table")
+    if seq_lens.device.type == "cpu" and num_seqs:  # on a GPU this would synchronize
+        longest, capacity = int(seq_lens.max()), page_table.shape[1] * page_size
+        if longest > capacity or longest > 0 and not num_pages:
+            got = f"{list(page_table.shape)}, capacity {capacity} tokens, in {num_pages} pages of {page_size}"
+            expected = f"capacity for {longest} tokens, as seq_lens says"
+            raise BadArgument("page_table", expected, got, "pass a wider table")
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
         raise BadArgument("sinks", f"contiguous [{heads}], one logit per head", sinks)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
@@ -186,23 +187,30 @@ def fake(query, *args, **kwargs):
 def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
                     scale: float, sliding_window: int = -1, logit_cap: float = 0.0, sinks: Tensor | None = None,
                     k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
-    """out[b] = softmax(cap(scale * query[b] K[b]^T)) V[b] over the keys of sequence b, the query's own among them.
+    """Decode attention over a paged KV cache: one new token per sequence attends to all keys of its sequence, its own
+    key included.
 
-    Keys of position p are at row p % page_size of page page_table[b, p // page_size]. cap(x) = c tanh(x / c) where
-    logit_cap c > 0. Softmax in fp32, products of the inputs' dtype accumulated in fp32, one rounding at the end.
-    (Vaswani et al. 2017; pages: Kwon et al. 2023; groups of heads: Ainslie et al. 2023)
+        out[b] = softmax(cap(scale * query[b] @ K[b].T)) @ V[b],  cap(x) = logit_cap * tanh(x / logit_cap)
+
+    The key at position p of sequence b is cache[page_table[b, p // page_size], p % page_size]. Softmax is computed in
+    fp32; products take the inputs' dtype and accumulate in fp32; the result is rounded once.
+    (Vaswani et al. 2017; pages: Kwon et al. 2023; grouped-query attention: Ainslie et al. 2023)
 
     query           [num_seqs, num_heads, head_dim]  bf16, fp16 or fp32; last dim contiguous
-    key_cache       [num_pages, page_size, num_kv_heads, head_dim]  dtype of query, or the architecture's FP8;
-                    any page_size, num_heads a multiple of num_kv_heads, last dim contiguous, the others strided
-    value_cache     as key_cache
-    page_table      [num_seqs, max_pages] int32; entries of pages that no key is read from may be anything
-    seq_lens        [num_seqs] int32, length including the new token; 0 gives zeros
-    sliding_window  w > 0: the last w keys only; -1: all
+    key_cache       [num_pages, page_size, num_kv_heads, head_dim]  dtype of query, or the architecture's FP8. Any
+                    page_size; num_heads is a multiple of num_kv_heads; last dim contiguous, the others may be strided
+    value_cache     shape and dtype of key_cache
+    page_table      [num_seqs, max_pages]  int32; entries of pages that are not read are ignored
+    seq_lens        [num_seqs]  int32; length including the new token; the result for length 0 is 0
+    scale           factor on the logits, usually head_dim ** -0.5
+    sliding_window  w > 0: only the last w keys, the query's own included; -1: all keys
+    logit_cap       cap on the logits; 0: no cap
     sinks           [num_heads]  a logit per head that takes part in the softmax and adds no value
-    k_scale         one fp32 number: key = stored * k_scale; v_scale likewise
+    k_scale         one fp32 number in a tensor, [] or [1]: key = stored * k_scale
+    v_scale         one fp32 number in a tensor, [] or [1]: value = stored * v_scale
     returns         [num_seqs, num_heads, head_dim]  dtype of query, contiguous
-    raises          BadArgument for dtypes, shapes and strides other than these; on CPU also for a table too narrow
+    raises          BadArgument (a ValueError) for other dtypes, shapes or strides; on a CPU also if page_table is too
+                    narrow for seq_lens
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(query.shape)

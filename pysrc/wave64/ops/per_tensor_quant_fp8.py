@@ -1,4 +1,4 @@
-"""Quantises activations to FP8 with one scale, given or found."""
+"""Quantizes activations to FP8 with one scale, given or found."""
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def per_tensor_quant_fp8(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor
         limit = quant.limit(dtype)
         inverse = scale.clamp(min=quant.MIN_SCALE).reciprocal()
         return (wide * inverse).clamp_(-limit, limit).to(dtype).contiguous(), scale.reshape(1).clone()
-    # a row of the least size stands for those of an empty tensor
-    amax = torch.cat([quant.largest(wide, 1)[:, 0], wide.new_full((1,), quant.LEAST)]).amax(0, keepdim=True)
+    # an empty tensor has the minimum amax
+    amax = torch.cat([quant.largest(wide, 1)[:, 0], wide.new_full((1,), quant.MIN_AMAX)]).amax(0, keepdim=True)
     found, inverse = quant.scales(amax, dtype)
     return (wide * inverse).to(dtype).contiguous(), found

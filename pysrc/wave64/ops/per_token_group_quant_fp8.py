@@ -1,4 +1,4 @@
-"""Quantises activations to FP8 in groups of columns, each with a scale of its own."""
+"""Quantizes activations to FP8 in groups of columns, each with a scale of its own."""
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def with_nan(columns: int) -> Tensor:
 
 
 def inputs():
-    """(id, function that draws x) of what every quantiser is tested with."""
+    """(id, function that draws x) the inputs that every quantizer is tested with."""
     for tokens, columns in [(1, 256), (5, 384), (3, 97), (0, 128), (2, 1)]:
         for dtype in DTYPES:
             yield f"{tokens}x{columns}-{dtype}", lambda t=tokens, n=columns, d=dtype: torch.randn(t, n).mul_(3).to(d)
@@ -51,7 +51,7 @@ def cases():
 
 
 def check_x(x):
-    """Shared by the quantisers."""
+    """Shared by the quantizers."""
     if x.ndim != 2 or x.shape[1] == 0 or x.stride(1) != 1 and x.shape[1] > 1:
         raise BadArgument("x", "[num_tokens, columns], at least one, with a contiguous last dimension", x)
     if x.dtype not in DTYPES:
@@ -85,7 +85,7 @@ def agrees(x: Tensor, result: tuple[Tensor, Tensor], exact: list[Tensor], block_
     wrong = ~((got - want).abs() <= allowed) & ~(got.isnan() & want.isnan())
     if wrong.any():
         raise AssertionError(f"{int(wrong.sum())} of {q.numel()} numbers: expected {near[wrong][:4].tolist()} or, next "
-                             f"to a midpoint, a neighbour, got {got[wrong][:4].tolist()}")
+                             f"to a midpoint, a neighbor, got {got[wrong][:4].tolist()}")
 
 
 def agree(args, result, exact) -> None:
@@ -114,10 +114,10 @@ def per_token_group_quant_fp8(x: Tensor, group_size: int, scale_ue8m0: bool = Fa
     scale_ue8m0 the scale is rounded up to a power of two (DeepSeek-V3.1), in fp32 all the same
     returns     q [num_tokens, columns]  the architecture's FP8, contiguous, and
                 scale [num_tokens, ceil(columns / group_size)]  fp32, contiguous
-    raises      BadArgument (a ValueError) if a shape, dtype or group_size is none of these
+    raises      BadArgument (a ValueError) for other shapes, dtypes or group sizes
 
     |q * scale - x| <= 2^-4 |x| + 2^-10 scale (e4m3fnuz: 2^-11 scale), give or take 2^-21 |x|: half a step of the 3
-    fraction bits, or half the least step. No finite number becomes NaN. NaN stays NaN and leaves the others of its
+    fraction bits, or half the smallest step. No finite number becomes NaN. NaN stays NaN and leaves the others of its
     group as they would be without; a group with an infinity has an infinite scale, and with it no meaning.
     """
     return grouped(x, group_size, scale_ue8m0)

@@ -1,4 +1,4 @@
-"""Quantises activations to FP8 with a scale for each token."""
+"""Quantizes activations to FP8 with a scale for each token."""
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def per_token_quant_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
     x        [num_tokens, columns]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     returns  q [num_tokens, columns]  the architecture's FP8, contiguous, and scale [num_tokens, 1]  fp32
-    raises   BadArgument (a ValueError) if x is none of these
+    raises   BadArgument (a ValueError) for another x
 
     Errors, NaN and infinities as in per_token_group_quant_fp8, with the row for a group.
     """

@@ -1,4 +1,4 @@
-"""Prefill attention: the newest tokens of each sequence against all its keys and values in a paged cache."""
+"""Prefill attention: the newest tokens of each sequence attend to all of its keys in a paged cache."""
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def check(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max
     entries = len(seq_lens) + 1
     if cu_seqlens_q.shape != (entries,) or cu_seqlens_q.dtype != torch.int32 or not cu_seqlens_q.is_contiguous():
         raise BadArgument("cu_seqlens_q", f"contiguous int32 [{entries}]: 0, then running sums", cu_seqlens_q)
-    if cu_seqlens_q.device.type == "cpu":  # reading a GPU's memory here would stall it
+    if cu_seqlens_q.device.type == "cpu":  # on a GPU this would synchronize
         starts = cu_seqlens_q.tolist()
         new = [b - a for a, b in zip(starts, starts[1:], strict=False)]
         if starts[0] != 0 or starts[-1] != query.shape[0] or min(new, default=0) < 0:
@@ -106,27 +106,33 @@ def prefill_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pag
                       seq_lens: Tensor, max_seqlen_q: int, scale: float, causal: bool = True, sliding_window: int = -1,
                       logit_cap: float = 0.0, sinks: Tensor | None = None, k_scale: Tensor | None = None,
                       v_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """out = softmax(cap(scale * query K^T)) V for the newest tokens of each sequence, whose keys are in the cache.
+    """Prefill and extend attention over a paged KV cache: the new tokens of each sequence, whose keys are already in
+    the cache, attend to the keys of their sequence.
 
-    Queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] are the last positions of the seq_lens[i] of sequence i. A query at
-    position p sees the keys of its sequence up to p (causal) or all of them, from p - w + 1 on where sliding_window
-    w > 0. A query that sees none gives zeros. Otherwise as paged_attention.
+        out = softmax(cap(scale * query @ K.T)) @ V
+
+    Rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of query are the last positions of sequence i. A query at position p
+    sees the keys up to p if causal, else all keys; with sliding_window w > 0 only those from p - w + 1 on. The result
+    of a query that sees no key is 0. Cache, cap and precision are those of paged_attention.
     (Vaswani et al. 2017; in blocks with a running maximum: Milakov & Gimelshein 2018, Dao et al. 2022)
 
     query           [num_tokens, num_heads, head_dim]  bf16, fp16 or fp32; last dim contiguous
     key_cache       [num_pages, page_size, num_kv_heads, head_dim]  dtype of query, or the architecture's FP8
-    value_cache     as key_cache
-    page_table      [num_seqs, max_pages] int32; entries of pages that no key is read from may be anything
-    cu_seqlens_q    [num_seqs + 1] int32, running sum of new tokens from 0 to num_tokens. On a GPU, whose memory is not
-                    looked at, it may end earlier, as of a captured batch that is padded: the rows of query from there
-                    on are not read, and those of out and lse are not written
-    seq_lens        [num_seqs] int32, lengths including the new tokens
-    max_seqlen_q    at least the longest number of new tokens
-    sinks, k_scale, v_scale  as paged_attention
-    returns         out [num_tokens, num_heads, head_dim] of query's dtype, contiguous, and
-                    lse [num_tokens, num_heads] fp32: log of the sum of exp(logit), natural, sinks included;
-                    -inf where nothing is summed
-    raises          BadArgument for dtypes, shapes and strides other than these
+    value_cache     shape and dtype of key_cache
+    page_table      [num_seqs, max_pages]  int32; entries of pages that are not read are ignored
+    cu_seqlens_q    [num_seqs + 1]  int32; cumulative numbers of new tokens, from 0 to num_tokens. On a GPU the last
+                    entry may be smaller, as in a padded batch of a captured graph: rows of query from there on are not
+                    read, and those of out and lse are not written
+    seq_lens        [num_seqs]  int32; length including the new tokens
+    max_seqlen_q    at least the maximum number of new tokens of a sequence
+    scale           factor on the logits, usually head_dim ** -0.5
+    causal          whether a query sees only keys up to its own position
+    sliding_window, logit_cap, sinks, k_scale, v_scale  as in paged_attention
+    returns         out [num_tokens, num_heads, head_dim]  dtype of query, contiguous, and
+                    lse [num_tokens, num_heads]  fp32; natural log of the sum of exp(logit), sinks included; -inf for a
+                    query without keys and sinks
+    raises          BadArgument (a ValueError) for other dtypes, shapes or strides; on a CPU also for cu_seqlens_q that
+                    do not fit query, max_seqlen_q or seq_lens that do not fit page_table
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(query.shape)

@@ -112,15 +112,16 @@ def rows_of(cache: Tensor) -> Tensor:
 @op(cases=cases, check=check, cost=cost, mutates=("key_cache", "value_cache"), fake=lambda *_, **__: None)
 def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor,
                       k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> None:
-    """cache[slot // page_size, slot % page_size] = key[t], slot = slot_mapping[t]; tokens whose slot is -1 are skipped.
-    In an FP8 cache x is stored as x / scale, computed in fp32, saturated and rounded to nearest even.
+    """Write the keys and values of new tokens to a paged KV cache: cache[slot // page_size, slot % page_size] = key[t]
+    with slot = slot_mapping[t]. Tokens whose slot is -1 are skipped. An FP8 cache stores x / scale, computed in fp32,
+    saturated and rounded to nearest even.
 
     key, value   [num_tokens, num_kv_heads, head_dim]  bf16, fp16 or fp32; rows may be strided (views into a merged qkv)
     *_cache      [num_pages, page_size, num_kv_heads, head_dim]  dtype of key, or float8_e4m3fn or float8_e4m3fnuz;
                  contiguous; written
     slot_mapping [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1
-    *_scale      one fp32 value in a tensor, FP8 caches only; None is 1; at least 0, below 2^-126 it counts as that
-    raises       BadArgument (a ValueError) if a shape or dtype is none of these
+    *_scale      one fp32 value in a tensor, FP8 caches only; None means 1; values below 2^-126 count as 2^-126
+    raises       BadArgument (a ValueError) for other shapes or dtypes
     """
     tokens = slot_mapping.shape[0]
     if tokens == 0:

@@ -113,16 +113,19 @@ def _rotate(x: Tensor, head_size: int, cos: Tensor, sin: Tensor, pair: int) -> N
 @op(cases=cases, check=check, cost=cost, mutates=("query", "key"))
 def rotary_embedding(positions: Tensor, query: Tensor, key: Tensor | None, head_size: int, cos_sin_cache: Tensor,
                      is_neox: bool = True) -> None:
-    """Rotates the first rot_dim values of every head by its token's angles, in fp32, rounded once.   (Su et al. 2021)
+    """Apply RoPE to the first rot_dim values of every head of query and key, in place; in fp32, rounded once.
+    (Su et al. 2021)
+
     Pair j is (x[j], x[j + rot_dim / 2]) if is_neox, else (x[2j], x[2j + 1]); (a, b) becomes (a c - b s, b c + a s)
-    with c = cos_sin_cache[position, j] and s = cos_sin_cache[position, j + rot_dim / 2]. The rest of a head stays.
+    with c = cos_sin_cache[position, j] and s = cos_sin_cache[position, j + rot_dim / 2]. The rest of a head is not
+    changed.
 
     positions      [num_tokens]                    int64 or int32, in [0, max_pos), which is not checked
     query          [num_tokens, heads * head_size] or [num_tokens, heads, head_size], bf16, fp16 or fp32; last dim
                    contiguous, rows may be strided (a view into a merged qkv); written
-    key            likewise with its own number of heads, dtype of query, or None; written
+    key            as query, with its own number of heads, dtype of query; or None; written
     cos_sin_cache  [max_pos, rot_dim]              fp32 (best) or narrower: cosines, sines; rot_dim even, <= head_size
-    raises         BadArgument (a ValueError) if a shape or dtype is none of these
+    raises         BadArgument (a ValueError) for other shapes or dtypes
     """
     angles = cos_sin_cache.index_select(0, positions).to(torch.promote_types(query.dtype, torch.float32)).unsqueeze(1)
     cos, sin = angles.chunk(2, -1)

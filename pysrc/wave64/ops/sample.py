@@ -150,7 +150,7 @@ def draw(wide: Tensor, weight: Tensor, kept: Tensor, temperature: Tensor, unifor
 
 
 def agree(args: dict[str, Tensor], result: Tensor, exact: Tensor) -> None:
-    """Raises AssertionError unless each id may have been drawn by someone who computes in fp32.
+    """Raises AssertionError unless each id is one that a computation in fp32 may draw.
 
     Rows that do not draw: the very id. Others: the id is kept and its interval of the running sum holds `uniform`, give
     or take the rounding of weights and sums. Where a logit is on the edge of top_p or min_p within that, either side.
@@ -161,7 +161,7 @@ def agree(args: dict[str, Tensor], result: Tensor, exact: Tensor) -> None:
     wide = clean(args["logits"])
     best = best_of(wide)
     weight, eps = weight_of(wide, best, args["temperature"]), torch.finfo(torch.float32).eps
-    # exp turns the rounding of its argument z, |z| eps, into a relative error; sums add a rounding per block
+    # in exp the rounding of the argument z, |z| eps, becomes a relative error; sums add a rounding per block
     spread = -torch.special.xlogy(weight, weight).sum(-1) / weight.sum(-1).clamp(min=1.0)
     off = (eps * (spread + 32 + vocab / 512)).unsqueeze(1)
     ids, allowed = result.unsqueeze(1), (result == exact)
@@ -179,19 +179,19 @@ def agree(args: dict[str, Tensor], result: Tensor, exact: Tensor) -> None:
             allowed |= (kept.gather(1, ids) & inside)[:, 0] & (args["temperature"] > 0)
     if not allowed.all():
         raise AssertionError(f"rows {(~allowed).nonzero()[:, 0].tolist()}: expected {exact[~allowed].tolist()} or a "
-                             f"neighbour within rounding, got {result[~allowed].tolist()}")
+                             f"neighbor within rounding, got {result[~allowed].tolist()}")
 
 
 @op(cases=cases, check=check, agree=agree, fake=lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
     cost=lambda logits, temperature, top_k, top_p, min_p, uniform: Cost(bytes=logits.nbytes))
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    """Samples one id per row by inversion: the first id, in the order of the vocabulary, at which the running sum of
+    """Sample one id per row by inversion: the first id, in the order of the vocabulary, at which the running sum of
     the kept probabilities exceeds uniform times their sum. Kept is, with p = softmax(logits / temperature),
       top_k: the top_k largest; of these                                          (Fan et al. 2018)
       top_p: the largest, as few as hold top_p of the probability; and of these   (Holtzman et al. 2019)
       min_p: those with p >= min_p * max(p)                                       (Nguyen et al. 2024).
-    Whatever equals the smallest one kept is kept, too; the largest always is. A row of temperature 0 gets the lowest
-    index of its maximum, as does one in which nothing can be drawn (all -inf). NaN counts as -inf.
+    Ties with the smallest kept probability are kept; the largest is always kept. A row of temperature 0 gets the
+    lowest index of its maximum, and so does a row in which nothing can be drawn (all -inf). NaN counts as -inf.
 
     logits       [num_seqs, vocab]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     temperature  [num_seqs]         fp32; <= 0 is greedy, infinity makes all that is not -inf equally likely
@@ -200,7 +200,7 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     min_p        [num_seqs]         fp32; <= 0 keeps all
     uniform      [num_seqs]         fp32 in [0, 1); 1, as a generator may round, draws the last one kept
     returns      [num_seqs]         int64 ids in [0, vocab)
-    raises       BadArgument (a ValueError) if a shape or dtype is none of these
+    raises       BadArgument (a ValueError) for other shapes or dtypes
     """
     wide, vocab = clean(logits), logits.shape[1]
     best = best_of(wide)

@@ -1,4 +1,4 @@
-"""SwiGLU, and what comes of it quantised to FP8 in groups: the input of an FP8 MLP's second product."""
+"""SwiGLU, its result quantized to FP8 in groups: the input of an FP8 MLP's second product."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from wave64.ops.rms_norm import DTYPES
 from wave64.ops.silu_and_mul import check as check_x
 from wave64.ops.silu_and_mul import far_below
 
-#: Of silu in fp32, whose exponential turns the rounding of its argument, 2^-24 |x|, into a relative error: 2^-18 at 64.
+#: Relative error of silu in fp32: that of exp, for a rounding of the argument of 2^-24 |x|, at 64.
 SLACK = 2.0**-18
 
 
@@ -51,14 +51,14 @@ def cost(x, group_size) -> Cost:
 
 @op(cases=cases, check=check, cost=cost, agree=agree)
 def silu_and_mul_per_token_group_quant_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """y = silu(x[:, :d]) * x[:, d:] in fp32, quantised as it is: q[t, i] = y[t, i] / scale[t, i // group_size], rounded
+    """y = silu(x[:, :d]) * x[:, d:] in fp32, not rounded; q[t, i] = y[t, i] / scale[t, i // group_size], rounded
     to nearest even; scale = max(amax, 1e-10) / limit of the group's numbers.   (Shazeer 2020; DeepSeek-AI 2024)
 
     x           [num_tokens, 2 * d]  bf16, fp16 or fp32: gate then up; last dim contiguous, rows may be strided
     group_size  a power of two up to 1024; the last group of a row may be shorter
     returns     q [num_tokens, d]  the architecture's FP8, contiguous, and
                 scale [num_tokens, ceil(d / group_size)]  fp32, contiguous
-    raises      BadArgument (a ValueError) if a shape, dtype or group_size is none of these
+    raises      BadArgument (a ValueError) for other shapes, dtypes or group sizes
 
     Errors, NaN and infinities of y as in per_token_group_quant_fp8.
     """

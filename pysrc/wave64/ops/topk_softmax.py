@@ -89,7 +89,7 @@ def topk_softmax(gating: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
     gating       [num_tokens, num_experts]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     top_k        1 to num_experts
     returns      weights [num_tokens, top_k] fp32, computed in fp32; ids [num_tokens, top_k] int32
-    raises       BadArgument (a ValueError) if gating or top_k is none of these
+    raises       BadArgument (a ValueError) for another gating or top_k
     """
     logits = clean(gating)
     ids = largest(logits, top_k)

@@ -8,7 +8,7 @@ from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.rms_norm import DTYPES
 
 POOLS = ("src", "dst")
-#: Slots that no pool has: of which pool, and the number.
+#: Slots that no pool has: (which pool, slot).
 OUTSIDE = ((0, -1), (1, -1), (1, 2**40), (0, 2**60), (0, -2), (1, -2**40))
 
 
@@ -51,7 +51,7 @@ def cases():
         yield Case(f"{n}x{'x'.join(map(str, row))}", lambda n=n, r=row: _draw(n, 8192, 8192, r), large=True)
 
 
-def place(src, dst, src_slots, dst_slots) -> Tensor:
+def device_of(src, dst, src_slots, dst_slots) -> Tensor:
     """The pool on whose device the call runs: of two devices, the one that is not the host."""
     return dst if src.device.type == "cpu" else src
 
@@ -66,7 +66,7 @@ def check(src, dst, src_slots, dst_slots):
     if not _is_dense(dst) or dst.shape[1:] != src.shape[1:] or dst.dtype != src.dtype:
         expected = f"{src.dtype} [num_slots, {', '.join(map(str, src.shape[1:]))}], rows as in src, each contiguous"
         raise BadArgument("dst", expected, dst)
-    device = place(src, dst, src_slots, dst_slots).device
+    device = device_of(src, dst, src_slots, dst_slots).device
     for name, pool in (("src", src), ("dst", dst)):
         if pool.device != device and not (pool.device.type == "cpu" and pool.is_pinned()):
             raise BadArgument(name, f"on {device}, as the other pool, or in pinned host memory", pool)
@@ -87,20 +87,20 @@ def _rows(pool: Tensor) -> Tensor:
     return pool.as_strided((pool.shape[0], pool[0].numel()), (pool.stride(0), 1)).view(torch.uint8)
 
 
-@op(cases=cases, check=check, cost=cost, mutates=("dst",), fake=lambda *_, **__: None, place=place)
+@op(cases=cases, check=check, cost=cost, mutates=("dst",), fake=lambda *_, **__: None, device_of=device_of)
 def transfer_kv(src: Tensor, dst: Tensor, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """dst[dst_slots[i]] = src[src_slots[i]] for every i, bit for bit. A pair of which either slot is not in its pool
-    is left out; -1 is the number to say so with.
+    """dst[dst_slots[i]] = src[src_slots[i]] for every i, bit for bit. A pair is left out if
+    either slot is not in its pool; -1 is meant for that.
 
     src        [num_src_slots, ...]  any dtype; each slot contiguous, slots may be strided. A slot is what is moved at a
                time: of a pool of pages a page, of pool.flatten(0, 1) a token
-    dst        [num_dst_slots, ...]  dtype and row shape of src; likewise; written
+    dst        [num_dst_slots, ...]  dtype and row shape of src; each slot contiguous, slots may be strided; written
     src_slots  [n]  int64
     dst_slots  [n]  int64; among the pairs that count, no slot twice
     One of the pools may lie in pinned host memory, the other and the slots on a GPU: the GPU then reads or writes the
     host's memory itself, in stream order like any kernel. src and dst may be one pool, if no slot is both read and
     written.
-    raises     BadArgument (a ValueError) if a shape, dtype, stride or device is none of these
+    raises     BadArgument (a ValueError) for other shapes, dtypes, strides or devices
     """
     if src_slots.numel() == 0 or src.numel() == 0 or dst.numel() == 0:
         return

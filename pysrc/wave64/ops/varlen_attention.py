@@ -1,4 +1,4 @@
-"""Ragged attention: sequences of queries against sequences of keys and values that lie one after another, no pages."""
+"""Ragged attention: packed sequences of queries, keys and values of different lengths, without padding or pages."""
 
 import torch
 from torch import Tensor
@@ -92,16 +92,16 @@ def check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
             raise BadArgument(name, "contiguous int32 [num_seqs + 1]: 0, then running sums", starts)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise BadArgument("cu_seqlens_k", f"[{len(cu_seqlens_q)}], a number for each of cu_seqlens_q", cu_seqlens_k)
-    if q.device.type != "cpu":  # reading a GPU's memory here would stall it
+    if q.device.type != "cpu":  # on a GPU this would synchronize
         return
-    for side, tensor, starts, most in (("q", q, cu_seqlens_q, max_seqlen_q), ("k", k, cu_seqlens_k, max_seqlen_k)):
+    for side, tensor, starts, bound in (("q", q, cu_seqlens_q, max_seqlen_q), ("k", k, cu_seqlens_k, max_seqlen_k)):
         sums, lengths = starts.tolist(), starts.diff().tolist()
         if sums[0] != 0 or sums[-1] != tensor.shape[0] or min(lengths, default=0) < 0:
             expected = f"running sums from 0 to {tensor.shape[0]}, the tokens of {side}"
             raise BadArgument(f"cu_seqlens_{side}", expected, sums)
-        if max(lengths, default=0) > most:
+        if max(lengths, default=0) > bound:
             expected = f"at least {max(lengths)}, the longest of cu_seqlens_{side}"
-            raise BadArgument(f"max_seqlen_{side}", expected, most)
+            raise BadArgument(f"max_seqlen_{side}", expected, bound)
 
 
 def cost(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True) -> Cost:
@@ -124,26 +124,32 @@ def fake(q, k, v, *args, **kwargs):
 @op(cases=cases, check=check, cost=cost, fake=fake)
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
                      max_seqlen_k: int, scale: float, causal: bool = True) -> tuple[Tensor, Tensor]:
-    """out = softmax(scale * q K^T) V, sequence by sequence: queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] attend to
-    keys cu_seqlens_k[i] to cu_seqlens_k[i + 1].
+    """Attention over packed sequences of different lengths: rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q attend to
+    rows cu_seqlens_k[i] to cu_seqlens_k[i + 1] of k and v.
 
-    Causal is aligned to the end: the last query of a sequence sees all of its keys, the one before all but the last,
-    and so on. A query that sees none gives zeros. Softmax in fp32, products of the inputs' dtype accumulated in fp32,
-    one rounding at the end. (Vaswani et al. 2017; in blocks with a running maximum: Milakov & Gimelshein 2018, Dao et
-    al. 2022; keys wider than values: DeepSeek-AI 2024)
+        out = softmax(scale * q @ k.T) @ v
+
+    The causal mask is aligned to the end: the last query of a sequence sees all keys, the one before it all but the
+    last key, and so on. The result of a query that sees no key is 0. Softmax is computed in fp32; products take the
+    inputs' dtype and accumulate in fp32; the result is rounded once.
+    (Vaswani et al. 2017; in blocks with a running maximum: Milakov & Gimelshein 2018, Dao et al. 2022; keys wider than
+    values: DeepSeek-AI 2024)
 
     q               [total_q, num_heads, qk_dim]  bf16, fp16 or fp32; last dim contiguous, the others strided
-    k               [total_k, num_kv_heads, qk_dim]  as q; num_heads a multiple of num_kv_heads
-    v               [total_k, num_kv_heads, v_dim]  as k
-    cu_seqlens_q    [num_seqs + 1] int32, running sum of the sequences' queries from 0 to total_q. On a GPU, whose
-                    memory is not looked at, it may end earlier, as of a captured batch that is padded: the rows of q
-                    from there on are not read, and those of out and lse are not written
-    cu_seqlens_k    [num_seqs + 1] int32, running sum of their keys from 0 to total_k
-    max_seqlen_q    at least the longest number of queries; max_seqlen_k likewise of keys
-    returns         out [total_q, num_heads, v_dim] of q's dtype, contiguous, and lse [total_q, num_heads] fp32: log of
-                    the sum of exp(logit), natural; -inf where nothing is summed
-    raises          BadArgument for dtypes, shapes and strides other than these; on CPU also for cu_seqlens that are no
-                    such sums and for a max_seqlen too small
+    k               [total_k, num_kv_heads, qk_dim]  dtype of q; num_heads is a multiple of num_kv_heads
+    v               [total_k, num_kv_heads, v_dim]  dtype of q
+    cu_seqlens_q    [num_seqs + 1]  int32; cumulative numbers of queries, from 0 to total_q. On a GPU the last entry may
+                    be smaller, as in a padded batch of a captured graph: rows of q from there on are not read, and
+                    those of out and lse are not written
+    cu_seqlens_k    [num_seqs + 1]  int32; cumulative numbers of keys, from 0 to total_k
+    max_seqlen_q    at least the maximum number of queries of a sequence
+    max_seqlen_k    at least the maximum number of keys of a sequence
+    scale           factor on the logits, usually qk_dim ** -0.5
+    causal          whether the causal mask applies
+    returns         out [total_q, num_heads, v_dim]  dtype of q, contiguous, and lse [total_q, num_heads]  fp32; natural
+                    log of the sum of exp(logit); -inf for a query that sees no key
+    raises          BadArgument (a ValueError) for other dtypes, shapes or strides; on a CPU also for cu_seqlens that do
+                    not fit the tensors or the max_seqlens
     """
     out, lse = fake(q, k, v)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()

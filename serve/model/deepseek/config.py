@@ -20,7 +20,7 @@ from wave64.serve.model.config import (
 
 #: Training's, or how a deployment divides its experts: without effect on what a forward pass computes.
 WITHOUT_EFFECT = ("aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits", "router_aux_loss_coef")
-#: Asked for, but of no meaning to a router that is greedy.
+#: Read, but without meaning for a greedy router.
 GROUPS = ("n_group", "topk_group")
 
 
@@ -36,7 +36,7 @@ def read_config(architecture: str, keys: Keys) -> ModelConfig:
         raise keys.error("num_key_value_heads", keys.get("num_key_value_heads"),
                          f"num_attention_heads, {num_heads}: all heads share one latent")
     if rope_dim % 2:
-        raise keys.error("qk_rope_head_dim", rope_dim, "an even number: rotary embedding turns pairs of elements")
+        raise keys.error("qk_rope_head_dim", rope_dim, "an even number: RoPE rotates pairs of elements")
     nope = keys.count("qk_nope_head_dim", 128)
     for key, what in (("qk_head_dim", nope + rope_dim), ("head_dim", rope_dim)):
         if keys.get(key) not in (None, what):
@@ -51,7 +51,7 @@ def read_config(architecture: str, keys: Keys) -> ModelConfig:
     if keys.flag("rope_interleaved", interleave) != interleave:
         raise keys.error("rope_interleaved", not interleave, f"{json.dumps(interleave)}, as rope_interleave has it")
     if not interleave and not is_v3:
-        raise keys.error("rope_interleave", False, "true: a DeepSeek-V2 turns pairs that lie side by side")
+        raise keys.error("rope_interleave", False, "true: a DeepSeek-V2 rotates pairs of adjacent elements")
     mla = MLAConfig(
         q_lora_rank=_count_or_none(keys, "q_lora_rank", 1536),
         kv_lora_rank=keys.count("kv_lora_rank", 512),
@@ -77,7 +77,7 @@ def read_config(architecture: str, keys: Keys) -> ModelConfig:
 
 
 def _count_or_none(keys: Keys, key: str, missing: int) -> int:
-    """A count that may be 0, of which null means 0."""
+    """A count that may be 0; null means 0."""
     value = keys.get(key, 0 if key in keys.raw else missing)
     return 0 if value == 0 and value is not False else keys.count(key, missing)
 
@@ -114,8 +114,8 @@ def _experts(keys: Keys, is_v3: bool) -> MoEConfig:
     if top_k > kept * (experts // groups):
         raise keys.error("num_experts_per_tok", top_k, f"at most {kept * (experts // groups)}, the experts of the "
                                                        f"{kept} groups of {groups} that are kept")
-    normalised = keys.flag("norm_topk_prob", is_v3)
-    if normalised and not is_v3:
+    norm_topk_prob = keys.flag("norm_topk_prob", is_v3)
+    if norm_topk_prob and not is_v3:
         raise keys.error("norm_topk_prob", True, "false: V2's own code and transformers' disagree what else means")
     return MoEConfig(
         num_experts=experts,
@@ -124,7 +124,7 @@ def _experts(keys: Keys, is_v3: bool) -> MoEConfig:
         topk_groups=kept,
         scoring_func=scoring,
         correction_bias=is_v3,
-        norm_topk_prob=normalised,
+        norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=keys.number("routed_scaling_factor", 2.5 if is_v3 else 1.0),
         num_shared_experts=_count_or_none(keys, "n_shared_experts", 1 if is_v3 else 2),
         intermediate_size=keys.count("moe_intermediate_size", 2048 if is_v3 else 1407),

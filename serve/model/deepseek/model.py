@@ -1,9 +1,9 @@
 """DeepSeek-V2, V2-Lite, V3 and R1 (DeepSeek-AI 2024, DeepSeek-V2; DeepSeek-AI 2024, DeepSeek-V3).
 
-A block is Llama's but for its two sub-layers. Attention is multi-head latent attention: of a token only a latent of
-kv_lora_rank numbers and one rotated key that all heads share are kept, and every head's keys and values are linear in
-the latent. The gated MLP is, after the first layers, a mixture: a router chooses a few of many experts for each token,
-and shared experts serve all.
+A block is Llama's but for its two sub-layers. Attention is multi-head latent attention: the cache holds per token a
+latent of kv_lora_rank numbers and one rotated key for all heads, and every head's keys and values are linear in the
+latent. The gated MLP is, after the first layers, a mixture: a router chooses a few of many experts for each token, and
+shared experts serve all.
 """
 
 import torch
@@ -27,15 +27,15 @@ from wave64.serve.model.layers import (
 )
 from wave64.serve.model.quantized import Experts, UpProjection, linear
 
-LATENT_EPS = 1e-6  # of the norms inside attention, whatever rms_norm_eps says
+LATENT_EPS = 1e-6  # of the norms inside attention, independent of rms_norm_eps
 
 
 class MultiHeadLatentAttention(nn.Module):
     """Queries and keys have a part without position and a rotated one. q = W_q x, through a latent of their own where
     q_lora_rank says so; [kv_c, k_pe] = W_kv_a x; per head k = [W_uk kv_c, k_pe] and v = W_uv kv_c.
 
-    Decoding never computes k and v: q k^T = (W_uk^T q) kv_c^T, so the heads' queries go to the latents, and the mixed
-    latents come back through W_uv. A prefill has as many queries as keys, for which expanding them is cheaper.
+    Decoding never computes k and v: q k^T = (W_uk^T q) kv_c^T, so queries are projected to latents, and the attention
+    over latents back through W_uv. A prefill has as many queries as keys, for which expanding them is cheaper.
     """
 
     def __init__(self, config: ModelConfig, rotary: Rotary):
@@ -73,11 +73,11 @@ class MultiHeadLatentAttention(nn.Module):
     def _decode(self, q: Tensor, kv_c: Tensor, k_pe: Tensor, batch: Batch, latents: Tensor) -> Tensor:
         n = batch.num_decodes
         q_nope, q_pe = q.split((self.nope, self.rope), dim=-1)
-        mixed = ops.mla_decode_rope(
+        out = ops.mla_decode_rope(
             self.kv_b_proj.queries_to_latents(q_nope), q_pe, kv_c, k_pe, latents, batch.slot_mapping[:n],
             batch.page_table[:n], batch.seq_lens[:n], batch.positions[:n], self.rotary.cos_sin_cache, self.scale,
             self.rotary.is_neox)
-        return self.kv_b_proj.latents_to_values(mixed)
+        return self.kv_b_proj.latents_to_values(out)
 
     def _prefill(self, q: Tensor, kv_c: Tensor, k_pe: Tensor, batch: Batch, latents: Tensor) -> Tensor:
         n = batch.num_decodes

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2, 3.3 and whatever else declares LlamaForCausalLM (Touvron et al. 2023, Grattafiori et al. 2024).
+"""Llama 2, 3, 3.1, 3.2, 3.3 and others that declare LlamaForCausalLM (Touvron et al. 2023, Grattafiori et al. 2024).
 
 A block adds to the residual stream twice, each time the output of a sub-layer fed with the norm of the stream:
 grouped-query attention with RoPE, then a gated MLP.
