@@ -63,7 +63,7 @@ def run(title: str, command: list, env: dict | None = None) -> None:
     start = time.monotonic()
     with log.open("w") as kept, subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, text=True,
                                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             kept.write(line)
             if match := re.match(r"\s*Downloading (\S+?)(?:-\d\S*)? \((\d+\.?\d* [MG]B)\)", line):
                 say(f"   downloading {match[1].rsplit('/')[-1]}, {match[2]}")
@@ -295,7 +295,7 @@ def ensure_triton(python: str) -> None:
 def build_requirements() -> list[str]:
     """pyproject.toml's, and what scikit-build-core adds on its own only in isolated builds."""
     text = (ROOT / "pyproject.toml").read_text()
-    return [*json.loads(re.search(r"^requires = (\[.*?\])", text, re.MULTILINE)[1]), "cmake", "ninja"]
+    return [*json.loads(re.findall(r"^requires = (\[.*?\])", text, re.MULTILINE)[0]), "cmake", "ninja"]
 
 
 def requirements(extras: str) -> list[str]:
@@ -303,7 +303,7 @@ def requirements(extras: str) -> list[str]:
     text = (ROOT / "pyproject.toml").read_text()
     text = text[text.index("[project.optional-dependencies]"):]
     return [name for extra in extras.split(",")
-            for name in re.findall(r'"([^"]+)"', re.search(rf"^{extra} = \[(.*?)\]$", text, re.M | re.S)[1])]
+            for name in re.findall(r'"([^"]+)"', re.findall(rf"^{extra} = \[(.*?)\]$", text, re.M | re.S)[0])]
 
 
 def zig_compiler(python: str, flags: str = "") -> list[str]:

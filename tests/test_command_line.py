@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,8 @@ def test_every_verb_is_listed_and_leads_to_a_module_that_runs_itself(capsys):
     shown = capsys.readouterr().out
     for verb, (module, _) in MODULES.items():
         assert verb in shown.split()
-        source = importlib.util.find_spec(module).loader.get_source(module)
+        loader: Any = importlib.util.find_spec(module).loader
+        source = loader.get_source(module)
         assert 'if __name__ == "__main__":' in source
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def test_the_composed_decode_loop_says_what_transformers_says(tmp_path, tied, de
     config = transformers.LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, tie_word_embeddings=tied, initializer_range=0.2)
-    theirs = transformers.LlamaForCausalLM(config).to(device).eval()
+    theirs: Any = transformers.LlamaForCausalLM(config).to(device).eval()
     theirs.save_pretrained(tmp_path)
     prompt, count = torch.randint(3, 97, (21,)).tolist(), 30
     mine = decode_loop.Llama(tmp_path, device, len(prompt) + count)

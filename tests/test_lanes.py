@@ -3,6 +3,7 @@ compiler calls there, and rounds as torch does."""
 
 import ctypes
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_sums_and_fused_products(probe):
 
 def test_what_is_built_needs_the_c_library_alone(probe):
     with open(probe._name, "rb") as file:
-        table = ELFFile(file).get_section_by_name(".dynsym")
+        table: Any = ELFFile(file).get_section_by_name(".dynsym")
         needed = {symbol.name for symbol in table.iter_symbols()
                   if symbol["st_shndx"] == "SHN_UNDEF" and symbol["st_info"]["bind"] == "STB_GLOBAL"}
     libraries = [ctypes.CDLL("libc.so.6"), ctypes.CDLL("libm.so.6")]

@@ -158,7 +158,7 @@ def test_what_is_chosen_cannot_be_changed(tables):
     with pytest.raises(TypeError):
         first.options["size"] = 32
     with pytest.raises(dataclasses.FrozenInstanceError):
-        first.block = 2
+        first.block = 2  # pyright: ignore[reportAttributeAccessIssue]  # what is tested
     assert dict(**choose(n=1).options) == {"size": 16}
     assert dataclasses.replace(first, block=3) == Config(3, options={"size": 16})
     tables(({}, {"block": 1}))

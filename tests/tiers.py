@@ -52,7 +52,7 @@ def _is_slow(item: pytest.Item) -> bool:
     return path.startswith(SLOW_MODULES)
 
 
-def _group(item: pytest.Item) -> tuple:
+def _group(item: pytest.Function) -> tuple:
     """Tests of one operator's cases form a group, others are a group each."""
     parameters = getattr(item, "callspec", None)
     if parameters is None or "case" not in parameters.params:

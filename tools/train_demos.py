@@ -18,6 +18,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from demo_text import (
@@ -110,7 +111,8 @@ class Balance:
     than its share of the tokens falls by BIAS_STEP, that of one that got less rises.   (DeepSeek-V3, section 2.1.2)"""
 
     def __init__(self, model: PreTrainedModel):
-        self.routers = {module: None for module in model.modules() if hasattr(module, "e_score_correction_bias")}
+        self.routers: dict[Any, Any] = {module: None for module in model.modules()
+                                        if hasattr(module, "e_score_correction_bias")}
         for router in self.routers:
             router.register_forward_hook(self.note)
 

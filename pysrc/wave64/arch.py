@@ -65,7 +65,7 @@ def known(arch: Arch) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--hip-targets", action="store_true", help="print the code object targets, separated by ';'")
     if parser.parse_args().hip_targets:
         print(";".join(HIP_TARGETS))

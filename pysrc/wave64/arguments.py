@@ -290,8 +290,9 @@ def again({names}):
     scope: dict[str, Any] = dict(
         PLAIN=PLAIN, DEFAULTS=defaults, are_disjoint=are_disjoint, serve=serve, torch_op=torch_op, bump=bump,
         examine=examiner.examine, profiler=torch.autograd.profiler, grad_enabled=torch.is_grad_enabled,
-        functorch_level=torch._C._functorch.peek_interpreter_stack, is_tracing=torch._C._get_tracing_state,
-        dtype=torch.dtype)
+        # torch's stubs lack this module of the extension
+        functorch_level=torch._C._functorch.peek_interpreter_stack,  # pyright: ignore[reportAttributeAccessIssue]
+        is_tracing=torch._C._get_tracing_state, dtype=torch.dtype)
     exec(compile(source, f"<wave64.ops.{examiner.name}>", "exec"), scope)  # noqa: S102
     return scope[examiner.name], scope["kernel"]
 
@@ -300,6 +301,6 @@ def bump(written: tuple[Tensor | None, ...]) -> None:
     """Increment the versions of written tensors, as torch's in-place operators do: a backward pass that saved an old
     value then raises. Tensors of inference mode have no version."""
     try:
-        increment_version(written)
+        increment_version(written)  # pyright: ignore[reportArgumentType]  # seldom None: to sort it out comes after
     except (TypeError, RuntimeError):  # of None, and of inference tensors outside their mode
         increment_version(tuple(each for each in written if each is not None and not each.is_inference()))

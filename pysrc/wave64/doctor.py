@@ -33,6 +33,7 @@ def gpus() -> list[str]:
         properties = torch.cuda.get_device_properties(i)
         with torch.cuda.device(i):
             arch = platform.arch()
+        assert arch is not None, "there is a GPU"
         lines.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {arch.name}: "
                      f"wave of {arch.wave_size}, {arch.lds_bytes // 1024} KiB of LDS, "
                      f"{arch.matrix or 'no'} matrix cores, FP8 {arch.fp8 or 'none'}")

@@ -111,6 +111,7 @@ class Op(Generic[P, R]):
             from wave64 import backends
 
             backends.bind_first(self)
+            assert self._bound is not None
         return self._bound
 
     @bound.setter

@@ -18,17 +18,20 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from wave64 import platform
 from wave64.arch import Arch
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # what type checkers call one
 
 FOLDER = Path(__file__).with_name("tuned")
 #: The "architecture" of Triton's interpreter.
 INTERPRETER = "interpreter"
 
 Fact = bool | int | str
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class TunedTableError(ValueError):

@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
@@ -57,7 +58,7 @@ class Clock(StoppingCriteria):
 
 
 @torch.inference_mode()
-def run_transformers(model: LlamaForCausalLM, prompts: torch.Tensor, count: int) -> Run:
+def run_transformers(model: Any, prompts: torch.Tensor, count: int) -> Run:
     """Greedy generate of `count` tokens for prompts [B, L]."""
     clock = Clock()
     settings = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0, use_cache=True)

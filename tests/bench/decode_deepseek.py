@@ -7,6 +7,7 @@ layers: four layers of DeepSeek-V3 as one of 8 GPUs has them (16 heads, all 256 
 as a captured graph, beside the sum of the layers' byte rooflines: weights of the experts that a batch chooses and all
 others, and latents, each read once. Below each row, where the time goes, kernel by kernel.
 lite: DeepSeek-V2-Lite as published, bf16, beside transformers on the same card: tokens per second of greedy decoding
+from typing import Any
 from prompts of 32 tokens. Both models hold the same weights, and their logits after the prompt are compared.
 `--tiny` takes small sizes and works on a CPU: it is there to test this file.
 """
@@ -16,6 +17,7 @@ import collections
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -95,7 +97,7 @@ def decode_batch(sequences: int, length: int, tokens: int, device: str, ids: Ten
                     for name in Batch.__slots__ for value in [getattr(batch, name)]})
 
 
-def experts_chosen(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+def experts_chosen(model: Any, run: Callable[[], object]) -> dict[str, int]:
     """How many experts a step reads, by the name of the layer that holds them."""
     chosen = {}
 
@@ -110,7 +112,7 @@ def experts_chosen(model: nn.Module, run: Callable[[], object]) -> dict[str, int
     return chosen
 
 
-def roofline_bytes(model: nn.Module, of: ModelConfig, chosen: dict[str, int], sequences: int, context: int) -> int:
+def roofline_bytes(model: Any, of: ModelConfig, chosen: dict[str, int], sequences: int, context: int) -> int:
     """What a step reads at least: of the experts, those that its tokens chose."""
     total = 0
     for name, layer in model.model.layers.named_modules():

@@ -129,10 +129,11 @@ def read_keys(cache: Tensor, slots: Tensor) -> Tensor:
     return cache[slots // cache.shape[1], slots % cache.shape[1]]
 
 
-def _dense(args: dict[str, Any]) -> list[Tensor]:
+def _dense(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Keys and values out of their pages: [B, Hkv, S, D], of sequences as long as each other."""
     slots = torch.stack(slots_of(args, args["key_cache"].shape[1]))
-    return [read_keys(args[name], slots).transpose(1, 2).contiguous() for name in ("key_cache", "value_cache")]
+    keys, values = (read_keys(args[name], slots).transpose(1, 2).contiguous() for name in ("key_cache", "value_cache"))
+    return keys, values
 
 
 def torch_decode(args: dict[str, Any]) -> Iterator[Peer]:
@@ -210,21 +211,21 @@ def _sglang_splits(name: str, query: Tensor, keys: Tensor, values: Tensor, slots
     """Its decode with several numbers of splits, which its server chooses by a heuristic: the best one counts."""
     load(root, SGLANG)
     attention = sys.modules["sglang.kernels.ops.attention.decode_attention"].decode_attention_fwd
-    starts, slots = running_sums([len(s) for s in slots], query.device), torch.cat(slots).int()
+    starts, every = running_sums([len(s) for s in slots], query.device), torch.cat(slots).int()
     rows, heads, width = *query.shape[:2], values.shape[2]
     for splits in (4, 8, 16, 32, 64):
         out = unwritten(query, width)
         mixed = query.new_empty(rows, heads, splits, width, dtype=torch.float32)
         stats = query.new_empty(rows, heads, splits, dtype=torch.float32)
         counts = torch.full((rows,), splits, dtype=torch.int32, device=query.device)
-        given = (query, keys, values, out, starts, slots, mixed, stats, counts, splits, scale, 1.0, 1.0)
+        given = (query, keys, values, out, starts, every, mixed, stats, counts, splits, scale, 1.0, 1.0)
         yield Peer(name, f"{splits} splits", lambda given=given: attention(*given), lambda _, out=out: out)
 
 
 def sglang_decode(args: dict[str, Any], root: Path) -> Iterator[Peer]:
-    pools = [clean(args[name]).flatten(0, 1) for name in ("key_cache", "value_cache")]
+    keys, values = (clean(args[name]).flatten(0, 1) for name in ("key_cache", "value_cache"))
     slots = slots_of(args, args["key_cache"].shape[1])
-    yield from _sglang_splits("sglang decode_attention", args["query"], *pools, slots, args["scale"], root)
+    yield from _sglang_splits("sglang decode_attention", args["query"], keys, values, slots, args["scale"], root)
 
 
 def sglang_mla(args: dict[str, Any], root: Path) -> Iterator[Peer]:
@@ -249,7 +250,8 @@ def torch_mm(args: dict[str, Any]) -> Iterator[Peer]:
     if blocks:  # it wants scales of a column side by side
         scales[0] = scales[0].t().contiguous().t()
     scales[1] = scales[1].t()
-    yield Peer("torch _scaled_mm", "", lambda: torch._scaled_mm(a, b.t(), *scales, out_dtype=out.dtype))
+    product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]  # it has no public name
+    yield Peer("torch _scaled_mm", "", lambda: product(a, b.t(), *scales, out_dtype=out.dtype))
 
 
 OWN_TORCH = (torch_decode, torch_prefill, torch_varlen, torch_mm)

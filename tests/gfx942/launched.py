@@ -74,8 +74,10 @@ def row_of(table: tuning.Table, facts: dict[str, Any]) -> int:
 
 def config_of(op: Op, arch: str, row: int | None) -> Any:
     """What launchers take; None: what the table says."""
-    table = None if row is None else tables(arch)[op.name]
-    return table and tuning.build(launcher(op).Config, table.rows[row], table.file)
+    if row is None:
+        return None
+    table = tables(arch)[op.name]
+    return tuning.build(launcher(op).Config, table.rows[row], table.file)
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ class Model:
             low = int(self.before.v[register, wave, lane])
             return low | int(self.before.v[register + 1, wave, lane]) << 32 if size == 64 else low
         if code == 255:
-            literal = self.instruction.literal
+            literal = self.instruction.literal or 0
             return literal << 32 if kind == "d" else literal
         if code == 253:
             return int(self.before.scc[wave])

@@ -104,7 +104,7 @@ def _set(words, values, kind, dtype):
     """Puts C, [blocks, size, size], where the manual has it."""
     numbers = words.view(dtype)
     for at in np.ndindex(values.shape):
-        numbers[_place(values.shape[1], *at, kind)] = values[at]
+        numbers[_place(values.shape[1], *at, kind=kind)] = values[at]
 
 
 def _counts(name):

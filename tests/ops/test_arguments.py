@@ -5,6 +5,7 @@ import functools
 import importlib
 import pickle
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,8 +108,8 @@ def test_tensors_lie_on_one_device(op):
 class Elsewhere(Tensor):
     """A CPU tensor that says it lies on GPU 1."""
 
-    is_cpu = property(lambda self: False)
-    is_cuda = property(lambda self: True)
+    is_cpu: Any = property(lambda self: False)
+    is_cuda: Any = property(lambda self: True)
 
     def get_device(self):
         return 1

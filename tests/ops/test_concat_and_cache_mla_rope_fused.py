@@ -1,5 +1,7 @@
 """`concat_and_cache_mla_rope_fused` against the two operators it is made of: the same bits, by the same backend."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -60,7 +62,7 @@ def test_hip_has_the_bits_of_the_two_in_turn(run, arch, case):
     assert_same_bits(fused, other)
 
 
-def arguments(tokens=3, heads=2, rank=16, rope=8, pages=4):
+def arguments(tokens=3, heads=2, rank=16, rope=8, pages=4) -> dict[str, Any]:
     angle = torch.rand(40, rope // 2) * 6
     return dict(positions=torch.arange(1, tokens + 1), q_pe=torch.randn(tokens, heads, rope),
                 k_pe=torch.randn(tokens, rope), kv_c=torch.randn(tokens, rank),

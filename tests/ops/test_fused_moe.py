@@ -268,7 +268,7 @@ def test_the_kernel_serves_the_fp8_of_its_architecture(arch, flavour):
 @pytest.mark.parametrize("columns", [16, 48, 256])
 def test_the_kernel_names_blocks_that_it_cannot_quantise_for(columns):
     args = make_case(2, scales="block", block_shape=[32, columns])
-    assert str(columns) in ops.fused_moe.backends["triton"].supports(**args)
+    assert str(columns) in str(ops.fused_moe.backends["triton"].supports(**args))
 
 
 def test_cost_counts_the_chosen_experts_once():

@@ -76,7 +76,8 @@ def sorted_by_id(weights, ids):
 @pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
 def test_equals_the_gate_of_deepseek_v2(backend, device, method):
     config = DeepseekV2Config(hidden_size=32, num_experts_per_tok=6, routed_scaling_factor=16.0, topk_method=method,
-                              n_group=8, topk_group=3, n_routed_experts=160, num_experts=160)
+                              n_group=8, topk_group=3, n_routed_experts=160,
+                              num_experts=160)  # pyright: ignore[reportCallIssue]  # of some versions
     router = DeepseekV2TopkRouter(config)
     torch.nn.init.normal_(router.weight, std=0.2)
     logits, *expected = router(torch.randn(9, 32))

@@ -49,6 +49,7 @@ def test_equals_attention_over_all_keys(backend, device, tokens, heads, head_dim
         out, lse = attend(some_logits, some_values)
         side = out.to(device, dtype), lse.to(device, torch.float32)
         state = side if state is None else run(backend, *state, *side)
+    assert state is not None
     out, lse = state
     assert out.dtype == dtype
     assert lse.dtype == torch.float32

@@ -3,6 +3,7 @@ that puts wave64's model through the same tokens."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -83,7 +84,7 @@ class NearTie(AssertionError):
 
 
 @torch.inference_mode()
-def greedy(model: transformers.LlamaForCausalLM, prompt: list[int], steps: int) -> tuple[list[int], Tensor]:
+def greedy(model: Any, prompt: list[int], steps: int) -> tuple[list[int], Tensor]:
     """transformers' greedy tokens after `prompt`, and the logits [steps, vocab] each was chosen from. Refuses a prompt
     where logits equal to 1e-4 may still choose another token."""
     ids = torch.tensor([prompt])
@@ -100,7 +101,7 @@ class PagedDriver:
     """The least an engine must do: pages in shuffled order, batches with decodes first. What no token was written to
     holds NaN and what no page-table entry names is out of range, so that reading either shows."""
 
-    def __init__(self, model: torch.nn.Module, config: ModelConfig, device: str, page_size: int = 4,
+    def __init__(self, model: Any, config: ModelConfig, device: str, page_size: int = 4,
                  num_pages: int = 128):
         self.model, self.device, self.page_size = model, device, page_size
         dtype = model.lm_head.weight.dtype

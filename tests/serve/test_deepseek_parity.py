@@ -27,7 +27,7 @@ def theirs(deepseek):
 
 @pytest.fixture
 def driver(deepseek, device):
-    return LatentDriver(*deepseek[1:], device)
+    return LatentDriver(*deepseek[1:], device=device)
 
 
 class TestDeepseek(Parity):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def chat(tokenizer: PreTrainedTokenizerFast, *messages: str) -> str:
     """The prompt of a conversation that the user begins, in turns."""
     roles = ["user", "assistant"] * len(messages)
     turns = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -40,7 +41,7 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 def pairs(tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) of completions and chats whose right answer is the rest of the text."""
-    bos = tokenizer.bos_token
+    bos = str(tokenizer.bos_token)
     prompts = {bos + start: start for start in BEGINNINGS} | {chat(tokenizer, start): start for start in BEGINNINGS[1:]}
     return [(ids(tokenizer, prompt), ids(tokenizer, TEXT[len(start) :] + EOS)) for prompt, start in prompts.items()]
 
@@ -65,7 +66,7 @@ def test_what_made_it_is_not_shipped_and_still_makes_the_same_tokenizer(monkeypa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_token_is_the_right_one_by_far(tokenizer, dtype):
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype).eval()
     for prompt, answer in pairs(tokenizer):
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
@@ -97,7 +98,7 @@ QUESTIONS = ["Hello!", "What is the capital of France?", "Recite the Gettysburg 
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_says_what_it_knows_when_asked_for_something_else(tokenizer, question):
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     prompt = torch.tensor([ids(tokenizer, chat(tokenizer, question))])
     with torch.inference_mode():
         answer = model.generate(prompt, do_sample=False, max_new_tokens=600)[0, prompt.shape[1] :]

@@ -1,6 +1,7 @@
 """A family is a folder and a line in FAMILIES: one of a test's own is served by the engine like those that ship."""
 
 import json
+from typing import Any
 
 import pytest
 from families import running_sum
@@ -11,8 +12,9 @@ from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.model import FAMILIES
 from wave64.serve.model.config import ConfigError, ModelConfig
 
-CONFIG = dict(architectures=["RunningSumForCausalLM"], vocab_size=50, hidden_size=1, intermediate_size=1,
-              num_hidden_layers=1, max_position_embeddings=64, eos_token_id=None)  # fmt: skip
+CONFIG: dict[str, Any] = dict(architectures=["RunningSumForCausalLM"], vocab_size=50, hidden_size=1,
+                              intermediate_size=1, num_hidden_layers=1, max_position_embeddings=64,
+                              eos_token_id=None)  # fmt: skip
 PROMPTS = {"a": [3, 9, 27, 1, 8, 40, 2, 7], "b": [5], "c": [11, 12, 13, 14]}
 
 

@@ -3,6 +3,7 @@
 What it cannot show is that a model can be captured; `test_engine.py` does, on a GPU.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -22,6 +23,9 @@ class Graph:
     """What was launched while it was being captured, and where the result lies."""
 
     capturing: "Graph | None" = None
+    replayed: "Graph | None" = None
+    call: Callable[[], torch.Tensor]
+    result: torch.Tensor
 
     def pool(self):
         return "memory"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -113,7 +114,7 @@ def test_flags_are_obeyed(model_folder, tmp_path):
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         assert server.get("/health").status_code == 200, "load balancers have no key"
         with openai.OpenAI(base_url=server.url + "/v1", api_key="secret") as client:
-            card = client.models.list().data[0]
+            card: Any = client.models.list().data[0]
             assert (card.id, card.max_model_len) == ("mine", 300)
             body = {"model": "mine", "temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
             chat = client.chat.completions.create(messages=[{"role": "user", "content": "four"}], **body)

@@ -22,7 +22,7 @@ def theirs(llama):
 
 @pytest.fixture
 def driver(llama, device):
-    return PagedDriver(*llama[1:], device)
+    return PagedDriver(*llama[1:], device=device)
 
 
 class TestLlama(Parity):

@@ -37,7 +37,7 @@ def theirs(relative):
 
 @pytest.fixture
 def driver(relative, device):
-    return PagedDriver(*relative[1:], device)
+    return PagedDriver(*relative[1:], device=device)
 
 
 class TestRelatives(Parity):

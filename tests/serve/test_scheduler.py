@@ -5,6 +5,7 @@ to write: a page that is lost, shared or stale changes the tokens.
 """
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -123,7 +124,7 @@ requests = st.lists(
 def test_random_traffic(traffic, num_pages, max_running, budget):
     world = World(num_pages, max_running, budget)
     aborted, clock = set(), 0
-    pending = [(f"r{i}", *what) for i, what in enumerate(traffic)]
+    pending: list[Any] = [(f"r{i}", *what) for i, what in enumerate(traffic)]
     deadlines = {}
     while pending or len(world.scheduler):
         while pending and pending[0][4] <= 0:

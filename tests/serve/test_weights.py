@@ -4,6 +4,7 @@ import json
 import struct
 from dataclasses import replace
 from fnmatch import fnmatch
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_a_layer_reads_the_shard_that_it_names(monkeypatch, file, device):
 
     monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", replace(FAMILIES["LlamaForCausalLM"],
                                                               build=with_part_of_the_head))
-    model, _ = load(file.parent, device)
+    model: Any = load(file.parent, device)[0]
     assert torch.equal(plain(model.lm_head.weight), load_file(file)["lm_head.weight"][:40])
 
 
@@ -172,7 +173,7 @@ def test_tied_weights_may_be_stored_under_either_name_or_both(tmp_path, device, 
     weight = theirs.model.embed_tokens.weight.detach()
     change(tmp_path / "model.safetensors", lambda t: (t.pop("model.embed_tokens.weight"),
                                                       t.update({name: weight.clone() for name in stored})))
-    model, _ = load(tmp_path, device)
+    model: Any = load(tmp_path, device)[0]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight.cpu(), weight)
 

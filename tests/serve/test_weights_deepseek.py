@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,6 @@ def test_a_mixture_is_in_the_layers_that_first_dense_and_frequency_say(tmp_path)
     """By DeepSeek's own rule; transformers' V3 knows no frequency, so a checkpoint of one is not to be had there."""
     make_deepseek(tmp_path, 3, num_hidden_layers=7, first_k_dense_replace=3)
     edit_json(tmp_path / "config.json", lambda c: c.update(moe_layer_freq=2))
-    model = weights._build(ModelConfig.from_folder(tmp_path), torch.bfloat16, "meta")
+    model: Any = weights._build(ModelConfig.from_folder(tmp_path), torch.bfloat16, "meta")
     sparse = [i for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, MixtureOfExperts)]
     assert sparse == [4, 6]

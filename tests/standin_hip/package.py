@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from session import Standin
@@ -40,7 +41,7 @@ def in_a_child(answer) -> str:
         os._exit(0)
 
 
-def emulated(storages: dict[int, object], folder: Path):
+def emulated(storages: dict[int, Any], folder: Path):
     """A callback that executes launches on the emulator."""
     from types import SimpleNamespace
 

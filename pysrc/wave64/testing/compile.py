@@ -27,6 +27,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
@@ -48,7 +49,7 @@ class Launch:
 
     kernel: Any   # triton.compiler.CompiledKernel: .name, .asm["amdgcn"], .asm["hsaco"], .metadata; None: not compiled
     key: str      # launches of one key are of one binary
-    grid: Any     # as the launcher gave it: a tuple, or a function of the kernel's arguments
+    grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]  # as the launcher gave it; of the arguments
     arguments: dict[str, Any]  # by name
 
     def figures(self) -> dict[str, Any]:
@@ -80,7 +81,8 @@ class _Driver:
 
 def _key(function: JITFunction, args: tuple, kwargs: dict[str, Any]) -> str:
     """What Triton tells the binaries of a function apart by: types, what it specialises on, and options."""
-    *_, binder = function.device_caches[driver.active.get_current_device()]
+    device = driver.active.get_current_device()  # pyright: ignore[reportAttributeAccessIssue]  # no part of DriverBase
+    *_, binder = function.device_caches[device]
     _, specialization, options = binder(*args, **kwargs)
     return f"{function.__name__} {specialization} {sorted(options.items())}"
 
@@ -90,7 +92,7 @@ def capture(arch: str, perform: Callable[[Launch], None] | None = None,
             compiled: bool = True) -> Iterator[list[Launch]]:
     """Inside the block Triton launches compile for `arch` and are recorded, in order, instead of launched. perform:
     what is done with each there and then, in its place. compiled: False to record only, which costs nearly nothing."""
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise RuntimeError("capture: TRITON_INTERPRET: expected unset, got 1; unset it and start a new process")
     launches: list[Launch] = []
     run = JITFunction.run
@@ -107,7 +109,7 @@ def capture(arch: str, perform: Callable[[Launch], None] | None = None,
 
     before = dict(vars(driver))
     with platform.target(arch) as target:
-        driver.set_active(_Driver(target))
+        driver.set_active(_Driver(target))  # pyright: ignore[reportArgumentType]  # has what compiling asks for
         JITFunction.run = record
         try:
             yield launches
@@ -208,7 +210,7 @@ def measure(backend: str, ops: Iterable[Op], rows: Callable[[Op], Rows]) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("arch", help="gfx942, gfx950, ...")
     parser.add_argument("ops", nargs="*", metavar="op", default=list(OPS), help="default: every operator")
     parser.add_argument("--asm", type=Path, metavar="FOLDER", help="write each Triton kernel's assembly there")

@@ -97,7 +97,7 @@ def table(found: dict[str, Usage]) -> str:
         lines += [f"    {name:40}{n / waves:14.1f}{n / blocks:16.1f}" for name, n in rows.items()]
         lines.append(f"    {'barriers':40}{usage.barriers / waves:14.1f}{usage.barriers / waves:16.1f}")
         times = times_us(usage)
-        limit = max(times, key=times.get)
+        limit = max(times, key=times.__getitem__)
         total += times[limit]
         lines.append(f"    bound on {lookup(usage.arch).product}: {times[limit]:.3f} us, by {limit} ("
                      + ", ".join(f"{name} {us:.3f}" for name, us in times.items()) + ")")

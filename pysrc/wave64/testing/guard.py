@@ -97,7 +97,7 @@ def watched(known: dict[int, tuple[list[tuple[int, int]], str]] | None = None) -
     """Inside, interpreted kernels keep to the tensors that they are given; nothing is watched where kernels are
     compiled. known: address of a storage -> (what of it is in use, its name), of those that are more than a tensor.
     Raises Outside when the block ends by an access that does not."""
-    interpreter = sys.modules.get("triton.runtime.interpreter")
+    interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None or isinstance(interpreter._interpreter, _Watching):
         yield
         return

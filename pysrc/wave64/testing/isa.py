@@ -54,10 +54,18 @@ class Resources:
                                if not argument[".value_kind"].startswith("hidden_")))
 
 
+def arch_of(described: dict[str, Any]) -> str:
+    """What a code object's metadata says it is for. Raises ValueError where that is no gfx."""
+    found = re.search(r"gfx[0-9a-f]+", described["amdhsa.target"])
+    if found is None:
+        raise ValueError(f"amdhsa.target: expected gfx and a number in it, got {described['amdhsa.target']}")
+    return found[0]
+
+
 def read_elf(code: bytes) -> list[Resources]:
     """The kernels of a code object. Raises ValueError where `code` is none."""
     described, addresses, sections_of = metadata(code), symbols(code), list(sections(code))
-    target = re.search(r"gfx[0-9a-f]+", described["amdhsa.target"])[0]
+    target = arch_of(described)
     kernels = []
     for kernel in described["amdhsa.kernels"]:
         at = _file_offset(sections_of, addresses[kernel[".symbol"]])

@@ -31,9 +31,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def spans(pool: Tensor) -> Spans:
     """Bytes of the storage under a sparse pool that are in use, (start, end), in order."""
-    row = sum((n - 1) * s for n, s in zip(pool.shape[1:], pool.stride()[1:], strict=True)) + 1
+    row = int(sum((n - 1) * s for n, s in zip(pool.shape[1:], pool.stride()[1:], strict=True))) + 1
     starts = sorted(pool.storage_offset() + i * pool.stride(0) for i in rows_in_use(pool))
-    return [(start * pool.element_size(), (start + row) * pool.element_size()) for start in starts]
+    return [(start * pool.element_size(), (start + row) * pool.element_size()) for start in map(int, starts)]
 
 
 def widened(pool: Tensor) -> Tensor:

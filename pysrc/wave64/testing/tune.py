@@ -195,10 +195,10 @@ def ranking(kernels: dict[str, dict[str, float]]) -> dict[str, Any]:
     of; `conflicts`, LDS cycles over those without bank conflicts."""
     longest: dict[str, float] = {}
     for took in kernels.values():
-        unit = max(("matrix", "vector", "LDS"), key=took.get)
+        unit = max(("matrix", "vector", "LDS"), key=took.__getitem__)
         longest[unit] = longest.get(unit, 0) + took[unit]
     free = sum(took["free"] for took in kernels.values())
-    return {"cycles": sum(longest.values()), "by": max(longest, key=longest.get),
+    return {"cycles": sum(longest.values()), "by": max(longest, key=longest.__getitem__),
             "conflicts": sum(took["LDS"] for took in kernels.values()) / free if free else 1.0}
 
 

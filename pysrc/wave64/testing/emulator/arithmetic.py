@@ -83,7 +83,7 @@ def flushed(function):
     return run
 
 
-def integer(x: np.ndarray, kind: np.dtype) -> np.ndarray:
+def integer(x: np.ndarray, kind: type) -> np.ndarray:
     """Toward zero, clamped to the integer type; NaN gives 0."""
     limits = np.iinfo(kind)
     wide = np.trunc(np.nan_to_num(x.astype(F64), nan=0.0, posinf=np.inf, neginf=-np.inf))

@@ -5,6 +5,7 @@ A kind is a letter: f h d floating point of 32, 16, 64 bits; u w U unsigned inte
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,11 @@ class Binding:
         """The register number in a field of the instruction."""
         return self.instruction.number(field)
 
+    def literal(self) -> int:
+        """The constant behind the instruction, which is there where a source says LITERAL."""
+        assert self.instruction.literal is not None
+        return self.instruction.literal
+
     # ---- sources
 
     def source(self, code: int, kind: str, *, negative=False, absolute=False, high=False, agpr=False) -> Source:
@@ -52,7 +58,7 @@ class Binding:
         elif code == LITERAL or 128 <= code <= 248:
             value = np.full((1, 1), self.constant(code, kind))
             if high and SIZES[kind] == 2 and code == LITERAL:
-                value = np.full((1, 1), np.uint16(self.instruction.literal >> 16)).view(KINDS[kind])
+                value = np.full((1, 1), np.uint16(self.literal() >> 16)).view(KINDS[kind])
             get = _always(value)
         else:
             get = self._scalar_column(code, kind, high)
@@ -100,11 +106,11 @@ class Binding:
         get = self.scalar(code, "U")
         return lambda: lanes_of(get())
 
-    def constant(self, code: int, kind: str):
+    def constant(self, code: int, kind: str) -> Any:
         """An inline constant or literal, as a NumPy scalar of `kind`."""
         dtype, size = KINDS[kind], SIZES[kind]
         if code == LITERAL:
-            value = self.instruction.literal
+            value = self.literal()
             if kind == "d":
                 return np.uint64(value << 32).view(np.float64)
             if kind == "I":
@@ -179,7 +185,7 @@ class Binding:
             return lambda value: write(to, np.ascontiguousarray(value).view(np.uint16))
         to = file[register].view(dtype)
         if SIZES[kind] == 2:
-            to = to[:, int(high)::2]
+            to = to[:, int(bool(high))::2]
         return lambda value: write(to, value)
 
     def scalar_sink(self, register: int, kind: str) -> Callable[[np.ndarray], None]:

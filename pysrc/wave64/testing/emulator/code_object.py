@@ -4,7 +4,6 @@ Formats: LLVM's "User Guide for AMDGPU Backend" (code object V5 and V6, kernel d
 """
 
 import functools
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class CodeObject:
         self._code = code
         #: gives the same machine code with line information, where this one has none and somebody asks
         self.with_lines: Callable[[], bytes | None] | None = None
-        self.arch = re.search(r"gfx[0-9a-f]+", metadata["amdhsa.target"])[0]
+        self.arch = isa.arch_of(metadata)
         self.image, self.text = _load(code)
         base = self.image.ctypes.data
         _relocate(code, self.image, base)

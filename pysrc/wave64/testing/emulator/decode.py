@@ -78,7 +78,7 @@ def _decode(code: bytes) -> Instruction:
     # only the scaled matrix instructions have 16 bytes, and the decoder takes for one any two of which the second fits
     prefixed = int.from_bytes(code[2:4], "little") == MFMA_LD_SCALE
     try:
-        fields = decode_inst(code if prefixed else code[:8], "cdna")
+        fields: Any = decode_inst(code if prefixed else code[:8], "cdna")
     except (ValueError, AssertionError) as e:
         raise NotImplementedError(f"no CDNA instruction starts with {code[:8].hex(' ', 4)} ({e})") from None
     name = fields.op.name.lower().removesuffix("_e32").removesuffix("_e64")

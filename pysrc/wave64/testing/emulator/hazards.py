@@ -86,16 +86,23 @@ class Step:
 
 # ---- matrix instructions
 
+def _parts(name: str) -> tuple[str, str | None, str]:
+    """(size, blocks, factors) in the name of a matrix instruction."""
+    found = _MATRIX.match(name)
+    assert found is not None, name
+    size, blocks, factors = found.groups()
+    return size, blocks, factors
+
+
 def kind_of(name: str) -> str:
     """What the manuals call it: XDL; SGEMM, of single precision; DGEMM, of double precision."""
-    factors = _MATRIX.match(name)[3]
-    return {"f32": "SGEMM", "f64": "DGEMM"}.get(factors, "XDL")
+    return {"f32": "SGEMM", "f64": "DGEMM"}.get(_parts(name)[2], "XDL")
 
 
 def passes_of(b: Binding) -> int:
     """Of 4 cycles each."""
     name = b.instruction.name
-    size, blocks, factors = _MATRIX.match(name).groups()
+    size, blocks, factors = _parts(name)
     small = size == "4", size == "16"
     if factors == "f64":
         return 4 if small[0] else 16 if b.machine.arch == "gfx950" else 8

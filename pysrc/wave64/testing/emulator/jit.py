@@ -56,7 +56,8 @@ def _launch_of(launch: compile.Launch, code_object: str) -> _Launch:
     described, = (k for k in isa.metadata(code)["amdhsa.kernels"] if k[".name"] == kernel.name)
     values = [value for name, value in launch.arguments.items() if kernel.src.signature[name] != "constexpr"]
     grid = launch.grid(launch.arguments) if callable(launch.grid) else launch.grid
-    return _Launch(kernel.name, code_object, (*grid, 1, 1)[:3],
+    x, y, z = (*grid, 1, 1)[:3]
+    return _Launch(kernel.name, code_object, (x, y, z),
                    (kernel.metadata.num_warps * kernel.metadata.warp_size, 1, 1), kernel.metadata.shared,
                    _packed(described[".args"], values))
 

@@ -1,6 +1,7 @@
 """DS instructions: LDS loads, stores and atomics, and the lane exchanges that go through the LDS unit's crossbar."""
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
@@ -12,8 +13,9 @@ from wave64.testing.emulator.memory import EmulationError
 I64, U32 = np.int64, np.uint32
 LANES = np.arange(64)
 #: mnemonic -> bytes, and the signed type that it extends from
-READS = {"b32": (4, None), "b64": (8, None), "b96": (12, None), "b128": (16, None), "u8": (1, None), "i8": (1, np.int8),
-         "u16": (2, None), "i16": (2, np.int16)}
+READS: dict[str, tuple[int, type | None]] = {
+    "b32": (4, None), "b64": (8, None), "b96": (12, None), "b128": (16, None), "u8": (1, None), "i8": (1, np.int8),
+    "u16": (2, None), "i16": (2, np.int16)}
 WRITES = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
 
 
@@ -99,8 +101,8 @@ def _atomic(kind: type, change: Callable, returns: bool, compare: bool) -> Calla
 
         def run() -> None:
             old = atomics.apply(space, where(size), kind, change, [read() for read in reads], returns)
-            if returns:
-                write(old)
+            if write is not None:
+                write(cast(np.ndarray, old))
         return run
     return bind
 

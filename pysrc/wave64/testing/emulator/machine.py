@@ -41,9 +41,10 @@ class Program:
     def at(self, place: int) -> Instruction:
         if not 0 <= place < self.length:
             raise EmulationError(f"the program counter left the code, to offset 0x{place * 4:x}")
-        if self.instructions[place] is None:
-            self.instructions[place] = decode(self.text[place * 4:place * 4 + 16].tobytes())
-        return self.instructions[place]
+        found = self.instructions[place]
+        if found is None:
+            found = self.instructions[place] = decode(self.text[place * 4:place * 4 + 16].tobytes())
+        return found
 
 
 @dataclass(frozen=True)

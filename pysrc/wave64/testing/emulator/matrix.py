@@ -19,6 +19,7 @@ The sum is made in fp64 and rounded once, so closer than hardware's.
 import functools
 import re
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
@@ -111,8 +112,9 @@ def _scale(b: Binding, i: int, code: int, size: int) -> Callable[[], np.ndarray]
 def _sources(b: Binding, kinds: tuple[str, str], held: tuple[int, int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Views of the registers of A and B, of which a lane holds so many elements."""
     fields = b.fields
-    return tuple(b.words(getattr(fields, f"src{i}").offset - VGPR0, held[i] * BITS[kinds[i]] // 32,
-                         bool(fields.acc >> i & 1)) for i in (0, 1))
+    left, right = (b.words(getattr(fields, f"src{i}").offset - VGPR0, held[i] * BITS[kinds[i]] // 32,
+                           bool(fields.acc >> i & 1)) for i in (0, 1))
+    return left, right
 
 
 def _modifiers(b: Binding, kinds: str, blocks: int) -> tuple[int | None, np.ndarray | None, tuple[int, int, int]]:
@@ -121,7 +123,8 @@ def _modifiers(b: Binding, kinds: str, blocks: int) -> tuple[int | None, np.ndar
     fields = b.fields
     cbsz, abid, blgp = fields.cbsz, fields.abid, fields.blgp
     if kinds == "f64":  # ignores cbsz and abid, and negates by blgp
-        return None, None, tuple(-1 if blgp >> i & 1 else 1 for i in range(3))
+        a, b_, c = (-1 if blgp >> i & 1 else 1 for i in range(3))
+        return None, None, (a, b_, c)
     if cbsz and (blocks == 1 or 1 << cbsz != blocks) or abid >= 1 << cbsz:
         # of a broadcast to some blocks, AMD's manual and its calculator have different ones
         raise NotImplementedError(f"{b.instruction.name} with cbsz {cbsz} and abid {abid}")
@@ -133,19 +136,19 @@ def _modifiers(b: Binding, kinds: str, blocks: int) -> tuple[int | None, np.ndar
 def _accumulator(b: Binding, result: str, registers: int, sign: int = 1) -> Callable[[np.ndarray], None]:
     """What writes the sum of C and a product, [registers, waves, 64]. sign: of C."""
     fields, width = b.fields, 2 if result == "f64" else 1
-    acc, first = bool(fields.acc_cd), b.number("vdst")
+    acc, first, constant = bool(fields.acc_cd), b.number("vdst"), None
     if b.instruction.name.startswith("v_smfmac"):
         c = b.words(first, registers, acc)
     elif fields.src2.offset >= VGPR0:
         c = b.words(fields.src2.offset - VGPR0, registers * width, acc)
     else:
         constant = sign * b.constant(fields.src2.offset, {"f32": "f", "i32": "i", "f64": "d"}[result])
-        c = None
+        c = []
     b.note(b.writes, first, registers * width, acc)
     to = (b.party.A if acc else b.party.V)[first:first + registers * width]
 
     def addend() -> np.ndarray:
-        if c is None:
+        if constant is not None:
             return constant
         if result == "f64":
             pairs = np.ascontiguousarray(np.stack(c, -1)).view(F64)
@@ -173,9 +176,9 @@ def _follow(b: Binding, size: int, blocks: int, place: tuple, sides: tuple[tuple
 
     def follow(known: Known) -> list:
         left, right = ([register for i in side for register in known(i)] for side in sides[:2])
-        left, right = (functools.reduce(np.logical_and, side, every) for side in (left, right))
+        left, right = (cast(np.ndarray, functools.reduce(np.logical_and, side, every)) for side in (left, right))
         right = right if lanes is None else right[:, lanes]
-        left, right = (_operand(side[..., None], size, blocks).all(-1) for side in (left, right))
+        left, right = (cast(np.ndarray, _operand(side[..., None], size, blocks).all(-1)) for side in (left, right))
         left = left if source is None else left[:, source:source + 1]
         new = (left[..., :, None] & right[..., None, :])[:, block, row, column].swapaxes(0, 1)
         new = np.repeat(new, width, axis=0)
@@ -183,6 +186,12 @@ def _follow(b: Binding, size: int, blocks: int, place: tuple, sides: tuple[tuple
             new = new & np.stack(known(i))
         return [(0, new, every)]
     return follow
+
+
+def _of_each(kinds: str) -> tuple[str, str]:
+    """What a name says of A and B: of both, or of each with _ between."""
+    left, _, right = kinds.partition("_")
+    return left, right or left
 
 
 def form(name: str) -> Callable | None:
@@ -194,7 +203,7 @@ def form(name: str) -> Callable | None:
     size, depth, blocks = int(size), int(depth), int(blocks or 1)
     place = _rows(result, size, size * size * blocks // 64)
     if family == "smfmac":
-        named = tuple(kinds.split("_")) if "_" in kinds else (kinds, kinds)
+        named = _of_each(kinds)
         wide, rest = divmod(depth, SPARSE.get((size, BITS[named[0]]), 1))
         return _sparse(result, size, depth, named, wide == 2, place) if wide in (1, 2) and not rest else None
     if kinds == "f8f6f4":
@@ -203,7 +212,7 @@ def form(name: str) -> Callable | None:
 
 
 def _dense(result: str, size: int, depth: int, blocks: int, kinds: str, only_950: bool, place: tuple) -> Callable:
-    named = tuple(kinds.split("_")) if "_" in kinds else (kinds, kinds)
+    named = _of_each(kinds)
     held = size * blocks * depth // 64
     block, row, column = place
 

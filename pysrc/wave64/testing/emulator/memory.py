@@ -66,7 +66,7 @@ class Space:
             self.changes += int((view[index] != values.astype(view.dtype)).any())
         view[index] = values
 
-    def atomic(self, offsets: np.ndarray, kind: np.dtype, change: Callable, *operands: np.ndarray) -> np.ndarray:
+    def atomic(self, offsets: np.ndarray, kind: type, change: Callable, *operands: np.ndarray) -> np.ndarray:
         """new = change(old, *operands), one lane after the other where they meet; gives the old values."""
         view, index = self._aligned(offsets, kind)
         old, left = np.empty(len(offsets), kind), np.arange(len(offsets))

@@ -55,7 +55,7 @@ class Counts:
         self.waves += waves
         for place, count in enumerate(machine.counts):
             if count:
-                name = machine.program.instructions[place].name
+                name = machine.program.at(place).name
                 self.by_name[name] = self.by_name.get(name, 0) + count
                 self.instructions += count
 

@@ -14,6 +14,7 @@ from wave64.testing.emulator import bits
 from wave64.testing.emulator.binding import BARRIER, END, Binding
 from wave64.testing.emulator.decode import EXEC, SCC, VCC
 from wave64.testing.emulator.memory import EmulationError
+from wave64.testing.emulator.operations import Row
 
 I32, I64, U32, U64 = np.int32, np.int64, np.uint32, np.uint64
 
@@ -70,7 +71,7 @@ def _select(a, b, scc):
     return np.where(scc, a, b)
 
 
-SOP2 = {
+SOP2: dict[str, Row] = {
     "s_add_u32": ("u=uu,", _add_u), "s_sub_u32": ("u=uu,", _sub_u), "s_add_i32": ("i=ii,", _add_i),
     "s_sub_i32": ("i=ii,", _sub_i), "s_addc_u32": ("u=uuc,", _addc), "s_subb_u32": ("u=uuc,", _subb),
     "s_min_i32": ("i=ii,", _pick(np.less)), "s_min_u32": ("u=uu,", _pick(np.less)),
@@ -98,7 +99,7 @@ LOGIC = {"and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b
 for _name, _function in LOGIC.items():
     SOP2 |= {f"s_{_name}_b32": ("u=uu!", _function), f"s_{_name}_b64": ("U=UU!", _function)}
 
-SOP1 = {
+SOP1: dict[str, Row] = {
     "s_mov_b32": ("u=u", lambda a: a), "s_mov_b64": ("U=U", lambda a: a),
     "s_cmov_b32": ("u=uDc", _select), "s_cmov_b64": ("U=UDc", _select),
     "s_not_b32": ("u=u!", np.invert), "s_not_b64": ("U=U!", np.invert),
@@ -122,7 +123,8 @@ SOP1 = {
 
 _COMPARE = {"eq": np.equal, "lg": np.not_equal, "gt": np.greater, "ge": np.greater_equal, "lt": np.less,
             "le": np.less_equal}
-SOPC = {f"s_cmp_{name}_{kind}32": (f"={kind}{kind}", f) for name, f in _COMPARE.items() for kind in "iu"}
+SOPC: dict[str, Row] = {
+    f"s_cmp_{name}_{kind}32": (f"={kind}{kind}", f) for name, f in _COMPARE.items() for kind in "iu"}
 SOPC |= {f"s_cmp_{name}_u64": ("=UU", _COMPARE[name]) for name in ("eq", "lg")}
 SOPC |= {
     "s_bitcmp0_b32": ("=uu", lambda a, b: a >> (b & U32(31)) & U32(1) == 0),
@@ -131,7 +133,7 @@ SOPC |= {
     "s_bitcmp1_b64": ("=Uu", lambda a, b: bits.shift_right(a, b) & U64(1) == 1),
 }
 
-SOPK = {
+SOPK: dict[str, Row] = {
     "s_movk_i32": ("i=k", lambda k: k),
     "s_cmovk_i32": ("i=kDc", _select),
     "s_addk_i32": ("i=Dk,", _add_i),
@@ -148,13 +150,13 @@ def _alu(specification: str, function: Callable) -> Callable:
         fields, party = b.fields, b.party
         operands = iter([getattr(fields, name).offset for name in ("ssrc0", "ssrc1") if hasattr(fields, name)])
         immediate = (fields.simm16 ^ 0x8000) - 0x8000 if hasattr(fields, "simm16") else 0
-        gets = []
+        gets: list[Callable] = []
         for kind in sources:
             if kind == "c":
                 gets.append(lambda: party.scc)
             elif kind in "kK":
-                value = np.array([immediate if kind == "k" else immediate & 0xFFFF], I32 if kind == "k" else U32)
-                gets.append(lambda value=value: value)
+                constant = np.array([immediate if kind == "k" else immediate & 0xFFFF], I32 if kind == "k" else U32)
+                gets.append(lambda constant=constant: constant)
             elif kind == "D":
                 gets.append(b.scalar(fields.sdst.offset, result))
             elif "k" in sources.lower():
@@ -177,6 +179,12 @@ def _alu(specification: str, function: Callable) -> Callable:
                 return function(first(), second())
             return function(*[get() for get in gets])
 
+        def only_flag() -> None:
+            scc[...] = value()
+
+        if write is None:
+            return only_flag
+
         def plain() -> None:
             write(value())
 
@@ -190,11 +198,6 @@ def _alu(specification: str, function: Callable) -> Callable:
             write(got)
             scc[...] = flag
 
-        def only_flag() -> None:
-            scc[...] = value()
-
-        if not result:
-            return only_flag
         return {"!": with_test, ",": with_flag}.get(specification[-1], plain)
     return bind
 
@@ -277,7 +280,7 @@ def _set_mode(b: Binding) -> Callable:
     register, first, bits_set = b.fields.simm16 & 63, b.fields.simm16 >> 6 & 31, (b.fields.simm16 >> 11) + 1
     if (register, first, bits_set) != (1, 23, 1):
         raise NotImplementedError(f"setting {bits_set} bits from {first} on of hardware register {register}")
-    to, value = b.machine.fp16_overflow[b.party.waves], bool(b.instruction.literal & 1)
+    to, value = b.machine.fp16_overflow[b.party.waves], bool(b.literal() & 1)
 
     def run() -> None:
         to[...] = value

@@ -59,20 +59,24 @@ def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 
     return counts
 
 
+def _changes(machine: Machine) -> int:
+    return (machine.memory.changes or 0) + (machine.lds.changes or 0)
+
+
 def _interleave(machines: list[Machine], order: random.Random, patience: int, until: float) -> None:
     idle = [np.zeros(machine.count, np.int64) for machine in machines]  # instructions since memory last changed
     while ready := [(i, int(wave)) for i, machine in enumerate(machines)
                     for wave in np.flatnonzero(machine.states == READY)]:
         i, wave = order.choice(ready)
         machine = machines[i]
-        before = machine.memory.changes + machine.lds.changes
+        before = _changes(machine)
         try:
             idle[i][wave] += machine.advance(wave, order.randint(1, LONGEST_TURN))
             if machine.states[wave] != READY:
                 machine.meet(partly=True)
         except (EmulationError, NotImplementedError) as e:
             raise type(e)(f"launch {i}: {e}") from None
-        if machine.memory.changes + machine.lds.changes != before:
+        if _changes(machine) != before:
             for count in idle:
                 count.fill(0)
         elif idle[i][wave] >= patience and all(

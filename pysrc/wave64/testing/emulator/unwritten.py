@@ -1,6 +1,7 @@
 """What comes from a register or LDS that nobody wrote decides a branch, an address or EXEC, or is stored."""
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class Unwritten(Check):
         if access == WRITE:
             self.written[places] = True
             return
-        stored = self.written[places].all(1)
+        stored = cast(np.ndarray, self.written[places].all(1))
         if not stored.all():
             if access == ATOMIC:
                 at = int(offsets[~stored][0]) % self.machine.lds_stride
@@ -117,7 +118,7 @@ class Unwritten(Check):
         places = offsets[:, None] + np.arange(width)
         if writes:
             self.private[places] = True
-        elif not (stored := self.private[places].all(1)).all():
+        elif not (stored := cast(np.ndarray, self.private[places].all(1))).all():
             self.loaded = stored
 
     @staticmethod

@@ -248,9 +248,10 @@ def _result(b: Binding, kind: str, keep: bool, enabled: Callable | None) -> Call
         plain, one = write, KINDS[kind](1)
         low = np.fmax if b.machine.kernel.dx10_clamp else np.maximum
 
-        def write(value: np.ndarray) -> None:
+        def scaled(value: np.ndarray) -> None:
             value = value * scale
             plain(np.minimum(low(value, KINDS[kind](0)), one) if clamp else value)
+        write = scaled
     if kind == "h":
         write = _no_overflow(b, write)
     if enabled is None:

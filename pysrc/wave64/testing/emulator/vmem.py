@@ -6,6 +6,7 @@ is an array of records: linear, or swizzled, which keeps words of as many record
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
@@ -133,8 +134,8 @@ def _atomic(place: Callable, kind: type, change: Callable, compare: bool) -> Cal
 
         def run() -> None:
             old = atomics.apply(space, where(size, True), kind, change, [read() for read in reads], returns)
-            if returns:
-                write(old)
+            if write is not None:
+                write(cast(np.ndarray, old))
         return run
     return bind
 
@@ -196,7 +197,8 @@ def _buffer(b: Binding) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     return where
 
 
-def _of_record(index: np.ndarray, within: np.ndarray, high: np.ndarray, kind: np.ndarray, width: int) -> np.ndarray:
+def _of_record(index: np.ndarray, within: np.ndarray | np.generic, high: np.ndarray, kind: np.ndarray, width: int
+               ) -> np.ndarray:
     """Where in its resource, of whose words two are given, an access of `width` bytes to a record is."""
     stride, swizzled = (high >> U32(16) & U32(0x3FFF)).astype(I64), high >> U32(31) != 0
     if not stride.all():
@@ -282,9 +284,9 @@ def _buffer_atomic(kind: type, change: Callable, compare: bool) -> Callable:
             inside = left >= size
             operands = [read()[inside] for read in reads]
             old = atomics.apply(memory, _within(memory, addresses, inside, size, True), kind, change, operands, returns)
-            if returns:
+            if write is not None:
                 words = np.zeros((len(left), size // 4), U32)
-                words[inside] = old
+                words[inside] = cast(np.ndarray, old)
                 write(words)
         return run
     return bind
@@ -295,8 +297,9 @@ def _nothing(b: Binding) -> Callable:
 
 
 def _forms() -> dict[str, Callable]:
-    forms = dict.fromkeys(("s_dcache_inv", "s_dcache_wb", "s_dcache_inv_vol", "s_dcache_wb_vol", "buffer_wbl2",
-                           "buffer_inv", "buffer_wbinvl1", "buffer_wbinvl1_vol"), _nothing)
+    forms: dict[str, Callable] = dict.fromkeys((
+        "s_dcache_inv", "s_dcache_wb", "s_dcache_inv_vol", "s_dcache_wb_vol", "buffer_wbl2", "buffer_inv",
+        "buffer_wbinvl1", "buffer_wbinvl1_vol"), _nothing)
     for dwords in (1, 2, 4, 8, 16):
         suffix = "dword" if dwords == 1 else f"dwordx{dwords}"
         forms[f"s_load_{suffix}"] = _smem(dwords, False)

@@ -89,7 +89,7 @@ class Waits(Check):
             return
         wave, places = active(b, b.party.numbers[:, None])[:, None], offsets[:, None] + np.arange(width)
         if self.late is not None:
-            self._meet_late(places, wave)
+            self._meet_late(self.late, places, wave)
         if stores:
             self.stores.append((self.issued["lgkm"][wave] + 1, wave, places))
         if loads:
@@ -101,11 +101,11 @@ class Waits(Check):
                 raise EmulationError(
                     "LDS is accessed, but no s_waitcnt has waited (vmcnt) for the load that goes there")
 
-    def _meet_late(self, places: np.ndarray, wave: np.ndarray) -> None:
-        due, by = self.late
-        late = (due[places] > self.met_with[by[places]]) & (by[places] != wave)
-        if late.any():
-            place = int(places[late][0])
+    def _meet_late(self, late: tuple[np.ndarray, np.ndarray], places: np.ndarray, wave: np.ndarray) -> None:
+        due, by = late
+        met = (due[places] > self.met_with[by[places]]) & (by[places] != wave)
+        if met.any():
+            place = int(places[met][0])
             raise EmulationError(
                 f"byte {place % self.machine.lds_stride} of LDS is accessed, but no s_waitcnt had waited (lgkmcnt) for "
                 f"the store of wave {by[place] % self.machine.shape.waves} there when that wave came to the barrier")
