@@ -18,9 +18,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    chosen, rest = tiers.select(items, config.getoption("--tier"))
-    if config.getoption("--tier") == "long":
-        tiers.widen(chosen)
+    tier = config.getoption("--tier")
+    chosen, rest = tiers.select(items, tier)
+    if tier in tiers.EXAMPLES:
+        tiers.draw(chosen, tiers.EXAMPLES[tier], anew=tier == "long")
     if rest:
         config.hook.pytest_deselected(items=rest)
         items[:] = chosen

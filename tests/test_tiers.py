@@ -40,7 +40,7 @@ def test_each_tier_runs(tier, expected):
     assert len(chosen) + len(rest) == len(ITEMS)
 
 
-def test_long_draws_more_examples():
+def test_examples_are_multiplied():
     seen = []
 
     @settings(max_examples=3, deadline=None, derandomize=True, database=None)
@@ -51,9 +51,9 @@ def test_long_draws_more_examples():
     drawn()
     assert len(seen) == 3
     seen.clear()
-    tiers.widen([SimpleNamespace(function=drawn), SimpleNamespace(function=len)])
+    tiers.draw([SimpleNamespace(function=drawn), SimpleNamespace(function=len)], 20, anew=True)
     drawn()
-    assert len(seen) == 3 * tiers.MORE_EXAMPLES
+    assert len(seen) == 3 * 20
 
 
 def test_folders_that_quick_leaves_out_are_there():

@@ -1,10 +1,10 @@
 """The three tiers of the suite, `pytest --tier quick|suite|long`, and which test belongs to which.
 
-quick   what a developer runs at every save: no server, no machine code, and of every operator, backend and architecture
-        one case (a drawn one would be another each time; it is the first)
+quick   what a developer runs at every save: no server, no machine code; every test with its first parameters, for each
+        operator and backend; a few examples of every hypothesis test
 suite   everything but what is marked long: what `setup_rocm.py test` and CI run
-long    everything, what is marked `@pytest.mark.long` too (each has a short form in the suite), and MORE_EXAMPLES
-        times the examples of every hypothesis test, drawn anew at each run
+long    everything, what is marked `@pytest.mark.long` too (each has a short form in the suite), and many more
+        examples of every hypothesis test, drawn anew at each run
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from hypothesis import settings
 
 TIERS = ("quick", "suite", "long")
 TESTS = Path(__file__).parent
-MORE_EXAMPLES = 20
+EXAMPLES = {"quick": 0.2, "long": 20}  # times as many of a hypothesis test as the suite draws
 
 #: Fixtures that start a server, train, or compile for a GPU: not for `quick`.
 SLOW_FIXTURES = {"server", "compiling", "reports", "tuned", "forms", "golden"}
@@ -36,13 +36,12 @@ def select(items: Iterable[pytest.Item], tier: str) -> tuple[list[pytest.Item], 
     return chosen, rest
 
 
-def widen(items: Iterable[pytest.Item]) -> None:
-    """For `long`: more examples of hypothesis tests, which are no longer the same at every run. A failure prints its
-    example and the decorator that repeats it."""
+def draw(items: Iterable[pytest.Item], times: float, anew: bool) -> None:
+    """Hypothesis tests get `times` as many examples; anew: other ones at each run. A failure prints its example."""
     for test in {item.function for item in items if getattr(item.function, "is_hypothesis_test", False)}:
         given = test._hypothesis_internal_use_settings
         test._hypothesis_internal_use_settings = settings(
-            given, max_examples=MORE_EXAMPLES * given.max_examples, derandomize=False, database=None, print_blob=True)
+            given, max_examples=max(1, int(times * given.max_examples)), derandomize=not anew, database=None)
 
 
 def _is_slow(item: pytest.Item) -> bool:
@@ -53,9 +52,8 @@ def _is_slow(item: pytest.Item) -> bool:
 
 
 def _group(item: pytest.Function) -> tuple:
-    """Tests of one operator's cases form a group, others are a group each."""
+    """Of the tests of a group `quick` runs the first."""
     parameters = getattr(item, "callspec", None)
-    if parameters is None or "case" not in parameters.params:
-        return (item.nodeid,)
-    others = tuple(str(value) for name, value in sorted(parameters.params.items()) if name != "case")
-    return (item.path, item.originalname, *others)
+    of = parameters.params if parameters else {}
+    return (item.path, item.originalname, *(str(getattr(of.get(name), "name", of.get(name)))
+                                            for name in ("op", "kernel", "backend")))
