@@ -65,7 +65,8 @@ def v2_lite(tiny: bool, context: int) -> ModelConfig:
     return config(27, 2048, 16, 102400, mla, moe, 10944, None, context, "DeepseekV2ForCausalLM")
 
 
-def build(of: ModelConfig, device: str) -> nn.Module:
+def build(of: ModelConfig, device: str, theirs: nn.Module | None = None) -> nn.Module:
+    """The model with the weights of `theirs`, transformers' model; with noise for None."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(of.dtype)
     try:
@@ -73,7 +74,10 @@ def build(of: ModelConfig, device: str) -> nn.Module:
             model = DeepseekForCausalLM(of).eval()
     finally:
         torch.set_default_dtype(before)
-    fill_with_noise(model)
+    if theirs is None:
+        fill_with_noise(model)
+    else:
+        copy_weights(theirs, model)
     return model
 
 
@@ -186,25 +190,27 @@ def transformers_lite(of: ModelConfig, device: str) -> nn.Module:
 
 @torch.inference_mode()
 def copy_weights(theirs: nn.Module, model: nn.Module) -> None:
-    """Puts transformers' weights in ours, by the names of a checkpoint."""
+    """Copy transformers' weights to ours, by the names of a checkpoint."""
     stored = theirs.state_dict()
     for name, module in model.named_modules():
-        for place, view, _ in module.checkpoint(name) if isinstance(module, Layer) else ():
-            if ".experts." in place:
-                parent, number, kind = place.removesuffix(".weight").rsplit(".", 2)
+        for stored_name, view, _ in module.checkpoint(name) if isinstance(module, Layer) else ():
+            if ".experts." in stored_name:
+                parent, number, kind = stored_name.removesuffix(".weight").rsplit(".", 2)
                 fused = stored[f"{parent}.{'down_proj' if kind == 'down_proj' else 'gate_up_proj'}"][int(number)]
                 rows = len(view)
                 view.copy_(fused[rows:] if kind == "up_proj" else fused[:rows])
             else:
-                view.copy_(stored[place])
+                view.copy_(stored[stored_name])
+        if isinstance(module, Layer):
+            module.finish()
 
 
 @torch.inference_mode()
 def lite(args: argparse.Namespace, device: str) -> None:
     prompt, tokens = 32, args.tokens
     of = v2_lite(args.tiny, prompt + tokens + PAGE_SIZE)
-    theirs, model = transformers_lite(of, device), build(of, device)
-    copy_weights(theirs, model)
+    theirs = transformers_lite(of, device)
+    model = build(of, device, theirs)
     print("| batch | transformers tok/s | wave64 tok/s | ratio |\n|---|---:|---:|---:|")
     for sequences in args.batch:
         ids = torch.randint(of.vocab_size, (sequences, prompt), device=device)
