@@ -126,6 +126,7 @@ def test_bad_arguments_are_refused_in_words(change, error, words):
 def test_fields_go_by_name_in_any_order():
     (first,), (other,) = launched(**GOOD), launched(**dict(reversed(GOOD.items())))
     assert first.args == other.args
+    assert launched(**GOOD)[0].args == first.args  # the names of the last call in another order again
     with hip.record("gfx942") as launches:
         for x, eps in ((X, 0.5), (OTHER, 0.25)):  # the same names twice, and other values
             hip.launch("rms_norm", x=x, weight=X, out=X, x_stride=1, out_stride=2, num_tokens=3, hidden=64, eps=eps,

@@ -6,7 +6,7 @@
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
 
-// erfc of z >= 0 as exp(-z^2) P(t) t, t = 1 / (1 + 0.3 z). P was fitted to erfc(z) exp(z^2) on [0, 9.5] for the least
+// erfc of z >= 0 as exp(-z^2) P(t) t, t = 1 / (1 + 0.3 z). P was fitted to erfc(z) exp(z^2) on [0, 9.5] for the minimal
 // relative error, 2e-8; beyond that interval erfc is 0 in fp32.
 WAVE64_DEVICE float erfc(float z) {
     const float t = reciprocal(1 + 0.3f * z);

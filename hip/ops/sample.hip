@@ -356,7 +356,7 @@ WAVE64_DEVICE void sample(const SampleArgs& args) {
     }
 
     bool from_list;
-    int count_bits;  // of quantities of weight: below them, how many; of the row there is no room for that
+    int count_bits;  // low bits of a quantity that count its logits; 0 for the whole row, whose count does not fit
     unsigned last;   // rank of what top_k and top_p keep
     const int first_id = row.first_id(0);
     const auto each = [&](auto visit) {

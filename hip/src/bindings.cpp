@@ -148,9 +148,19 @@ struct Callee {
         refuse("there is no field " + std::string(py::str(name)) + "; its fields are " + all);
     }
 
+    // Whether the names are those of the last call, in the same order; a call with **fields has a tuple of its own.
+    bool is_last(PyObject* call_names) const {
+        if (!call_names || !last_names || call_names == last_names.ptr()) return call_names && last_names;
+        const Py_ssize_t count = PyTuple_GET_SIZE(call_names);
+        if (count != PyTuple_GET_SIZE(last_names.ptr())) return false;
+        for (Py_ssize_t i = 0; i < count; i++)
+            if (PyTuple_GET_ITEM(call_names, i) != PyTuple_GET_ITEM(last_names.ptr(), i)) return false;
+        return true;
+    }
+
     // A copy, since what is called while arguments are read may launch the op from another thread.
     Order order_of(PyObject* call_names) {
-        if (call_names == last_names.ptr() && call_names) return last_order;
+        if (is_last(call_names)) return last_order;
         Order order{};
         std::vector<bool> given(names.size());
         const size_t count = call_names ? PyTuple_GET_SIZE(call_names) : 0;
@@ -181,11 +191,13 @@ struct KeptLaunch : RecordedLaunch {
 };
 
 void keep_launches(const Callee& callee, const Order& order, PyObject* const* values) {
+    std::vector<RecordedLaunch> launches = record_take();
+    if (launches.empty()) return;
     py::dict tensors;
     for (size_t i = 0; i < callee.names.size(); i++)
         if (callee.op->fields[order[i]].kind == 'P' && values[i] != Py_None)
             tensors[callee.names[order[i]]] = py::handle(values[i]);
-    for (RecordedLaunch& made : record_take())
+    for (RecordedLaunch& made : launches)
         py::reinterpret_borrow<py::list>(kept_in).append(KeptLaunch{std::move(made), tensors});
 }
 

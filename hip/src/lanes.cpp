@@ -1,8 +1,8 @@
 // Runs one launch of a kernel on a CPU (include/wave64/cpu.h): the blocks one after another, a block's waves in turn, a
 // wave's lanes as fibers. Compiled together with an op's device section by wave64/testing/lanes.py.
 //
-// What is stricter than hardware: LDS is full of NaN when a block starts; the order of waves and lanes turns round at
-// every meeting, so that a missing barrier shows; lanes of a wave that wait for each other at different places, and
+// What is stricter than hardware: LDS is full of NaN when a block starts; the order of waves and lanes is reversed at
+// every meeting, so that a missing barrier shows; lanes of a wave that wait for each other at different points, and
 // lanes that never meet, are errors.
 #include <setjmp.h>
 #include <stdio.h>
@@ -28,11 +28,11 @@ struct Arguments {  // passed by value as any struct of more than 16 bytes is: t
 };
 using Kernel = void (*)(Arguments);
 
-enum Place { kReady, kAtWave, kAtBlock, kReturned };
+enum State { kReady, kAtWave, kAtBlock, kReturned };
 
 struct Fiber {
     jmp_buf at;
-    Place place;
+    State state;
     int kind;
     bool begun;
 };
@@ -43,18 +43,18 @@ char* stacks;
 Kernel kernel;
 Arguments arguments;
 uint64_t brought[2][kMaxLanes];
-int turn[kMaxLanes];  // which half of `brought` a lane uses next
+int next_half[kMaxLanes];  // which half of `brought` a lane uses next
 
-void leave(Place place, int kind) {
+void leave(State state, int kind) {
     Fiber& self = fibers[running.in_block];
-    self.place = place;
+    self.state = state;
     self.kind = kind;
     if (_setjmp(self.at) == 0) _longjmp(scheduler, 1);
 }
 
 void begin() {
     kernel(arguments);
-    fibers[running.in_block].place = kReturned;
+    fibers[running.in_block].state = kReturned;
     _longjmp(scheduler, 1);
 }
 
@@ -77,28 +77,29 @@ const char* run_wave(int first, int end, bool backwards) {
     for (;; backwards = !backwards) {
         for (int i = first; i < end; i++) {
             const int lane = backwards ? first + end - 1 - i : i;
-            if (fibers[lane].place == kReady) resume(lane);
+            if (fibers[lane].state == kReady) resume(lane);
         }
         int at_wave = 0, at_block = 0, kind = -1;
         for (int lane = first; lane < end; lane++) {
             const Fiber& fiber = fibers[lane];
-            at_block += fiber.place == kAtBlock;
-            if (fiber.place != kAtWave) continue;
+            at_block += fiber.state == kAtBlock;
+            if (fiber.state != kAtWave) continue;
             at_wave++;
-            if (kind >= 0 && fiber.kind != kind) return "lanes of a wave exchange values at different places";
+            if (kind >= 0 && fiber.kind != kind) return "lanes of a wave exchange values at different points";
             kind = fiber.kind;
         }
         if (at_wave == 0) return nullptr;
         if (at_block) return "some lanes of a wave wait at a barrier while others exchange values";
         for (int lane = first; lane < end; lane++)
-            if (fibers[lane].place == kAtWave) fibers[lane].place = kReady;
+            if (fibers[lane].state == kAtWave) fibers[lane].state = kReady;
     }
 }
 
 const char* run_block(int lanes) {
     if (__start_wave64_lds) memset(__start_wave64_lds, 0xff, __stop_wave64_lds - __start_wave64_lds);
     memset(brought, 0, sizeof brought);
-    for (int lane = 0; lane < lanes; lane++) fibers[lane].place = kReady, fibers[lane].begun = false, turn[lane] = 0;
+    for (int lane = 0; lane < lanes; lane++)
+        fibers[lane].state = kReady, fibers[lane].begun = false, next_half[lane] = 0;
     const int size = running.wave_size, waves = (lanes + size - 1) / size;
     for (bool backwards = false;; backwards = !backwards) {
         for (int i = 0; i < waves; i++) {
@@ -107,7 +108,7 @@ const char* run_block(int lanes) {
         }
         bool waiting = false;
         for (int lane = 0; lane < lanes; lane++)
-            if (fibers[lane].place == kAtBlock) fibers[lane].place = kReady, waiting = true;
+            if (fibers[lane].state == kAtBlock) fibers[lane].state = kReady, waiting = true;
         if (!waiting) return nullptr;
     }
 }
@@ -117,8 +118,8 @@ const char* run_block(int lanes) {
 void meet_block() { leave(kAtBlock, 0); }
 
 const uint64_t* meet_wave(int kind, uint64_t mine) {
-    const int lane = running.in_block, half = turn[lane];
-    turn[lane] ^= 1;
+    const int lane = running.in_block, half = next_half[lane];
+    next_half[lane] ^= 1;
     brought[half][lane] = mine;
     leave(kAtWave, kind);
     return &brought[half][lane / running.wave_size * running.wave_size];
@@ -132,7 +133,7 @@ extern "C" __attribute__((visibility("default"))) const char* wave64_run(void (*
                                                                          int wave_size, const void* args, size_t size) {
     using namespace wave64;
     if (lanes > kMaxLanes || size > sizeof arguments.bytes)
-        return "more lanes, or larger arguments, than there is room for";
+        return "more lanes, or larger arguments, than the emulation has capacity for";
     if (!stacks)
         stacks = static_cast<char*>(mmap(nullptr, kMaxLanes * kStackBytes, PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));

@@ -1,8 +1,8 @@
 // The runtime: opens HIP by name (CUDA where there is no HIP, for development), reads device properties, loads code
 // objects, launches, or records launches instead of making them.
 //
-// Nothing of HIP's is linked or included. The few entry points below have the same shape in both drivers; only the way
-// to ask for properties differs. They do not change: HIP keeps old layouts under old symbol names, CUDA under suffixes.
+// HIP is neither linked nor included. The few entry points below have the same signatures in both drivers, except those
+// for device properties. They do not change: HIP keeps old layouts under old symbol names, CUDA under suffixes.
 #include "runtime.h"
 
 #include <dlfcn.h>
@@ -65,8 +65,8 @@ struct EntryPoint {
     void* address;  // of the member that gets it
 };
 
-// A library whose file name begins with `stem` and that the process already holds, or null. A ROCm torch brings its own
-// copy of the runtime; a second one would know neither its streams nor its memory.
+// A library whose file name begins with `stem` and that the process has loaded, or null. A ROCm torch brings its own
+// copy of the runtime; a second copy would not know its streams and memory.
 void* already_loaded(const char* stem) {
     struct Search {
         const char* stem;
@@ -133,7 +133,7 @@ int32_t open_cuda(Driver& driver, void* library) {
                     "");
 }
 
-// What the process holds already, else the first candidate that can be opened: never a second runtime.
+// The runtime that the process has loaded, else the first candidate that can be opened: never a second one.
 int32_t open_driver(Driver& driver, const std::vector<std::string>& candidates) {
     if (void* hip = already_loaded("libamdhip64")) return open_hip(driver, hip);
     std::string broken;
@@ -152,7 +152,7 @@ struct Opened {
     std::string text;
 };
 
-// Opened once, by the first who asks; a failure is kept with its words and told to every caller.
+// Opened once, by the first caller; a failure is kept with its message and returned to every caller.
 int32_t driver(const Driver** out, const std::vector<std::string>& candidates = {"libamdhip64.so"}) {
     static const Opened opened = [&candidates] {
         Opened opened;
@@ -172,7 +172,7 @@ int32_t driver(const Driver** out, const std::vector<std::string>& candidates = 
 
 int32_t check(const Driver& driver, const char* what, int code) {
     if (code == 0) return kOk;
-    if (driver.is_hip) driver.last_error();  // told here; what is left torch would take for an error of its own
+    if (driver.is_hip) driver.last_error();  // reported here; else torch would take it for an error of its own
     return fail(kRuntimeError, "%s: %s: %s", driver.name, what, driver.words(code).c_str());
 }
 
@@ -234,7 +234,7 @@ int32_t no_code_object(const Device& device, const char* op) {
                 code_object_path(device, op).c_str());
 }
 
-// Loading is forbidden while a stream captures, unless this thread says that it knows what it does.
+// Loading is forbidden while a stream captures, unless this thread relaxes the capture mode.
 template <typename Body>
 int32_t with_relaxed_capture(const Driver& driver, Body&& body) {
     int mode = 2;

@@ -10,9 +10,8 @@
 
 namespace wave64 {
 
-// Opens the GPU runtime: what the process holds of HIP or, for development, CUDA, else the first of `candidates`
-// (paths, or names for the loader to find) that can be opened, else CUDA's. Who asks first decides; `path` is then the
-// library's.
+// Opens the GPU runtime: the HIP or, for development, CUDA that the process has loaded, else the first of `candidates`
+// (paths, or names for the loader) that can be opened, else CUDA's. The first call decides; `path` is the library's.
 int32_t open_runtime(const std::vector<std::string>& candidates, std::string* path);
 
 // Loads an op's code object for the current device, as its first launch would.
@@ -21,7 +20,7 @@ int32_t load(const char* op);
 int32_t device_count(int* count);
 int32_t device_at(int index, const Device** device);
 
-// The folder that holds <arch>/<op>.co: beside this module, wherever it was installed.
+// The folder of <arch>/<op>.co: next to this module, wherever it was installed.
 std::string code_object_folder();
 
 struct RecordedLaunch {
@@ -34,7 +33,7 @@ struct RecordedLaunch {
 // From here on launches of this thread are kept, planned for `device`, instead of made.
 int32_t record_begin(const Device& device);
 bool recording_active();
-// The launches since this was last asked.
+// The launches since the last call.
 std::vector<RecordedLaunch> record_take();
 void record_end();
 

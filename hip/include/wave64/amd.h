@@ -42,7 +42,7 @@ WAVE64_DEVICE float from_lane(float x, int lane) {
     return __builtin_bit_cast(float, from_lane(__builtin_bit_cast(int, x), lane));
 }
 
-// A bit per lane of the wave: where `yes` holds.
+// A bit per lane of the wave: set where `yes` holds.
 WAVE64_DEVICE uint64_t ballot(bool yes) {
 #if defined(__GFX9__)
     return __builtin_amdgcn_ballot_w64(yes);
@@ -51,21 +51,21 @@ WAVE64_DEVICE uint64_t ballot(bool yes) {
 #endif
 }
 
-// Adds to a number in LDS or in device memory that other lanes of this GPU add to as well; gives what it was.
+// Adds to a number in LDS or in device memory that other lanes of this GPU also add to; returns the value before.
 WAVE64_DEVICE int atomic_add(int* at, int x) {
     return __hip_atomic_fetch_add(at, x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
 WAVE64_DEVICE void atomic_add(uint64_t* at, uint64_t x) {
     __hip_atomic_fetch_add(at, x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
-// Where `expected` stands, puts x; gives what was there.
+// Replaces `expected` by x; returns the value before.
 WAVE64_DEVICE int atomic_swap_if(int* at, int expected, int x) {
     __hip_atomic_compare_exchange_strong(at, &expected, x, __ATOMIC_RELAXED, __ATOMIC_RELAXED,
                                          __HIP_MEMORY_SCOPE_AGENT);
     return expected;
 }
 
-// Tells the compiler nothing about a value it knew: what is computed from it stays after this point.
+// Hides a value from the compiler, so that what is computed from it stays after this point.
 template <typename Bits>
 WAVE64_DEVICE void forget(Bits& bits) {
     asm volatile("" : "+v"(bits));
@@ -85,13 +85,13 @@ WAVE64_DEVICE int load_uniform(const int32_t* at) {
     return *reinterpret_cast<const __attribute__((address_space(4))) int32_t*>(reinterpret_cast<uint64_t>(at));
 }
 
-// Keeps an address, the same in all lanes, apart from the offsets that are added to it: it stays in scalar registers.
+// Keeps an address that is the same in all lanes in scalar registers: offsets are added to it in the instruction.
 WAVE64_DEVICE void keep_uniform(const char*& address) { asm("" : "+s"(address)); }
 
-// What comes before this point is issued before what comes after it.
+// Instructions before this point are issued before those after it.
 WAVE64_DEVICE void keep_order() { __builtin_amdgcn_sched_barrier(0); }
 
-// What lies `at` bytes behind `base`, which is the same in all lanes.
+// Loads from `at` bytes after `base`, which is the same in all lanes.
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
     using Byte = const __attribute__((address_space(1))) char;
@@ -113,8 +113,7 @@ WAVE64_DEVICE T moved_in_row(T x) {
     return __builtin_bit_cast(T, __builtin_amdgcn_update_dpp(0, __builtin_bit_cast(int, x), CONTROL, 0xf, 0xf, true));
 }
 
-// x of a lane in the other half of each run of 2 * HALF lanes: which one is not said, so what is taken has to be the
-// same in all lanes of a half.
+// x of some lane in the other half of each run of 2 * HALF lanes: all lanes of a half must have the same x.
 template <int HALF, typename T>
 WAVE64_DEVICE T from_other_half(T x) {
     if constexpr (HALF == 1) return moved_in_row<0xB1>(x);   // from lane ^ 1
@@ -124,8 +123,8 @@ WAVE64_DEVICE T from_other_half(T x) {
     if constexpr (HALF > 8) return from_lane(x, (lane_in_block() % wave_size()) ^ HALF);
 }
 
-// All lanes' x put together by `join`, in every lane. Within 16 lanes the exchange rides on the joining (DPP); what the
-// 16s have, equal in all their lanes, is then read as scalars. All lanes of the wave must be active.
+// All lanes' x reduced by `join`, in every lane. Within 16 lanes the exchange is part of the instruction (DPP); the
+// results of the 16s, equal in all their lanes, are then read as scalars. All lanes of the wave must be active.
 template <typename T, typename Join>
 WAVE64_DEVICE T joined(T x, Join join) {
     x = join(x, from_other_half<1>(x));
@@ -137,7 +136,7 @@ WAVE64_DEVICE T joined(T x, Join join) {
     return all;
 }
 
-// The sum over the wave's lanes, or the largest of theirs, in every lane.
+// The sum or the maximum over the wave's lanes, in every lane.
 WAVE64_DEVICE float wave_sum(float x) {
     return joined(x, [](float a, float b) { return a + b; });
 }
@@ -151,14 +150,14 @@ WAVE64_DEVICE int wave_max(int x) {
     return joined(x, [](int a, int b) { return a > b ? a : b; });
 }
 
-// wave_max where `none` is the least and as a rule all lanes but one have it: then that one is asked.
+// wave_max where `none` is the minimum and usually all lanes but one have it: then that lane's x is broadcast.
 WAVE64_DEVICE int wave_max_of_rare(int x, int none) {
     const uint64_t some = ballot(x != none);
     return some & (some - 1) ? wave_max(x) : broadcast(x, __builtin_ctzll(some | uint64_t(1) << 63) % wave_size());
 }
 
-// Memory whose end the hardware knows (a buffer resource): what lies past it reads as zero and is not written, so no
-// lane branches. `base` must be the same in all lanes; `at` counts bytes.
+// Memory whose end the hardware knows (a buffer resource): loads past it return zero and stores are dropped, so no lane
+// branches. `base` must be the same in all lanes; `at` counts bytes.
 class Bounded {
     __amdgpu_buffer_rsrc_t resource;
 

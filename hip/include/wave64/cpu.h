@@ -1,7 +1,7 @@
 // What kernels may call, on an ordinary CPU: for tests without a GPU. Every lane is a fiber that src/lanes.cpp switches
 // to; a block's lanes meet at barriers, a wave's also where they exchange values. amd.h has the same names.
 //
-// The source is compiled as if for one AMD architecture (its macros are given), so wave size and FP8 flavour are that
+// The source is compiled as if for one AMD architecture (its macros are given), so wave size and FP8 flavor are that
 // architecture's.
 #pragma once
 
@@ -19,10 +19,10 @@ struct Lane {
 };
 extern Lane running;
 
-// Waits until every lane of the wave (of the block) that has not returned is here as well.
+// Waits until every lane of the wave (of the block) that has not returned waits, too.
 void meet_block();
-// Gives the values that all lanes of the wave brought to the meeting, 0 of lanes that have returned. `kind` tells
-// meetings apart: lanes of one wave that meet for different purposes are an error.
+// Returns the values of all lanes of the wave, 0 for lanes that have returned. `kind` is the operation: lanes of one
+// wave that meet for different operations are an error.
 const uint64_t* meet_wave(int kind, uint64_t mine);
 
 WAVE64_DEVICE int wave_size() { return running.wave_size; }
@@ -130,7 +130,7 @@ public:
     }
 };
 
-// One number in FP8 of the flavour with this bias and largest number, rounded to nearest, ties to even, saturating.
+// One number in FP8 of the flavor with this bias and largest number, rounded to nearest, ties to even, saturating.
 inline unsigned fp8_bits(float x, int bias, float largest) {
     const unsigned sign = __builtin_signbit(x) ? 0x80 : 0;
     if (x != x) return bias == 8 ? 0x80 : 0x7f;

@@ -1,5 +1,5 @@
-// FP8 as the architecture's instructions have it: e4m3fnuz (240 at most) on gfx942, e4m3fn (448) on gfx950, gfx12 and
-// NVIDIA. WAVE64_HAS_FP8 is 0 where there are none (gfx90a, gfx11): kernels that need them are left out there.
+// FP8 as the architecture's instructions convert it: e4m3fnuz (at most 240) on gfx942, e4m3fn (448) on gfx950, gfx12
+// and NVIDIA. WAVE64_HAS_FP8 is 0 for architectures without (gfx90a, gfx11): kernels that need FP8 are left out there.
 #pragma once
 
 #include "wave64/device.h"
@@ -23,10 +23,10 @@ constexpr float kFp8Max = 240;
 constexpr float kFp8Max = 448;
 #endif
 
-// The smallest scale that has a finite reciprocal: given ones below count as it, so that 0 times the reciprocal is 0.
+// The smallest scale with a finite reciprocal: smaller ones are raised to it, so that 0 times the reciprocal is 0.
 constexpr float kMinScale = 0x1p-126f;
 
-// Four numbers within the range, rounded to nearest, ties to even. NaN stays NaN.
+// Four numbers within the range, rounded to nearest even. NaN stays NaN.
 WAVE64_DEVICE Bits32 to_fp8_in_range(float a, float b, float c, float d) {
 #if defined(WAVE64_CPU)
     constexpr int bias = kFp8Max == 240 ? 8 : 7;
@@ -42,10 +42,10 @@ WAVE64_DEVICE Bits32 to_fp8_in_range(float a, float b, float c, float d) {
 #endif
 }
 
-// Any four numbers; those beyond the range become its end.
+// Any four numbers; those beyond the range are clamped to it.
 WAVE64_DEVICE Bits32 to_fp8(float a, float b, float c, float d) {
 #if defined(__HIP__)
-    // The instruction turns what is out of range into NaN, so it is clamped first; a NaN would become -kFp8Max by that.
+    // The instruction makes NaN of numbers out of range, so they are clamped first; that would make -kFp8Max of a NaN.
     const auto inside = [](float x) { return x != x ? x : __builtin_amdgcn_fmed3f(x, kFp8Max, -kFp8Max); };
     return to_fp8_in_range(inside(a), inside(b), inside(c), inside(d));
 #else

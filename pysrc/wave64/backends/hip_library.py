@@ -1,7 +1,7 @@
-"""Where ROCm's runtime, libamdhip64.so, may lie on this machine, in the order in which to look.
+"""Where ROCm's runtime, libamdhip64.so, may be on this machine, in the order in which to look.
 
-What a ROCm torch has brought into the process is never looked for: wave64._hip takes that first. Wheels of ROCm keep
-the library in folders of their own, some under its versioned name only.
+A runtime that a ROCm torch has loaded is not searched for: wave64._hip takes that first. ROCm's wheels keep the library
+in folders of their own, some under its versioned name only.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ OLDEST = 6  # the first ROCm with the entry points that wave64 calls
 
 
 def version(library: Path) -> int:
-    """The major version that the file's name, or what it links to, tells; a large number where none does."""
+    """The major version in the file's name or its link target; a large number if neither has one."""
     found = re.search(r"\.so\.(\d+)", os.path.realpath(library))
     return int(found[1]) if found else sys.maxsize
 
@@ -29,19 +29,19 @@ def in_folder(folder: Path) -> list[Path]:
 
 
 def by_rocm_sdk() -> list[Path]:
-    """What the package rocm says, where it is installed."""
+    """The runtimes that the package rocm finds, if it is installed."""
     if importlib.util.find_spec("rocm_sdk") is None:
         return []
     try:
         import rocm_sdk
 
         return [Path(path) for path in rocm_sdk.find_libraries("amdhip64")]
-    except Exception:  # another's package: whatever it raises, the other places are left
+    except Exception:  # another package's code: whatever it raises, the other folders remain
         return []
 
 
 def by_loader() -> list[Path]:
-    """What the dynamic loader knows beyond its variable: the lines of `ldconfig -p`."""
+    """The dynamic loader's cache: the lines of `ldconfig -p`."""
     for program in ("/sbin/ldconfig", "/usr/sbin/ldconfig", "ldconfig"):
         try:
             told = subprocess.run([program, "-p"], capture_output=True, text=True).stdout
@@ -55,8 +55,8 @@ def newest_first(folders: Iterable[Path]) -> list[Path]:
     return sorted(folders, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.name)], reverse=True)
 
 
-def places(site: list[Path], environ: Mapping[str, str], opt: Path) -> Iterator[Path]:
-    """Every runtime that is found, in order, ROCm's of a torch or of pip before the system's."""
+def installed(site: list[Path], environ: Mapping[str, str], opt: Path) -> Iterator[Path]:
+    """Every runtime found, in order: those of torch and of pip before the system's."""
     yield from by_rocm_sdk()
     for folder in site:
         for core in sorted(folder.glob("_rocm_sdk_core*")):
@@ -76,12 +76,12 @@ def places(site: list[Path], environ: Mapping[str, str], opt: Path) -> Iterator[
 
 def candidates(site: list[Path] | None = None, environ: Mapping[str, str] | None = None,
                opt: Path = Path("/opt")) -> list[str]:
-    """Paths to try in turn; runtimes that are too old stand last, so that they are told of where there is no other.
+    """Paths to try in order; runtimes that are too old come last, so that they are reported if there is no other.
 
     site     folders that hold packages; None: those of this Python
     environ  None: this process's
     opt      where ROCm's packages install themselves
     """
     site = [Path(folder) for folder in sys.path if folder] if site is None else site
-    found = dict.fromkeys(map(str, places(site, os.environ if environ is None else environ, opt)))
+    found = dict.fromkeys(map(str, installed(site, os.environ if environ is None else environ, opt)))
     return sorted(found, key=lambda path: version(Path(path)) < OLDEST)

@@ -5,8 +5,8 @@ device section of hip/ops/<op>.hip, compiled for this CPU, executes them on the 
         out = OPS["rms_norm"].backends["hip"].run(x, weight)
     # out is there when the block ends
 
-What it shows is what the source means, barriers included (hip/src/lanes.cpp says what is stricter than hardware). What
-a GPU's compiler makes of it, it does not show. Needs the repository's hip/ folder and the package ziglang.
+It shows what the source means, barriers included (hip/src/lanes.cpp says what is stricter than hardware), not what a
+GPU's compiler makes of it. Needs the repository's hip/ folder and the package ziglang.
 """
 
 import contextlib
