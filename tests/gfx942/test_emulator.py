@@ -3,12 +3,14 @@ tensors, under the real launchers; and what a kernel must not do is reported in 
 
 import numpy as np
 import pytest
+import torch
 from assembled import assemble, run
 from launched import ARCHS, small_cases
 
 from wave64 import OPS, platform
 from wave64.backends import hip
 from wave64.testing import contract
+from wave64.testing.emulator import run as run_module
 from wave64.testing.emulator.memory import EmulationError
 from wave64.testing.emulator.run import emulate
 
@@ -158,3 +160,18 @@ s_waitcnt lgkmcnt(0)
     given, result = np.arange(128, dtype=np.uint32), np.zeros(128, np.uint32)
     run(assemble("gfx942", (("exchange", body),), lds=1024), "exchange", given, result, block=128)
     assert (result == np.concatenate([given[64:], given[:64]])).all()
+
+
+def test_a_launch_may_touch_its_own_tensors_and_no_other(monkeypatch):
+    """Not those of the launches around it, and none whose address was only looked at."""
+    seen = []
+    monkeypatch.setattr(run_module, "execute",
+                        lambda launch, buffers, *rest: seen.append({(b.name, b.start) for b in buffers}))
+    op, xs, weight, other = OPS["rms_norm"], torch.ones(2, 4, 64), torch.ones(64), torch.ones(64)
+    with emulate("gfx942"):
+        outs = [op.backends["hip"].run(x.clone(), weight) for x in xs]
+        other.data_ptr()
+    (first, second), weights = seen, ("weight", weight.data_ptr())
+    assert {name for name, _ in first} == {name for name, _ in second} == {"x", "weight", "out"}
+    assert first & second == {weights}
+    assert [("out", out.data_ptr()) in buffers for out in outs for buffers in seen] == [True, False, False, True]
