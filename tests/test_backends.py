@@ -28,7 +28,7 @@ def test_on_a_gpu_hip_comes_first_then_triton_then_the_reference(gpu):
     assert [b.name for b in backends.order(ops.rms_norm, "cpu", {})] == ["reference"]
     assert [b.name for b in backends.order(ops.sample, "cpu", {})] == ["cpu", "reference"]
     assert [b.name for b in backends.order(ops.sample, "cuda", {})] == ["hip", "triton", "reference"]
-    without_hip = next(op for op in OPS.values() if "hip" not in op.backends)
+    without_hip = next(op for op in OPS.values() if not {"hip", "hopper"} & op.backends.keys())
     assert [b.name for b in backends.order(without_hip, "cuda", {})] == ["triton", "reference"]
     assert [b.name for b in backends.order(ops.rms_norm, "cuda", {"*": "triton"})] == ["triton", "hip", "reference"]
     assert [b.name for b in backends.order(ops.rms_norm, "cuda", {"*": "triton", "rms_norm": "hip"})] == ["hip"]
@@ -45,6 +45,46 @@ def test_on_a_cpu_the_cpu_backend_comes_first_and_can_be_chosen():
             rms_norm="cpu"):
         pass
     assert backends.probe("cpu", "cuda") == "serves CPU tensors only"
+
+
+HOPPER = ("fp8_block_scaled_mm", "fused_moe", "mla_decode", "mla_decode_rope")
+
+
+def test_hopper_is_a_backend_of_its_own(gpu):
+    """Before triton where it is registered; no choice of a configuration swaps kernels."""
+    if why := backends.import_hopper_kernels():
+        pytest.skip(why)
+    assert sorted(op.name for op in OPS.values() if "hopper" in op.backends) == sorted(HOPPER)
+    for name in HOPPER:
+        assert [b.name for b in backends.order(OPS[name], "cuda", {})] == ["hopper", "triton", "reference"]
+        assert OPS[name].backends["triton"].tuning.config is not None
+        assert not hasattr(OPS[name].backends["triton"].tuning.config, "hopper")
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "sm_80"])
+def test_hopper_is_off_elsewhere_with_the_reason(arch, monkeypatch):
+    with pytest.raises(NotSupported, match="mla_decode: backend hopper was asked for: needs an NVIDIA GPU of sm_90"):
+        backends.demand("mla_decode", "hopper", "cpu")
+    monkeypatch.setattr(platform, "device_type", lambda: "cuda")
+    with platform.target(arch):
+        assert backends.reason(ops.mla_decode, "hopper", "cuda") == f"needs an NVIDIA GPU of sm_90, this is {arch}"
+
+
+@pytest.mark.parametrize(("op", "small", "words"), [
+    ("mla_decode", "batch", "takes latents of 512 + 64 columns"), ("mla_decode_rope", "fp8", "same dtype"),
+    ("fused_moe", "", "slower than triton below 17 tokens an expert"),
+    ("fp8_block_scaled_mm", "", "slower than triton below 257 rows")])
+def test_hopper_says_what_it_declines_and_serves_what_it_was_measured_for(op, small, words):
+    if why := backends.import_hopper_kernels():
+        pytest.skip(why)
+    from wave64.testing.compile import arguments
+
+    supports = OPS[op].backends["hopper"].supports
+    with platform.target("sm_90"):
+        cases = list(OPS[op].cases())
+        declined = [supports(**arguments(case)) or "" for case in cases if not case.large and small in case.id]
+        assert any(words in why for why in declined), declined
+        assert any(supports(**arguments(case)) is None for case in cases if case.large and not case.sparse)
 
 
 def test_strict_leaves_the_first_choice_alone(gpu, monkeypatch):

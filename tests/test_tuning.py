@@ -13,12 +13,14 @@ import pytest
 import scikit_build_core.build
 
 from wave64 import OPS, arch, platform, tuning
+from wave64.backends import import_hopper_kernels
 from wave64.testing import compile as compiling  # noqa: F401 - imports every launcher
 from wave64.testing import problems, tune
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(tuning.FOLDER.glob("*/*.json"))
-#: What every operator that chooses has a table of its own for; gfx90a and the rest may use those of their kin.
+FILES = sorted(tuning.FOLDER.glob("**/*.json"))
+IDS = ["-".join(f.relative_to(tuning.FOLDER).with_suffix("").parts) for f in FILES]
+#: What every operator that chooses has a table of its own for; gfx90a and the rest may use their fallback arch's.
 OWN = ("gfx942", "gfx950", "gfx1100", "sm_90", "sm_80", tuning.INTERPRETER)
 
 
@@ -27,6 +29,10 @@ class Config:
     block: int
     waves: int = 4
     options: dict = dataclasses.field(default_factory=dict)
+
+
+TUNING = tuning.Tuning("op", config=Config, key=dict, buckets={}, candidates=lambda arch, **key: [Config(1)],
+                       work=lambda config, **key: 1)
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def tables(tmp_path, monkeypatch):
     def put(*rows, arch="gfx942", op="op", **more):
         file = tmp_path / arch / f"{op}.json"
         file.parent.mkdir(exist_ok=True)
-        content = {"op": op, "arch": arch, "sources": [{"from": "here"}],
+        content = {"op": op, "arch": arch, "sources": [{"from": "here", "chosen_by": "person"}],
                    "rows": [{"when": when, "config": config, "source": 0} for when, config in rows], **more}
         file.write_text(json.dumps(content))
         tuning.read.cache_clear()
@@ -48,59 +54,69 @@ def tables(tmp_path, monkeypatch):
     tuning.read.cache_clear()
 
 
-def choose(name="gfx942", op="op", **facts):
+def choose(name="gfx942", **key):
     with platform.target(name):
-        return tuning.choose(op, Config, **facts)
+        return TUNING.choose(**key)
+
+
+def tuning_for(table):
+    """What reads the table. Hopper's kernels are registered here only so far as this Triton has what they are written
+    in; the tables are read all the same."""
+    if table.backend == "hopper" and (why := import_hopper_kernels()):
+        pytest.skip(why)
+    return tune.tuning_of(OPS[table.op], table.backend)
 
 
 # ---- the tables that ship
 
-@pytest.mark.parametrize("file", FILES, ids=[f"{f.parent.name}-{f.stem}" for f in FILES])
+@pytest.mark.parametrize("file", FILES, ids=IDS)
 def test_a_table_means_something(file):
     table = tuning.read(file)
-    assert (table.arch, table.op) == (file.parent.name, file.stem)
-    assert table.op in tune.tunable()
+    assert tuning.table_file(table.op, table.backend, table.arch) == file
     assert table.arch in {*arch.ARCHS, *OWN}
-    module = tune.launcher(OPS[table.op])
-    facts = module.facts(**next(case for case in OPS[table.op].cases() if not case.large).make())
+    made = tuning_for(table)
+    assert (made.op, made.backend) == (table.op, table.backend)
+    key = made.key(**next(case for case in OPS[table.op].cases() if not case.large).make())
     for row in table.rows:
-        tuning.build(module.Config, row, file)
-        assert set(row.when) <= set(facts), row
+        tuning.build(made.config, row, file)
+        assert set(row.when) <= set(key), row
         for name, wanted in row.when.items():
             low = wanted[0] if isinstance(wanted, list) and wanted[0] is not None else wanted
-            assert isinstance(wanted, list) or type(low) is type(facts[name]), row
+            assert isinstance(wanted, list) or type(low) is type(key[name]), row
     assert file.read_text() == tune.dump(table), "written by another than the tuner"
 
 
-@pytest.mark.parametrize("file", FILES, ids=[f"{f.parent.name}-{f.stem}" for f in FILES])
+@pytest.mark.parametrize("file", FILES, ids=IDS)
 def test_a_row_says_who_chose_it(file):
-    """Figures are the tuner's, and so is the command beside them; rows without say what else they come from."""
+    """Figures are the tuner's, and so is the command of their source; a person chose the rows without them."""
     table = tuning.read(file)
     for row in table.rows:
         made = table.sources[row.source]
         assert bool(row.measured) == (made["from"] in ("timings", "executed machine code", "static figures")), row
         assert bool(row.measured) == ("python -m wave64.testing.tune " in made.get("command", "")), row
+        assert bool(row.measured) != (made.get("chosen_by") == "person"), row
+        assert len(row.why) <= 160, "an essay belongs in the header of the kernel's file"
 
 
 @pytest.mark.parametrize("op", tune.tunable())
 def test_operators_have_tables_and_candidates(op):
+    made = tune.tuning_of(OPS[op])
     for name in OWN:
-        assert (tuning.FOLDER / name / f"{op}.json").exists()
-    module = tune.launcher(OPS[op])
+        assert tuning.table_file(made.op, "triton", name).exists()
     for b in tune.buckets(OPS[op], arch.lookup("gfx942"), [""]):
-        assert isinstance(b.candidates[0].config, module.Config)
+        assert isinstance(b.candidates[0].config, made.config)
         for name in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "gfx908", "sm_90", "sm_80", "sm_120"):
-            configs = list(module.candidates(arch.lookup(name), **b.facts))
+            configs = list(made.candidates(arch.lookup(name), **b.key))
             assert 4 <= len(configs) <= 25, (name, str(b))
             assert all(one != other for i, one in enumerate(configs) for other in configs[:i])
-            assert all(module.pairs(config, **b.facts) > 0 for config in configs)
+            assert all(made.work(config, **b.key) > 0 for config in configs)
 
 
 @pytest.mark.parametrize("op", ["fp8_block_scaled_mm", "fp8_scaled_mm", "fused_moe"])
 def test_fp8_products_on_gfx950_have_instructions_of_16_rows(op):
     """Reading the sum of one of 32 rows takes 20 wait states, of which LLVM may leave one out."""
     made, table = OPS[op], tuning.table(op, arch.lookup("gfx950"))
-    configs = [tuning.build(tune.launcher(made).Config, row, table.file) for row in table.rows]
+    configs = [tuning.build(tune.tuning_of(made).config, row, table.file) for row in table.rows]
     configs += [c.config for b in tune.buckets(made, arch.lookup("gfx950"), [""]) for c in b.candidates[1:]]
     assert {config.options["matrix_instr_nonkdim"] for config in configs} == {16}
 
@@ -116,7 +132,7 @@ def test_a_wheel_holds_every_table(tmp_path, monkeypatch):
     name = scikit_build_core.build.build_wheel(str(tmp_path), settings)
     with zipfile.ZipFile(tmp_path / name) as wheel:
         held = set(wheel.namelist())
-    assert {f"wave64/tuned/{f.parent.name}/{f.name}" for f in FILES} <= held
+    assert {f"wave64/tuned/{f.relative_to(tuning.FOLDER).as_posix()}" for f in FILES} <= held
 
 
 # ---- choosing
@@ -133,7 +149,7 @@ def test_the_first_row_that_fits_is_chosen(tables):
     assert choose(n=70, wide=False, kind="") == Config(5, 8)
 
 
-def test_an_architecture_without_a_table_uses_its_kins(tables):
+def test_an_architecture_without_a_table_uses_its_fallbacks(tables):
     for i, name in enumerate(OWN):
         tables(({}, {"block": i}), arch=name)
     chosen = {name: OWN[choose(name).block] for name in (
@@ -149,7 +165,7 @@ def test_an_architecture_without_a_table_uses_its_kins(tables):
 @pytest.mark.skipif(platform.arch() is not None, reason="there is a GPU here")
 def test_without_a_gpu_the_interpreters_table_serves(tables):
     tables(({}, {"block": 7}), arch=tuning.INTERPRETER)
-    assert tuning.choose("op", Config).block == 7
+    assert TUNING.choose().block == 7
 
 
 def test_what_is_chosen_cannot_be_changed(tables):
@@ -169,18 +185,25 @@ def test_what_is_chosen_cannot_be_changed(tables):
 
 def test_a_choice_can_be_forced(tables):
     tables(({}, {"block": 1}))
-    with tuning.forced("op", Config(9)):
+    with TUNING.forced(Config(9)):
         assert choose().block == 9
+        with TUNING.forced(Config(8)):
+            assert choose().block == 8
+        assert choose().block == 9
+        with platform.target("gfx942"), pytest.raises(tuning.TunedTableError):
+            dataclasses.replace(TUNING, backend="hopper").choose()  # another backend's choice is not forced
     assert choose().block == 1
 
 
 @pytest.mark.parametrize(("rows", "more", "words"), [
     ([({}, {"blocks": 1})], {}, "config: blocks: expected fields among block, waves, options"),
     ([({}, {"waves": 1})], {}, "block"),
-    ([({"m": 1}, {"block": 1}), ({}, {"block": 1})], {}, "m: expected one of the facts n"),
+    ([({"m": 1}, {"block": 1}), ({}, {"block": 1})], {}, "m: expected a name in the tuning key: n"),
     ([({"n": 2}, {"block": 1})], {}, "expected a last row that fits every call"),
     ([], {}, "expected a last row that fits every call"),
     ([({"n": [1]}, {"block": 1}), ({}, {"block": 1})], {}, "row 1: n: expected [low, high], got [1]"),
+    ([({}, {"block": 1})], {"sources": [{"from": "here"}]}, "row 1: expected either `measured` or a source with"),
+    ([({}, {"block": 1})], {"rows": [{"when": {}, "config": {}, "source": 0, "measured": {"us": {}}}]}, "got both"),
     ([({}, {"block": 1})], {"sources": []}, "row 1: source: expected an index into 0 sources, got 0"),
     ([({}, {"block": 1})], {"extra": 1}, "expected a table of launch configurations"),
     ([({}, {"block": 1})], {"rows": [{"whenever": {}}]}, "expected a table of launch configurations"),
@@ -199,11 +222,11 @@ def test_a_missing_table_is_told(tables):
 
 # ---- the tuner
 
-def test_buckets_are_ranges_of_facts():
-    module = tune.launcher(OPS["prefill_attention"])
+def test_buckets_are_ranges_of_the_key():
+    made = tune.tuning_of(OPS["prefill_attention"])
     assert tune.ranges((16, 64)) == [[None, 16], [17, 64], [65, None]]
-    facts = {"head_dim": 128, "fp32": False, "capped": True, "max_seqlen_q": 17}
-    assert tune.bucket(module, facts) == {**facts, "head_dim": [65, 128], "max_seqlen_q": [17, 64]}
+    key = {"head_dim": 128, "fp32": False, "capped": True, "max_seqlen_q": 17}
+    assert tune.bucket(made, key) == {**key, "head_dim": [65, 128], "max_seqlen_q": [17, 64]}
 
 
 def figures(**changes):
@@ -212,9 +235,9 @@ def figures(**changes):
 
 
 def judged(*changes):
-    module = tune.launcher(OPS["prefill_attention"])
-    made = [tune.Candidate(module.Config(16 * (i + 1), 32, 4, 1), figures=figures(**c)) for i, c in enumerate(changes)]
-    b = tune.Bucket(OPS["prefill_attention"], {}, {"max_seqlen_q": 4096}, [], made)
+    config = tune.tuning_of(OPS["prefill_attention"]).config
+    made = [tune.Candidate(config(16 * (i + 1), 32, 4, 1), figures=figures(**c)) for i, c in enumerate(changes)]
+    b = tune.Bucket(OPS["prefill_attention"], "triton", {}, {"max_seqlen_q": 4096}, [], made)
     tune.judge_figures(b, arch.lookup("gfx942"))
     return b
 
@@ -258,15 +281,16 @@ def test_what_was_executed_ranks_by_cycles_not_by_instructions():
 
 
 @pytest.mark.parametrize("name", ["gfx942", "gfx950"])
-def test_every_row_has_a_small_problem_whose_facts_it_fits(name):
+def test_every_row_has_a_small_problem_whose_key_it_fits(name):
     for op in tune.tunable():
-        table = tuning.table(op, arch.lookup(name))
+        made = tune.tuning_of(OPS[op])
+        table = made.table(arch.lookup(name))
         for row in table.rows:
-            facts = problems.typical(table, row)
+            key = problems.typical(table, row)
             with platform.target(name):
-                drawn = tune.launcher(OPS[op]).facts(**problems.problem(op, facts, rows=32).make())
-            alike = facts.keys() - {"m", "pairs", "per_expert", "max_seqlen_q", "num_seqs", "rows"}
-            assert {fact: drawn[fact] for fact in alike} == {fact: facts[fact] for fact in alike}
+                drawn = made.key(**problems.problem(op, key, rows=32).make())
+            alike = key.keys() - {"m", "pairs", "per_expert", "max_seqlen_q", "num_seqs", "rows"}
+            assert {part: drawn[part] for part in alike} == {part: key[part] for part in alike}
 
 
 def test_where_none_leaves_two_waves_the_best_of_them_is_chosen():
@@ -275,9 +299,9 @@ def test_where_none_leaves_two_waves_the_best_of_them_is_chosen():
 
 def test_times_decide_and_a_wrong_result_is_never_chosen(monkeypatch):
     op = OPS["prefill_attention"]
-    module, cases = tune.launcher(op), [case for case in op.cases() if case.id in ("whole", "chunk")]
-    made = [tune.Candidate(module.Config(*shape)) for shape in ((16, 16, 1, 1), (32, 32, 1, 1), (48, 16, 1, 1))]
-    b = tune.Bucket(op, {}, {"max_seqlen_q": 64}, cases, made)
+    config, cases = tune.tuning_of(op).config, [case for case in op.cases() if case.id in ("whole", "chunk")]
+    made = [tune.Candidate(config(*shape)) for shape in ((16, 16, 1, 1), (32, 32, 1, 1), (48, 16, 1, 1))]
+    b = tune.Bucket(op, "triton", {}, {"max_seqlen_q": 64}, cases, made)
     ms = iter([1.0, 1.5, 2.0, 1.0])  # of the first two on one case, then on the other: in all the second is faster
     monkeypatch.setattr(tune.timing, "median_ms", lambda *args: next(ms))
     tune.time_bucket(b, 0.0)
@@ -286,20 +310,20 @@ def test_times_decide_and_a_wrong_result_is_never_chosen(monkeypatch):
     assert made[1].score == pytest.approx(1.5**0.5)
     assert made[2].reason.startswith("whole: ")  # 48 rows are no power of two
     monkeypatch.setattr(tune, "SLACK", 0)
-    wrong = tune.Bucket(op, {}, {"max_seqlen_q": 64}, cases, [tune.Candidate(made[0].config)])
+    wrong = tune.Bucket(op, "triton", {}, {"max_seqlen_q": 64}, cases, [tune.Candidate(made[0].config)])
     tune.time_bucket(wrong, 0.0)
     assert "wrong: result 0 is" in wrong.candidates[0].reason
     assert tune.chosen(wrong) is None
 
 
 def test_new_measurements_replace_those_of_the_same_bucket_only():
-    module = tune.launcher(OPS["prefill_attention"])
+    made = tune.tuning_of(OPS["prefill_attention"])
     old, new = {"from": "old"}, {"from": "new"}
     ours, other, gone = ({"max_seqlen_q": r} for r in ([None, 16], [65, None], [None, 20]))
     rows = [tuning.Row(when, {"block_m": 1}, 0, {"us": {}}) for when in (ours, other, gone)]
     by_hand = [tuning.Row(when, {"block_m": 9}, 0) for when in (ours, {})]  # the first would never be reached
     before = tuning.Table(Path("x"), "prefill_attention", "gfx942", (old,), (*rows, *by_hand))
-    after = tune.merged(before, "gfx90a", [tuning.Row(ours, {"block_m": 2}, 0, {"us": {}})], new, module)
+    after = tune.merged(before, "gfx90a", [tuning.Row(ours, {"block_m": 2}, 0, {"us": {}})], new, made)
     assert [(r.when, r.config["block_m"], after.sources[r.source]) for r in after.rows] == [
         (other, 1, old), (ours, 2, new), ({}, 9, old)]
     assert after.arch == "gfx90a"
@@ -311,11 +335,14 @@ def tuned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     code = """if True:
         import sys
+        from dataclasses import replace
+        from wave64 import OPS
         from wave64.testing import tune
         from wave64.triton_ops import prefill_attention as kernels
         some = [kernels.Config(16, 16, waves, 1) for waves in (1, 2)]
-        kernels.candidates = lambda arch, **facts: iter(some)
-        tune.tuning.choose = lambda *args, **facts: some[0]
+        backends = OPS["prefill_attention"].backends
+        fewer = replace(kernels.TUNING, candidates=lambda arch, **key: iter(some))
+        backends["triton"] = replace(backends["triton"], tuning=fewer)
         sys.exit(tune.main(sys.argv[1:]))"""
     done = subprocess.run(
         [sys.executable, "-c", code, "prefill_attention", "--arch", "gfx942", "--case", "32x4", "--jobs", "0",
@@ -331,7 +358,7 @@ def test_the_tuner_writes_a_table_that_loads(tuned):
     shipped = tuning.read(tuning.FOLDER / "gfx942" / "prefill_attention.json")
     row, = (row for row in table.rows if row.when.get("max_seqlen_q") == [None, 16])  # the shipped one is replaced
     assert row.measured["waves_per_simd"] >= 2
-    assert tuning.build(tune.launcher(OPS["prefill_attention"]).Config, row, file).block_m == 16
+    assert tuning.build(tune.tuning_of(OPS["prefill_attention"]).config, row, file).block_m == 16
     assert [r.config for r in table.rows if not r.measured] == [
         r.config for r in shipped.rows if not r.measured and r.when != row.when]
     made = table.sources[row.source]

@@ -5,7 +5,7 @@ make few tiles, so K is split among programs until the GPU is full, and a second
 in the same order. Bound by reading the weights up to about 64 tokens, by the matrix cores from some hundred on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,13 +19,14 @@ from wave64.arch import Arch
 from wave64.triton_ops.attention import dot, is_wide
 from wave64.triton_ops.geometry import matrix_options, num_stages, num_warps
 from wave64.triton_ops.splits import overlaps
+from wave64.tuning import Tuning
 
 #: Numbers that a program of the merge takes.
 MERGED = 1024
 
 
 @triton.jit
-def deal_tiles(tiles_m, tiles_n, GROUP_M: tl.constexpr, XCDS: tl.constexpr):
+def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr, XCDS: tl.constexpr):
     """(row, column) of a program's tile. Programs go to chiplets in turn: each chiplet gets a range of tiles, in whose
     order GROUP_M rows take turns at each column, so that programs that run together read the same of both factors."""
     item = tl.program_id(0)
@@ -145,35 +146,31 @@ class Config:
     num_warps: int
     num_stages: int
     programs: int = 1   # that a compute unit holds at a time: K is split until there are so many
-    least: int = 1024   # fewest columns of a split
+    min_columns: int = 1024  # of a split
     group_m: int = 8
     xcds: int = 1       # chiplets, each with a cache of its own, that programs are dealt to in turn
     swap: bool = False  # weights are the rows of matrix instructions
-    hopper: bool = False  # the kernel of hopper/fp8_block_scaled_mm.py, whose tiles are 128 x 128
     options: dict = field(default_factory=dict)
 
 
-#: Bounds of the integer facts that the tuner takes for alike.
 BUCKETS = {"m": (16, 64, 256, 2048), "n": (2048,), "k": (1024,)}
 
 
-def facts_of(a: Tensor, b: Tensor, group_k: int) -> dict[str, int | bool]:
-    """Of these arguments, what the choice of a configuration depends on. even: tiles of 128 columns are whole, lie in
+def key_of(a: Tensor, b: Tensor, group_k: int) -> dict[str, int | bool]:
+    """The tuning key of a product. even: tiles of 128 columns are whole, lie in
     one group and can be copied 16 bytes at a time, without which Triton 3.6 gives wrong products on Hopper's cores."""
     (m, k), n = a.shape, b.shape[0]
     apart = a.stride(0) | b.stride(0) | a.data_ptr() | b.data_ptr()
     return {"m": m, "n": n, "k": k, "even": k % 128 == 0 and group_k % 128 == 0 and apart % 16 == 0}
 
 
-def pairs(config: Config, m: int, **others) -> int:
+def work(config: Config, m: int, **others) -> int:
     """Products that a block computes at a time, in thousands; rows beyond the last do not count."""
     return max(1, min(config.block_m, m)) * config.block_n * config.block_k // 1024
 
 
-def candidates(arch: Arch, m: int, k: int, even: bool, hopper: bool = False, **others) -> Iterator[Config]:
-    """What the tuner tries beside the present configuration."""
-    if hopper and m > 64:
-        yield from (Config(128, 128, 128, 4, 4, group_m=group_m, hopper=True) for group_m in (4, 8))
+def candidates(arch: Arch, m: int, k: int, even: bool, **others) -> Iterator[Config]:
+    """What the tuner tries."""
     few = 16 if m <= 16 else 64
     if arch.matrix == "mfma":
         if m <= 256:
@@ -205,6 +202,10 @@ def candidates(arch: Arch, m: int, k: int, even: bool, hopper: bool = False, **o
             yield Config(min(few, 32), block_n, 128, waves, stages, 2)
 
 
+def tuning_of(op: str, key: Callable[..., dict[str, int | bool]]) -> Tuning[Config]:
+    return Tuning(op, config=Config, key=key, buckets=BUCKETS, candidates=candidates, work=work)
+
+
 def unsupported(a: Tensor, group_k: int = 128) -> str | None:
     """Why Triton cannot multiply these, or None."""
     arch = platform.arch()
@@ -225,7 +226,7 @@ def launch(kernel, a: Tensor, b: Tensor, scales: tuple, group_k: int, out_dtype:
         return y
     block_k = min(config.block_k, max(32, triton.next_power_of_2(k)), group_k & -group_k or config.block_k)
     tiles, steps = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), triton.cdiv(k, block_k)
-    splits = max(1, min(platform.compute_units() * config.programs // tiles, k // config.least))
+    splits = max(1, min(platform.compute_units() * config.programs // tiles, k // config.min_columns))
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
     out, overlap, wide = y, splits > 1 and overlaps(), m * n * splits * 4 >= 2**31
     if splits > 1:

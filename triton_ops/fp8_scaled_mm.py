@@ -10,21 +10,15 @@ from torch import Tensor
 
 from wave64.ops import fp8_scaled_mm
 from wave64.triton_ops.fp8_mm import (
-    BUCKETS,
-    Config,
     announce,
-    candidates,
-    deal_tiles,
-    facts_of,
+    key_of,
     launch,
-    pairs,
     products,
     store_tile,
+    tile_of_program,
+    tuning_of,
     unsupported,
 )
-from wave64.tuning import choose
-
-__all__ = ["BUCKETS", "Config", "candidates", "facts", "pairs"]  # what the tuner looks for
 
 
 @triton.jit
@@ -39,7 +33,7 @@ def _fp8_scaled_mm_kernel(y_ptr, a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_pt
                           EVEN: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr, GROUP_M: tl.constexpr,
                           XCDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     announce(OVERLAP)
-    tile_m, tile_n = deal_tiles(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
+    tile_m, tile_n = tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
     y = products(a_ptr, b_ptr, None, None, tile_m, tile_n, M, N, K, stride_a, stride_b, 0, 0, 0, 0, 0, 0, SHORT, SWAP,
                  EVEN, WIDE, BLOCK_M, BLOCK_N, BLOCK_K)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
@@ -50,13 +44,16 @@ def _fp8_scaled_mm_kernel(y_ptr, a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_pt
     store_tile(y_ptr, y, tile_m, tile_n, M, N, WIDE, BLOCK_M, BLOCK_N)
 
 
-def facts(a: Tensor, b: Tensor, **others) -> dict[str, int | bool]:
-    """Of a call's arguments, by their names, what the choice of a configuration depends on."""
-    return facts_of(a, b, 0)
+def key(a: Tensor, b: Tensor, **others) -> dict[str, int | bool]:
+    """The tuning key of a call."""
+    return key_of(a, b, 0)
 
 
-@fp8_scaled_mm.backend("triton", supports=lambda a, *args, **kwargs: unsupported(a))
+TUNING = tuning_of("fp8_scaled_mm", key)
+
+
+@fp8_scaled_mm.backend("triton", tuning=TUNING, supports=lambda a, *args, **kwargs: unsupported(a))
 def run(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype,
         bias: Tensor | None = None) -> Tensor:
     return launch(_fp8_scaled_mm_kernel, a, b, (a_scale.contiguous(), b_scale.contiguous()), 0, out_dtype, bias,
-                  choose("fp8_scaled_mm", Config, **facts(a, b)), EACH_M=a_scale.ndim == 2, EACH_N=b_scale.numel() > 1)
+                  TUNING.choose(**key(a, b)), EACH_M=a_scale.ndim == 2, EACH_N=b_scale.numel() > 1)

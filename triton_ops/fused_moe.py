@@ -1,7 +1,10 @@
 """Mixture of experts: how its launches follow each other; the products are in moe_gemm.py.
 
-Many tokens: quantise x (FP8 weights), sort pairs of token and expert by expert, first product with the activation,
+Many tokens: quantize x (FP8 weights), sort pairs of token and expert by expert, first product with the activation,
 second product, sum of each token's pairs: five launches. Few: the two products, which then take pairs as they come.
+On CDNA, few pairs are few programs: the loads of eight steps are under way together, 2 to 4 MB in all, what a round
+trip to memory takes, and the factors are swapped so that gate and up are two tiles for two waves. Where reading weights
+bounds, narrow tiles make more programs than the 128 columns of a group, and the second product quantizes as it loads.
 Bound by reading the chosen experts' weights, with many tokens by the matrix cores.
 """
 
@@ -19,7 +22,7 @@ from wave64.ops.fused_moe import granularity
 from wave64.quant import FP8
 from wave64.triton_ops import moe_align_block_size, per_token_group_quant_fp8, per_token_quant_fp8
 from wave64.triton_ops.attention import is_wide
-from wave64.triton_ops.geometry import matrix_options, num_stages, num_warps, on_hopper
+from wave64.triton_ops.geometry import matrix_options, num_stages, num_warps
 from wave64.triton_ops.moe_gemm import (
     BLOCKS,
     PLAIN,
@@ -30,7 +33,7 @@ from wave64.triton_ops.moe_gemm import (
     _moe_gate_up_kernel,
 )
 from wave64.triton_ops.quant import limits
-from wave64.tuning import choose
+from wave64.tuning import Tuning
 
 KINDS = {"": PLAIN.value, "tensor": ROWS.value, "channel": ROWS.value, "block": BLOCKS.value}
 #: Experts a token for which rows of all of them are one tile, at most.
@@ -55,14 +58,13 @@ class Config:
     group_m: int = 1        # blocks of pairs that take turns at a tile of weights
     xcds: int = 1           # chiplets, each with a cache of its own, that programs are dealt to in turn
     few: bool = False       # pairs are not sorted: each is a block by itself
-    late: bool = False      # groups of x are quantised by each program that reads them
+    late: bool = False      # groups of x are quantized by each program that reads them
     swap: bool = False      # weights are the left factor of products, for instructions that want 64 rows of it
     unroll: int = 1         # steps of the first product whose loads are under way together
-    hopper: bool = False    # both products by the kernel of hopper/fused_moe.py; blocks of 128 pairs
     options: dict = field(default_factory=dict)
 
 
-#: Bounds of the integer facts that the tuner takes for alike; per_expert: pairs of an expert, on average.
+#: per_expert: pairs of an expert, on average.
 BUCKETS = {"pairs": (32,), "per_expert": (4, 16, 64, 256), "inter": (512,)}
 #: To try, by the bound of per_expert up to which they make sense: (block_m, up_n, waves, stages, swap) ...
 HOPPER = {16: [(16, 32, 4, 6, True), (16, 64, 4, 3, True), (16, 64, 4, 5, True), (16, 128, 8, 3, True)],
@@ -80,34 +82,29 @@ HOPPER_FEW = [(16, 2, 8, 1), (16, 4, 8, 1), (32, 4, 8, 1), (16, 2, 3, 4), (16, 4
               (32, 4, 4, 2)]
 
 
-def facts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
-          w2_scale: Tensor | None = None, block_shape: list[int] | None = None, activation: str = "silu",
-          apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None,
-          scale_ue8m0: bool = False) -> dict[str, int | str]:
-    """Of a call's arguments, by their names, what the choice of a configuration depends on."""
+def key(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
+        w2_scale: Tensor | None = None, block_shape: list[int] | None = None, **others) -> dict[str, int | str]:
+    """The tuning key of a call."""
     experts, hidden, inter = w2.shape
     kind = granularity(w13_scale, block_shape) or ("fp32" if x.dtype == torch.float32 else "half")
-    kernel = on_hopper("fused_moe")
     # Copies of 16 bytes, and tiles of 128 bytes a row, are what Hopper's matrix instructions can be fed with.
     apart = (hidden, inter, x.stride(0), *w13.stride()[:2], *w2.stride()[:2])
     aligned = all(n % 16 == 0 for n in apart) and (not block_shape or block_shape[1] == 128)
-    hopper = (kernel is not None and expert_map is None and not apply_router_weight_on_input
-              and kernel.serves(x, w13, w2, block_shape, activation))
     return {"kind": "row" if kind in ("tensor", "channel") else kind, "pairs": topk_ids.numel(),
-            "per_expert": triton.cdiv(topk_ids.numel(), experts), "inter": inter, "aligned": aligned, "hopper": hopper}
+            "per_expert": triton.cdiv(topk_ids.numel(), experts), "inter": inter, "aligned": aligned}
 
 
-def pairs(config: Config, per_expert: int, **others) -> int:
+def work(config: Config, per_expert: int, **others) -> int:
     """Products that a program of the first kernel takes at a time; rows beyond an expert's pairs do not count."""
     return min(config.block_m, per_expert) * config.up_n * config.up_k
 
 
 def candidates(arch: Arch, kind: str, pairs: int, per_expert: int, aligned: bool, **others) -> list[Config]:
-    """What the tuner tries beside the present configuration."""
+    """What the tuner tries."""
     size = 4 if kind == "fp32" else 2 if kind == "half" else 1
     last = 16 if per_expert <= 16 else 64 if per_expert <= 64 else None
     if arch.matrix == "wgmma" and aligned and size < 4:
-        return _on_hopper_candidates(arch, size, pairs, per_expert, last, **others)
+        return _candidates_with_wgmma(arch, size, pairs, per_expert, last)
     mfma, tried = arch.matrix == "mfma", []
     options = matrix_options(arch, 16) if mfma else {}
 
@@ -132,8 +129,7 @@ def candidates(arch: Arch, kind: str, pairs: int, per_expert: int, aligned: bool
     return tried
 
 
-def _on_hopper_candidates(arch: Arch, size: int, pairs: int, per_expert: int, last: int | None,
-                          hopper: bool = False, **others) -> list[Config]:
+def _candidates_with_wgmma(arch: Arch, size: int, pairs: int, per_expert: int, last: int | None) -> list[Config]:
     k = 128 // size
     if pairs <= 32:
         ups = [((16, n, 128, waves, s), dict(few=True, swap=True, unroll=unroll)) for n, waves, s, unroll in HOPPER_FEW]
@@ -145,9 +141,10 @@ def _on_hopper_candidates(arch: Arch, size: int, pairs: int, per_expert: int, la
     fit = [(up, more) for up, more in ups
            if up[4] * more.get("unroll", 1) * (up[0] + 2 * up[1]) * up[2] * size <= arch.lds_bytes]
     found = [Config(*up, *down, **more) for up, more in fit for down in downs]
-    if hopper and pairs > 32:
-        found.append(Config(128, 128, k, 4, 6, 128, k, 4, 6, hopper=True))
     return [config for i, config in enumerate(found) if config not in found[:i]]
+
+
+TUNING = Tuning("fused_moe", config=Config, key=key, buckets=BUCKETS, candidates=candidates, work=work)
 
 
 # ---- the stages
@@ -179,15 +176,16 @@ class Routing:
         return (triton.cdiv(self.block_ids.numel(), together) * together * tiles,)
 
 
-def route(topk_ids: Tensor, expert_map: Tensor | None, experts: int, config: Config) -> Routing:
-    if config.few:
+def route(topk_ids: Tensor, expert_map: Tensor | None, experts: int, block_m: int) -> Routing:
+    """block_m: pairs of a block; 0: pairs are not sorted, each is a block by itself."""
+    if not block_m:
         return Routing(topk_ids, expert_map, experts, topk_ids, None, None)
     routed = experts if expert_map is None else expert_map.shape[0]
-    ordered, block_ids, end = moe_align_block_size.launch(topk_ids, config.block_m, routed)
+    ordered, block_ids, end = moe_align_block_size.launch(topk_ids, block_m, routed)
     return Routing(topk_ids, expert_map, experts, block_ids, ordered, end)
 
 
-def quantise(x: Tensor, block_shape: list[int] | None, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, block_shape: list[int] | None, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """(q, scale) of rows, or of the groups of columns that blocks have."""
     return per_token_group_quant_fp8.launch(x, block_shape[1], ue8m0) if block_shape else per_token_quant_fp8.launch(x)
 
@@ -209,13 +207,8 @@ def _about(weight: Tensor, scale: Tensor | None, block_shape: list[int] | None, 
 def first_product(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype, w13: Tensor, w13_scale: Tensor | None,
                   weights: Tensor | None, routing: Routing, block_shape: list[int] | None, activation: str,
                   config: Config, ue8m0: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(h [pairs, inter], None), in dtype, or quantised in groups with their scales where programs hold whole ones."""
+    """(h [pairs, inter], None), in dtype, or quantized in groups with their scales where programs hold whole ones."""
     pairs, inter = routing.topk_ids.numel(), w13.shape[1] // 2
-    if config.hopper:
-        h = torch.empty((pairs, inter), dtype=dtype, device=x.device)
-        on_hopper("fused_moe").launch(h, x, x_scale, w13, w13_scale, None, routing.pairs, routing.block_ids,
-                                      routing.end, routing.topk_ids.shape[1], 2, block_shape)
-        return (h, None) if x_scale is None else quantise(h, block_shape, ue8m0)
     group = block_shape[1] if block_shape else 0
     whole = config.up_n == group and not config.few
     h = torch.empty((pairs, inter), dtype=w13.dtype if whole else dtype, device=x.device)
@@ -238,10 +231,6 @@ def second_product(h: Tensor, h_scale: Tensor | None, dtype: torch.dtype, w2: Te
     """y [pairs, hidden]; rows of pairs without an expert here are not written."""
     hidden, group = w2.shape[1], block_shape[1] if block_shape else 0
     y = torch.empty((h.shape[0], hidden), dtype=dtype, device=h.device)
-    if config.hopper:
-        on_hopper("fused_moe").launch(y, h, h_scale, w2, w2_scale, weights, routing.pairs, routing.block_ids,
-                                      routing.end, 1, 1, block_shape)
-        return y
     about = _about(w2, w2_scale, block_shape, config.down_k if h_scale is not None else max(config.down_k, group),
                    ue8m0)
     _moe_down_kernel[routing.grid(triton.cdiv(hidden, config.down_n), config)](
@@ -289,7 +278,7 @@ def unsupported(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=Non
     return None
 
 
-@fused_moe.backend("triton", supports=unsupported)
+@fused_moe.backend("triton", tuning=TUNING, supports=unsupported)
 def launch(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
            w2_scale: Tensor | None = None, block_shape: list[int] | None = None, activation: str = "silu",
            apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None,
@@ -297,22 +286,21 @@ def launch(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: T
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    config = choose("fused_moe", Config, **facts(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, block_shape,
-                                                  activation, apply_router_weight_on_input, expert_map))
+    config = TUNING.choose(**key(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, block_shape))
     if topk_ids.shape[1] > FEW_EXPERTS:
         config = replace(config, few=False)
     before, after = (topk_weights, None) if apply_router_weight_on_input else (None, topk_weights)
-    routing = route(topk_ids, expert_map, w13.shape[0], config)
+    routing = route(topk_ids, expert_map, w13.shape[0], 0 if config.few else config.block_m)
     q, q_scale = x, None
     if w13_scale is not None and not (config.late and block_shape):
-        q, q_scale = quantise(x, block_shape, scale_ue8m0)
+        q, q_scale = quantize(x, block_shape, scale_ue8m0)
     h, h_scale = first_product(q, q_scale, x.dtype, w13, w13_scale, before, routing, block_shape, activation, config,
                                scale_ue8m0)
     if config.few:
         second_product_of_few(out, h, w2, w2_scale, after, routing, block_shape, config, scale_ue8m0)
         return out
     if w2_scale is not None and not block_shape:
-        h, h_scale = quantise(h, None)
+        h, h_scale = quantize(h, None)
     y = second_product(h, h_scale, x.dtype, w2, w2_scale, after, routing, block_shape, config, scale_ue8m0)
     combine(out, y, routing)
     return out

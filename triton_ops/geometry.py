@@ -1,11 +1,7 @@
-"""What launchers ask of the architecture: how many waves a block gets, and whether an operator has a kernel of its own.
+"""What launchers ask of the architecture: how many waves and stages a block gets, and options of its compiler.
 
 Triton's `num_warps` counts waves of 64 lanes on CDNA and of 32 elsewhere.
 """
-
-import functools
-import importlib
-from types import ModuleType
 
 import triton
 from torch import Tensor
@@ -40,14 +36,3 @@ def num_warps(lanes: int) -> int:
     arch = platform.arch()
     wave_size = arch.wave_size if arch else 64
     return max(1, min(triton.next_power_of_2(lanes), 1024) // wave_size)
-
-
-def on_hopper(op: str) -> ModuleType | None:
-    """The operator's kernel in hopper/; None on other machines, where Triton need not have what it is written in."""
-    arch = platform.arch()
-    return _hopper_kernel(op) if arch is not None and arch.matrix == "wgmma" else None
-
-
-@functools.cache
-def _hopper_kernel(op: str) -> ModuleType:
-    return importlib.import_module(f"wave64.triton_ops.hopper.{op}")

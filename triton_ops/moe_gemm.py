@@ -1,7 +1,7 @@
 """Mixture of experts, the products: gathered rows of tokens with their experts' weights.
 
 The trick: gate and up of the same columns are summed by the same program, so that the activation happens in registers
-and only its result is written, quantised there where a program holds whole groups. Programs that share an expert's
+and only its result is written, quantized there where a program holds whole groups. Programs that share an expert's
 weights run side by side, on one chiplet. A few tokens need no sorting: each (token, expert) pair is a tile of its own,
 and the second product takes rows of all of a token's experts as one tile, so that the sum over them stays in registers.
 Bound by reading weights while an expert has few tokens, by the matrix cores beyond.
@@ -61,7 +61,7 @@ def largest(x, RIGHT: tl.constexpr):
 
 
 @triton.jit
-def quantised(x, amax, LIMIT: tl.constexpr, BELOW: tl.constexpr, RIGHT: tl.constexpr, dtype: tl.constexpr):
+def quantized(x, amax, LIMIT: tl.constexpr, BELOW: tl.constexpr, RIGHT: tl.constexpr, dtype: tl.constexpr):
     """(q, scale) of rows (RIGHT: columns) x in fp32 whose largest magnitudes are amax."""
     scale, inverse = scales(amax, LIMIT, BELOW)
     return (x * tl.expand_dims(inverse, 0 if RIGHT else 1)).to(dtype), scale
@@ -117,7 +117,7 @@ def _moe_gate_up_kernel(h_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_p
                         GROUP_K: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
                         SWAP: tl.constexpr, UNROLL: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr,
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """h [pairs, N] = act(gate) * up for BLOCK_M pairs of one expert, BLOCK_N columns; of DTYPE. x is quantised on
+    """h [pairs, N] = act(gate) * up for BLOCK_M pairs of one expert, BLOCK_N columns; of DTYPE. x is quantized on
     the way where it has to be and has no scales; h where h_scale_ptr is given."""
     block, tile = deal_tiles(tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
     if block >= blocks:
@@ -163,7 +163,7 @@ def _moe_gate_up_kernel(h_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_p
         if SCALED == BLOCKS:
             if x_scale_ptr is None:
                 wide = a.to(tl.float32)
-                a, a_scale = quantised(wide, largest(wide, SWAP), LIMIT, BELOW, SWAP, b.dtype)
+                a, a_scale = quantized(wide, largest(wide, SWAP), LIMIT, BELOW, SWAP, b.dtype)
             else:
                 a_scale = tl.load(x_scale_ptr + token * tl.cdiv(K, GROUP_K) + first // GROUP_K)
             b_scale = block_scale(w_scale_ptr, row, first, stride_sn, GROUP_N, GROUP_K)
@@ -197,7 +197,7 @@ def _moe_gate_up_kernel(h_ptr, h_scale_ptr, x_ptr, x_scale_ptr, w_ptr, w_scale_p
         tl.store(h_ptr + offs_h, h.to(h_ptr.dtype.element_ty), mask=mask)
     else:  # a tile is a group wide
         h = tl.where(mask_n[None, :], h.to(DTYPE).to(tl.float32), 0.0)
-        q, scale = quantised(h, largest(h, False), LIMIT, BELOW, False, h_ptr.dtype.element_ty)
+        q, scale = quantized(h, largest(h, False), LIMIT, BELOW, False, h_ptr.dtype.element_ty)
         tl.store(h_ptr + offs_h, q, mask=mask)
         tl.store(h_scale_ptr + pair * tl.cdiv(N, BLOCK_N) + tile, scale, mask=mask_m)
 
@@ -209,7 +209,7 @@ def _moe_down_kernel(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weights_ptr,
                      GROUP_K: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
                      SWAP: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr, BLOCK_M: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """y [pairs, N] = weight * h w^T for BLOCK_M pairs of one expert, BLOCK_N columns. h is quantised on the way where
+    """y [pairs, N] = weight * h w^T for BLOCK_M pairs of one expert, BLOCK_N columns. h is quantized on the way where
     it has to be and has no scales."""
     block, tile = deal_tiles(tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
     if block >= blocks:
@@ -242,7 +242,7 @@ def _moe_down_kernel(y_ptr, h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weights_ptr,
         if SCALED == BLOCKS:
             if h_scale_ptr is None:
                 wide = a.to(tl.float32)
-                a, a_scale = quantised(wide, largest(wide, SWAP), LIMIT, BELOW, SWAP, b.dtype)
+                a, a_scale = quantized(wide, largest(wide, SWAP), LIMIT, BELOW, SWAP, b.dtype)
             else:
                 a_scale = tl.load(h_scale_ptr + pair * tl.cdiv(K, GROUP_K) + first // GROUP_K)
             b_scale = block_scale(w_scale_ptr, row, first, stride_sn, GROUP_N, GROUP_K)
@@ -314,7 +314,7 @@ def _moe_down_few_kernel(out_ptr, h_ptr, w_ptr, w_scale_ptr, weights_ptr, ids_pt
             y += product(w, h, False)
         else:
             wide = h.to(tl.float32)
-            h, h_scale = quantised(wide, largest(wide, True) if SCALED == BLOCKS else amax, LIMIT, BELOW, True, w.dtype)
+            h, h_scale = quantized(wide, largest(wide, True) if SCALED == BLOCKS else amax, LIMIT, BELOW, True, w.dtype)
             d = product(w, h, True)
             if SCALED == BLOCKS:
                 d = scaled(d, block_scale(w_scale_ptr, offs_n, first, stride_sn, GROUP_N, GROUP_K), h_scale, False)

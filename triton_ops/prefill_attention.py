@@ -29,7 +29,7 @@ from wave64.triton_ops.attention import (
     unsupported,
 )
 from wave64.triton_ops.geometry import matrix_options
-from wave64.tuning import choose
+from wave64.tuning import Tuning
 
 
 @triton.jit(do_not_specialize=["window", "room", "stride_qt", "stride_qh", "stride_kp", "stride_kn", "stride_kh",
@@ -86,16 +86,13 @@ class Config:
 
 
 #: Bounds of the integer facts that the tuner takes for alike: a few new tokens, a block of them, a prompt.
-BUCKETS = {"head_dim": (64, 128, 192), "max_seqlen_q": (16, 64)}
-
-
-def facts(query: Tensor, max_seqlen_q: int, logit_cap: float = 0.0, **others) -> dict[str, int | bool]:
-    """Of a call's arguments, by their names, what the choice of a configuration depends on."""
+def key(query: Tensor, max_seqlen_q: int, logit_cap: float = 0.0, **others) -> dict[str, int | bool]:
+    """The tuning key of a call."""
     return {"head_dim": query.shape[2], "fp32": query.dtype == torch.float32, "capped": logit_cap > 0,
             "max_seqlen_q": max_seqlen_q}
 
 
-def pairs(config: Config, max_seqlen_q: int, **others) -> int:
+def work(config: Config, max_seqlen_q: int, **others) -> int:
     """Pairs of query and key that a block takes at a time; rows beyond the last query do not count."""
     return min(config.block_m, max_seqlen_q) * config.block_n
 
@@ -143,8 +140,12 @@ def _cdna_blocks(arch: Arch, fp32: bool, max_seqlen_q: int) -> Iterator[Config]:
 
 
 def candidates(arch: Arch, head_dim: int, fp32: bool, max_seqlen_q: int, **others) -> Iterator[Config]:
-    """What the tuner tries beside the present configuration."""
+    """What the tuner tries."""
     return blocks(arch, fp32, max_seqlen_q, head_dim, head_dim)
+
+
+TUNING = Tuning("prefill_attention", config=Config, key=key, candidates=candidates, work=work,
+                buckets={"head_dim": (64, 128, 192), "max_seqlen_q": (16, 64)})
 
 
 def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens_q: Tensor,
@@ -174,11 +175,12 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
     return out, lse
 
 
-@prefill_attention.backend("triton", supports=lambda query, key_cache, *args, **kwargs: unsupported(query, key_cache))
+@prefill_attention.backend("triton", tuning=TUNING,
+                           supports=lambda query, key_cache, *args, **kwargs: unsupported(query, key_cache))
 def run(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens_q: Tensor,
         seq_lens: Tensor, max_seqlen_q: int, scale: float, causal: bool = True, sliding_window: int = -1,
         logit_cap: float = 0.0, sinks: Tensor | None = None, k_scale: Tensor | None = None,
         v_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return launch(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max_seqlen_q, scale, causal,
                   sliding_window, logit_cap, sinks, k_scale, v_scale,
-                  choose("prefill_attention", Config, **facts(query, max_seqlen_q, logit_cap)))
+                  TUNING.choose(**key(query, max_seqlen_q, logit_cap)))

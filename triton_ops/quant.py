@@ -1,4 +1,4 @@
-"""What the FP8 quantisers share: amax and scale as wave64/quant.py defines them, and tiles of whole groups.
+"""What the FP8 quantizers share: amax and scale as wave64/quant.py defines them, and tiles of whole groups.
 
 A lane has 16 numbers: two loads of 16 bytes in, one store of 16 out. Bound by memory.
 """
@@ -80,6 +80,6 @@ def launch_groups(kernel, x: Tensor, columns: int, group_size: int, ue8m0: bool 
 
 
 def supports(*args, **kwargs) -> str | None:
-    """Why Triton cannot quantise here, or None."""
+    """Why Triton cannot quantize here, or None."""
     arch = platform.arch()
     return f"{arch.name} has no FP8 conversion" if arch and arch.fp8 is None else None

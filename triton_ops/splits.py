@@ -1,77 +1,158 @@
-"""How a batch's keys are dealt out to programs, and where they lie.
+"""Split planning for decode attention: how a batch's keys are split among programs, and where those keys lie.
 
-Every sequence gets one part for each share of keys that it has, and at least one. Programs work out the shares from the
-lengths themselves: a long sequence gets many parts, a short one one, and the host need not know which.
+`plan_splits` makes a `Split` on the host, which knows no sequence length; each program then works out its own split
+from the lengths with `find_split`. Every sequence has one split for each `keys_per_split` of its keys, and at least
+one, so a long sequence gets many programs and a short one gets one. `Split` is passed to kernels as `*split`, five
+integers: Triton specializes every integer of a tuple on its value, and none of these is worth another compilation.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from wave64 import platform
 from wave64.triton_ops.attention import INTERPRETED
 
-#: The lengths that a deal depends on: arguments that vary from step to step, none worth another compilation.
-LENGTHS = ["num_seqs", "room", "window", "programs", "least"]
+
+class Split(NamedTuple):
+    """What the number of splits depends on, in the order in which kernels take it."""
+
+    num_seqs: int
+    capacity: int   # keys that a row of the page table has pages for
+    window: int     # keys that a query attends to at most; -1: all
+    programs: int   # that the keys of a batch are split for
+    min_keys: int   # that a split has, but for half of it in a sequence's last
+
+    @property
+    def max_splits(self) -> int:
+        """Splits that one sequence can have."""
+        keys = min(self.capacity, self.window) if self.window > 0 else self.capacity
+        return max(1, (keys + self.min_keys // 2) // self.min_keys)
+
+    @property
+    def num_items(self) -> int:
+        """Splits that a batch can have: one per sequence, and one more for each of the programs."""
+        return min(self.num_seqs * self.max_splits, self.num_seqs + self.programs)
+
+    def partials(self, rows: int, width: int, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Where splits leave results [num_items, rows, width] and (row_max, row_sum) [num_items, rows, 2], both fp32;
+        `out` twice, as a place that is not used, where no sequence can have a second split."""
+        if self.max_splits == 1:
+            return out, out
+        return (torch.empty((self.num_items, rows, width), dtype=torch.float32, device=out.device),
+                torch.empty((self.num_items, rows, 2), dtype=torch.float32, device=out.device))
+
+    @property
+    def overlap(self) -> bool:
+        """True where the merge may be launched while the splits are still being computed: NVIDIA's programmatic
+        dependent launch, from Hopper on. The merge reads the lengths meanwhile, then waits in `gdc_wait`."""
+        return self.max_splits > 1 and overlaps()
+
+
+#: The fields of Split, as kernels name them: arguments that vary from step to step.
+SPLIT = list(Split._fields)
+
+
+def plan_splits(page_table: Tensor, page_size: int, tiles: int, programs: int, min_keys: int, window: int = -1,
+                keys_per_split: int = 0) -> Split:
+    """The split of a batch whose rows take `tiles` programs each.
+
+    programs        that a compute unit holds at a time
+    keys_per_split  > 0 fixes how a sequence is split, so that its result does not depend on the rest of the batch
+    """
+    num_seqs, max_pages = page_table.shape
+    if keys_per_split:  # more programs than any batch can use: then min_keys decides
+        return Split(num_seqs, max_pages * page_size, window, 2**30, keys_per_split)
+    programs = max(1, platform.compute_units() * programs // tiles)
+    return Split(num_seqs, max_pages * page_size, window, programs, min_keys)
+
+
+def overlaps() -> bool:
+    """Whether the architecture has programmatic dependent launches."""
+    arch = platform.arch()
+    return arch is not None and arch.vendor == "nvidia" and arch.matrix == "wgmma"
+
+
+class Lengths(NamedTuple):
+    """Compile-time: how programs read the lengths of a batch."""
+
+    BLOCK_B: int        # lengths read at a time
+    ONE_BLOCK_B: bool   # the batch has no more: they are loaded once, three dependent loads less before the first key
+
+
+def length_blocks(num_seqs: int, block_b: int = 0) -> Lengths:
+    """BLOCK_B as given, or one of two sizes, since each is a compilation."""
+    block_b = block_b or (32 if num_seqs <= 32 else 256)
+    return Lengths(block_b, num_seqs <= block_b)
 
 
 @triton.jit
-def keys_of(seq_lens_ptr, seq, num_seqs, room, window, NEW: tl.constexpr):
-    """Keys that are dealt out for sequences `seq`, 0 beyond the last: of their lengths without the NEW newest tokens,
-    what the page table and the window allow."""
-    keys = tl.minimum(tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0), room)
+def keys_of(seq_lens_ptr, seq, num_seqs, capacity, window, NEW: tl.constexpr):
+    """Keys that are split for sequences `seq`, 0 beyond the last: of their lengths without the NEW newest tokens, what
+    the page table and the window allow."""
+    keys = tl.minimum(tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0), capacity)
     keys = tl.maximum(keys - NEW, 0)
     return tl.where(window > 0, tl.minimum(keys, window), keys)
 
 
 @triton.jit
-def parts_of(keys, share):
-    """Programs that so many keys of a sequence go to, each with about `share`, at most 1.5 times that; at least one."""
-    return tl.maximum(1, (keys + share // 2) // share)
+def splits_of(keys, keys_per_split):
+    """Splits of so many keys, each about `keys_per_split` and at most 1.5 times that; at least one."""
+    return tl.maximum(1, (keys + keys_per_split // 2) // keys_per_split)
 
 
 @triton.jit
-def deal(item, seq_lens_ptr, num_seqs, room, window, programs, least, NEW: tl.constexpr, BLOCK_B: tl.constexpr,
-         ONE_LOOK: tl.constexpr):
-    """(seq, first, keys, parts): the sequence whose parts, counted through the batch, include `item`; the number of its
-    first part; its keys; and into how many parts they are dealt. seq = num_seqs if there are fewer parts.
-
-    ONE_LOOK: the lengths fit BLOCK_B, so they are loaded once: three dependent loads less before a program's first key.
-    """
+def find_split(item, seq_lens_ptr, num_seqs, capacity, window, programs, min_keys, NEW: tl.constexpr,
+               BLOCK_B: tl.constexpr, ONE_BLOCK_B: tl.constexpr):
+    """(seq, first, keys, num_splits): the sequence whose splits, counted through the batch, include `item`; the number
+    of its first split; its keys; and its splits. seq = num_seqs if the batch has fewer splits."""
     offs_b = tl.arange(0, BLOCK_B)
-    keys = keys_of(seq_lens_ptr, offs_b, num_seqs, room, window, NEW)
+    keys = keys_of(seq_lens_ptr, offs_b, num_seqs, capacity, window, NEW)
     total = tl.sum(keys)
-    if not ONE_LOOK:
+    if not ONE_BLOCK_B:
         for start in range(BLOCK_B, num_seqs, BLOCK_B):
-            total += tl.sum(keys_of(seq_lens_ptr, start + offs_b, num_seqs, room, window, NEW))
-    share = tl.maximum(least, tl.cdiv(total, programs))
-    seq, first, dealt = 0, 0, 0
-    if ONE_LOOK:
-        parts = tl.where(offs_b < num_seqs, parts_of(keys, share), 0)
-        passed = (parts > 0) & (tl.cumsum(parts) <= item)
+            total += tl.sum(keys_of(seq_lens_ptr, start + offs_b, num_seqs, capacity, window, NEW))
+    keys_per_split = tl.maximum(min_keys, tl.cdiv(total, programs))
+    seq, first, before = 0, 0, 0
+    if ONE_BLOCK_B:
+        splits = tl.where(offs_b < num_seqs, splits_of(keys, keys_per_split), 0)
+        passed = (splits > 0) & (tl.cumsum(splits) <= item)
         seq += tl.sum(passed.to(tl.int32))
-        first += tl.sum(tl.where(passed, parts, 0))
+        first += tl.sum(tl.where(passed, splits, 0))
         keys = tl.sum(tl.where(offs_b == seq, keys, 0))
     else:
         for start in range(0, num_seqs, BLOCK_B):
-            parts = parts_of(keys_of(seq_lens_ptr, start + offs_b, num_seqs, room, window, NEW), share)
-            parts = tl.where(start + offs_b < num_seqs, parts, 0)
-            passed = (parts > 0) & (dealt + tl.cumsum(parts) <= item)
+            splits = splits_of(keys_of(seq_lens_ptr, start + offs_b, num_seqs, capacity, window, NEW), keys_per_split)
+            splits = tl.where(start + offs_b < num_seqs, splits, 0)
+            passed = (splits > 0) & (before + tl.cumsum(splits) <= item)
             seq += tl.sum(passed.to(tl.int32))
-            first += tl.sum(tl.where(passed, parts, 0))
-            dealt += tl.sum(parts)
-        keys = keys_of(seq_lens_ptr, seq, num_seqs, room, window, NEW)
-    return seq, first, keys, parts_of(keys, share)
+            first += tl.sum(tl.where(passed, splits, 0))
+            before += tl.sum(splits)
+        keys = keys_of(seq_lens_ptr, seq, num_seqs, capacity, window, NEW)
+    return seq, first, keys, splits_of(keys, keys_per_split)
+
+
+@triton.jit
+def split_range(split, num_splits, first_block, blocks, BLOCK_N: tl.constexpr):
+    """(start, end) of a split's keys: whole blocks, one more for each of the first splits, so that a block lies inside
+    one page where pages hold whole blocks."""
+    start = (first_block + split * (blocks // num_splits) + tl.minimum(split, blocks % num_splits)) * BLOCK_N
+    end = start + (blocks // num_splits + (split < blocks % num_splits).to(tl.int32)) * BLOCK_N
+    return start, end
 
 
 @triton.jit
 def page_numbers(table_ptr, block, last, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pages of a whole block of keys: one number where they share it. last: nothing is read unless block is before it;
-    None: it is."""
+    """Pages of a whole block of keys: one number where they share a page. Reads nothing where `block` is not before
+    `last`, which is None where it always is."""
     if PAGE_SIZE % BLOCK_N == 0:
         pages = table_ptr + block // PAGE_SIZE
         mask = None if last is None else block < last
     else:
-        if BLOCK_N % PAGE_SIZE == 0:  # beside the scalar, offsets that are the same for every block
+        if BLOCK_N % PAGE_SIZE == 0:  # a scalar plus offsets that are the same for every block
             pages = table_ptr + block // PAGE_SIZE + tl.arange(0, BLOCK_N) // PAGE_SIZE
         else:
             pages = table_ptr + (block + tl.arange(0, BLOCK_N)) // PAGE_SIZE
@@ -80,10 +161,10 @@ def page_numbers(table_ptr, block, last, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def rows_of(ptr, pages, block, stride_page, stride_row, UNIT: tl.constexpr, PAGE_SIZE: tl.constexpr,
+def block_rows(ptr, pages, block, stride_page, stride_row, UNIT: tl.constexpr, PAGE_SIZE: tl.constexpr,
             BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
     """(base, offsets): where the rows of a whole block of keys lie. Where they share a page, the offsets from a scalar
-    base are the same for every block, and of 32 bits however large the pool is."""
+    base are the same for every block, and 32 bits are enough however large the pool is."""
     offs_n = tl.arange(0, BLOCK_N)
     if PAGE_SIZE % BLOCK_N == 0:
         base = ptr + (pages.to(tl.int64) * stride_page + block % PAGE_SIZE * stride_row) * UNIT
@@ -97,9 +178,9 @@ def rows_of(ptr, pages, block, stride_page, stride_row, UNIT: tl.constexpr, PAGE
 
 
 @triton.jit
-def widened(x, dtype: tl.constexpr, EXACT: tl.constexpr):
-    """x in dtype. EXACT: dtype holds every number of x's, FP8: to bf16 then without the rounding that a compiler adds
-    where there is no instruction for it."""
+def upcast(x, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """x in dtype. EXACT: x is FP8, and dtype holds each of its numbers: so to bf16 without the rounding that a compiler
+    adds where the architecture has no instruction for it."""
     if EXACT and dtype == tl.bfloat16:
         y = (x.to(tl.float32).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
@@ -108,9 +189,9 @@ def widened(x, dtype: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def settled(x, CDNA: tl.constexpr):
-    """x of 16 bits as it is. CDNA's compiler would else put off a conversion from FP8 until each product has read its
-    operand from LDS, a byte at a time, and convert once for each."""
+def converted_here(x, CDNA: tl.constexpr):
+    """x of 16 bits, unchanged. Without this, CDNA's compiler moves a conversion from FP8 behind each product's read of
+    its operand from LDS, which then goes a byte at a time, and converts once per product."""
     if CDNA and not INTERPRETED and x.dtype.primitive_bitwidth == 16:
         x = tl.inline_asm_elementwise("", "=v,0", [x], x.dtype, False, 2)
     return x
@@ -118,28 +199,10 @@ def settled(x, CDNA: tl.constexpr):
 
 @triton.jit
 def uniform(x, CDNA: tl.constexpr):
-    """x, the same in all lanes. What came through a sum looks otherwise to CDNA's compiler, which then does all that
-    follows from it, addresses and loops among it, in vector registers, and loads page numbers as vectors, too."""
+    """x, which is the same in all lanes, in a scalar register. CDNA's compiler does not see that a sum is uniform, and
+    would compute all that follows from it, addresses and loops included, in vector registers."""
     if CDNA and not INTERPRETED:
-        # s_nop: around inline assembly the compiler leaves out the waits, before x is read and before the result is.
+        # s_nop: the compiler inserts no wait states around inline assembly, before x is read or before the result is.
         code: tl.constexpr = "s_nop 0\nv_readfirstlane_b32 $0, $1\ns_nop 4"
         x = tl.inline_asm_elementwise(code, "=s,v", [x], tl.int32, True, 1)
     return x
-
-
-def most_parts(keys: int, least: int) -> int:
-    """Parts that a sequence of so many keys is dealt in at most."""
-    return max(1, (keys + least // 2) // least)
-
-
-def looks(num_seqs: int, block_b: int = 0) -> dict[str, int]:
-    """BLOCK_B (as given, or what suits) and ONE_LOOK for so many lengths: few sizes, since each is a compilation."""
-    block_b = block_b or (32 if num_seqs <= 32 else 256)
-    return dict(BLOCK_B=block_b, ONE_LOOK=num_seqs <= block_b)
-
-
-def overlaps() -> bool:
-    """True where a merge may be launched while the parts are still being computed: NVIDIA's programmatic dependent
-    launch, from Hopper on. The merge looks at the lengths meanwhile, then waits in `gdc_wait` for the parts."""
-    arch = platform.arch()
-    return arch is not None and arch.vendor == "nvidia" and arch.matrix == "wgmma"

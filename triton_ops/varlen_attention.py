@@ -23,10 +23,8 @@ from wave64.triton_ops.attention import (
     tile_width,
     unit_of,
 )
-from wave64.triton_ops.prefill_attention import Config, blocks, pairs
-from wave64.tuning import choose
-
-__all__ = ["BUCKETS", "Config", "candidates", "facts", "launch", "pairs"]  # what the tuner looks for
+from wave64.triton_ops.prefill_attention import Config, blocks, work
+from wave64.tuning import Tuning
 
 
 @triton.jit(do_not_specialize=["stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_vt", "stride_vh"])
@@ -68,17 +66,18 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> str | None:
 
 
 #: As prefill_attention's.
-BUCKETS = {"qk_dim": (64, 128, 192), "v_dim": (64, 128), "max_seqlen_q": (16, 64)}
-
-
-def facts(q: Tensor, v: Tensor, max_seqlen_q: int, **others) -> dict[str, int | bool]:
-    """Of a call's arguments, by their names, what the choice of a configuration depends on."""
+def key(q: Tensor, v: Tensor, max_seqlen_q: int, **others) -> dict[str, int | bool]:
+    """The tuning key of a call."""
     return {"qk_dim": q.shape[2], "v_dim": v.shape[2], "fp32": q.dtype == torch.float32, "max_seqlen_q": max_seqlen_q}
 
 
 def candidates(arch: Arch, qk_dim: int, v_dim: int, fp32: bool, max_seqlen_q: int) -> Iterator[Config]:
-    """What the tuner tries beside the present configuration."""
+    """What the tuner tries."""
     return blocks(arch, fp32, max_seqlen_q, qk_dim, v_dim)
+
+
+TUNING = Tuning("varlen_attention", config=Config, key=key, candidates=candidates, work=work,
+                buckets={"qk_dim": (64, 128, 192), "v_dim": (64, 128), "max_seqlen_q": (16, 64)})
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
@@ -102,8 +101,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
     return out, lse
 
 
-@varlen_attention.backend("triton", supports=unsupported)
+@varlen_attention.backend("triton", tuning=TUNING, supports=unsupported)
 def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
         max_seqlen_k: int, scale: float, causal: bool = True) -> tuple[Tensor, Tensor]:
     return launch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                  choose("varlen_attention", Config, **facts(q, v, max_seqlen_q)))
+                  TUNING.choose(**key(q, v, max_seqlen_q)))

@@ -11,12 +11,15 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from wave64.arguments import NO_BACKWARD, BadArgument, Examiner, compiled, describe
+
+if TYPE_CHECKING:
+    from wave64.tuning import Tuning
 
 __all__ = ["BACKENDS", "OPS", "Backend", "BadArgument", "Case", "Cost", "NotSupported", "Op", "describe", "named", "op"]
 
@@ -25,8 +28,9 @@ log = logging.getLogger("wave64")
 #: Every operator by name, in order of declaration.
 OPS: dict[str, "Op"] = {}
 
-#: In order of preference; `cpu` serves CPU tensors only, `aiter` only where it is asked for.
-BACKENDS = ("hip", "triton", "cpu", "reference", "aiter")
+#: In order of preference; `cpu` serves CPU tensors only, `aiter` only where it is asked for. `hopper` comes before
+#: `triton`: it declines the calls for which triton was measured faster (tests/bench/RESULTS.md).
+BACKENDS = ("hip", "hopper", "triton", "cpu", "reference", "aiter")
 
 
 P = ParamSpec("P")
@@ -72,11 +76,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of one operator. `supports(*args)` gives None, or why it cannot serve these arguments."""
+    """One implementation of one operator. `supports(*args)` gives None, or why it cannot serve these arguments;
+    `tuning` says how its launch configuration is chosen, where it has one."""
 
     name: str
     run: Callable[..., Any]
     supports: Callable[..., str | None] | None = None
+    tuning: "Tuning | None" = None
 
 
 class Op(Generic[P, R]):
@@ -190,13 +196,13 @@ class Op(Generic[P, R]):
             self._declined.add((backend, reason))
             log.warning("%s: backend %s declines: %s; the next one serves", self.name, backend, reason)
 
-    def backend(self, name: str, supports: Callable[..., str | None] | None = None):
+    def backend(self, name: str, supports: Callable[..., str | None] | None = None, tuning: "Tuning | None" = None):
         """Registers the decorated function, of the same signature, as backend `name` of this operator."""
         if name not in BACKENDS:
             raise ValueError(f"{self.name}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
         def register(run: Callable) -> Callable:
-            self.backends[name] = Backend(name, run, supports)
+            self.backends[name] = Backend(name, run, supports, tuning)
             return run
 
         return register

@@ -1,24 +1,25 @@
-"""Which configuration a kernel is launched with: read from `tuned/<arch>/<op>.json`, in the form that the tuner writes.
+"""Which configuration a kernel is launched with: read from a tuned table, in the form that the tuner writes.
 
-A table, one row a line:
-    op, arch  whose it is
-    sources   what choices were made from, and by whom: timings, executed machine code or static figures by the tuner,
-              with its command and what was compared where a row was chosen by hand; device and compiler versions
-    rows      when: facts of a call, each an exact value or, of integers, an inclusive range [low, high], null: open;
-              config: fields of the launcher's `Config`; source: index into sources; of rows that the tuner chose,
-              measured: its figures; why: words, where there are any
-The first row whose `when` fits the facts is chosen; the last has an empty one. An architecture without a table uses one
-of its kin's, `kin` says whose. `python -m wave64.testing.tune` writes tables.
+A backend that has a choice registers a `Tuning`: `@op.backend("triton", tuning=Tuning(...))`. Its table is
+`tuned/<arch>/<op>.json`, of another backend than triton `tuned/<arch>/<backend>/<op>.json`, one row a line:
+    op, arch  whose it is; backend, unless it is triton
+    sources   what choices were made from: timings, executed machine code or static figures by the tuner, with its
+              command; or, with chosen_by "person", what was compared by hand; device and compiler versions
+    rows      when: names in the tuning key, each an exact value or, of integers, an inclusive range [low, high], null:
+              open; config: fields of the launcher's `Config`; source: index into sources; of rows that the tuner chose,
+              measured: its figures; why: a few words, where the row needs them
+The first row whose `when` fits the tuning key is chosen; the last has an empty one. An architecture without a table
+uses the one of its fallback arch, see `fallback_archs`. `python -m wave64.testing.tune` writes tables.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from wave64 import platform
 from wave64.arch import Arch
@@ -30,12 +31,13 @@ FOLDER = Path(__file__).with_name("tuned")
 #: The "architecture" of Triton's interpreter.
 INTERPRETER = "interpreter"
 
-Fact = bool | int | str
+Value = bool | int | str
+Key = Mapping[str, Value]
 T = TypeVar("T", bound="DataclassInstance")
 
 
 class TunedTableError(ValueError):
-    """A table that is not there, says what it cannot mean or has no row for a call; the message names file and fact."""
+    """A table is missing, cannot be read or has no row for a call; the message names the file and the key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +48,11 @@ class Row:
     measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     why: str = ""
 
-    def fits(self, facts: Mapping[str, Fact], file: Path) -> bool:
+    def fits(self, key: Key, file: Path) -> bool:
         for name, wanted in self.when.items():
-            if name not in facts:
-                raise TunedTableError(f"{file}: {name}: expected one of the facts {', '.join(facts)}")
-            value = facts[name]
+            if name not in key:
+                raise TunedTableError(f"{file}: {name}: expected a name in the tuning key: {', '.join(key)}")
+            value = key[name]
             if not isinstance(wanted, list):
                 if value != wanted:
                     return False
@@ -66,14 +68,15 @@ class Table:
     arch: str
     sources: tuple[Mapping[str, Any], ...]
     rows: tuple[Row, ...]
+    backend: str = "triton"
 
 
-def kin(arch: Arch | None) -> tuple[str, ...]:
-    """Whose tables serve an architecture (None: the interpreter), its own first."""
+def fallback_archs(arch: Arch | None) -> tuple[str, ...]:
+    """Architectures whose tables serve `arch` (None: the interpreter), its own first."""
     if arch is None:
         return (INTERPRETER,)
     if arch.vendor == "nvidia":
-        return (arch.name, "sm_80")  # with little on-chip memory, as any may have
+        return (arch.name, "sm_80")  # its tables want little on-chip memory
     return (arch.name, "gfx942" if arch.matrix == "mfma" else "gfx1100")
 
 
@@ -93,14 +96,23 @@ def read(file: Path) -> Table:
         if not 0 <= row.source < len(table.sources):
             raise TunedTableError(f"{file}: row {number}: source: expected an index into {len(table.sources)} sources, "
                                   f"got {row.source}")
+        by_hand = table.sources[row.source].get("chosen_by") == "person"
+        if by_hand == bool(row.measured):
+            raise TunedTableError(f"{file}: row {number}: expected either `measured` or a source with "
+                                  f"\"chosen_by\": \"person\", got {'both' if by_hand else 'neither'}")
     if not rows or rows[-1].when:
         raise TunedTableError(f"{file}: expected a last row that fits every call, with an empty `when`")
     return table
 
 
-def table(op: str, arch: Arch | None, folder: Path | None = None) -> Table:
-    """The table that serves `op` on `arch`: its own, or the first that one of its kin has."""
-    files = [(folder or FOLDER) / name / f"{op}.json" for name in kin(arch)]
+def table_file(op: str, backend: str, arch: str, folder: Path | None = None) -> Path:
+    inside = (folder or FOLDER) / arch
+    return (inside if backend == "triton" else inside / backend) / f"{op}.json"
+
+
+def table(op: str, arch: Arch | None, backend: str = "triton") -> Table:
+    """The table that serves `op` on `arch`: its own, or the first that one of its fallback archs has."""
+    files = [table_file(op, backend, name) for name in fallback_archs(arch)]
     for file in files:
         if file.exists():
             return read(file)
@@ -114,7 +126,7 @@ def build(config: type[T], row: Row, file: Path) -> T:
         raise TunedTableError(f"{file}: config: {', '.join(unknown)}: expected fields among {', '.join(known)}")
     try:
         made = config(**row.config)
-    except TypeError as e:  # one that has no default is missing
+    except TypeError as e:  # a field without a default is missing
         raise TunedTableError(f"{file}: config {dict(row.config)}: {e}") from e
     for name in known:
         if isinstance(value := getattr(made, name), dict):
@@ -122,33 +134,62 @@ def build(config: type[T], row: Row, file: Path) -> T:
     return made
 
 
-def choose(op: str, config: type[T], **facts: Fact) -> T:
-    """The configuration for a call of these facts on the architecture that kernels are launched for."""
-    if _forced and op in _forced:
-        return _forced[op]
-    arch = platform.arch()
-    key = (op, config, arch and arch.name, *facts.items())  # cheaper than a call that functools caches by its keywords
-    return _chosen.get(key) or _choose(key, op, config, arch, facts)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuning(Generic[T]):
+    """How the launch configuration of a backend is chosen, and what the tuner needs to choose it anew.
 
+    op          the operator whose table is read: usually the backend's own, but two operators that launch the same
+                kernel share one table by sharing its name here
+    config      frozen dataclass, how the kernels are launched
+    key         (**arguments of a call) -> tuning key: what a choice may depend on and the host knows without asking the
+                device
+    buckets     name in the key -> upper bounds of the ranges in which an integer counts as the same; other values count
+                exactly
+    candidates  (arch, **key) -> configurations that the tuner tries
+    work        (config, **key) -> what a block computes per step of its loop, to compare instruction counts
+    backend     whose table it is
+    """
 
-def _choose(key: tuple, op: str, config: type[T], arch: Arch | None, facts: dict[str, Fact]) -> T:
-    found = table(op, arch)
-    row = next(row for row in found.rows if row.fits(facts, found.file))
-    if len(_chosen) >= 10_000:  # lengths of prompts are among the facts
-        _chosen.clear()
-    _chosen[key] = made = build(config, row, found.file)
-    return made
+    op: str
+    config: type[T]
+    key: Callable[..., Key]
+    buckets: Mapping[str, tuple[int, ...]]
+    candidates: Callable[..., Iterable[T]]
+    work: Callable[..., int]
+    backend: str = "triton"
+
+    def table(self, arch: Arch | None) -> Table:
+        return table(self.op, arch, self.backend)
+
+    def choose(self, **key: Value) -> T:
+        """The configuration for a call of this tuning key on the architecture that kernels are launched for."""
+        if _forced and (self.op, self.backend) in _forced:
+            return _forced[self.op, self.backend]
+        arch = platform.arch()
+        cached = (self.op, self.backend, self.config, arch and arch.name, *key.items())  # cheaper than functools.cache
+        return _chosen.get(cached) or self._choose(cached, arch, key)
+
+    def _choose(self, cached: tuple, arch: Arch | None, key: Key) -> T:
+        found = self.table(arch)
+        row = next(row for row in found.rows if row.fits(key, found.file))
+        if len(_chosen) >= 10_000:  # the key may hold lengths of prompts
+            _chosen.clear()
+        _chosen[cached] = made = build(self.config, row, found.file)
+        return made
+
+    @contextlib.contextmanager
+    def forced(self, config: T) -> Iterator[None]:
+        """Launches inside the block take `config` instead of the table's, for the tuner and for tests."""
+        before = _forced.get((self.op, self.backend))
+        _forced[self.op, self.backend] = config
+        try:
+            yield
+        finally:
+            if before is None:
+                del _forced[self.op, self.backend]
+            else:
+                _forced[self.op, self.backend] = before
 
 
 _chosen: dict[tuple, Any] = {}
-_forced: dict[str, Any] = {}
-
-
-@contextlib.contextmanager
-def forced(op: str, config: Any) -> Iterator[None]:
-    """Launches of `op` inside the block take `config` instead of the table's, for the tuner and for tests."""
-    _forced[op] = config
-    try:
-        yield
-    finally:
-        del _forced[op]
+_forced: dict[tuple[str, str], Any] = {}

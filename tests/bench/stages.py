@@ -11,7 +11,6 @@ import torch
 
 from wave64.op import Cost
 from wave64.triton_ops import fused_moe
-from wave64.tuning import choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +27,16 @@ def stages(op: str, args: dict[str, Any]) -> Iterator[Stage]:
 
 def moe_products(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, block_shape=None, activation="silu",
                  **others) -> Iterator[Stage]:
-    """The two products alone, on what the stages before them leave: x quantised and pairs sorted beforehand, where the
-    operator does so. The first includes the activation and, in blocks, its quantisation."""
+    """The two products alone, on what the stages before them leave: x quantized and pairs sorted beforehand, where the
+    operator does so. The first includes the activation and, in blocks, its quantization."""
     if others.get("expert_map") is not None or others.get("apply_router_weight_on_input"):
         return
-    config = choose("fused_moe", fused_moe.Config,
-                    **fused_moe.facts(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, block_shape))
-    routing = fused_moe.route(topk_ids, None, w13.shape[0], config)
+    config = fused_moe.TUNING.choose(
+        **fused_moe.key(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, block_shape))
+    routing = fused_moe.route(topk_ids, None, w13.shape[0], 0 if config.few else config.block_m)
     q, q_scale = x, None
     if w13_scale is not None and not (config.late and block_shape):
-        q, q_scale = fused_moe.quantise(x, block_shape)
+        q, q_scale = fused_moe.quantize(x, block_shape)
 
     def first():
         return fused_moe.first_product(q, q_scale, x.dtype, w13, w13_scale, None, routing, block_shape, activation,
@@ -50,7 +49,7 @@ def moe_products(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=No
             fused_moe.second_product_of_few(out, h, w2, w2_scale, topk_weights, routing, block_shape, config)
     else:
         if w2_scale is not None and not block_shape:
-            h, h_scale = fused_moe.quantise(h, None)
+            h, h_scale = fused_moe.quantize(h, None)
 
         def second():
             fused_moe.second_product(h, h_scale, x.dtype, w2, w2_scale, topk_weights, routing, block_shape, config)

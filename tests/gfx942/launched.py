@@ -4,10 +4,8 @@ launches, without executing or compiling them."""
 import contextlib
 import hashlib
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 from shrunken import KINDS, SHRINKING, Problem
@@ -17,7 +15,7 @@ from wave64 import OPS, platform, tuning
 from wave64.arch import lookup
 from wave64.backends import hip
 from wave64.op import Case, Op
-from wave64.testing import contract
+from wave64.testing import contract, tune
 from wave64.testing.emulator import code_object
 from wave64.testing.emulator.check import Result, check, check_case
 
@@ -60,16 +58,14 @@ def hip_launched(arch: str, cases: list[tuple[Op, Case]]) -> set[tuple[str, str]
 Row = tuple[str, int]  # operator, place in its table for the architecture
 
 
-def launcher(op: Op) -> ModuleType:
-    return sys.modules[op.backends["triton"].run.__module__]
-
-
 def tables(arch: str) -> dict[str, tuning.Table]:
-    return {op: tuning.table(op, lookup(arch)) for op in OPS if (tuning.FOLDER / arch / f"{op}.json").exists()}
+    """Operator -> the table that it reads, where that is the architecture's own; two operators may share one."""
+    found = {op: tune.tuning_of(OPS[op]).table(lookup(arch)) for op in tune.tunable()}
+    return {op: table for op, table in found.items() if table.arch == arch}
 
 
-def row_of(table: tuning.Table, facts: dict[str, Any]) -> int:
-    return next(i for i, row in enumerate(table.rows) if row.fits(facts, table.file))
+def row_of(table: tuning.Table, key: dict[str, Any]) -> int:
+    return next(i for i, row in enumerate(table.rows) if row.fits(key, table.file))
 
 
 def config_of(op: Op, arch: str, row: int | None) -> Any:
@@ -77,22 +73,22 @@ def config_of(op: Op, arch: str, row: int | None) -> Any:
     if row is None:
         return None
     table = tables(arch)[op.name]
-    return tuning.build(launcher(op).Config, table.rows[row], table.file)
+    return tuning.build(tune.tuning_of(op).config, table.rows[row], table.file)
 
 
 @contextlib.contextmanager
 def configured(op: Op, config: Any) -> Iterator[None]:
-    with tuning.forced(op.name, config) if config is not None else contextlib.nullcontext():
+    with tune.tuning_of(op).forced(config) if config is not None else contextlib.nullcontext():
         yield
 
 
-def kind_of(op: str, facts: dict[str, Any]) -> dict[str, Any]:
-    return next((kind for kind in KINDS.get(op, ()) if kind.items() <= facts.items()), {})
+def kind_of(op: str, tuning_key: dict[str, Any]) -> dict[str, Any]:
+    return next((kind for kind in KINDS.get(op, ()) if kind.items() <= tuning_key.items()), {})
 
 
 def reachable(op: str, table: tuning.Table) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row, a tuning key for which it is chosen) of every kind of key for which there is one."""
-    bounds = {name: {1, *ends, max(ends) + 1} for name, ends in launcher(OPS[op]).BUCKETS.items()}
+    bounds = {name: {1, *ends, max(ends) + 1} for name, ends in tune.tuning_of(OPS[op]).buckets.items()}
     exact: dict[str, set] = {}
     for row in table.rows:
         for name, wanted in row.when.items():
@@ -105,9 +101,9 @@ def reachable(op: str, table: tuning.Table) -> Iterator[tuple[int, dict[str, Any
         open_ = {name: sorted(values) for name, values in bounds.items()}
         open_ |= {name: sorted(values) for name, values in exact.items() if name not in kind}
         for values in itertools.product(*open_.values()):
-            facts = dict(zip(open_, values, strict=True)) | kind
-            found.setdefault((row_of(table, facts), *kind.values()), facts)
-    return ((row, facts) for (row, *_), facts in sorted(found.items(), key=lambda item: item[0][0]))
+            tuning_key = dict(zip(open_, values, strict=True)) | kind
+            found.setdefault((row_of(table, tuning_key), *kind.values()), tuning_key)
+    return ((row, tuning_key) for (row, *_), tuning_key in sorted(found.items(), key=lambda item: item[0][0]))
 
 
 # ---- Triton's binaries
@@ -155,20 +151,20 @@ def plan(arch: str) -> Plan:
             if own.supports is not None and own.supports(**args):
                 return {}, args, {}
             own.run(**args)
-            facts = launcher(op).facts(**args) if op.name in of_arch else {}
-        return {short(launch.key): launch.key.split()[0] for launch in launches}, args, facts
+            tuning_key = dict(tune.tuning_of(op).key(**args)) if op.name in of_arch else {}
+        return {short(launch.key): launch.key.split()[0] for launch in launches}, args, tuning_key
 
-    def note_row(op: str, row: int, facts: dict[str, Any], by: str) -> None:
+    def note_row(op: str, row: int, tuning_key: dict[str, Any], by: str) -> None:
         found.rows[op, row].append(by)
-        kinds.add((op, row, *kind_of(op, facts).values()))
+        kinds.add((op, row, *kind_of(op, tuning_key).values()))
 
     for op, case in small_cases("triton"):
-        keys, _, facts = launched(op, case)
+        keys, _, tuning_key = launched(op, case)
         seen |= keys.keys()
-        if facts and keys:
-            note_row(op.name, row_of(of_arch[op.name], facts), facts, case.id)
+        if tuning_key and keys:
+            note_row(op.name, row_of(of_arch[op.name], tuning_key), tuning_key, case.id)
 
-    def shrink(op: Op, name: str, shape: dict[str, Any], row: int | None, facts: dict[str, Any],
+    def shrink(op: Op, name: str, shape: dict[str, Any], row: int | None, tuning_key: dict[str, Any],
                wanted: set[str] | None) -> None:
         """Adds problems that launch what is wanted (None: whatever the row's configuration makes of the shape)."""
         config = config_of(op, arch, row)
@@ -177,7 +173,7 @@ def plan(arch: str) -> Plan:
             new = keys.keys() if wanted is None else keys.keys() & wanted - seen
             if new:
                 if row is not None:
-                    note_row(op.name, row, facts, f"{name}, shrunken")
+                    note_row(op.name, row, tuning_key, f"{name}, shrunken")
                 found.problems.append(Shrunken(op.name, f"{name}#{i}", make, row, frozenset(new)))
                 seen.update(keys)
             if wanted is None or wanted <= seen:
@@ -185,7 +181,7 @@ def plan(arch: str) -> Plan:
 
     for op in (op for op in OPS.values() if "triton" in op.backends):
         for case in (case for case in op.cases() if case.large):
-            keys, args, facts = launched(op, case)
+            keys, args, tuning_key = launched(op, case)
             wanted = keys.keys() - seen
             found.binaries |= {key: f"{op.name} {case.id} {kernel}" for key, kernel in keys.items()
                                if key not in found.binaries}
@@ -195,15 +191,15 @@ def plan(arch: str) -> Plan:
                 found.problems.append(Shrunken(op.name, case.id, None, None, frozenset(wanted)))
                 seen |= wanted
             elif wanted and op.name in SHRINKING:
-                row = row_of(of_arch[op.name], facts) if op.name in of_arch else None
-                shrink(op, case.id, SHRINKING[op.name][0](args), row, facts, wanted)
+                row = row_of(of_arch[op.name], tuning_key) if op.name in of_arch else None
+                shrink(op, case.id, SHRINKING[op.name][0](args), row, tuning_key, wanted)
             if max(sizes) >= VAST_BYTES:
                 vast |= wanted - seen
     for name, table in of_arch.items():
-        for row, facts in reachable(name, table):
-            if (name, row, *kind_of(name, facts).values()) not in kinds:
-                words = " ".join(f"{fact}={value}" for fact, value in facts.items())
-                shrink(OPS[name], f"row {row + 1}: {words}", SHRINKING[name][1](facts), row, facts, None)
+        for row, tuning_key in reachable(name, table):
+            if (name, row, *kind_of(name, tuning_key).values()) not in kinds:
+                words = " ".join(f"{which}={value}" for which, value in tuning_key.items())
+                shrink(OPS[name], f"row {row + 1}: {words}", SHRINKING[name][1](tuning_key), row, tuning_key, None)
     found.vast = [text for key, text in found.binaries.items() if key in vast - seen]
     found.left_out = [text for key, text in found.binaries.items() if key not in seen | vast]
     found.left_out += [f"{op}: row {row + 1} of its table" for (op, row), by in found.rows.items() if not by]
@@ -225,7 +221,7 @@ def execute_small(op: str, case: str, arch: str) -> tuple[Result, dict[str, Any]
         chosen = next(c for c in declared.cases() if c.id == case)  # of the list that the test was made of
         with platform.target(arch):
             args = contract.draw(chosen, "cpu", seed=0)
-            row = row_of(tables(arch)[op], launcher(declared).facts(**args))
+            row = row_of(tables(arch)[op], tune.tuning_of(declared).key(**args))
     return result, executed(result, row)
 
 

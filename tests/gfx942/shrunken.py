@@ -57,8 +57,8 @@ def _experts(args: dict[str, Any]) -> Shape:
                 dtype=args["x"].dtype, scales=kind, block_shape=args.get("block_shape"))
 
 
-def _experts_of(facts: dict[str, Any]) -> Shape:
-    kind = facts["kind"]
+def _experts_of(key: dict[str, Any]) -> Shape:
+    kind = key["kind"]
     return dict(hidden=1024, inter=256, top_k=8, dtype=torch.float32 if kind == "fp32" else HALF,
                 scales={"row": "channel", "block": "block"}.get(kind, ""),
                 block_shape=[128, 128] if kind == "block" else None)
@@ -98,7 +98,7 @@ def _decodes(make: Callable, shape: Shape, config: Any) -> Iterator[Problem]:
     shape = dict(shape)
     rest = [1] * 3 + [0] * 28 if shape.pop("num_seqs") > 32 else []
     for width in WIDTHS:
-        lengths = [min(4 * config.least - 56, width - 28), config.least // 2 + 7, *rest]
+        lengths = [min(4 * config.min_keys - 56, width - 28), config.min_keys // 2 + 7, *rest]
         yield partial(_widened, make, lengths, width, **shape)
 
 
@@ -108,10 +108,10 @@ def _latents(q: Tensor, q_pe: Tensor, args: dict[str, Any], rank: int) -> Shape:
                 rope=cache.shape[2] - rank, page_size=cache.shape[1], dtype=q.dtype, fp8=cache.dtype.itemsize == 1)
 
 
-def _latents_of(facts: dict[str, Any]) -> Shape:
-    return dict(num_seqs=facts["num_seqs"], heads=min(facts["rows"], 128), page_size=64,
-                dtype=torch.float32 if facts["fp32"] else HALF, fp8=facts["fp8"],
-                **dict(rank=128) if facts["fp32"] else {})
+def _latents_of(key: dict[str, Any]) -> Shape:
+    return dict(num_seqs=key["num_seqs"], heads=min(key["rows"], 128), page_size=64,
+                dtype=torch.float32 if key["fp32"] else HALF, fp8=key["fp8"],
+                **dict(rank=128) if key["fp32"] else {})
 
 
 def _heads(args: dict[str, Any]) -> Shape:
@@ -127,10 +127,10 @@ def _decode(args: dict[str, Any]) -> Shape:
     return shape | dict(num_seqs=args["query"].shape[0], heads=16, kv_heads=16 // group)
 
 
-def _decode_of(facts: dict[str, Any]) -> Shape:
-    group = min(facts["group"], 16)
-    return dict(num_seqs=facts["num_seqs"], heads=2 * group, kv_heads=2, head_dim=max(facts["head_dim"], HEAD),
-                page_size=16, dtype=torch.float32 if facts["fp32"] else HALF, fp8=facts["fp8"])
+def _decode_of(key: dict[str, Any]) -> Shape:
+    group = min(key["group"], 16)
+    return dict(num_seqs=key["num_seqs"], heads=2 * group, kv_heads=2, head_dim=max(key["head_dim"], HEAD),
+                page_size=16, dtype=torch.float32 if key["fp32"] else HALF, fp8=key["fp8"])
 
 
 # ---- prompts
@@ -142,9 +142,9 @@ def _prompt(args: dict[str, Any]) -> Shape:
                         sliding_window=args.get("sliding_window", -1), logit_cap=args.get("logit_cap", 0.0))
 
 
-def _prompt_of(facts: dict[str, Any]) -> Shape:
-    return dict(heads=4, kv_heads=2, head_dim=max(facts["head_dim"], HEAD),
-                dtype=torch.float32 if facts["fp32"] else HALF, logit_cap=8.0 if facts["capped"] else 0.0)
+def _prompt_of(key: dict[str, Any]) -> Shape:
+    return dict(heads=4, kv_heads=2, head_dim=max(key["head_dim"], HEAD),
+                dtype=torch.float32 if key["fp32"] else HALF, logit_cap=8.0 if key["capped"] else 0.0)
 
 
 def _prompts(shape: Shape, config: Any) -> Iterator[Problem]:
@@ -159,9 +159,9 @@ def _ragged(args: dict[str, Any]) -> Shape:
                 dtype=args["q"].dtype, causal=args.get("causal", True))
 
 
-def _ragged_of(facts: dict[str, Any]) -> Shape:
-    return dict(heads=2, kv_heads=1, qk_dim=max(facts["qk_dim"], HEAD), v_dim=max(facts["v_dim"], HEAD),
-                dtype=torch.float32 if facts["fp32"] else HALF)
+def _ragged_of(key: dict[str, Any]) -> Shape:
+    return dict(heads=2, kv_heads=1, qk_dim=max(key["qk_dim"], HEAD), v_dim=max(key["v_dim"], HEAD),
+                dtype=torch.float32 if key["fp32"] else HALF)
 
 
 def _raggeds(shape: Shape, config: Any) -> Iterator[Problem]:
@@ -181,8 +181,8 @@ def _one_row(given: bool) -> dict[str, Any]:
 
 #: operator -> (shape of a case's arguments, of a row's tuning key, problems)
 SHRINKING = {
-    "fp8_scaled_mm": (_product, lambda facts: dict(out_dtype=HALF), partial(_products, make_product)),
-    "fp8_block_scaled_mm": (_block_product, lambda facts: dict(out_dtype=HALF), partial(_products, make_block_product)),
+    "fp8_scaled_mm": (_product, lambda key: dict(out_dtype=HALF), partial(_products, make_product)),
+    "fp8_block_scaled_mm": (_block_product, lambda key: dict(out_dtype=HALF), partial(_products, make_block_product)),
     "fused_moe": (_experts, _experts_of, _few_experts),
     "mla_decode": (lambda args: _latents(args["q"], args["q"], args, args["kv_lora_rank"]), _latents_of,
                    partial(_decodes, make_latents)),

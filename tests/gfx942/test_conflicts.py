@@ -1,8 +1,6 @@
 """LDS bank conflicts of every row of the tuned tables, executed with real tiles, few of them: none takes more than 1.5
 times its cycles without conflicts, but for those that conflicts.json lists with their figures. That list only shrinks:
-`--renew-golden` lowers its figures and drops what is no longer needed; it adds and raises none.
-
-mla_decode_rope's rows that are mla_decode's are left out: they launch the same kernel with the same tiles."""
+`--renew-golden` lowers its figures and drops what is no longer needed; it adds and raises none."""
 
 import json
 from collections.abc import Iterator
@@ -26,11 +24,9 @@ HARMLESS = 1.03
 
 def rows(arch: str) -> Iterator[tuple[str, int, tuning.Row]]:
     """(operator, place in its table, row)."""
-    latents = [(row.when, row.config) for row in tuning.table("mla_decode", lookup(arch)).rows]
     for file in sorted((tuning.FOLDER / arch).glob("*.json")):
         for number, row in enumerate(tuning.read(file).rows, 1):
-            if file.stem != "mla_decode_rope" or (row.when, row.config) not in latents:
-                yield file.stem, number, row
+            yield file.stem, number, row
 
 
 def judge(key: str, now: dict[str, float], listed: dict[str, float]) -> list[str]:
@@ -55,9 +51,9 @@ def renewed(now: dict[str, float], listed: dict[str, float]) -> dict[str, float]
 @pytest.mark.parametrize(("arch", "op", "number", "row"), [
     pytest.param(arch, *found, id=f"{arch}-{found[0]}-{found[1]}") for arch in ARCHS for found in rows(arch)])
 def test_rows_have_no_more_bank_conflicts_than_are_listed(arch, op, number, row, compiling, request):
-    facts = typical(tuning.table(op, lookup(arch)), row)
+    key_of_row = typical(tuning.table(op, lookup(arch)), row)
     took: dict[str, Any] = compiling.submit(
-        tune.execute_with, op, facts, dict(row.config), arch, row.config.get("block_m", ROWS)).result()
+        tune.execute_with, op, key_of_row, dict(row.config), arch, row.config.get("block_m", ROWS)).result()
     now = {kernel: used["LDS"] / used["free"] for kernel, used in took.items() if used["free"]}
     key, exceptions = f"{arch} {op} {number}", json.loads(EXCEPTIONS.read_text())
     if request.config.getoption("renew_golden", default=False):

@@ -57,7 +57,7 @@ BUGS = {
     "one round too few": ("topk_softmax", "topk", "for j in range(TOP_K):", "for j in range(TOP_K - 1):", FAR),
     "gate read twice": ("silu_and_mul", "gated", "x_ptr + d + offs", "x_ptr + offs", FAR),
     "last key counted twice": ("paged_attention", "paged_attention", "(offs_n < end)", "(offs_n <= end)", FAR),
-    "earlier keys not shrunk": ("paged_attention", "paged_attention", "mixed * shrink[:, None])", "mixed)", FAR),
+    "earlier keys not shrunk": ("paged_attention", "paged_attention", "acc * shrink[:, None])", "acc)", FAR),
     "columns beyond the last": (
         "fp8_scaled_mm", "fp8_mm", "mask=offs_k < K - first", "mask=offs_k <= K - first",
         OUTSIDE.format("load", "[ab]_ptr")),

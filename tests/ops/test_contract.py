@@ -8,7 +8,7 @@ from wave64.backends import probe
 from wave64.testing import contract
 
 GPU = platform.device_type() == "cuda"
-BACKENDS = ["reference", "triton", "cpu", *(["hip"] if probe("hip", "cuda") is None and GPU else [])]
+BACKENDS = ["reference", "triton", "cpu", *(b for b in ("hip", "hopper") if GPU and probe(b, "cuda") is None)]
 
 
 def grid():

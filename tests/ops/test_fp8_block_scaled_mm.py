@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wave64 import BadArgument, ops, platform, quant, tuning
+from wave64 import BadArgument, ops, platform, quant
+from wave64.backends import import_hopper_kernels
 from wave64.testing import tune
 from wave64.testing.contract import same_bits
 from wave64.triton_ops.fp8_mm import Config
@@ -83,12 +84,12 @@ def test_within_the_bound(backend, device, m, n, k, out_dtype, block_shape, flav
 @quick
 @given(m=st.integers(1, 100), n=st.integers(1, 70), k=st.integers(1, 300), block_n=st.sampled_from([32, 64]),
        block_k=st.sampled_from([32, 64, 128]), group_m=st.integers(1, 5), xcds=st.sampled_from([1, 2, 3, 8]),
-       swap=st.booleans(), programs=st.sampled_from([1, 20]), least=st.sampled_from([32, 128]))
-def test_every_form_of_the_kernel(device, m, n, k, block_n, block_k, group_m, xcds, swap, programs, least):
+       swap=st.booleans(), programs=st.sampled_from([1, 20]), min_columns=st.sampled_from([32, 128]))
+def test_every_form_of_the_kernel(device, m, n, k, block_n, block_k, group_m, xcds, swap, programs, min_columns):
     """Every tile is computed once, whatever the order, and every column counts once, however K is split."""
     args = draw(m, n, k, [32, 128], device=device)
-    config = Config(32, block_n, block_k, 4, 1, programs, least, group_m, xcds, swap)
-    with tuning.forced("fp8_block_scaled_mm", config):
+    config = Config(32, block_n, block_k, 4, 1, programs, min_columns, group_m, xcds, swap)
+    with tune.tuning_of(ops.fp8_block_scaled_mm).forced(config):
         got = run("triton", *args, [32, 128], torch.float32)
         assert same_bits(got, run("triton", *args, [32, 128], torch.float32))
     assert_within_bound(got, *exact(*args, [32, 128]), k)
@@ -100,10 +101,8 @@ def test_every_form_of_the_kernel(device, m, n, k, block_n, block_k, group_m, xc
 def test_hoppers_own_kernel_keeps_the_bound(device, m, n, k):
     """Edges of tiles, odd and even numbers of blocks of K, fewer and more tiles than programs."""
     args = draw(m, n, k, [128, 128], device=device)
-    module = tune.launcher(ops.fp8_block_scaled_mm)
-    assert module.facts(*args[:2], [128, 128], torch.bfloat16)["hopper"]
-    with tuning.forced("fp8_block_scaled_mm", Config(128, 128, 128, 4, 4, hopper=True)):
-        got = run("triton", *args, [128, 128], torch.bfloat16)
+    assert import_hopper_kernels() is None
+    got = ops.fp8_block_scaled_mm.backends["hopper"].run(*args, [128, 128], torch.bfloat16)
     assert_within_bound(got, *exact(*args, [128, 128]), k)
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wave64 import BadArgument, ops, platform, quant, tuning
+from wave64 import BadArgument, ops, platform, quant
+from wave64.testing import tune
 from wave64.testing.contract import same_bits
 from wave64.triton_ops.fp8_mm import Config
 
@@ -74,11 +75,14 @@ def test_within_the_bound(backend, device, m, n, k, biased, out_dtype, flavour, 
 @quick
 @given(m=st.integers(1, 100), n=st.integers(1, 70), k=st.integers(1, 300), block_n=st.sampled_from([32, 64]),
        block_k=st.sampled_from([32, 64, 128]), group_m=st.integers(1, 5), xcds=st.sampled_from([1, 2, 3, 8]),
-       swap=st.booleans(), programs=st.sampled_from([1, 20]), least=st.sampled_from([32, 128]), biased=st.booleans())
-def test_every_form_of_the_kernel(device, m, n, k, block_n, block_k, group_m, xcds, swap, programs, least, biased):
+       swap=st.booleans(), programs=st.sampled_from([1, 20]), min_columns=st.sampled_from([32, 128]),
+       biased=st.booleans())
+def test_every_form_of_the_kernel(device, m, n, k, block_n, block_k, group_m, xcds, swap, programs, min_columns,
+                                  biased):
     """Every tile is computed once, whatever the order, every column counts once, however K is split, and bias once."""
     args, bias = draw(m, n, k, [["M", 1], ["N", 1]], device, bias=torch.float32 if biased else None)
-    with tuning.forced("fp8_scaled_mm", Config(32, block_n, block_k, 4, 1, programs, least, group_m, xcds, swap)):
+    config = Config(32, block_n, block_k, 4, 1, programs, min_columns, group_m, xcds, swap)
+    with tune.tuning_of(ops.fp8_scaled_mm).forced(config):
         got = run("triton", *args, torch.float32, bias)
         assert same_bits(got, run("triton", *args, torch.float32, bias))
     assert_within_bound(got, *args, bias)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wave64 import OPS, BadArgument, ops, platform, tuning
+from wave64 import OPS, BadArgument, ops, platform
+from wave64.backends import import_hopper_kernels
 from wave64.ops.fused_moe import make_case
 from wave64.testing import contract, tune
 
@@ -135,10 +136,8 @@ def test_hoppers_own_kernel_keeps_the_bound(device, kind, tokens, experts, top_k
     """Blocks of 128 pairs that are full, or end in either team's half, or are not there at all."""
     torch.manual_seed(tokens)
     args = on(device, make_case(tokens, experts, top_k, 512, 256, dropped=dropped, **kind))
-    module = tune.launcher(ops.fused_moe)
-    assert module.facts(**args)["hopper"]
-    with tuning.forced("fused_moe", module.Config(128, 128, 64, 4, 6, 128, 64, 4, 6, hopper=True)):
-        holds(run("triton", args), args)
+    assert import_hopper_kernels() is None
+    holds(ops.fused_moe.backends["hopper"].run(**args), args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -222,7 +221,7 @@ def test_a_map_to_experts_that_are_not_there_maps_to_none(backend, device, token
 
 def forms():
     """How the kernels can be launched: as a table may say, and larger tiles than the operands."""
-    made = tune.launcher(ops.fused_moe).Config
+    made = tune.tuning_of(ops.fused_moe).config
     small = dict(up_k=32, up_warps=4, up_stages=1, down_k=64, down_warps=4, down_stages=1)
     yield made(16, 16, down_n=32, few=True, **small)
     yield made(16, 16, down_n=128, few=True, late=True, **small)
@@ -238,7 +237,7 @@ def forms():
 @pytest.mark.parametrize("kind", [{}, dict(scales="channel"), dict(scales="block", block_shape=[32, 32])], ids=str)
 def test_every_form_gives_the_same(config, kind):
     args = make_case(7, 3, 2, 40, 48, dropped=0.2, **kind)
-    with tuning.forced("fused_moe", config):
+    with tune.tuning_of(ops.fused_moe).forced(config):
         got = run("triton", args)
     expected = ops.fused_moe.reference(**args)
     assert contract.distance(got, expected) <= tune.SLACK * contract.floor(expected.dtype)
@@ -250,7 +249,7 @@ def test_every_form_gives_the_same(config, kind):
 def test_activations_take_the_flavour_of_the_architecture(kind, tokens):
     args = make_case(tokens, 3, 2, fp8=FP8[1], **kind)
     config = list(forms())[0 if tokens == 2 else 3]
-    with platform.target("gfx942"), tuning.forced("fused_moe", config):
+    with platform.target("gfx942"), tune.tuning_of(ops.fused_moe).forced(config):
         got = run("triton", args)
     expected = ops.fused_moe.reference(**args)
     assert contract.distance(got, expected) <= tune.SLACK * contract.floor(expected.dtype)

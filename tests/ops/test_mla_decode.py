@@ -16,7 +16,6 @@ from wave64.arch import lookup
 from wave64.op import BadArgument
 from wave64.ops.mla_decode import make_case
 from wave64.quant import FP8, fp8_dtype
-from wave64.tuning import choose
 
 HEADS = [1, 3, 8, 12, 16, 20, 32, 64, 128]
 PAGE_SIZES = [1, 16, 32, 64, 128]
@@ -169,30 +168,29 @@ def test_new_tokens_at_once_are_new_tokens_in_turn(device, backend):
             torch.testing.assert_close(x, y[:, j], atol=2e-5, rtol=0)
 
 
-def launch(args, keys_per_program=0, arch=None, **changes):
+def launch(args, keys_per_split=0, arch=None, **changes):
     """The Triton kernel with other settings than the machine's, on results that are NaN where it writes nothing."""
     from wave64.triton_ops import mla_decode as kernels
 
-    q, rank = kernels.with_queries(args["q"], 4), args["kv_lora_rank"]
-    out = torch.full((*args["q"].shape[:-1], rank), float("nan"), dtype=q.dtype, device=q.device)
-    lse = torch.full(args["q"].shape[:-1], float("nan"), device=q.device)
+    q, rank = args["q"], args["kv_lora_rank"]
+    out = torch.full((*q.shape[:-1], rank), float("nan"), dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:-1], float("nan"), device=q.device)
     with platform.target(arch.name) if arch else contextlib.nullcontext():
-        config = choose("mla_decode", kernels.Config, **{**kernels.facts(**args), "hopper": False})
-    kernels.launch(q[..., :rank], q[..., rank:], args["kv_cache"], args["page_table"], args["seq_lens"], args["scale"],
-                   args["kv_scale"], out, lse, None, False, dataclasses.replace(config, **changes), keys_per_program)
+        config = kernels.TUNING.choose(**kernels.key(**args))
+    kernels.launch(kernels.call_of(**args), out, lse, dataclasses.replace(config, **changes), keys_per_split)
     return out, lse
 
 
-@pytest.mark.parametrize(("seq_lens", "share", "queries"), [
-    ([0, 130, 31, 65], 32, 0), ([200, 50], 40, 2), ([100, 33], 7, 0)])  # the last: more parts than blocks, some empty
-def test_fixed_shares_make_a_result_independent_of_its_batch(device, seq_lens, share, queries):
+@pytest.mark.parametrize(("seq_lens", "keys_per_split", "queries"), [
+    ([0, 130, 31, 65], 32, 0), ([200, 50], 40, 2), ([100, 33], 7, 0)])  # the last: more splits than blocks, some empty
+def test_a_fixed_split_makes_a_result_independent_of_its_batch(device, seq_lens, keys_per_split, queries):
     with torch.device(device):
         args = make_case(seq_lens, heads=3, queries=queries, rank=32, rope=8, dtype=torch.float32)
-    together = launch(args, share, programs=4)  # with so few the batch would decide otherwise
+    together = launch(args, keys_per_split, programs=4)  # with so few the batch would decide otherwise
     assert_right(together, args)
     for b in range(len(seq_lens)):
         alone = {k: v[b:b + 1] if k in ("q", "page_table", "seq_lens") else v for k, v in args.items()}
-        for x, y in zip(launch(alone, share, programs=4), together, strict=True):
+        for x, y in zip(launch(alone, keys_per_split, programs=4), together, strict=True):
             assert torch.equal(x[0], y[b])
 
 
@@ -213,7 +211,7 @@ def test_either_operand_may_hold_the_rows(device, swap, heads):
     """Also where several programs share the rows out; neither way is the machine's choice for every head count."""
     with torch.device(device):
         args = make_case([31, 3] if heads < 70 else [15], heads=heads, rank=24, rope=8)
-    assert_right(launch(args, swap=swap, bands=1, block_h=32), args)
+    assert_right(launch(args, swap=swap, bands=0, block_h=32), args)
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1201"])

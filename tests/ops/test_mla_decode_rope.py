@@ -16,7 +16,6 @@ from wave64.arch import lookup
 from wave64.op import BadArgument
 from wave64.ops.mla_decode_rope import make_case
 from wave64.quant import FP8, fp8_dtype
-from wave64.tuning import choose
 
 #: Arguments that have a row for each sequence.
 BATCHED = ("q_nope", "q_pe", "kv_c", "k_pe", "slot_mapping", "page_table", "seq_lens", "positions")
@@ -231,32 +230,29 @@ def test_new_tokens_at_once_are_new_tokens_in_turn(device, backend, fp8):
     assert torch.equal(step["kv_cache"].view(torch.uint8), pool.view(torch.uint8))
 
 
-def launch(args, keys_per_program=0, arch=None, **changes):
+def launch(args, keys_per_split=0, arch=None, **changes):
     """(out, pool) of the Triton kernel with other settings than the machine's."""
     from wave64.triton_ops import mla_decode as kernels
-    from wave64.triton_ops.mla_decode_rope import facts
+    from wave64.triton_ops import mla_decode_rope as rope
 
-    q_nope, q_pe = (kernels.with_queries(args[name], 4) for name in ("q_nope", "q_pe"))
-    new = [kernels.with_queries(args[name], 3) for name in ("kv_c", "k_pe")]
     out, pool = torch.full_like(args["q_nope"], float("nan")), args["kv_cache"].clone()
     with platform.target(arch.name) if arch else contextlib.nullcontext():
-        config = choose("mla_decode_rope", kernels.Config, **{**facts(**args), "hopper": False})
-    kernels.launch(q_nope, q_pe, pool, args["page_table"], args["seq_lens"], args["scale"], args["kv_scale"], out, None,
-                   (*new, args["slot_mapping"], args["positions"], args["cos_sin_cache"]), args["is_neox"],
-                   dataclasses.replace(config, **changes), keys_per_program)
+        config = rope.TUNING.choose(**rope.key(**args))
+    call = rope.call_of(**args | dict(kv_cache=pool))
+    kernels.launch(call, out, None, dataclasses.replace(config, **changes), keys_per_split)
     return out, pool
 
 
-@pytest.mark.parametrize(("seq_lens", "share", "queries"), [
-    ([0, 130, 1, 66], 32, 0), ([200, 50], 40, 2), ([100, 33], 7, 0)])  # the last: more parts than blocks, some empty
-def test_fixed_shares_make_a_result_independent_of_its_batch(device, seq_lens, share, queries):
+@pytest.mark.parametrize(("seq_lens", "keys_per_split", "queries"), [
+    ([0, 130, 1, 66], 32, 0), ([200, 50], 40, 2), ([100, 33], 7, 0)])  # the last: more splits than blocks, some empty
+def test_a_fixed_split_makes_a_result_independent_of_its_batch(device, seq_lens, keys_per_split, queries):
     with torch.device(device):
         args = make_case(seq_lens, heads=3, queries=queries, rank=32, rope=8, dtype=torch.float32)
-    together = launch(args, share, programs=4)  # with so few the batch would decide otherwise
+    together = launch(args, keys_per_split, programs=4)  # with so few the batch would decide otherwise
     assert_right(together, args)
     for b in range(len(seq_lens)):
         alone = {k: v[b:b + 1] if k in BATCHED else v for k, v in args.items()}
-        assert torch.equal(launch(alone, share, programs=4)[0][0], together[0][b])
+        assert torch.equal(launch(alone, keys_per_split, programs=4)[0][0], together[0][b])
 
 
 def test_many_parts_agree_with_one(device):
@@ -276,7 +272,7 @@ def test_either_operand_may_hold_the_rows(device, swap, heads):
     """Also where several programs share the rows out, of which one appends."""
     with torch.device(device):
         args = make_case([31, 3] if heads == 5 else [15], heads=heads, queries=2, rank=24, rope=8)
-    assert_right(launch(args, swap=swap, bands=1, block_h=32), args)
+    assert_right(launch(args, swap=swap, bands=0, block_h=32), args)
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])

@@ -27,8 +27,9 @@ def test_one_stem(request):
         assert getattr(ops, op.name) is op
         assert op.__doc__.strip(), f"{op.name} has no contract"
         for name, backend in op.backends.items():
-            if name == "triton":
-                assert backend.run.__module__ == f"wave64.triton_ops.{op.name}"
+            if name in ("triton", "hopper"):
+                folder = "wave64.triton_ops" + (".hopper" if name == "hopper" else "")
+                assert backend.run.__module__ == f"{folder}.{op.name}"
             if name == "cpu":
                 assert backend.run.__module__ == f"wave64.backends.cpu_ops.{op.name}"
     assert {p.stem for p in (root / "hip/ops").glob("*.hip")} <= set(OPS)

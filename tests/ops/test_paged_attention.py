@@ -13,7 +13,6 @@ from wave64 import OPS, ops, platform
 from wave64.op import BadArgument
 from wave64.ops.paged_attention import make_case
 from wave64.quant import fp8_dtype
-from wave64.tuning import choose
 
 BACKENDS = ("reference", "triton")
 ALL_BACKENDS = BACKENDS if torch.cuda.is_available() else (*BACKENDS, "cpu")
@@ -119,24 +118,24 @@ def test_serves_what_models_ask_for(device, head_dim, seed):
     assert_near(run("paged_attention", "triton", args), naive(**on_cpu(args)), args)
 
 
-def launch(args, keys_per_program=0, **changes):
+def launch(args, keys_per_split=0, **changes):
     """The Triton kernel with other settings than the machine's."""
     from wave64.triton_ops import paged_attention as kernels
 
-    config = dataclasses.replace(choose("paged_attention", kernels.Config, **kernels.facts(**args)), **changes)
+    config = dataclasses.replace(kernels.TUNING.choose(**kernels.key(**args)), **changes)
     rest = {"sliding_window": -1, "logit_cap": 0.0, "sinks": None, "k_scale": None, "v_scale": None}
-    return kernels.launch(**{**rest, **args}, config=config, keys_per_program=keys_per_program)
+    return kernels.launch(**{**rest, **args}, config=config, keys_per_split=keys_per_split)
 
 
-@pytest.mark.parametrize(("seq_lens", "share", "window"), [
-    ([0, 130, 31, 65], 32, -1), ([200, 50], 70, 90), ([900], 32, -1)])  # the last: more parts than merge in one step
-def test_fixed_shares_make_a_result_independent_of_its_batch(device, seq_lens, share, window):
+@pytest.mark.parametrize(("seq_lens", "keys_per_split", "window"), [
+    ([0, 130, 31, 65], 32, -1), ([200, 50], 70, 90), ([900], 32, -1)])  # the last: more splits than merge in one step
+def test_a_fixed_split_makes_a_result_independent_of_its_batch(device, seq_lens, keys_per_split, window):
     with torch.device(device):
         args = make_case(seq_lens, heads=8, kv_heads=1, sliding_window=window, dtype=torch.float32)
-    together = launch(args, keys_per_program=share)
+    together = launch(args, keys_per_split=keys_per_split)
     for b in range(len(seq_lens)):
         alone = {k: v[b:b + 1] if k in ("query", "page_table", "seq_lens") else v for k, v in args.items()}
-        assert torch.equal(launch(alone, keys_per_program=share)[0], together[b])
+        assert torch.equal(launch(alone, keys_per_split=keys_per_split)[0], together[b])
     assert_near(together, naive(**on_cpu(args)), args)
 
 

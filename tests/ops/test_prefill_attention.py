@@ -15,7 +15,6 @@ from wave64.op import BadArgument
 from wave64.ops import prefill_attention as declared
 from wave64.ops.prefill_attention import make_prefill
 from wave64.testing import contract
-from wave64.tuning import choose
 
 
 def naive(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max_seqlen_q, scale, causal=True,
@@ -132,7 +131,7 @@ def test_launch_settings(device, page_size, changes, window):
 
     with torch.device(device):
         args = make_prefill([90, 3], [130, 60], heads=2, kv_heads=1, page_size=page_size, sliding_window=window)
-    config = dataclasses.replace(choose("prefill_attention", kernels.Config, **kernels.facts(**args)), **changes)
+    config = dataclasses.replace(kernels.TUNING.choose(**kernels.key(**args)), **changes)
     rest = dict(causal=True, logit_cap=0.0, sinks=None, k_scale=None, v_scale=None)
     assert_right(kernels.launch(**{**rest, **args}, config=config), args)
 

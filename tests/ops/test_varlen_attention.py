@@ -14,7 +14,6 @@ from wave64.op import BadArgument
 from wave64.ops import varlen_attention as declared
 from wave64.ops.varlen_attention import cases, cost, make_case
 from wave64.testing import contract
-from wave64.tuning import choose
 
 
 def naive(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=True):
@@ -140,7 +139,7 @@ def launch(args, **changes):
     """The Triton kernel with other settings than the machine's."""
     from wave64.triton_ops import varlen_attention as kernels
 
-    config = dataclasses.replace(choose("varlen_attention", kernels.Config, **kernels.facts(**args)), **changes)
+    config = dataclasses.replace(kernels.TUNING.choose(**kernels.key(**args)), **changes)
     return kernels.launch(**args, config=config)
 
 

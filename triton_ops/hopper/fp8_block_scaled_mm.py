@@ -6,6 +6,8 @@ way and scales and adds up one while the other is multiplied. Programs stay and 
 Bound by: the matrix units, and the L2 cache, of which tiles of 128 x 128 ask 7 TB/s.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -21,6 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from wave64 import platform
+from wave64.arch import Arch
+from wave64.ops import fp8_block_scaled_mm
+from wave64.tuning import Tuning
 
 # Renamed after Triton 3.6.
 begin_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -149,12 +154,56 @@ def _fp8_block_scaled_mm_hopper_kernel(c_ptr, a_desc, b_desc, a_scale_ptr, b_sca
         [4, 1], [232, 24])
 
 
-def serves(a: Tensor, b: Tensor, block_shape: list[int], out_dtype: torch.dtype) -> bool:
-    """True where this kernel can stand in for the portable one: blocks that its tiles lie in, rows that TMA can
-    copy."""
-    return (block_shape[1] == 128 and block_shape[0] % COLUMNS.value == 0
-            and out_dtype in (torch.bfloat16, torch.float16) and b.shape[0] % 8 == 0 and a.numel() > 0 < b.numel()
-            and all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in (a, b)))
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is launched; tiles are 128 x 128."""
+
+    group_m: int = 8    # rows of tiles that programs which run together share
+
+
+def candidates(arch: Arch, **others) -> list[Config]:
+    """What the tuner tries."""
+    return [Config(group_m) for group_m in (2, 4, 8, 16)]
+
+
+def work(config: Config, **others) -> int:
+    """Products that a block computes at a time, in thousands."""
+    return 128 * 128 * 128 // 1024
+
+
+def key(a: Tensor, b: Tensor, **others) -> dict[str, int]:
+    """The tuning key of a call."""
+    return {"m": a.shape[0], "n": b.shape[0], "k": a.shape[1]}
+
+
+TUNING = Tuning("fp8_block_scaled_mm", config=Config, key=key, buckets={"m": (2048,), "n": (2048,), "k": (1024,)},
+                candidates=candidates, work=work, backend="hopper")
+#: Rows up to which the portable kernel is faster, as the tuner measured on an H200: its tiles have fewer.
+MIN_ROWS = 257
+
+
+def unsupported(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],
+                out_dtype: torch.dtype) -> str | None:
+    """Why this kernel is not to multiply these, or None: its tiles lie in one block of b, and TMA copies their rows."""
+    if a.shape[0] < MIN_ROWS:
+        return f"is slower than triton below {MIN_ROWS} rows"
+    if block_shape[1] != 128 or block_shape[0] % COLUMNS.value:
+        return f"takes blocks of a multiple of 128 rows and of 128 columns, not {block_shape}"
+    if out_dtype not in (torch.bfloat16, torch.float16):
+        return f"gives bf16 or fp16, not {out_dtype}"
+    if b.shape[0] % 8 or not b.numel():
+        return "takes a multiple of 8 columns of the result, and at least one of the factors"
+    if any(x.data_ptr() % 16 or x.stride(0) % 16 for x in (a, b)):
+        return "copies rows 16 bytes at a time, these are not aligned to that"
+    return None
+
+
+@fp8_block_scaled_mm.backend("hopper", tuning=TUNING, supports=unsupported)
+def run(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],
+        out_dtype: torch.dtype) -> Tensor:
+    out = torch.empty((len(a), len(b)), dtype=out_dtype, device=a.device)
+    launch(out, a, b, a_scale, b_scale, block_shape, TUNING.choose(**key(a, b)).group_m)
+    return out
 
 
 def launch(out: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],

@@ -7,6 +7,8 @@ rows side by side, so that both of a column end in one lane's registers, where t
 Bound by: the matrix units; the second product by writing its result.
 """
 
+import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from wave64 import platform
+from wave64.ops import fused_moe
+from wave64.triton_ops.fused_moe import combine, quantize, route
 from wave64.triton_ops.hopper.fp8_block_scaled_mm import add_scaled, begin_load
 from wave64.triton_ops.hopper.mla_decode import begin_copy
 
@@ -207,22 +211,7 @@ def _moe_product_hopper_kernel(y_ptr, x_ptr, x_scale_ptr, w_desc, w_scale_ptr, w
         [4, COPIERS], [216, 80])
 
 
-def serves(x: Tensor, w13: Tensor, w2: Tensor, block_shape: list[int] | None, activation: str) -> bool:
-    """True where this kernel can stand in for the portable ones: whole tiles, rows that can be copied 16 bytes at a
-    time, experts side by side as TMA walks them. x: before it is quantised."""
-    (_, rows, hidden), inter, size = w13.shape, w2.shape[2], w13.itemsize
-    if size == 1:
-        of_type = block_shape is not None and block_shape[1] == 128 and block_shape[0] % ROWS.value == 0
-        copied = [w13, w2]
-    else:
-        of_type, copied = size == 2, [w13, w2, x]
-    return (of_type and activation == "silu" and rows % (2 * ROWS.value) == 0 and hidden % ROWS.value == 0
-            and all(k % (256 // size) == 0 for k in (hidden, inter))
-            and all(w.stride(0) == w.shape[1] * w.stride(1) for w in (w13, w2))
-            and all(t.data_ptr() % 16 == 0 and t.stride(-2) * size % 16 == 0 for t in copied))
-
-
-def launch(y: Tensor, x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, weights: Tensor | None,
+def product(y: Tensor, x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, weights: Tensor | None,
            sorted_ids: Tensor, expert_ids: Tensor, end: Tensor, top_k: int, parts: int,
            block_shape: list[int] | None) -> None:
     """y [pairs, n] of pairs sorted in blocks of 128; parts: 2 for w13, 1 for w2, whose x has a row per pair."""
@@ -236,3 +225,58 @@ def launch(y: Tensor, x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Ten
         y, x, x_scale, tiles, w_scale, weights, sorted_ids, expert_ids, end, y.shape[0], rows // parts, columns,
         x.stride(0), *strides, TOP_K=top_k, PARTS=parts, GROUP_N=block_shape[0] if block_shape else 1, BLOCK_K=block_k,
         STAGES=STAGES, num_warps=4)
+
+
+#: Pairs of an expert, on average, up to which the portable kernels are faster, as the tuner measured on an H200: their
+#: blocks have fewer. (A launch has nothing to choose, so there is no tuned table.)
+MIN_PAIRS = 17
+
+
+def unsupported(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+                w13_scale: Tensor | None = None, w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
+                activation: str = "silu", apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None,
+                scale_ue8m0: bool = False) -> str | None:
+    """Why these kernels are not to serve these, or None: they take whole tiles, rows that can be copied 16 bytes at a
+    time, and experts one after another, as TMA walks them."""
+    (_, rows, hidden), inter, size = w13.shape, w2.shape[2], w13.itemsize
+    if topk_ids.numel() <= 32 or triton.cdiv(topk_ids.numel(), w2.shape[0]) < MIN_PAIRS:
+        return f"is slower than triton below {MIN_PAIRS} tokens an expert"
+    if expert_map is not None or apply_router_weight_on_input or activation != "silu":
+        return "has silu, with the router's weights after it, and no expert map"
+    if size == 1:
+        of_type = block_shape is not None and block_shape[1] == 128 and block_shape[0] % ROWS.value == 0
+        copied = [w13, w2]
+    else:
+        of_type, copied = size == 2, [w13, w2, x]
+    if not of_type:
+        return f"takes weights of 16 bits, or FP8 in blocks of 128 x 128, not {w13.dtype} in {block_shape}"
+    if rows % (2 * ROWS.value) or hidden % ROWS.value or any(k % (256 // size) for k in (hidden, inter)):
+        return f"takes whole tiles of 128, not hidden {hidden} and intermediate {inter}"
+    if any(w.stride(0) != w.shape[1] * w.stride(1) for w in (w13, w2)):
+        return "takes experts that lie one after another in memory"
+    if any(t.data_ptr() % 16 or t.stride(-2) * size % 16 for t in copied):
+        return "copies rows 16 bytes at a time, these are not aligned to that"
+    return None
+
+
+@fused_moe.backend("hopper", supports=unsupported)
+def run(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13_scale: Tensor | None = None,
+        w2_scale: Tensor | None = None, block_shape: list[int] | None = None, activation: str = "silu",
+        apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None,
+        scale_ue8m0: bool = False) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    routing = route(topk_ids, None, w13.shape[0], 2 * TEAM.value)
+    blocks = (routing.pairs, routing.block_ids, routing.end)
+    x_scale = h_scale = None
+    if w13_scale is not None:
+        x, x_scale = quantize(x, block_shape, scale_ue8m0)
+    h = torch.empty((topk_ids.numel(), w2.shape[2]), dtype=out.dtype, device=x.device)
+    product(h, x, x_scale, w13, w13_scale, None, *blocks, topk_ids.shape[1], 2, block_shape)
+    if w13_scale is not None:
+        h, h_scale = quantize(h, block_shape, scale_ue8m0)
+    y = torch.empty((topk_ids.numel(), out.shape[1]), dtype=out.dtype, device=x.device)
+    product(y, h, h_scale, w2, w2_scale, topk_weights, *blocks, 1, 1, block_shape)
+    combine(out, y, routing)
+    return out

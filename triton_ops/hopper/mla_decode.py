@@ -1,10 +1,14 @@
 """mla_decode's kernel for Hopper, where the order of copies and matrix products decides: explicit, in Gluon.
+mla_decode_rope launches it, too.
 
 The trick: two blocks of latents on chip, and the copy of the next begins before the products of this one, so that it
 has their whole time to arrive. Triton's pipeliner begins it after them, and a third block does not fit. New tokens join
 the others by where the copy reads from: kv_c itself, and k_pe where this program has just put it, rotated.
-Bound by: as mla_decode. Splits, partial results and their merge are mla_decode's.
+Bound by: as mla_decode. The split of keys, partial results and their merge are mla_decode's.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,7 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from wave64.arch import Arch
+from wave64.ops import mla_decode
+from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import is_wide
+from wave64.triton_ops.mla_decode import call_of, results, with_queries
+from wave64.triton_ops.mla_decode_common import Call
+from wave64.triton_ops.splits import plan_splits
+from wave64.tuning import Tuning
 
 # Renamed after Triton 3.6.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -27,7 +38,7 @@ begin_copy = async_copy.async_load if hasattr(async_copy, "async_load") else asy
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-1e38)
-MOST_NEW = gl.constexpr(8)  # tokens per sequence
+MAX_NEW = gl.constexpr(8)  # tokens per sequence
 
 
 @gluon.jit
@@ -36,26 +47,26 @@ def _add(a, b):
 
 
 @gluon.jit
-def _deal(item, seq_lens_ptr, positions_ptr, num_seqs, room, programs, least, BLOCK_B: gl.constexpr):
-    """(seq, first, keys, parts) as splits.deal has it, for batches that fit BLOCK_B; and the sequence's position, if
-    there is one for each: angles wait for it, and so it is loaded before it is known which one is needed."""
+def _find_split(item, seq_lens_ptr, positions_ptr, num_seqs, capacity, programs, min_keys, BLOCK_B: gl.constexpr):
+    """(seq, first, keys, num_splits) as splits.find_split has them, in Gluon's layouts, for batches that fit BLOCK_B;
+    and the sequence's position, if there is one for each: angles wait for it, so all are loaded at once."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     offs_b = gl.arange(0, BLOCK_B, one)
     if positions_ptr is not None:
         at = gl.load(positions_ptr + offs_b, mask=offs_b < num_seqs, other=0).to(gl.int32)
-    keys = gl.minimum(gl.load(seq_lens_ptr + offs_b, mask=offs_b < num_seqs, other=0), room)
+    keys = gl.minimum(gl.load(seq_lens_ptr + offs_b, mask=offs_b < num_seqs, other=0), capacity)
     keys = gl.maximum(keys, 0)
-    share = gl.maximum(least, gl.cdiv(gl.sum(keys, 0), programs))
-    parts = gl.maximum(1, (keys + share // 2) // share)
-    dealt = gl.where(offs_b < num_seqs, parts, 0)
-    passed = (dealt > 0) & (gl.associative_scan(dealt, 0, _add) <= item)
+    keys_per_split = gl.maximum(min_keys, gl.cdiv(gl.sum(keys, 0), programs))
+    num_splits = gl.maximum(1, (keys + keys_per_split // 2) // keys_per_split)
+    splits = gl.where(offs_b < num_seqs, num_splits, 0)
+    passed = (splits > 0) & (gl.associative_scan(splits, 0, _add) <= item)
     seq = gl.sum(passed.to(gl.int32), 0)
-    first = gl.sum(gl.where(passed, dealt, 0), 0)
+    first = gl.sum(gl.where(passed, splits, 0), 0)
     keys = gl.sum(gl.where(offs_b == seq, keys, 0), 0)
     position = 0
     if positions_ptr is not None:
         position = gl.sum(gl.where(offs_b == seq, at, 0), 0)
-    return seq, first, keys, gl.maximum(1, (keys + share // 2) // share), position
+    return seq, first, keys, gl.maximum(1, (keys + keys_per_split // 2) // keys_per_split), position
 
 
 @gluon.jit
@@ -124,7 +135,7 @@ def _keep_new(kv_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_ptr,
         slot = gl.load(slots_ptr + new, mask=is_new, other=-1)
         lines = kv_ptr + RANK + (slot // PAGE_SIZE * stride_kp + slot % PAGE_SIZE * STRIDE_KN)
         gl.store(lines[:, None] + offs_r[None, :], r, mask=(slot >= 0)[:, None])
-        new_c = gl.arange(0, MOST_NEW, gl.SliceLayout(1, c_layout))
+        new_c = gl.arange(0, MAX_NEW, gl.SliceLayout(1, c_layout))
         offs_c = gl.arange(0, RANK, gl.SliceLayout(0, c_layout))
         slot_c = gl.load(slots_ptr + new_c, mask=new_c < NEW, other=-1)
         c = gl.load((kv_c_ptr + new_c * stride_ct)[:, None] + offs_c[None, :], mask=(slot_c >= 0)[:, None], other=0.0)
@@ -132,17 +143,17 @@ def _keep_new(kv_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_ptr,
         gl.store(lines_c[:, None] + offs_c[None, :], c, mask=(slot_c >= 0)[:, None])
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "room", "programs", "least", "stride_qb", "stride_qt", "stride_qh",
+@gluon.jit(do_not_specialize=["num_seqs", "capacity", "programs", "min_keys", "stride_qb", "stride_qt", "stride_qh",
                               "stride_pb", "stride_pt", "stride_ph", "stride_rb", "stride_rt", "stride_tb"])
 def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q_pe_ptr, kv_ptr, table_ptr,
                               seq_lens_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_ptr, angles_ptr,
-                              scale, num_seqs, room, programs, least, stride_qb, stride_qt, stride_qh, stride_pb,
+                              scale, num_seqs, capacity, programs, min_keys, stride_qb, stride_qt, stride_qh, stride_pb,
                               stride_pt, stride_ph, stride_kp, STRIDE_KN: gl.constexpr, stride_cb, stride_ct,
                               stride_rb, stride_rt, stride_tb, HEADS: gl.constexpr, NEW: gl.constexpr,
                               RANK: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr, FUSED: gl.constexpr,
                               NEOX: gl.constexpr, WIDE: gl.constexpr, SWAP: gl.constexpr, BLOCK_B: gl.constexpr,
                               BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr):
-    """One program: BLOCK_H rows (heads of new tokens) of one sequence, one part of its keys."""
+    """One program: BLOCK_H rows (heads of new tokens) of one sequence, one split of its keys."""
     NW: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = kv_ptr.dtype.element_ty
     c_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [NW, 1], [1, 0])
@@ -164,14 +175,14 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
     gdc_launch_dependents()
     item = gl.program_id(1)
     ONE: gl.constexpr = FUSED and NEW == 1
-    seq, first_item, keys, parts, position = _deal(item, seq_lens_ptr, positions_ptr if ONE else None, num_seqs, room,
-                                                   programs, least, BLOCK_B)
+    seq, first_item, keys, num_splits, position = _find_split(
+        item, seq_lens_ptr, positions_ptr if ONE else None, num_seqs, capacity, programs, min_keys, BLOCK_B)
     if seq >= num_seqs:
         return
-    part = item - first_item
+    split = item - first_item
     blocks = gl.cdiv(keys, BLOCK_N)
-    start = (part * (blocks // parts) + gl.minimum(part, blocks % parts)) * BLOCK_N
-    end = start + (blocks // parts + (part < blocks % parts).to(gl.int32)) * BLOCK_N
+    start = (split * (blocks // num_splits) + gl.minimum(split, blocks % num_splits)) * BLOCK_N
+    end = start + (blocks // num_splits + (split < blocks % num_splits).to(gl.int32)) * BLOCK_N
     end = gl.minimum(end, keys)
     seq = seq.to(gl.int64)
     table_ptr += seq * stride_tb
@@ -182,7 +193,7 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
     pages_c = _pages(table_ptr, start, end, PAGE_SIZE, BLOCK_N, gl.SliceLayout(1, c_layout))
     pages_r = _pages(table_ptr, start, end, PAGE_SIZE, BLOCK_N, gl.SliceLayout(1, r_layout))
 
-    # Queries: rotated in registers, then both parts on chip.
+    # Queries: rotated in registers, then both of their parts on chip.
     row0 = gl.program_id(0) * BLOCK_H
     row = row0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, c_layout))
     offs_c = gl.arange(0, RANK, gl.SliceLayout(0, c_layout))
@@ -202,7 +213,7 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
         q_r = _rotated(pe_rows[:, None], offs_r[None, :], mask_h[:, None], (angles_ptr + at * ROPE)[:, None], NEOX,
                        ROPE).to(dtype)
         # New tokens among this program's keys are rotated once more for itself, and kept by the first tile. Several of
-        # one sequence can lie in two parts, which then write the same.
+        # one sequence can lie in two splits, which then write the same.
         if end > first_new:
             _keep_new(kv_ptr, kv_c_ptr, k_pe_ptr + seq * stride_rb, rotated_ptr, slots_ptr + seq * NEW, positions_ptr,
                       angles_ptr, stride_kp, STRIDE_KN, stride_ct, stride_rt, NEW, RANK, ROPE, PAGE_SIZE, NEOX,
@@ -225,13 +236,13 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
 
     if SWAP:
         p_lds = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_H], p_layout)
-        totals = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, s_layout)
-        mixed = gl.zeros([RANK, BLOCK_H], gl.float32, o_layout)
+        row_sums = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, s_layout)
+        acc = gl.zeros([RANK, BLOCK_H], gl.float32, o_layout)
     else:
         p_lds = gl.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_N], p_layout)
-        totals = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, s_layout)
-        mixed = gl.zeros([BLOCK_H, RANK], gl.float32, o_layout)
-    peak = gl.full([BLOCK_H], LOWEST, gl.float32, s_h)
+        row_sums = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, s_layout)
+        acc = gl.zeros([BLOCK_H, RANK], gl.float32, o_layout)
+    row_max = gl.full([BLOCK_H], LOWEST, gl.float32, s_h)
     limit = gl.minimum(first_new + 1 + (row0 + gl.arange(0, BLOCK_H, s_h)) // HEADS, end)
     offs_s = gl.arange(0, BLOCK_N, gl.SliceLayout(1 - S_H, s_layout))
 
@@ -260,70 +271,125 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
         s = warpgroup_mma_wait(0, deps=[s])
         at_n = gl.expand_dims(block + offs_s, 1 - S_H)
         s = gl.where(at_n < gl.expand_dims(limit, S_H), s * scale, float("-inf"))
-        before = peak
-        peak = gl.maximum(peak, gl.max(s, S_H))
-        p = gl.exp2(s - gl.expand_dims(peak, S_H))
-        shrink = gl.exp2(before - peak)
-        totals = totals * gl.expand_dims(shrink, S_H) + p
+        before = row_max
+        row_max = gl.maximum(row_max, gl.max(s, S_H))
+        p = gl.exp2(s - gl.expand_dims(row_max, S_H))
+        shrink = gl.exp2(before - row_max)
+        row_sums = row_sums * gl.expand_dims(shrink, S_H) + p
         p_lds.store(p.to(dtype))
-        mixed = mixed * gl.expand_dims(gl.convert_layout(shrink, o_h), S_H)
+        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_h), S_H)
         fence_async_shared()
         barrier()
         if SWAP:
-            mixed = warpgroup_mma(c.permute([1, 0]), p_lds, mixed, is_async=True)
+            acc = warpgroup_mma(c.permute([1, 0]), p_lds, acc, is_async=True)
         else:
-            mixed = warpgroup_mma(p_lds, c, mixed, is_async=True)
-        mixed = warpgroup_mma_wait(0, deps=[mixed])
+            acc = warpgroup_mma(p_lds, c, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
         buffer = 1 - buffer
-    total = gl.sum(totals, S_H)
+    row_sum = gl.sum(row_sums, S_H)
 
     rows: gl.constexpr = HEADS * NEW
     row = row0 + gl.arange(0, BLOCK_H, o_h)
     offs_o = gl.arange(0, RANK, gl.SliceLayout(1 - S_H, o_layout))
     inside = gl.expand_dims(row < rows, S_H)
     row_s = row0 + gl.arange(0, BLOCK_H, s_h)
-    if parts == 1:
-        divisor = gl.where(total > 0, total, 1.0)
-        mixed = mixed / gl.expand_dims(gl.convert_layout(divisor, o_h), S_H)
+    if num_splits == 1:
+        divisor = gl.where(row_sum > 0, row_sum, 1.0)
+        acc = acc / gl.expand_dims(gl.convert_layout(divisor, o_h), S_H)
         place = gl.expand_dims((seq * rows + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
-        gl.store(out_ptr + place, mixed.to(out_ptr.dtype.element_ty), mask=inside)
+        gl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
         if lse_ptr is not None:
-            lse = gl.where(total > 0, (peak + gl.log2(divisor)) * LN_2, float("-inf"))
+            lse = gl.where(row_sum > 0, (row_max + gl.log2(divisor)) * LN_2, float("-inf"))
             gl.store(lse_ptr + seq * rows + row_s, lse, mask=row_s < rows)
     else:
         line = item.to(gl.int64) * rows
         place = gl.expand_dims((line + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
-        gl.store(partial_ptr + place, mixed, mask=inside)
-        gl.store(stats_ptr + (line + row_s) * 2, peak, mask=row_s < rows)
-        gl.store(stats_ptr + (line + row_s) * 2 + 1, total, mask=row_s < rows)
+        gl.store(partial_ptr + place, acc, mask=inside)
+        gl.store(stats_ptr + (line + row_s) * 2, row_max, mask=row_s < rows)
+        gl.store(stats_ptr + (line + row_s) * 2 + 1, row_sum, mask=row_s < rows)
 
 
-def serves(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_c: Tensor | None) -> bool:
-    """True where this kernel can stand in for mla_decode's: the widths its layouts are for, rows that can be copied 16
-    bytes at a time, and a batch whose lengths are looked at at once. q_nope, q_pe [B, Q, H, ...]."""
-    copied = [kv_cache] if kv_c is None else [kv_cache, kv_c]
-    return (q_nope.dtype in (torch.bfloat16, torch.float16) and kv_cache.dtype == q_nope.dtype
-            and q_nope.shape[3] == 512 and q_pe.shape[3] == 64
-            and q_nope.shape[0] <= 1024 and q_nope.shape[1] <= MOST_NEW.value
-            and all(x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]) for x in copied))
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is launched; a block has 64 keys."""
+
+    block_h: int        # at most
+    num_warps: int
+    programs: int       # that a compute unit holds at a time
+    min_keys: int       # that a sequence is split for
+    swap: bool          # keys, not heads, are the rows of the matrix products
 
 
-def launch(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
-           out: Tensor, lse: Tensor | None, partial: Tensor, stats: Tensor, new_tokens: tuple[Tensor, ...] | None,
-           is_neox: bool, lengths: tuple[int, ...], grid: tuple[int, int], swap: bool, block_h: int,
-           num_warps: int) -> None:
-    """Arguments as mla_decode.launch has them, what it dealt out, and where it wants parts."""
-    num_seqs, room, _, programs, least = lengths
-    _, new, heads, rank = q_nope.shape
-    rope = q_pe.shape[3]
-    kv_c, k_pe, slots, positions, angles = new_tokens or (None,) * 5
-    rotated, strides = None, (0, 0, 0, 0)
-    if new_tokens:
-        rotated = torch.empty((num_seqs, new, rope), dtype=k_pe.dtype, device=k_pe.device)
-        strides = (*kv_c.stride()[:2], *k_pe.stride()[:2])
-    _mla_decode_hopper_kernel[grid](
-        out, lse, partial, stats, q_nope, q_pe, kv_cache, page_table, seq_lens, kv_c, k_pe, rotated, slots, positions,
-        angles, scale, num_seqs, room, programs, least, *q_nope.stride()[:3], *q_pe.stride()[:3],
-        *kv_cache.stride()[:2], *strides, page_table.stride(0), HEADS=heads, NEW=new, RANK=rank, ROPE=rope,
-        PAGE_SIZE=kv_cache.shape[1], FUSED=new_tokens is not None, NEOX=is_neox, WIDE=is_wide(kv_cache), SWAP=swap,
-        BLOCK_B=max(32, triton.next_power_of_2(num_seqs)), BLOCK_H=block_h, BLOCK_N=64, num_warps=num_warps)
+def candidates(arch: Arch, rows: int, **others) -> Iterator[Config]:
+    """What the tuner tries: two blocks of keys fill the memory on chip, and the layouts are for 64 of them."""
+    for block_h, waves, swap in ((32, 4, True), (32, 8, True), (64, 8, True), (64, 8, False)):
+        if rows > 32 or block_h == 32:
+            for programs, min_keys in ((1, 64), (1, 128), (2, 64)):
+                yield Config(block_h, waves, programs, min_keys, swap)
+
+
+def work(config: Config, rows: int, **others) -> int:
+    """Pairs of row and key that a block takes at a time."""
+    return min(config.block_h, rows) * 64
+
+
+def key_of(q_nope: Tensor) -> dict[str, int]:
+    """The tuning key of queries [B, Q, H, ...]."""
+    return {"rows": q_nope.shape[1] * q_nope.shape[2], "num_seqs": q_nope.shape[0]}
+
+
+def key(q: Tensor, **others) -> dict[str, int]:
+    """The tuning key of a call."""
+    return key_of(with_queries(q, 4))
+
+
+TUNING = Tuning("mla_decode", config=Config, key=key, buckets={"rows": (16, 32, 64), "num_seqs": (16,)},
+                candidates=candidates, work=work, backend="hopper")
+
+
+def unsupported(call: Call) -> str | None:
+    """Why this kernel cannot attend with these, or None: it has layouts for one width, copies rows 16 bytes at a time,
+    and reads all lengths of a batch at once."""
+    q, q_pe, kv = *call.queries, call.cache.kv_ptr
+    if q.dtype not in (torch.bfloat16, torch.float16) or kv.dtype != q.dtype:
+        return f"attends in bf16 or fp16 to a cache of the same dtype, not with {q.dtype} to {kv.dtype}"
+    if (q.shape[3], q_pe.shape[3]) != (512, 64):
+        return f"takes latents of 512 + 64 columns, not {q.shape[3]} + {q_pe.shape[3]}"
+    if q.shape[0] > 1024 or q.shape[1] > MAX_NEW.value:
+        return f"takes at most 1024 sequences of {MAX_NEW.value} new tokens, not {q.shape[0]} of {q.shape[1]}"
+    for x in (kv, call.new.kv_c_ptr) if call.new else (kv,):
+        if x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]):
+            return "copies latents 16 bytes at a time, these are not aligned to that"
+    return None
+
+
+def launch(call: Call, out: Tensor, lse: Tensor | None, config: Config, keys_per_split: int = 0) -> None:
+    """Writes out, and lse where it is wanted. keys_per_split: see splits.plan_splits."""
+    (num_seqs, new, heads, rank), cache = call.shape, call.cache
+    if out.numel() == 0:
+        return
+    rows, rope, page_size = new * heads, call.queries.q_pe_ptr.shape[3], cache.kv_ptr.shape[1]
+    block_h = max(16, min(config.block_h, triton.next_power_of_2(rows)))
+    tiles = triton.cdiv(rows, block_h)
+    split = plan_splits(cache.table_ptr, page_size, tiles, config.programs, config.min_keys,
+                        keys_per_split=keys_per_split)
+    partial, stats = split.partials(rows, rank, out)
+    kv_c, k_pe, slots, positions, angles = call.new or (None,) * 5
+    rotated = torch.empty((num_seqs, new, rope), dtype=k_pe.dtype, device=k_pe.device) if call.new else None
+    _mla_decode_hopper_kernel[tiles, split.num_items](
+        out, lse, partial, stats, *call.queries, cache.kv_ptr, cache.table_ptr, cache.seq_lens_ptr, kv_c, k_pe, rotated,
+        slots, positions, angles, call.scale, num_seqs, split.capacity, split.programs, split.min_keys,
+        *call.strides(), cache.table_ptr.stride(0), HEADS=heads, NEW=new, RANK=rank, ROPE=rope, PAGE_SIZE=page_size,
+        FUSED=call.new is not None, NEOX=call.is_neox, WIDE=is_wide(cache.kv_ptr), SWAP=config.swap,
+        BLOCK_B=max(32, triton.next_power_of_2(num_seqs)), BLOCK_H=block_h, BLOCK_N=64, num_warps=config.num_warps)
+    if split.max_splits > 1:
+        merge_splits.launch(out.view(num_seqs, rows, rank), lse, partial, stats, cache.seq_lens_ptr, None, split, 0)
+
+
+@mla_decode.backend("hopper", tuning=TUNING, supports=lambda *args, **kwargs: unsupported(call_of(*args, **kwargs)))
+def run(q: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float, kv_lora_rank: int,
+        kv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    out, lse = results(q, kv_lora_rank)
+    call = call_of(q, kv_cache, page_table, seq_lens, scale, kv_lora_rank)
+    launch(call, out, lse, TUNING.choose(**key_of(call.queries.q_ptr)))
+    return out, lse

@@ -52,6 +52,20 @@ def import_triton_kernels() -> str | None:
     return None
 
 
+@functools.cache
+def import_hopper_kernels() -> str | None:
+    """None, or why the kernels of triton_ops/hopper, which are written in Gluon, cannot be imported."""
+    if why := import_triton_kernels():
+        return why
+    try:
+        import wave64.triton_ops.hopper as kernels
+
+        import_modules(kernels)
+    except (ImportError, AttributeError) as e:  # Gluon changes from one release of Triton to the next
+        return f"this Triton's Gluon does not have what it is written in ({e})"
+    return None
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter is asked for. The variable is read here, as Triton reads it, because importing
     Triton takes 75 MB, too much where it cannot serve."""
@@ -72,6 +86,11 @@ def probe(backend: str, device_type: str) -> str | None:
         if device_type == "cpu" and not interpreted():
             return "needs a GPU (the interpreter runs it on CPU: TRITON_INTERPRET=1 before the start)"
         return import_triton_kernels()
+    if backend == "hopper":
+        arch = platform.arch()
+        if device_type == "cpu" or arch is None or arch.matrix != "wgmma":
+            return f"needs an NVIDIA GPU of sm_90, this is {arch.name if arch else 'a CPU'}"
+        return probe("triton", device_type) or import_hopper_kernels()
     if backend == "hip":
         from wave64.backends import hip
 
@@ -96,7 +115,7 @@ def order(op: Op, device_type: str, overrides: dict[str, str]) -> tuple[Backend,
     if demanded := overrides.get(op.name):
         demand(op.name, demanded, device_type)
         return (op.backends[demanded],)
-    names = ["hip", "triton", "reference"] if device_type == "cuda" else ["cpu", "reference"]
+    names = ["hip", "hopper", "triton", "reference"] if device_type == "cuda" else ["cpu", "reference"]
     if preferred := overrides.get("*"):
         demand("*", preferred, device_type)
         names = [preferred, *(n for n in names if n != preferred)]

@@ -52,6 +52,21 @@ class Launch:
     grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]  # as the launcher gave it; of the arguments
     arguments: dict[str, Any]  # by name
 
+    def leaves(self) -> dict[str, Any]:
+        """The arguments with the fields of NamedTuples by their own names; without those that are not passed to the
+        binary, where it is compiled."""
+        signature = self.kernel.src.signature if self.kernel else {}
+        found = {}
+        for name, value in self.arguments.items():
+            kind = signature.get(name)
+            if hasattr(value, "_fields") and kind != "constexpr":
+                kinds = kind or (None,) * len(value)
+                found |= {field: part for field, part, its in zip(value._fields, value, kinds, strict=True)
+                          if its != "constexpr"}
+            elif kind != "constexpr":
+                found[name] = value
+        return found
+
     def figures(self) -> dict[str, Any]:
         """Its row of the golden file."""
         resources, = isa.read_elf(self.kernel.asm["hsaco"])
@@ -190,11 +205,14 @@ def hip_rows(op: Op, arch: str) -> Rows:
                    for name, kernel in kernels.items() if name not in reached}
 
 
-def kernels() -> set[str]:
-    """Names of the kernels in wave64.triton_ops, as that folder names them: `_<stem>_kernel`."""
-    modules = [m for name, m in sys.modules.items() if name.startswith(f"{triton_ops.__name__}.")]
+def kernels(arch: Arch) -> set[str]:
+    """Names of the kernels in wave64.triton_ops that `arch` launches, as that folder names them: `_<stem>_kernel`. Not
+    Hopper's, and of a kernel in two files, for CDNA and portable, the one."""
+    other = "_portable" if arch.matrix == "mfma" else "_cdna"
+    modules = [m for name, m in sys.modules.items() if name.startswith(f"{triton_ops.__name__}.")
+               and f"{triton_ops.__name__}.hopper." not in name and not name.endswith(other)]
     return {f.__name__ for m in modules for f in vars(m).values()
-            if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
+            if isinstance(f, JITFunction) and f.__name__.endswith("_kernel") and other not in f.__name__}
 
 
 def measure(backend: str, ops: Iterable[Op], rows: Callable[[Op], Rows]) -> dict[str, Rows | str]:
@@ -227,7 +245,7 @@ def main() -> None:
     print(json.dumps({
         "compilers": {"triton": triton.__version__, "hip": version},
         "triton": compiled, "hip": measure("hip", ops, lambda op: hip_rows(op, arch)) if version else {},
-        "unreached": sorted(kernels() - reached)}))
+        "unreached": sorted(kernels(lookup(arch)) - reached)}))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,9 @@ def watched(known: dict[int, tuple[list[tuple[int, int]], str]] | None = None) -
 
     def launch(self, *args, **kwargs):
         given = dict(zip(inspect.signature(self.fn).parameters, args, strict=False)) | kwargs
+        for value in list(given.values()):
+            if hasattr(value, "_fields"):  # a NamedTuple of arguments
+                given |= value._asdict()
         bounds.enter(self.fn.__name__, {name: x for name, x in given.items() if isinstance(x, Tensor)})
         return call(self, *args, **kwargs)
 

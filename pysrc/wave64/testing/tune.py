@@ -1,24 +1,19 @@
-"""Finds the configurations that kernels are launched with, and writes them to `tuned/<arch>/<op>.json`.
+"""Finds the configurations that kernels are launched with, and writes them to tuned tables (wave64/tuning.py).
 
-    python -m wave64.testing.tune OP [OP ...] [--arch ARCH] [--case TEXT ...] [--write [FOLDER]] [--jobs N]
-
-What an operator's launcher offers: `facts(**arguments)`, what a choice may depend on; `BUCKETS`, the bounds that divide
-an integer fact into ranges (other facts count exactly); `candidates(arch, **facts)`, what is worth a try beside the
-present choice; and `pairs(config, **facts)`, pairs of query row and key that a block takes at a time.
+    python -m wave64.testing.tune OP [OP ...] [--arch ARCH] [--backend NAME] [--case TEXT ...] [--write [FOLDER]]
 
 On a GPU (ARCH its own, or not given): the large cases of each bucket are run with every candidate. A result must be
 near the reference's, within what the contract lets two right results differ, and is then timed, as a graph's replay.
-The candidate with the least geometric mean over the cases, of its time over the case's best, is chosen.
-For an AMD ARCH that is not here: the first case of each bucket is compiled with every candidate. What spills, wants
-more LDS than there is or leaves less than two waves on a SIMD (unless none does better) is refused. Where the emulator
-executes ARCH, a small problem of the bucket's facts, the same for all (problems.py), is executed with each that is
-left, and the candidate whose longest unit (matrix, vector, LDS with bank conflicts) takes the fewest cycles is chosen;
-memory, which all need alike, ranks none. Elsewhere it is the one with the fewest instructions in its loops, of all
-waves, per pair. Of those within 5% the one with most waves is taken, and `programs`, where it is a field, set to the
-blocks that a compute unit holds.
+The candidate with the smallest geometric mean over the cases, of its time over the case's best, is chosen.
+For an AMD ARCH that is not here: the first case of each bucket is compiled with every candidate. One that spills, wants
+more LDS than there is or leaves fewer than two waves on a SIMD (unless all do) is refused. Where the emulator executes
+ARCH, a small problem of the bucket's key (problems.py) is executed with each of the others, and the candidate whose
+longest unit (matrix, vector, LDS with bank conflicts) takes the fewest cycles is chosen; memory, which all need alike,
+ranks none. Elsewhere it is the one with the fewest instructions in its loops, of all waves, per unit of work. Of those
+within 5% the one with most waves is taken, and `programs`, if a field, set to the blocks that a compute unit holds.
 
-`--write` puts the choices into the table of ARCH, made from a kin's where it has none. Rows without measurements stay
-as they are, after the measured ones. It needs a process without TRITON_INTERPRET.
+`--write` puts the choices into the table of ARCH, made from its fallback arch's where it has none. Rows that a person
+chose stay as they are, after the measured ones. It needs a process without TRITON_INTERPRET.
 """
 
 import argparse
@@ -36,25 +31,26 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 
-from wave64 import OPS, platform, tuning
+from wave64 import OPS, platform
 from wave64.arch import Arch, lookup
+from wave64.backends import import_hopper_kernels
 from wave64.op import Case, Op
 from wave64.testing import compile as compiling
 from wave64.testing import contract, timing
 from wave64.testing.cost import CLOCK_GHZ, SIMDS, usages
 from wave64.testing.problems import ROWS, problem
+from wave64.tuning import FOLDER, Row, Table, Tuning, table_file
 
 #: Times the contract's floor of a dtype that a result may be from the reference's, which was rounded itself.
 SLACK = 4
 #: A candidate that takes so many times the best of a case is not tried on others.
 HOPELESS = 2.0
-#: Times the fewest instructions that another candidate may have, if it leaves room for more waves.
+#: Times the fewest instructions that another candidate may have, if more of its waves fit.
 ALIKE = 1.05
 #: What a time is the median over: shorter than a benchmark's, for there are many of them.
 WARM_UP_MS, REPEAT_MS = 10, 40
@@ -66,16 +62,17 @@ class Candidate:
     reason: str = ""                                                    # why it cannot be chosen
     us: dict[str, float] = dataclasses.field(default_factory=dict)      # case -> time
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)   # of its machine code
-    score: float = math.inf                                             # the least is chosen
+    score: float = math.inf                                             # the smallest is chosen
 
 
 @dataclasses.dataclass
 class Bucket:
-    """Calls whose facts count as the same, and what is tried for them: the present choice first."""
+    """Calls whose tuning keys count as the same, and what is tried for them: the present choice first."""
 
     op: Op
+    backend: str
     when: dict[str, Any]
-    facts: dict[str, Any]
+    key: dict[str, Any]
     cases: list[Case]
     candidates: list[Candidate]
 
@@ -93,14 +90,16 @@ def _short(value: Any) -> str:
     return "".join(json.dumps(value).split()).replace('"', "") if isinstance(value, dict) else str(value)
 
 
-def launcher(op: Op) -> ModuleType:
-    """The module that launches the operator's Triton kernel."""
-    return sys.modules[op.backends["triton"].run.__module__]
+def tuning_of(op: Op, backend: str = "triton") -> Tuning:
+    """How the backend's configuration is chosen. Raises LookupError where it has no choice."""
+    if backend in op.backends and (found := op.backends[backend].tuning) is not None:
+        return found
+    raise LookupError(f"{op.name}: backend {backend} chooses no configuration")
 
 
-def tunable() -> list[str]:
-    """The operators whose launchers choose a configuration."""
-    return [op.name for op in OPS.values() if "triton" in op.backends and hasattr(launcher(op), "facts")]
+def tunable(backend: str = "triton") -> list[str]:
+    """Operators whose backend chooses a configuration."""
+    return [op.name for op in OPS.values() if backend in op.backends and op.backends[backend].tuning]
 
 
 def ranges(bounds: tuple[int, ...]) -> list[list[int | None]]:
@@ -108,34 +107,33 @@ def ranges(bounds: tuple[int, ...]) -> list[list[int | None]]:
     return [[low, high] for low, high in zip([None, *(b + 1 for b in bounds)], [*bounds, None], strict=True)]
 
 
-def bucket(module: ModuleType, facts: dict[str, Any]) -> dict[str, Any]:
-    """The `when` of the row that these facts are measured for."""
+def bucket(tuning: Tuning, key: Mapping[str, Any]) -> dict[str, Any]:
+    """The `when` of the row that this tuning key is measured for."""
     def one(name: str, value: Any) -> Any:
-        if name not in module.BUCKETS:
+        if name not in tuning.buckets:
             return value
-        return next(r for r in ranges(module.BUCKETS[name])
+        return next(r for r in ranges(tuning.buckets[name])
                     if (r[0] is None or r[0] <= value) and (r[1] is None or value <= r[1]))
 
-    return {name: one(name, value) for name, value in facts.items()}
+    return {name: one(name, value) for name, value in key.items()}
 
 
-def buckets(op: Op, arch: Arch, texts: list[str]) -> list[Bucket]:
-    """The large cases with one of `texts` in their names that the operator's Triton kernel serves on `arch`."""
-    module, found = launcher(op), {}
+def buckets(op: Op, arch: Arch, texts: list[str], backend: str = "triton") -> list[Bucket]:
+    """The large cases with one of `texts` in their names that the operator's backend serves on `arch`."""
+    tuning, found, served = tuning_of(op, backend), {}, op.backends[backend]
     with platform.target(arch.name):
         for case in op.cases():
             if not case.large or not any(text in case.id for text in texts):
                 continue
             args = compiling.arguments(case)
-            backend = op.backends["triton"]
-            if backend.supports is not None and backend.supports(**args):
+            if served.supports is not None and served.supports(**args):
                 continue
-            facts = module.facts(**args)
-            when = bucket(module, facts)
-            found.setdefault(json.dumps(when), Bucket(op, when, facts, [], [])).cases.append(case)
+            key = dict(tuning.key(**args))
+            when = bucket(tuning, key)
+            found.setdefault(json.dumps(when), Bucket(op, backend, when, key, [], [])).cases.append(case)
         for b in found.values():
-            tried = [tuning.choose(op.name, module.Config, **b.facts)]
-            for config in module.candidates(arch, **b.facts):
+            tried = [tuning.choose(**b.key)]
+            for config in tuning.candidates(arch, **b.key):
                 if config not in tried:
                     tried.append(config)
             b.candidates = [Candidate(config) for config in tried]
@@ -155,36 +153,39 @@ def written(config: Any, defaults: bool = False) -> dict[str, Any]:
 
 # ---- compiling
 
-def compile_with(op: str, cases: list[str], config: dict[str, Any], arch: str) -> list[dict[str, Any]] | str:
-    """Compiles what the cases launch with a configuration: figures of the main kernel by case, nothing of NVIDIA's, or
-    why there are none. Runs in a process of its own, which a compiler may take down."""
+def compile_with(op: str, backend: str, cases: list[str], config: dict[str, Any], arch: str
+                 ) -> list[dict[str, Any]] | str:
+    """Compiles what the cases launch with a configuration: figures of the main kernel by case (none of NVIDIA's), or
+    why it does not compile. Runs in a process of its own, which a compiler may take down."""
     found, declared = [], OPS[op]
-    made = launcher(declared).Config(**config)
+    tuning = tuning_of(declared, backend)
+    made = tuning.config(**config)
     try:
         for case in (c for c in declared.cases() if c.id in cases):
-            with compiling.capture(arch) as launches, tuning.forced(op, made):
+            with compiling.capture(arch) as launches, tuning.forced(made):
                 args = compiling.arguments(case)
-                facts = launcher(declared).facts(**args)
-                declared.backends["triton"].run(**args)
+                key = tuning.key(**args)
+                declared.backends[backend].run(**args)
             if lookup(arch).vendor == "amd":
                 figures = [launch.figures() for launch in launches]
                 main = max(figures, key=lambda f: sum(f["matrix"].values()))
                 found.append(main | {name: max(f[name] for f in figures)
                                      for name in ("spills", "scratch_bytes", "lds_bytes")})
                 if arch in CLOCK_GHZ and not unusable(found[-1], lookup(arch)):
-                    found[-1] |= ranking(execute_with(op, facts, config, arch))
+                    found[-1] |= ranking(execute_with(op, key, config, arch))
     except Exception as e:  # whatever a compiler raises is a finding about this candidate
         return f"{type(e).__name__}: {first_line(e)}"
     return found
 
 
-def execute_with(op: str, facts: dict[str, Any], config: dict[str, Any], arch: str, rows: int = ROWS
+def execute_with(op: str, key: Mapping[str, Any], config: dict[str, Any], arch: str, rows: int = ROWS
                  ) -> dict[str, dict[str, float]]:
-    """Kernel with matrix instructions -> what a small problem of these facts, of at most so many rows, takes with a
+    """Kernel with matrix instructions -> what a small problem of this key, of at most so many rows, takes with a
     configuration: cycles of a compute unit by unit (matrix, vector, LDS), and `free`, LDS cycles without conflicts.
     Needs a process without TRITON_INTERPRET."""
-    with tuning.forced(op, launcher(OPS[op]).Config(**config)):
-        found = usages(op, "triton", problem(op, facts, rows), arch)
+    tuning = tuning_of(OPS[op])
+    with tuning.forced(tuning.config(**config)):
+        found = usages(op, "triton", problem(op, key, rows), arch)
     return {kernel: {"matrix": usage.cycles["matrix"] / SIMDS, "LDS": usage.cycles["lds"], "free": usage.conflict_free,
                      "vector": (usage.cycles["vector"] + usage.cycles["transcendental"]) / SIMDS}
             for kernel, usage in found.items() if usage.cycles["matrix"]}
@@ -202,7 +203,7 @@ def ranking(kernels: dict[str, dict[str, float]]) -> dict[str, Any]:
             "conflicts": sum(took["LDS"] for took in kernels.values()) / free if free else 1.0}
 
 
-def tell(begin: float, words: str) -> None:
+def show(begin: float, words: str) -> None:
     print(f"[{time.perf_counter() - begin:4.0f} s] {words}", flush=True)
 
 
@@ -216,14 +217,14 @@ def processes(jobs: int) -> Executor:
 
 def compile_all(work: list[Bucket], arch: str, jobs: int, cases_each: int | None) -> Iterator[tuple]:
     """Yields (bucket, candidate, figures or reason) as candidates are compiled, for so many cases of each bucket."""
-    tasks = {(i, k): (b.op.name, [case.id for case in b.cases[:cases_each]], written(c.config), arch)
+    tasks = {(i, k): (b.op.name, b.backend, [case.id for case in b.cases[:cases_each]], written(c.config), arch)
              for i, b in enumerate(work) for k, c in enumerate(b.candidates)}
     begin = time.perf_counter()
 
     def report(key: tuple[int, int], result: Any, done: int) -> tuple:
         b, c = work[key[0]], work[key[0]].candidates[key[1]]
         words = result if isinstance(result, str) else "compiled"
-        tell(begin, f"{done}/{len(tasks)} {b.op.name}: {b.describe(c.config)}: {words}")
+        show(begin, f"{done}/{len(tasks)} {b.op.name}: {b.describe(c.config)}: {words}")
         return b, c, result
 
     if jobs == 0:
@@ -264,17 +265,17 @@ def unusable(figures: dict[str, Any], arch: Arch) -> str:
 
 def judge_figures(b: Bucket, arch: Arch) -> None:
     """Scores the compiled candidates of a bucket by what their machine code took, or by its instructions."""
-    module = launcher(b.op)
+    work = tuning_of(b.op, b.backend).work
     for c in filter(lambda c: c.figures, b.candidates):
         f = c.figures
         c.reason = unusable(f, arch)
-        c.figures["per_pair"] = sum(f["loop"].values()) * f["block_waves"] / module.pairs(c.config, **b.facts)
+        f["per_work"] = sum(f["loop"].values()) * f["block_waves"] / work(c.config, **b.key)
     left = [c for c in b.candidates if not c.reason]
     if any(c.figures["waves_per_simd"] >= 2 for c in left):
         for c in filter(lambda c: c.figures["waves_per_simd"] < 2, left):
             c.reason = f"{c.figures['waves_per_simd']:g} waves per SIMD"
     for c in filter(lambda c: not c.reason, b.candidates):
-        c.score = c.figures.get("cycles", c.figures["per_pair"])
+        c.score = c.figures.get("cycles", c.figures["per_work"])
         if hasattr(c.config, "programs"):
             held = int(c.figures["waves_per_simd"] * 4) // c.figures["block_waves"]
             c.config = dataclasses.replace(c.config, programs=max(1, held))
@@ -301,10 +302,11 @@ def right(op: Op, result: Any, args: dict[str, Any], expected: list[torch.Tensor
     return ""
 
 
-def time_with(op: Op, args: dict[str, Any], originals: dict[str, Any], expected: list[torch.Tensor]) -> float | str:
+def time_with(op: Op, backend: str, args: dict[str, Any], originals: dict[str, Any],
+              expected: list[torch.Tensor]) -> float | str:
     """Microseconds of a call, or why it has none."""
-    run = op.backends["triton"].run
-    for name, original in originals.items():  # what the candidate before has written does not help this one
+    run = op.backends[backend].run
+    for name, original in originals.items():  # so that what an earlier candidate wrote does not help this one
         args[name].copy_(original)
     try:
         with contract.poisoned():
@@ -327,14 +329,14 @@ def time_bucket(b: Bucket, begin: float) -> None:
         expected = contract.outputs(b.op, b.op.reference(**own), own)
         originals = {name: args[name].clone() for name in b.op.mutates if args.get(name) is not None}
         for c in filter(lambda c: not c.reason, b.candidates):
-            with tuning.forced(b.op.name, c.config):
-                took = time_with(b.op, args, originals, expected)
+            with tuning_of(b.op, b.backend).forced(c.config):
+                took = time_with(b.op, b.backend, args, originals, expected)
             if isinstance(took, str):
                 c.reason = f"{case.id}: {took}"
             else:
                 c.us[case.id] = took
             words = took if isinstance(took, str) else f"{took:.1f} us"
-            tell(begin, f"{b.op.name} {case.id}: {b.describe(c.config)}: {words}")
+            show(begin, f"{b.op.name} {case.id}: {b.describe(c.config)}: {words}")
         best = min((c.us[case.id] for c in b.candidates if case.id in c.us), default=math.inf)
         for c in filter(lambda c: not c.reason, b.candidates):
             if c.us[case.id] > HOPELESS * best:
@@ -369,7 +371,7 @@ def report(b: Bucket) -> str:
         cells = {id(c): [f"{c.score:5.3f}", *(f"{c.us[i]:{max(8, len(i))}.1f}" for i in columns)] for c in ranked}
     else:
         executed = any("cycles" in c.figures for c in ranked)
-        heading = f"{'cycles, by, LDS conflicts' if executed else 'per pair'}, VGPRs, LDS, waves per SIMD"
+        heading = f"{'cycles, by, LDS conflicts' if executed else 'per work'}, VGPRs, LDS, waves per SIMD"
         cells = {id(c): [*([f"{c.score:9.0f}", f"{c.figures['by']:6}", f"{c.figures['conflicts']:5.2f}"] if executed
                            else [f"{c.score:7.4f}"]), f"{c.figures['vgpr']:4}", f"{c.figures['lds_bytes']:6}",
                          f"{c.figures['waves_per_simd']:4g}"] for c in ranked}
@@ -389,15 +391,15 @@ def chosen(b: Bucket) -> Candidate | None:
     return min(left, key=lambda c: (waves[id(c)], c.score), default=None)
 
 
-def row_of(b: Bucket, best: Candidate) -> tuning.Row:
-    """The bucket's row; of its sources, which it does not know yet, the first."""
+def row_of(b: Bucket, best: Candidate) -> Row:
+    """The bucket's row, with the first of its sources, which are not known yet."""
     if best.us:
         measured = {"us": {case: round(us, 1) for case, us in best.us.items()}, "over_best": round(best.score, 3)}
     else:
-        ranking = ("cycles", "by", "conflicts") if "cycles" in best.figures else ("per_pair",)
+        ranking = ("cycles", "by", "conflicts") if "cycles" in best.figures else ("per_work",)
         kept = {name: best.figures[name] for name in (*ranking, "vgpr", "lds_bytes", "waves_per_simd")}
         measured = {name: round(value, 4) if isinstance(value, float) else value for name, value in kept.items()}
-    return tuning.Row(b.when, written(best.config), 0, measured)
+    return Row(b.when, written(best.config), 0, measured)
 
 
 def source(command: str, timed: bool, executed: bool = False) -> dict[str, Any]:
@@ -409,38 +411,38 @@ def source(command: str, timed: bool, executed: bool = False) -> dict[str, Any]:
     return made
 
 
-def merged(before: tuning.Table, arch: str, rows: list[tuning.Row], made: dict[str, Any],
-           module: ModuleType) -> tuning.Table:
+def merged(before: Table, arch: str, rows: list[Row], made: dict[str, Any], tuning: Tuning) -> Table:
     """`before` with the rows of these buckets replaced, whoever chose them: behind a measured row, one for the same
-    arguments would never be reached. Measured rows of no bucket any more are dropped."""
-    def current(row: tuning.Row) -> bool:
-        return all(row.when[name] in ranges(bounds) for name, bounds in module.BUCKETS.items() if name in row.when)
+    arguments would never be reached. Measured rows that belong to no bucket any more are dropped."""
+    def current(row: Row) -> bool:
+        return all(row.when[name] in ranges(bounds) for name, bounds in tuning.buckets.items() if name in row.when)
 
     renewed = [row.when for row in rows]
     kept = [row for row in before.rows if row.when not in renewed and (current(row) or not row.measured)]
     sources: list[Mapping[str, Any]] = []
 
-    def numbered(row: tuning.Row, of: Mapping[str, Any]) -> tuning.Row:
+    def numbered(row: Row, of: Mapping[str, Any]) -> Row:
         if of not in sources:
             sources.append(of)
         return dataclasses.replace(row, source=sources.index(of))
 
     plain = [numbered(row, before.sources[row.source]) for row in kept if not row.measured]
-    told = [numbered(row, before.sources[row.source]) for row in kept if row.measured]
-    told = sorted(told + [numbered(row, made) for row in rows], key=lambda row: json.dumps(row.when))
-    return tuning.Table(before.file, before.op, arch, tuple(sources), (*told, *plain))
+    measured = [numbered(row, before.sources[row.source]) for row in kept if row.measured]
+    measured = sorted(measured + [numbered(row, made) for row in rows], key=lambda row: json.dumps(row.when))
+    return Table(before.file, before.op, arch, tuple(sources), (*measured, *plain), before.backend)
 
 
-def dump(table: tuning.Table) -> str:
+def dump(table: Table) -> str:
     """The table as a file, one source and one row a line."""
-    def line(row: tuning.Row) -> dict[str, Any]:
+    def line(row: Row) -> dict[str, Any]:
         made = {"when": dict(row.when), "config": dict(row.config), "source": row.source}
         return made | ({"measured": row.measured} if row.measured else {}) | ({"why": row.why} if row.why else {})
 
     def block(items: list) -> str:
         return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in items) + "\n  ]"
 
-    return (f'{{\n  "op": {json.dumps(table.op)},\n  "arch": {json.dumps(table.arch)},\n'
+    backend = "" if table.backend == "triton" else f'  "backend": {json.dumps(table.backend)},\n'
+    return (f'{{\n  "op": {json.dumps(table.op)},\n{backend}  "arch": {json.dumps(table.arch)},\n'
             f'  "sources": {block([dict(s) for s in table.sources])},\n'
             f'  "rows": {block([line(row) for row in table.rows])}\n}}\n')
 
@@ -448,8 +450,9 @@ def dump(table: tuning.Table) -> str:
 def write(work: list[Bucket], arch: Arch, folder: Path, made: dict[str, Any]) -> None:
     for op in {b.op.name: b.op for b in work}.values():
         found = [(b, c) for b in work if b.op is op and (c := chosen(b)) is not None]
-        table = merged(tuning.table(op.name, arch), arch.name, [row_of(b, c) for b, c in found], made, launcher(op))
-        file = folder / arch.name / f"{op.name}.json"
+        tuning = tuning_of(op, work[0].backend)
+        table = merged(tuning.table(arch), arch.name, [row_of(b, c) for b, c in found], made, tuning)
+        file = table_file(tuning.op, tuning.backend, arch.name, folder)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(dump(table))
         print(f"wrote {file}")
@@ -460,27 +463,31 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="+", metavar="OP", help=f"of {', '.join(tunable())}")
     parser.add_argument("--arch", help="default: this GPU's")
+    parser.add_argument("--backend", default="triton", choices=("triton", "hopper"), help="default: %(default)s")
     parser.add_argument("--case", nargs="+", default=[""], metavar="TEXT", help="cases with one of these in their name")
-    parser.add_argument("--write", nargs="?", const=str(tuning.FOLDER), metavar="FOLDER",
+    parser.add_argument("--write", nargs="?", const=str(FOLDER), metavar="FOLDER",
                         help="write the choices there, by default where launches read them")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="processes that compile (default: %(default)s; 0: this one)")
     args = parser.parse_args(argv)
-    if unknown := sorted(set(args.ops) - set(tunable())):
-        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(tunable())}")
+    if args.backend == "hopper":
+        import_hopper_kernels()
+    if unknown := sorted(set(args.ops) - set(tunable(args.backend))):
+        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(tunable(args.backend))}")
     here = platform.arch()
     arch = lookup(args.arch) if args.arch else here
     if arch is None or arch != here and arch.vendor != "amd":
         parser.error(f"--arch {args.arch or '(none)'}: timings need that GPU, here is {here.name if here else 'none'}; "
                      "of AMD's code there are figures without one: --arch gfx942")
     begin, timed = time.perf_counter(), arch == here
-    work = [b for name in args.ops for b in buckets(OPS[name], arch, args.case)]
+    work = [b for name in args.ops for b in buckets(OPS[name], arch, args.case, args.backend)]
     if not work:
         parser.error(f"no large case of {', '.join(args.ops)} named {' or '.join(args.case)} is served on {arch.name}")
     (tune_by_timings if timed else tune_by_figures)(work, arch, args.jobs)
     for b in work:
         print(report(b))
     command = shlex.join(["python", "-m", "wave64.testing.tune", *args.ops, "--arch", arch.name,
+                          *(["--backend", args.backend] if args.backend != "triton" else []),
                           *(["--case", *args.case] if any(args.case) else []), "--write"])
     if args.write:
         write(work, arch, Path(args.write), source(command, timed, arch.name in CLOCK_GHZ))

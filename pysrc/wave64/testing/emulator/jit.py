@@ -54,12 +54,11 @@ def _launch_of(launch: compile.Launch, code_object: str) -> _Launch:
     code = kernel.asm["hsaco"]
     Path(code_object).write_bytes(code)
     described, = (k for k in isa.metadata(code)["amdhsa.kernels"] if k[".name"] == kernel.name)
-    values = [value for name, value in launch.arguments.items() if kernel.src.signature[name] != "constexpr"]
     grid = launch.grid(launch.arguments) if callable(launch.grid) else launch.grid
     x, y, z = (*grid, 1, 1)[:3]
     return _Launch(kernel.name, code_object, (x, y, z),
                    (kernel.metadata.num_warps * kernel.metadata.warp_size, 1, 1), kernel.metadata.shared,
-                   _packed(described[".args"], values))
+                   _packed(described[".args"], list(launch.leaves().values())))
 
 
 @contextlib.contextmanager
@@ -70,7 +69,7 @@ def emulate_triton(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1) 
     with tempfile.TemporaryDirectory(prefix="wave64-emulator-") as folder:
 
         def perform(launch: compile.Launch) -> None:
-            tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
+            tensors = {name: value for name, value in launch.leaves().items() if isinstance(value, Tensor)}
             addresses = {name: t.data_ptr() for name, t in tensors.items()}
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
             buffers = [Buffer(named(addresses, start, size) or "a tensor", start, size)
