@@ -63,6 +63,21 @@ def _latents(kv_ptr, rows, offs_c, offs_r, dtype: tl.constexpr, SHAPE: tl.conste
     return c, r
 
 
+@triton.jit
+def _edge(kv_ptr, table_ptr, block, end, limit, stride_kp, stride_kn, offs_c, offs_r, dtype: tl.constexpr,
+          CAUSAL: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """(c, r, seen) of a block with keys beyond `end`, or, if CAUSAL, beyond a row's `limit`."""
+    offs_n = block + tl.arange(0, TILE.BLOCK_N)
+    valid_n = tl.minimum(offs_n, end - 1)
+    pages = load_pages(table_ptr, block, valid_n, SHAPE.PAGE_SIZE, TILE.BLOCK_N, SHAPE.WIDE)
+    rows = (pages * stride_kp + valid_n % SHAPE.PAGE_SIZE * stride_kn) * SHAPE.UNIT
+    c, r = _latents(kv_ptr, rows[None, :, None], offs_c, offs_r, dtype, SHAPE, TILE)
+    seen = (offs_n < end)[None, :]
+    if CAUSAL:
+        seen &= offs_n[None, :] < limit[:, None]
+    return c, r, seen
+
+
 @triton.jit(do_not_specialize=["num_seqs", "capacity", "programs", "min_keys", *STRIDES])
 def _mla_decode_cdna_kernel(outputs, queries, cache, new, scale, num_seqs, capacity, programs, min_keys, stride_qb,
                             stride_qt, stride_qh, stride_pb, stride_pt, stride_ph, stride_kp, stride_kn, stride_cb,
@@ -141,15 +156,8 @@ def _mla_decode_cdna_kernel(outputs, queries, cache, new, scale, num_seqs, capac
         row_max, row_sums, acc = _attend(q_c, q_r, c, r, True, False, scale, row_max, row_sums, acc, TILE)
     for i in tl.static_range((BLOCK_N + (1 if FUSED else NEW) - 2) // BLOCK_N + 1):  # the few that are left
         if edge + i * BLOCK_N < end:
-            first = edge + i * BLOCK_N
-            offs_n = first + tl.arange(0, BLOCK_N)
-            valid_n = tl.minimum(offs_n, end - 1)
-            page = load_pages(table_ptr, first, valid_n, PAGE_SIZE, BLOCK_N, SHAPE.WIDE)
-            rows = (page * stride_kp + valid_n % PAGE_SIZE * stride_kn) * UNIT
-            c, r = _latents(kv_ptr, rows[None, :, None], offs_c, offs_r, q_c.dtype, SHAPE, TILE)
-            seen = (offs_n < end)[None, :]
-            if not FUSED and NEW > 1:
-                seen &= offs_n[None, :] < limit[:, None]
+            c, r, seen = _edge(kv_ptr, table_ptr, edge + i * BLOCK_N, end, limit, stride_kp, stride_kn, offs_c, offs_r,
+                               q_c.dtype, not FUSED and NEW > 1, SHAPE, TILE)
             row_max, row_sums, acc = _attend(q_c, q_r, c, r, seen, True, scale, row_max, row_sums, acc, TILE)
     row_sum = tl.sum(row_sums, 1)
 
@@ -161,9 +169,9 @@ def _mla_decode_cdna_kernel(outputs, queries, cache, new, scale, num_seqs, capac
             c_ptr = new.kv_c_ptr + (seq * stride_cb + offs_t * stride_ct)[None, :, None] * UNIT
             r_ptr = new.k_pe_ptr + (seq * stride_rb + offs_t * stride_rt)[None, :, None] * UNIT
             mask_new = mask_t[None, :, None]
-            position = tl.load(new.positions_ptr + seq * NEW + offs_t, mask=mask_t, other=0).to(tl.int64)
+            position_t = tl.load(new.positions_ptr + seq * NEW + offs_t, mask=mask_t, other=0).to(tl.int64)
             new_c = tl.load(c_ptr + offs_c, mask=mask_new & mask_c, other=0.0)
-            new_r = rotated(r_ptr, offs_r, mask_new & mask_r, new.angles_ptr + position[None, :, None] * ROPE,
+            new_r = rotated(r_ptr, offs_r, mask_new & mask_r, new.angles_ptr + position_t[None, :, None] * ROPE,
                             mask_new & mask_r, SHAPE.NEOX, ROPE).to(q_c.dtype)
             new_c = rounded(new_c, factor, kv_ptr.dtype.element_ty, SHAPE.LIMIT)
             new_r = rounded(new_r, factor, kv_ptr.dtype.element_ty, SHAPE.LIMIT)

@@ -133,9 +133,9 @@ def _mla_decode_portable_kernel(outputs, queries, cache, new, scale, num_seqs, c
             c_ptr = new.kv_c_ptr + (seq * stride_cb + offs_t * stride_ct)[:, None] * UNIT
             r_ptr = new.k_pe_ptr + (seq * stride_rb + offs_t * stride_rt)[:, None] * UNIT
             mask_new = mask_t[:, None]
-            position = tl.load(new.positions_ptr + seq * NEW + offs_t, mask=mask_t, other=0).to(tl.int64)
+            position_t = tl.load(new.positions_ptr + seq * NEW + offs_t, mask=mask_t, other=0).to(tl.int64)
             new_c = tl.load(c_ptr + offs_c, mask=mask_new & mask_c, other=0.0)
-            new_r = rotated(r_ptr, offs_r, mask_new & mask_r, new.angles_ptr + position[:, None] * ROPE,
+            new_r = rotated(r_ptr, offs_r, mask_new & mask_r, new.angles_ptr + position_t[:, None] * ROPE,
                             mask_new & mask_r, SHAPE.NEOX, ROPE).to(q_c.dtype)
             new_c = rounded(new_c, factor, kv_ptr.dtype.element_ty, SHAPE.LIMIT)
             new_r = rounded(new_r, factor, kv_ptr.dtype.element_ty, SHAPE.LIMIT)
