@@ -85,7 +85,6 @@ class Config:
     options: dict = field(default_factory=dict)
 
 
-#: Bounds of the integer facts that the tuner takes for alike: a few new tokens, a block of them, a prompt.
 def key(query: Tensor, max_seqlen_q: int, logit_cap: float = 0.0, **others) -> dict[str, int | bool]:
     """The tuning key of a call."""
     return {"head_dim": query.shape[2], "fp32": query.dtype == torch.float32, "capped": logit_cap > 0,
