@@ -36,7 +36,7 @@ def select(items: Iterable[pytest.Item], tier: str) -> tuple[list[pytest.Item], 
     return chosen, rest
 
 
-def draw(items: Iterable[pytest.Item], times: float, anew: bool) -> None:
+def draw(items: Iterable[pytest.Function], times: float, anew: bool) -> None:
     """Hypothesis tests get `times` as many examples; anew: other ones at each run. A failure prints its example."""
     for test in {item.function for item in items if getattr(item.function, "is_hypothesis_test", False)}:
         given = test._hypothesis_internal_use_settings

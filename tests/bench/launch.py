@@ -12,6 +12,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -36,8 +37,9 @@ def per_call_us(call: Callable[[], object]) -> float:
 
 def launch_of(run: Callable[[], object]) -> tuple[Callable[[], object], object]:
     """The launch in `run`, fields and all, and what has to live as long as its outputs are used."""
-    modules = [module for name, module in sys.modules.items()
-               if name.startswith("wave64.backends.hip_ops.") and getattr(module, "launch", None) is hip.launch]
+    modules: list[Any] = [
+        module for name, module in sys.modules.items()
+        if name.startswith("wave64.backends.hip_ops.") and getattr(module, "launch", None) is hip.launch]
     noted = []
 
     def note(*args, **fields):

@@ -13,6 +13,7 @@ import hashlib
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from wave64.backends import hip_library
 #: None, or why wave64._hip cannot be imported.
 extension_error: str | None = None
 try:
-    from wave64 import _hip
+    from wave64 import _hip as _extension  # pyright: ignore[reportAttributeAccessIssue]  # the build makes it
 except ImportError as e:
-    _hip = None
+    _extension = None
     extension_error = f"the extension wave64._hip is not built ({e}): python3 setup_rocm.py install"
+
+_hip: Any = _extension
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -44,7 +47,7 @@ def connect(**instead) -> None:
                 **dict.fromkeys(FP8, _hip.FP8)}) | instead)
 
 
-launch = None
+launch = cast(Any, None)  # where the extension is not built
 if _hip is not None:
     connect()
     #: launch(op, tensor=None, /, **fields): the fields of the op's struct by name, tensors as tensors or None, dtypes
@@ -143,7 +146,7 @@ def arguments(launch) -> dict[str, int | float]:
             for name, kind, offset in _hip.fields()[launch.op]}
 
 
-def constants(op: str):
+def constants(op: str) -> Any:
     """The constants that hip/ops/<op>.hip exports, as attributes; None without the extension."""
     return getattr(_hip, op, None)
 

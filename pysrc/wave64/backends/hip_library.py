@@ -33,7 +33,7 @@ def by_rocm_sdk() -> list[Path]:
     if importlib.util.find_spec("rocm_sdk") is None:
         return []
     try:
-        import rocm_sdk
+        import rocm_sdk  # pyright: ignore[reportMissingImports]  # only on machines with AMD GPUs
 
         return [Path(path) for path in rocm_sdk.find_libraries("amdhip64")]
     except Exception:  # another package's code: whatever it raises, the other folders remain

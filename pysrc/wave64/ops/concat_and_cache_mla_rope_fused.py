@@ -1,5 +1,7 @@
 """Apply RoPE to the queries and keys of latent attention in place, and write [kv_c, k_pe] to the KV cache."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ NAMES = {"query": "q_pe", "key": "k_pe"}
 
 
 def _draw(tokens, heads, pages, rank=512, rope=64, dtype=torch.bfloat16, is_neox=False, cache_dtype=None, page_size=16,
-          skip=(), scale=None, nope=128, max_pos=64, angles_dtype=torch.float32):
+          skip=(), scale=None, nope=128, max_pos=64, angles_dtype=torch.float32) -> dict[str, Any]:
     """As models have them: q_pe is the end of every head, latents and keys, [num_tokens, 1, rope_dim], lie side by side
     in one projection; slots drawn without repetition, `skip` of them -1."""
     angle = torch.rand(max_pos, rope // 2) * 6.2832

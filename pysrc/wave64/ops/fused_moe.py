@@ -1,5 +1,7 @@
 """Mixture of experts: each token through the gated MLPs that its router chose, weighted and summed up."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,7 +80,7 @@ def cases():
     }
     for name, settings in drawn.items():
         yield Case(name, lambda settings=settings: make_case(**settings))
-    fp8 = dict(scales="block", block_shape=[128, 128])
+    fp8: dict[str, Any] = dict(scales="block", block_shape=[128, 128])
     for tokens in (1, 16, 64, 256, 1024, 4096):
         for name, kind in (("bf16", {}), ("fp8", fp8)):
             yield Case(f"{tokens}x256x256-{name}", lambda t=tokens, kind=kind: make_case(t, 256, 8, 7168, 256, **kind),

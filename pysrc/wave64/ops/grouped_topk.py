@@ -121,7 +121,7 @@ def agree(args: dict, result: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor
                    for got, expected in zip(result, exact, strict=True)):
             raise AssertionError(f"expected shared experts {exact[1][:, -shared:].tolist()} of weight 1, got "
                                  f"{result[1][:, -shared:].tolist()} of {result[0][:, -shared:].tolist()}")
-        result, exact = ([part[:, :-shared] for part in pair] for pair in (result, exact))
+        result, exact = ((pair[0][:, :-shared], pair[1][:, :-shared]) for pair in (result, exact))
     bias, groups, topk_group = args["correction_bias"], args["num_expert_group"], args["topk_group"]
     weights, ids = result
     if ids.dtype != torch.int32 or ids.shape != exact[1].shape or ((ids < 0) | (ids >= args["gating"].shape[1])).any():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
     weights = [(lse - base).exp() for lse in (lse_a, lse_b)]
     row_sum = weights[0] + weights[1]
     divisor = row_sum.masked_fill(row_sum == 0, 1)
-    acc = 0
+    acc: Any = 0
     for out, lse, weight in zip((out_a, out_b), (lse_a, lse_b), weights, strict=True):
         acc = acc + out.masked_fill((lse == -math.inf)[..., None], 0) * (weight / divisor)[..., None]
     return acc.to(out_a.dtype).contiguous(), (row_max + row_sum.log()).contiguous()

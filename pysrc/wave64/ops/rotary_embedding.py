@@ -1,5 +1,7 @@
 """Rotary position embedding of query and key, in place."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from wave64.ops.rms_norm import DTYPES
 
 
 def _draw(tokens, heads, kv_heads, head_size, rot_dim=None, dtype=torch.bfloat16, is_neox=True, max_pos=8192,
-          layout="merged", cache_dtype=torch.float32):
+          layout="merged", cache_dtype=torch.float32) -> dict[str, Any]:
     """layout: "merged" rows of one qkv tensor, "flat" or "heads" contiguous of their own."""
     rot_dim = rot_dim or head_size
     angle = torch.rand(max_pos, rot_dim // 2) * 6.2832

@@ -10,7 +10,8 @@ from wave64.ops.rms_norm import DTYPES
 BELOW_ONE = 1.0 - 2.0**-24
 
 
-def _draw(rows, vocab, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, dtype=torch.float32, spread=3.0):
+def _draw(rows: int, vocab: int, temperature: float | list[float] = 1.0, top_k: int | list[int] = 0,
+          top_p: float | list[float] = 1.0, min_p: float | list[float] = 0.0, dtype=torch.float32, spread=3.0):
     """Every setting is one value for all rows or a list of one per row."""
 
     def each(value, dtype=torch.float32):

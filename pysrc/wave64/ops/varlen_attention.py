@@ -1,5 +1,7 @@
 """Ragged attention: packed sequences of queries, keys and values of different lengths, without padding or pages."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,10 +52,11 @@ def cases():
         yield Case(name, lambda options=options: make_case(**options))
     yield Case("strided", lambda: _strided(make_case([30, 9], [30, 9])))
     yield Case("mla-strided", lambda: _projected(make_case([30], [30], 3, 3, qk_dim=48, v_dim=32)))
-    for name, lengths, options in [
-            ("4x4096", [4096] * 4, dict(heads=32, kv_heads=8, qk_dim=128)),
-            ("mla-4096", [4096], dict(heads=16, kv_heads=16, qk_dim=192, v_dim=128)),
-            ("1x16384", [16384], dict(heads=32, kv_heads=8, qk_dim=128))]:
+    large: list[tuple[str, list[int], dict[str, Any]]] = [
+        ("4x4096", [4096] * 4, dict(heads=32, kv_heads=8, qk_dim=128)),
+        ("mla-4096", [4096], dict(heads=16, kv_heads=16, qk_dim=192, v_dim=128)),
+        ("1x16384", [16384], dict(heads=32, kv_heads=8, qk_dim=128))]
+    for name, lengths, options in large:
         yield Case(name, lambda lengths=lengths, options=options: make_case(lengths, lengths, **options), large=True)
 
 

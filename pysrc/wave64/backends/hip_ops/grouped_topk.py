@@ -9,7 +9,9 @@ from wave64.backends.hip_ops.topk_softmax import CONSTANTS
 def supports(gating: Tensor, top_k: int, num_expert_group: int, topk_group: int, renormalize: bool,
              scoring_func: str = "softmax", correction_bias: Tensor | None = None,
              routed_scaling_factor: float = 1.0, num_fused_shared_experts: int = 0) -> str | None:
-    lanes, groups = platform.arch().wave_size, num_expert_group if topk_group < num_expert_group else 1
+    arch = platform.arch()
+    assert arch is not None, "there is a GPU, or a target"
+    lanes, groups = arch.wave_size, num_expert_group if topk_group < num_expert_group else 1
     if groups > lanes:
         return f"{groups} groups, a wave ranks at most {lanes}"
     capacity = (1 << (lanes // groups).bit_length() - 1) * CONSTANTS.MAX_SLOTS

@@ -8,7 +8,9 @@ CONSTANTS = constants("topk_softmax")
 
 
 def supports(gating: Tensor, top_k: int, renormalize: bool) -> str | None:
-    lanes = platform.arch().wave_size
+    arch = platform.arch()
+    assert arch is not None, "there is a GPU, or a target"
+    lanes = arch.wave_size
     if gating.shape[1] > CONSTANTS.MAX_SLOTS * lanes:
         return f"{gating.shape[1]} experts, a wave holds {CONSTANTS.MAX_SLOTS * lanes}"
     return f"top_k {top_k}, a wave chooses at most {lanes}" if top_k > lanes else None
