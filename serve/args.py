@@ -9,8 +9,13 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
+#: What the server imports in addition to what wave64 itself needs.
+PACKAGES = ("fastapi", "huggingface_hub", "jinja2", "msgspec", "pydantic", "safetensors", "tokenizers", "transformers",
+            "uvicorn", "zmq")
+LOG_FORMAT = "[%(asctime)s] %(message)s"  # of both processes
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -157,6 +162,13 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
 ONLY: dict[str, tuple[type, int]] = {
     "--pp-size": (int, 1), "--dp-size": (int, 1), "--ep-size": (int, 1), "--nnodes": (int, 1), "--node-rank": (int, 0),
 }  # fmt: skip
+
+
+def exit_unless_installed() -> None:
+    """Ends the process with one line on stderr where packages are missing that the server imports."""
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        sys.exit(f"wave64.launch_server: error: {', '.join(missing)}: not installed, and needed by the server: "
+                 "pip install 'wave64[serve]', or python3 setup_rocm.py install in a clone")  # fmt: skip
 
 
 def without_effect(argv: Sequence[str] | None = None) -> list[str]:

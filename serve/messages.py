@@ -7,11 +7,13 @@ Both pipes are ipc:// files in a private temporary directory that the api proces
                then Outputs, at most one message per engine step.
 
 Every message is one msgpack frame, made by `encode` and read by `decode_to_engine` or `decode_to_api`.
-Stop strings, `n`, text and chat templates are the api process's matter and never appear here.
+Stop strings, `n`, text and chat templates belong to the api process and never appear here. `check_request` is the one
+place that says which requests an engine can serve: the api process refuses by it, and the engine holds everyone to it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -90,21 +92,88 @@ class Outputs(Struct, tag=True):
     statistics: Statistics | None = None
 
 
-class Ready(Struct, tag=True):
-    """The engine has its weights and its KV pool and takes requests."""
+class Limits(Struct):
+    """What bounds a request, for `check_request`."""
 
     context_length: int
     max_total_num_tokens: int  # tokens the KV pool holds
+    vocab_size: int
+
+    def max_tokens(self) -> tuple[int, str]:
+        """How many tokens a prompt and its completion may have, and what sets the limit where the model does not."""
+        context, pool = self.context_length, self.max_total_num_tokens
+        if pool < context:
+            return pool, f" on this server, whose KV pool (--max-total-tokens) is smaller than the model's {context}"
+        return context, ""
+
+
+class Ready(Limits, tag=True):
+    """The engine has its weights and its KV pool and takes requests. All that the api process knows of the model."""
+
     device: str
     dtype: str
-    vocab_size: int
     backends: list[dict[str, Any]]  # the rows of wave64.report()
+    sampling_defaults: dict[str, float]  # generation_config.json's: what the model recommends
 
 
 class Failed(Struct, tag=True):
     """The engine could not start, or cannot go on, and exits. `error` is one line for the operator."""
 
     error: str
+
+
+class BadRequest(ValueError):
+    """A request that no engine with these limits can serve: `param` is the field at fault, `code` OpenAI's."""
+
+    def __init__(self, message: str, param: str, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+def check_request(input_ids: list[int], params: SamplingParams, limits: Limits, prompt: str = "input_ids",
+                  new: str = "max_new_tokens") -> None:  # fmt: skip
+    """Raises BadRequest if the engine cannot serve it. prompt, new: what the client calls these two fields."""
+    vocab = limits.vocab_size
+    if not input_ids:
+        raise BadRequest(f"{prompt}: empty, expected at least one token", prompt, "empty_prompt")
+    for name, ids in ((prompt, input_ids), ("stop_token_ids", params.stop_token_ids)):
+        if ids and (min(ids) < 0 or max(ids) >= vocab):
+            bad = next(i for i in ids if not 0 <= i < vocab)
+            raise BadRequest(f"{name}: expected token ids from 0 to {vocab - 1}, got {bad}", name, "invalid_token")
+    check_params(params)
+    count, asked = len(input_ids), params.max_new_tokens
+    limit, _ = limits.max_tokens()
+    if count + (asked != 0) > limit:
+        more = ", and at least one new one has to follow" if asked else ""
+        raise too_long(limits, f"your {prompt} resulted in {count} tokens{more}", prompt, prompt)
+    if count + asked > limit:
+        requested = f"you requested {count + asked} tokens ({count} in the {prompt}, {asked} in {new})"
+        raise too_long(limits, requested, f"{prompt} or {new}", new)
+
+
+def check_params(params: SamplingParams) -> None:
+    """Raises BadRequest if a sampling parameter is out of range. A NaN is out of every range."""
+    checks = (
+        ("max_new_tokens", params.max_new_tokens >= 0, "at least 0"),
+        ("min_new_tokens", params.min_new_tokens >= 0, "at least 0"),
+        ("temperature", 0 <= params.temperature < math.inf, "at least 0"),
+        ("top_k", float(params.top_k).is_integer(), "a whole number"),
+        ("top_p", 0 < params.top_p <= 1, "more than 0 and at most 1"),
+        ("min_p", 0 <= params.min_p <= 1, "0 to 1"),
+        ("presence_penalty", math.isfinite(params.presence_penalty), "a finite number"),
+        ("frequency_penalty", math.isfinite(params.frequency_penalty), "a finite number"),
+        ("repetition_penalty", 0 < params.repetition_penalty < math.inf, "more than 0"),
+    )
+    for name, fine, expected in checks:
+        if not fine:
+            raise BadRequest(f"{name}: expected {expected}, got {getattr(params, name)}", name)
+
+
+def too_long(limits: Limits, requested: str, shorten: str, param: str) -> BadRequest:
+    """In OpenAI's own words: clients look for them to cut the prompt, or to go to another model."""
+    limit, why = limits.max_tokens()
+    return BadRequest(f"This model's maximum context length is {limit} tokens{why}. However, {requested}. Please "
+                      f"reduce the length of the {shorten}.", param, "context_length_exceeded")  # fmt: skip
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,6 +1,7 @@
 """Which backend serves: the order of choice, what the environment asks for, and when it is decided."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -118,10 +119,13 @@ def test_nothing_is_probed_before_the_first_operator_is_asked():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="hip may serve where there is a GPU")
 def test_a_backend_asked_for_in_vain_is_one_line_of_the_server_and_a_short_error_of_an_import():
-    served = python("-m", "wave64.launch_server", WAVE64_BACKEND="hip")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = python("-m", "wave64.launch_server", "--port", str(port), WAVE64_BACKEND="hip")
     assert served.returncode == 1
     line, = served.stderr.splitlines()
-    assert line.startswith("wave64: error: backend hip was asked for: serves GPU tensors only")
+    assert line.startswith("wave64.launch_server: error: backend hip was asked for: serves GPU tensors only")
     assert served.stdout == ""
     imported = python("-c", "import wave64", WAVE64_BACKEND="rms_norm=hip")
     assert imported.returncode == 1

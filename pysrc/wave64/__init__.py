@@ -1,24 +1,70 @@
-"""wave64: ROCm operators for LLM inference. `wave64.ops.<name>(...)` or `torch.ops.wave64.<name>(...)`."""
+"""wave64: ROCm operators for LLM inference. `wave64.ops.<name>(...)` or `torch.ops.wave64.<name>(...)`.
+
+`import wave64` imports torch and registers the operators, in every process but the server's own two: the api process
+never needs torch, and the engine process sets its handlers first. There, the first use of an attribute does the same.
+"""
 
 import importlib.util
+import os
 import sys
+from typing import TYPE_CHECKING
 
 if importlib.util.find_spec("torch") is None:
-    raise ImportError("wave64 needs torch, and installs none, lest it replace a ROCm build: install AMD's or PyTorch's "
-                      "wheel for your ROCm first; without a GPU a CPU build of torch, or wave64[cpu], which takes "
-                      "whatever build your package index gives")
+    raise ImportError("wave64 needs torch, and does not install it, so that a ROCm build is never replaced: install "
+                      "AMD's or PyTorch's wheel for your ROCm first; without a GPU a CPU build of torch, or "
+                      "wave64[cpu], which takes whatever build your package index gives")
 
-from wave64 import backends, flops, ops, platform
-from wave64.backends import report, table, use
-from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op
-
-try:
-    backends.load()
-except NotSupported as error:
-    words = f"wave64: error: {' '.join(str(error).split())}"
-    if sys.argv[:1] == ["-m"]:  # `python -m wave64...` imports the package before the command could catch anything
-        sys.exit(words)
-    raise NotSupported(words.removeprefix("wave64: error: ")) from None
-flops.register_at_import()
+if TYPE_CHECKING:
+    from wave64 import ops, platform
+    from wave64.backends import report, table, use
+    from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op
 
 __all__ = ["OPS", "BadArgument", "Case", "Cost", "NotSupported", "op", "ops", "platform", "report", "table", "use"]
+
+SERVER = ("wave64.launch_server", "wave64.serve.engine.process")
+_is_loaded = False
+
+
+def _is_server() -> bool:
+    """Whether Python was started to run the server: `python -m` with a module of SERVER, or `wave64 serve`."""
+    command, verb = os.path.basename(sys.argv[0]) if sys.argv else "", sys.argv[1:2]
+    if command == "-m":  # which it is while Python looks for the module to run, and imports this package to do so
+        module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+        return module in SERVER or module == "wave64" and verb == ["serve"]
+    return command == "wave64" and verb == ["serve"]
+
+
+def _load() -> None:
+    """Import the operators, which registers them with torch. Raises NotSupported for what WAVE64_BACKEND demands in
+    vain."""
+    global OPS, BadArgument, Case, Cost, NotSupported, op, ops, platform, report, table, use, _is_loaded
+    _is_loaded = True
+    from wave64 import backends, flops, ops, platform
+    from wave64.backends import report, table, use
+    from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op
+
+    backends.load()
+    flops.register_at_import()
+
+
+if not TYPE_CHECKING:  # a type checker would take any attribute for one that exists
+
+    def __getattr__(name: str) -> object:
+        if name.startswith("__") or _is_loaded:
+            raise AttributeError(f"module 'wave64' has no attribute {name!r}")
+        _load()
+        return getattr(sys.modules[__name__], name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not _is_server():
+    try:
+        _load()
+    except ValueError as error:  # NotSupported
+        words = " ".join(str(error).split())
+        if sys.argv[:1] == ["-m"]:  # `python -m wave64...` imports the package before the command could catch anything
+            sys.exit(f"wave64: error: {words}")
+        raise type(error)(words) from None

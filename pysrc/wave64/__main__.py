@@ -7,11 +7,7 @@ import argparse
 import runpy
 import sys
 
-import wave64
-from wave64 import OPS, platform
-from wave64.backends import hip, probe
-from wave64.op import BACKENDS
-from wave64.testing import contract
+# Nothing is imported above main() that a verb may not need: the server's api process has no torch.
 
 #: Verbs that are modules of their own: what is run, and what it does. `python -m MODULE` is the same.
 MODULES = {
@@ -27,6 +23,10 @@ MODULES = {
 
 
 def report(hashes: bool) -> int:
+    import wave64
+    from wave64 import platform
+    from wave64.backends import hip
+
     if hashes:
         print("\n".join(f"{digest}  {name}" for name, digest in hip.hashes().items()))
         return 0
@@ -37,7 +37,12 @@ def report(hashes: bool) -> int:
 
 
 def check(names: list[str], large: bool) -> int:
-    """Holds every backend that can serve here to the contract, a line per (operator, backend)."""
+    """Hold every backend that can serve here to the contract, a line per (operator, backend)."""
+    from wave64 import OPS, platform
+    from wave64.backends import probe
+    from wave64.op import BACKENDS
+    from wave64.testing import contract
+
     device = platform.device_type()
     serving = [b for b in BACKENDS if probe(b, device) is None]
     failures = 0
@@ -85,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.verb != "check":
         return report(args.hashes)
+    from wave64 import OPS
+
     if unknown := [name for name in args.ops if name not in OPS]:
         parser.error(f"no operator {', '.join(unknown)}; there are {', '.join(OPS)}")
     return check(args.ops, args.large)

@@ -7,7 +7,6 @@ A step is three verbs: schedule, run, commit. `Engine` is whole in one process, 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import torch
 import zmq
 
@@ -28,19 +28,24 @@ from wave64.serve.engine.runner import Runner
 from wave64.serve.engine.scheduler import Scheduler, Sequence
 from wave64.serve.messages import (
     Abort,
+    BadRequest,
     Failed,
+    Limits,
     Output,
     Outputs,
     Ready,
     Request,
     SamplingParams,
     Statistics,
+    check_params,
+    check_request,
     decode_to_engine,
     encode,
 )
 from wave64.serve.model.checkpoint import WeightsError
 from wave64.serve.model.config import DTYPES, ConfigError, ModelConfig
-from wave64.serve.model.load import load_model, resolve_model_path
+from wave64.serve.model.load import load_model
+from wave64.serve.model_path import resolve_model_path
 
 log = logging.getLogger("wave64")
 
@@ -48,6 +53,7 @@ IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is stil
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
 REPORT_S = 5.0  # a busy engine says how fast it is this often, at most
 PREFILL_CHUNK = {"cpu": 256, "cuda": 8192}
+SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, wave64.NotSupported)  # worded for the operator
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -80,18 +86,22 @@ class Throughput:
 class Engine:
     """Continues token sequences. Not thread-safe; nothing runs between calls of step().
 
-    Raises ArgsError, ConfigError or WeightsError, each in one line for the operator, when it cannot be built.
+    Raises ArgsError, ConfigError, WeightsError or NotSupported, each in one line for the operator, when it cannot be
+    built.
     """
 
     def __init__(self, args: ServerArgs) -> None:
         folder = resolve_model_path(args.model_path, args.revision)
-        self.config = _config(folder, args)
         self.device = _device(args.device)
+        self._backends = wave64.report(self.device.type)
+        log.info("what serves each operator:\n%s", wave64.table(self._backends))
+        self.config = _config(folder, args)
         self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
         model = load_model(self.config, folder, self.dtype, self.device, args.load_format)
         kv_dtype = _kv_dtype(args.kv_cache_dtype, self.dtype, self.device)
         self.pool = PagePool(pool_pages(args, self.config, kv_dtype, self.device), args.page_size)
         capture = self.device.type == "cuda" and not args.disable_cuda_graph
+        self.limits = Limits(self.config.context_length, self.pool.num_tokens, self.config.vocab_size)
         max_running = min(args.max_running_requests, self.pool.num_pages)
         self.runner = Runner(
             model, self.config, kv_dtype, self.device, self.pool.num_pages, args.page_size, max_running, capture
@@ -110,14 +120,13 @@ class Engine:
         return min(chunk, args.max_prefill_tokens)
 
     def ready(self) -> Ready:
-        """What a client may ask of this engine, and which backends serve it."""
+        """What a client may ask of this engine, what the model recommends, and which backends serve it."""
         return Ready(
-            context_length=self.config.context_length,
-            max_total_num_tokens=self.pool.num_tokens,
+            **msgspec.structs.asdict(self.limits),
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             dtype=str(self.dtype).removeprefix("torch."),
-            vocab_size=self.config.vocab_size,
-            backends=wave64.report(self.device.type),
+            backends=self._backends,
+            sampling_defaults=self.config.sampling_defaults,
         )
 
     @property
@@ -132,10 +141,12 @@ class Engine:
         """
         if request.rid in self.scheduler:
             raise ValueError(f"request {request.rid!r} is already there; every live request needs its own rid")
-        if why := self._objection(request):
-            self._refused.append(Output(request.rid, [], "error", error=why))
-            return
         params = request.params
+        try:
+            check_request(request.input_ids, params, self.limits)
+        except BadRequest as error:
+            self._refused.append(Output(request.rid, [], "error", error=str(error)))
+            return
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         self.scheduler.add(Sequence(request, stops, random.Random(seed)))
@@ -174,43 +185,6 @@ class Engine:
         return Statistics(len(scheduler.running), len(scheduler.waiting), pool.num_pages - pool.num_free,
                           pool.num_pages, prompt, generated, scheduler.preemptions)  # fmt: skip
 
-    def _objection(self, request: Request) -> str | None:
-        """Why a request cannot be served, in words; None if it can."""
-        ids, params, vocab = request.input_ids, request.params, self.config.vocab_size
-        if not ids:
-            return "input_ids: expected at least one token, got an empty prompt"
-        if min(ids) < 0 or max(ids) >= vocab:
-            bad = next(i for i in ids if not 0 <= i < vocab)
-            return f"input_ids: expected token ids from 0 to {vocab - 1}, got {bad}"
-        if why := _bad_params(params, vocab):
-            return why
-        total, context, pool = len(ids) + params.max_new_tokens, self.config.context_length, self.pool.num_tokens
-        asked = f"{len(ids)} prompt tokens and {params.max_new_tokens} new ones"
-        if total > context:
-            return f"{asked} are {total} in all, more than the context length of {context}; shorten either"
-        if total > pool:
-            return f"{asked} are {total} in all, more than the KV pool of {pool} holds; raise --max-total-tokens"
-        return None
-
-
-def _bad_params(params: SamplingParams, vocab: int) -> str | None:
-    """Which sampling parameter is out of range, in words. A NaN is out of every range."""
-    checks = (
-        ("max_new_tokens", params.max_new_tokens >= 0, "at least 0"),
-        ("min_new_tokens", params.min_new_tokens >= 0, "at least 0"),
-        ("temperature", 0 <= params.temperature < math.inf, "at least 0"),
-        ("top_p", 0 < params.top_p <= 1, "more than 0 and at most 1"),
-        ("min_p", 0 <= params.min_p <= 1, "0 to 1"),
-        ("presence_penalty", math.isfinite(params.presence_penalty), "a finite number"),
-        ("frequency_penalty", math.isfinite(params.frequency_penalty), "a finite number"),
-        ("repetition_penalty", 0 < params.repetition_penalty < math.inf, "more than 0"),
-        ("stop_token_ids", all(0 <= i < vocab for i in params.stop_token_ids), f"token ids from 0 to {vocab - 1}"),
-    )
-    for name, fine, expected in checks:
-        if not fine:
-            return f"{name}: expected {expected}, got {getattr(params, name)}"
-    return None
-
 
 def _config(folder: Path, args: ServerArgs) -> ModelConfig:
     """The model's configuration, with the context length that was asked for."""
@@ -219,6 +193,10 @@ def _config(folder: Path, args: ServerArgs) -> ModelConfig:
         log.info("%s: not known and passed by: %s", folder / "config.json", ", ".join(config.passed_by))
     if args.ignore_config_key:
         log.info("ignored, as --ignore-config-key says: %s", ", ".join(args.ignore_config_key))
+    try:
+        check_params(SamplingParams(**config.sampling_defaults))
+    except BadRequest as error:
+        raise ConfigError(f"{folder / 'generation_config.json'}: {error}") from None
     if args.context_length is None:
         return config
     if args.context_length > config.context_length:
@@ -310,4 +288,4 @@ def _usable_cpus() -> int:
 def _one_line(error: Exception) -> str:
     """The error for the operator: as it is where it was worded for one, else with its type."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, (ArgsError, ConfigError, WeightsError)) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, SAID_IN_WORDS) else f"{type(error).__name__}: {text}"

@@ -5,9 +5,10 @@ import logging
 import os
 import sys
 
-from wave64.serve.args import ServerArgs
+import zmq
 
-LOG_FORMAT = "[%(asctime)s] %(message)s"
+from wave64.serve.args import LOG_FORMAT, ServerArgs
+from wave64.serve.messages import Failed, encode
 
 
 def main() -> None:
@@ -15,17 +16,27 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     args = ServerArgs(**settings["args"])
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
-    from wave64.serve.engine.engine import run_engine
-
     status = 0
     try:
+        from wave64.serve.engine.engine import run_engine  # imports torch, and reads WAVE64_BACKEND
+
         if os.getppid() == settings["parent"]:  # else it ended while we imported, and run_engine could not know
             run_engine(args, settings["requests"], settings["outputs"])
+    except ValueError as error:  # NotSupported: run_engine itself reports what it raises
+        _fail(settings["outputs"], " ".join(str(error).split()))
+        status = 1
     except SystemExit as end:
         status = end.code or 0
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # tearing down torch takes seconds on a busy machine, and the pipes are closed
+
+
+def _fail(outputs: str, error: str) -> None:
+    with zmq.Context() as context, context.socket(zmq.PUSH) as outbox:
+        outbox.setsockopt(zmq.LINGER, 1000)
+        outbox.connect(outputs)
+        outbox.send(encode(Failed(error)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from wave64.serve.http import guard
 from wave64.serve.http.generation import Generator
 from wave64.serve.http.guard import EventStream, json_response, read, unless_gone
 from wave64.serve.http.native import Generate
-from wave64.serve.http.openai import Chat, Completion, answer, stream
+from wave64.serve.http.openai import Chat, Completion, Job, answer, stream
 from wave64.serve.http.schemas import ApiError, ChatRequest, CompletionRequest, GenerateRequest
 
 READ = ["GET", "HEAD"]
@@ -34,7 +34,7 @@ def create_app(generator: Generator) -> FastAPI:
     async def chat_completions(request: Request) -> Response:
         return await openai(request, Chat(await read(request, ChatRequest), generator))
 
-    async def openai(request: Request, job: Completion | Chat) -> Response:
+    async def openai(request: Request, job: Job) -> Response:
         generator.check_model(job.body.model)
         await unless_gone(request, job.prepare())
         if job.body.stream:
@@ -68,7 +68,7 @@ def create_app(generator: Generator) -> FastAPI:
             "model_path": generator.model_path,
             "tokenizer_path": generator.tokenizer_path,
             "is_generation": True,
-            "preferred_sampling_params": generator.defaults or None,
+            "preferred_sampling_params": generator.ready.sampling_defaults or None,
             "max_context_length": generator.ready.context_length,
             "vocab_size": generator.ready.vocab_size,
         })

@@ -15,7 +15,16 @@ from wave64.serve.http.schemas import MAX_CHOICES, ApiError, Sampling
 from wave64.serve.http.template_process import TemplateProcess
 from wave64.serve.http.templates import TemplateError
 from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
-from wave64.serve.messages import Output, Ready, Request, SamplingParams, TokenLogprob
+from wave64.serve.messages import (
+    BadRequest,
+    Output,
+    Ready,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    check_request,
+    too_long,
+)
 
 log = logging.getLogger("wave64")
 
@@ -111,7 +120,7 @@ class Choice:
 class Generator:
     """What every endpoint that generates needs: the tokenizer, the engine, the model's sampling defaults."""
 
-    def __init__(self, args: ServerArgs, client: EngineClient, tokenizer: Tokenizer, defaults: dict[str, float],
+    def __init__(self, args: ServerArgs, client: EngineClient, tokenizer: Tokenizer,
                  model_path: str | None = None, tokenizer_path: str | None = None) -> None:  # fmt: skip
         """`model_path` and `tokenizer_path` are what a client's transformers can open, where the flags are not."""
         self.args = args
@@ -119,7 +128,6 @@ class Generator:
         self.tokenizer_path = tokenizer_path or args.tokenizer_path or self.model_path
         self.client = client
         self.tokenizer = tokenizer
-        self.defaults = defaults
         self.templates = TemplateProcess(tokenizer.template_source) if tokenizer.template_source else None
         self.is_serving = False  # after the warm-up
 
@@ -147,19 +155,18 @@ class Generator:
         return self.client.ready
 
     async def encode(self, prompts: list[Prompt], names: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """The token ids of some prompts, checked; `names` says which field each came in. Texts are tokenized in a
+        """The token ids of some prompts; `names` says which field each came in. Texts are tokenized in a
         thread, a slice at a time, so that whatever else is served goes on, and cancelling ends it. Raises ApiError."""
-        limit, what = self._limit()
+        limit, _ = self.ready.max_tokens()
         for prompt, name in zip(prompts, names, strict=True):
             if isinstance(prompt, str) and len(prompt) > limit * self.tokenizer.longest_token:
-                raise _too_long(limit, what, f"your {name} of {len(prompt)} characters is more than that", name, name)
+                said = f"your {name} of {len(prompt)} characters is more than that"
+                raise _refusal(too_long(self.ready, said, name, name))
         found = list(prompts)
         for part in _slices([i for i, prompt in enumerate(prompts) if isinstance(prompt, str)], prompts):
             encoded = await self._tokenize([prompts[i] for i in part], [names[i] for i in part], add_special_tokens)
             for i, ids in zip(part, encoded, strict=True):
                 found[i] = ids
-        for ids, name in zip(found, names, strict=True):
-            self._check_ids(ids, name)
         return found
 
     async def _tokenize(self, texts: list[str], names: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -169,14 +176,6 @@ class Generator:
             return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens)
         except TokenizerError as error:
             raise ApiError(f"{names[0]}: {error}", names[0], "invalid_value") from None
-
-    def _check_ids(self, ids: list[int], name: str) -> None:
-        if not ids:
-            raise ApiError(f"{name}: empty, expected at least one token", name, "empty_prompt")
-        vocab = self.ready.vocab_size
-        if min(ids) < 0 or max(ids) >= vocab:
-            bad = next(i for i in ids if not 0 <= i < vocab)
-            raise ApiError(f"{name}: expected token ids from 0 to {vocab - 1}, got {bad}", name, "invalid_token")
 
     async def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """The prompt text of a conversation, by the model's chat template. Raises ApiError."""
@@ -195,41 +194,32 @@ class Generator:
         if name is not None and name.casefold() != ours.casefold() and _is_one_slip(name, ours):
             raise ApiError(f"model: {name}: no such model; did you mean {ours}?", "model", "model_not_found", 404)
 
-    def _limit(self) -> tuple[int, str]:
-        """How many tokens a prompt and its completion may have, and what sets the limit, if not the model."""
-        context, pool = self.ready.context_length, self.ready.max_total_num_tokens
-        if pool < context:
-            return pool, f" on this server, whose KV pool (--max-total-tokens) is smaller than the model's {context}"
-        return context, ""
+    def new_tokens(self, num_prompt: int, asked: int | None, default: int | None = None) -> int:
+        """How many tokens to generate: what was `asked` for, else `default` or up to the limit, at least one."""
+        if asked is not None:
+            return asked
+        left = max(1, self.ready.max_tokens()[0] - num_prompt)
+        return left if default is None else min(default, left)
 
-    def new_tokens(self, num_prompt: int, asked: int | None, default: int | None, name: str, where: str) -> int:
-        """How many tokens to generate: what was `asked` for in the field `name`, else `default`, else up to the limit.
-        Raises ApiError when the prompt, or the two together, are too long."""
-        limit, what = self._limit()
-        if num_prompt + (asked != 0) > limit:
-            more = ", and at least one new one has to follow" if asked != 0 else ""
-            raise _too_long(limit, what, f"your {where} resulted in {num_prompt} tokens{more}", where, where)
-        if asked is None:
-            return limit - num_prompt if default is None else min(default, limit - num_prompt)
-        if asked > limit - num_prompt:
-            requested = f"you requested {num_prompt + asked} tokens ({num_prompt} in the {where}, {asked} in {name})"
-            raise _too_long(limit, what, requested, f"{where} or {name}", name)
-        return asked
+    def choices(self, prompt_ids: list[int], body: Sampling, max_new_tokens: int, names: tuple[str, str],
+                first_index: int = 0, top_logprobs: int = -1, prompt_logprobs: bool = False) -> list[Choice]:
+        """`body.n` choices of one prompt, each with a seed of its own.
 
-    def choices(self, prompt_ids: list[int], body: Sampling, max_new_tokens: int, first_index: int = 0,
-                top_logprobs: int = -1, prompt_logprobs: bool = False) -> list[Choice]:  # fmt: skip
-        """`body.n` choices of one prompt, each with a seed of its own."""
-        vocab = self.ready.vocab_size
-        if (ids := body.stop_token_ids) and max(ids) >= vocab:
-            raise ApiError(f"stop_token_ids: expected token ids from 0 to {vocab - 1}, got {max(ids)}",
-                           "stop_token_ids", "invalid_token")  # fmt: skip
+        names   the fields that the prompt and max_new_tokens came in
+        raises  ApiError if the engine cannot serve them
+        """
+        vocab, defaults = self.ready.vocab_size, self.ready.sampling_defaults
+        try:
+            check_request(prompt_ids, body.sampling_params(defaults, max_new_tokens=max_new_tokens), self.ready, *names)
+        except BadRequest as error:
+            raise _refusal(error) from None
         if first_index + (body.n or 1) > MAX_CHOICES:
             raise ApiError(f"n: prompts times n may be at most {MAX_CHOICES}", "n", "invalid_value")
         added = self.tokenizer.added_ids
         named = {added[stop]: stop for stop in body.stop_strings if added.get(stop, vocab) < vocab}
         made = []
         for i in range(body.n or 1):
-            params = body.sampling_params(self.defaults, max_new_tokens=max_new_tokens)
+            params = body.sampling_params(defaults, max_new_tokens=max_new_tokens)
             ends = set() if params.ignore_eos else {token for token in self.tokenizer.end_ids if token < vocab}
             params.stop_token_ids = sorted({*params.stop_token_ids, *named, *ends})
             if params.seed is not None:
@@ -268,10 +258,8 @@ def _slices(indices: list[int], prompts: list[Prompt]) -> Iterator[list[int]]:
         yield part
 
 
-def _too_long(limit: int, what: str, requested: str, shorten: str, param: str) -> ApiError:
-    """In OpenAI's own words: clients look for them to cut the prompt, or to go to another model."""
-    return ApiError(f"This model's maximum context length is {limit} tokens{what}. However, {requested}. Please reduce "
-                    f"the length of the {shorten}.", param, "context_length_exceeded")  # fmt: skip
+def _refusal(error: BadRequest) -> ApiError:
+    return ApiError(str(error), error.param, error.code)
 
 
 def _is_one_slip(given: str, name: str) -> bool:

@@ -1,12 +1,12 @@
 """The server's start and end, behind `python -m wave64.launch_server`.
 
-This is the api process: it claims the port, starts the engine process, and speaks HTTP while that one computes. It ends
-with status 0 when told to (SIGTERM, Ctrl-C, a terminal that is closed), and with status 1 and one line on stderr when
-something is wrong. Told a second time, it ends at once and with status 1, whatever runs.
+This is the api process: it claims the port, starts the engine process, and speaks HTTP while the engine computes. It
+imports no torch: what it knows of the model comes in `Ready`. It ends with status 0 at SIGTERM, at Ctrl-C and when its
+terminal closes, and with status 1 and one line on stderr when something is wrong. A second signal ends it at once, with
+status 1, whatever runs.
 """
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -20,17 +20,14 @@ from typing import Any, TypeVar
 
 import uvicorn
 
-import wave64
-from wave64.serve.args import ArgsError, ServerArgs, without_effect
-from wave64.serve.engine.process import LOG_FORMAT
+from wave64.serve.args import LOG_FORMAT, ArgsError, ServerArgs, without_effect
 from wave64.serve.http.app import create_app
 from wave64.serve.http.engine_client import EngineClient
 from wave64.serve.http.generation import Generator
 from wave64.serve.http.guard import NotPolled
-from wave64.serve.http.schemas import ApiError, NativeSampling, parse
+from wave64.serve.http.schemas import ApiError
 from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
-from wave64.serve.model.config import ConfigError, ModelConfig
-from wave64.serve.model.load import BUILT_IN, TOKENIZER_FILES, WeightsError, resolve_model_path
+from wave64.serve.model_path import BUILT_IN, TOKENIZER_FILES, resolve_model_path
 
 log = logging.getLogger("wave64")
 
@@ -50,15 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)  # until there is an event loop, which takes them over
     try:
         listener = listen(args.host, args.port)
-        rows = wave64.report(None if args.device == "auto" else args.device)
-        log.info("what serves each operator:\n%s", wave64.table(rows))
         for line in without_effect(argv):
             log.info(line)
         folder = resolve_model_path(args.model_path, args.revision)
         return run_loop(_serve(args, listener, folder))
     except KeyboardInterrupt:
         return 0
-    except (ArgsError, ConfigError, WeightsError, TokenizerError, EngineEnded, wave64.NotSupported) as error:
+    except (ArgsError, TokenizerError, EngineEnded) as error:
         print(f"wave64.launch_server: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
@@ -107,7 +102,6 @@ class _Server(uvicorn.Server):
 
 async def _serve(args: ServerArgs, listener: socket.socket, folder: Path) -> int:
     told_to_end = asyncio.Event()
-    defaults = _sampling_defaults(folder, args)
     client = EngineClient(replace(args, model_path=str(folder)))
     generator = None
 
@@ -123,12 +117,12 @@ async def _serve(args: ServerArgs, listener: socket.socket, folder: Path) -> int
     try:
         await client.start()
         engine = asyncio.create_task(client.run())
-        place = folder
+        tokenizer_folder = folder
         if args.tokenizer_path:
-            place = resolve_model_path(args.tokenizer_path, args.revision, TOKENIZER_FILES)
-        tokenizer = await asyncio.to_thread(_tokenizer, place, args.chat_template)
-        generator = Generator(args, client, tokenizer, defaults, _openable(args.model_path, folder),
-                              _openable(args.tokenizer_path or args.model_path, place))  # fmt: skip
+            tokenizer_folder = resolve_model_path(args.tokenizer_path, args.revision, TOKENIZER_FILES)
+        tokenizer = await asyncio.to_thread(_tokenizer, tokenizer_folder, args.chat_template)
+        generator = Generator(args, client, tokenizer, _openable(args.model_path, folder),
+                              _openable(args.tokenizer_path or args.model_path, tokenizer_folder))  # fmt: skip
         server = _Server(http_config(args, create_app(generator)))
         serving = asyncio.create_task(server.serve([listener]))
         announcing = asyncio.create_task(_announce(generator))
@@ -172,16 +166,6 @@ def _openable(name: str, folder: Path) -> str:
     """What a client's transformers can open: a hub name as it is, of all else the folder."""
     is_hub_name = name not in BUILT_IN and not Path(name).expanduser().is_dir()
     return name if is_hub_name else str(folder.resolve())
-
-
-def _sampling_defaults(folder: Path, args: ServerArgs) -> dict[str, float]:
-    """What the model recommends, held to what a request may ask for."""
-    defaults = ModelConfig.from_folder(folder, args.ignore_config_key).sampling_defaults
-    try:
-        parse(NativeSampling, json.dumps(defaults).encode())
-    except ApiError as error:
-        raise ConfigError(f"{folder / 'generation_config.json'}: {error}") from None
-    return defaults
 
 
 async def _announce(generator: Generator) -> None:

@@ -42,10 +42,11 @@ class Generate:
                 raise ApiError(f"logprob_start_len: expected {expected}, got {starts[i]}", "logprob_start_len")
         for i, ids in enumerate(await self.generator.encode(prompts, names)):
             sampling = samplings[i]
-            new = self.generator.new_tokens(len(ids), sampling.max_new_tokens, NEW_TOKENS, "max_new_tokens", names[i])
+            new = self.generator.new_tokens(len(ids), sampling.max_new_tokens, NEW_TOKENS)
             scored = wanted[i] and starts[i] == 0
+            top = tops[i] if wanted[i] else -1
             made = self.generator.choices(
-                ids, sampling, new, len(self.choices), tops[i] if wanted[i] else -1, prompt_logprobs=scored
+                ids, sampling, new, (names[i], "max_new_tokens"), len(self.choices), top, scored
             )
             self.choices += made
             self._has_logprobs += [wanted[i]] * len(made)

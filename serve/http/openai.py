@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
 from wave64.serve.http.detokenizer import Detokenizer
@@ -14,35 +14,62 @@ from wave64.serve.messages import TokenLogprob
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may go on to the end of the context
 MAX_ADDED = 8  # tokens that a tokenizer may put in front of a text
-LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON has not
+MIN_LOGPROB = -9999.0  # in place of minus infinity, which JSON has not
 
+B = TypeVar("B", CompletionRequest, ChatRequest)
 Json = dict[str, Any]
 Entry = tuple[int, int, TokenLogprob | None]  # where a token begins in the text, its id, what the model thought of it
 
 
-class Completion:
-    """One /v1/completions request."""
+class Job(Generic[B]):
+    """One request to an OpenAI endpoint: prepare() makes its choices; whole() and part() say how one is answered."""
 
-    kind = chunk_kind = "text_completion"
+    id_prefix: str
+    kind: str  # the answer's "object"
+    chunk_kind: str  # the same, of a part of a stream
 
-    def __init__(self, body: CompletionRequest, generator: Generator) -> None:
+    def __init__(self, body: B, generator: Generator) -> None:
         self.body = body
         self.generator = generator
         self.tokenizer = generator.tokenizer
         self.choices: list[Choice] = []
+
+    async def prepare(self) -> None:
+        """Check the request and make the choices. Raises ApiError."""
+        raise NotImplementedError
+
+    def opening(self, choice: Choice) -> Json | None:
+        """What a stream says of a choice before its first token, if anything."""
+        return None
+
+    def whole(self, choice: Choice) -> Json:
+        """A choice that has ended."""
+        raise NotImplementedError
+
+    def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
+        """The part of a choice that is in `delta`."""
+        raise NotImplementedError
+
+
+class Completion(Job[CompletionRequest]):
+    """One /v1/completions request."""
+
+    id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, body: CompletionRequest, generator: Generator) -> None:
+        super().__init__(body, generator)
         self._echoes: list[str] = []  # the prompts' texts, where they are asked for
         self._offsets: list[list[int]] = []  # of their tokens in these, where they are scored
 
     async def prepare(self) -> None:
-        """Check the prompts and make the choices. Raises ApiError."""
         body, prompts = self.body, self.body.prompts
         names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
         top = -1 if body.logprobs is None else body.logprobs
         scored = bool(body.echo and top >= 0)
         encoded = await self.generator.encode(prompts, names, body.add_special_tokens is not False)
         for ids, name in zip(encoded, names, strict=True):
-            new = self.generator.new_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS, "max_tokens", name)
-            self.choices += self.generator.choices(ids, body, new, len(self.choices), top, scored)
+            new = self.generator.new_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS)
+            self.choices += self.generator.choices(ids, body, new, (name, "max_tokens"), len(self.choices), top, scored)
         if body.echo:
             self._echoes = await asyncio.to_thread(lambda: [self._text(prompt) for prompt in prompts])
         if scored:
@@ -59,7 +86,6 @@ class Completion:
         return self.part(choice, choice.all, is_first=True)
 
     def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
-        """A choice, or the part of it that is in `delta`."""
         before = self._prompt_text(choice)
         entries = [(len(before) + start, entry.id, entry) for start, entry in delta.logprobs]
         if is_first and self.body.echo and self.body.logprobs is not None:
@@ -86,7 +112,7 @@ class Completion:
         for _, _, entry in entries:
             best: Json = {}
             for token, logprob in [(entry.id, entry.logprob), *entry.top] if entry else []:
-                best[text(token)] = max(_finite(logprob), best.get(text(token), LEAST_LOGPROB))
+                best[text(token)] = max(_finite(logprob), best.get(text(token), MIN_LOGPROB))
             tops.append(best or None)
         return {
             "tokens": [text(token) for _, token, _ in entries],
@@ -95,40 +121,28 @@ class Completion:
             "text_offset": [start for start, _, _ in entries],
         }
 
-    def opening(self, choice: Choice) -> Json | None:
-        """What a stream says of a choice before its first token, if anything."""
-        return None
 
-
-class Chat:
+class Chat(Job[ChatRequest]):
     """One /v1/chat/completions request."""
 
-    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, body: ChatRequest, generator: Generator) -> None:
-        self.body = body
-        self.generator = generator
-        self.tokenizer = generator.tokenizer
-        self.choices: list[Choice] = []
+    id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     async def prepare(self) -> None:
-        """Check the messages and make the choices. Raises ApiError."""
         body = self.body
         begin = body.add_generation_prompt is not False
         variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": begin}
         text = await self.generator.render([message.on_the_wire() for message in body.messages], variables)
         (ids,) = await self.generator.encode([text], ["messages"], bool(body.add_special_tokens))
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        new = self.generator.new_tokens(len(ids), getattr(body, name), None, name, "messages")
+        new = self.generator.new_tokens(len(ids), getattr(body, name))
         top = (body.top_logprobs or 0) if body.logprobs else -1
-        self.choices = self.generator.choices(ids, body, new, top_logprobs=top)
+        self.choices = self.generator.choices(ids, body, new, ("messages", name), top_logprobs=top)
 
     def whole(self, choice: Choice) -> Json:
         message = {"role": "assistant", "content": choice.all.text}
         return {"message": message, "logprobs": self._logprobs(choice.all)}
 
     def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
-        """The part of a choice that is in `delta`."""
         return {"delta": {"content": delta.text} if delta.text else {}, "logprobs": self._logprobs(delta)}
 
     def opening(self, choice: Choice) -> Json | None:
@@ -149,10 +163,10 @@ class Chat:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
+    return max(logprob, MIN_LOGPROB)
 
 
-async def answer(job: Completion | Chat) -> Json:
+async def answer(job: Job) -> Json:
     """The whole answer."""
     async for _ in job.generator.run(job.choices):
         pass
@@ -160,7 +174,7 @@ async def answer(job: Completion | Chat) -> Json:
     return _envelope(job, job.kind) | {"choices": done, "usage": usage(job.choices, job.body.n or 1)}
 
 
-async def stream(job: Completion | Chat) -> AsyncIterator[Json]:
+async def stream(job: Job) -> AsyncIterator[Json]:
     """The answer in parts, each choice's last with its finish_reason; the usage at the end, where it is asked for."""
     options = job.body.stream_options
     envelope, count = _envelope(job, job.chunk_kind), job.body.n or 1
@@ -192,10 +206,9 @@ def usage(choices: list[Choice], n: int) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _envelope(job: Completion | Chat, kind: str) -> Json:
-    prefix = "cmpl" if isinstance(job, Completion) else "chatcmpl"
+def _envelope(job: Job, kind: str) -> Json:
     name = job.generator.args.model_name
-    return {"id": f"{prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
+    return {"id": f"{job.id_prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
 
 def _with_end(part: Json, choice: Choice) -> Json:

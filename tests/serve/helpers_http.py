@@ -19,9 +19,10 @@ class SameAnswer:
 
     def __init__(self, tokens: list[int], vocab_size: int) -> None:
         self.tokens = tokens
-        self.ready = Ready(CONTEXT, CONTEXT, "cpu", "float32", vocab_size, [])
+        self.ready = Ready(CONTEXT, CONTEXT, vocab_size, "cpu", "float32", [], {})
         self.lost = None
         self.num_live = 0
+        self.statistics = None
         self.requests = []
 
     async def stream(self, requests):
@@ -48,7 +49,7 @@ class App:
     def __init__(self, tokenizer: Tokenizer, answer: str = "ok", **args) -> None:
         tokens = tokenizer.encode(answer, add_special_tokens=False)
         self.engine = SameAnswer(tokens, tokenizer.vocab_size)
-        self.generator = Generator(ServerArgs(served_model_name="tiny", **args), self.engine, tokenizer, {})
+        self.generator = Generator(ServerArgs(served_model_name="tiny", **args), self.engine, tokenizer)
         self.generator.is_serving = True
         self.asgi = create_app(self.generator)
 

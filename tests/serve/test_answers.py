@@ -24,7 +24,7 @@ class Engine:
     """Answers each request with the tokens of the next of `texts`, one at a time, and a logprob for each."""
 
     def __init__(self, texts: list[list[int]], logprob: float):
-        self.ready, self.lost = Ready(CONTEXT, 1000, "cpu", "float32", VOCAB, []), None
+        self.ready, self.lost = Ready(CONTEXT, 1000, VOCAB, "cpu", "float32", [], {}), None
         self.texts, self.logprob = texts, logprob
 
     async def stream(self, requests):
@@ -49,7 +49,7 @@ def tokenizer(tmp_path_factory):
 def ask(kind, tokenizer, texts: list[str], logprob: float = -1.5, **body):
     """The whole answer, as its JSON is read by one who takes no NaN and no Infinity."""
     encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    generator = Generator(ServerArgs(), Engine(encoded, logprob), tokenizer, {})
+    generator = Generator(ServerArgs(), Engine(encoded, logprob), tokenizer)
 
     async def run():
         if kind is CompletionRequest:
@@ -101,9 +101,9 @@ def test_a_logprob_of_minus_infinity_is_json(tokenizer):
 
 def test_logprobs_come_with_the_text_they_belong_to(tokenizer):
     """Of tokens within what could be a stop string, none is known while it is held back; of the stop string, never."""
-    generator = Generator(ServerArgs(), Engine([], 0.0), tokenizer, {})
+    generator = Generator(ServerArgs(), Engine([], 0.0), tokenizer)
     body = parse(CompletionRequest, b'{"stop": ["b!c"]}')
-    choice = generator.choices([5], body, 20, top_logprobs=0)[0]
+    choice = generator.choices([5], body, 20, ("prompt", "max_tokens"), top_logprobs=0)[0]
     seen = []
     for char in "ab!xb!c":
         (token,) = tokenizer.encode(char, add_special_tokens=False)
@@ -121,9 +121,11 @@ def test_logprobs_come_with_the_text_they_belong_to(tokenizer):
     (CONTEXT, None, None, None), (CONTEXT, 1, None, None), (4, CONTEXT - 3, None, None), (CONTEXT + 1, 0, None, None),
 ])  # fmt: skip
 def test_a_prompt_and_its_completion_fill_the_context_to_the_last_token(tokenizer, prompt, asked, default, new):
-    generator = Generator(ServerArgs(), Engine([], 0.0), tokenizer, {})
+    generator = Generator(ServerArgs(), Engine([], 0.0), tokenizer)
+    tokens = generator.new_tokens(prompt, asked, default)
     if new is None:
         with pytest.raises(ApiError, match=f"{CONTEXT}"):
-            generator.new_tokens(prompt, asked, default, "max_tokens", "prompt")
+            generator.choices([5] * prompt, parse(CompletionRequest, b"{}"), tokens, ("prompt", "max_tokens"))
     else:
-        assert generator.new_tokens(prompt, asked, default, "max_tokens", "prompt") == new
+        assert tokens == new
+        generator.choices([5] * prompt, parse(CompletionRequest, b"{}"), tokens, ("prompt", "max_tokens"))

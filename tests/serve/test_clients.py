@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers_server import serve
 
-from wave64.serve.model.load import BUILT_IN
+from wave64.serve.model_path import BUILT_IN
 
 HERE = Path(__file__).parent
 CLIENTS = HERE.parents[1] / "build" / "clients"  # where `setup_rocm.py test` puts them: not among what wave64 imports

@@ -257,13 +257,13 @@ def test_an_end_token_beyond_the_vocabulary_is_none(make, llama, tmp_path):
 
 def test_refusals_name_the_reason_and_harm_nobody(make, expected):
     bad = {
-        "empty prompt": request("0", []),
+        "input_ids: empty, expected at least one token": request("0", []),
         f"token ids from 0 to {VOCAB - 1}, got {VOCAB}": request("1", [1, VOCAB]),
         f"token ids from 0 to {VOCAB - 1}, got -1": request("2", [-1]),
-        f"100 prompt tokens and 64 new ones are 164 in all, more than the context length of {CONTEXT}": request(
-            "3", [1] * 100
+        "you requested 164 tokens (100 in the input_ids, 64 in max_new_tokens)": request("3", [1] * 100),
+        f"128 tokens on this server, whose KV pool (--max-total-tokens) is smaller than the model's {CONTEXT}": request(
+            "4", [1] * 80
         ),
-        "more than the KV pool of 128 holds; raise --max-total-tokens": request("4", [1] * 80),
         "temperature: expected at least 0, got nan": request("5", [1], SamplingParams(temperature=float("nan"))),
         "top_p: expected more than 0 and at most 1, got 0": request("6", [1], SamplingParams(top_p=0)),
         "stop_token_ids: expected token ids from 0": request("7", [1], SamplingParams(stop_token_ids=[10**9])),
@@ -353,6 +353,7 @@ def test_ready_tells_the_limits(make):
     assert (ready.context_length, ready.max_total_num_tokens, ready.vocab_size) == (100, 64, VOCAB)
     assert ready.dtype == "float32"
     assert {"op", "backend", "status", "reason"} <= set(ready.backends[0])
+    assert ready.sampling_defaults == {}
 
 
 def test_a_busy_engine_says_how_fast_it_is(make, monkeypatch, caplog):

@@ -52,3 +52,14 @@ def test_a_key_that_the_family_does_not_read_is_refused(folder):
     (folder / "config.json").write_text(json.dumps(CONFIG | {"sliding_window": 7}))
     with pytest.raises(ConfigError, match="sliding_window"):
         ModelConfig.from_folder(folder)
+
+
+def test_the_engine_tells_what_the_model_recommends(folder):
+    """Out of range, it is refused before a weight is read."""
+    args = ServerArgs(model_path=str(folder), device="cpu", load_format="dummy", max_total_tokens=96)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.5, "top_k": 7}))
+    assert Engine(args).ready().sampling_defaults == {"temperature": 0.5, "top_k": 7}
+    file.write_text(json.dumps({"top_p": 1.5}))
+    with pytest.raises(ConfigError, match="generation_config.json: top_p: expected more than 0 and at most 1"):
+        Engine(args)

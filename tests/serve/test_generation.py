@@ -13,6 +13,7 @@ from wave64.serve.http.schemas import CompletionRequest, NativeSampling, parse
 from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Output, Ready
 
+NAMES = ("prompt", "max_tokens")
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
 
@@ -38,13 +39,13 @@ def tokenizer(folder):
 
 
 def generator(tokenizer, vocab_size=VOCAB + 2) -> Generator:
-    ready = Ready(2048, 8192, "cpu", "float32", vocab_size, [])
+    ready = Ready(2048, 8192, vocab_size, "cpu", "float32", [], {})
     client = SimpleNamespace(ready=ready, lost=None)
-    return Generator(ServerArgs(), client, tokenizer, {})
+    return Generator(ServerArgs(), client, tokenizer)
 
 
 def choice(tokenizer, **body):
-    made = generator(tokenizer).choices([5, 6], parse(CompletionRequest, json.dumps(body).encode()), 100)
+    made = generator(tokenizer).choices([5, 6], parse(CompletionRequest, json.dumps(body).encode()), 100, NAMES)
     return made[0]
 
 
@@ -71,7 +72,7 @@ def test_a_chat_ends_at_eos_and_where_the_template_ends_a_turn(tokenizer):
 
 
 def test_ends_that_the_model_does_not_have_are_left_out(tokenizer):
-    made = generator(tokenizer, VOCAB).choices([5], parse(CompletionRequest, b'{"stop": "<|im_end|>"}'), 9)[0]
+    made = generator(tokenizer, VOCAB).choices([5], parse(CompletionRequest, b'{"stop": "<|im_end|>"}'), 9, NAMES)[0]
     assert made.request.params.stop_token_ids == [1]
 
 
@@ -128,7 +129,7 @@ def test_a_stop_string_may_begin_before_min_tokens(tokenizer):
 
 
 def test_sampling_of_the_native_endpoint_has_the_same_ends(tokenizer):
-    made = generator(tokenizer).choices([5], NativeSampling(stop="<|im_start|>", ignore_eos=True), 9)
+    made = generator(tokenizer).choices([5], NativeSampling(stop="<|im_start|>", ignore_eos=True), 9, NAMES)
     assert made[0].request.params.stop_token_ids == [VOCAB]
 
 

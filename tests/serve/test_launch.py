@@ -18,6 +18,7 @@ import openai
 import pytest
 from helpers_server import CONTEXT, Server, eventually, free_port, is_alive, serve
 
+import wave64
 from wave64.serve.args import ServerArgs
 from wave64.serve.http import launch
 from wave64.serve.http.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def reshape(folder: Path) -> None:
         (reshape, ["model.safetensors", "proj.weight", "[32, 128]", "[64, 64]"]),
         (edit_config(architectures=["GPT2LMHeadModel"]), ["config.json", "architectures", "GPT2LMHeadModel"]),
         (edit_config(rope_parameters={"rope_type": "spiral"}), ["config.json", "rope_type", "spiral", "llama3"]),
-        (edit_config("generation_config.json", top_p=0), ["generation_config.json", "top_p", "greater than 0, got 0"]),
+        (edit_config("generation_config.json", top_p=0), ["generation_config.json", "top_p: expected more than 0"]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer.json", "--tokenizer-path"]),
     ],
     ids=["missing", "truncated", "shape", "architecture", "rope", "sampling", "tokenizer"],
@@ -131,7 +132,8 @@ def test_flags_are_obeyed(model_folder, tmp_path):
             assert "--max-total-tokens" in answer.json()["error"]["message"]
         assert server.complete(prompt=[5] * 100, max_tokens=28)["usage"]["prompt_tokens"] == 100
         log = server.log.read_text()
-        assert log.splitlines()[1].startswith("op "), "the table of operators comes first"
+        assert log.index("what serves each operator:\nop ") < log.index("config.json: ") < log.index("KV pool: ")
+        assert log.count("what serves each operator") == 1
         assert "secret" not in log
         assert "HTTP/1.1" not in log, "the access log was not wanted"
         assert "GET /v1/models: 401: Authorization: expected 'Bearer ' and the API key" in log
@@ -231,6 +233,66 @@ def test_interrupted_while_it_starts(model_folder, tmp_path):
     assert server.process.wait(30) == 0
     server.http.close()
     assert "Traceback" not in server.log.read_text()
+
+
+def test_interrupted_while_it_imports(tmp_path):
+    """Neither a traceback of some import, nor an error."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-X", "importtime", "-m", "wave64.launch_server", "--port", str(free_port())]
+    with log.open("w") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+    try:
+        assert eventually(lambda: " wave64.serve.args\n" in log.read_text()), "then uvicorn, fastapi, ... follow"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in log.read_text()
+    assert " wave64.serve.http.launch\n" not in log.read_text(), "it was importing"
+
+
+def has_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_the_api_process_has_no_torch(server):
+    server.complete(prompt="It")
+    assert has_torch(server.engine_pid)
+    assert not has_torch(server.process.pid)
+
+
+@pytest.mark.parametrize("order", ["wave64, torch", "torch, wave64"])
+def test_an_import_of_wave64_registers_its_operators(order):
+    code = f"import {order}; print(torch.ops.wave64.rms_norm(torch.ones(1, 4), torch.ones(4)).tolist())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert told.stdout.startswith("[[0.99"), told.stderr
+
+
+def test_in_the_servers_processes_the_first_use_loads():
+    code = ("import sys; sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'wave64.launch_server']\n"
+            "import wave64\nprint('torch' in sys.modules)\n"
+            "from wave64 import ops\nimport torch\n"
+            "print(hasattr(wave64, 'nonsense'), 'ops' in dir(wave64), torch.ops.wave64.rms_norm is not None)")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert told.stdout.split() == ["False", "False", "True", "True"], told.stderr
+
+
+@pytest.mark.parametrize(("argv", "python", "is_server"), [
+    (["-m"], ["python", "-X", "dev", "-m", "wave64.launch_server"], True),
+    (["-m"], ["python", "-m", "wave64.serve.engine.process"], True),
+    (["-m", "serve", "--port", "1"], ["python", "-m", "wave64", "serve", "--port", "1"], True),
+    (["-m", "doctor"], ["python", "-m", "wave64", "doctor"], False),
+    (["-m", "serve"], ["python", "-m", "somebody.else", "serve"], False),
+    (["/usr/bin/wave64", "serve"], ["python", "/usr/bin/wave64", "serve"], True),
+    (["/usr/bin/wave64", "check"], ["python", "/usr/bin/wave64", "check"], False),
+    (["mine.py", "-m", "wave64.launch_server"], ["python", "mine.py", "-m", "wave64.launch_server"], False),
+    ([""], ["python"], False),
+])  # fmt: skip
+def test_which_processes_are_the_servers(argv, python, is_server, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", python)
+    assert wave64._is_server() == is_server
 
 
 def test_health_tells_starting_from_ready_and_a_killed_server_takes_its_engine_along(model_folder, tmp_path):

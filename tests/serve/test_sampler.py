@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from wave64.serve.engine import sampler
-from wave64.serve.engine.engine import _bad_params
 from wave64.serve.engine.schedule import Penalties, Sampling
 from wave64.serve.engine.scheduler import Sequence
-from wave64.serve.messages import Request, SamplingParams
+from wave64.serve.messages import BadRequest, Request, SamplingParams, check_params
 
 HOT = Sampling(rows=[3, 1], logit_rows=[0, 1], temperature=[1.0, 1.0], top_k=[0, 0], top_p=[1.0, 1.0],
                min_p=[0.0, 0.0], uniform=[0.5, 0.5], top_logprobs=[-1, -1])  # fmt: skip
@@ -53,10 +52,13 @@ def test_rewards_are_penalties_too(changes, counts):
 @pytest.mark.parametrize(("name", "value"), [
     ("min_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0), ("repetition_penalty", float("inf")),
     ("frequency_penalty", float("nan")), ("presence_penalty", float("inf")), ("top_p", 0.0), ("min_new_tokens", -1),
+    ("top_k", 1.5), ("temperature", -1.0), ("max_new_tokens", -1),
 ])  # fmt: skip
 def test_a_parameter_out_of_range_is_named(name, value):
-    assert _bad_params(SamplingParams(**{name: value}), 9).startswith(f"{name}: expected ")
-    assert _bad_params(SamplingParams(), 9) is None
+    with pytest.raises(BadRequest, match=f"^{name}: expected ") as refusal:
+        check_params(SamplingParams(**{name: value}))
+    assert refusal.value.param == name
+    check_params(SamplingParams())
 
 
 def test_each_penalty_is_its_own():

@@ -11,11 +11,13 @@ import torch
 from helpers_llama import LLAMAS, edit_json, load, make_llama
 from safetensors.torch import load_file, save_file
 
+from wave64.serve.args import ArgsError
 from wave64.serve.model import FAMILIES
 from wave64.serve.model.checkpoint import INDEX, Shard, WeightsError, read_header
 from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.layers import Layer, Linear
-from wave64.serve.model.load import TOKENIZER_FILES, load_model, resolve_model_path
+from wave64.serve.model.load import load_model
+from wave64.serve.model_path import TOKENIZER_FILES, resolve_model_path
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 BIASED = LLAMAS["linear-gqa3-bias"]
@@ -347,7 +349,7 @@ class TestResolveModelPath:
 
     @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "a/b/c", "", "what is this"])
     def test_neither_folder_nor_name(self, path):
-        with pytest.raises(WeightsError, match="expected a folder, a built-in name .demo-llama, .*. or a hub name"):
+        with pytest.raises(ArgsError, match="expected a folder, a built-in name .demo-llama, .*. or a hub name"):
             resolve_model_path(path)
 
     @pytest.mark.parametrize(("path", "meant"), [
@@ -358,20 +360,20 @@ class TestResolveModelPath:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         right = tmp_path / "Llama-3.1-8B-Instruct"
         right.mkdir()
-        with pytest.raises(WeightsError) as refusal:
+        with pytest.raises(ArgsError) as refusal:
             resolve_model_path(path.format(tmp_path))
         meant = str(right) if meant is None else meant
         assert str(refusal.value).endswith(f"; did you mean {meant}?") == bool(meant)
         assert ("did you mean" in str(refusal.value)) == bool(meant)
 
     def test_file(self, file):
-        with pytest.raises(WeightsError, match="got a file"):
+        with pytest.raises(ArgsError, match="got a file"):
             resolve_model_path(str(file))
 
     def test_hub_name_that_cannot_be_fetched(self, monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(WeightsError) as refusal:
+        with pytest.raises(ArgsError) as refusal:
             resolve_model_path("somebody/some-model")
         text = str(refusal.value)
         assert text.startswith("somebody/some-model: neither a folder nor a built-in name (demo-llama, ")
