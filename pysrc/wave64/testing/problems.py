@@ -21,10 +21,12 @@ from wave64.ops.mla_decode_rope import make_case as make_rotated
 from wave64.ops.paged_attention import make_case as make_decode
 from wave64.ops.prefill_attention import make_prefill
 from wave64.ops.varlen_attention import make_case as make_ragged
-from wave64.tuning import Key, Row, Table
+from wave64.tuning import Row, Table
 
 #: Rows (tokens, queries) of a problem, where its key has as many: as the largest tiles.
 ROWS = 256
+Key = dict[str, Any]  # of a row: numbers, flags and names, by the parameter
+
 #: Keys before a prompt's, and of a decoding sequence; columns and depth of products.
 KEYS, COLUMNS, DEPTH = 128, 256, 384
 
