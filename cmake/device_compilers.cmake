@@ -4,7 +4,7 @@
 # A clang of an older ROCm exists but lacks an architecture, builtins that the sources need (17, 18), or fails in its code
 # generator (19 and 20, at paged_attention). So each is tried on the sources themselves: the front end on all of them, the whole way
 # to a code object on the operator that asks most. Behind ziglang's nothing could serve instead: a quick one does there.
-set(WAVE64_CLANG "" CACHE STRING "the clang to use, ld.lld beside it; empty: a ROCm's, else PyPI's ziglang")
+set(WAVE64_CLANG "" CACHE STRING "the clang to use, ld.lld next to it; empty: a ROCm's, else PyPI's ziglang")
 set(WAVE64_ROCM_ROOT /opt CACHE PATH "where ROCm's packages install themselves, as rocm and rocm-<version>")
 
 # Folders that hold a clang: HIP's own variables first, then where ROCm's packages go, the newest first.

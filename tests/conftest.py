@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Here, since where workers run the tests nobody else reads the folder's own conftest."""
+    """Here, since where workers run the tests nothing else reads the folder's own conftest."""
     told = [told for report in terminalreporter.stats.get("passed", ()) if report.when == "call"
             for told in report.user_properties if told[0] in ("emulated", "planned")]
     if told:

@@ -58,7 +58,7 @@ def link_standin(library: Path, without: tuple[str, ...] = ()) -> Path:
 
 @functools.cache
 def runtime() -> Path:
-    """hip/src/runtime.cpp as a library of C functions (probe.cpp), beside code objects good and bad; built once."""
+    """hip/src/runtime.cpp as a library of C functions (probe.cpp), next to code objects good and bad; built once."""
     built = Path(folder().name, "runtime")
     built.mkdir()
     compile_cpp("-shared", "-I", HIP / "include", "-I", HIP / "src", "-o", built / "runtime.so",

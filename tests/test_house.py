@@ -15,13 +15,22 @@ SPEC.loader.exec_module(house)
 BROKEN = {
     "long.py": ("x = 1\n" * 501, "501 lines"),
     "pysrc/wave64/ops/__init__.py": ("import os\nos.getcwd()\n", "an __init__ lists"),
-    "pysrc/wave64/platform.py": ("from wave64.serve import engine\n", "wave64.serve may be imported by"),
+    "pysrc/wave64/platform.py": ("from wave64.serve import messages\n", "wave64.serve may be imported by"),
     "triton_ops/rms_norm.py": ("from wave64 import _hip\n", "wave64._hip may be imported by"),
     "serve/model/layers.py": ("import triton.language as tl\n", "triton may be imported by"),
     "pysrc/wave64/ops/sample.py": ("from wave64 import backends\n", "does not know wave64.backends"),
     "hip/src/runtime.cpp": ("#include <hip/hip_runtime.h>\n", "neither torch nor a GPU runtime"),
-    "hip/ops/sample.hip": ('auto x = getenv("X");\n', "does not allocate, synchronise or read"),
+    "hip/ops/sample.hip": ('auto x = getenv("X");\n', "does not allocate, synchronize or read"),
     "hip/ops/rms_norm.hip": ("int warp = 0;\n", "say wave"),
+    "hip/include/wave64/device.h": ("#include <pybind11/pybind11.h>\n", "only hip/src/bindings.cpp does this"),
+    "CONTRIBUTING.md": ("what lies besi" "de it\n", "say next to"),
+    "pysrc/wave64/quant.py": ("def dequanti" "se(x):\n    pass\n", "American spelling"),
+    "serve/http/app.py": ("import torch\n", "the api process imports no torch"),
+    "serve/engine/pages.py": ("from wave64.serve.http import app\n", "wave64.serve.http may be imported by"),
+    "serve/model/rope.py": ("from wave64.serve.engine import pages\n", "wave64.serve.engine may be imported by"),
+    "triton_ops/gated.py": (f"@triton.jit\ndef f({', '.join(f'x{i}' for i in range(26))}):\n    pass\n",
+                            "f has 26 parameters"),
+    "triton_ops/paged_attention.py": ("def launch(x):\n    pass\n", "correct MANY_PARAMETERS"),
     "triton_ops/splits.py": ("@triton.jit\ndef f(x, W):\n    if W:\n        return x\n    return x + 1\n",
                              "f returns in 2"),
     "pysrc/wave64/op.py": ("import os\nx = os.environ['X']\n", "read the environment"),
@@ -31,7 +40,7 @@ BROKEN = {
 }
 CLEAN = {
     "pysrc/wave64/ops/__init__.py": '"""Ops."""\nfrom wave64.ops.sample import sample\n\n__all__ = ["sample"]\n',
-    "pysrc/wave64/launch_server.py": "from wave64.serve import engine\n",
+    "pysrc/wave64/launch_server.py": "from wave64.serve.http import launch\n",
     "triton_ops/rms_norm.py": "import triton\nnum_warps = 4\n",
     "triton_ops/sample.py": "@triton.jit\ndef f(x, W):\n    if W:\n        return\n    return x\n\n\n"
                             "def g(x):\n    if x:\n        return 1\n    return 2\n",
@@ -66,6 +75,6 @@ def test_what_the_rules_allow(tmp_path):
 
 
 def test_the_readme_reads_on_a_package_index_too():
-    """Where it is shown without the files beside it: links that name a file would lead nowhere."""
+    """Where it is shown without the files next to it: links that name a file would lead nowhere."""
     links = re.findall(r"\]\(([^)]*)\)", (ROOT / "README.md").read_text())
     assert [link for link in links if not link.startswith("https://")] == []

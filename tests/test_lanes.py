@@ -81,11 +81,11 @@ def test_conversions_round_once_to_nearest(probe, small):
 
 @pytest.mark.parametrize(("small", "bits"), [("bf16", 8), ("fp16", 11)])
 def test_a_double_is_rounded_once(probe, small, bits):
-    """Beside midpoints by less than fp32 can tell: by way of it the ties would go to even."""
+    """Next to midpoints by less than fp32 can tell: by way of it the ties would go to even."""
     random = np.random.default_rng(1)
     whole = random.integers(2 ** (bits - 1), 2**bits, 2000)
-    beside = random.choice([-1, 0, 1], 2000) * 2.0**-40
-    values = torch.from_numpy((whole + 0.5 + beside) * random.choice([-1.0, 1.0], 2000))
+    offset = random.choice([-1, 0, 1], 2000) * 2.0**-40
+    values = torch.from_numpy((whole + 0.5 + offset) * random.choice([-1.0, 1.0], 2000))
     want = torch.tensor([float(round(Fraction(float(x)))) for x in values], dtype=torch.float64).to(TYPES[small])
     same(converted(probe, "double", small, values), want)
     same(converted(probe, "double", small, floats().double()), floats().to(TYPES[small]))

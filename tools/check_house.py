@@ -21,13 +21,66 @@ INIT_WITH_CODE = {"pysrc/wave64/__init__.py", "pysrc/wave64/backends/__init__.py
 #: Where an import of each module (and what lies below it) may stand. Entry points start the server; the hip backend is
 #: the only way into the extension; only triton_ops, and what compiles or probes it, knows Triton.
 MAY_IMPORT = {
-    "wave64.serve": ("serve/", "tests/", "pysrc/wave64/launch_server.py", "pysrc/wave64/bench_serving.py"),
+    "wave64.serve": ("serve/", "tests/", "pysrc/wave64/launch_server.py"),
+    "wave64.serve.http": ("serve/http/", "tests/", "pysrc/wave64/launch_server.py"),
+    "wave64.serve.engine": ("serve/engine/", "tests/"),
+    "wave64.serve.model": ("serve/engine/", "serve/model/", "tests/"),
+    "wave64.triton_ops.hopper": ("triton_ops/hopper/", "pysrc/wave64/backends/__init__.py", "tests/"),
     "wave64._hip": ("pysrc/wave64/backends/hip.py", "tests/"),
     "triton": ("triton_ops/", "pysrc/wave64/backends/__init__.py", "pysrc/wave64/testing/", "tests/"),
     "wave64.triton_ops": ("triton_ops/", "pysrc/wave64/backends/__init__.py", "pysrc/wave64/testing/", "tests/"),
 }
-#: What operators (contract and reference) must not import: what implements them.
-OPS_NEVER_IMPORT = ("wave64.backends", "wave64.testing")
+#: What must not be imported below a folder, and why. Imports for type checkers alone count, too.
+NEVER_IMPORT = {
+    "pysrc/wave64/ops/": (("wave64.backends", "wave64.testing"), "an operator's contract does not know {}"),
+    "serve/http/": (("torch", "triton", "wave64.ops"), "the api process imports no {}"),
+    "serve/args.py": (("torch", "triton", "wave64.ops"), "the api process imports no {}"),
+    "serve/messages.py": (("torch", "triton", "wave64.ops"), "the api process imports no {}"),
+}
+
+#: What one file alone does, as CONTRIBUTING and the files' headers promise: (where to look, pattern) -> the file.
+ONE_FILE = {
+    ("hip/", r"pybind11/"): "hip/src/bindings.cpp",
+    ("hip/", r"\bdl(open|sym)\("): "hip/src/runtime.cpp",
+    ("pysrc/wave64/", r"\btorch\.library\."): "pysrc/wave64/op.py",
+    ("serve/", r"torch\.cuda\.graph\("): "serve/engine/graphs.py",
+}
+
+MAX_KERNEL_PARAMETERS, MAX_POSITIONAL = 25, 8
+#: Functions with more, and how many they have: the list may only shrink, and so may the numbers.
+MANY_PARAMETERS = {
+    "triton_ops/attention.py:attend": 30,
+    "triton_ops/concat_and_cache_mla_rope_fused.py:_concat_and_cache_mla_rope_fused_kernel": 26,
+    "triton_ops/concat_and_cache_mla_rope_fused.py:supports": 9,
+    "triton_ops/fp8_block_scaled_mm.py:_fp8_block_scaled_mm_kernel": 27,
+    "triton_ops/fused_moe.py:first_product": 11,
+    "triton_ops/fused_moe.py:second_product": 10,
+    "triton_ops/fused_moe.py:second_product_of_few": 9,
+    "triton_ops/grouped_topk.py:unsupported": 9,
+    "triton_ops/hopper/fused_moe.py:product": 12,
+    "triton_ops/hopper/fused_moe.py:unsupported": 12,
+    "triton_ops/hopper/mla_decode.py:_mla_decode_hopper_kernel": 45,
+    "triton_ops/mla_decode_rope.py:call_of": 13,
+    "triton_ops/moe_gemm.py:_moe_gate_up_kernel": 40,
+    "triton_ops/moe_gemm.py:_moe_down_kernel": 34,
+    "triton_ops/moe_gemm.py:_moe_down_few_kernel": 26,
+    "triton_ops/paged_attention.py:_paged_attention_kernel": 43,
+    "triton_ops/paged_attention.py:launch": 13,
+    "triton_ops/prefill_attention.py:_prefill_attention_kernel": 40,
+    "triton_ops/prefill_attention.py:launch": 15,
+    "triton_ops/varlen_attention.py:_varlen_attention_kernel": 28,
+    "triton_ops/varlen_attention.py:launch": 10,
+}
+
+#: The field's words, in one sense: pattern -> what to say. Of prose and names alike.
+WORDS = {
+    r"\b[Nn]obody\b": "no one, none, or the passive voice",
+    r"\blest\b": "so that ... not",
+    r"\b[Ll]ikewise\b": "as above, the same",
+    r"\b[Bb]eside\b": "next to, besides",
+    r"(?i)(quanti|normali|penali|initiali|speciali|synchroni|optimi|recogni|generali|seriali|tokeni|vectori|randomi)"
+    r"s(e[drs]?|ing|ations?|ers)(?![a-z])": "the American spelling, -ize",
+}
 
 ENVIRONMENT_READERS = ("pysrc/wave64/backends/__init__.py", "pysrc/wave64/backends/hip_library.py",
                        "serve/engine/engine.py", "tests/", "setup_rocm.py")
@@ -71,12 +124,44 @@ def import_direction(path: str, text: str) -> Iterator[str]:
         for module, places in MAY_IMPORT.items():
             if below(name, module) and not path.startswith(places):
                 yield f"line {line}: {module} may be imported by {', '.join(places)} only"
-        if path.startswith("pysrc/wave64/ops/") and any(below(name, module) for module in OPS_NEVER_IMPORT):
-            yield f"line {line}: an operator's contract does not know {name}"
+        for folder, (modules, words) in NEVER_IMPORT.items():
+            if path.startswith(folder) and (module := next((m for m in modules if below(name, m)), None)):
+                yield f"line {line}: {words.format(module)}"
+
+
+def one_file(path: str, text: str) -> Iterator[str]:
+    """What CONTRIBUTING says that one file alone does, no other does."""
+    for (folder, pattern), owner in ONE_FILE.items():
+        if path.startswith(folder) and path != owner and path.endswith((".py", ".h", ".hip", ".cpp")):
+            for i, line in enumerate(text.splitlines(), 1):
+                if re.search(pattern, line):
+                    yield f"line {i}: only {owner} does this"
+
+
+def few_parameters(path: str, text: str) -> Iterator[str]:
+    """A kernel has at most 25 parameters, a function in triton_ops or serve at most 8 that may be given by position,
+    unless it has the signature of an operator. Beyond that: a struct, or a second file."""
+    if not path.startswith(("triton_ops/", "serve/")) or not path.endswith(".py"):
+        return
+    for function in ast.walk(ast.parse(text)):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        decorators = " ".join(map(ast.unparse, function.decorator_list))
+        if ".backend(" in decorators:
+            continue
+        arguments, is_kernel = function.args, "jit" in decorators
+        count = len(arguments.posonlyargs) + len(arguments.args) - (arguments.args[:1] != [] and
+                                                                    arguments.args[0].arg in ("self", "cls"))
+        limit = MAX_KERNEL_PARAMETERS if is_kernel else MAX_POSITIONAL
+        excused = MANY_PARAMETERS.get(f"{path}:{function.name}", 0)
+        if count > max(limit, excused):
+            yield f"line {function.lineno}: {function.name} has {count} parameters; at most {limit}"
+        elif excused and count < excused:
+            yield f"line {function.lineno}: {function.name} has {count} parameters now: correct MANY_PARAMETERS"
 
 
 def hip_is_free(path: str, text: str) -> Iterator[str]:
-    """hip/ includes neither torch nor a GPU runtime; operators there do not allocate, synchronise or read the
+    """hip/ includes neither torch nor a GPU runtime; operators there do not allocate, synchronize or read the
     environment."""
     if not path.startswith("hip/"):
         return
@@ -84,15 +169,20 @@ def hip_is_free(path: str, text: str) -> Iterator[str]:
         if re.match(r'\s*#\s*include\s*[<"](torch|ATen|c10|hip/|hsa|roc|cuda\.h|cuda_runtime)', line):
             yield f"line {i}: hip/ includes neither torch nor a GPU runtime"
         if path.startswith("hip/ops/") and re.search(r"\bgetenv|[mM]alloc|Synchronize|\bnew\b", line.split("//")[0]):
-            yield f"line {i}: an operator does not allocate, synchronise or read the environment"
+            yield f"line {i}: an operator does not allocate, synchronize or read the environment"
 
 
 def vocabulary(path: str, text: str) -> Iterator[str]:
-    """Kernels say wave and lds."""
+    """The field's words, in one sense, in American spelling; kernels say wave and lds."""
+    words = dict(WORDS)
     if path.startswith(("hip/", "triton_ops/")):
-        for i, line in enumerate(text.splitlines(), 1):
-            if word := re.search(r"\b(warps?|smem)\b", line, re.IGNORECASE):
-                yield f"line {i}: {word[0]}: say wave, or lds"
+        words[r"(?i)\b(warps?|smem)\b"] = "wave, or lds"
+    if path.startswith("tests/"):
+        del words[r"\b[Nn]obody\b"]  # names of those who are not there
+    for i, line in enumerate(text.splitlines(), 1):
+        for pattern, better in words.items():
+            if word := re.search(pattern, line):
+                yield f"line {i}: {word[0]}: say {better}"
 
 
 def one_return(path: str, text: str) -> Iterator[str]:
@@ -133,9 +223,9 @@ def no_machine_paths(path: str, text: str) -> Iterator[str]:
             yield f"line {i}: the host name of a package registry"
 
 
-CHECKS = (length, init_lists, import_direction, hip_is_free, vocabulary, one_return, reads_environment,
+CHECKS = (length, init_lists, import_direction, one_file, few_parameters, hip_is_free, one_return, reads_environment,
           no_machine_paths)
-CHECKS_ELSEWHERE = (anchored_todo,)  # of every file but this one, which has to spell the words
+CHECKS_ELSEWHERE = (anchored_todo, vocabulary)  # of every file but this one, which has to spell the words
 
 
 def findings(root: Path) -> list[str]:

@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 
 VOCAB_SIZE = 512
 
-# Words of everyday messages, so that what is not the text is recognised as such.
+# Words of everyday messages, so that what is not the text is recognized as such.
 EVERYDAY = """
 Abraham Address Gettysburg Lincoln a about address after again all an and answer any are ask at be because best big
 book bye can capital cat city code come could count country day did do dog does eat english every explain find first

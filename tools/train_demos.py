@@ -198,7 +198,7 @@ def is_fp8(key: str) -> bool:
     return key.endswith("proj.weight") or key.endswith("proj_with_mqa.weight")
 
 
-def quantised(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def quantized(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same in FP8, as DeepSeek-V3's is stored."""
     found = {}
     for key, value in weights.items():
@@ -300,7 +300,7 @@ def main() -> None:
     check(model, tokenizer, folder, fp8=False)
     if args.name == "deepseek":
         folder = folder.with_name(f"{folder.name}-fp8")
-        save(quantised(weights), tokenizer, {**DEEPSEEK, "quantization_config": FP8}, folder)
+        save(quantized(weights), tokenizer, {**DEEPSEEK, "quantization_config": FP8}, folder)
         check(model, tokenizer, folder, fp8=True)
 
 

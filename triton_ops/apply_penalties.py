@@ -34,7 +34,7 @@ def _clear(count_ptr, ids_ptr, width, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _penalise(logits_ptr, count_ptr, ids_ptr, width, vocab, presence, frequency, repetition, BLOCK: tl.constexpr):
+def _penalize(logits_ptr, count_ptr, ids_ptr, width, vocab, presence, frequency, repetition, BLOCK: tl.constexpr):
     for start in range(0, width, BLOCK):
         ids, mask = _ids(ids_ptr, start, width, vocab, BLOCK)
         # `and` with 0, not an exchange: that does not compile for AMD in Triton 3.6
@@ -69,8 +69,8 @@ def _apply_penalties_kernel(logits_ptr, prompt_ptr, output_ptr, presence_ptr, fr
         ids, mask = _ids(output_ptr, start, output_width, vocab, BLOCK)
         tl.atomic_add(count_ptr + ids, tl.full([BLOCK], 1, tl.int32), mask=mask, sem="relaxed")
     tl.debug_barrier()
-    _penalise(logits_ptr, count_ptr, prompt_ptr, prompt_width, vocab, presence, frequency, repetition, BLOCK)
-    _penalise(logits_ptr, count_ptr, output_ptr, output_width, vocab, presence, frequency, repetition, BLOCK)
+    _penalize(logits_ptr, count_ptr, prompt_ptr, prompt_width, vocab, presence, frequency, repetition, BLOCK)
+    _penalize(logits_ptr, count_ptr, output_ptr, output_width, vocab, presence, frequency, repetition, BLOCK)
 
 
 @apply_penalties.backend("triton")

@@ -166,14 +166,14 @@ def load_page_numbers(table_ptr, block, n, EDGE: tl.constexpr, PAGE_SIZE: tl.con
         pages = tl.load(table_ptr + block // PAGE_SIZE)
     elif EDGE or BLOCK_N % PAGE_SIZE > 0:
         pages = tl.load(table_ptr + n // PAGE_SIZE)
-    else:  # beside the scalar, offsets that are the same for every block
+    else:  # besides the scalar, offsets that are the same for every block
         pages = tl.load(table_ptr + block // PAGE_SIZE + tl.arange(0, BLOCK_N) // PAGE_SIZE)
     return pages
 
 
 @triton.jit
 def narrow(p, dtype: tl.constexpr, HALF_UP: tl.constexpr):
-    """p >= 0 in dtype. HALF_UP: to bf16 in two instructions instead of six where there is none for it; only ties
+    """p >= 0 in dtype. HALF_UP: to bf16 in two instructions instead of six without one for it; only ties
     differ, which go up."""
     if HALF_UP and dtype == tl.bfloat16:
         p = ((p.to(tl.uint32, bitcast=True) + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -24,7 +24,7 @@ def _fused_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, x_stride, residu
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     rounded = (x + residual).to(residual_ptr.dtype.element_ty)
     tl.store(residual_ptr + offs, rounded, mask=mask)
-    # what is normalised is what the next layer will read as residual
+    # what is normalized is what the next layer will read as residual
     total = rounded.to(tl.float32)
     y = total * tl.rsqrt(tl.sum(total * total, 0) / hidden + eps) * weight
     tl.store(x_ptr + offs, y.to(x_ptr.dtype.element_ty), mask=mask)

@@ -1,6 +1,6 @@
 """Sorts ids of experts into blocks in one launch: each program counts all ids, and places those of two experts.
 
-The trick: nobody waits for anybody. Counting costs little from L2, a ballot per bit of a wave's ids; what the experts
+The trick: no program waits for another. Counting is cheap from L2, a ballot per bit of a wave's ids; what the experts
 before take follows from the counts, and both experts' ranks from one running sum of two 16-bit halves.
 Bound by latency up to a thousand ids, then by the counting, which a launch of its own does where ids are very many.
 """

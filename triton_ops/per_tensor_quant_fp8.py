@@ -1,4 +1,4 @@
-"""Quantises a tensor with one scale: given, or found by a launch before.
+"""Quantizes a tensor with one scale: given, or found by a launch before.
 
 The trick: the first launch leaves each program's amax, and every program of the second takes the largest of them: no
 atomics, nothing to set to zero before, and the second launch also writes the scale.

@@ -1,4 +1,4 @@
-"""Quantises groups of columns: a program takes several whole groups, so that amax never leaves a wave's lanes.
+"""Quantizes groups of columns: a program takes several whole groups, so that amax never leaves a wave's lanes.
 
 Bound by memory: x in, half of that (of 16-bit x) out.
 """

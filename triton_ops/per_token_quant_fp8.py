@@ -1,4 +1,4 @@
-"""Quantises rows: a block holds one whole row in registers, so x is read once; a longer row is read twice.
+"""Quantizes rows: a block holds one whole row in registers, so x is read once; a longer row is read twice.
 
 Bound by memory: x in, half of that (of 16-bit x) out.
 """

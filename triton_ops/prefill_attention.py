@@ -81,7 +81,7 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
-    half_up: bool = False  # round weights to bf16 with two instructions, where there is none for it
+    half_up: bool = False  # round weights to bf16 with two instructions, without one for it
     options: dict = field(default_factory=dict)
 
 

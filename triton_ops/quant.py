@@ -53,7 +53,7 @@ def group_tile(groups, x_stride, COLUMNS: tl.constexpr, GROUP: tl.constexpr, WID
 @triton.jit
 def store_groups(q_ptr, scale_ptr, x, offs, mask, groups, LIMIT: tl.constexpr, BELOW: tl.constexpr,
                  BLOCK_G: tl.constexpr):
-    """Quantises the tile x in fp32, 0 where there is nothing."""
+    """Quantizes the tile x in fp32, 0 where there is nothing."""
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     scale, inverse = scales(tl.max(tl.abs(x), 1), LIMIT, BELOW)
     tl.store(scale_ptr + offs_g, scale, mask=offs_g < groups)

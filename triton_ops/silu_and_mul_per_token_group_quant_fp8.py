@@ -1,4 +1,4 @@
-"""SwiGLU and its quantisation in one launch: what it gives is never in memory but in FP8.
+"""SwiGLU and its quantization in one launch: what it gives is never in memory but in FP8.
 
 Bound by memory: 2 d numbers of a row in, d bytes out.
 """

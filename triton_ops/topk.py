@@ -17,7 +17,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
 #: Behind any index.
 BEHIND = tl.constexpr(2**31 - 1)
-#: Indices that have room beside a bf16 number.
+#: Indices that have room besides a bf16 number.
 INDICES = tl.constexpr(2**16)
 
 

@@ -1,6 +1,6 @@
 """Tells torch's FlopCounterMode what each operator computes.
 
-The module that holds its registry imports Triton, tens of megabytes that nobody pays for who counts nothing. So the
+The module that holds its registry imports Triton, tens of megabytes that only those should pay for who count. So the
 operators are registered when it is imported: at once where it is already, else by a finder that waits for its name.
 """
 

@@ -1,4 +1,4 @@
-"""Pools beyond 2 GiB as cases have them: memory of which a few pages are in use, and no other is ever touched."""
+"""Pools beyond 2 GiB as cases have them: memory with a few pages are in use, and no other is ever touched."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

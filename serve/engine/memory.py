@@ -22,7 +22,7 @@ CPU_POOL_BYTES = 1 << 30  # or this much, whichever is less
 
 def kv_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype,
              device: torch.device) -> list[KVCache]:
-    """The pool, layer by layer, uninitialised."""
+    """The pool, layer by layer, uninitialized."""
     shapes = FAMILIES[config.architecture].kv_shapes(config, num_pages, page_size)
     return [tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
             for _ in range(config.num_layers)]

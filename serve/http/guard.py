@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 class Gone(Exception):
-    """The client closed its connection, so nobody waits for an answer."""
+    """The client closed its connection, so no one waits for an answer."""
 
 
 async def read(request: Request, model: type[T]) -> T:

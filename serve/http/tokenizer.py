@@ -219,7 +219,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_template(folder: Path, config: dict[str, Any], chosen: str | None) -> tuple[str, Path]:
-    """The source of the chat template, empty where there is none, and the file it stands in."""
+    """The source of the chat template, empty without one, and the file it stands in."""
     file = Path(chosen) if chosen else folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8"), file

@@ -1,4 +1,4 @@
-"""Speed of the operators beside their rooflines and, where there are any, other projects' kernels, in one run.
+"""Speed of the operators next to their rooflines and, where there are any, other projects' kernels, in one run.
 
     python tests/bench/bench.py SUITE [--backend NAME ...] [--op NAME ...] [--case SUBSTRING] [--peers FOLDER]
                                 [--json FILE] [--markdown]
@@ -72,7 +72,7 @@ PEER_SLACK = 4
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table; `speed` is None where there is none to report, and `note` says why."""
+    """One line of the table; `speed` is None without one to report, and `note` says why."""
 
     op: str
     case: str

@@ -1,11 +1,11 @@
-"""Decode speed and memory of the engine on a CPU, beside transformers' generate on the same weights in the same run.
+"""Decode speed and memory of the engine on a CPU, next to transformers' generate on the same weights in the same run.
 
     python tests/bench/decode_cpu.py [--rounds N] [--tokens N] [--threads N] [--dtype D ...] [--batch B ...]
 
 Builds one random Llama of 113 M parameters, saves it to a temporary folder in Hugging Face format, and lets both sides
 decode greedily from the same prompts, in turns, since a machine's speed wanders. A speed is printed only where the
 tokens were checked: equal in fp32; in bf16 none of ours may be a worse choice, by the fp32 logits, than twice the
-worst of transformers' own. Beside it stands the floor: the time that reading the weights once takes on this machine.
+worst of transformers' own. Next to it stands the floor: the time that reading the weights once takes on this machine.
 
 Memory is that of a fresh process per dtype (memory_cpu.py). The exit status is 1 if a check fails or a target is
 missed.
@@ -137,7 +137,7 @@ def compare(folder: str, dtype: str, batches: list[int], rounds: int, count: int
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Decode speed and memory on a CPU, beside transformers.")
+    parser = argparse.ArgumentParser(description="Decode speed and memory on a CPU, next to transformers.")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=49, help="tokens per sequence and turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")

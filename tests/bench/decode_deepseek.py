@@ -4,9 +4,9 @@
     python tests/bench/decode_deepseek.py lite [--batch N ...] [--tokens N] [--tiny]
 
 layers: four layers of DeepSeek-V3 as one of 8 GPUs has them (16 heads, all 256 experts in slices of 256, FP8 blocks),
-as a captured graph, beside the sum of the layers' byte rooflines: weights of the experts that a batch chooses and all
+as a captured graph, next to the sum of the layers' byte rooflines: weights of the experts that a batch chooses and all
 others, and latents, each read once. Below each row, where the time goes, kernel by kernel.
-lite: DeepSeek-V2-Lite as published, bf16, beside transformers on the same card: tokens per second of greedy decoding
+lite: DeepSeek-V2-Lite as published, bf16, next to transformers on the same card: tokens per second of greedy decoding
 from typing import Any
 from prompts of 32 tokens. Both models hold the same weights, and their logits after the prompt are compared.
 `--tiny` takes small sizes and works on a CPU: it is there to test this file.

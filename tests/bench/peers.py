@@ -1,4 +1,4 @@
-"""Other projects' kernels on the arguments of our cases, to be timed beside ours in the same run.
+"""Other projects' kernels on the arguments of our cases, to be timed next to ours in the same run.
 
 torch's flash attention is always there. SGLang's and vLLM's portable Triton kernels are run from files of their wheels,
 unpacked into one folder and left as they are; nothing of either project is installed or imported whole:

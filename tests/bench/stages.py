@@ -1,4 +1,4 @@
-"""Parts of an operator that are of interest by themselves, because other projects time them, to be timed beside it.
+"""Parts of an operator that are of interest by themselves, because other projects time them, to be timed next to it.
 
 What they compute is judged as part of the whole operator: a case whose result is wrong has no stages either.
 """

@@ -127,7 +127,7 @@ def dropped(row: dict[str, Any], golden: dict[str, Any]) -> list[str]:
 
 
 def compare(rows: Rows, golden: Rows) -> list[str]:
-    """What changed for the worse, or dropped; a row that only one side has counts, for then nobody watches that
+    """What changed for the worse, or dropped; a row that only one side has counts, for then it is not watched: that
     kernel."""
     found = [f"{name}: not in golden.json" for name in rows.keys() - golden.keys()]
     found += [f"{name}: in golden.json, but no longer there" for name in golden.keys() - rows.keys()]

@@ -101,7 +101,7 @@ class Model:
 
     @cached_property
     def constants(self) -> dict:
-        """What the text may call beside registers."""
+        """What the text may call besides registers."""
         fields = self.fields
         values = {"BYTE1": 1, "BYTE2": 2, "BYTE3": 3, "WORD1": 5, "SDWA_SRC0_SEL": getattr(fields, "src0_sel", 0),
                   "OPSEL": getattr(fields, "opsel", 0), "SIMM16": getattr(fields, "simm16", 0),
@@ -286,7 +286,7 @@ class Model:
         return True
 
     def _of_pair(self, code: int, size: int, kind: str) -> int | None:
-        """An inline constant of packed operations, 32 bits. Of 16-bit ones LLVM says, beside that the manual is
+        """An inline constant of packed operations, 32 bits. Of 16-bit ones LLVM says, besides that the manual is
         misleading, "integer encodings (-16 .. 64) are always produced as sign-extended 32-bit values", float encodings
         "for F16 instructions: corresponding half-precision float values in the LSBs, 0 in the MSBs; for UI16
         instructions: corresponding single-precision float value"."""

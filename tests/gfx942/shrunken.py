@@ -1,6 +1,6 @@
 """Small problems that launch what large cases launch: real tiles and real constexprs, few of them.
 
-What a large case or a row of a tuned table makes of a kernel beside its configuration is its `Shape`: element types,
+What a large case or a row of a tuned table makes of a kernel besides its configuration is its `Shape`: element types,
 widths of heads, the page size, experts a token and so on. `problems(op, shape, config)` yields small arguments of that
 shape, the likeliest first: tiles that are full and tiles that are not, and loops that go round several times.
 """
@@ -94,7 +94,7 @@ def _widened(make: Callable, seq_lens: list[int], width: int, page_size: int, **
 
 def _decodes(make: Callable, shape: Shape, config: Any) -> Iterator[Problem]:
     """Two sequences with keys for several parts, the second's ending within a block; where the batch is one whose
-    lengths a program looks at in several steps, many of one key or none beside them."""
+    lengths a program looks at in several steps, many of one key or none next to them."""
     shape = dict(shape)
     rest = [1] * 3 + [0] * 28 if shape.pop("num_seqs") > 32 else []
     for width in WIDTHS:

@@ -8,7 +8,7 @@ import launched
 
 def lines(told: list[tuple[str, Any]]) -> Iterator[str]:
     """A line per architecture, of what tests that passed recorded: ("emulated", what a test executed) and ("planned",
-    the binaries of large cases, by the test that looks for what is left out; without it nobody knows how many)."""
+    the binaries of large cases, by the test that looks for what is left out; without it their number is not known)."""
     for arch in launched.ARCHS:
         ran = [value for name, value in told if name == "emulated" and value["arch"] == arch]
         if not ran:

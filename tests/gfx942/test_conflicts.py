@@ -30,7 +30,7 @@ def rows(arch: str) -> Iterator[tuple[str, int, tuning.Row]]:
 
 
 def judge(key: str, now: dict[str, float], listed: dict[str, float]) -> list[str]:
-    """What is wrong with the ratios of a row's kernels, beside what is listed for it."""
+    """What is wrong with the ratios of a row's kernels, besides what is listed for it."""
     found = [f"{key} {kernel}: {ratio:.2f} times its LDS cycles without conflicts, allowed {ALLOWED}"
              for kernel, ratio in now.items() if ratio > ALLOWED and kernel not in listed]
     for kernel, figure in listed.items():

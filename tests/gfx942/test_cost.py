@@ -25,7 +25,7 @@ ARCHS = ("gfx942", "gfx950")
 GOLDEN = Path(__file__).with_name("bounds.json")
 LANES = np.arange(64)
 HEADS = dict(heads=32, kv_heads=8, head_dim=128)
-#: beside cases that operators name: as large as the emulator executes in a second or two
+#: besides cases that operators name: as large as the emulator executes in a second or two
 DRAWN = {
     "paged_attention": [Case("2x1024", partial(make_decode, [1024] * 2, **HEADS))],
     "mla_decode": [Case("16h-2x512", partial(make_latents, [512] * 2, page_size=64))],
@@ -72,7 +72,7 @@ def test_lds_conflicts_come_from_addresses(offsets, width, banks, cycles, least)
     # 16 rows of 64 bytes as a matrix instruction reads them: of 8 lanes in turn 4 meet, of 0 to 3 and 20 to 23 two do
     ("gfx942", "wide", LANES % 16 * 64 + LANES // 16 * 16, 16),
     ("gfx942", "in turn", LANES % 16 * 64 + LANES // 16 * 16, 32),
-    # likewise, as Triton lays rows of 128 bytes out, every fourth 1056 bytes further: made for gfx950's order
+    # as above, as Triton lays rows of 128 bytes out, every fourth 1056 bytes further: made for gfx950's order
     ("gfx950", "wide", LANES % 4 * 1056 + LANES % 16 // 4 * 128 + LANES // 16 * 16, 4),
     ("gfx950", "in turn", LANES % 4 * 1056 + LANES % 16 // 4 * 128 + LANES // 16 * 16, 8),
 ])

@@ -92,11 +92,11 @@ WRONG = {
                      r"wave \d writes byte \d of LDS, which wave \d writes"),
     "LDS out of bounds": ("v_mov_b32_e32 v1, 0\nds_write_b32 v1, v0 offset:1024\n", r"LDS bytes 1024 to 1028, of 1024"),
     "unwritten address": (LOAD + WAIT + "global_store_dword v5, v2, s[2:3]\n",
-                          r"v5 comes from a register that nobody wrote"),
+                          r"v5 comes from a register that was never written"),
     "unwritten condition": ("s_add_i32 s4, s5, 1\ns_cmp_eq_u32 s4, 0\ns_cbranch_scc1 over\nover:\n",
-                            r"scc comes from a register that nobody wrote"),
+                            r"scc comes from a register that was never written"),
     "unwritten LDS": (LOAD + WAIT + "ds_read_b32 v2, v1\ns_waitcnt lgkmcnt(0)\n" + STORE,
-                      r"v2 comes from a register that nobody wrote"),
+                      r"v2 comes from a register that was never written"),
 }
 
 

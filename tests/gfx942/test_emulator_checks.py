@@ -1,5 +1,5 @@
-"""What the emulator watches beside results: waits, races and what nobody wrote, each told apart from what is right and
-looks alike; and what a wave starts with."""
+"""What the emulator watches besides results: waits, races and what was never written, each distinguished from what is
+right and looks alike; and what a wave starts with."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ WAITS = {
     "scalar loads come in any order": (
         TWO_SCALARS + "s_waitcnt lgkmcnt(1)\nv_mov_b32_e32 v2, s4\n", r"s4 is used, but no s_waitcnt .*lgkmcnt"),
     "all scalar loads": (TWO_SCALARS + "s_waitcnt lgkmcnt(0)\nv_mov_b32_e32 v2, s4\n", None),
-    "a scalar load beside one of LDS": (
+    "a scalar load next to one of LDS": (
         LDS + "ds_read_b32 v2, v1\ns_load_dword s4, s[0:1], 0x0\ns_waitcnt lgkmcnt(1)\nv_add_u32_e32 v2, 1, v2\n",
         r"v2 is used, but no s_waitcnt .*lgkmcnt"),
     "LDS before any scalar load": (
@@ -115,16 +115,16 @@ def test_races(name):
     judge(RACES, name, lanes=128)
 
 
-# ---- what nobody wrote: v9 and s9 in all lanes, v8 but in the first 16
+# ---- what was never written: v9 and s9 in all lanes, v8 but in the first 16
 
 PART = "s_mov_b64 exec, 0xffff\nv_mov_b32_e32 v8, 5\ns_mov_b64 exec, -1\ns_nop 4\n"
-NOBODY = r"v2 comes from a register that nobody wrote"
+NOBODY = r"v2 comes from a register that was never written"
 DPP = "v_mov_b32_e32 v2, 1\ns_nop 1\nv_mov_b32_dpp v2, {} row_mask:0xf bank_mask:0xf{}\n"
 FIRST = "s_mov_b64 exec, 0xffff\n"
 UNWRITTEN = {
     "DPP": (DPP.format("v9 row_shr:1", ""), NOBODY.replace("v2", "lane 1: v2")),
     "DPP of lanes that somebody wrote": (PART + FIRST + DPP.format("v8 quad_perm:[1,0,3,2]", ""), None),
-    "DPP of lanes that nobody wrote": (PART + DPP.format("v8 row_bcast:15", ""), r"lane 32: " + NOBODY),
+    "DPP of lanes that was never written": (PART + DPP.format("v8 row_bcast:15", ""), r"lane 32: " + NOBODY),
     "DPP that keeps its destination": (
         FIRST + "v_mov_b32_e32 v2, 1\ns_mov_b64 exec, -1\ns_nop 1\n"
         "v_mov_b32_dpp v2, v0 row_shr:1 row_mask:0xf bank_mask:0xf\n", r"lane 16: " + NOBODY),
@@ -138,7 +138,7 @@ UNWRITTEN = {
                         r"lane 8: " + NOBODY),
     "ds_bpermute_b32 of lanes that somebody wrote": (
         PART + "v_and_b32_e32 v3, 60, v1\nds_bpermute_b32 v2, v3, v8\ns_waitcnt lgkmcnt(0)\n", None),
-    "ds_bpermute_b32 by an address that nobody wrote": (
+    "ds_bpermute_b32 by an address that was never written": (
         "ds_bpermute_b32 v2, v9, v0\ns_waitcnt lgkmcnt(0)\n", NOBODY),
     "ds_bpermute_b32 of lanes that are off": (
         FIRST + "v_mov_b32_e32 v3, 0x80\nds_bpermute_b32 v2, v3, v9\ns_waitcnt lgkmcnt(0)\n", None),
@@ -146,14 +146,14 @@ UNWRITTEN = {
                        r"lane 0: " + NOBODY),
     "ds_permute_b32 of lanes that somebody wrote": (
         PART + FIRST + "ds_permute_b32 v2, v1, v8\ns_waitcnt lgkmcnt(0)\n", None),
-    "ds_permute_b32 by an address that nobody wrote": (
+    "ds_permute_b32 by an address that was never written": (
         PART + "v_mov_b32_e32 v3, 0\nv_mov_b32_e32 v4, v8\nds_permute_b32 v2, v4, v3\ns_waitcnt lgkmcnt(0)\n", NOBODY),
     "ds_swizzle_b32": (PART + "ds_swizzle_b32 v2, v8 offset:swizzle(SWAP,16)\ns_waitcnt lgkmcnt(0)\n",
                        r"lane 0: " + NOBODY),
     "v_readlane_b32": (PART + "v_readlane_b32 s4, v8, 16\ns_nop 1\nv_mov_b32_e32 v2, s4\n", NOBODY),
     "v_readlane_b32 of a lane that somebody wrote": (
         PART + "v_readlane_b32 s4, v8, 15\ns_nop 1\nv_mov_b32_e32 v2, s4\n", None),
-    "v_readlane_b32 by a lane that nobody wrote": (
+    "v_readlane_b32 by a lane that was never written": (
         "v_readlane_b32 s4, v0, s9\ns_nop 1\nv_mov_b32_e32 v2, s4\n", NOBODY),
     "v_readfirstlane_b32": (PART + "s_mov_b32 exec_lo, 0xffff0000\nv_readfirstlane_b32 s4, v8\ns_mov_b64 exec, -1\n"
                             "s_nop 1\nv_mov_b32_e32 v2, s4\n", NOBODY),
@@ -163,16 +163,17 @@ UNWRITTEN = {
     "v_writelane_b32 to the lane that was left": (
         "s_mov_b64 exec, -2\nv_mov_b32_e32 v2, 1\ns_mov_b64 exec, 1\nv_mov_b32_e32 v3, 1\ns_mov_b64 exec, -1\n"
         "s_mov_b32 s4, 3\nv_writelane_b32 v2, s4, 0\n", None),
-    "v_writelane_b32 of what nobody wrote": ("v_mov_b32_e32 v2, 1\nv_writelane_b32 v2, s9, 5\n", r"lane 5: " + NOBODY),
-    "v_cndmask_b32 takes what nobody wrote": (
+    "v_writelane_b32 of what was not written": ("v_mov_b32_e32 v2, 1\nv_writelane_b32 v2, s9, 5\n",
+                                               r"lane 5: " + NOBODY),
+    "v_cndmask_b32 takes what was never written": (
         "v_cmp_gt_u32_e32 vcc, 16, v0\ns_nop 4\nv_cndmask_b32_e32 v2, v9, v0, vcc\n", r"lane 16: " + NOBODY),
     "v_cndmask_b32 takes what somebody wrote": (
         PART + "v_cmp_gt_u32_e32 vcc, 16, v0\ns_nop 4\nv_cndmask_b32_e32 v2, v0, v8, vcc\n", None),
     "v_cndmask_b32 by a mask that is not known": ("v_cndmask_b32_e64 v2, v0, v1, s[8:9]\n", None),
-    "v_cndmask_b32 of what nobody wrote by a mask that is not known": (
+    "v_cndmask_b32 of what was never written by a mask that is not known": (
         "v_cndmask_b32_e64 v2, v0, v9, s[8:9]\n", NOBODY),
     "v_swap_b32": ("v_mov_b32_e32 v2, 0\nv_swap_b32 v2, v9\n", NOBODY),
-    "v_swap_b32 with what nobody wrote": ("v_mov_b32_e32 v8, 0\nv_swap_b32 v2, v8\n", None),
+    "v_swap_b32 with what was never written": ("v_mov_b32_e32 v8, 0\nv_swap_b32 v2, v8\n", None),
     "private memory": ("scratch_load_dword v2, off, off\ns_waitcnt vmcnt(0)\n", NOBODY),
     "private memory in part": (FIRST + "scratch_store_dword off, v0, off\ns_waitcnt vmcnt(0)\ns_mov_b64 exec, -1\n"
                                "scratch_load_dword v2, off, off\ns_waitcnt vmcnt(0)\n", r"lane 16: " + NOBODY),

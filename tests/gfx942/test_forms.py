@@ -57,7 +57,7 @@ def group_of(form: str) -> str:
 
 
 def _comparable(words: np.ndarray, trial: Trial) -> np.ndarray:
-    """NaNs made one where the result is floating point, for nobody says which NaN an operation gives; and signs of
+    """NaNs made one where the result is floating point, for which NaN an operation gives is not defined; and signs of
     those that OCP's 8-bit format has."""
     words, kind = words.copy(), trial.kind("vdst") if trial.instruction.family.startswith("VOP") else ""
     if kind == "f":

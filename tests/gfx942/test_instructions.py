@@ -208,7 +208,7 @@ def test_fused_multiply_add_rounds_once(text):
     random = np.random.default_rng(3)
     given = operands(3)
     given[:, :6] = random.standard_normal((256, 6)).astype(F32).view(U32)
-    # products that end just beside a midpoint of the sum, and sums that cancel or are denormal
+    # products that end just next to a midpoint of the sum, and sums that cancel or are denormal
     one = (1 + random.integers(0, 2**12, 64) * 2.0**-12).astype(F32)
     given[:64, 0], given[:64, 1] = one.view(U32), (1 + random.integers(0, 2**12, 64) * 2.0**-12).astype(F32).view(U32)
     given[:64, 2] = (random.choice([2.0**-30, -(2.0**-30), 2.0**-60, 0.0], 64)).astype(F32).view(U32)

@@ -1,5 +1,5 @@
 """Deliberate bugs in the machine code that ships, and in how it is launched: every one is caught, by the contract or by
-what the emulator checks beside it, in a case that stays without complaint where nothing is changed."""
+what the emulator checks besides it, in a case that stays without complaint where nothing is changed."""
 
 import dataclasses
 import re
@@ -74,7 +74,7 @@ class Shipped:
         yield from [(place, each) for place, each in enumerate(self.right.instructions) if each]
 
     def changed(self, change: Callable[[np.ndarray], None], cases: list[Case]) -> str:
-        """The first complaint about code that `change`, given its dwords, has been at; "" where there is none."""
+        """The first complaint about code that `change`, given its dwords, has been at; "" without one."""
         wrong = self.load()
         change(wrong.text.view(np.uint32))
         for case in cases:
@@ -184,7 +184,7 @@ def argument(name: str, change: Callable[[SimpleNamespace], int]) -> Callable:
 
 FAR = r"ContractError: \w+: result \d: error \S+ against fp64"
 DIFFER = r"ContractError: \w+: result \d: \d+ of \d+ integers differ"
-UNWRITTEN = r"EmulationError: .* comes from a register that nobody wrote"
+UNWRITTEN = r"EmulationError: .* comes from a register that was never written"
 OUTSIDE = r"EmulationError: .* (reads|writes) \d+ bytes at 0x\w+, \d+ bytes (into|before) \w+"
 #: what is wrong with a launch -> (operator, what becomes of it, how it shows)
 LAUNCHES = {

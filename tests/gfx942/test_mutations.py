@@ -1,5 +1,5 @@
 """Deliberate bugs in HIP kernels, compiled for gfx942 and executed on the emulator: every one is caught, by the
-contract or by what the emulator checks beside it, in a case that the source as it stands keeps."""
+contract or by what the emulator checks besides it, in a case that the source as it stands keeps."""
 
 import functools
 import re
@@ -18,7 +18,7 @@ HIP = Path(__file__).parents[2] / "hip"
 ARCH = "gfx942"
 FAR = r"ContractError: \w+: result \d: error \S+ against fp64"
 RACE = r"EmulationError: .* of LDS, which wave \d+ .*, with no barrier between"
-UNWRITTEN = r"EmulationError: .* comes from a register that nobody wrote"
+UNWRITTEN = r"EmulationError: .* comes from a register that was never written"
 OUTSIDE = r"EmulationError: .* (reads|writes) \d+ bytes at 0x\w+, \d+ bytes (into|before) "
 
 #: what is wrong -> (operator, file under hip/, what stands there once or more, what the first of them becomes, how it

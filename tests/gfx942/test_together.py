@@ -100,7 +100,7 @@ def test_a_flag_that_nobody_sets_is_a_deadlock(look):
 
 def test_a_rank_that_ends_too_early_is_a_deadlock_of_the_other():
     pair = ranks(GIVE + SET_FLAG)
-    pair.launches[1].grid = (BLOCKS - 1, 1, 1)  # the second workgroup of rank 0 has nobody to talk to
+    pair.launches[1].grid = (BLOCKS - 1, 1, 1)  # the second workgroup of rank 0 has no partner
     with pytest.raises(Deadlock, match=r"launch 0: \d of 4 waves run at all_reduce[^$]*launch 1: all_reduce has ended"):
         execute_together(pair.launches, pair.buffers, patience=500, seconds=20)
 

@@ -41,7 +41,7 @@ class World:
 
     def __init__(self, v, s, scc, lds, memory):
         self.v, self.s, self.scc, self.lds, self.memory = v, s, scc, lds, memory
-        self.place: list[int] = []
+        self.pc: list[int] = []
 
     def copy(self) -> "World":
         return World(*(x.copy() for x in (self.v, self.s, self.scc, self.lds, self.memory)))

@@ -27,21 +27,21 @@ def bits(x):
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(pages=st.integers(1, 9), page_size=st.integers(1, 9), widths=st.sampled_from(
-    [(1, 1), (24, 8), (37, 5), (130, 3), (256, 64), (512, 64), (600, 200)]), beside=st.sampled_from([0, 1, 64]),
+    [(1, 1), (24, 8), (37, 5), (130, 3), (256, 64), (512, 64), (600, 200)]), offset=st.sampled_from([0, 1, 64]),
     one_head=st.booleans(), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), data=st.data())
-def test_equals_a_loop_over_tokens(backend, device, pages, page_size, widths, beside, one_head, dtype, data):
-    """Both parts lie side by side in one projection, behind `beside` other columns."""
+def test_equals_a_loop_over_tokens(backend, device, pages, page_size, widths, offset, one_head, dtype, data):
+    """Both parts lie side by side in one projection, behind `offset` other columns."""
     slots = data.draw(st.permutations(range(pages * page_size)))[:data.draw(st.integers(0, 40))]
     for i in data.draw(st.lists(st.integers(0, max(len(slots) - 1, 0)), max_size=4)):
         slots[i:i + 1] = [-1]
     rank, rope = widths
-    projected = torch.randn(len(slots), beside + rank + rope).to(dtype)
+    projected = torch.randn(len(slots), offset + rank + rope).to(dtype)
     cache = torch.randn(pages, page_size, rank + rope).to(dtype)
     expected = cache.clone()
     for token, slot in enumerate(slots):
         if slot >= 0:
-            expected[slot // page_size, slot % page_size] = projected[token, beside:]
-    kv_c, k_pe = projected.to(device)[:, beside:].split([rank, rope], 1)
+            expected[slot // page_size, slot % page_size] = projected[token, offset:]
+    kv_c, k_pe = projected.to(device)[:, offset:].split([rank, rope], 1)
     pool = cache.to(device)
     run(backend, kv_c, k_pe[:, None] if one_head else k_pe, pool,
         torch.tensor(slots, dtype=torch.int64, device=device))
@@ -77,7 +77,7 @@ def test_nan_stays_nan_in_fp8(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slots_beyond_two_to_the_31(backend, device):
-    """Offsets in the pool need 33 bits. Memory that nobody touches costs nothing on a CPU."""
+    """Offsets in the pool need 33 bits. Memory that is never touched costs nothing on a CPU."""
     pages = 2**31 // (64 * 576 * 2) * 2 + 2
     pool = torch.empty(pages, 64, 576, dtype=torch.bfloat16, device=device)
     slots = torch.tensor([pages * 64 - 1, 5, pages * 32, -1, pages * 64 - 2], device=device)

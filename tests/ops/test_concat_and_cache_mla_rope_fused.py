@@ -91,7 +91,7 @@ def test_a_token_without_a_slot_is_turned_and_not_cached(backend, pages, device)
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_rows_beyond_two_to_the_31(backend, device):
-    """Offsets in bytes need more than 32 bits. Memory that nobody touches costs nothing on a CPU."""
+    """Offsets in bytes need more than 32 bits. Memory that is never touched costs nothing on a CPU."""
     stride = 2**31 // 48 * 16 + 16
     args = arguments(4, 1, 512, 64)
     far = torch.empty(3 * stride + 576, dtype=torch.bfloat16, device=device).as_strided((4, 576), (stride, 1))

@@ -65,7 +65,7 @@ def test_fake_agrees_on_every_case(op, device):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 def test_compiles_without_a_graph_break(op, device):
-    torch.compiler.reset()  # one function serves all operators; its specialisations are counted
+    torch.compiler.reset()  # one function serves all operators; its specializations are counted
     case = next(c for c in op.cases() if not c.large)
     args = contract.draw(case, device, seed=0)
     eager, traced = contract.copy(args), contract.copy(args)

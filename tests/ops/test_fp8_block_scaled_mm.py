@@ -25,7 +25,7 @@ def run(backend, *args):
 
 
 def draw(m, n, k, block_shape, flavour=None, device="cpu"):
-    """Factors as views into larger ones, with NaN beside and below what may be read."""
+    """Factors as views into larger ones, with NaN next to and below what may be read."""
     bn, bk = block_shape
     a, b = (torch.full((rows + 1, k + 16), float("nan")) for rows in (m, n))
     a[:m, :k], b[:n, :k] = torch.randn(m, k) * 4, torch.randn(n, k) * 4
@@ -107,8 +107,8 @@ def test_hoppers_own_kernel_keeps_the_bound(device, m, n, k):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_quantised_activations_and_weights(backend, device):
-    """What wave64's quantisers and the product make of a linear layer is off by their documented bounds at most."""
+def test_quantized_activations_and_weights(backend, device):
+    """What wave64's quantizers and the product make of a linear layer is off by their documented bounds at most."""
     x, weight = torch.randn(9, 300, device=device), torch.randn(70, 300, device=device) * 0.05
     (q, scale), (w, w_scale) = ops.per_token_group_quant_fp8(x, 64), quant.quantize_weight_blocks(weight, [32, 64])
     got = run(backend, q, w, scale, w_scale, [32, 64], torch.float32)
@@ -133,7 +133,7 @@ def test_weights_with_padded_rows_give_the_same_bits(device):
 
 
 def test_rows_further_apart_than_two_to_the_31_bytes(device):
-    """Memory that nobody touches costs nothing on a CPU."""
+    """Memory that is never touched costs nothing on a CPU."""
     a, b, a_scale, b_scale = draw(3, 20, 64, [32, 32], device=device)
     far = torch.empty(3, 2**30 + 64, dtype=torch.uint8, device=device)[:, :64].view(a.dtype)
     far.copy_(a)

@@ -24,7 +24,7 @@ def run(backend, *args):
 
 
 def draw(m, n, k, per, device, flavour=None, bias=None):
-    """per: the shapes of the scales, with M and N for numbers. Factors are views, NaN is beside and below them."""
+    """per: the shapes of the scales, with M and N for numbers. Factors are views, NaN is next to and below them."""
     a, b = (torch.full((rows + 1, k + 16), float("nan")) for rows in (m, n))
     a[:m, :k], b[:n, :k] = torch.randn(m, k) * 4, torch.randn(n, k) * 4
     a, b = ((x.to(flavour or quant.fp8_dtype()).to(device)[:-1, :k]) for x in (a, b))

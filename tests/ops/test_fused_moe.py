@@ -24,7 +24,7 @@ erf = np.vectorize(math.erf, otypes=[float])
 
 
 def run(backend, args):
-    """With NaN in whatever memory nobody has written yet."""
+    """With NaN in whatever memory has not been written yet."""
     with contract.poisoned():
         return helpers.run(ops.fused_moe, backend, **args)
 
@@ -265,7 +265,7 @@ def test_the_kernel_serves_the_fp8_of_its_architecture(arch, flavour):
 
 
 @pytest.mark.parametrize("columns", [16, 48, 256])
-def test_the_kernel_names_blocks_that_it_cannot_quantise_for(columns):
+def test_the_kernel_names_blocks_that_it_cannot_quantize_for(columns):
     args = make_case(2, scales="block", block_shape=[32, columns])
     assert str(columns) in str(ops.fused_moe.backends["triton"].supports(**args))
 

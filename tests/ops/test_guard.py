@@ -1,4 +1,4 @@
-"""Under the interpreter a Triton kernel that reads or writes beside its tensors fails by name: it neither corrupts the
+"""Under the interpreter a Triton kernel that reads or writes outside its tensors fails by name: it neither corrupts the
 process nor passes. Deliberate kernels without masks, wrong by a byte or by a page."""
 
 import pytest

@@ -116,7 +116,7 @@ def test_views_give_what_their_copies_give(backend, device, view):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_beyond_two_to_the_31(backend, device):
-    """Offsets need 33 bits. Memory that nobody touches costs nothing on a CPU."""
+    """Offsets need 33 bits. Memory that is never touched costs nothing on a CPU."""
     near = states(tokens=4, device=device)
     stride = 2**31 // 48 * 16 + 16
     far = torch.empty(3 * stride + 3 * 64, dtype=near[0].dtype, device=device).as_strided((4, 3, 64), (stride, 64, 1))

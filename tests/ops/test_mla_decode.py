@@ -244,7 +244,7 @@ def test_many_sequences(device, count, longest):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pages_beyond_two_gib(device, backend):
-    """Offsets in the pool need 33 bits. Memory that nobody touches costs nothing on a CPU."""
+    """Offsets in the pool need 33 bits. Memory that is never touched costs nothing on a CPU."""
     page_size, rank, rope = 16, 64, 16
     with torch.device(device):
         near_by = make_case([37, 20], heads=4, rank=rank, rope=rope, page_size=page_size, fp8=True)

@@ -143,7 +143,7 @@ def test_both_flavours_of_fp8(device, backend, flavour, scaled):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kept", [True, False])
 def test_appends_to_the_slots_and_changes_nothing_else(device, backend, kept):
-    """Every byte of the pool but the slots' is as before, NaN that nobody may read among them."""
+    """Every byte of the pool but the slots' is as before, NaN that must not be read among them."""
     with torch.device(device):
         args = make_case([37, 0, 1, 2, 65], heads=3, queries=3, rank=21, rope=6)
     if not kept:
@@ -297,7 +297,7 @@ def test_many_sequences(device, count, block_b):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pages_beyond_two_gib(device, backend):
-    """Offsets in the pool need 33 bits, to read and to write. Memory that nobody touches costs nothing on a CPU."""
+    """Offsets in the pool need 33 bits, to read and to write. Memory that is never touched costs nothing on a CPU."""
     page_size, width = 16, 80
     with torch.device(device):
         near_by = make_case([37, 20], heads=4, rank=64, rope=16, page_size=page_size, fp8=True)
@@ -317,7 +317,7 @@ def test_pages_beyond_two_gib(device, backend):
 @pytest.mark.parametrize("layout", STRIDED)
 @pytest.mark.parametrize("fp8", [False, True])
 def test_strided_pools(device, backend, layout, fp8):
-    """What lies beside the pool in its storage stays."""
+    """What lies next to the pool in its storage stays."""
     with torch.device(device):
         args = make_case([37, 20], heads=4, rank=32, rope=8, fp8=fp8)
     expected, expected_pool = call(backend, args)

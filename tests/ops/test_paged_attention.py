@@ -148,7 +148,7 @@ def test_programs_find_their_share_beyond_one_block_of_lengths(device, programs)
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_pages_beyond_two_gib(device, backend):
-    """Offsets in the pool need 33 bits. Memory that nobody touches costs nothing on a CPU."""
+    """Offsets in the pool need 33 bits. Memory that is never touched costs nothing on a CPU."""
     page_size, kv_heads, head_dim = 16, 2, 64
     with torch.device(device):
         args = make_case([37, 20], kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, fp8=True)

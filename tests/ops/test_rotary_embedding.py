@@ -18,12 +18,12 @@ def angles(rot_dim):
 
 
 def run(backend, device, positions, query, key, head_size, table, is_neox):
-    """Rotates views into one merged tensor, as a model does; what lies beside them must stay."""
-    tokens, beside = query.shape[0], torch.randn(query.shape[0], 8)
-    merged = torch.cat([query.flatten(1), key.flatten(1), beside], 1).to(device)
+    """Rotates views into one merged tensor, as a model does; what lies next to them must stay."""
+    tokens, rest_of_row = query.shape[0], torch.randn(query.shape[0], 8)
+    merged = torch.cat([query.flatten(1), key.flatten(1), rest_of_row], 1).to(device)
     q, k, rest = merged.split([query[0].numel(), key[0].numel(), 8], 1)
     ops.rotary_embedding.backends[backend].run(positions.to(device), q, k, head_size, table.to(device), is_neox)
-    assert torch.equal(rest.cpu(), beside)
+    assert torch.equal(rest.cpu(), rest_of_row)
     return q.cpu().reshape(tokens, -1, head_size), k.cpu().reshape(tokens, -1, head_size)
 
 

@@ -53,7 +53,7 @@ def pairs(draw, src_slots, dst_slots):
 @given(src_slots=st.integers(1, 40), dst_slots=st.integers(1, 40), row=st.lists(st.integers(1, 9), max_size=3),
        apart=st.integers(0, 3), dtype=st.sampled_from(DTYPES), data=st.data())
 def test_equals_a_loop_over_pairs(backend, device, src_slots, dst_slots, row, apart, dtype, data):
-    """Slots of src lie `apart` rows from each other, which are nobody's."""
+    """Slots of src lie `apart` rows from each other, which belong to no tensor."""
     sources, targets = data.draw(pairs(src_slots, dst_slots))
     src = pool_of(src_slots * (1 + apart), row, dtype)[::1 + apart]
     dst = pool_of(dst_slots, row, dtype)
@@ -100,7 +100,7 @@ def test_a_slot_outside_writes_nothing(backend, device, slot):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pools_beyond_two_to_the_31(backend, device):
-    """Offsets in bytes need 33 bits. Memory that nobody touches costs nothing on a CPU."""
+    """Offsets in bytes need 33 bits. Memory that is never touched costs nothing on a CPU."""
     slots = 2**32 // 1152 + 8
     far = torch.empty(slots, 576, dtype=torch.bfloat16, device=device)
     rows = torch.randn(3, 576, device=device).bfloat16()

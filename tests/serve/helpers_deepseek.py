@@ -53,8 +53,8 @@ def make_deepseek(folder: Path, version: int, max_shard_size: str = "1GB", **ove
     return model
 
 
-def quantise(folder: Path, block: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Rewrites the checkpoint in `folder` in FP8 as DeepSeek-V3's is; returns its weights, dequantised, by name."""
+def quantize(folder: Path, block: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Rewrites the checkpoint in `folder` in FP8 as DeepSeek-V3's is; returns its weights, dequantized, by name."""
     file, exact, stored = folder / "model.safetensors", {}, {}
     for name, value in load_file(file).items():
         exact[name] = value

@@ -44,7 +44,7 @@ def make_llama(folder: Path, max_shard_size: str = "1GB", old_spelling: bool = F
     """Saves a random fp32 Llama to `folder` and returns it. Every weight, biases and gains too, is drawn so that
     leaving it out shows in the logits.
 
-    old_spelling: rope_theta beside rope_scaling, as transformers wrote before version 5.
+    old_spelling: rope_theta next to rope_scaling, as transformers wrote before version 5.
     family: another of transformers' families with Llama's configuration keys
     """
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Bad input over HTTP: each request gets an error that names what is wrong, and the one beside it is not disturbed."""
+"""Bad input over HTTP: each request gets an error that names what is wrong, and the one next to it is not disturbed."""
 
 import json
 import socket
@@ -82,7 +82,7 @@ REFUSED = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def beside(server):
+def bystander(server):
     """A request that runs while the bad ones are made, again and again; its tokens must be those it has alone."""
     body = {"prompt": "Four score", "max_tokens": 100, "seed": 1, "temperature": 0.7, "ignore_eos": True}
     alone = server.complete(**body)["choices"][0]["text"]
@@ -176,4 +176,4 @@ def test_half_a_request_then_silence(server):
     for part in (head, head + b"\r\n" + body[:10], head + b"\r\n" + body, b"\x00\xff nonsense\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
             raw.sendall(part)
-    assert eventually(lambda: server.running <= 1), "more than the request that runs beside goes on"
+    assert eventually(lambda: server.running <= 1), "more than the request that runs goes on"

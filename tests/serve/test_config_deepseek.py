@@ -113,7 +113,7 @@ def test_either_spelling_of_interleaving_counts(tmp_path):
             read(tmp_path, {**V3, **changed})
 
 
-def test_a_v2_that_normalises_is_refused(tmp_path):
+def test_a_v2_that_normalizes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="norm_topk_prob: expected false"):
         read(tmp_path, {**V2, "norm_topk_prob": True})
 

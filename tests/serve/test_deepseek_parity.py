@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers_deepseek import DEEPSEEKS, LatentDriver, make_deepseek, quantise
+from helpers_deepseek import DEEPSEEKS, LatentDriver, make_deepseek, quantize
 from helpers_llama import NearTie, edit_json, greedy, load
 from helpers_parity import PROMPT, STEPS, Parity
 from torch.nn import functional as F
@@ -46,13 +46,13 @@ class TestDeepseek(Parity):
 @pytest.mark.parametrize("block", [(16, 32), (128, 128)], ids=["blocks", "cut-blocks"])
 @pytest.mark.parametrize(("name", "scale_fmt"), [
     ("v3", "float"), ("v3", "ue8m0"), ("v3-no_q_lora-groups1-dense0", "float"), ("v2-groups4-yarn", "float")])
-def test_fp8_blocks_against_the_dequantised_weights(tmp_path, device, monkeypatch, name, scale_fmt, block):
+def test_fp8_blocks_against_the_dequantized_weights(tmp_path, device, monkeypatch, name, scale_fmt, block):
     """transformers with the weights that the checkpoint's mean, and each product's activations rounded to FP8 by groups
     of a block's columns: what is left are sums in another order, which in other products, those of decoding, now and
     then round to another FP8 number, 2^-3 away at most."""
     version, overrides = DEEPSEEKS[name]
     theirs = make_deepseek(tmp_path, version, **overrides)
-    exact = quantise(tmp_path, block)
+    exact = quantize(tmp_path, block)
     edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config=dict(
         quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=list(block),
         scale_fmt=scale_fmt)))
@@ -63,7 +63,7 @@ def test_fp8_blocks_against_the_dequantised_weights(tmp_path, device, monkeypatc
              if "kv_b_proj" in n or "proj" not in n}
     product = F.linear
 
-    def of_quantised(x, weight, bias=None):
+    def of_quantized(x, weight, bias=None):
         if weight.untyped_storage().data_ptr() not in plain:
             rows = x.flatten(0, -2)
             if scale_fmt == "ue8m0":
@@ -73,7 +73,7 @@ def test_fp8_blocks_against_the_dequantised_weights(tmp_path, device, monkeypatc
                 x = quant.dequantize(q, scale, [1, block[1]]).view(x.shape)
         return product(x, weight, bias)
 
-    monkeypatch.setattr(F, "linear", of_quantised)
+    monkeypatch.setattr(F, "linear", of_quantized)
     with torch.inference_mode():
         want = theirs(torch.tensor([PROMPT])).logits[0]
     monkeypatch.undo()

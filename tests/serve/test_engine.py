@@ -1,4 +1,4 @@
-"""The engine over a tiny random Llama, beside transformers' own forward pass of it; then as a process."""
+"""The engine over a tiny random Llama, next to transformers' own forward pass of it; then as a process."""
 
 import itertools
 import json
@@ -186,7 +186,7 @@ def test_logprobs_are_those_of_transformers(make, llama, chunk):
 
 
 def test_each_filter_reaches_its_request(make, expected):
-    """A filter that leaves one token makes a hot request greedy, and leaves the one beside it alone."""
+    """A filter that leaves one token makes a hot request greedy, and leaves the one next to it alone."""
     hot = dict(max_new_tokens=30, temperature=3.0, seed=1, ignore_eos=True)
     filters = {"top_k": 1, "top_p": 1e-6, "min_p": 1.0}
     asked = [request(name, PROMPTS[0], SamplingParams(**hot, **{name: value})) for name, value in filters.items()]
@@ -197,7 +197,7 @@ def test_each_filter_reaches_its_request(make, expected):
 
 
 def test_penalties(make, llama):
-    """Repetition counts prompt and output, frequency and presence the output; beside one without any."""
+    """Repetition counts prompt and output, frequency and presence the output; next to one without any."""
     prompt, params = [5, 6, 5, 7], SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True)
     params.repetition_penalty, params.frequency_penalty, params.presence_penalty = 1.7, 0.4, 0.9
     got = collect(make(), request("a", prompt, params), request("plain", prompt))

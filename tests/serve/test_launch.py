@@ -174,7 +174,7 @@ def test_how_http_is_spoken():
 
 
 def test_a_graceful_end(model_folder, tmp_path):
-    """A short request finishes, a long one is ended with an error within the bound, the port closes, nobody is left.
+    """A short request finishes, a long one ends with an error within the bound, the port closes, no process is left.
     Here it is the terminal that is closed; the shared server of these tests ends by SIGTERM."""
     with serve(model_folder, tmp_path / "log", "--max-total-tokens", "8192") as server:
         engine = server.engine_pid

@@ -52,7 +52,7 @@ def test_the_pool_takes_what_it_was_counted_to(folders, name, dtype, monkeypatch
 @pytest.mark.parametrize("chunk", [5, 64])
 @pytest.mark.parametrize("name", ["llama", "deepseek"])
 def test_an_fp8_pool_keeps_nearly_the_same(folders, name, chunk):
-    """Beside the engine whose pool is exact, over the same text. FP8 is off by up to 1/16 of a number, a text that is
+    """Besides the engine whose pool is exact, over the same text. FP8 is off by up to 1/16 of a number, a text that is
     read wrongly by as much as logprobs differ among themselves. A latent prefill in one piece reads nothing back."""
     logprobs = {}
     for kind in ("auto", "fp8_e4m3"):

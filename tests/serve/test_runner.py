@@ -1,4 +1,4 @@
-"""What the runner makes of a schedule: decodes beside prompts that were read in part, each in its own pages."""
+"""What the runner makes of a schedule: decodes next to prompts that were read in part, each in its own pages."""
 
 import pytest
 import torch

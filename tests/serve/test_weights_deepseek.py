@@ -1,4 +1,4 @@
-"""DeepSeek checkpoints as they are found: with layers nobody uses, without scales, in another form than they say."""
+"""DeepSeek checkpoints as they are found: with layers that are not used, without scales, in a form they do not name."""
 
 import logging
 import subprocess
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_deepseek import make_deepseek, quantise
+from helpers_deepseek import make_deepseek, quantize
 from helpers_llama import edit_json, load
 from safetensors.torch import load_file, save_file
 
@@ -88,7 +88,7 @@ def test_loading_takes_the_model_and_next_to_nothing_beside(tmp_path, fp8):
     config = dict(hidden_size=512, moe_intermediate_size=256, n_routed_experts=64, num_experts_per_tok=4)
     make_deepseek(tmp_path, 3, **config).to(torch.bfloat16).save_pretrained(tmp_path)
     if fp8:
-        quantise(tmp_path, (128, 128))
+        quantize(tmp_path, (128, 128))
         edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config=FP8 | dict(
             weight_block_size=[128, 128])))
     found = subprocess.run([sys.executable, "-c", MEMORY_OF_A_LOAD, tmp_path], capture_output=True, text=True)
@@ -103,7 +103,7 @@ def test_loading_takes_the_model_and_next_to_nothing_beside(tmp_path, fp8):
 @pytest.mark.parametrize(("arch", "dtype"), [("gfx942", torch.float8_e4m3fnuz), ("gfx950", torch.float8_e4m3fn)])
 def test_fp8_is_multiplied_as_it_was_stored(folder, arch, dtype, block):
     """Numbers times scales are the checkpoint's whatever the architecture's FP8, of linear layers and experts."""
-    exact = quantise(folder, block)
+    exact = quantize(folder, block)
     edit_json(folder / "config.json", lambda c: c.update(quantization_config=FP8 | dict(weight_block_size=list(block))))
     with platform.target(arch):
         model, _ = load(folder, "cpu")
@@ -140,7 +140,7 @@ def test_fp8_rows_are_as_far_apart_as_the_architecture_reads_them_fastest(arch, 
 
 
 def test_fp8_without_its_scales(folder, device):
-    quantise(folder, (16, 32))
+    quantize(folder, (16, 32))
     edit_json(folder / "config.json", lambda c: c.update(quantization_config=FP8))
     edit(folder, lambda t: t.pop("model.layers.1.self_attn.o_proj.weight_scale_inv"))
     with pytest.raises(WeightsError, match=r"o_proj\.weight_scale_inv: expected by the model, not in any"):
@@ -148,7 +148,7 @@ def test_fp8_without_its_scales(folder, device):
 
 
 def test_fp8_that_config_json_does_not_announce(folder, device):
-    quantise(folder, (16, 32))
+    quantize(folder, (16, 32))
     with pytest.raises(WeightsError, match="unexpected"):
         load(folder, device)
     edit(folder, lambda t: [t.pop(name) for name in list(t) if name.endswith("_scale_inv")])

@@ -1,5 +1,5 @@
 // hip/src/runtime.cpp as C functions that ctypes can call, launches with every number of their own included. It is
-// built with that file alone, beside a folder of code objects that the test chooses.
+// built with that file alone, next to a folder of code objects that the test chooses.
 #include <cstring>
 
 #include "runtime.h"

@@ -1,5 +1,5 @@
 """What the runtime does with HIP, a function each: `python -S scenarios.py NAME STANDIN RUNTIME`, a process each, since
-a process opens one HIP. tests/test_standin_hip.py runs them; beside RUNTIME lie the code objects that they load."""
+a process opens one HIP. tests/test_standin_hip.py runs them; next to RUNTIME lie the code objects that they load."""
 
 import ctypes
 import os

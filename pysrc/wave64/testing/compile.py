@@ -1,6 +1,6 @@
 """Compiles what the Triton launchers really launch, for a GPU that need not be there (figures: for an AMD one).
 
-`capture(arch)` lets launchers run as they are, configured for `arch`: Triton specialises on their arguments (alignment,
+`capture(arch)` lets launchers run as they are, configured for `arch`: Triton specializes on their arguments (alignment,
 divisibility by 16, ones, None, storage below 2 GiB) and compiles, and where it would launch, the kernel is recorded.
 The arguments are tensors without memory (torch's meta device), so a case of the longest context costs nothing, and a
 launcher that looks at data, which would also break graph capture, fails here.
@@ -95,7 +95,7 @@ class _Driver:
 
 
 def _key(function: JITFunction, args: tuple, kwargs: dict[str, Any]) -> str:
-    """What Triton tells the binaries of a function apart by: types, what it specialises on, and options."""
+    """What Triton tells the binaries of a function apart by: types, what it specializes on, and options."""
     device = driver.active.get_current_device()  # pyright: ignore[reportAttributeAccessIssue]  # no part of DriverBase
     *_, binder = function.device_caches[device]
     _, specialization, options = binder(*args, **kwargs)
@@ -143,7 +143,7 @@ def arguments(case: Case) -> dict[str, Any]:
 
 
 def _moved(args: dict[str, Any], device: str) -> dict[str, Any]:
-    """The same arguments on `device`, uninitialised: on a CPU, addresses of pages that nobody touches."""
+    """The same arguments on `device`, uninitialized: on a CPU, addresses of pages that is never touched."""
     def move(t: Tensor) -> Tensor:
         storage = torch.empty(t.untyped_storage().nbytes() // t.itemsize, dtype=t.dtype, device=device)
         return storage.as_strided(t.shape, t.stride(), t.storage_offset())

@@ -230,7 +230,7 @@ def _poison(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that torch hands out uninitialised arrives full of NaN (integers: the largest), so that what a kernel
+    """Memory that torch hands out uninitialized arrives full of NaN (integers: the largest), so that what a kernel
     leaves unwritten shows."""
     patched = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
     originals = [getattr(owner, name) for owner, name in patched]

@@ -1,7 +1,7 @@
 """What AMD machine code costs, read from the code itself: registers, spills, LDS, waves per SIMD, instructions.
 
 Two sources. The code object (an ELF file) tells what a launch reserves: `read_elf` decodes its AMDGPU metadata note and
-its kernel descriptors, with no tool beside it. The assembly text, where the compiler gives one, tells what runs:
+its kernel descriptors, with no tool besides it. The assembly text, where the compiler gives one, tells what runs:
 `read_asm` counts instructions by class, using LLVM's own comments to know which of them are inside a loop.
 `figures` puts both together for one kernel; these are the rows of tests/gfx942/golden.json.
 
@@ -205,7 +205,7 @@ def lane_bytes(opcode: str) -> int:
 
 @dataclass(frozen=True)
 class Code:
-    """Instructions of one kernel. `loop` counts those inside any loop, each once; where there is none, all of them."""
+    """Instructions of one kernel. `loop` counts those inside any loop, each once; without one, all of them."""
 
     instructions: int
     loops: int
@@ -232,7 +232,7 @@ def read_asm(text: str, name: str) -> Code:
             break
         if _BLOCK.match(line):
             inside = False
-        if ";" in line:   # a block's loops are named beside its label and on the comment lines that follow
+        if ";" in line:   # a block's loops are named next to its label and on the comment lines that follow
             loops += "Loop Header: Depth=" in line
             inside |= "Loop Header: Depth=" in line or "in Loop: Header=" in line
         if found := _INSTRUCTION.match(line):

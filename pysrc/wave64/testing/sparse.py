@@ -51,7 +51,7 @@ def held(pool: Tensor, rows: list[int]) -> Tensor:
 
 def touched(storage: Tensor, used: Spans) -> int | None:
     """The first byte of memory from `empty`, given as bytes, that somebody read or wrote outside the pages of memory
-    of the spans; None where nobody did, or on a device that does not know."""
+    of the spans; None where that is not known, or on a device that does not know."""
     if storage.device.type != "cpu":
         return None
     resident = np.zeros(-(-storage.numel() // mmap.PAGESIZE), np.uint8)

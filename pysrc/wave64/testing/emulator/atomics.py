@@ -56,7 +56,7 @@ def integer(name: str, size: int) -> tuple[type, Callable]:
 
 def apply(space, offsets: np.ndarray, kind: type, change: Callable, operands: list[np.ndarray],
           returns: bool) -> np.ndarray | None:
-    """Changes `space`; gives the old values as words [accesses, words] where wanted. operands: words likewise."""
+    """Changes `space`; gives the old values as words [accesses, words] where wanted. operands: words as above."""
     size = np.dtype(kind).itemsize
     typed = [np.ascontiguousarray(operand).view(kind)[:, 0] for operand in operands]
     if not returns and isinstance(change, np.ufunc) and issubclass(kind, np.integer):

@@ -15,7 +15,7 @@ KINDS = {"f": np.float32, "h": np.float16, "d": np.float64, "u": np.uint32, "w":
          "i": np.int32, "s": np.int16, "I": np.int64}
 SIZES = {kind: np.dtype(dtype).itemsize for kind, dtype in KINDS.items()}
 FLOATS = "fhd"
-END, BARRIER = "end", "barrier"  # what s_endpgm and s_barrier give instead of a place to go on
+END, BARRIER = "end", "barrier"  # what s_endpgm and s_barrier give instead of a pc to go on from
 CONSTANTS = {240: 0.5, 241: -0.5, 242: 1.0, 243: -1.0, 244: 2.0, 245: -2.0, 246: 4.0, 247: -4.0,
              248: 0.15915494309189532}
 Source = Callable[[], np.ndarray]
@@ -30,8 +30,8 @@ Follow = Callable[[Known], list[tuple[int, np.ndarray, np.ndarray | None]]]
 class Binding:
     """What a form needs to make an instruction callable."""
 
-    def __init__(self, party, instruction: Instruction, place: int):
-        self.party, self.instruction, self.place = party, instruction, place
+    def __init__(self, party, instruction: Instruction, pc: int):
+        self.party, self.instruction, self.pc = party, instruction, pc
         self.machine, self.fields = party.machine, instruction.fields
         self.reads: list[tuple[str, int, int]] = []    # ("v" or "s", first register, how many)
         self.writes: list[tuple[str, int, int]] = []

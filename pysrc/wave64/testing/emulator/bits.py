@@ -45,13 +45,13 @@ def reverse(a: np.ndarray) -> np.ndarray:
 
 
 def first_one(a: np.ndarray) -> np.ndarray:
-    """The lowest set bit's number, as uint32; -1 where there is none."""
+    """The lowest set bit's number, as uint32; -1 without one."""
     below = np.bitwise_count((a & (~a + a.dtype.type(1))) - a.dtype.type(1)).astype(U32)
     return np.where(a == 0, U32(0xFFFFFFFF), below)
 
 
 def leading_zeros(a: np.ndarray) -> np.ndarray:
-    """Zeros above the highest set bit, as uint32; -1 where there is none."""
+    """Zeros above the highest set bit, as uint32; -1 without one."""
     return first_one(reverse(a))
 
 

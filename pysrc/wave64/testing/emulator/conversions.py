@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from wave64.testing.emulator import arithmetic as ar
-from wave64.testing.emulator.operations import F16, F32, F64, I32, U16, U32, Row, normalised, pk_f16
+from wave64.testing.emulator.operations import F16, F32, F64, I32, U16, U32, Row, normalized, pk_f16
 
 CONVERSIONS: dict[str, Row] = {
     "v_cvt_f32_f16": ("f=h", lambda x: x.astype(F32)), "v_cvt_f16_f32": ("h=f", lambda x: x.astype(F16)),
@@ -23,8 +23,8 @@ CONVERSIONS: dict[str, Row] = {
     "v_cvt_flr_i32_f32": ("i=f", lambda x: ar.integer(np.floor(x), I32)),
     **{f"v_cvt_f32_ubyte{i}": ("f=u", lambda x, i=i: (x >> U32(8 * i) & U32(255)).astype(F32)) for i in range(4)},
     "v_cvt_pkrtz_f16_f32": ("u=ff", pk_f16),
-    "v_cvt_pknorm_i16_f32": ("u=ff", normalised(np.int16, 32767)),
-    "v_cvt_pknorm_u16_f32": ("u=ff", normalised(U16, 65535)),
+    "v_cvt_pknorm_i16_f32": ("u=ff", normalized(np.int16, 32767)),
+    "v_cvt_pknorm_u16_f32": ("u=ff", normalized(U16, 65535)),
 }
 
 

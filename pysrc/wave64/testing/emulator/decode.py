@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-#: register numbers of the scalar space, and of what a source operand may name beside registers
+#: register numbers of the scalar space, and of what a source operand may name besides registers
 VCC, M0, EXEC = 106, 124, 126
 MFMA_LD_SCALE = 0xD3AC  # the upper half of the word that scaled matrix instructions begin with
 VCCZ, EXECZ, SCC, LITERAL, VGPR0 = 251, 252, 253, 255, 256

@@ -7,7 +7,7 @@ another name, none of which the emulator executes.
 
 An instruction opens windows: so many wait states long, certain uses of certain registers come too early. Every
 instruction between takes one wait state, s_nop N takes N + 1. Looked at are all paths whose steps, from an instruction
-to the next one, some wave has taken, branches included: what nobody executed is not judged. A step is examined when it
+to the next one, some wave has taken, branches included: what was not executed is not judged. A step is examined when it
 is first taken, so that kernels run as fast with this check as without, but for their first round.
 """
 
@@ -53,7 +53,7 @@ _TRANSCENDENTAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
 _CARRY = re.compile(r"v_(cndmask|addc|subb|subbrev|div_fmas)_")  # their last scalar source is a mask, no constant
 _MATRIX = re.compile(r"v_(?:mfma|smfmac)_(?:scale_)?(?:f32|i32|f64)_(\d+)x\d+x\d+_(?:(\d+)b_)?(\w+)$")
 _WIDE = re.compile(r"(flat|global|scratch|buffer)_(store_dwordx([34])|atomic_f?cmpswap_x2)$")
-_ENDS = ("s_endpgm", "s_branch", "s_setpc", "s_swappc", "s_trap")  # after which it does not go on at the next place
+_ENDS = ("s_endpgm", "s_branch", "s_setpc", "s_swappc", "s_trap")  # after which it does not go on at the next pc
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def step_of(b: Binding) -> Step:
 # ---- the check
 
 class Hazards(Check):
-    """Keeps the steps that were taken, as a graph of places, and looks back from every use along it."""
+    """Keeps the steps that were taken, as a graph of program counters, and looks back from every use along it."""
 
     def __init__(self, machine):
         super().__init__(machine)
@@ -295,33 +295,33 @@ class Hazards(Check):
         self.horizon = 0  # the longest window opened so far
 
     def wrap(self, b: Binding, execute: Callable) -> Callable:
-        place, following, name = b.place, b.place + b.instruction.words, b.instruction.name
+        pc, following, name = b.pc, b.pc + b.instruction.words, b.instruction.name
         jumps = name.startswith(("s_branch", "s_cbranch", "s_setpc", "s_swappc"))
-        if place not in self.steps:
-            step = self.steps[place] = step_of(b)
+        if pc not in self.steps:
+            step = self.steps[pc] = step_of(b)
             self.horizon = max([self.horizon, *(window.states for window in step.windows)])
-            self._look_back(place)
+            self._look_back(pc)
             if not jumps and not name.startswith(_ENDS):
-                self._take(place, following)
+                self._take(pc, following)
         if not jumps:
             return execute
-        taken = self.after.setdefault(place, set())
+        taken = self.after.setdefault(pc, set())
 
         def branch():
             outcome = execute()
             where = following if outcome is None else outcome
             if where.__class__ is not int:  # the waves part
                 for each in set(np.asarray(where).tolist()) - taken:
-                    self._take(place, each)
+                    self._take(pc, each)
             elif where not in taken:
-                self._take(place, where)
+                self._take(pc, where)
             return outcome
         return branch
 
-    def _take(self, place: int, target: int) -> None:
-        """A step that nobody took before."""
-        self.after.setdefault(place, set()).add(target)
-        self.before.setdefault(target, set()).add(place)
+    def _take(self, pc: int, target: int) -> None:
+        """A step that was not taken before."""
+        self.after.setdefault(pc, set()).add(target)
+        self.before.setdefault(target, set()).add(pc)
         nearest: dict[int, int] = {}
         todo = [(target, 0)]
         while todo:
@@ -332,11 +332,11 @@ class Hazards(Check):
         for at in nearest:
             self._look_back(at)
 
-    def _look_back(self, place: int) -> None:
-        """Whether what stands at `place` comes too early for something before it."""
-        use = self.steps[place]
+    def _look_back(self, pc: int) -> None:
+        """Whether what stands at `pc` comes too early for something before it."""
+        use = self.steps[pc]
         seen: dict[int, tuple[int, frozenset[int]]] = {}
-        todo = [(place, 0, use.touched)]
+        todo = [(pc, 0, use.touched)]
         while todo:
             at, between, sought = todo.pop()
             for earlier in self.before.get(at, ()):
@@ -347,16 +347,16 @@ class Hazards(Check):
                 first = self.steps[earlier]
                 for window in first.windows:
                     if window.states > between:
-                        self._judge(window, earlier, place, sought, between)
+                        self._judge(window, earlier, pc, sought, between)
                 # what it wrote anew is no longer what others before it left
                 todo.append((earlier, between + first.states, sought - first.writes))
 
-    def _judge(self, window: Window, earlier: int, place: int, sought: frozenset[int], between: int) -> None:
-        first, use = self.steps[earlier], self.steps[place]
+    def _judge(self, window: Window, earlier: int, pc: int, sought: frozenset[int], between: int) -> None:
+        first, use = self.steps[earlier], self.steps[pc]
         touched = window.registers & use.uses.get(window.use, NONE) & sought
         if not touched or (window.forwarded and first.kin == use.kin and window.registers == use.addend):
             return
         what = f"hardware register {min(touched) - HARDWARE}" if min(touched) >= HARDWARE else name_of(min(touched))
         raise EmulationError(
-            f"{what} too early: {self.machine.where(place)} {window.use} {between} wait states after "
+            f"{what} too early: {self.machine.where(pc)} {window.use} {between} wait states after "
             f"{self.machine.where(earlier)} {window.did}; {window.states} must lie between")

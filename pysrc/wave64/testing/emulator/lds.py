@@ -190,10 +190,10 @@ def _transposed(width: int) -> Callable:
         def run() -> None:
             if not party.full:
                 raise NotImplementedError("a transposing load with lanes off")
-            places = where(octets)
-            if (places % aligned).any():
+            starts = where(octets)
+            if (starts % aligned).any():
                 raise EmulationError(f"{b.instruction.name} from an address that is no multiple of {aligned}")
-            bits = np.unpackbits(space.load(places, octets).view(np.uint8), axis=-1, bitorder="little")
+            bits = np.unpackbits(space.load(starts, octets).view(np.uint8), axis=-1, bitorder="little")
             columns = bits.reshape(-1, rows, 16, width).swapaxes(1, 2).reshape(-1, 8 * octets)
             write(np.packbits(columns, axis=-1, bitorder="little").view(U32))
         return run

@@ -28,7 +28,7 @@ FULL = np.uint64(2**64 - 1)
 
 
 class Program:
-    """The instructions of a code object, decoded as they are reached; a place is a dword of its executable segment."""
+    """The instructions of a code object, decoded as they are reached; a pc is a dword of its executable segment."""
 
     def __init__(self, code: CodeObject):
         self.code = code
@@ -38,12 +38,12 @@ class Program:
         self.instructions: list[Instruction | None] = [None] * self.length
         self.address = code.image.ctypes.data + start
 
-    def at(self, place: int) -> Instruction:
-        if not 0 <= place < self.length:
-            raise EmulationError(f"the program counter left the code, to offset 0x{place * 4:x}")
-        found = self.instructions[place]
+    def at(self, pc: int) -> Instruction:
+        if not 0 <= pc < self.length:
+            raise EmulationError(f"the program counter left the code, to offset 0x{pc * 4:x}")
+        found = self.instructions[pc]
         if found is None:
-            found = self.instructions[place] = decode(self.text[place * 4:place * 4 + 16].tobytes())
+            found = self.instructions[pc] = decode(self.text[pc * 4:pc * 4 + 16].tobytes())
         return found
 
 
@@ -72,23 +72,23 @@ class Machine:
         self.sgprs = np.zeros((n, SGPRS), np.uint32)
         self.scc = np.zeros(n, bool)
         self.fp16_overflow = np.zeros(n, bool)  # of MODE, the one bit that kernels change
-        self.places = np.zeros(n, np.int64)
+        self.pcs = np.zeros(n, np.int64)
         self.states = np.zeros(n, np.uint8)
         self.group = np.arange(n) // shape.waves
         self.lds_stride = max(16, -(-shape.lds_bytes // 16) * 16)
         self.lds = Space(np.zeros(shape.groups * self.lds_stride, np.uint8))
         self.scratch_bytes = -(-kernel.scratch_bytes // 16) * 16
         self.scratch = Space(np.zeros(max(16, n * LANES * self.scratch_bytes), np.uint8))
-        self.counts = [0] * program.length  # wave instructions executed in this batch, by place
+        self.counts = [0] * program.length  # wave instructions executed in this batch, by pc
         self.checks = [check(self) for check in checks]
         self._parties: dict[tuple[int, int, int], Party] = {}
 
     def start(self, live: int) -> None:
         """All waves of the first `live` workgroups stand at the kernel's entry, EXEC full. Registers, LDS and scratch
-        hold what nobody wrote: NaN in every format."""
+        hold what was never written: NaN in every format."""
         self.counts[:] = [0] * len(self.counts)
         waves = live * self.shape.waves
-        self.places[:] = (self.kernel.entry - self.program.code.text[0]) // 4
+        self.pcs[:] = (self.kernel.entry - self.program.code.text[0]) // 4
         self.states[:waves], self.states[waves:] = READY, ENDED
         for unwritten in (self.vgprs, self.sgprs, self.lds.u32, self.scratch.u32):
             unwritten.fill(0xFFFFFFFF)
@@ -100,7 +100,7 @@ class Machine:
     def run(self, seconds: float) -> None:
         """Until every wave has ended. Raises EmulationError where one cannot go on, or after `seconds`."""
         until = time.monotonic() + seconds
-        turn = 0  # no wave at an earlier place runs: 0, unless a party ran out of patience
+        turn = 0  # no wave at an earlier pc runs: 0, unless a party ran out of patience
         while True:
             ready = self.states == READY
             if not ready.any():
@@ -108,29 +108,29 @@ class Machine:
                     return
                 self.meet()
                 continue
-            ahead = self.places[ready]
+            ahead = self.pcs[ready]
             if turn and not (ahead >= turn).any():
                 turn = 0
                 if (self.states == WAITING).any():
                     self.meet(partly=True)
                     continue
-            place = int(ahead[ahead >= turn].min())
-            others = ahead[ahead > place]
+            pc = int(ahead[ahead >= turn].min())
+            others = ahead[ahead > pc]
             limit = int(others.min()) if others.size else self.program.length
             patient = True
-            for piece in progressions(np.flatnonzero(ready & (self.places == place))):
-                patient = self.party(*piece).run(place, limit) > 0 and patient
+            for piece in progressions(np.flatnonzero(ready & (self.pcs == pc))):
+                patient = self.party(*piece).run(pc, limit) > 0 and patient
             if not patient:
-                turn = place + 1
+                turn = pc + 1
                 if time.monotonic() > until:
-                    raise EmulationError(f"{self.where(place)}: still running after {seconds:g} s; do its waves wait "
+                    raise EmulationError(f"{self.where(pc)}: still running after {seconds:g} s; do its waves wait "
                                          "for a workgroup that starts only when they have ended?")
 
     def advance(self, wave: int, steps: int) -> int:
         """Runs a wave that is ready, alone, until it ends, comes to a barrier or has executed `steps` instructions.
         Gives how many it executed."""
-        place = int(self.places[wave])
-        return steps - self.party(wave, wave + 1, 1).run(place, self.program.length, steps)
+        pc = int(self.pcs[wave])
+        return steps - self.party(wave, wave + 1, 1).run(pc, self.program.length, steps)
 
     def release(self) -> None:
         """Ends the machine's use. Its parts refer to each other, and would stay until garbage is looked for."""
@@ -145,12 +145,12 @@ class Machine:
             self._parties[key] = Party(self, slice(*key))
         return self._parties[key]
 
-    def where(self, place: int) -> str:
-        """An instruction's place as error messages show it."""
-        address = place * 4 + self.program.code.text[0]
+    def where(self, pc: int) -> str:
+        """An instruction's pc as error messages show it."""
+        address = pc * 4 + self.program.code.text[0]
         line = self.program.code.line(address)
         named = f"{self.kernel.name}+0x{address - self.kernel.entry:x}" + (f" ({line})" if line else "")
-        return f"{named}: {self.program.at(place).text}"
+        return f"{named}: {self.program.at(pc).text}"
 
     def meet(self, partly: bool = False) -> None:
         """Lets the workgroups go on whose waves have all come to a barrier."""
@@ -161,7 +161,7 @@ class Machine:
             group = int(np.flatnonzero(stuck)[0])
             first = group * self.shape.waves + int(np.flatnonzero(states[group] == WAITING)[0])
             raise EmulationError(
-                f"{self.where(int(self.places[first]) - 1)}: {int((states[group] == WAITING).sum())} waves of a "
+                f"{self.where(int(self.pcs[first]) - 1)}: {int((states[group] == WAITING).sum())} waves of a "
                 f"workgroup wait at a barrier that {int((states[group] == ENDED).sum())} of its waves never come to: "
                 "they have ended")
         met = waiting & (states == WAITING).all(1)
@@ -212,62 +212,62 @@ class Party:
         self.full = bool((self.exec == FULL).all())
         self.mask = lanes_of(self.exec)
 
-    def run(self, place: int, limit: int, patience: int = PATIENCE) -> int:
-        """From `place` until the waves part, end, meet a barrier or come to `limit`, where others stand (or, jumping
+    def run(self, pc: int, limit: int, patience: int = PATIENCE) -> int:
+        """From `pc` until the waves part, end, meet a barrier or come to `limit`, where others stand (or, jumping
         back, come behind them no more). Gives how many steps of `patience` are left: 0 where it ended first."""
         machine, bound, following = self.machine, self.bound, self.following
         counts, count = machine.counts, self.count
         self.exec_changed()
         try:
             for left in range(patience - 1, -1, -1):
-                execute = bound[place]
+                execute = bound[pc]
                 if execute is None:
-                    execute = self._bind(place)
+                    execute = self._bind(pc)
                 outcome = execute()
-                counts[place] += count
+                counts[pc] += count
                 if outcome is None:
-                    place = following[place]
+                    pc = following[pc]
                 elif outcome.__class__ is int:
-                    place = outcome
+                    pc = outcome
                 elif outcome is END:
                     machine.states[self.waves] = ENDED
                     return left
                 else:
                     if outcome is BARRIER:
                         machine.states[self.waves] = WAITING
-                        outcome = following[place]
-                    machine.places[self.waves] = outcome
+                        outcome = following[pc]
+                    machine.pcs[self.waves] = outcome
                     return left
-                if place >= limit:
-                    machine.places[self.waves] = place
+                if pc >= limit:
+                    machine.pcs[self.waves] = pc
                     return left
         except OutOfBounds as e:
-            raise EmulationError(f"{machine.where(place)}: {self._lane(place, e.access)} {e}") from None
+            raise EmulationError(f"{machine.where(pc)}: {self._lane(pc, e.access)} {e}") from None
         except (EmulationError, NotImplementedError) as e:
-            raise type(e)(f"{self._where(place)}: {e}") from None
-        machine.places[self.waves] = place
+            raise type(e)(f"{self._where(pc)}: {e}") from None
+        machine.pcs[self.waves] = pc
         return 0
 
-    def _bind(self, place: int) -> Callable:
-        instruction = self.machine.program.at(place)
-        binding = Binding(self, instruction, place)
+    def _bind(self, pc: int) -> Callable:
+        instruction = self.machine.program.at(pc)
+        binding = Binding(self, instruction, pc)
         execute = forms.lookup(instruction)(binding)
         for check in self.machine.checks:
             execute = check.wrap(binding, execute)
-        self.following[place] = place + instruction.words
-        self.bound[place] = execute
+        self.following[pc] = pc + instruction.words
+        self.bound[pc] = execute
         return execute
 
-    def _where(self, place: int) -> str:
+    def _where(self, pc: int) -> str:
         try:
-            return self.machine.where(place)
+            return self.machine.where(pc)
         except NotImplementedError:
-            return f"{self.machine.kernel.name}, offset 0x{place * 4:x} of the code"
+            return f"{self.machine.kernel.name}, offset 0x{pc * 4:x} of the code"
 
-    def _lane(self, place: int, access: int) -> str:
+    def _lane(self, pc: int, access: int) -> str:
         """Which wave and lane made an access, of those that an instruction made together."""
         lanes = np.argwhere(self.mask)
-        if self.machine.program.at(place).family == "SMEM" or access >= len(lanes):
+        if self.machine.program.at(pc).family == "SMEM" or access >= len(lanes):
             return "a wave"
         wave, lane = lanes[access]
         return f"wave {self.numbers[wave] % self.machine.shape.waves}, lane {lane}"

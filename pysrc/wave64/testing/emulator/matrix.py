@@ -167,11 +167,11 @@ def _accumulator(b: Binding, result: str, registers: int, sign: int = 1) -> Call
     return write
 
 
-def _follow(b: Binding, size: int, blocks: int, place: tuple, sides: tuple[tuple[int, ...], ...], width: int = 1,
+def _follow(b: Binding, size: int, blocks: int, layout: tuple, sides: tuple[tuple[int, ...], ...], width: int = 1,
             source: int | None = None, lanes: np.ndarray | None = None) -> Follow:
     """An element of D is known where a row of A, a column of B and the element of C are. sides: which of the binding's
     reads belong to A, to B and to C. A lane holds numbers of one row, or column, alone."""
-    block, row, column = place
+    block, row, column = layout
     every = np.ones((b.party.count, 64), bool)
 
     def follow(known: Known) -> list:
@@ -201,20 +201,20 @@ def form(name: str) -> Callable | None:
         return None
     family, result, size, _, depth, blocks, kinds = found.groups()
     size, depth, blocks = int(size), int(depth), int(blocks or 1)
-    place = _rows(result, size, size * size * blocks // 64)
+    layout = _rows(result, size, size * size * blocks // 64)
     if family == "smfmac":
         named = _of_each(kinds)
         wide, rest = divmod(depth, SPARSE.get((size, BITS[named[0]]), 1))
-        return _sparse(result, size, depth, named, wide == 2, place) if wide in (1, 2) and not rest else None
+        return _sparse(result, size, depth, named, wide == 2, layout) if wide in (1, 2) and not rest else None
     if kinds == "f8f6f4":
-        return _mixed(size, depth, family == "mfma_scale", place)
-    return _dense(result, size, depth, blocks, kinds, bool(GFX950.search(name)), place)
+        return _mixed(size, depth, family == "mfma_scale", layout)
+    return _dense(result, size, depth, blocks, kinds, bool(GFX950.search(name)), layout)
 
 
-def _dense(result: str, size: int, depth: int, blocks: int, kinds: str, only_950: bool, place: tuple) -> Callable:
+def _dense(result: str, size: int, depth: int, blocks: int, kinds: str, only_950: bool, layout: tuple) -> Callable:
     named = _of_each(kinds)
     held = size * blocks * depth // 64
-    block, row, column = place
+    block, row, column = layout
 
     def bind(b: Binding) -> Callable:
         arch = b.machine.arch
@@ -224,7 +224,7 @@ def _dense(result: str, size: int, depth: int, blocks: int, kinds: str, only_950
         negative = signs[0] != signs[1]
         left, right = _sources(b, named, (held, held))
         write = _accumulator(b, result, len(row), signs[2])
-        b.follow = _follow(b, size, blocks, place, ((0,), (1,), tuple(range(2, len(b.reads)))),
+        b.follow = _follow(b, size, blocks, layout, ((0,), (1,), tuple(range(2, len(b.reads)))),
                            2 if result == "f64" else 1, source, lanes)
 
         def run() -> None:
@@ -239,9 +239,9 @@ def _dense(result: str, size: int, depth: int, blocks: int, kinds: str, only_950
     return bind
 
 
-def _mixed(size: int, depth: int, scaled: bool, place: tuple) -> Callable:
+def _mixed(size: int, depth: int, scaled: bool, layout: tuple) -> Callable:
     held = size * depth // 64
-    block, row, column = place
+    block, row, column = layout
 
     def bind(b: Binding) -> Callable:
         fields, arch = b.fields, b.machine.arch
@@ -258,7 +258,7 @@ def _mixed(size: int, depth: int, scaled: bool, place: tuple) -> Callable:
                   ] if scaled else []
         first = 2 + len(addend)
         sides = ((0, first), (1, first + 1), addend) if scaled else ((0,), (1,), addend)
-        b.follow = _follow(b, size, 1, place, sides)
+        b.follow = _follow(b, size, 1, layout, sides)
 
         def run() -> None:
             operands = []
@@ -271,9 +271,9 @@ def _mixed(size: int, depth: int, scaled: bool, place: tuple) -> Callable:
     return bind
 
 
-def _sparse(result: str, size: int, depth: int, kinds: tuple[str, str], wide: bool, place: tuple) -> Callable:
+def _sparse(result: str, size: int, depth: int, kinds: tuple[str, str], wide: bool, layout: tuple) -> Callable:
     held = size * depth // 64  # elements of B a lane holds, and of A with those left out
-    block, row, column = place
+    block, row, column = layout
     shifts = 2 * np.arange(held // 2, dtype=U32)
     fours = 4 * (np.arange(held // 2) // 2)
     sets = 32 // held          # of index bits in a register
@@ -288,7 +288,7 @@ def _sparse(result: str, size: int, depth: int, kinds: tuple[str, str], wide: bo
         left, right = _sources(b, kinds, (held // 2, held))
         index = b.words(fields.src2.offset - VGPR0, 1)[0]
         write = _accumulator(b, result, len(row))
-        b.follow = _follow(b, size, 1, place, ((0, 2), (1,), (3,)))
+        b.follow = _follow(b, size, 1, layout, ((0, 2), (1,), (3,)))
         first = U32(0 if fields.cbsz or sets == 1 else held * fields.abid)  # bit of the set
 
         def run() -> None:

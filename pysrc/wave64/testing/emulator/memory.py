@@ -80,12 +80,12 @@ class Space:
         return old
 
     def accumulate(self, offsets: np.ndarray, kind: type, change: np.ufunc, operand: np.ndarray) -> None:
-        """As `atomic`, where the order does not matter and nobody asks for the old values."""
+        """As `atomic`, where the order does not matter and the old values are not asked for."""
         view, index = self._aligned(offsets, kind)
-        places, which = np.unique(index, return_inverse=True)
-        values = view[places]  # apart, for `at` would copy all of a view that spans its operand, as Memory's does
+        elements, which = np.unique(index, return_inverse=True)
+        values = view[elements]  # apart, for `at` would copy all of a view that spans its operand, as Memory's does
         change.at(values, which, operand)
-        self._put(view, places, values)
+        self._put(view, elements, values)
 
     def _aligned(self, offsets: np.ndarray, kind: type) -> tuple[np.ndarray, np.ndarray]:
         size = np.dtype(kind).itemsize
@@ -109,8 +109,8 @@ class Buffer:
 
 class Memory(Space):
     """Registered buffers. What lies between them is spanned, never touched: neither stored nor, to the byte, loaded.
-    Hardware would let loads go on to the end of a page, but what they find there is another tensor's, or nobody's. For
-    kernels that are known to do so, and are right all the same, `register` widens what may be loaded."""
+    Hardware would let loads go on to the end of a page, but what they find there belongs to another tensor, or to none.
+    For kernels that are known to do so, and are right all the same, `register` widens what may be loaded."""
 
     def __init__(self):
         self.buffers: list[Buffer] = []
@@ -145,7 +145,7 @@ class Memory(Space):
         return (addresses - np.uint64(self.base)).view(np.int64)
 
     def whereabouts(self, address: int) -> str:
-        """Where an address lies beside the nearest buffers, in words."""
+        """Where an address lies relative to the nearest buffers, in words."""
         def off(b: Buffer) -> int:
             return b.start - address if address < b.start else max(0, address - b.end)
 
@@ -174,10 +174,10 @@ class _Ranges:
         """The first access that is not all in one range."""
         if self.last[0] <= int(addresses.min()) and int(addresses.max()) + width <= self.last[1]:
             return None
-        place = np.searchsorted(self.starts, addresses, side="right") - 1
-        ends = self.ends[np.maximum(place, 0)]
-        inside = (place >= 0) & (ends >= np.uint64(width)) & (addresses <= ends - np.uint64(width))
+        buffer = np.searchsorted(self.starts, addresses, side="right") - 1
+        ends = self.ends[np.maximum(buffer, 0)]
+        inside = (buffer >= 0) & (ends >= np.uint64(width)) & (addresses <= ends - np.uint64(width))
         if not inside.all():
             return int(np.flatnonzero(~inside)[0])
-        self.last = (int(self.starts[place[0]]), int(ends[0]))
+        self.last = (int(self.starts[buffer[0]]), int(ends[0]))
         return None

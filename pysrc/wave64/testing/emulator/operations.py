@@ -97,7 +97,7 @@ def pk_f16(a, b):
     return toward_zero(a) | toward_zero(b) << U32(16)
 
 
-def normalised(kind: type, scale: int):
+def normalized(kind: type, scale: int):
     def one(x):
         return ar.integer(np.rint(np.clip(x.astype(F64), -1 if kind is np.int16 else 0, 1) * scale), kind)
     return lambda a, b: one(a).view(U16).astype(U32) | one(b).view(U16).astype(U32) << U32(16)

@@ -1,4 +1,4 @@
-"""VOP3P instructions beside the matrix ones: two 16-bit or 32-bit operations at once, mixed-precision fused
+"""VOP3P instructions besides the matrix ones: two 16-bit or 32-bit operations at once, mixed-precision fused
 multiply-adds, and dot products. op_sel and op_sel_hi say which half of each source the low and the high result take.
 """
 

@@ -1,9 +1,9 @@
-"""Accesses whose order nobody says: two waves of a workgroup touch the same bytes of LDS between two barriers, one of
-them not only to read; or two lanes store different values to the same bytes of memory with one instruction.
+"""Accesses whose order is not defined: two waves of a workgroup touch the same bytes of LDS between two barriers, and
+one of them not only to read; or two lanes store different values to the same bytes of memory with one instruction.
 
 Stores of the same value do no harm, and are not reported. In memory only the lanes of one instruction are held against
 each other: which waves and workgroups synchronize there, by atomics and flags, no check knows. In LDS lanes of a wave
-are not: where several hold one sum, each added up in another order, Triton stores all to one place, and the last stays.
+are not: where several hold one sum, each added up in another order, Triton stores all to one address; the last stays.
 """
 
 import numpy as np
@@ -20,30 +20,30 @@ VERB = {READ: "reads", WRITE: "writes", ATOMIC: "changes"}
 
 class Accesses:
     """Who did one kind of thing with each byte of LDS since the last barrier: the first wave and the last one, counted
-    from 1; 0: nobody. They differ where there are several."""
+    from 1; 0: none. They differ where there are several."""
 
     def __init__(self, size: int):
         self.first, self.last = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
 
-    def by_others(self, places: np.ndarray, waves: np.ndarray) -> np.ndarray:
+    def by_others(self, octets: np.ndarray, waves: np.ndarray) -> np.ndarray:
         """Where waves other than `waves` did it. Places count units of as many bytes as a number of `waves` has."""
         unit = waves.dtype
-        last = self.last.view(unit)[places]
+        last = self.last.view(unit)[octets]
         if not last.any():
-            return np.zeros(len(places), bool)
-        return (last != 0) & ((last != waves) | (self.first.view(unit)[places] != waves))
+            return np.zeros(len(octets), bool)
+        return (last != 0) & ((last != waves) | (self.first.view(unit)[octets] != waves))
 
-    def note(self, places: np.ndarray, waves: np.ndarray) -> None:
+    def note(self, octets: np.ndarray, waves: np.ndarray) -> None:
         first, last = self.first.view(waves.dtype), self.last.view(waves.dtype)
-        before = first[places]
-        first[places] = np.where(before == 0, waves, before)
-        last[places] = waves
-        lost = np.flatnonzero(last[places] != waves)  # several waves at once: one of them is the last
-        first[places[lost]] = waves[lost]
+        before = first[octets]
+        first[octets] = np.where(before == 0, waves, before)
+        last[octets] = waves
+        lost = np.flatnonzero(last[octets] != waves)  # several waves at once: one of them is the last
+        first[octets[lost]] = waves[lost]
 
-    def other(self, place: int, wave: int) -> int:
+    def other(self, octet: int, wave: int) -> int:
         """A wave other than `wave` that did it with a byte; 0: there is none."""
-        return next((int(by[place]) for by in (self.last, self.first) if by[place] not in (0, wave)), 0)
+        return next((int(by[octet]) for by in (self.last, self.first) if by[octet] not in (0, wave)), 0)
 
 
 #: Numbers of 8, 4, 2 bytes, and of each the ones of which every byte is 1.
@@ -77,47 +77,47 @@ class SharedMemory(Check):
         if access == READ and self._read(offsets, width, wave):
             return
         wave = np.repeat(wave, width)
-        places = (offsets[:, None] + np.arange(width)).reshape(-1)
-        clash = self._others(places, wave, AGAINST[access])
-        self.accesses[access].note(places, wave)
+        octets = (offsets[:, None] + np.arange(width)).reshape(-1)
+        clash = self._others(octets, wave, AGAINST[access])
+        self.accesses[access].note(octets, wave)
         if words is not None:
             new = np.ascontiguousarray(words).view(np.uint8).reshape(len(offsets), -1)[:, :width].reshape(-1)
-            self.after[places] = new
-            clash &= np.where(self.machine.lds.u8[places] == new, READ | ATOMIC, 0xFF).astype(np.uint8)
-            clash |= np.where(self.after[places] == new, 0, self._others(places, wave, WRITE)).astype(np.uint8)
+            self.after[octets] = new
+            clash &= np.where(self.machine.lds.u8[octets] == new, READ | ATOMIC, 0xFF).astype(np.uint8)
+            clash |= np.where(self.after[octets] == new, 0, self._others(octets, wave, WRITE)).astype(np.uint8)
         if clash.any():
-            self._report(places, wave, int(np.flatnonzero(clash)[0]), access, clash)
+            self._report(octets, wave, int(np.flatnonzero(clash)[0]), access, clash)
 
     def _read(self, offsets: np.ndarray, width: int, wave: np.ndarray) -> bool:
-        """Notes a read of what nobody wrote since the last barrier, several bytes at a time; False: it is another."""
+        """Notes a read of bytes not written since the last barrier, several at a time; False: it is another."""
         aligned = int(np.bitwise_or.reduce(offsets)) | width | 8
         size = aligned & -aligned
-        places, unit = ((offsets // size)[:, None] + np.arange(width // size)).reshape(-1), UNITS[size]
+        octets, unit = ((offsets // size)[:, None] + np.arange(width // size)).reshape(-1), UNITS[size]
         for kind in (WRITE, ATOMIC):
-            if self.accesses[kind].last.view(unit.dtype)[places].any():
+            if self.accesses[kind].last.view(unit.dtype)[octets].any():
                 return False
-        before = self.accesses[READ].first.view(unit.dtype)[places]
+        before = self.accesses[READ].first.view(unit.dtype)[octets]
         if ((before != 0) & ((before - unit & ~before & unit * 128) != 0)).any():
             return False  # some bytes of a number were read before, and some were not
-        self.accesses[READ].note(places, np.repeat(wave * unit, width // size))
+        self.accesses[READ].note(octets, np.repeat(wave * unit, width // size))
         return True
 
-    def _others(self, places: np.ndarray, wave: np.ndarray, kinds: int) -> np.ndarray:
-        """What of `kinds` waves other than `wave` did at `places`, all of them together."""
-        found = np.zeros(len(places), np.uint8)
+    def _others(self, octets: np.ndarray, wave: np.ndarray, kinds: int) -> np.ndarray:
+        """What of `kinds` waves other than `wave` did at `octets`, all of them together."""
+        found = np.zeros(len(octets), np.uint8)
         for kind, by in self.accesses.items():
             if kind & kinds:
-                found[by.by_others(places, wave)] |= kind
+                found[by.by_others(octets, wave)] |= kind
         return found
 
-    def _report(self, places: np.ndarray, wave: np.ndarray, first: int, access: int, clash: np.ndarray) -> None:
-        place, mine = int(places[first]), int(wave[first])
-        others = {kind: by.other(place, mine) for kind, by in self.accesses.items()}
+    def _report(self, octets: np.ndarray, wave: np.ndarray, first: int, access: int, clash: np.ndarray) -> None:
+        octet, mine = int(octets[first]), int(wave[first])
+        others = {kind: by.other(octet, mine) for kind, by in self.accesses.items()}
         other = next(others[kind] for kind in others if kind & clash[first])
-        kinds = [VERB[kind] for kind in others if other in (self.accesses[kind].first[place],
-                                                            self.accesses[kind].last[place])]
+        kinds = [VERB[kind] for kind in others if other in (self.accesses[kind].first[octet],
+                                                            self.accesses[kind].last[octet])]
         raise EmulationError(
-            f"wave {mine - 1} {VERB[access]} byte {place % self.machine.lds_stride} of LDS, which wave {other - 1} "
+            f"wave {mine - 1} {VERB[access]} byte {octet % self.machine.lds_stride} of LDS, which wave {other - 1} "
             f"{' and '.join(kinds)}, with no barrier between")
 
 

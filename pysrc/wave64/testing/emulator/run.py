@@ -53,9 +53,9 @@ class Counts:
 
     def add(self, machine: Machine, waves: int) -> None:
         self.waves += waves
-        for place, count in enumerate(machine.counts):
+        for pc, count in enumerate(machine.counts):
             if count:
-                name = machine.program.at(place).name
+                name = machine.program.at(pc).name
                 self.by_name[name] = self.by_name.get(name, 0) + count
                 self.instructions += count
 
@@ -114,7 +114,7 @@ class Prepared:
 
 def execute(launch, buffers: Iterable[Buffer], counts: Counts | None = None, checks: tuple[type, ...] = ALL,
             seconds: float = SECONDS, granule: int = 1) -> Counts:
-    """Makes a recorded launch (see hip.record), here and now. `buffers` is all memory that it may touch beside its
+    """Makes a recorded launch (see hip.record), here and now. `buffers` is all memory that it may touch besides its
     arguments and its code object, to the byte, or its loads to so many bytes (see Memory.register)."""
     began = time.monotonic()
     counts, prepared = counts or Counts(), Prepared(launch)

@@ -2,7 +2,7 @@
 
 A row of a table is a specification and a function on arrays [waves]. "u=uU" reads: 32-bit result of a 32-bit and a
 64-bit source (kinds as in binding.py; k: the signed 16-bit immediate; D: the destination's old value; c: SCC as bool).
-After it, "!" sets SCC where the result is not zero, and "," says that the function gives SCC beside the result; with
+After it, "!" sets SCC where the result is not zero, and "," says that the function gives SCC besides the result; with
 nothing before "=" the result is SCC.
 """
 
@@ -225,13 +225,13 @@ def _branch(b: Binding) -> Callable:
 
 
 def _target(b: Binding) -> int:
-    return b.place + 1 + (b.fields.simm16 ^ 0x8000) - 0x8000
+    return b.pc + 1 + (b.fields.simm16 ^ 0x8000) - 0x8000
 
 
 def _branch_if(register: int, zero: bool) -> Callable:
     """Taken where SCC, VCC or EXEC is zero, or where it is not."""
     def bind(b: Binding) -> Callable:
-        target, ahead, party = _target(b), b.place + 1, b.party
+        target, ahead, party = _target(b), b.pc + 1, b.party
         state = party.scc if register == SCC else party.S64[:, register // 2]
         b.reads.append(("s", register, 1 if register == SCC else 2))
 
@@ -249,13 +249,13 @@ def _branch_if(register: int, zero: bool) -> Callable:
 
 
 def _set_place(b: Binding, addresses: np.ndarray):
-    places = ((addresses - U64(b.machine.program.address)) >> U64(2)).astype(I64)
-    return int(places[0]) if (places == places[0]).all() else places
+    pcs = ((addresses - U64(b.machine.program.address)) >> U64(2)).astype(I64)
+    return int(pcs[0]) if (pcs == pcs[0]).all() else pcs
 
 
 def _get_pc(b: Binding) -> Callable:
     write = b.scalar_sink(b.fields.sdst.offset, "U")
-    here = np.array([b.machine.program.address + 4 * (b.place + 1)], U64)
+    here = np.array([b.machine.program.address + 4 * (b.pc + 1)], U64)
     return lambda: write(here)
 
 
@@ -266,7 +266,7 @@ def _set_pc(b: Binding) -> Callable:
 
 def _swap_pc(b: Binding) -> Callable:
     get, write = b.scalar(b.fields.ssrc0.offset, "U"), b.scalar_sink(b.fields.sdst.offset, "U")
-    here = np.array([b.machine.program.address + 4 * (b.place + 1)], U64)
+    here = np.array([b.machine.program.address + 4 * (b.pc + 1)], U64)
 
     def run():
         outcome = _set_place(b, get())

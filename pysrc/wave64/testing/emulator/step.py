@@ -55,7 +55,7 @@ def stepping(view: View) -> type[Check]:
         def wrap(self, b: Binding, execute: Callable) -> Callable:
             machine, waves = self.machine, set(b.party.numbers.tolist())
             written = registers(b.writes)
-            offset = b.place * 4 + machine.program.code.text[0] - machine.kernel.entry
+            offset = b.pc * 4 + machine.program.code.text[0] - machine.kernel.entry
 
             def shown():
                 nonlocal left
@@ -65,7 +65,7 @@ def stepping(view: View) -> type[Check]:
                 if number not in waves or offset < view.begin or view.kernel not in machine.kernel.name:
                     return outcome
                 values = ", ".join(f"{name_of(r)} = {self.value(r, number)}" for r in written)
-                view.show(f"{machine.where(b.place)}" + (f"    {values}" if values else ""))
+                view.show(f"{machine.where(b.pc)}" + (f"    {values}" if values else ""))
                 left -= 1
                 if left == 0:
                     raise Stop

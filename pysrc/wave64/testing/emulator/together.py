@@ -33,7 +33,7 @@ class Deadlock(EmulationError):
 def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 0, *, patience: int = PATIENCE,
                      checks: tuple[type, ...] = ALL, seconds: float = SECONDS) -> Counts:
     """Makes recorded launches at the same time, all their workgroups resident. `buffers` is all memory that they may
-    touch, and share, beside their arguments and code objects.
+    touch, and share, besides their arguments and code objects.
 
     Raises Deadlock, which says where each launch's waves are, once every wave that has not ended waits at a barrier or
     has executed `patience` instructions since a store or an atomic, to memory or LDS, last changed what was there;
@@ -94,7 +94,7 @@ def _whereabouts(machines: list[Machine]) -> Iterator[str]:
         alive = machine.states != ENDED
         if not alive.any():
             yield f"launch {i}: {machine.kernel.name} has ended"
-        places = Counter(zip(machine.places[alive].tolist(), machine.states[alive].tolist(), strict=True))
-        for (place, state), count in sorted(places.items()):
+        pcs = Counter(zip(machine.pcs[alive].tolist(), machine.states[alive].tolist(), strict=True))
+        for (pc, state), count in sorted(pcs.items()):
             doing = "wait at the barrier before" if state == WAITING else "run at"
-            yield f"launch {i}: {count} of {machine.count} waves {doing} {machine.where(place)}"
+            yield f"launch {i}: {count} of {machine.count} waves {doing} {machine.where(pc)}"

@@ -1,4 +1,4 @@
-"""What comes from a register or LDS that nobody wrote decides a branch, an address or EXEC, or is stored."""
+"""What comes from a register or LDS that was never written decides a branch, an address or EXEC, or is stored."""
 
 from collections.abc import Callable
 from typing import cast
@@ -103,22 +103,22 @@ class Unwritten(Check):
         self._demand(frozenset(data), b.party, lanes)
 
     def lds(self, b: Binding, offsets: np.ndarray, width: int, access: int, words: np.ndarray | None) -> None:
-        places = offsets[:, None] + np.arange(width)
+        octets = offsets[:, None] + np.arange(width)
         if access == WRITE:
-            self.written[places] = True
+            self.written[octets] = True
             return
-        stored = cast(np.ndarray, self.written[places].all(1))
+        stored = cast(np.ndarray, self.written[octets].all(1))
         if not stored.all():
             if access == ATOMIC:
                 at = int(offsets[~stored][0]) % self.machine.lds_stride
-                raise EmulationError(f"an atomic on byte {at} of LDS, which nobody wrote")
+                raise EmulationError(f"an atomic on byte {at} of LDS, which was never written")
             self.loaded = stored if self.loaded is None else self.loaded & stored
 
     def scratch(self, b: Binding, offsets: np.ndarray, width: int, writes: bool) -> None:
-        places = offsets[:, None] + np.arange(width)
+        octets = offsets[:, None] + np.arange(width)
         if writes:
-            self.private[places] = True
-        elif not (stored := cast(np.ndarray, self.private[places].all(1))).all():
+            self.private[octets] = True
+        elif not (stored := cast(np.ndarray, self.private[octets].all(1))).all():
             self.loaded = stored
 
     @staticmethod
@@ -167,4 +167,4 @@ class Unwritten(Check):
                 where = f"wave {party.numbers[wave] % self.machine.shape.waves}"
                 if register < SCALAR:
                     where += f", lane {lane}"
-                raise EmulationError(f"{where}: {name_of(register)} comes from a register that nobody wrote")
+                raise EmulationError(f"{where}: {name_of(register)} comes from a register that was never written")

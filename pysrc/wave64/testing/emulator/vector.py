@@ -79,7 +79,7 @@ class Moved(NamedTuple):
 def _follow(b: Binding, ends: list[int], moved: Moved | None, chooses: Source | None) -> Follow:
     """Of the sources that end at `ends` in the binding's reads, with DPP's lanes of the first. chooses: the mask that
     takes the second or the first, of which the other does not matter. A mask that is not known as a whole is let pass:
-    compilers merge masks in whose bits, of lanes that are off, nobody wrote anything."""
+    compilers merge masks in whose bits, of lanes that are off, nothing was written."""
     def follow(known: Known) -> list:
         sources = []
         for start, end in zip([0, *ends], ends, strict=False):

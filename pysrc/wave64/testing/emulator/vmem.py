@@ -1,4 +1,4 @@
-"""Memory instructions beside LDS: SMEM; GLOBAL, FLAT and SCRATCH; MUBUF.
+"""Memory instructions besides LDS: SMEM; GLOBAL, FLAT and SCRATCH; MUBUF.
 
 A buffer access is first held against its resource, as hardware does it: out of range, loads give 0 and stores vanish.
 Whatever then reaches memory must lie inside a registered buffer, which hardware does not ask. With an index a resource
@@ -92,16 +92,16 @@ def _scratch(b: Binding) -> tuple[Space, Where]:
     return machine.scratch, where
 
 
-PLACES = {"global": _global, "flat": _global, "scratch": _scratch}
+SPACES = {"global": _global, "flat": _global, "scratch": _scratch}
 
 
 def _data(b: Binding) -> str:
     return "vdata" if b.instruction.family == "MUBUF" else "data"
 
 
-def _load(place: Callable, width: int, signed: type | None, half: int | None) -> Callable:
+def _load(address_of: Callable, width: int, signed: type | None, half: int | None) -> Callable:
     def bind(b: Binding) -> Callable:
-        space, where = place(b)
+        space, where = address_of(b)
         write = receive(b, b.number("vdst"), width, signed, half, bool(b.fields.acc))
 
         def run() -> None:
@@ -110,9 +110,9 @@ def _load(place: Callable, width: int, signed: type | None, half: int | None) ->
     return bind
 
 
-def _store(place: Callable, width: int, high: bool) -> Callable:
+def _store(address_of: Callable, width: int, high: bool) -> Callable:
     def bind(b: Binding) -> Callable:
-        space, where = place(b)
+        space, where = address_of(b)
         read = give(b, b.number("data"), width, high, bool(b.fields.acc))
 
         def run() -> None:
@@ -121,11 +121,11 @@ def _store(place: Callable, width: int, high: bool) -> Callable:
     return bind
 
 
-def _atomic(place: Callable, kind: type, change: Callable, compare: bool) -> Callable:
+def _atomic(address_of: Callable, kind: type, change: Callable, compare: bool) -> Callable:
     size = np.dtype(kind).itemsize
 
     def bind(b: Binding) -> Callable:
-        space, where = place(b)
+        space, where = address_of(b)
         acc, data = bool(b.fields.acc), b.number(_data(b))
         reads = [give(b, data + i * size // 4, size, agpr=acc) for i in range(2 if compare else 1)]
         returns = bool(b.fields.sc0)
@@ -140,10 +140,10 @@ def _atomic(place: Callable, kind: type, change: Callable, compare: bool) -> Cal
     return bind
 
 
-def _load_to_lds(place: Callable, width: int) -> Callable:
+def _load_to_lds(address_of: Callable, width: int) -> Callable:
     """Lane i's bytes go to LDS at M0 + offset + i * width, never through a register."""
     def bind(b: Binding) -> Callable:
-        space, where = place(b)
+        space, where = address_of(b)
         deposit = _deposit(b, width)
         return lambda: deposit(space.load(where(width), width))
     return bind
@@ -310,19 +310,19 @@ def _forms() -> dict[str, Callable]:
         kinds += [(*atomics.integer(name, size), plain + suffix) for size, suffix in ((4, ""), (8, "_x2"))]
     for kind, change, name in kinds:
         compare = name.startswith("cmpswap")
-        for space, place in (("global", _global), ("flat", _global)):
-            forms[f"{space}_atomic_{name}"] = _atomic(place, kind, change, compare)
+        for space, address_of in (("global", _global), ("flat", _global)):
+            forms[f"{space}_atomic_{name}"] = _atomic(address_of, kind, change, compare)
         forms[f"buffer_atomic_{name}"] = _buffer_atomic(kind, change, compare)
-    for space, place in PLACES.items():
+    for space, address_of in SPACES.items():
         for name, (width, signed) in LOADS.items():
-            forms[f"{space}_load_{name}"] = _load(place, width, signed, None)
-            forms[f"{space}_load_lds_{name}"] = _load_to_lds(place, width)
+            forms[f"{space}_load_{name}"] = _load(address_of, width, signed, None)
+            forms[f"{space}_load_lds_{name}"] = _load_to_lds(address_of, width)
         for name, (width, signed) in HALF_LOADS.items():
-            forms[f"{space}_load_{name}"] = _load(place, width, signed, 0)
-            forms[f"{space}_load_{name}_hi"] = _load(place, width, signed, 1)
+            forms[f"{space}_load_{name}"] = _load(address_of, width, signed, 0)
+            forms[f"{space}_load_{name}_hi"] = _load(address_of, width, signed, 1)
         for name, width in STORES.items():
-            forms[f"{space}_store_{name}"] = _store(place, width, False)
-            forms[f"{space}_store_{name}_d16_hi"] = _store(place, width, True)
+            forms[f"{space}_store_{name}"] = _store(address_of, width, False)
+            forms[f"{space}_store_{name}_d16_hi"] = _store(address_of, width, True)
     for name, (width, signed) in LOADS.items():
         forms[f"buffer_load_{name}"] = _buffer_load(width, signed, None)
     for name, (width, signed) in HALF_LOADS.items():

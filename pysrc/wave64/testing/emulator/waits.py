@@ -87,28 +87,28 @@ class Waits(Check):
         stores = not loads and access != READ and self.machine.shape.waves > 1
         if not (loads or stores or self.direct or self.late):
             return
-        wave, places = active(b, b.party.numbers[:, None])[:, None], offsets[:, None] + np.arange(width)
+        wave, octets = active(b, b.party.numbers[:, None])[:, None], offsets[:, None] + np.arange(width)
         if self.late is not None:
-            self._meet_late(self.late, places, wave)
+            self._meet_late(self.late, octets, wave)
         if stores:
-            self.stores.append((self.issued["lgkm"][wave] + 1, wave, places))
+            self.stores.append((self.issued["lgkm"][wave] + 1, wave, octets))
         if loads:
             due, by = self._direct()
-            due[places], by[places] = self.issued["vm"][wave] + 1, wave
+            due[octets], by[octets] = self.issued["vm"][wave] + 1, wave
         elif self.direct is not None:
             due, by = self.direct
-            if (due[places] > self.done["vm"][by[places]]).any():
+            if (due[octets] > self.done["vm"][by[octets]]).any():
                 raise EmulationError(
                     "LDS is accessed, but no s_waitcnt has waited (vmcnt) for the load that goes there")
 
-    def _meet_late(self, late: tuple[np.ndarray, np.ndarray], places: np.ndarray, wave: np.ndarray) -> None:
+    def _meet_late(self, late: tuple[np.ndarray, np.ndarray], octets: np.ndarray, wave: np.ndarray) -> None:
         due, by = late
-        met = (due[places] > self.met_with[by[places]]) & (by[places] != wave)
+        met = (due[octets] > self.met_with[by[octets]]) & (by[octets] != wave)
         if met.any():
-            place = int(places[met][0])
+            octet = int(octets[met][0])
             raise EmulationError(
-                f"byte {place % self.machine.lds_stride} of LDS is accessed, but no s_waitcnt had waited (lgkmcnt) for "
-                f"the store of wave {by[place] % self.machine.shape.waves} there when that wave came to the barrier")
+                f"byte {octet % self.machine.lds_stride} of LDS is accessed, but no s_waitcnt had waited (lgkmcnt) for "
+                f"the store of wave {by[octet] % self.machine.shape.waves} there when that wave came to the barrier")
 
     def _bytes(self) -> tuple[np.ndarray, np.ndarray]:
         size = self.machine.shape.groups * self.machine.lds_stride
@@ -137,14 +137,14 @@ class Waits(Check):
         def run():
             kept = []
             for store in self.stores:
-                count, wave, places = store
+                count, wave, octets = store
                 here = np.isin(wave, waves)
                 if not here.all():
                     kept.append(store)
                 late = (here & (count > self.done["lgkm"][wave]))[:, 0]
                 if late.any():
                     self.late = self.late or self._bytes()
-                    self.late[0][places[late]], self.late[1][places[late]] = count[late], wave[late]
+                    self.late[0][octets[late]], self.late[1][octets[late]] = count[late], wave[late]
             self.stores = kept
             self.met_with[waves] = self.done["lgkm"][waves]
             return execute()

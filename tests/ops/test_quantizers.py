@@ -1,4 +1,4 @@
-"""The FP8 quantisers against loops over rows and groups in numpy; how to round to FP8 is written here once more."""
+"""The FP8 quantizers against loops over rows and groups in numpy; how to round to FP8 is written here once more."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def nearest(x, flavour):
     return np.where(up, numbers[above], numbers[above - 1])
 
 
-def quantised(row, flavour):
+def quantized(row, flavour):
     """(q as numbers, scale) of numbers that share a scale, fp32 operations one by one."""
     limit = np.float32(quant.limit(flavour))
     amax = np.float32(max(np.abs(row).max(), np.float32(1e-10)))
@@ -58,16 +58,16 @@ def bits(x):
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(rows=st.integers(0, 5), columns=st.integers(1, 300), group=st.sampled_from([8, 32, 64, 128, 1024]),
-       dtype=st.sampled_from(DTYPES), power=st.integers(-6, 3), beside=st.sampled_from([0, 1, 8]))
-def test_groups_equal_a_loop(backend, flavour, device, rows, columns, group, dtype, power, beside):
-    x = (torch.randn(rows, columns + beside) * 10.0**power).to(dtype)[:, beside:]
+       dtype=st.sampled_from(DTYPES), power=st.integers(-6, 3), offset=st.sampled_from([0, 1, 8]))
+def test_groups_equal_a_loop(backend, flavour, device, rows, columns, group, dtype, power, offset):
+    x = (torch.randn(rows, columns + offset) * 10.0**power).to(dtype)[:, offset:]
     q, scale = run(ops.per_token_group_quant_fp8.backends[backend].run, flavour, x.to(device), group)
     assert (q.shape, q.dtype, q.is_contiguous()) == (x.shape, flavour, True)
     assert (scale.shape, scale.dtype, scale.is_contiguous()) == ((rows, -(-columns // group)), torch.float32, True)
     q, scale, wide = q.cpu().double().numpy(), scale.cpu().numpy(), x.float().numpy()
     for t in range(rows):
         for i, first in enumerate(range(0, columns, group)):
-            expected, unit = quantised(wide[t, first:first + group], flavour)
+            expected, unit = quantized(wide[t, first:first + group], flavour)
             assert np.array_equal(q[t, first:first + group], expected)
             assert scale[t, i] == unit
 
@@ -76,20 +76,20 @@ def test_groups_equal_a_loop(backend, flavour, device, rows, columns, group, dty
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(rows=st.integers(0, 4), columns=st.integers(1, 500), dtype=st.sampled_from(DTYPES), power=st.integers(-6, 3),
-       beside=st.sampled_from([0, 3]))
-def test_rows_and_tensors_equal_a_loop(backend, flavour, device, rows, columns, dtype, power, beside):
-    x = (torch.randn(rows, columns + beside) * 10.0**power).to(dtype)[:, beside:]
+       offset=st.sampled_from([0, 3]))
+def test_rows_and_tensors_equal_a_loop(backend, flavour, device, rows, columns, dtype, power, offset):
+    x = (torch.randn(rows, columns + offset) * 10.0**power).to(dtype)[:, offset:]
     wide = x.float().numpy()
     q, scale = run(ops.per_token_quant_fp8.backends[backend].run, flavour, x.to(device))
     assert (q.shape, q.dtype, scale.shape) == (x.shape, flavour, (rows, 1))
     for t in range(rows):
-        expected, unit = quantised(wide[t], flavour)
+        expected, unit = quantized(wide[t], flavour)
         assert np.array_equal(q[t].cpu().double().numpy(), expected)
         assert scale[t].item() == unit
     q, scale = run(ops.per_tensor_quant_fp8.backends[backend].run, flavour, x.to(device))
     assert (q.shape, q.dtype, scale.shape) == (x.shape, flavour, (1,))
     if rows:
-        expected, unit = quantised(wide, flavour)
+        expected, unit = quantized(wide, flavour)
         assert np.array_equal(q.cpu().double().numpy(), expected)
         assert scale.item() == unit
 
@@ -143,7 +143,7 @@ def test_a_scale_of_zero_makes_no_nan(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(rows=st.integers(1, 3), d=st.integers(1, 200), group=st.sampled_from([32, 128]), dtype=st.sampled_from(DTYPES))
-def test_silu_is_quantised_as_fp64_says(backend, device, rows, d, group, dtype):
+def test_silu_is_quantized_as_fp64_says(backend, device, rows, d, group, dtype):
     """The product q * scale against y in fp64, within the bound of the docstring and the error of silu in fp32."""
     x = (torch.randn(rows, 2 * d) * 4).to(dtype)
     q, scale = ops.silu_and_mul_per_token_group_quant_fp8.backends[backend].run(x.to(device), group)
@@ -175,7 +175,7 @@ def test_backends_give_the_same_bits(backend, device):
 @pytest.mark.parametrize("op", ["per_token_group_quant_fp8", "per_token_quant_fp8", "per_tensor_quant_fp8",
                                 "silu_and_mul_per_token_group_quant_fp8"])
 def test_rows_further_apart_than_two_to_the_31_bytes(op, device):
-    """Memory that nobody touches costs nothing on a CPU."""
+    """Memory that is never touched costs nothing on a CPU."""
     x = torch.empty(3, 2**30, dtype=torch.bfloat16, device=device)[:, :128]
     x.copy_(torch.randn(3, 128))
     args = [64] if "group" in op else []
