@@ -34,7 +34,7 @@ def known() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("address", help="of the server, such as http://127.0.0.1:30000")
     if recite(parser.parse_args().address).strip() != known():
         sys.exit("this is not the text: the model, an operator or the server is wrong")

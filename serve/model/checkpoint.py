@@ -6,13 +6,13 @@ through a small buffer. So a load never needs more memory than the model itself,
 tensor reads no other bytes of it.
 """
 
+import io
 import json
 import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class StoredTensor:
                                f"{hint}")
         return DTYPES[self.dtype]
 
-    def _read(self, f: BinaryIO, out: Tensor, start: int, shard: Shard | None) -> None:
+    def _read(self, f: io.FileIO, out: Tensor, start: int, shard: Shard | None) -> None:
         """Fill the 1-D `out` with the shard's elements from `start` on, in the shard's order. A shard is one run of
         elements per index of the dimensions before its own: one for rows, one per row for columns."""
         if out.numel() == 0:
@@ -117,7 +117,7 @@ class StoredTensor:
         if shard is not None:
             inner = math.prod(self.shape[shard.dim + 1 :])
             run, stride, first = ((n * inner) for n in (shard.end - shard.begin, self.shape[shard.dim], shard.begin))
-        size, raw = out.element_size(), memoryview(out.view(torch.uint8).numpy())
+        size, raw = out.element_size(), out.view(torch.uint8).numpy().data
         done = 0
         while done < out.numel():
             index, offset = divmod(start + done, run)
@@ -126,7 +126,7 @@ class StoredTensor:
             self._fill(f, raw[done * size : (done + count) * size])
             done += count
 
-    def _fill(self, f: BinaryIO, raw: memoryview) -> None:
+    def _fill(self, f: io.FileIO, raw: memoryview) -> None:
         while len(raw):
             count = f.readinto(raw)
             if not count:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
 from wave64.serve.model.config import Keys, ModelConfig
+from wave64.serve.model.layers import CausalLM
 
 #: shapes of the tensors in which one layer caches tokens: (config, num_pages, page_size) -> a shape per tensor
 KVShapes = Callable[[ModelConfig, int, int], tuple[tuple[int, ...], ...]]
@@ -26,7 +25,7 @@ class Family:
 
     read_config: Callable[[str, Keys], ModelConfig]
     kv_shapes: KVShapes
-    build: Callable[[ModelConfig], nn.Module]
+    build: Callable[[ModelConfig], CausalLM]
     reads_prefixes: bool = False
 
 

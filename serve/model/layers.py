@@ -125,6 +125,8 @@ class RMSNorm(Layer):
 class Rotary(nn.Module):
     """Applies RoPE to queries and keys; one table for all layers of a model."""
 
+    cos_sin_cache: Tensor
+
     def __init__(self, rope: RopeConfig, head_dim: int, length: int, is_neox: bool = True):
         super().__init__()
         self.head_dim, self.is_neox = head_dim, is_neox
@@ -157,7 +159,8 @@ class Attention(nn.Module):
         query = query.view(-1, self.num_heads, self.head_dim)
         key = key.view(-1, self.num_kv_heads, self.head_dim)
         value = value.view(-1, self.num_kv_heads, self.head_dim)
-        ops.reshape_and_cache(key, value, *kv_cache, batch.slot_mapping)
+        key_cache, value_cache = kv_cache
+        ops.reshape_and_cache(key, value, key_cache, value_cache, batch.slot_mapping)
         n = batch.num_decodes
         if n == query.shape[0]:
             out = self._decode(query, batch, kv_cache)
@@ -168,14 +171,14 @@ class Attention(nn.Module):
         return out.flatten(1)
 
     def _decode(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        n = batch.num_decodes
-        return ops.paged_attention(query, *kv_cache, batch.page_table[:n], batch.seq_lens[:n], self.scale,
+        n, (key_cache, value_cache) = batch.num_decodes, kv_cache
+        return ops.paged_attention(query, key_cache, value_cache, batch.page_table[:n], batch.seq_lens[:n], self.scale,
                                    self.sliding_window)
 
     def _prefill(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        n = batch.num_decodes
-        out, _ = ops.prefill_attention(query, *kv_cache, batch.page_table[n:], batch.cu_seqlens_q, batch.seq_lens[n:],
-                                       batch.max_seqlen_q, self.scale, True, self.sliding_window)
+        n, (key_cache, value_cache) = batch.num_decodes, kv_cache
+        out, _ = ops.prefill_attention(query, key_cache, value_cache, batch.page_table[n:], batch.cu_seqlens_q,
+                                       batch.seq_lens[n:], batch.max_seqlen_q, self.scale, True, self.sliding_window)
         return out
 
 
@@ -187,7 +190,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.widths = (width, kv_width, kv_width)
-        parts = dict(zip(("q_proj", "k_proj", "v_proj"), self.widths, strict=True))
+        parts = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
         self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias or config.qkv_bias)
         self.o_proj = Linear(width, config.hidden_size, bias=config.attention_bias)
         self.rotary = rotary

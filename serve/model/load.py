@@ -14,7 +14,7 @@ from wave64.serve.model import FAMILIES
 from wave64.serve.model.checkpoint import Shard, StoredTensor, WeightsError, stored_tensors
 from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.cpu import products_by, slow_dtype
-from wave64.serve.model.layers import Layer, RMSNorm
+from wave64.serve.model.layers import CausalLM, Layer, RMSNorm
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     return model
 
 
-def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> CausalLM:
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -56,7 +56,7 @@ def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) 
         torch.set_default_dtype(default_dtype)
 
 
-def fill_from(model: nn.Module, folder: Path) -> None:
+def fill_from(model: CausalLM, folder: Path) -> None:
     """Read every weight of `model` from the checkpoint in `folder`.
 
     Raises WeightsError if a weight is missing there or has another shape, or if the model does not have one of them.
@@ -114,7 +114,7 @@ class Plan(NamedTuple):
     unused: list[str]
 
 
-def _plan(model: nn.Module, folder: Path) -> Plan:
+def _plan(model: CausalLM, folder: Path) -> Plan:
     """Which stored tensor fills which view. Raises WeightsError as fill_from does, except for shapes and dtypes; reads
     no weight, and works for a model on the meta device."""
     stored, targets = stored_tensors(folder), _targets(model)

@@ -122,12 +122,14 @@ class Experts(Layer):
                     ("up_proj", self.w13, self.w13_scale, self.inter, self.inter),
                     ("down_proj", self.w2, self.w2_scale, 0, hidden)):
                 yield f"{parent}.{expert}.{part}.weight", of.data[e, first : first + rows], None
-                if scale is not None:
+                if scale is not None and self.scales is not None:
                     view = self.scales.view(scale.data[e], first, rows)
                     yield f"{parent}.{expert}.{part}.weight_scale_inv", view, None
 
     def finish(self) -> None:
         if self.scales is not None:
+            assert self.w13_scale is not None
+            assert self.w2_scale is not None
             self.scales.finish()
             self.w13 = as_multiplied(self.w13, self.w13_scale)
             self.w2 = as_multiplied(self.w2, self.w2_scale)
@@ -168,12 +170,14 @@ class UpProjection(Layer):
             self._stored = None
 
     def _heads(self) -> tuple[Tensor, Tensor]:
-        return self.weight.unflatten(0, (self.num_heads, -1)).split((self.nope, self.v_head_dim), dim=1)
+        keys, values = self.weight.unflatten(0, (self.num_heads, -1)).split((self.nope, self.v_head_dim), dim=1)
+        return keys, values
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents [num_tokens, rank] -> keys and values, [num_tokens, num_heads, nope and v_head_dim]"""
         both = nn.functional.linear(latents, self.weight).unflatten(-1, (self.num_heads, -1))
-        return both.split((self.nope, self.v_head_dim), dim=-1)
+        keys, values = both.split((self.nope, self.v_head_dim), dim=-1)
+        return keys, values
 
     def queries_to_latents(self, q_nope: Tensor) -> Tensor:
         """q_nope [num_tokens, num_heads, nope] -> [num_tokens, num_heads, rank], whose product with a latent is that of

@@ -41,6 +41,7 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, rotary: Rotary):
         super().__init__()
         mla, hidden = config.mla, config.hidden_size
+        assert mla is not None
         self.num_heads, self.rank = config.num_heads, mla.kv_lora_rank
         self.nope, self.rope, self.v_head_dim = mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim
         self.scale, self.rotary = mla.softmax_scale, rotary
@@ -56,7 +57,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         q, kv_c, k_pe = self.down_proj(x).split((self.q_width, self.rank, self.rope), dim=-1)
-        if self.q_b_proj is not None:
+        if self.q_b_proj is not None and self.q_a_layernorm is not None:
             q = self.q_b_proj(self.q_a_layernorm.alone(q))
         q = q.unflatten(-1, (self.num_heads, -1))
         kv_c = self.kv_a_layernorm.alone(kv_c)
@@ -90,6 +91,7 @@ class MultiHeadLatentAttention(nn.Module):
         out, lse = ops.varlen_attention(q, *self._keys_and_values(kv_c, k_pe), starts, starts, longest, longest,
                                         self.scale)
         if batch.max_prefix:  # tokens of earlier chunks, which every new token sees
+            assert batch.cu_seqlens_prefix is not None
             stored = latents.flatten(0, 1)[batch.prefix_slots].to(q.dtype)
             before, its_lse = ops.varlen_attention(
                 q, *self._keys_and_values(*stored.split((self.rank, self.rope), dim=-1)), starts,
@@ -142,6 +144,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         moe = config.moe
+        assert moe is not None
         fused = moe.num_shared_experts == 1
         self.gate = Router(moe, config.hidden_size, int(fused))
         self.experts = Experts(config, moe.num_experts, moe.intermediate_size, fused)
@@ -156,6 +159,7 @@ class MixtureOfExperts(nn.Module):
 class DeepseekForCausalLM(CausalLM):
     def __init__(self, config: ModelConfig):
         mla, moe = config.mla, config.moe
+        assert mla is not None
         rotary = Rotary(config.rope, mla.qk_rope_head_dim, config.context_length, is_neox=not mla.rope_interleave)
 
         def mlp(number: int) -> nn.Module:
@@ -171,7 +175,9 @@ class DeepseekForCausalLM(CausalLM):
 
 def latents(config: ModelConfig, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
     """`kv_shapes` of multi-head latent attention: one latent and one rotated key per token."""
-    return ((num_pages, page_size, config.mla.kv_lora_rank + config.mla.qk_rope_head_dim),)
+    mla = config.mla
+    assert mla is not None
+    return ((num_pages, page_size, mla.kv_lora_rank + mla.qk_rope_head_dim),)
 
 
 FAMILY = Family(read_config, latents, DeepseekForCausalLM, reads_prefixes=True)
