@@ -57,6 +57,7 @@ class Detokenizer:
 
     def _forget(self) -> None:
         """Drop the oldest tokens where the rest reads the same without them; after a while, anywhere."""
+        keep, text = CONTEXT, ""
         for keep in range(CONTEXT, CONTEXT + 4):
             text = self._decode(self._window[-keep:])
             if self._text.endswith(text) and not text.startswith(UNKNOWN):

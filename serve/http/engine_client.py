@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 
 import zmq
@@ -38,7 +38,8 @@ class EngineClient:
         self._queues: dict[str, asyncio.Queue[Output | ApiError]] = {}  # by rid, one for all rids of a stream
         self._folder = tempfile.TemporaryDirectory(prefix="wave64-")
         self._context = zmq.Context()
-        self._outputs = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self._outputs = zmq.asyncio.Socket(  # pyright: ignore[reportGeneralTypeIssues]: pyzmq types `self` otherwise
+            self._context, zmq.PULL)
         self._requests = self._context.socket(zmq.PUSH)  # never blocks: its queue has no bound
         for pipe in (self._outputs, self._requests):
             pipe.setsockopt(zmq.SNDHWM, 0)
@@ -51,15 +52,17 @@ class EngineClient:
         requests, outputs = (f"ipc://{self._folder.name}/{name}" for name in ("requests", "outputs"))
         self._outputs.bind(outputs)
         self._requests.connect(requests)
-        self._process = await asyncio.create_subprocess_exec(
+        process = self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "wave64.serve.engine.process", stdin=asyncio.subprocess.PIPE, start_new_session=True
         )
         settings = {"args": asdict(self._args), "requests": requests, "outputs": outputs, "parent": os.getpid()}
-        self._process.stdin.write(json.dumps(settings).encode() + b"\n")
-        self._process.stdin.close()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(settings).encode() + b"\n")
+        process.stdin.close()
 
     async def run(self) -> str:
         """Hand out what the engine says until it is gone; returns why it is."""
+        assert self._process is not None  # since start()
         receiving = asyncio.create_task(self._receive())
         exited = asyncio.create_task(self._process.wait())
         try:
@@ -87,7 +90,7 @@ class EngineClient:
                 if queue := self._queues.get(output.rid):  # else it was aborted meanwhile
                     queue.put_nowait(output)
 
-    async def stream(self, requests: list[Request]) -> AsyncIterator[Output]:
+    async def stream(self, requests: list[Request]) -> AsyncGenerator[Output, None]:
         """The outputs of some requests as they come, until each has finished. Raises ApiError (5xx) when one cannot go
         on. Closing the iterator aborts the rest."""
         if self.lost is not None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,10 +91,11 @@ class Choice:
             self.finish_reason, self.matched = "stop", self._stops.matched
         elif output.finish_reason:
             self.finish_reason = output.finish_reason
-            self.matched = self._stop_tokens.get(output.matched_stop, output.matched_stop)
+            stop = output.matched_stop
+            self.matched = None if stop is None else self._stop_tokens.get(stop, stop)
             delta.text += self._stops.flush()
-            if self._keep_stop and self._skips_special:
-                delta.text += self._stop_tokens.get(output.matched_stop, "")
+            if self._keep_stop and self._skips_special and stop is not None:
+                delta.text += self._stop_tokens.get(stop, "")
         delta.logprobs = self._release(len(self.all.text) + len(delta.text))
         self.all += delta
         self.new += delta
@@ -162,12 +163,12 @@ class Generator:
             if isinstance(prompt, str) and len(prompt) > limit * self.tokenizer.longest_token:
                 said = f"your {name} of {len(prompt)} characters is more than that"
                 raise _refusal(too_long(self.ready, said, name, name))
-        found = list(prompts)
-        for part in _slices([i for i, prompt in enumerate(prompts) if isinstance(prompt, str)], prompts):
-            encoded = await self._tokenize([prompts[i] for i in part], [names[i] for i in part], add_special_tokens)
-            for i, ids in zip(part, encoded, strict=True):
-                found[i] = ids
-        return found
+        texts = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
+        found = {i: prompt for i, prompt in enumerate(prompts) if not isinstance(prompt, str)}
+        for part in _slices(list(texts), prompts):
+            encoded = await self._tokenize([texts[i] for i in part], [names[i] for i in part], add_special_tokens)
+            found.update(zip(part, encoded, strict=True))
+        return [found[i] for i in range(len(prompts))]
 
     async def _tokenize(self, texts: list[str], names: list[str], add_special_tokens: bool) -> list[list[int]]:
         try:
@@ -229,7 +230,7 @@ class Generator:
             made.append(choice)
         return made
 
-    async def run(self, choices: list[Choice]) -> AsyncIterator[Choice]:
+    async def run(self, choices: list[Choice]) -> AsyncGenerator[Choice, None]:
         """Generate; yields a choice whenever it has something new. Closing the iterator aborts what is unfinished."""
         by_rid = {choice.request.rid: choice for choice in choices}
         async with aclosing(self.client.stream([choice.request for choice in choices])) as outputs:

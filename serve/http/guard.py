@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import logging
 import zlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -94,11 +94,12 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, items: AsyncIterator[Any]) -> None:
-        super().__init__(self._events(items), headers={"Cache-Control": "no-cache"})
+    def __init__(self, items: AsyncGenerator[Any, None]) -> None:
+        self._body = self._events(items)
+        super().__init__(self._body, headers={"Cache-Control": "no-cache"})
 
     @staticmethod
-    async def _events(items: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+    async def _events(items: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
         try:
             async with aclosing(items):
                 async for item in items:
@@ -109,7 +110,7 @@ class EventStream(StreamingResponse):
         yield b"data: [DONE]\n\n"
 
     async def stream_response(self, send: Send) -> None:
-        async with aclosing(self.body_iterator):
+        async with aclosing(self._body):
             await super().stream_response(send)
 
 
@@ -156,10 +157,12 @@ class ApiKey:
 def install(app: FastAPI, api_key: str | None) -> None:
     """Every error of `app` becomes OpenAI's error object; with an `api_key`, every request needs it."""
 
-    async def api_error(request: Request, error: ApiError) -> Response:
+    async def api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
         return _answer_error(error, request.scope)
 
-    async def http_error(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
         path = request.url.path
         if error.status_code == 404:
             return _answer_error(ApiError(f"{path}: no such endpoint", code="unknown_url", status=404), request.scope)

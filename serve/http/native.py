@@ -1,7 +1,7 @@
 """SGLang's own endpoint, /generate: what its answers look like, whole and streamed."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -64,7 +64,7 @@ class Generate:
         done = [self._result(choice) for choice in self.choices]
         return done if self.is_list else done[0]
 
-    async def stream(self) -> AsyncIterator[Json]:
+    async def stream(self) -> AsyncGenerator[Json, None]:
         """The answer as it grows: each event holds all of a choice's text so far."""
         async with aclosing(self.generator.run(self.choices)) as grown:
             async for choice in grown:
@@ -87,10 +87,10 @@ class Generate:
             meta |= self._logprobs("input", choice.prompt_logprobs, choice.prompt_ids, choice)
         return {"text": choice.all.text, "output_ids": choice.all.token_ids, "meta_info": meta}
 
-    def _logprobs(self, side: str, entries: list[TokenLogprob | None], ids: list[int], choice: Choice) -> Json:
+    def _logprobs(self, side: str, entries: Sequence[TokenLogprob | None], ids: list[int], choice: Choice) -> Json:
         text = self.generator.tokenizer.token_text
         tokens = [(entry.logprob if entry else None, i, text(i)) for entry, i in zip(entries, ids, strict=True)]
-        found = {f"{side}_token_logprobs": tokens}
+        found: Json = {f"{side}_token_logprobs": tokens}
         if choice.request.top_logprobs > 0:
             tops = [[(logprob, i, text(i)) for i, logprob in entry.top] if entry else None for entry in entries]
             found[f"{side}_top_logprobs"] = tops

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
@@ -87,7 +87,7 @@ class Completion(Job[CompletionRequest]):
 
     def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
         before = self._prompt_text(choice)
-        entries = [(len(before) + start, entry.id, entry) for start, entry in delta.logprobs]
+        entries: list[Entry] = [(len(before) + start, entry.id, entry) for start, entry in delta.logprobs]
         if is_first and self.body.echo and self.body.logprobs is not None:
             offsets = self._offsets[choice.index // (self.body.n or 1)]
             entries = [*zip(offsets, choice.prompt_ids, choice.prompt_logprobs, strict=True), *entries]
@@ -174,7 +174,7 @@ async def answer(job: Job) -> Json:
     return _envelope(job, job.kind) | {"choices": done, "usage": usage(job.choices, job.body.n or 1)}
 
 
-async def stream(job: Job) -> AsyncIterator[Json]:
+async def stream(job: Job) -> AsyncGenerator[Json, None]:
     """The answer in parts, each choice's last with its finish_reason; the usage at the end, where it is asked for."""
     options = job.body.stream_options
     envelope, count = _envelope(job, job.chunk_kind), job.body.n or 1

@@ -116,7 +116,7 @@ class Sampling(_Body):
 
     def sampling_params(self, defaults: dict[str, float], **settled: Any) -> SamplingParams:
         """The engine's form of these fields: the request's word, else the model's, else the neutral value."""
-        values = dict(defaults)
+        values: dict[str, Any] = dict(defaults)
         for name in type(self).model_fields:
             if (value := getattr(self, name)) is not None:
                 values[self.renamed.get(name, name)] = value
@@ -282,7 +282,7 @@ def prompts_of(value: Any, param: str) -> list[str | list[int]]:
     if not isinstance(value, str | list):
         raise refuse(param, value)
     is_one = isinstance(value, str) or (bool(value) and {*map(type, value)} <= {int, float, bool, type(None)})
-    prompts = [value] if is_one else list(value)
+    prompts: list[Any] = [value] if is_one else list(value)
     if not prompts:
         raise ApiError(f"{param}: empty, expected at least one prompt", param, "empty_prompt")
     if len(prompts) > MAX_CHOICES:
@@ -322,7 +322,7 @@ def _in_words(error: ValidationError) -> ApiError:
     path, first = max(faults, key=lambda found: len(found[0]))  # the first of the deepest
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".") or "the body"
     param = str(path[0]) if path else None
-    if first["type"] == "json_invalid":
+    if first["type"] == "json_invalid" and "ctx" in first:
         return ApiError(f"the body: expected JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "missing":
         return ApiError(f"{where}: required", param, "missing")

@@ -100,10 +100,14 @@ class TemplateProcess:
         await asyncio.wait_for(self._ask({"source": self._source, "limit_s": self._limit_s}), START_S)
 
     async def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        self._process.stdin.write(frame(message))
-        await self._process.stdin.drain()
-        (length,) = struct.unpack("<I", await self._process.stdout.readexactly(4))
-        return json.loads(await self._process.stdout.readexactly(length))
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(frame(message))
+        await process.stdin.drain()
+        (length,) = struct.unpack("<I", await process.stdout.readexactly(4))
+        return json.loads(await process.stdout.readexactly(length))
 
     async def stop(self) -> None:
         """End the process, whatever it does."""
@@ -112,5 +116,6 @@ class TemplateProcess:
             return
         with suppress(ProcessLookupError):
             process.kill()
+        assert process.stdin is not None
         process.stdin.close()
         await process.wait()

@@ -146,7 +146,7 @@ class _Content:
             if isinstance(assignment.target, nodes.Name) and self._is_content(assignment.node):
                 self._names.add(assignment.target.name)
 
-    def _is_content(self, node: nodes.Node) -> bool:
+    def _is_content(self, node: nodes.Node | None) -> bool:
         if isinstance(node, nodes.Getattr):
             return node.attr == "content"
         if isinstance(node, nodes.Getitem):
@@ -155,7 +155,7 @@ class _Content:
 
     def is_taken_apart(self) -> bool:
         """Whether it is looped over, filtered like a list, or its items have fields: then it is a list of parts."""
-        sources = [loop.iter for loop in self._tree.find_all(nodes.For)]
+        sources: list[nodes.Node | None] = [loop.iter for loop in self._tree.find_all(nodes.For)]
         for item in self._tree.find_all(nodes.Filter):
             if item.name in ("selectattr", "rejectattr", "map"):
                 sources.append(item.node)

@@ -92,6 +92,7 @@ class Tokenizer:
         if "\ufffd" not in text:
             return text.encode()
         name = self._backend.id_to_token(token_id)
+        assert name is not None  # an id without a token has no text
         if match := re.fullmatch("<0x([0-9A-F]{2})>", name):
             return bytes.fromhex(match[1])
         if self._is_byte_level:
@@ -137,7 +138,8 @@ class Tokenizer:
         """text -> id of the tokens that no text is split for: the special ones, and markers that are not marked so"""
         added = self._backend.get_added_tokens_decoder()
         named = {text: self._backend.token_to_id(text) for text in self.special.values()}
-        return named | {token.content: token_id for token_id, token in added.items()}
+        known = {text: token_id for text, token_id in named.items() if token_id is not None}
+        return known | {token.content: token_id for token_id, token in added.items()}
 
     def _surroundings(self, config: dict[str, Any]) -> tuple[list[int], list[int]]:
         """The ids that are put before and behind every text."""
