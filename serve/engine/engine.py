@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 import zmq
 
 import wave64
+from wave64 import quant
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.memory import pool_pages
 from wave64.serve.engine.pages import PagePool
@@ -193,8 +195,9 @@ def _config(folder: Path, args: ServerArgs) -> ModelConfig:
         log.info("%s: not known and passed by: %s", folder / "config.json", ", ".join(config.passed_by))
     if args.ignore_config_key:
         log.info("ignored, as --ignore-config-key says: %s", ", ".join(args.ignore_config_key))
+    defaults: dict[str, Any] = config.sampling_defaults
     try:
-        check_params(SamplingParams(**config.sampling_defaults))
+        check_params(SamplingParams(**defaults))
     except BadRequest as error:
         raise ConfigError(f"{folder / 'generation_config.json'}: {error}") from None
     if args.context_length is None:
@@ -219,7 +222,7 @@ def _kv_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torc
     arch = wave64.platform.arch() if device.type == "cuda" else None
     if arch and arch.fp8 is None:
         raise ArgsError(f"--kv-cache-dtype: {arch.name} has no FP8, got {name}; use auto")
-    return wave64.quant.fp8_dtype()
+    return quant.fp8_dtype()
 
 
 def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:

@@ -50,7 +50,10 @@ class DecodeGraphs:
         self._table = torch.zeros(0, 0, dtype=torch.int32)
         fixed["slot_mapping"].fill_(-1)
         self._inputs = Batch(
-            **fixed,
+            input_ids=fixed["input_ids"],
+            positions=fixed["positions"],
+            slot_mapping=fixed["slot_mapping"],
+            seq_lens=fixed["seq_lens"],
             page_table=torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device),
             num_decodes=max_batch,
             cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),

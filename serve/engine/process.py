@@ -26,7 +26,7 @@ def main() -> None:
         _fail(settings["outputs"], " ".join(str(error).split()))
         status = 1
     except SystemExit as end:
-        status = end.code or 0
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)  # words mean 1, None 0
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # tearing down torch takes seconds on a busy machine, and the pipes are closed

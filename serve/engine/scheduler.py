@@ -275,7 +275,7 @@ def _output(seq: Sequence, logprob: TokenLogprob | None) -> Output:
     output = Output(request.rid, seq.tokens[-1:] if request.params.max_new_tokens else [], seq.finish_reason,
                     seq.matched_stop)  # fmt: skip
     if request.top_logprobs >= 0:
-        output.logprobs = [logprob] if output.token_ids else []
+        output.logprobs = [logprob] if output.token_ids and logprob is not None else []
     if request.prompt_logprobs and seq.num_generated <= 1:
         output.prompt_logprobs = seq.prompt_logprobs
     return output
