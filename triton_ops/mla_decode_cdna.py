@@ -41,7 +41,8 @@ def _attend(q_c, q_r, c, r, seen, EDGE: tl.constexpr, scale, row_max, row_sums, 
     else:
         row_sums = row_sums * shrink + tl.sum(p, 1)
     weights = narrow(p, c.dtype, TILE.HALF_UP)
-    weights = tl.broadcast_to(weights[None], [TILE.BANDS, weights.shape[0], weights.shape[1]])
+    BANDS: tl.constexpr = TILE.BANDS
+    weights = tl.broadcast_to(weights[None], [BANDS, weights.shape[0], weights.shape[1]])
     acc = dot(weights, c, acc * shrink[:, None][None])
     return row_max, row_sums, acc
 

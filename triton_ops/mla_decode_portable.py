@@ -59,6 +59,8 @@ def _mla_decode_portable_kernel(outputs, queries, cache, new, scale, num_seqs, c
     PAGE_SIZE: tl.constexpr = SHAPE.PAGE_SIZE
     BLOCK_H: tl.constexpr = TILE.BLOCK_H
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    BLOCK_C: tl.constexpr = TILE.BLOCK_C  # a name for what shapes hold: Triton 3.6 takes no field of a tuple there
+    BLOCK_R: tl.constexpr = TILE.BLOCK_R
     APART: tl.constexpr = NEW if FUSED else 0  # new tokens are not among the keys that are split
     kv_ptr = cache.kv_ptr
     item, tile = tl.program_id(1), tl.program_id(0)
@@ -77,8 +79,8 @@ def _mla_decode_portable_kernel(outputs, queries, cache, new, scale, num_seqs, c
     row = tile * BLOCK_H + tl.arange(0, BLOCK_H)
     token, head = row // SHAPE.HEADS, row % SHAPE.HEADS
     mask_h = row < SHAPE.HEADS * NEW
-    column = tl.arange(0, TILE.BLOCK_C)
-    offs_c, offs_r = column[None, :], tl.arange(0, TILE.BLOCK_R)[None, :]
+    column = tl.arange(0, BLOCK_C)
+    offs_c, offs_r = column[None, :], tl.arange(0, BLOCK_R)[None, :]
     mask_c, mask_r = offs_c < RANK, offs_r < ROPE
     mask_q = mask_h[:, None]
     q_ptr = queries.q_ptr + (seq * stride_qb + token * stride_qt + head * stride_qh)[:, None] * UNIT
@@ -100,20 +102,20 @@ def _mla_decode_portable_kernel(outputs, queries, cache, new, scale, num_seqs, c
     if SWAP:
         q_c, q_r = tl.trans(q_c), tl.trans(q_r)
         row_sums = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-        acc = tl.zeros([TILE.BLOCK_C, BLOCK_H], tl.float32)
+        acc = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
     else:
         row_sums = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-        acc = tl.zeros([BLOCK_H, TILE.BLOCK_C], tl.float32)
+        acc = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
     for block in range(start, end, BLOCK_N):
         offs_n = block + tl.arange(0, BLOCK_N)
         valid_n = tl.minimum(offs_n, end - 1)
         pages = load_pages(table_ptr, block, valid_n, PAGE_SIZE, BLOCK_N, SHAPE.WIDE)
         rows = ((pages * stride_kp + valid_n % PAGE_SIZE * stride_kn) * UNIT)[:, None]
-        if RANK < TILE.BLOCK_C:
+        if RANK < BLOCK_C:
             c = tl.load(kv_ptr + rows + offs_c, mask=mask_c, other=0.0)
         else:
             c = tl.load(kv_ptr + rows + offs_c)
-        if ROPE < TILE.BLOCK_R:
+        if ROPE < BLOCK_R:
             r = tl.load(kv_ptr + RANK + rows + offs_r, mask=mask_r, other=0.0)
         else:
             r = tl.load(kv_ptr + RANK + rows + offs_r)
