@@ -6,7 +6,7 @@ each unit can be compared as it is. `typical(table, row)` gives a key that a tab
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from wave64.tuning import Row, Table
 
 #: Rows (tokens, queries) of a problem, where its key has as many: as the largest tiles.
 ROWS = 256
-Key = dict[str, Any]  # of a row: numbers, flags and names, by the parameter
+Key = Mapping[str, Any]  # of a row: numbers, flags and names, by the parameter
 
 #: Keys before a prompt's, and of a decoding sequence; columns and depth of products.
 KEYS, COLUMNS, DEPTH = 128, 256, 384
