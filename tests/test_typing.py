@@ -27,6 +27,24 @@ def refused_by(command, lines) -> set[int]:
     return lines(done.stdout)
 
 
+def run(module: str, *arguments) -> str:
+    """What a checker prints of the tree, with the settings in pyproject.toml; "" where it finds nothing."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=400,
+                          cwd=ROOT)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ruff") is None, reason="ruff is not installed: pip install wave64[lint]")
+def test_ruff_finds_nothing_in_the_tree():
+    assert run("ruff", "check", "--no-cache", ".") == ""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("basedpyright") is None,
+                    reason="pyright is not installed: pip install wave64[lint]")
+def test_pyright_finds_nothing_in_the_tree():
+    assert run("basedpyright", "--level", "error", "--pythonpath", sys.executable) == ""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed: pip install wave64[lint]")
 def test_mypy_refuses_the_bad_calls(tmp_path):
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports",
