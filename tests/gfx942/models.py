@@ -72,7 +72,7 @@ class Model:
         self.trial, self.before, self.after = trial, trial.before, trial.before.copy()
         self.instruction, self.fields, self.arch = trial.instruction, trial.instruction.fields, trial.arch
         self.name, self.family = self.instruction.name, self.instruction.family
-        self.after.place = [PLACE + self.instruction.words] * WAVES
+        self.after.pc = [PLACE + self.instruction.words] * WAVES
         self.text = AMENDED.get(self.name) or PLAIN.get(self.name) or published().get(self.name, "")
 
     def world(self) -> World:
@@ -169,7 +169,7 @@ class Model:
         if scope["EXEC"].written:
             self.write_scalar(wave, EXEC, scope["EXEC"].bits, 64)
         if scope["PC"].written:
-            self.after.place[wave] = scope["PC"].bits // 4
+            self.after.pc[wave] = scope["PC"].bits // 4
 
     # ---- vector
 

@@ -88,8 +88,8 @@ def differences(trial: Trial, want: World) -> list[str]:
         if wrong.any():
             at = tuple(int(i) for i in np.argwhere(wrong)[0])
             found.append(f"{name}{list(at)} is {int(one[at]):x}, not {int(other[at]):x}; {int(wrong.sum())} such")
-    if got.place != want.place:
-        found.append(f"goes on at {got.place}, not {want.place}")
+    if got.pc != want.pc:
+        found.append(f"goes on at {got.pc}, not {want.pc}")
     if unnoted := trial.unnoted():
         found.append(f"writes {', '.join(unnoted)}, which no check is told")
     return found

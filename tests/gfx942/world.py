@@ -36,7 +36,7 @@ _FLOATS = {
 
 
 class World:
-    """v: [512 registers, waves, 64]; s: [waves, 128]; scc: [waves]; lds, memory: bytes; place: of the next instruction,
+    """v: [512 registers, waves, 64]; s: [waves, 128]; scc: [waves]; lds, memory: bytes; pc: of the next instruction,
     None where waves part."""
 
     def __init__(self, v, s, scc, lds, memory):
@@ -228,9 +228,9 @@ class Trial:
         after = World(machine.vgprs, machine.sgprs, machine.scc, machine.lds.u8, self.memory).copy()
         ahead = PLACE + self.instruction.words
         if outcome is None or isinstance(outcome, str):
-            after.place = [ahead] * WAVES
+            after.pc = [ahead] * WAVES
         else:
-            after.place = np.broadcast_to(outcome, WAVES).tolist()
+            after.pc = np.broadcast_to(outcome, WAVES).tolist()
         return after
 
     def unnoted(self) -> list[str]:
