@@ -198,7 +198,8 @@ def _about(weight: Tensor, scale: Tensor | None, block_shape: list[int] | None, 
     if block_shape:
         block_k = min(block_k, group_k)
     of_type = limits(weight.dtype, ue8m0) if kind else dict(LIMIT=0.0, BELOW=0.0)
-    return dict(stride_we=weight.stride(0), stride_wn=weight.stride(1), stride_se=scale.stride(0) if kind else 0,
+    return dict(stride_we=weight.stride(0), stride_wn=weight.stride(1),
+                stride_se=scale.stride(0) if scale is not None else 0,
                 stride_sn=scale.stride(1) if scale is not None and scale.ndim > 1 else 0, K=weight.shape[2],
                 SCALED=kind, **of_type, GROUP_N=group_n, GROUP_K=group_k, EVEN=weight.shape[2] % block_k == 0,
                 BLOCK_K=block_k)

@@ -375,7 +375,7 @@ def launch(call: Call, out: Tensor, lse: Tensor | None, config: Config, keys_per
                         keys_per_split=keys_per_split)
     partial, stats = split.partials(rows, rank, out)
     kv_c, k_pe, slots, positions, angles = call.new or (None,) * 5
-    rotated = torch.empty((num_seqs, new, rope), dtype=k_pe.dtype, device=k_pe.device) if call.new else None
+    rotated = torch.empty((num_seqs, new, rope), dtype=k_pe.dtype, device=k_pe.device) if k_pe is not None else None
     _mla_decode_hopper_kernel[tiles, split.num_items](
         out, lse, partial, stats, *call.queries, cache.kv_ptr, cache.table_ptr, cache.seq_lens_ptr, kv_c, k_pe, rotated,
         slots, positions, angles, call.scale, num_seqs, split.capacity, split.programs, split.min_keys,
