@@ -220,8 +220,9 @@ def product(y: Tensor, x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Te
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * w.itemsize, rank=3)
     whole = w.as_strided((parts * experts, rows // parts, columns), (rows // parts * w.stride(1), w.stride(1), 1))
     tiles = TensorDescriptor.from_tensor(whole, [parts, ROWS.value // parts, block_k], layout)
-    scaled = x_scale is not None and w_scale is not None
-    strides = (x_scale.stride(0), w_scale.stride(0), w_scale.stride(1)) if scaled else (0, 0, 0)
+    strides = (0, 0, 0)
+    if x_scale is not None and w_scale is not None:
+        strides = (x_scale.stride(0), w_scale.stride(0), w_scale.stride(1))
     _moe_product_hopper_kernel[platform.compute_units(),](
         y, x, x_scale, tiles, w_scale, weights, sorted_ids, expert_ids, end, y.shape[0], rows // parts, columns,
         x.stride(0), *strides, TOP_K=top_k, PARTS=parts, GROUP_N=block_shape[0] if block_shape else 1, BLOCK_K=block_k,
