@@ -70,6 +70,7 @@ class Server:
             self.process = subprocess.Popen(
                 [*command, "--device", "cpu", *flags], stdout=sink, stderr=subprocess.STDOUT,
                 env={**env, "OMP_NUM_THREADS": "1"},
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup has ignored
             )  # fmt: skip
 
     def wait_ready(self) -> "Server":

@@ -26,11 +26,16 @@ def cases():
             64, dtype=d)))
     yield Case("odd-heads-of-qkv", lambda: dict(x=_heads_of_qkv(4, 3, 1, 37, torch.float16), weight=torch.randn(
         37, dtype=torch.float16)))
+    yield Case("16-heads-of-qkv", lambda: dict(x=_heads_of_qkv(3, 16, 2, 128, torch.bfloat16), weight=torch.randn(
+        128, dtype=torch.bfloat16)))
     yield Case("no-tokens-of-qkv", lambda: dict(x=_heads_of_qkv(0, 6, 2, 64, torch.bfloat16), weight=torch.randn(
         64, dtype=torch.bfloat16)))
     for tokens, hidden in [(128, 7168), (4096, 7168), (4096, 4096)]:
         yield Case(f"{tokens}x{hidden}", lambda t=tokens, h=hidden: dict(
             x=torch.randn(t, h, dtype=torch.bfloat16), weight=torch.randn(h, dtype=torch.bfloat16)), large=True)
+    yield Case("4096x32-heads-of-qkv", lambda: dict(
+        x=_heads_of_qkv(4096, 32, 8, 128, torch.bfloat16), weight=torch.randn(
+        128, dtype=torch.bfloat16)), large=True)
 
 
 def _heads_of_qkv(tokens, heads, kv_heads, head_dim, dtype):
