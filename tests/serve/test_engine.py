@@ -491,8 +491,7 @@ def test_graph_replay_equals_eager(make, expected, monkeypatch):
     asked[1].params = SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True)
     graphed, eager = make(max_running_requests=8), make(max_running_requests=8, disable_cuda_graph=True)
     replays, replay = [], graphed.runner._graphs.replay
-    monkeypatch.setattr(graphed.runner._graphs, "replay",
-                        lambda batch, *rest: (replays.append(batch), replay(batch, *rest))[1])
+    monkeypatch.setattr(graphed.runner._graphs, "replay", lambda *given: (replays.append(given), replay(*given))[1])
     got, truth = collect(graphed, *asked), collect(eager, *asked)
     assert len(replays) >= 60
     for i, tokens in enumerate(expected):
