@@ -10,7 +10,7 @@ from wave64.op import Case
 
 GIB = 2**30
 #: Rows in use at each place that matters.
-AT_EACH = 4
+AT_EACH = 8
 
 
 def rows_in_use(pool: Tensor) -> list[int]:
@@ -49,7 +49,7 @@ def spread(args: dict[str, Any], pools: Iterable[str], size: int, page_size: int
 
 def cases(make: Callable[..., dict[str, Any]], pools: tuple[str, ...], tables: Iterable[str] = (),
           slots: Iterable[str] = ()) -> Iterator[Case]:
-    """Cases of make(page_size=, fp8=), which draws arguments with pools of at most 12 pages, with those spread: beyond
+    """Cases of make(page_size=, fp8=), which draws arguments with pools of at most 24 pages, with those spread: beyond
     2 GiB in the operator's dtype, and in FP8 beyond 2**32 bytes and elements."""
     for page_size in (16, 64):
         for fp8, size in ((False, 3 * GIB), (True, 5 * GIB)):

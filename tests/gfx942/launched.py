@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from shrunken import KINDS, SHRINKING, Problem
+from shrunken import KINDS, SHRINKING, VAST_BYTES, Problem
 from torch import Tensor
 
 from wave64 import OPS, platform, tuning
@@ -22,8 +22,6 @@ from wave64.testing.emulator.check import Result, check, check_case
 ARCHS = ("gfx942", "gfx950")
 #: A large case whose arguments take no more bytes is executed as it is.
 SMALL_BYTES = 2 * 1024 * 1024
-#: Buffers from here on have binaries of their own: Triton's offsets into smaller ones are of 32 bits.
-VAST_BYTES = 2**31
 
 
 def small_cases(backend: str) -> list[tuple[Op, Case]]:
@@ -117,6 +115,7 @@ class Shrunken:
     make: Problem | None             # None: the operator's own large case of this name
     row: int | None                  # whose configuration launchers take, whatever the table says of so small a problem
     keys: frozenset[str]
+    sparse: tuple[str, ...] = ()     # arguments in storages of so many bytes that only rows in use may be touched
 
 
 @dataclass
@@ -128,7 +127,6 @@ class Plan:
     rows: dict[Row, list[str]] = field(default_factory=dict)          # every row -> what it is executed by
     problems: list[Shrunken] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)                 # binaries and rows that nothing launches
-    vast: list[str] = field(default_factory=list)                     # of binaries those for buffers that no test has
 
 
 def short(key: str) -> str:
@@ -139,7 +137,7 @@ def plan(arch: str) -> Plan:
     """Needs a process without TRITON_INTERPRET."""
     from wave64.testing.compile import arguments, capture
 
-    found, seen, kinds, vast = Plan(arch), set(), set(), set()
+    found, seen, kinds = Plan(arch), set(), set()
     of_arch = tables(arch)
     found.rows = {(op, i): [] for op, table in of_arch.items() for i in range(len(table.rows))}
 
@@ -169,12 +167,14 @@ def plan(arch: str) -> Plan:
         """Adds problems that launch what is wanted (None: whatever the row's configuration makes of the shape)."""
         config = config_of(op, arch, row)
         for i, make in enumerate(SHRINKING[op.name][2](shape, config)):
-            keys, *_ = launched(op, Case(name, make), config)
+            keys, args, _ = launched(op, Case(name, make), config)
             new = keys.keys() if wanted is None else keys.keys() & wanted - seen
             if new:
                 if row is not None:
                     note_row(op.name, row, tuning_key, f"{name}, shrunken")
-                found.problems.append(Shrunken(op.name, f"{name}#{i}", make, row, frozenset(new)))
+                sparse = tuple(each for each, value in args.items()
+                               if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= VAST_BYTES)
+                found.problems.append(Shrunken(op.name, f"{name}#{i}", make, row, frozenset(new), sparse))
                 seen.update(keys)
             if wanted is None or wanted <= seen:
                 return
@@ -193,15 +193,12 @@ def plan(arch: str) -> Plan:
             elif wanted and op.name in SHRINKING:
                 row = row_of(of_arch[op.name], tuning_key) if op.name in of_arch else None
                 shrink(op, case.id, SHRINKING[op.name][0](args), row, tuning_key, wanted)
-            if max(sizes) >= VAST_BYTES:
-                vast |= wanted - seen
     for name, table in of_arch.items():
         for row, tuning_key in reachable(name, table):
             if (name, row, *kind_of(name, tuning_key).values()) not in kinds:
                 words = " ".join(f"{which}={value}" for which, value in tuning_key.items())
                 shrink(OPS[name], f"row {row + 1}: {words}", SHRINKING[name][1](tuning_key), row, tuning_key, None)
-    found.vast = [text for key, text in found.binaries.items() if key in vast - seen]
-    found.left_out = [text for key, text in found.binaries.items() if key not in seen | vast]
+    found.left_out = [text for key, text in found.binaries.items() if key not in seen]
     found.left_out += [f"{op}: row {row + 1} of its table" for (op, row), by in found.rows.items() if not by]
     return found
 
@@ -228,7 +225,8 @@ def execute_small(op: str, case: str, arch: str) -> tuple[Result, dict[str, Any]
 def execute(arch: str, problem: Shrunken) -> tuple[Result, dict[str, Any]]:
     """The same of a problem; it fails, too, where it no longer launches what it is there for."""
     op = OPS[problem.op]
-    case = Case(problem.name, problem.make) if problem.make else next(c for c in op.cases() if c.id == problem.name)
+    case = (Case(problem.name, problem.make, sparse=problem.sparse) if problem.make
+            else next(c for c in op.cases() if c.id == problem.name))
     with configured(op, config_of(op, arch, problem.row)):
         result = check(op, "triton", arch, [case])
     told = executed(result, problem.row)

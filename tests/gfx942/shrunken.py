@@ -2,7 +2,8 @@
 
 What a large case or a row of a tuned table makes of a kernel besides its configuration is its `Shape`: element types,
 widths of heads, the page size, experts a token and so on. `problems(op, shape, config)` yields small arguments of that
-shape, the likeliest first: tiles that are full and tiles that are not, and loops that go round several times.
+shape, the likeliest first: tiles that are full and tiles that are not, and loops that go round several times. Of a
+storage beyond 2 GiB, for which Triton compiles a binary of its own, only the rows are in use that the problem needs.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wave64 import pools
+from wave64.ops.concat_and_cache_mla import far_apart
 from wave64.ops.fp8_block_scaled_mm import make_case as make_block_product
 from wave64.ops.fp8_scaled_mm import make_case as make_product
 from wave64.ops.fused_moe import granularity
@@ -24,6 +27,8 @@ from wave64.ops.varlen_attention import make_case as make_ragged
 
 Shape = dict[str, Any]
 Problem = Callable[[], dict[str, Any]]
+#: Storages from here on have binaries of their own: Triton's offsets into smaller ones are of 32 bits.
+VAST_BYTES = 2**31
 HALF = torch.bfloat16
 #: A head's width where a row asks for none. Of an output of a single element the judge would want each sum to 1e-6 of
 #: itself, though its terms cancel; 24 is masked, for blocks have 32.
@@ -102,6 +107,29 @@ def _decodes(make: Callable, shape: Shape, config: Any) -> Iterator[Problem]:
         yield partial(_widened, make, lengths, width, **shape)
 
 
+def _pages(shape: Shape, config: Any) -> Iterator[Problem]:
+    """Decodes; in storages as large as a large case's where its cache has more than 2 GiB."""
+    if not shape.pop("vast", False):
+        yield from _decodes(make_decode, shape, config)
+        return
+    rest = [1] * 3 + [0] * 28 if shape.pop("num_seqs") > 32 else []
+    for width in WIDTHS:
+        yield partial(_vast, [2 * config.min_keys - 9, config.min_keys // 2 + 7, *rest], width, **shape)
+
+
+def _vast(seq_lens: list[int], width: int, page_size: int, **options: Any) -> dict[str, Any]:
+    """Keys and values in one storage of 3 GiB, each in a half of it."""
+    names = ("key_cache", "value_cache")
+    args = _widened(make_decode, seq_lens, width, page_size, **options)
+    args = pools.spread(args, names, VAST_BYTES * 3 // 4, page_size, tables=["page_table"])
+    both = torch.empty(2, *args[names[0]].shape, dtype=args[names[0]].dtype)
+    for name, pool in zip(names, both, strict=True):
+        rows = pools.rows_in_use(pool)
+        pool[rows] = args[name][rows]
+        args[name] = pool
+    return args
+
+
 def _latents(q: Tensor, q_pe: Tensor, args: dict[str, Any], rank: int) -> Shape:
     cache = args["kv_cache"]
     return dict(num_seqs=q.shape[0], heads=q.shape[-2], queries=q.shape[1] if q.ndim == 4 else 0, rank=rank,
@@ -124,7 +152,8 @@ def _heads(args: dict[str, Any]) -> Shape:
 def _decode(args: dict[str, Any]) -> Shape:
     shape = _heads(args)
     group = shape["heads"] // shape["kv_heads"]
-    return shape | dict(num_seqs=args["query"].shape[0], heads=16, kv_heads=16 // group)
+    vast = args["key_cache"].untyped_storage().nbytes() >= VAST_BYTES
+    return shape | dict(num_seqs=args["query"].shape[0], heads=16, kv_heads=16 // group, vast=vast)
 
 
 def _decode_of(key: dict[str, Any]) -> Shape:
@@ -169,6 +198,13 @@ def _raggeds(shape: Shape, config: Any) -> Iterator[Problem]:
     yield partial(make_ragged, queries, [queries[0] + 3 * config.block_n + 7, 3], **shape)
 
 
+# ---- others
+
+def _new_latents(shape: Shape, config: Any) -> Iterator[Problem]:
+    """Rows that span more than 2 GiB, all of them in use."""
+    yield partial(far_apart, 2 * pools.AT_EACH, 4)
+
+
 def _many_numbers(shape: Shape, config: Any) -> Iterator[Problem]:
     """As many as make more blocks than there are programs."""
     yield partial(_one_row, shape["given"])
@@ -188,9 +224,10 @@ SHRINKING = {
                    partial(_decodes, make_latents)),
     "mla_decode_rope": (lambda args: _latents(args["q_nope"], args["q_pe"], args, args["q_nope"].shape[-1]),
                         _latents_of, partial(_decodes, make_rotated)),
-    "paged_attention": (_decode, _decode_of, partial(_decodes, make_decode)),
+    "paged_attention": (_decode, _decode_of, _pages),
     "prefill_attention": (_prompt, _prompt_of, _prompts),
     "varlen_attention": (_ragged, _ragged_of, _raggeds),
+    "concat_and_cache_mla": (lambda args: {}, None, _new_latents),
     "per_tensor_quant_fp8": (lambda args: dict(given="scale" in args), None, _many_numbers),
 }
 #: what a row that does not ask for it serves as well

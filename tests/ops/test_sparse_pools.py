@@ -143,8 +143,33 @@ def test_the_contract_finds_what_a_sparse_pool_hides(name, message):
             contract.verify(op, "triton", case, "cpu")
 
 
+@pytest.mark.parametrize(("row", "message"), [(2, None), (5000, "argument src was touched outside its rows in use")])
+def test_pools_in_one_storage_are_both_in_use_and_nothing_else_is(row, message):
+    def test_halves(src: torch.Tensor, dst: torch.Tensor) -> None:
+        dst[2] = src[2]
+
+    def drawn():
+        halves = torch.empty(2, 600000, 4, 512, dtype=torch.bfloat16)
+        for half in halves:
+            half[pools.rows_in_use(half)] = 1.5
+        return dict(src=halves[0], dst=halves[1])
+
+    def reads(src, dst):
+        dst[2] = src[2] + 0 * src[row]
+
+    op = declare(cases=list, cost=lambda src, dst: None, mutates=("dst",), fake=lambda *_: None)(test_halves)
+    del OPS["test_halves"]
+    op.backend("triton")(reads)
+    case = Case("some", drawn, sparse=("src", "dst"))
+    if message is None:
+        contract.verify(op, "triton", case, "cpu")
+    else:
+        with pytest.raises(contract.ContractError, match=message):
+            contract.verify(op, "triton", case, "cpu")
+
+
 def test_what_is_copied_and_widened_is_what_is_in_use():
-    drawn = pools.spread(dict(pool=torch.randn(12, 16, 64)), ("pool",), 3 * pools.GIB)
+    drawn = pools.spread(dict(pool=torch.randn(24, 16, 64)), ("pool",), 3 * pools.GIB)
     pool, rows = drawn["pool"], pools.rows_in_use(drawn["pool"])
     twin = contract.copy(drawn, ("pool",))["pool"]
     wide = contract.widen(pool, is_sparse=True)

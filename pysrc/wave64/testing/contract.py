@@ -64,7 +64,7 @@ def verify(op: Op, backend: str, case: Case, device: str, seed: int = 0, run: Ca
     got = outputs(op, result, mine, rows)
     _only_declared_changed(op, args, mine, rows)
     for name in case.sparse:
-        if (byte := sparse.touched(_bytes(mine[name]), sparse.spans(mine[name]))) is not None:
+        if (byte := sparse.touched(_bytes(mine[name]), _in_use(mine, mine[name], case.sparse))) is not None:
             raise ContractError(f"{op.name}: argument {name} was touched outside its rows in use, about byte {byte}")
     if op.agree is not None:
         op.agree(exact_args, result, exact[0] if len(exact) == 1 else exact)
@@ -104,7 +104,9 @@ def copy(args: dict[str, Any], pools: tuple[str, ...] = ()) -> dict[str, Any]:
     storages: dict[int, Tensor] = {}
     for name in pools:
         whole = _bytes(args[name])
-        storages[whole.data_ptr()] = few = sparse.empty((whole.numel(),), torch.uint8, whole.device)
+        if whole.data_ptr() not in storages:
+            storages[whole.data_ptr()] = sparse.empty((whole.numel(),), torch.uint8, whole.device)
+        few = storages[whole.data_ptr()]
         for start, end in sparse.spans(args[name]):
             few[start:end] = whole[start:end]
 
@@ -168,13 +170,20 @@ def _inside(op: Op, case: Case, args: dict[str, Any]) -> Iterator[None]:
     for name, value in args.items():
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
-            used = sparse.spans(value) if name in case.sparse else [(0, storage.nbytes())]
+            used = _in_use(args, value, case.sparse) if name in case.sparse else [(0, storage.nbytes())]
             known.setdefault(storage.data_ptr(), (used, f"argument {name}"))
     try:
         with guard.watched(known):
             yield
     except guard.Outside as e:
         raise ContractError(f"{op.name}, case {case.id}: {e}") from None
+
+
+def _in_use(args: dict[str, Any], pool: Tensor, pools: tuple[str, ...]) -> sparse.Spans:
+    """What of the storage under a sparse pool is in use, by it or by another of `pools`."""
+    storage = pool.untyped_storage().data_ptr()
+    return sorted(span for name in pools if args[name].untyped_storage().data_ptr() == storage
+                  for span in sparse.spans(args[name]))
 
 
 def _restore(op: Op, args: dict[str, Any], originals: dict[str, Any], rows: dict[str, list[int]]) -> None:
