@@ -12,6 +12,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+from wave64.arch import EMULATED
+
 #: What the server imports in addition to what wave64 itself needs.
 PACKAGES = ("fastapi", "huggingface_hub", "jinja2", "msgspec", "pydantic", "safetensors", "tokenizers", "transformers",
             "uvicorn", "zmq")
@@ -47,7 +49,8 @@ class ServerArgs:
     dtype: str = _flag(
         "auto", "auto: the checkpoint's", choices=("auto", "half", "float16", "bfloat16", "float32", "float")
     )
-    device: str = _flag("auto", "auto: a GPU where there is one", choices=("auto", "cuda", "cpu"))
+    device: str = _flag("auto", "auto: a GPU where there is one; gfx942, gfx950: an emulated MI300X, MI355X",
+                        choices=("auto", "cuda", "cpu", *EMULATED))  # fmt: skip
     ignore_config_key: Sequence[str] = _flag(
         (), "a key of config.json to read as if it were not there; may be given several times", kind=str
     )

@@ -13,6 +13,7 @@ from wave64.backends import hip
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "standin_hip"
 HIP = HERE.parent / "hip"
+STANDIN = HIP / "standin"
 
 
 def compiler() -> list[str]:
@@ -37,7 +38,7 @@ def folder() -> tempfile.TemporaryDirectory:
 @functools.cache
 def standin_object() -> Path:
     built = Path(folder().name, "standin.o")
-    compile_cpp("-Wall", "-Wextra", "-c", "-o", built, SOURCES / "standin_hip.cpp")
+    compile_cpp("-Wall", "-Wextra", "-c", "-o", built, STANDIN / "standin_hip.cpp")
     return built
 
 

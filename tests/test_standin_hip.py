@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_standin import SOURCES, compile_cpp, link_standin, opened, run_without_packages, runtime, standin
+from helpers_standin import SOURCES, STANDIN, compile_cpp, link_standin, opened, run_without_packages, runtime, standin
 
 sys.path.insert(0, str(SOURCES))
 from scenarios import SCENARIOS  # noqa: E402
@@ -38,7 +38,7 @@ def test_the_properties_have_the_layout_of_hips_header(tmp_path):
     (tmp_path / "check.cpp").write_text(
         "#include <hip/hip_runtime_api.h>\n#include \"properties.h\"\n" + "\n".join(checks)
         + "\nstatic_assert(sizeof(hipDeviceProp_tR0600) == sizeof(standin::Properties));\n")
-    compile_cpp("-fsyntax-only", "-w", "-D__HIP_PLATFORM_AMD__", "-I", headers, "-I", SOURCES, tmp_path / "check.cpp")
+    compile_cpp("-fsyntax-only", "-w", "-D__HIP_PLATFORM_AMD__", "-I", headers, "-I", STANDIN, tmp_path / "check.cpp")
 
 
 @pytest.mark.parametrize("symbol", ENTRY_POINTS)

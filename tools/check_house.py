@@ -43,7 +43,7 @@ ONE_FILE = {
     ("hip/", r"pybind11/"): "hip/src/bindings.cpp",
     ("hip/", r"\bdl(open|sym)\("): "hip/src/runtime.cpp",
     ("pysrc/wave64/", r"\btorch\.library\."): "pysrc/wave64/op.py",
-    ("serve/", r"torch\.cuda\.graph\("): "serve/engine/graphs.py",
+    ("serve/", r"\b(gpu|cuda)\.graph\("): "serve/engine/graphs.py",
 }
 
 MAX_KERNEL_PARAMETERS, MAX_POSITIONAL = 25, 8

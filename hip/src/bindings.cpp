@@ -324,14 +324,14 @@ PYBIND11_MODULE(_hip, m) {
 
     m.def(
         "open_runtime",
-        [](const std::vector<std::string>& candidates) {
+        [](const std::vector<std::string>& candidates, bool is_named) {
             std::string path;
-            raise_unless_ok(open_runtime(candidates, &path));
+            raise_unless_ok(open_runtime(candidates, is_named, &path));
             return path;
         },
-        py::arg("candidates"),
-        "Opens the GPU runtime, the process's own or the first candidate that can be opened; gives its library's "
-        "path.");
+        py::arg("candidates"), py::arg("is_named") = false,
+        "Opens the GPU runtime, the process's own or the first candidate that can be opened; is_named: the candidate, "
+        "whatever the process has loaded. The first call decides. Gives the path of the library that is open.");
     m.def(
         "load", [](const std::string& op) { raise_unless_ok(load(op.c_str())); }, py::arg("op"),
         "Loads an op's code object for the current device.");

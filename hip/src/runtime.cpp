@@ -133,8 +133,13 @@ int32_t open_cuda(Driver& driver, void* library) {
                     "");
 }
 
-// The runtime that the process has loaded, else the first candidate that can be opened: never a second one.
-int32_t open_driver(Driver& driver, const std::vector<std::string>& candidates) {
+// The runtime that the process has loaded, else the first candidate that can be opened: never a second one. Where
+// torch's devices take no part, the one that is named serves, whatever is loaded.
+int32_t open_driver(Driver& driver, const std::vector<std::string>& candidates, bool is_named) {
+    if (is_named) {
+        if (void* hip = dlopen(candidates[0].c_str(), RTLD_NOW)) return open_hip(driver, hip);
+        return fail(kUnavailable, "%s", dlerror());
+    }
     if (void* hip = already_loaded("libamdhip64")) return open_hip(driver, hip);
     std::string broken;
     if (!already_loaded("libcuda.so"))
@@ -153,10 +158,11 @@ struct Opened {
 };
 
 // Opened once, by the first caller; a failure is kept with its message and returned to every caller.
-int32_t driver(const Driver** out, const std::vector<std::string>& candidates = {"libamdhip64.so"}) {
-    static const Opened opened = [&candidates] {
+int32_t driver(const Driver** out, const std::vector<std::string>& candidates = {"libamdhip64.so"},
+               bool is_named = false) {
+    static const Opened opened = [&candidates, is_named] {
         Opened opened;
-        opened.status = open_driver(opened.driver, candidates);
+        opened.status = open_driver(opened.driver, candidates, is_named);
         if (opened.status == kOk)
             if (int code = opened.driver.init(0)) {
                 if (opened.driver.is_hip) opened.driver.last_error();
@@ -291,9 +297,9 @@ int32_t fail(int32_t status, const char* format, ...) {
 
 const char* last_error() { return error_text.c_str(); }
 
-int32_t open_runtime(const std::vector<std::string>& candidates, std::string* path) {
+int32_t open_runtime(const std::vector<std::string>& candidates, bool is_named, std::string* path) {
     const Driver* opened;
-    if (int32_t status = driver(&opened, candidates)) return status;
+    if (int32_t status = driver(&opened, candidates, is_named)) return status;
     *path = opened->library;
     return kOk;
 }

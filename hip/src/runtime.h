@@ -11,8 +11,9 @@
 namespace wave64 {
 
 // Opens the GPU runtime: the HIP or, for development, CUDA that the process has loaded, else the first of `candidates`
-// (paths, or names for the loader) that can be opened, else CUDA's. The first call decides; `path` is the library's.
-int32_t open_runtime(const std::vector<std::string>& candidates, std::string* path);
+// (paths, or names for the loader) that can be opened, else CUDA's. is_named: the one candidate, whatever is loaded, for
+// devices that torch does not have. The first call decides; `path` is the library's.
+int32_t open_runtime(const std::vector<std::string>& candidates, bool is_named, std::string* path);
 
 // Loads an op's code object for the current device, as its first launch would.
 int32_t load(const char* op);

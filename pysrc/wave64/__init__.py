@@ -16,10 +16,11 @@ if importlib.util.find_spec("torch") is None:
 
 if TYPE_CHECKING:
     from wave64 import ops, platform
-    from wave64.backends import report, table, use
+    from wave64.backends import emulate, report, table, use
     from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op
 
-__all__ = ["OPS", "BadArgument", "Case", "Cost", "NotSupported", "op", "ops", "platform", "report", "table", "use"]
+__all__ = ["OPS", "BadArgument", "Case", "Cost", "NotSupported", "emulate", "op", "ops", "platform", "report", "table",
+           "use"]
 
 SERVER = ("wave64.launch_server", "wave64.serve.engine.process")
 _is_loaded = False
@@ -37,10 +38,10 @@ def _is_server() -> bool:
 def _load() -> None:
     """Import the operators, which registers them with torch. Raises NotSupported for what WAVE64_BACKEND demands in
     vain."""
-    global OPS, BadArgument, Case, Cost, NotSupported, op, ops, platform, report, table, use, _is_loaded
+    global OPS, BadArgument, Case, Cost, NotSupported, op, ops, platform, emulate, report, table, use, _is_loaded
     _is_loaded = True
     from wave64 import backends, flops, ops, platform
-    from wave64.backends import report, table, use
+    from wave64.backends import emulate, report, table, use
     from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op
 
     backends.load()

@@ -40,6 +40,9 @@ ARCHS = {
     )
 }
 
+#: Those that `wave64.emulate` and the server's --device have, executing their machine code on a CPU.
+EMULATED = ("gfx942", "gfx950")
+
 #: Architectures whose code objects a wheel holds.
 HIP_TARGETS = tuple(name for name, a in ARCHS.items() if a.vendor == "amd")
 

@@ -1,15 +1,20 @@
-"""Where we run: HIP, CUDA or CPU, and the architecture of the current device."""
+"""Where we run: HIP, CUDA, CPU or an emulated device, and the architecture of the current device."""
 
 import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from wave64.arch import Arch, lookup
 
+if TYPE_CHECKING:
+    from wave64.testing.emulator.device import Device
+
 _target: Arch | None = None
+_emulated: "Device | None" = None
 
 
 @functools.cache
@@ -18,10 +23,37 @@ def is_hip() -> bool:
     return torch.version.hip is not None
 
 
-@functools.cache
+def emulated() -> "Device | None":
+    """The emulated device (wave64.emulate) whose tensors the CPU's are now, else None."""
+    return _emulated
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a GPU's or an emulated one's: to look at its numbers would wait for the device."""
+    return _emulated is not None or tensor.device.type != "cpu"
+
+
 def device_type() -> str:
-    """"cuda" (torch's name for HIP devices, too) where a GPU is usable, else "cpu"."""
+    """"cuda" (torch's name for HIP devices, too) where a GPU is usable, else "cpu", where an emulated device's tensors
+    lie, too."""
+    return "cpu" if _emulated is not None else _visible_type()
+
+
+@functools.cache
+def _visible_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """What computes here, in words: "gfx942 (emulated)", torch's name of the GPU, "cpu"."""
+    if _emulated is not None:
+        return _emulated.name
+    return torch.cuda.get_device_name() if device_type() == "cuda" else "cpu"
+
+
+def streams() -> Any:
+    """Streams, events and graphs of the current device: torch.cuda, or what an emulated device has by its names."""
+    return torch.cuda if _emulated is None else _emulated.streams
 
 
 def may_have_gpu() -> bool:
@@ -69,3 +101,15 @@ def target(name: str) -> Iterator[Arch]:
         yield _target
     finally:
         _target = before
+
+
+@contextlib.contextmanager
+def emulating(device: "Device") -> Iterator[None]:
+    """Inside, CPU tensors are those of an emulated device, and launchers configure themselves for it."""
+    global _emulated
+    with target(device.arch.name):
+        before, _emulated = _emulated, device
+        try:
+            yield
+        finally:
+            _emulated = before

@@ -6,6 +6,7 @@ A step is three verbs: schedule, run, commit. `Engine` is whole in one process, 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -23,6 +24,7 @@ import zmq
 
 import wave64
 from wave64 import quant
+from wave64.arch import EMULATED
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.memory import pool_pages
 from wave64.serve.engine.pages import PagePool
@@ -102,7 +104,8 @@ class Engine:
         model = load_model(self.config, folder, self.dtype, self.device, args.load_format)
         kv_dtype = _kv_dtype(args.kv_cache_dtype, self.dtype, self.device)
         self.pool = PagePool(pool_pages(args, self.config, kv_dtype, self.device), args.page_size)
-        capture = self.device.type == "cuda" and not args.disable_cuda_graph
+        self.is_gpu = self.device.type == "cuda" or wave64.platform.emulated() is not None
+        capture = self.is_gpu and not args.disable_cuda_graph
         self.limits = Limits(self.config.context_length, self.pool.num_tokens, self.config.vocab_size)
         max_running = min(args.max_running_requests, self.pool.num_pages)
         self.runner = Runner(
@@ -116,7 +119,7 @@ class Engine:
         self._totals = (0, 0)  # prompt tokens computed, tokens generated
 
     def _prefill_budget(self, args: ServerArgs) -> int:
-        chunk = args.chunked_prefill_size or PREFILL_CHUNK[self.device.type]
+        chunk = args.chunked_prefill_size or PREFILL_CHUNK["cuda" if self.is_gpu else "cpu"]
         if chunk == -1:
             return max(self.config.context_length, args.max_prefill_tokens)
         return min(chunk, args.max_prefill_tokens)
@@ -125,7 +128,7 @@ class Engine:
         """What a client may ask of this engine, what the model recommends, and which backends serve it."""
         return Ready(
             **msgspec.structs.asdict(self.limits),
-            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            device=wave64.platform.device_name() if self.is_gpu else "cpu",
             dtype=str(self.dtype).removeprefix("torch."),
             backends=self._backends,
             sampling_defaults=self.config.sampling_defaults,
@@ -210,6 +213,14 @@ def _config(folder: Path, args: ServerArgs) -> ModelConfig:
 
 
 def _device(name: str) -> torch.device:
+    """Where tensors lie. An emulated device's lie on the CPU, inside `wave64.emulate`."""
+    emulated = wave64.platform.emulated()
+    if emulated is not None and name not in ("auto", emulated.arch.name):
+        raise ArgsError(f"--device: expected {emulated.arch.name}, inside wave64.emulate, got {name}")
+    if emulated is None and name in EMULATED:
+        raise ArgsError(f"--device: expected wave64.emulate({name!r}) around the engine, got {name} without")
+    if emulated is not None:
+        return torch.device("cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ArgsError("--device: cuda was asked for, and torch sees no GPU; use cpu, or see python -m wave64")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -219,7 +230,7 @@ def _kv_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torc
     """What keys, values and latents are kept in. A CPU keeps OCP's FP8."""
     if name == "auto":
         return model_dtype
-    arch = wave64.platform.arch() if device.type == "cuda" else None
+    arch = wave64.platform.arch() if device.type == "cuda" or wave64.platform.emulated() else None
     if arch and arch.fp8 is None:
         raise ArgsError(f"--kv-cache-dtype: {arch.name} has no FP8, got {name}; use auto")
     return quant.fp8_dtype()
@@ -242,10 +253,13 @@ def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
     for pipe in (inbox, outbox):
         pipe.setsockopt(zmq.SNDHWM, 0)
         pipe.setsockopt(zmq.RCVHWM, 0)
+    stack = contextlib.ExitStack()
     try:
         inbox.bind(requests)
         outbox.connect(outputs)
         try:
+            if args.device in EMULATED:
+                stack.enter_context(wave64.emulate(args.device))
             engine = Engine(args)
             if choose_threads and engine.runner.weight_bytes < ONE_THREAD_BYTES:
                 torch.set_num_threads(1)
@@ -256,6 +270,7 @@ def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
             outbox.send(encode(Failed(_one_line(error))))
             sys.exit(1)
     finally:
+        stack.close()
         context.destroy(linger=1000)
 
 

@@ -1,4 +1,5 @@
-"""Decode steps as captured device graphs (HIP or CUDA): one graph per batch size, replayed with new inputs.
+"""Decode steps as captured device graphs (HIP, CUDA, or an emulated device's): one graph per batch size, replayed with
+new inputs.
 
 A decode step of a small batch is hundreds of kernels that each take less time than their launch; a replay launches
 them all at once. A batch runs in the smallest graph that holds it: the rows beyond it write no key (slot -1), attend
@@ -10,10 +11,12 @@ from __future__ import annotations
 import bisect
 import logging
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wave64 import platform
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.layers import KVCache
 
@@ -43,9 +46,10 @@ class DecodeGraphs:
     ) -> None:  # fmt: skip
         # What changes at every step lies in one piece of memory, here and on the device, so that one copy brings it
         # over; the page table, which seldom changes and is large, comes in another.
-        self._host = torch.zeros(max_batch * 28, dtype=torch.uint8, pin_memory=True)
+        gpu, pins = platform.streams(), device.type == "cuda"
+        self._host = torch.zeros(max_batch * 28, dtype=torch.uint8, pin_memory=pins)
         self._there = torch.zeros_like(self._host, device=device, pin_memory=False)
-        self._copied = torch.cuda.Event()
+        self._copied = gpu.Event()
         self._staged, fixed = _fields(self._host, max_batch), _fields(self._there, max_batch)
         self._table = torch.zeros(0, 0, dtype=torch.int32)
         fixed["slot_mapping"].fill_(-1)
@@ -61,18 +65,19 @@ class DecodeGraphs:
             logit_rows=torch.arange(max_batch, device=device),
         )
         self._sizes = batch_sizes(max_batch)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, tuple[Any, Tensor]] = {}
         started = time.perf_counter()
         memory = None  # shared by all: only one of them runs at a time; the largest first, so that it sets the size
         for size in reversed(self._sizes):
             batch = self._cut(size)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.inference_mode(), torch.cuda.stream(side):
-                model(batch, kv_cache)  # compiles what is compiled at the first call, which a capture must not do
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.inference_mode(), torch.cuda.graph(graph, pool=memory):
+            if platform.emulated() is None:  # which executes nothing while it captures, and takes seconds for a step
+                side = gpu.Stream()
+                side.wait_stream(gpu.current_stream())
+                with torch.inference_mode(), gpu.stream(side):
+                    model(batch, kv_cache)  # compiles what is compiled at the first call, which a capture must not do
+                gpu.current_stream().wait_stream(side)
+            graph = gpu.CUDAGraph()
+            with torch.inference_mode(), gpu.graph(graph, pool=memory):
                 logits = model(batch, kv_cache)
             memory = graph.pool()
             self._graphs[size] = (graph, logits)

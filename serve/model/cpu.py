@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wave64 import platform
+
 FEW_TOKENS = 4  # from here on oneDNN's fp32 product is faster than BLAS's
 MANY_TOKENS = 64  # beyond it a plain bf16 weight is better laid out anew than multiplied from the left
 COLUMNS = 16  # of a product with a plain bf16 weight on the left: a vector register's, fewer take as long
@@ -30,9 +32,10 @@ TYPICAL_TOKENS = 8  # oneDNN chooses the blocks for this number, and reads them 
 
 def choose_product(weight: nn.Parameter, plain: bool) -> tuple[Callable[..., Tensor], nn.Parameter]:
     """(function of x, weight and bias that computes a Linear, the weight in the layout that it reads fastest). plain:
-    the layout must stay. On other devices than a CPU, and where oneDNN cannot serve, F.linear and the weight itself."""
+    the layout must stay. On other devices than a CPU, emulated ones among them, and where oneDNN cannot serve, F.linear
+    and the weight itself."""
     dtype = weight.dtype
-    if weight.device.type != "cpu" or _why_not(dtype):
+    if weight.device.type != "cpu" or platform.emulated() is not None or _why_not(dtype):
         return F.linear, weight
     if dtype == torch.float32:
         return (_onednn if _is_amd() else _plain_fp32), weight

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from wave64 import platform
 from wave64.serve.model import FAMILIES
 from wave64.serve.model.checkpoint import Shard, StoredTensor, WeightsError, stored_tensors
 from wave64.serve.model.config import ModelConfig
@@ -37,11 +38,12 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
         fill_with_noise(model)
     else:
         fill_from(model, Path(folder))
-    products = f", {products_by(dtype)}" if torch.device(device).type == "cpu" else ""
+    is_cpu = torch.device(device).type == "cpu" and platform.emulated() is None
+    products = f", {products_by(dtype)}" if is_cpu else ""
     size = sum(weight.nbytes for weight in model.parameters())
     log.info("%s: %.2f GB of %s weights on %s%s in %.1f s", folder, size / 1e9, str(dtype).removeprefix("torch."),
-             device, products, time.perf_counter() - started)
-    if torch.device(device).type == "cpu" and (hint := slow_dtype(dtype)):
+             device if is_cpu else platform.device_name(), products, time.perf_counter() - started)
+    if is_cpu and (hint := slow_dtype(dtype)):
         log.warning(hint)
     return model
 

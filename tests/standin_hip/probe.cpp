@@ -13,7 +13,7 @@ std::string kept;
 
 extern "C" {
 int probe_open(const char* const* candidates, int count) {
-    return wave64::open_runtime({candidates, candidates + count}, &kept);
+    return wave64::open_runtime({candidates, candidates + count}, false, &kept);
 }
 const char* probe_path() { return kept.c_str(); }
 int probe_count(int* count) { return wave64::device_count(count); }

@@ -46,10 +46,12 @@ def a_launch_hands_on_every_number(hip, runtime):
     made = []
     hip.on_launch(made.append)
     args = bytes(range(100, 172))
-    runtime.launch(grid=(3, 5, 7), block=(4, 8, 16), lds_bytes=288, args=args, stream=0x5EED)
+    runtime.count()
+    stream = hip.new_stream()
+    runtime.launch(grid=(3, 5, 7), block=(4, 8, 16), lds_bytes=288, args=args, stream=stream)
     launch, = made
     assert (launch.kernel, launch.grid, launch.block, launch.lds_bytes) == ("rms_norm_bf16", (3, 5, 7), (4, 8, 16), 288)
-    assert (launch.args, launch.stream, launch.device) == (args, 0x5EED, 0)
+    assert (launch.args, launch.stream, launch.device) == (args, stream, 0)
 
 
 @scenario("gfx942,gfx950")

@@ -2,29 +2,27 @@
 
 import ctypes
 import functools
-from collections.abc import Callable
-from types import SimpleNamespace
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
 OK, BAD_ARGUMENT, UNAVAILABLE, RUNTIME_ERROR = range(4)  # host.h, enum Status
 
-
-class _Launch(ctypes.Structure):
-    """StandinLaunch of standin_hip.h."""
-
-    _fields_ = [("kernel", ctypes.c_char_p), ("code_object", ctypes.c_void_p), ("code_object_size", ctypes.c_size_t),
-                ("args", ctypes.c_void_p), ("args_size", ctypes.c_size_t), ("stream", ctypes.c_void_p),
-                ("device", ctypes.c_int32), ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3),
-                ("lds_bytes", ctypes.c_uint32)]
+DRIVER = Path(__file__).resolve().parents[2] / "pysrc" / "wave64" / "testing" / "emulator" / "driver.py"
 
 
-class Standin:
+def _loaded() -> ModuleType:
+    """driver.py by itself: the package needs torch, and these processes have no package at all."""
+    described = importlib.util.spec_from_file_location("standin_driver", DRIVER)
+    assert described is not None
+    assert described.loader is not None
+    made = importlib.util.module_from_spec(described)
+    described.loader.exec_module(made)
+    return made
+
+
+class Standin(_loaded().Driver):
     """A stand-in, opened; the runtime under test finds it as what the process holds."""
-
-    LAUNCH_FAILURE = 719
-
-    def __init__(self, path: str):
-        self.library = ctypes.CDLL(path)
-        self.library.standin_calls.restype = ctypes.c_char_p
 
     def fail(self, name: str, code: int, nth: int = 1) -> None:
         """The nth call of `name` from now fails."""
@@ -33,27 +31,6 @@ class Standin:
     def calls(self) -> list[str]:
         """What was called since this was last asked."""
         return self.library.standin_calls().decode().split()
-
-    def on_launch(self, run: Callable) -> None:
-        """`run` is given every launch: kernel, code_object (bytes), args (bytes), stream, device, grid, block and
-        lds_bytes. What it raises is kept in `errors`, and the launch fails."""
-        self.errors: list[Exception] = []
-
-        def made(pointer) -> int:
-            told = pointer.contents
-            launch = SimpleNamespace(
-                kernel=told.kernel.decode(), code_object=ctypes.string_at(told.code_object, told.code_object_size),
-                args=ctypes.string_at(told.args, told.args_size), stream=told.stream or 0, device=told.device,
-                grid=tuple(told.grid), block=tuple(told.block), lds_bytes=told.lds_bytes)
-            try:
-                run(launch)
-            except Exception as e:  # ctypes would print it and go on
-                self.errors.append(e)
-                return self.LAUNCH_FAILURE
-            return 0
-
-        self._callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Launch))(made)
-        self.library.standin_on_launch(self._callback)
 
 
 class Failed(Exception):

@@ -7,18 +7,28 @@ import wave64 and fork. `WAVE64_BACKEND` is checked at import all the same.
 `rms_norm=hip` demands one for one operator; entries are separated by commas. `use(...)` does the same for a block of
 code. A demanded backend that cannot serve raises `NotSupported` with the reason.
 `WAVE64_STRICT=1` also makes every fallback for unsupported arguments an error.
+
+`emulate(...)` makes the CPU's tensors those of an emulated card, and binds every operator as that card would have it.
 """
 
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import pkgutil
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from wave64 import platform
+from wave64.arch import EMULATED
 from wave64.op import BACKENDS, OPS, Backend, NotSupported, Op
+
+if TYPE_CHECKING:
+    from wave64.testing.emulator.device import Device, Meter
+
+log = logging.getLogger("wave64")
 
 _overrides: dict[str, str] = {}
 _first = threading.RLock()
@@ -76,6 +86,9 @@ def probe(backend: str, device_type: str) -> str | None:
     """None if `backend` can serve tensors of `device_type` on this machine, else the reason in words."""
     if backend == "reference":
         return None
+    emulated = platform.emulated()
+    if backend == "cpu" and emulated is not None:
+        return f"serves a CPU, not {emulated.name}"
     if backend == "cpu":
         return None if device_type == "cpu" else "serves CPU tensors only"
     if device_type == "cuda" and platform.device_type() == "cpu":
@@ -83,7 +96,7 @@ def probe(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if device_type == "cpu" and not interpreted():
+        if device_type == "cpu" and not interpreted() and emulated is None:
             return "needs a GPU (the interpreter runs it on CPU: TRITON_INTERPRET=1 before the start)"
         return import_triton_kernels()
     if backend == "hopper":
@@ -94,7 +107,7 @@ def probe(backend: str, device_type: str) -> str | None:
     if backend == "hip":
         from wave64.backends import hip
 
-        return hip.reason(device_type)
+        return hip.reason(device_type) if emulated is None else hip.emulated_reason(emulated.arch.name)
     return "wave64 has no adapter to AITER yet"
 
 
@@ -115,12 +128,20 @@ def order(op: Op, device_type: str, overrides: dict[str, str]) -> tuple[Backend,
     if demanded := overrides.get(op.name):
         demand(op.name, demanded, device_type)
         return (op.backends[demanded],)
-    names = ["hip", "hopper", "triton", "reference"] if device_type == "cuda" else ["cpu", "reference"]
+    emulated = platform.emulated()
+    is_gpu = device_type == "cuda" or emulated is not None
+    names = ["hip", "hopper", "triton", "reference"] if is_gpu else ["cpu", "reference"]
     if preferred := overrides.get("*"):
         demand("*", preferred, device_type)
         names = [preferred, *(n for n in names if n != preferred)]
     chain = tuple(op.backends[n] for n in names if reason(op, n, device_type) is None)
     return chain[:1] if strict() else chain
+
+
+def _served(op: Op, chain: tuple[Backend, ...]) -> tuple[Backend, ...]:
+    """The backends that serve `op`; on an emulated device their launches count as the operator's."""
+    emulated = platform.emulated()
+    return chain if emulated is None else tuple(emulated.serving(op.name, backend) for backend in chain)
 
 
 def parse(text: str) -> dict[str, str]:
@@ -143,7 +164,8 @@ def bind(overrides: dict[str, str]) -> None:
     Overrides are for the device that this machine computes on; a demand must be servable there.
     """
     main = platform.device_type()
-    chosen = {op: {d: order(op, d, overrides if d == main else {}) for d in device_types()} for op in OPS.values()}
+    chosen = {op: {d: _served(op, order(op, d, overrides if d == main else {})) for d in device_types()}
+              for op in OPS.values()}
     for op, bound in chosen.items():
         op.bound = bound
     _overrides.clear()
@@ -185,6 +207,36 @@ def use(backend: str | None = None, /, **ops: str) -> Iterator[None]:
         yield
     finally:
         bind(before)
+
+
+@contextlib.contextmanager
+def emulate(arch: str, meter: "Meter | None" = None) -> "Iterator[Device]":
+    """`with emulate("gfx942") as device:` the CPU's tensors are those of an emulated MI300X (gfx950: MI355X), for the
+    whole process, until the block ends. Every call of an operator inside goes through the dispatch of that card,
+    backends, tuned tables, FP8 flavor and layouts, and its real launchers, and executes its machine code; torch's own
+    operations run on the CPU. `device.counts` has what was executed. Not for one device inside another.
+
+    meter  watches every launch; see wave64.testing.emulator.device
+    Raises NotSupported where the architecture is not emulated, Triton is interpreted (TRITON_INTERPRET=1), or this
+    process has opened a GPU's runtime.
+    """
+    if arch not in EMULATED:
+        raise NotSupported(f"emulate: arch: expected one of {', '.join(EMULATED)}, got {arch!r}")
+    if interpreted():
+        raise NotSupported("emulate: TRITON_INTERPRET: expected unset, because the interpreter replaces the kernels, "
+                           f"got {os.environ['TRITON_INTERPRET']}; unset it and start a new process")
+    if (other := platform.emulated()) is not None:
+        raise NotSupported(f"emulate: {other.name} is in use; leave its block first")
+    from wave64.testing.emulator.device import Device
+
+    device, before = Device(arch, meter=meter), dict(_overrides)
+    with contextlib.ExitStack() as stack:
+        stack.callback(bind, before)  # last, for the machine itself
+        stack.enter_context(device.in_use())
+        bind(before)
+        log.info("%s: machine code is executed on this CPU, instruction by instruction; "
+                 "what torch itself would compute there, matrix products above all, torch computes here", device.name)
+        yield device
 
 
 def report(device_type: str | None = None) -> list[dict[str, str]]:

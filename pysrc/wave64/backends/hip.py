@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wave64 import platform
 from wave64.backends import hip_library
+from wave64.op import NotSupported
 
 #: None, or why wave64._hip cannot be imported.
 extension_error: str | None = None
@@ -94,6 +95,28 @@ def runtime() -> str:
     """Opens the GPU runtime, unless it is open, and returns the path of its library. Raises _hip.Unavailable if no
     runtime can be opened. A child forked afterwards cannot use it, so this is called only when it is needed."""
     return _hip.open_runtime(hip_library.candidates())
+
+
+def standin() -> str:
+    """The stand-in for HIP's runtime that emulated devices have, next to the extension. Raises NotSupported without."""
+    path = Path(_hip.code_object_folder()).parent / "libstandin_hip.so" if _hip is not None else None
+    if path is None or not path.exists():
+        raise NotSupported(f"emulate: {extension_error or f'{path} is not built: python3 setup_rocm.py install'}")
+    return str(path)
+
+
+@functools.cache
+def open_standin() -> str:
+    """Opens the stand-in as this process's HIP, unless a runtime is open; the path of the one that is."""
+    return _hip.open_runtime([standin()], is_named=True)
+
+
+def emulated_reason(arch: str) -> str | None:
+    """None if this backend can serve the emulated device in use, else the reason."""
+    try:
+        return extension_error or _code_objects_reason(arch)
+    except RuntimeError as e:
+        return str(e)
 
 
 @functools.cache

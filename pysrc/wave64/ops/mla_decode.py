@@ -119,7 +119,7 @@ def check_latents(dtype: torch.dtype, width: int, kv_cache: Tensor, page_table: 
         raise BadArgument("kv_cache", f"[num_pages, page_size, {width}] with a contiguous last dimension", kv_cache)
     if kv_cache.dtype != dtype and kv_cache.dtype not in FP8.values():
         raise BadArgument("kv_cache", f"dtype {dtype}, that of the queries, or FP8", kv_cache)
-    arch = platform.arch() if kv_cache.device.type != "cpu" else None
+    arch = platform.arch() if platform.on_gpu(kv_cache) else None
     if kv_cache.dtype != dtype and arch and arch.fp8 and kv_cache.dtype != FP8[arch.fp8]:
         raise BadArgument("kv_cache", f"{FP8[arch.fp8]}, the FP8 type of {arch.name}", kv_cache,
                           "requantize the cache")
@@ -128,7 +128,7 @@ def check_latents(dtype: torch.dtype, width: int, kv_cache: Tensor, page_table: 
     if page_table.ndim != 2 or page_table.dtype != torch.int32 or page_table.shape[0] != num_seqs \
             or page_table.stride(1) != 1 and page_table.shape[1] > 1:
         raise BadArgument("page_table", f"int32 [{num_seqs}, max_pages] with a contiguous last dimension", page_table)
-    if seq_lens.device.type == "cpu" and num_seqs:  # on a GPU this would synchronize
+    if num_seqs and not platform.on_gpu(seq_lens):  # there this would synchronize
         longest, capacity = int(seq_lens.max()), page_table.shape[1] * kv_cache.shape[1]
         if longest > capacity or longest > 0 and not kv_cache.shape[0]:
             got = f"{list(page_table.shape)}, capacity {capacity} tokens, in {kv_cache.shape[0]} pages"

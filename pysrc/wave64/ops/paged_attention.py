@@ -109,7 +109,7 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
             raise BadArgument(name, expected, cache)
         if cache.dtype != query.dtype and cache.dtype not in FP8.values():
             raise BadArgument(name, f"dtype {query.dtype}, that of query, or FP8", cache)
-        arch = platform.arch() if cache.device.type != "cpu" else None
+        arch = platform.arch() if platform.on_gpu(cache) else None
         if cache.dtype != query.dtype and arch and arch.fp8 and cache.dtype != FP8[arch.fp8]:
             raise BadArgument(name, f"{FP8[arch.fp8]}, the FP8 type of {arch.name}", cache, "requantize the cache")
     if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
@@ -124,7 +124,7 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
             or page_table.stride(1) != 1 and page_table.shape[1] > 1:
         expected = f"int32 [{num_seqs}, max_pages] with a contiguous last dimension"
         raise BadArgument("page_table", expected, page_table)
-    if seq_lens.device.type == "cpu" and num_seqs:  # on a GPU this would synchronize
+    if num_seqs and not platform.on_gpu(seq_lens):  # there this would synchronize
         longest, capacity = int(seq_lens.max()), page_table.shape[1] * page_size
         if longest > capacity or longest > 0 and not num_pages:
             got = f"{list(page_table.shape)}, capacity {capacity} tokens, in {num_pages} pages of {page_size}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from wave64 import pools
+from wave64 import platform, pools
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.paged_attention import attend, check_kv, make_case, read_positions
 
@@ -72,7 +72,7 @@ def check(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max
     entries = len(seq_lens) + 1
     if cu_seqlens_q.shape != (entries,) or cu_seqlens_q.dtype != torch.int32 or not cu_seqlens_q.is_contiguous():
         raise BadArgument("cu_seqlens_q", f"contiguous int32 [{entries}]: 0, then running sums", cu_seqlens_q)
-    if cu_seqlens_q.device.type == "cpu":  # on a GPU this would synchronize
+    if not platform.on_gpu(cu_seqlens_q):  # there this would synchronize
         starts = cu_seqlens_q.tolist()
         new = [b - a for a, b in zip(starts, starts[1:], strict=False)]
         if starts[0] != 0 or starts[-1] != query.shape[0] or min(new, default=0) < 0:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wave64 import platform
 from wave64.op import BadArgument, Case, Cost, op
 from wave64.ops.paged_attention import attend
 
@@ -95,7 +96,7 @@ def check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale
             raise BadArgument(name, "contiguous int32 [num_seqs + 1]: 0, then running sums", starts)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise BadArgument("cu_seqlens_k", f"[{len(cu_seqlens_q)}], a number for each of cu_seqlens_q", cu_seqlens_k)
-    if q.device.type != "cpu":  # on a GPU this would synchronize
+    if platform.on_gpu(q):  # what follows would synchronize
         return
     for side, tensor, starts, bound in (("q", q, cu_seqlens_q, max_seqlen_q), ("k", k, cu_seqlens_k, max_seqlen_k)):
         sums, lengths = starts.tolist(), starts.diff().tolist()

@@ -26,10 +26,13 @@ enum Error {  // hipError_t
     kInvalidImage = 200,
     kNoBinaryForGpu = 209,
     kInvalidHandle = 400,
+    kIllegalState = 401,
     kNotFound = 500,
     kLaunchOutOfResources = 701,
     kLaunchFailure = 719,
     kCaptureUnsupported = 900,
+    kCaptureImplicit = 906,
+    kCapturedEvent = 907,
 };
 
 struct Device {
@@ -49,6 +52,15 @@ struct Function {
     const Kernel* kernel;
 };
 
+struct Stream {
+    int device;
+    int capture_mode = -1;  // of a capture that is going on
+};
+
+struct Event {
+    bool is_captured = false;
+};
+
 struct State {
     std::mutex mutex;
     std::vector<Device> devices;
@@ -59,6 +71,10 @@ struct State {
     std::map<std::string, std::pair<int, int>> failures;  // entry point -> (calls to come until then, code)
     std::vector<std::unique_ptr<Module>> modules;
     std::set<std::unique_ptr<Function>> functions;
+    std::map<void*, Stream> streams;  // without the default stream, which is null
+    std::map<void*, Event> events;
+    std::set<void*> graphs;
+    std::string device_names;
     int (*on_launch)(const StandinLaunch*) = nullptr;
 };
 
@@ -68,6 +84,8 @@ State& state() {
 }
 
 thread_local int last_error = kSuccess, current_device = 0, capture_mode = 0;
+thread_local std::string failure_text;
+constexpr size_t kMaxCalls = 1 << 20;  // bytes of calls that are kept, should no one ask for them
 
 int result(int code) {
     if (code) last_error = code;
@@ -77,6 +95,7 @@ int result(int code) {
 // Why this call fails at once, or kSuccess. What needs no initialization says so.
 int enter(const char* name, const std::string& details = "", bool needs_init = true) {
     State& s = state();
+    if (s.calls.size() > kMaxCalls) s.calls.clear();
     s.calls += (s.calls.empty() ? "" : " ") + std::string(name) + details;
     if (const auto found = s.failures.find(name); found != s.failures.end() && --found->second.first == 0) {
         const int code = found->second.second;
@@ -89,6 +108,20 @@ int enter(const char* name, const std::string& details = "", bool needs_init = t
 #define ENTRY(NAME, ...)                             \
     std::lock_guard<std::mutex> lock(state().mutex); \
     if (const int code = enter(NAME, ##__VA_ARGS__)) return result(code)
+
+bool is_capturing() {
+    for (const auto& [handle, stream] : state().streams)
+        if (stream.capture_mode >= 0) return true;
+    return state().capturing;
+}
+
+// Null, where the default stream is meant, or no stream is; a handle of HIP's is an address of ours that is its alone.
+Stream* find_stream(void* handle) {
+    const auto found = state().streams.find(handle);
+    return found == state().streams.end() ? nullptr : &found->second;
+}
+
+void* new_handle() { return ::operator new(1); }
 
 const std::map<std::string, Device>& known_devices() {
     static const std::map<std::string, Device> known{
@@ -182,7 +215,13 @@ const char* hipGetErrorString(int code) {
         case kLaunchOutOfResources:
             return "out of resources";
         case kLaunchFailure:
-            return "unspecified launch failure";
+            return failure_text.empty() ? "unspecified launch failure" : failure_text.c_str();
+        case kIllegalState:
+            return "the operation cannot be performed in the present state";
+        case kCaptureImplicit:
+            return "operation would make the legacy stream depend on a capturing blocking stream";
+        case kCapturedEvent:
+            return "operation not permitted on an event last recorded in a capturing stream";
         case kCaptureUnsupported:
             return "operation not permitted when stream is capturing";
         default:
@@ -206,7 +245,7 @@ int hipInit(unsigned flags) {
     if (s.initialized_in && s.initialized_in != getpid()) return result(kNotInitialized);  // what a fork leaves behind
     s.initialized_in = getpid();
     const char* names = std::getenv("STANDIN_HIP");
-    std::istringstream all(names ? names : "gfx942");
+    std::istringstream all(!s.device_names.empty() ? s.device_names : names ? names : "gfx942");
     s.devices.clear();
     for (std::string name; std::getline(all, name, ',');) s.devices.push_back(known_devices().at(name));
     return result(s.devices.empty() ? kNoDevice : kSuccess);
@@ -254,12 +293,115 @@ int hipThreadExchangeStreamCaptureMode(int* mode) {
     return kSuccess;
 }
 
+int hipStreamCreateWithFlags(void** stream, unsigned flags) {
+    ENTRY("hipStreamCreateWithFlags", ":" + std::to_string(flags));
+    if (flags > 1) return result(kInvalidValue);
+    *stream = new_handle();
+    state().streams[*stream] = Stream{current_device};
+    return kSuccess;
+}
+
+int hipStreamDestroy(void* stream) {
+    ENTRY("hipStreamDestroy");
+    if (!state().streams.erase(stream)) return result(kInvalidHandle);
+    ::operator delete(stream);
+    return kSuccess;
+}
+
+int hipStreamSynchronize(void* stream) {
+    ENTRY("hipStreamSynchronize");
+    const Stream* const found = find_stream(stream);
+    if (stream && !found) return result(kInvalidHandle);
+    return found && found->capture_mode >= 0 ? result(kCaptureUnsupported) : kSuccess;
+}
+
+int hipDeviceSynchronize() {
+    ENTRY("hipDeviceSynchronize");
+    return is_capturing() ? result(kCaptureUnsupported) : kSuccess;
+}
+
+int hipStreamBeginCapture(void* stream, int mode) {
+    ENTRY("hipStreamBeginCapture", ":" + std::to_string(mode));
+    if (mode < 0 || mode > 2) return result(kInvalidValue);
+    Stream* const found = find_stream(stream);
+    if (!found) return result(stream ? kInvalidHandle : kCaptureUnsupported);
+    if (found->capture_mode >= 0) return result(kIllegalState);
+    found->capture_mode = mode;
+    return kSuccess;
+}
+
+int hipStreamEndCapture(void* stream, void** graph) {
+    ENTRY("hipStreamEndCapture");
+    Stream* const found = find_stream(stream);
+    if (!found) return result(kInvalidHandle);
+    if (found->capture_mode < 0) return result(kIllegalState);
+    found->capture_mode = -1;
+    for (auto& [handle, event] : state().events) event.is_captured = false;
+    *graph = new_handle();
+    state().graphs.insert(*graph);
+    return kSuccess;
+}
+
+int hipStreamIsCapturing(void* stream, int* status) {
+    ENTRY("hipStreamIsCapturing");
+    const Stream* const found = find_stream(stream);
+    if (stream && !found) return result(kInvalidHandle);
+    *status = found && found->capture_mode >= 0;
+    return kSuccess;
+}
+
+int hipGraphDestroy(void* graph) {
+    ENTRY("hipGraphDestroy");
+    if (!state().graphs.erase(graph)) return result(kInvalidHandle);
+    ::operator delete(graph);
+    return kSuccess;
+}
+
+// ---- events
+
+int hipEventCreateWithFlags(void** event, unsigned flags) {
+    ENTRY("hipEventCreateWithFlags", ":" + std::to_string(flags));
+    *event = new_handle();
+    state().events[*event] = Event{};
+    return kSuccess;
+}
+
+int hipEventDestroy(void* event) {
+    ENTRY("hipEventDestroy");
+    if (!state().events.erase(event)) return result(kInvalidHandle);
+    ::operator delete(event);
+    return kSuccess;
+}
+
+int hipEventRecord(void* event, void* stream) {
+    ENTRY("hipEventRecord");
+    const auto found = state().events.find(event);
+    const Stream* const on = find_stream(stream);
+    if (found == state().events.end() || (stream && !on)) return result(kInvalidHandle);
+    found->second.is_captured = on && on->capture_mode >= 0;
+    return kSuccess;
+}
+
+int hipEventSynchronize(void* event) {
+    ENTRY("hipEventSynchronize");
+    const auto found = state().events.find(event);
+    if (found == state().events.end()) return result(kInvalidHandle);
+    return found->second.is_captured ? result(kCapturedEvent) : kSuccess;
+}
+
+int hipStreamWaitEvent(void* stream, void* event, unsigned flags) {
+    ENTRY("hipStreamWaitEvent", ":" + std::to_string(flags));
+    if (flags) return result(kInvalidValue);
+    if (!state().events.count(event) || (stream && !find_stream(stream))) return result(kInvalidHandle);
+    return kSuccess;
+}
+
 // ---- modules
 
 int hipModuleLoadData(void** module, const void* image) {
     ENTRY("hipModuleLoadData", ":" + std::to_string(current_device));
     State& s = state();
-    if (s.capturing && capture_mode != 2) return result(kCaptureUnsupported);
+    if (is_capturing() && capture_mode != 2) return result(kCaptureUnsupported);
     try {
         auto loaded = std::make_unique<Module>(Module{current_device, CodeObject(image)});
         const Device& device = s.devices[current_device];
@@ -291,7 +433,7 @@ int hipModuleGetFunction(void** function, void* module, const char* name) {
 
 int hipModuleLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned lds_bytes, void* stream, void** parameters, void** extra) {
-    StandinLaunch launch{"", nullptr, 0, nullptr, 0, stream, current_device, {gx, gy, gz}, {bx, by, bz}, lds_bytes};
+    StandinLaunch launch{"", nullptr, 0, nullptr, 0, stream, current_device, 0, {gx, gy, gz}, {bx, by, bz}, lds_bytes};
     std::string segment;
     int (*callback)(const StandinLaunch*);
     {
@@ -301,19 +443,28 @@ int hipModuleLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, u
         for (const auto& known : s.functions)
             if (known.get() == handle) function = known.get();
         if (!function) return result(kInvalidHandle);
+        Stream* const on = find_stream(stream);
+        if (stream && (!on || on->device != current_device)) return result(kInvalidHandle);
+        if (!stream && capture_mode != 2)  // the default stream waits for all others
+            for (const auto& [other, capturing] : s.streams)
+                if (capturing.capture_mode >= 0) return result(kCaptureImplicit);
         if (const int code = check_launch(*function, launch.grid, launch.block, lds_bytes)) return result(code);
         if (const int code = gather(*function->kernel, parameters, extra, segment)) return result(code);
         launch.kernel = function->kernel->name.c_str();
         launch.code_object = function->module->code.bytes.data();
         launch.code_object_size = function->module->code.bytes.size();
         launch.args = segment.data(), launch.args_size = segment.size();
+        launch.is_captured = on && on->capture_mode >= 0;
+        failure_text.clear();
         callback = s.on_launch;
     }
     return callback ? result(callback(&launch)) : kSuccess;
 }
 
-// ---- what tests control
+// ---- what HIP has not
 
+void standin_devices(const char* names) { state().device_names = names; }
+void standin_failure_text(const char* text) { failure_text = std::string("unspecified launch failure: ") + text; }
 void standin_on_launch(int (*callback)(const StandinLaunch*)) { state().on_launch = callback; }
 void standin_fail(const char* name, int code, int nth) { state().failures[name] = {nth, code}; }
 void standin_capture(int active) { state().capturing = active; }
