@@ -62,17 +62,19 @@ struct Lds {
     int num_groups, num_listed;
 };
 
-// A row of logits in packs that begin where 16 divides the address, `lead` logits before the row does.
+// A row of logits in packs that begin where 16 divides the address, `lead` logits before the row does. Of the last pack
+// the words of 4 bytes are loaded that the row reaches into. Half a word more is of no harm; a load of its own for it
+// would cost the draw 14 more spilled scalar registers.
 template <typename T, int N>
 class Logits {
-    Row<T, N> packs;
+    Bounded memory;
     int lead, vocab;
 
 public:
     int num_packs;
 
     WAVE64_DEVICE Logits(const T* row, int lead, int vocab)
-        : packs(row - lead, (lead + vocab + N - 1) / N),
+        : memory(row - lead, ((lead + vocab) * int(sizeof(T)) + 3) & ~3),
           lead(lead),
           vocab(vocab),
           num_packs((lead + vocab + N - 1) / N) {}
@@ -81,7 +83,9 @@ public:
         return Logits(row, int(reinterpret_cast<uint64_t>(row) / sizeof(T) % N), args.vocab_size);
     }
     WAVE64_DEVICE int first_id(int pack) const { return pack * N - lead; }
-    WAVE64_DEVICE Pack<T, N> load(int pack) const { return packs.load(pack); }
+    WAVE64_DEVICE Pack<T, N> load(int pack) const {
+        return {memory.template load<typename Pack<T, N>::Bits>(pack * 16)};
+    }
 
     // The pack's logits: NaN and elements outside the row as -inf, +inf as the largest number, so that the difference
     // of two is never NaN.

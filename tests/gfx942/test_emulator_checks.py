@@ -1,12 +1,14 @@
 """What the emulator watches besides results: waits, races and what was never written, each distinguished from what is
 right and looks alike; and what a wave starts with."""
 
+import contextlib
+
 import numpy as np
 import pytest
+import torch
 from assembled import assemble, run
 
 from wave64 import OPS, platform
-from wave64.testing import contract
 from wave64.testing.emulator import emulate
 from wave64.testing.emulator import run as run_module
 from wave64.testing.emulator.memory import EmulationError
@@ -329,11 +331,15 @@ def test_stores_end_with_the_tensor():
             run(code, "stores", np.zeros(4, U32), result[:255], granule=granule)
 
 
-def test_only_sample_reads_to_the_end_of_a_granule(monkeypatch):
-    """Its one logit of fp32 is read in 16 bytes; nothing else may, and the exception goes when it needs none."""
-    assert run_module.GRANULES == {"sample": 16}
-    case = next(case for case in OPS["sample"].cases() if case.id == "one")
+@pytest.mark.parametrize(("dtype", "vocab", "says"), [
+    (torch.float32, 1, None), (torch.float32, 5, None), (torch.bfloat16, 6, None),
+    (torch.bfloat16, 5, r"sample_bf16_peaks.* reads 4 bytes at 0x\w+, 8 bytes into logits, which has 10")])
+def test_only_sample_reads_to_the_end_of_a_word(dtype, vocab, says, monkeypatch):
+    """Of an odd number of logits in 16 bits; nothing else may, and the exception goes when it needs none."""
+    assert run_module.GRANULES == {"sample": 4}
     monkeypatch.setattr(run_module, "GRANULES", {})
-    says = r"sample_fp32_peaks.* reads 4 bytes at 0x\w+, 4 bytes into logits, which"
-    with pytest.raises(EmulationError, match=says), platform.target("gfx942"), emulate("gfx942"):
-        OPS["sample"].backends["hip"].run(**contract.draw(case, "cpu", 0))
+    row = dict(logits=torch.zeros(1, vocab, dtype=dtype), temperature=torch.ones(1), top_p=torch.ones(1),
+               top_k=torch.zeros(1, dtype=torch.int32), min_p=torch.zeros(1), uniform=torch.zeros(1))
+    with (pytest.raises(EmulationError, match=says) if says else contextlib.nullcontext(),
+          platform.target("gfx942"), emulate("gfx942")):
+        OPS["sample"].backends["hip"].run(**row)

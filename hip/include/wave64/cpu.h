@@ -121,12 +121,12 @@ public:
     template <typename Bits>
     WAVE64_DEVICE Bits load(int at) const {
         Bits bits{};
-        if (at < bytes) __builtin_memcpy(&bits, base + at, sizeof bits);
+        if (at < bytes) __builtin_memcpy(&bits, base + at, min(int(sizeof bits), bytes - at));
         return bits;
     }
     template <typename Bits>
     WAVE64_DEVICE void store(int at, Bits bits) const {
-        if (at < bytes) __builtin_memcpy(base + at, &bits, sizeof bits);
+        if (at < bytes) __builtin_memcpy(base + at, &bits, min(int(sizeof bits), bytes - at));
     }
 };
 
