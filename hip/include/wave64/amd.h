@@ -156,8 +156,8 @@ WAVE64_DEVICE int wave_max_of_rare(int x, int none) {
     return some & (some - 1) ? wave_max(x) : broadcast(x, __builtin_ctzll(some | uint64_t(1) << 63) % wave_size());
 }
 
-// Memory whose end the hardware knows (a buffer resource): loads past it return zero and stores are dropped, word by word
-// of 4 bytes, so no lane branches. `base` must be the same in all lanes; `at` counts bytes.
+// Memory whose end the hardware knows (a buffer resource): loads past it return zero and stores are dropped, word by
+// word of 4 bytes, so no lane branches. `base` must be the same in all lanes; `at` counts bytes.
 class Bounded {
     __amdgpu_buffer_rsrc_t resource;
 

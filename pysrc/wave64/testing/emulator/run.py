@@ -29,9 +29,9 @@ from wave64.testing.emulator.memory import Buffer
 BATCH = 64       # waves that run together, where that many are there
 KEPT = 8         # machines that are kept, should their launch be made again
 SECONDS = 600.0  # a launch that takes longer is taken for one that never ends
-#: operators whose loads take all of the so many bytes in which a tensor begins or ends. sample: bounds a row in words of
-#: 4 bytes and drops the half of one behind an odd number of 16-bit logits: to spare it would cost spilled registers, and
-#: a word never crosses a page, so hardware has it
+#: operators whose loads take all of the so many bytes in which a tensor begins or ends. sample: bounds a row in words
+#: of 4 bytes and drops the half of one behind an odd number of 16-bit logits: to spare it would cost spilled registers,
+#: and a word never crosses a page, so hardware has it
 GRANULES = {"sample": 4}
 #: pointers to what there is none of here: a kernel that follows one is out of bounds
 NOT_GIVEN = ("hidden_none", "hidden_printf_buffer", "hidden_hostcall_buffer", "hidden_default_queue",
