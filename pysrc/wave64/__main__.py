@@ -12,6 +12,8 @@ import sys
 #: Verbs that are modules of their own: what is run, and what it does. `python -m MODULE` is the same.
 MODULES = {
     "serve": ("wave64.launch_server", "serve a model over HTTP: serve --model-path MODEL --port 30000"),
+    "emulate": ("wave64.serve.engine.emulate",
+                "generate on an emulated MI300X, and say what a step costs: emulate --model-path MODEL --prompt TEXT"),
     "doctor": ("wave64.doctor", "this machine: platform, architecture, torch, Triton, code objects"),
     "check-emulated": ("wave64.testing.emulator.check",
                        "hold machine code for gfx942 or gfx950 to the contract on the emulator"),
