@@ -24,7 +24,9 @@ MODULES = {
 }
 
 
-def report(hashes: bool) -> int:
+def report(hashes: bool, device: str | None) -> int:
+    import contextlib
+
     import wave64
     from wave64 import platform
     from wave64.backends import hip
@@ -32,9 +34,11 @@ def report(hashes: bool) -> int:
     if hashes:
         print("\n".join(f"{digest}  {name}" for name, digest in hip.hashes().items()))
         return 0
-    arch = platform.arch()
-    print(f"wave64 on {platform.device_type()}{f' ({arch.name})' if arch else ''}")
-    print(wave64.table())
+    with wave64.emulate(device) if device else contextlib.nullcontext():
+        arch = platform.arch()
+        print(f"wave64 on {platform.device_name() if device else platform.device_type()}"
+              + (f" ({arch.name})" if arch and not device else ""))
+        print(wave64.table())
     return 0
 
 
@@ -77,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.argv = [f"wave64 {argv[0]}", *argv[1:]]
         runpy.run_module(MODULES[argv[0]][0], run_name="__main__")
         return 0
+    from wave64.arch import EMULATED
+
     parser = argparse.ArgumentParser(prog="python -m wave64", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
@@ -84,15 +90,21 @@ def main(argv: list[str] | None = None) -> int:
     for one, default in ((parser, False), (reporting, argparse.SUPPRESS)):
         one.add_argument("--hashes", action="store_true", default=default,
                          help="print the SHA-256 of every code object, and no more")
+        one.add_argument("--device", choices=EMULATED, default=default or None,
+                         help="of an emulated MI300X or MI355X instead of this machine")
     checking = verbs.add_parser("check", help="hold every backend that serves here to the contract")
     checking.add_argument("ops", nargs="*", metavar="OP")
     checking.add_argument("--large", action="store_true", help="the large cases, too (they want a GPU)")
     for verb, (_, words) in MODULES.items():
         verbs.add_parser(verb, help=words)
     args = parser.parse_args(argv)
+    from wave64 import OPS, NotSupported
+
     if args.verb != "check":
-        return report(args.hashes)
-    from wave64 import OPS
+        try:
+            return report(args.hashes, args.device)
+        except NotSupported as e:
+            parser.error(str(e))
 
     if unknown := [name for name in args.ops if name not in OPS]:
         parser.error(f"no operator {', '.join(unknown)}; there are {', '.join(OPS)}")

@@ -2,8 +2,8 @@
 
     python -m wave64 emulate --model-path demo-deepseek-fp8 --prompt "Four score and" --device gfx942 --max-tokens 4
 
-Prints tokens as they come, each with the wave instructions that were executed for it, then the bound of a step by operator.
-Further flags are the server's (--kv-cache-dtype fp8_e4m3, --chunked-prefill-size 16, --disable-cuda-graph, ...).
+Prints tokens as they come, each with the wave instructions that were executed for it, then the bound of a step by
+operator. Further flags are the server's (--kv-cache-dtype fp8_e4m3, --chunked-prefill-size 16, --disable-cuda-graph).
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,10 +26,10 @@ from wave64.testing.emulator.cost import Usage, counting
 #: torch's products -> which argument is the left factor
 PRODUCTS = {"linear": 0, "mm": 0, "bmm": 0, "matmul": 0, "addmm": 1, "baddbmm": 1}
 TORCH = "products by torch"
-LEFT_OUT = """Left out: torch's other operations (embedding, indexing, copies), of which {others} ran in a decode step; waiting for \
-memory,
-results and barriers; caches beyond the first touch of a line; launches, and what lies between them; falling clocks. Products
-by torch are at their roofline (AMD's peaks of bandwidth and bf16 rate), whatever library makes them."""
+LEFT_OUT = """Left out: torch's other operations (embedding, indexing, copies), of which {others} ran in a decode step;
+waiting for memory, results and barriers; caches beyond the first touch of a line; launches, and what lies between them;
+falling clocks. Products by torch are at their roofline (AMD's peaks of bandwidth and bf16 rate), whatever library makes
+them."""
 
 
 @dataclass
@@ -149,7 +148,8 @@ def table(steps: Mapping[str, Step], product: str) -> str:
         for step in steps.values():
             row = step.rows.get(op)
             limit = row.limits.most_common(1)[0][0] if row and row.limits else ""
-            cells.append(f"  {row.launches:8} {row.instructions:12,} {row.bound_us:8.2f} {limit:>11}" if row else " " * 44)
+            cells.append(f"  {row.launches:8} {row.instructions:12,} {row.bound_us:8.2f} {limit:>11}"
+                         if row else " " * 44)
         lines.append(f"{op:{width}}" + "".join(cells).rstrip())
     sums = "".join(f"  {sum(row.launches for row in step.rows.values()):8} {step.instructions:12,} {step.bound_us:8.2f}"
                    + " " * 12 for step in steps.values())

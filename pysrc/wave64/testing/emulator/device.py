@@ -36,7 +36,7 @@ log = logging.getLogger("wave64")
 
 
 class Meter(Protocol):
-    """What watches launches: `checks`, besides the usual ones, count while one is executed; `add` is called after it."""
+    """What watches launches: `checks`, besides the usual ones, count while one is executed; then `add` is called."""
 
     checks: tuple[type, ...]
 
