@@ -10,7 +10,6 @@ those. Sums are floors: of launches that run one after another, each at AMD's pe
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +38,14 @@ class Row:
     launches: int = 0
     instructions: int = 0  # of waves
     bound_us: float = 0.0
-    limits: Counter[str] = field(default_factory=Counter)  # resource -> microseconds of launches that it limits
+    limits: dict[str, float] = field(default_factory=dict)  # resource -> microseconds of launches that it limits
+
+    def add(self, times: dict[str, float]) -> None:
+        """A launch that needs each resource for so many microseconds."""
+        limit = max(times, key=times.__getitem__)
+        self.launches += 1
+        self.bound_us += times[limit]
+        self.limits[limit] = self.limits.get(limit, 0.0) + times[limit]
 
 
 @dataclass
@@ -70,14 +76,10 @@ class StepCosts:
     def add(self, op: str, kernel: str, instructions: int) -> None:
         """A launch of `kernel`, for the operator `op`, was executed."""
         row = self._step.rows.setdefault(op, Row())
-        row.launches += 1
         row.instructions += instructions
         for usage in self._counting.usages.values():
             if usage.waves:
-                times = times_us(usage)
-                limit = max(times, key=times.__getitem__)
-                row.bound_us += times[limit]
-                row.limits[limit] += times[limit]
+                row.add(times_us(usage))
                 _forget(usage)
 
     def take(self) -> Step:
@@ -100,11 +102,7 @@ class StepCosts:
         flops = 2 * result.numel() * args[PRODUCTS[name]].shape[-1]
         times = {"memory": sum(x.nbytes for x in tensors) / (self.arch.bandwidth_gbs * 1e3),
                  "matrix": flops / (self.arch.bf16_tflops * 1e6)}
-        limit = max(times, key=times.__getitem__)
-        row = self._step.rows.setdefault(TORCH, Row())
-        row.launches += 1
-        row.bound_us += times[limit]
-        row.limits[limit] += times[limit]
+        self._step.rows.setdefault(TORCH, Row()).add(times)
 
 
 class _Watch(TorchDispatchMode):
@@ -130,8 +128,8 @@ def _is_view(func, args: tuple, result: Any) -> bool:
 def _forget(usage: Usage) -> None:
     """The next launch counts alone. In place: the instructions of a machine are bound to it."""
     usage.waves = usage.blocks = usage.conflict_free = usage.requested = usage.barriers = 0
-    for counts in (usage.cycles, usage.touched):
-        counts.update(dict.fromkeys(counts, 0))
+    usage.cycles.update(dict.fromkeys(usage.cycles, 0))
+    usage.touched.update(dict.fromkeys(usage.touched, 0))
     usage.lines.clear()
 
 
@@ -147,7 +145,7 @@ def table(steps: Mapping[str, Step], product: str) -> str:
         cells = []
         for step in steps.values():
             row = step.rows.get(op)
-            limit = row.limits.most_common(1)[0][0] if row and row.limits else ""
+            limit = max(row.limits, key=row.limits.__getitem__) if row else ""
             cells.append(f"  {row.launches:8} {row.instructions:12,} {row.bound_us:8.2f} {limit:>11}"
                          if row else " " * 44)
         lines.append(f"{op:{width}}" + "".join(cells).rstrip())
