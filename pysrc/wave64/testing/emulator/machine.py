@@ -7,6 +7,7 @@ the register arrays (see binding.py), and are then called without arguments.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class Program:
         self.length = (end - start) // 4
         self.instructions: list[Instruction | None] = [None] * self.length
         self.address = code.image.ctypes.data + start
+        self.lowered: dict = {}  # by kernel, what the core makes of the instructions; see core.py
 
     def at(self, pc: int) -> Instruction:
         if not 0 <= pc < self.length:
@@ -59,7 +61,10 @@ class Shape:
 class Machine:
     """Registers, LDS and scratch of `shape`, and the run of one kernel on them, batch after batch."""
 
-    def __init__(self, program: Program, kernel: Kernel, shape: Shape, checks: tuple[type, ...] = ()):
+    def __init__(self, program: Program, kernel: Kernel, shape: Shape, checks: tuple[type, ...] = (),
+                 core: str = "auto"):
+        """core: "c" executes what it can in C, "numpy" nothing; "auto": C, where there is a compiler for it and it has
+        all of the checks."""
         n = shape.groups * shape.waves
         self.program, self.kernel, self.shape, self.memory, self.count = program, kernel, shape, Memory(), n
         self.arch = program.code.arch
@@ -79,14 +84,17 @@ class Machine:
         self.lds = Space(np.zeros(shape.groups * self.lds_stride, np.uint8))
         self.scratch_bytes = -(-kernel.scratch_bytes // 16) * 16
         self.scratch = Space(np.zeros(max(16, n * LANES * self.scratch_bytes), np.uint8))
-        self.counts = [0] * program.length  # wave instructions executed in this batch, by pc
+        self.counts = np.zeros(program.length, np.int64)  # wave instructions executed in this batch, by pc
+        self.by_numpy: Counter[str] = Counter()  # mnemonic -> those of a machine with a core that NumPy executed
         self.checks = [check(self) for check in checks]
+        self.core = _core(self, core)
         self._parties: dict[tuple[int, int, int], Party] = {}
 
     def start(self, live: int) -> None:
         """All waves of the first `live` workgroups stand at the kernel's entry, EXEC full. Registers, LDS and scratch
         hold what was never written: NaN in every format."""
-        self.counts[:] = [0] * len(self.counts)
+        self.counts.fill(0)
+        self.by_numpy.clear()
         waves = live * self.shape.waves
         self.pcs[:] = (self.kernel.entry - self.program.code.text[0]) // 4
         self.states[:waves], self.states[waves:] = READY, ENDED
@@ -96,6 +104,8 @@ class Machine:
         self.fp16_overflow[:] = self.kernel.fp16_overflow
         for check in self.checks:
             check.start()
+        if self.core:
+            self.core.start()
 
     def run(self, seconds: float) -> None:
         """Until every wave has ended. Raises EmulationError where one cannot go on, or after `seconds`."""
@@ -138,6 +148,7 @@ class Machine:
             party.bound.clear()
         self._parties.clear()
         self.checks.clear()
+        self.core = None
 
     def party(self, start: int, stop: int, step: int) -> "Party":
         key = (start, stop, step)
@@ -189,6 +200,20 @@ def progressions(waves: np.ndarray) -> Iterator[tuple[int, int, int]]:
         at = end
 
 
+def _core(machine: Machine, wanted: str):
+    """What executes the machine's instructions in C; None: NumPy executes all."""
+    from wave64.testing.emulator import core  # which knows the checks, and these the machine
+
+    if wanted not in ("auto", "c", "numpy"):
+        raise ValueError(f"core: expected auto, c or numpy, got {wanted!r}")
+    fits = all(type(check) in core.CHECKS for check in machine.checks)
+    if wanted == "numpy" or wanted == "auto" and not (fits and core.available()):
+        return None
+    if not (fits and core.available()):
+        raise RuntimeError(f"core: expected numpy, got c: {core.library() if fits else 'it has not all of the checks'}")
+    return core.Core(machine)
+
+
 class Party:
     """Waves that run in step: views of their registers, and the instructions bound to those."""
 
@@ -202,8 +227,8 @@ class Party:
         self.group = machine.group[waves]
         self.numbers = np.arange(machine.count)[waves]
         self.exec = self.S64[:, EXEC // 2]
-        self.bound: list[Callable | None] = [None] * machine.program.length
-        self.following = [0] * machine.program.length
+        self.bound: dict[int, Callable] = {}
+        self.following: dict[int, int] = {}
         self.mask = np.ones((self.count, LANES), bool)
         self.full = True
 
@@ -215,38 +240,58 @@ class Party:
     def run(self, pc: int, limit: int, patience: int = PATIENCE) -> int:
         """From `pc` until the waves part, end, meet a barrier or come to `limit`, where others stand (or, jumping
         back, come behind them no more). Gives how many steps of `patience` are left: 0 where it ended first."""
-        machine, bound, following = self.machine, self.bound, self.following
-        counts, count = machine.counts, self.count
+        machine, core = self.machine, self.machine.core
         self.exec_changed()
+        left, at = patience, pc
         try:
-            for left in range(patience - 1, -1, -1):
-                execute = bound[pc]
-                if execute is None:
-                    execute = self._bind(pc)
-                outcome = execute()
-                counts[pc] += count
-                if outcome is None:
-                    pc = following[pc]
-                elif outcome.__class__ is int:
-                    pc = outcome
-                elif outcome is END:
-                    machine.states[self.waves] = ENDED
+            while left > 0:
+                if core is not None:
+                    outcome, at, left = core.run(self, pc, limit, left)
+                    if outcome == core.END:
+                        machine.states[self.waves] = ENDED
+                        return left
+                    if outcome == core.PART:
+                        return left
+                    if outcome == core.OK:
+                        machine.pcs[self.waves] = at
+                        return left
+                    self.exec_changed()
+                    machine.by_numpy[machine.program.at(at).name] += self.count
+                left -= 1
+                on = self._execute(at)
+                if on is None:
                     return left
-                else:
-                    if outcome is BARRIER:
-                        machine.states[self.waves] = WAITING
-                        outcome = following[pc]
-                    machine.pcs[self.waves] = outcome
-                    return left
+                pc = at = on
                 if pc >= limit:
                     machine.pcs[self.waves] = pc
                     return left
         except OutOfBounds as e:
-            raise EmulationError(f"{machine.where(pc)}: {self._lane(pc, e.access)} {e}") from None
+            raise EmulationError(f"{machine.where(at)}: {self._lane(at, e.access)} {e}") from None
         except (EmulationError, NotImplementedError) as e:
-            raise type(e)(f"{self._where(pc)}: {e}") from None
+            at = at if core is None else core.at(at)
+            raise type(e)(f"{self._where(at)}: {e}") from None
         machine.pcs[self.waves] = pc
         return 0
+
+    def _execute(self, pc: int) -> int | None:
+        """One instruction, by NumPy. Gives the next one's pc; None where the waves end, wait or part."""
+        machine = self.machine
+        outcome = (self.bound.get(pc) or self._bind(pc))()
+        machine.counts[pc] += self.count
+        if machine.core is not None:
+            machine.core.branched(pc, outcome)
+        if outcome is None:
+            return self.following[pc]
+        if outcome.__class__ is int:
+            return outcome
+        if outcome is END:
+            machine.states[self.waves] = ENDED
+            return None
+        if outcome is BARRIER:
+            machine.states[self.waves] = WAITING
+            outcome = self.following[pc]
+        machine.pcs[self.waves] = outcome
+        return None
 
     def _bind(self, pc: int) -> Callable:
         instruction = self.machine.program.at(pc)

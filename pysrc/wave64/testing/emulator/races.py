@@ -59,11 +59,13 @@ class SharedMemory(Check):
         size = machine.shape.groups * machine.lds_stride
         self.accesses = {kind: Accesses(size) for kind in (READ, WRITE, ATOMIC)}
         self.after = np.zeros(size, np.uint8)  # what an instruction's stores leave
+        self.dirty = np.zeros(-(-size // 256) + 1, bool)  # by 256 bytes, where the accesses may not be all 0
 
     def start(self) -> None:
         for by in self.accesses.values():
             by.first.fill(0)
             by.last.fill(0)
+        self.dirty.fill(False)
 
     def met(self, groups: np.ndarray) -> None:
         for by in self.accesses.values():
@@ -74,6 +76,7 @@ class SharedMemory(Check):
         if self.machine.shape.waves == 1 or not offsets.size:
             return
         wave = active(b, (b.party.numbers % self.machine.shape.waves + 1)[:, None]).astype(np.uint8)
+        self.dirty[offsets >> 8] = self.dirty[offsets + width - 1 >> 8] = True
         if access == READ and self._read(offsets, width, wave):
             return
         wave = np.repeat(wave, width)

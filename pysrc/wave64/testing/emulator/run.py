@@ -47,17 +47,19 @@ class Counts:
     waves: int = 0
     instructions: int = 0                                    # of waves
     by_name: dict[str, int] = field(default_factory=dict)    # mnemonic -> wave instructions
+    by_numpy: dict[str, int] = field(default_factory=dict)   # of these, those that the core in C left to NumPy
     kernels: set[tuple[str, str]] = field(default_factory=set)  # (<arch>/<code object>, kernel)
     keys: set[str] = field(default_factory=set)              # of Triton's binaries, see compile.Launch
     seconds: float = 0.0                                     # that executing took
 
     def add(self, machine: Machine, waves: int) -> None:
         self.waves += waves
-        for pc, count in enumerate(machine.counts):
-            if count:
-                name = machine.program.at(pc).name
-                self.by_name[name] = self.by_name.get(name, 0) + count
-                self.instructions += count
+        for pc in np.flatnonzero(machine.counts).tolist():
+            name, count = machine.program.at(pc).name, int(machine.counts[pc])
+            self.by_name[name] = self.by_name.get(name, 0) + count
+            self.instructions += count
+        for name, count in machine.by_numpy.items():
+            self.by_numpy[name] = self.by_numpy.get(name, 0) + count
 
 
 @functools.lru_cache(maxsize=64)
@@ -77,9 +79,10 @@ def _with_lines(op: str, arch: str) -> bytes | None:
 _machines: dict[tuple, Machine] = {}  # the last ones, the latest last: their instructions are bound to them
 
 
-def _machine(program: Program, kernel: code_object.Kernel, shape: Shape, checks: tuple[type, ...]) -> Machine:
-    key = program, kernel.name, shape, checks
-    machine = _machines[key] = _machines.pop(key, None) or Machine(program, kernel, shape, checks)
+def _machine(program: Program, kernel: code_object.Kernel, shape: Shape, checks: tuple[type, ...],
+             core: str) -> Machine:
+    key = program, kernel.name, shape, checks, core
+    machine = _machines[key] = _machines.pop(key, None) or Machine(program, kernel, shape, checks, core)
     if len(_machines) > KEPT:
         _machines.pop(next(iter(_machines))).release()
     return machine
@@ -113,14 +116,15 @@ class Prepared:
 
 
 def execute(launch, buffers: Iterable[Buffer], counts: Counts | None = None, checks: tuple[type, ...] = ALL,
-            seconds: float = SECONDS, granule: int = 1) -> Counts:
+            seconds: float = SECONDS, granule: int = 1, core: str = "auto") -> Counts:
     """Makes a recorded launch (see hip.record), here and now. `buffers` is all memory that it may touch besides its
-    arguments and its code object, to the byte, or its loads to so many bytes (see Memory.register)."""
+    arguments and its code object, to the byte, or its loads to so many bytes (see Memory.register). core: as of
+    Machine."""
     began = time.monotonic()
     counts, prepared = counts or Counts(), Prepared(launch)
     prepared.note(counts)
     shape = prepared.shape(max(1, min(prepared.blocks, BATCH // prepared.waves)))
-    machine = _machine(prepared.program, prepared.kernel, shape, checks)
+    machine = _machine(prepared.program, prepared.kernel, shape, checks, core)
     machine.memory.register([*buffers, *prepared.buffers], granule)
     with np.errstate(all="ignore"), without_collection():
         for first in range(0, prepared.blocks, shape.groups):

@@ -5,10 +5,10 @@ from typing import cast
 
 import numpy as np
 
-from wave64.testing.emulator.binding import Binding
+from wave64.testing.emulator.binding import Binding, lanes_of, masks_of
 from wave64.testing.emulator.decode import EXEC, SCC
 from wave64.testing.emulator.lanes import ATOMIC, WRITE
-from wave64.testing.emulator.machine import READY
+from wave64.testing.emulator.machine import FULL, READY
 from wave64.testing.emulator.memory import EmulationError
 from wave64.testing.emulator.watch import SCALAR, Check, name_of, registers
 
@@ -23,30 +23,29 @@ class Unwritten(Check):
 
     def __init__(self, machine):
         super().__init__(machine)
-        self.vector = np.zeros(machine.vgprs.shape, bool)
-        self.scalar = np.zeros((SCC + 1, machine.count), bool)
-        self.sure: set[int] = set()  # registers that all lanes of all waves know
+        #: by register and wave, the lanes that know it; of scalar registers all or none
+        self.known = np.zeros((SCALAR + SCC + 1, machine.count), np.uint64)
+        self.sure = np.zeros(SCALAR + SCC + 1, bool)  # registers that all lanes of all waves know
         self.written = np.zeros(machine.shape.groups * machine.lds_stride, bool)
         self.private = np.zeros(len(machine.scratch.u8), bool)
         self.loaded: np.ndarray | None = None  # of an LDS load, the accesses that found only stored bytes; None: all
 
     def start(self) -> None:
         machine = self.machine
-        self.sure.clear()
-        self.vector.fill(False)
-        self.scalar.fill(False)
+        self.sure.fill(False)
+        self.known.fill(0)
         self.written.fill(False)
         self.private.fill(False)
         kernel, absent = machine.kernel, machine.states != READY
-        self.vector[:, absent] = self.scalar[:, absent] = True  # of waves that are not there nothing matters
-        self.vector[0] = True
+        self.known[:, absent] = FULL  # of waves that are not there nothing matters
         given = [*range(len(kernel.user_sgprs) + len(kernel.system_sgprs)), EXEC, EXEC + 1]
-        self.scalar[given] = True
-        self.sure.update([0, *(SCALAR + r for r in given)])
+        given = [0, *(SCALAR + r for r in given)]
+        self.known[given], self.sure[given] = FULL, True
 
     def wrap(self, b: Binding, execute: Callable) -> Callable:
         name, family, party, sure = b.instruction.name, b.instruction.family, b.party, self.sure
         reads, writes = frozenset(registers(b.reads)), registers(b.writes)
+        read, written = np.array(sorted(reads), np.intp), np.array(writes, np.intp)
         memory = family in ("DS", "FLAT", "GLOBAL", "SCRATCH", "MUBUF", "SMEM")
         follow = b.follow
         memory = memory and follow is None
@@ -57,12 +56,11 @@ class Unwritten(Check):
             matters -= set(self._data(b))
         always = name == "v_writelane_b32"  # of whose destination one lane is written
         every = np.ones((party.count, 64), bool) if name.startswith(("v_mfma", "v_smfmac")) else None
-        written = frozenset(writes)
         parts = [(registers(sources), registers(results)) for sources, results in self._parts(b)]
 
         def checked():
             known = True
-            if always or not reads <= sure:
+            if always or not sure[read].all():
                 if matters:
                     self._demand(matters, party)
                 known = memory  # what comes from memory is taken as known
@@ -72,7 +70,7 @@ class Unwritten(Check):
                     lanes = np.ones((party.count, 64), bool)
                     lanes[party.mask], self.loaded = self.loaded, None
                     self._mark(writes, party, lanes)
-                elif not written <= sure:
+                elif not sure[written].all():
                     self._mark(writes, party, True, every)
                 return outcome
             if follow is not None:
@@ -96,7 +94,7 @@ class Unwritten(Check):
 
     def buffer_store(self, b: Binding, inside: np.ndarray) -> None:
         data = self._data(b)
-        if self.sure.issuperset(data):
+        if self.sure[data].all():
             return
         lanes = b.party.mask.copy()
         lanes[lanes] = inside
@@ -141,23 +139,19 @@ class Unwritten(Check):
         return known
 
     def _of(self, register: int, party) -> np.ndarray:
-        if register >= SCALAR:
-            return self.scalar[register - SCALAR, party.waves][:, None]
-        return self.vector[register, party.waves]
+        known = self.known[register, party.waves]
+        return (known != 0)[:, None] if register >= SCALAR else lanes_of(known)
 
     def _mark(self, writes: list[int], party, known: np.ndarray | bool, lanes: np.ndarray | None = None) -> None:
         lanes = party.mask if lanes is None else lanes
+        known = np.broadcast_to(known, lanes.shape)
         for register in writes:
             if register >= SCALAR:
-                file, row = self.scalar, register - SCALAR
-                file[row, party.waves] = known if known is True else (known | ~lanes).all(1)
+                new = np.where((known | ~lanes).all(1), FULL, np.uint64(0))
             else:
-                file, row = self.vector, register
-                np.copyto(file[row, party.waves], known, where=lanes)
-            if file[row].all():
-                self.sure.add(register)
-            else:
-                self.sure.discard(register)
+                new = masks_of(np.where(lanes, known, self._of(register, party)))
+            self.known[register, party.waves] = new
+            self.sure[register] = (self.known[register] == FULL).all()
 
     def _demand(self, needed: frozenset[int], party, lanes: np.ndarray | None = None) -> None:
         for register in sorted(needed):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from wave64.testing.emulator.binding import Binding
+from wave64.testing.emulator.binding import Binding, lanes_of
 from wave64.testing.emulator.lanes import READ, active
 from wave64.testing.emulator.memory import EmulationError
 from wave64.testing.emulator.watch import SCALAR, Check, name_of, registers
@@ -32,7 +32,10 @@ class Waits(Check):
         self.met_with = np.zeros(n, np.int64)   # what lgkm waits had seen done when the wave last came to a barrier
         #: by byte of LDS, a store that was on its way at a barrier: (lgkm count, wave); None before the first such one
         self.late: tuple[np.ndarray, np.ndarray] | None = None
-        self.busy: set[int] = set()             # registers that some wave waits for
+        self.busy = np.zeros(count, bool)       # registers that some wave may wait for
+        #: LDS stores that the core made, as `stores`: STORED of core.py, and how many
+        self.log: np.ndarray | None = None
+        self.logged = 0
         #: by byte of LDS, what a load past the registers brings: (vm count, wave); None before the first such load
         self.direct: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -42,7 +45,8 @@ class Waits(Check):
                 array.fill(0)
         self.stores.clear()
         self.met_with.fill(0)
-        self.busy.clear()
+        self.busy.fill(False)
+        self.logged = 0
         self.direct = self.late = None
 
     def wrap(self, b: Binding, execute: Callable) -> Callable:
@@ -56,13 +60,12 @@ class Waits(Check):
         watched = registers(b.reads) + written
         if counters:  # loads into one register come in order: of its destinations, a load need not wait for others
             watched = [r for r in watched if r not in written] + ([] if len(counters) == 1 else written)
-        watched = frozenset(watched)
-        busy = self.busy
+        watched, busy, brought = np.array(sorted(set(watched)), np.intp), self.busy, np.array(written, np.intp)
         unordered = b.instruction.family in ("SMEM", "FLAT")
 
         def checked():
-            if busy and not busy.isdisjoint(watched):
-                self._examine(watched & busy, waves)
+            if busy[watched].any():
+                self._examine(watched[busy[watched]], waves)
             outcome = execute()
             if counters:
                 for counter in counters:
@@ -71,7 +74,7 @@ class Waits(Check):
                         self.due[counter][register, waves] = self.issued[counter][waves]
                     if unordered:
                         self.unordered[counter][waves] = self.issued[counter][waves]
-                busy.update(written)
+                busy[brought] = True
             return outcome
         return checked
 
@@ -128,14 +131,14 @@ class Waits(Check):
                 if count:
                     seen = np.where(self.unordered[counter][waves] > self.done[counter][waves], 0, seen)
                 self.done[counter][waves] = np.maximum(self.done[counter][waves], seen)
-            waiting = [r for r in self.busy
-                       if any((self.due[c][r] > self.done[c]).any() for c in ("vm", "lgkm"))]
-            self.busy.intersection_update(waiting)
+            for r in np.flatnonzero(self.busy):
+                self.busy[r] = any((self.due[c][r] > self.done[c]).any() for c in ("vm", "lgkm"))
         return run
 
     def _barrier(self, execute: Callable, waves: np.ndarray) -> Callable:
         def run():
             kept = []
+            self._take_logged(waves)
             for store in self.stores:
                 count, wave, octets = store
                 here = np.isin(wave, waves)
@@ -150,8 +153,22 @@ class Waits(Check):
             return execute()
         return run
 
-    def _examine(self, touched: frozenset[int], waves: slice) -> None:
-        for register in sorted(touched):
+    def _take_logged(self, waves: np.ndarray) -> None:
+        """The stores of these waves that the core made, and that nobody has waited for, among the others."""
+        if self.log is None or not self.logged:
+            return
+        made = self.log[:self.logged].copy()
+        here = np.isin(made["wave"], waves)
+        self.logged = int((~here).sum())
+        self.log[:self.logged] = made[~here]
+        for each in made[here & (made["count"] > self.done["lgkm"][made["wave"]])]:
+            lanes = lanes_of(each["lanes"][None])[0]
+            octets = each["offset"][lanes].astype(np.int64)[:, None] + np.arange(each["width"])
+            wave = np.full((len(octets), 1), each["wave"], np.int64)
+            self.stores.append((np.full_like(wave, each["count"]), wave, octets))
+
+    def _examine(self, touched: np.ndarray, waves: slice) -> None:
+        for register in touched.tolist():
             for counter in ("vm", "lgkm"):
                 if (self.due[counter][register, waves] > self.done[counter][waves]).any():
                     raise EmulationError(f"{name_of(register)} is used, but no s_waitcnt has waited ({counter}cnt) for "
