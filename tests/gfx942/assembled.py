@@ -83,11 +83,11 @@ def assemble(arch: str, kernels: tuple[tuple[str, str], ...], lds: int = 0, scra
 
 def run(code: Path, kernel: str, given: np.ndarray, result: np.ndarray, *, grid: tuple[int, int] = (1, 1),
         block: tuple[int, int] | int = 64, checks: tuple[type, ...] = ALL,
-        seconds: float = 60.0, granule: int = 1) -> Counts:
+        seconds: float = 60.0, granule: int = 1, core: str = "auto") -> Counts:
     """Runs a kernel whose arguments are the addresses of two arrays."""
     args = given.ctypes.data.to_bytes(8, "little") + result.ctypes.data.to_bytes(8, "little")
     lanes = block if isinstance(block, tuple) else (block, 1)
     launch = SimpleNamespace(kernel=kernel, code_object=code, grid=(*grid, 1), block=(*lanes, 1), lds_bytes=0,
                              args=args)
     buffers = [Buffer("given", given.ctypes.data, given.nbytes), Buffer("result", result.ctypes.data, result.nbytes)]
-    return execute(launch, buffers, checks=checks, seconds=seconds, granule=granule)
+    return execute(launch, buffers, checks=checks, seconds=seconds, granule=granule, core=core)

@@ -24,14 +24,18 @@ from test_matrices import MATRICES, MIXED
 from world import Trial, World
 
 from wave64.backends import hip
-from wave64.testing.emulator import code_object
+from wave64.testing.emulator import code_object, core
 from wave64.testing.emulator.decode import decode
+from wave64.testing.emulator.lower import lower
 
 ARCHS = ("gfx942", "gfx950")
 #: what the emulator refuses with lanes off, for the manual does not say what happens
 ALL_LANES = ("ds_read_b64_tr", "ds_read_b96_tr", "v_permlane16_swap_b32", "v_permlane32_swap_b32")
 GROUPS = {"scalar": r"s_", "compare": r"v_cmp", "convert": r"v_cvt", "packed": r"v_(pk|mad_mix)", "lds": r"ds_",
           "memory": r"(global|flat|buffer|scratch)_", "matrix": r"v_mfma", "vector": r"v_"}
+#: what the core leaves to NumPy
+LEFT = re.compile(r"\w+_atomic_|ds_(add|cmpst)_|(ds_\w+_tr_|v_cvt_scalef32_|s_setreg_)|(global|buffer)_load_\w+ .*lds|"
+                  r"global_load_lds_")
 Forms = dict[str, dict[str, str]]
 
 
@@ -95,6 +99,22 @@ def differences(trial: Trial, want: World) -> list[str]:
     return found
 
 
+def differences_of_the_core(trial: Trial, form: str) -> list[str]:
+    """How the core's execution differs from NumPy's, in any bit but those of a NaN; and what it tells the checks."""
+    low, binding = lower(trial.instruction, trial.kernel, trial.arch), trial.binding
+    by_numpy, by_core = trial.emulated, trial.by_core()
+    if bool(LEFT.match(form)) != (by_core is None):
+        return [f"the core {'leaves it to NumPy' if by_core is None else 'executes it'}"]
+    if by_core is None:
+        return []
+    trial.emulated = by_core
+    found = differences(trial, by_numpy)
+    trial.emulated = by_numpy
+    if (low.reads, low.writes) != (binding.reads, binding.writes):
+        found.append(f"reads {low.reads} and writes {low.writes}, not {binding.reads} and {binding.writes}")
+    return [f"the core: {each}" for each in found]
+
+
 def check(form: str, code: str, arch: str) -> list[str]:
     found = []
     for i in range(8 if form.startswith("s_") else 2):  # a scalar instruction has one result a wave, others one a lane
@@ -104,6 +124,8 @@ def check(form: str, code: str, arch: str) -> list[str]:
         try:
             trial = Trial(bytes.fromhex(code), arch, zlib.crc32(f"{form} {i}".encode()), part)
             wrong = differences(trial, Model(trial).world())
+            if i < 2 and core.available():
+                wrong += differences_of_the_core(trial, form)
         except NotImplementedError as e:
             wrong = [str(e)]
         found += [f"{trial.instruction.text}, {'some' if part else 'all'} lanes on: {text}" for text in wrong]

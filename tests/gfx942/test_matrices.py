@@ -10,6 +10,7 @@ import torch
 from assembled import assemble, run
 from formats import BF6, BF8, FP4, FP6, FP8, Format
 
+from wave64.testing.emulator import core
 from wave64.testing.emulator.memory import EmulationError
 
 F32, U32 = np.float32, np.uint32
@@ -75,10 +76,11 @@ def _assembled(arch, bodies):
     return assemble(arch, tuple((f"kernel{i}", body) for i, body in enumerate(bodies)))
 
 
-def executed(arch, bodies, index, given):
-    """[64, 32] uint32: D after body `index`, from operands `given`, [64, COLUMNS] uint32."""
+def executed(arch, bodies, index, given, by="auto"):
+    """[64, 32] uint32: D after body `index`, from operands `given`, [64, COLUMNS] uint32. by: the machine's `core`."""
     out = np.zeros((64, 32), U32)
-    run(_assembled(arch, tuple(bodies)), f"kernel{index}", np.ascontiguousarray(given), out)
+    ran = run(_assembled(arch, tuple(bodies)), f"kernel{index}", np.ascontiguousarray(given), out, core=by)
+    assert by != "c" or not ran.by_numpy
     return out
 
 
@@ -144,6 +146,34 @@ def test_matrix_instructions(name, arch, registers):
     names = [text for text, needs in MATRICES if needs == arch]
     got = executed(arch, [_body(text, *_counts(text), files, last) for text in names], names.index(name), given)
     np.testing.assert_array_equal(_result(got, size, blocks, kinds, dtype), want.numpy())
+
+
+@pytest.mark.skipif(not core.available(), reason="no compiler for the core")
+@pytest.mark.parametrize("last", ["vgpr", "zero"])
+@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name, arch in MATRICES if "f64" not in name] + [
+    (name, "gfx950") for name in MIXED.values()], ids=lambda value: value)
+def test_the_core_gives_the_bits_of_numpy(name, arch, last):
+    """Of sums that fp64 holds exactly, so that their order, which a BLAS chooses, does not matter."""
+    random, mixed = np.random.default_rng(0), "f8f6f4" in name
+    kinds = _shape(name)[3]
+    given = random.integers(0, 2**32, (64, COLUMNS), dtype=U32)
+    near = random.uniform(1, 2, (64, 32)) * random.choice([-1, 1], (64, 32)) * 2.0 ** random.integers(-6, 6, (64, 32))
+    if kinds in ("f32", "f16", "bf16"):
+        numbers = torch.from_numpy(near[:, :B * 16 // BITS[kinds]].repeat(4, 1)[:, :C * 32 // BITS[kinds]].copy())
+        given[:, :C] = numbers.to(TORCH[kinds]).contiguous().view(torch.uint8).numpy().view(U32)
+    if kinds != "i8":
+        given[:, C:MORE] = near.astype(F32).view(U32)
+    given[:, MORE:] = 0x7C7D7E7F  # scales near 1
+    files, addend = REGISTERS[last]
+    more = ", v4, v5 op_sel:[1,0,0] op_sel_hi:[0,1,0]" if "scale" in name else ""
+    counts = ((8, 8), _counts(name)[1]) if mixed else _counts(name)
+    bodies = (_body(name, *counts, files, addend, more),)
+    by_numpy, by_core = (executed(arch, bodies, 0, given, by) for by in ("numpy", "c"))
+    if kinds != "i8":
+        for found in (by_numpy, by_core):
+            found[np.isnan(found.view(F32))] = 0x7FC00000
+    assert (by_numpy == by_core).all()
+    assert len(np.unique(by_core)) > 16
 
 
 # ---- modifiers: what the plain instruction gives of lanes moved by the manual's expressions

@@ -60,7 +60,8 @@ class Trial:
         loaded = SimpleNamespace(image=text, text=(0, len(text)), arch=arch)
         kernel = Kernel("one", 0, 512, AGPRS, LDS, 16, 0, (), (0, 0), (), 0, 0xF0, True, True, False, ())
         self.arch, self.part = arch, part
-        self.machine = Machine(Program(loaded), kernel, Shape(1, WAVES, LDS))
+        self.program, self.kernel = Program(loaded), kernel
+        self.machine = Machine(self.program, kernel, Shape(1, WAVES, LDS), core="numpy")
         self.instruction: Instruction = decode(code + bytes(16))
         self.random = np.random.default_rng(seed)
         self._storage = np.empty(MEMORY + 64, U8)
@@ -231,6 +232,24 @@ class Trial:
             after.pc = [ahead] * WAVES
         else:
             after.pc = np.broadcast_to(outcome, WAVES).tolist()
+        return after
+
+    def by_core(self) -> World | None:
+        """The same, executed by the core in C; None where that leaves the instruction to NumPy."""
+        machine, before = Machine(self.program, self.kernel, Shape(1, WAVES, LDS), core="c"), self.before
+        machine.memory.register(self.machine.memory.buffers)
+        machine.start(1)
+        machine.vgprs[...], machine.sgprs[...], machine.scc[...] = before.v, before.s, before.scc
+        machine.lds.u8[...], self.memory[...] = before.lds, before.memory
+        machine.core.reached[PLACE] = 7
+        machine.core.code.at(machine, PLACE)
+        outcome, pc, left = machine.core.run(machine.party(0, WAVES, 1), PLACE, machine.program.length, 1)
+        if outcome == machine.core.NUMPY:
+            return None
+        after = World(machine.vgprs, machine.sgprs, machine.scc, machine.lds.u8, self.memory).copy()
+        ends = self.instruction.name in ("s_endpgm", "s_barrier")  # NumPy's gives no pc
+        after.pc = (machine.pcs.tolist() if outcome == machine.core.PART else
+                    [PLACE + self.instruction.words if ends else pc] * WAVES)
         return after
 
     def unnoted(self) -> list[str]:

@@ -1,7 +1,8 @@
-"""The core in C: executes instructions that it has handlers for on the machine's arrays, and hands the others to NumPy.
+"""The core in C: executes the instructions that it has handlers for, on the machine's arrays, and leaves the others to
+NumPy, which also says what is wrong where the core finds that something is.
 
-It is compiled once by the clang of PyPI's ziglang (the extra `emulator` names it) and found by all processes after that;
-see built.py. Where there is no such compiler, or a processor older than x86-64-v3, NumPy executes everything.
+It is compiled once by the clang of PyPI's ziglang (the extra `emulator` names it), and found by all processes after
+that; see built.py. Where there is none, or a processor older than x86-64-v3, NumPy executes everything.
 """
 
 import ctypes
@@ -17,7 +18,8 @@ from wave64.testing import built
 from wave64.testing.emulator import arithmetic
 from wave64.testing.emulator.checks import Hazards, OneValue, SharedMemory, Unwritten, Waits
 from wave64.testing.emulator.lanes import ATOMIC, READ, WRITE
-from wave64.testing.emulator.lower import LAYOUT, Lowered, lower
+from wave64.testing.emulator.lower import lower
+from wave64.testing.emulator.lowered import LAYOUT, Lowered
 
 log = logging.getLogger("wave64")
 SOURCE = Path(__file__).parent / "core"
@@ -108,9 +110,8 @@ class Code:
             found = self.lowered[pc] = lower(machine.program.at(pc), machine.kernel, machine.arch)
             address = _address(found.handler)
             if address:
-                LAYOUT_SIZE = LAYOUT.size
                 packed = found.pack(address, self._exchange(found))
-                self.ops[pc * LAYOUT_SIZE:(pc + 1) * LAYOUT_SIZE] = np.frombuffer(packed, np.uint8)
+                self.ops[pc * LAYOUT.size:(pc + 1) * LAYOUT.size] = np.frombuffer(packed, np.uint8)
         return found
 
     def _exchange(self, low: Lowered) -> int:
@@ -140,10 +141,13 @@ class Core:
         machine.program.lowered[key] = self.code
         self.reached = np.zeros(machine.program.length, np.uint8)
         n = machine.count
-        self.addresses, self.fresh, self.enabled = np.zeros(2 * n * 64, np.uint64), np.zeros(n, np.uint64), np.zeros(n, np.uint64)
+        self.addresses = np.zeros(2 * n * 64, np.uint64)
+        self.fresh, self.enabled = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
         self.outcome = _i()
         self.reaching = False
-        self.run_ = library().run
+        found = library()
+        assert not isinstance(found, str)
+        self.run_ = found.run
         state = self.state = _State()
         self._reference = ctypes.byref(state)
         self.small = [np.ascontiguousarray(arithmetic.small(kind, machine.arch).decoded) for kind in ("fp8", "bf8")]
@@ -156,7 +160,8 @@ class Core:
             setattr(state, name, array.ctypes.data)
         shape = machine.shape
         state.n, state.length, state.group_waves, state.groups = n, machine.program.length, shape.waves, shape.groups
-        state.lds_stride, state.lds_bytes, state.scratch_bytes = machine.lds_stride, shape.lds_bytes, machine.scratch_bytes
+        state.lds_stride, state.lds_bytes = machine.lds_stride, shape.lds_bytes
+        state.scratch_bytes = machine.scratch_bytes
         state.fnuz = machine.arch == "gfx942"
         checks = {type(check): check for check in machine.checks}
         self.waits, self.hazards = checks.get(Waits), checks.get(Hazards)
@@ -182,9 +187,10 @@ class Core:
     def start(self) -> None:
         """A batch begins: memory is registered, the checks have started."""
         state, memory = self.state, self.machine.memory
-        self.ranges = [memory.loaded.starts, memory.loaded.ends, memory.stored.starts, memory.stored.ends]
-        self.ranges = [np.ascontiguousarray(each, np.uint64) for each in self.ranges]
-        state.load_start, state.load_end, state.store_start, state.store_end = (each.ctypes.data for each in self.ranges)
+        bounds = memory.loaded.starts, memory.loaded.ends, memory.stored.starts, memory.stored.ends
+        self.ranges = [np.ascontiguousarray(each, np.uint64) for each in bounds]
+        state.load_start, state.load_end, state.store_start, state.store_end = (
+            each.ctypes.data for each in self.ranges)
         state.ranges, state.stored = len(self.ranges[0]), 0
         state.counting = memory.changes is not None
 

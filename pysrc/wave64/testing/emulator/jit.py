@@ -62,9 +62,10 @@ def _launch_of(launch: compile.Launch, code_object: str) -> _Launch:
 
 
 @contextlib.contextmanager
-def emulate_triton(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1) -> Iterator[Counts]:
+def emulate_triton(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1, core: str = "auto"
+                   ) -> Iterator[Counts]:
     """Inside, Triton operators take CPU tensors; what kernels may touch are the storages of the tensors that they are
-    given; granule: as of emulate()."""
+    given; granule, core: as of emulate()."""
     counts = Counts()
     with tempfile.TemporaryDirectory(prefix="wave64-emulator-") as folder:
 
@@ -77,7 +78,7 @@ def emulate_triton(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1) 
             recorded = _launch_of(launch, str(Path(folder, f"{launch.kernel.hash}.hsaco")))
             if math.prod(recorded.grid):
                 counts.keys.add(launch.key)
-                execute(recorded, buffers, counts, checks, SECONDS, granule)
+                execute(recorded, buffers, counts, checks, SECONDS, granule, core)
 
         with compile.capture(arch, perform):
             yield counts

@@ -211,10 +211,10 @@ def named(addresses: dict[str, int], start: int, size: int) -> str:
 
 
 @contextlib.contextmanager
-def emulate(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1) -> Iterator[Counts]:
+def emulate(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1, core: str = "auto") -> Iterator[Counts]:
     """Inside, hip operators take CPU tensors; their launches are executed, in order, when the block ends. A launch may
     touch the storages of the tensors that it was given, to the byte; granule: loads may also touch the rest of the
-    `granule` bytes in which one begins or ends. See GRANULES."""
+    `granule` bytes in which one begins or ends. See GRANULES. core: as of Machine."""
     counts = Counts()
     with hip.record(arch) as launches:
         yield counts
@@ -222,6 +222,6 @@ def emulate(arch: str, checks: tuple[type, ...] = ALL, granule: int = 1) -> Iter
         addresses = {name: tensor.data_ptr() for name, tensor in launch.tensors.items()}
         buffers = [Buffer(named(addresses, start, size) or "a tensor", start, size)
                    for start, size in _storages(launch.tensors).items()]
-        execute(launch, buffers, counts, checks, SECONDS, max(granule, GRANULES.get(launch.op, 1)))
+        execute(launch, buffers, counts, checks, SECONDS, max(granule, GRANULES.get(launch.op, 1)), core)
 
 

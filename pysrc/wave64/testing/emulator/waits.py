@@ -154,7 +154,7 @@ class Waits(Check):
         return run
 
     def _take_logged(self, waves: np.ndarray) -> None:
-        """The stores of these waves that the core made, and that nobody has waited for, among the others."""
+        """The stores of these waves that the core made, and that no wait has seen done, among the others."""
         if self.log is None or not self.logged:
             return
         made = self.log[:self.logged].copy()

@@ -7,6 +7,7 @@
 #include "lanes.h"
 #include "memory.h"
 #include "lds.h"
+#include "matrix.h"
 #include "run.h"
 
 i64 size_of_op(void) { return sizeof(Op); }

@@ -1,4 +1,5 @@
 // Packed instructions, and those that move between lanes, or between lanes and scalars.
+// clang-format off: a table
 
 // ---- two 16-bit operations: sources 0 to 2 are those of the low result, 3 to 5 those of the high one
 #define HALVES(NAME, K, INPUTS, TAKEN, ...)                                \

@@ -25,7 +25,7 @@ static u32 unit_of(const i32 *at, u64 lanes, u32 width) {  // bytes that can be 
     EACH(lanes, all |= (u32)at[i];)
     return all & -all;
 }
-// whether no other wave did `kind` with these bytes: nobody, or this one alone
+// whether no other wave did `kind` with these bytes: none did, or this one alone
 #define ALONE(T, kind, at) \
     ({ T last_ = *(T *)(c->last[kind] + (at)); !last_ || (last_ == mine && *(T *)(c->first[kind] + (at)) == mine); })
 #define NOTE(T, kind, at)                                                                  \

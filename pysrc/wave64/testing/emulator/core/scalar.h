@@ -1,4 +1,5 @@
 // Scalar instructions: rows as in vector.h, of one number a wave; `carry` is SCC, and rows that set it say to what.
+// clang-format off: a table
 
 #define TAKE(K, x, k) k_##K x = (k_##K)scalar_bits(c, o->src + k, w, sizeof(k_##K)); (void)x;
 INLINE void give_u(Core *c, const Op *o, i64 w, u32 x) { scalars(c, w)[o->dst] = x; }

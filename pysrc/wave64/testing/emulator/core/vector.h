@@ -1,5 +1,6 @@
 // Vector instructions: a row has the name, the kinds of result and sources (as in operations.py) and what a lane's result
 // is of its sources a, b and c.
+// clang-format off: a table
 
 #define IN(K, x, k) Lanes x##_; const k_##K *x##s = fetch_##K(c, o, k, w, p, (void *)&x##_);
 #define ROW(NAME, R, INPUTS, TAKEN, ...)                                   \
@@ -115,7 +116,7 @@ V3(v_mad_i32_i24, i, i, i, i, (u32)low24_i(a) * (u32)low24_i(b) + (u32)d)
                __VA_ARGS__)
 MAD64(v_mad_u64_u32, U, u, u64 sum = (u64)a * b + d; flag = sum < d; sum;)
 MAD64(v_mad_i64_i32, I, i, u64 product = (u64)((i64)a * b), sum = product + (u64)d;
-      flag = (i64)((sum ^ (product ^ sum)) & ((u64)d ^ sum)) < 0; sum;)
+      flag = (i64)(sum ^ ((product ^ sum) & ((u64)d ^ sum))) < 0; sum;)
 V3(v_add3_u32, u, u, u, u, a + b + d)
 V3(v_or3_b32, u, u, u, u, a | b | d)
 V3(v_xad_u32, u, u, u, u, (a ^ b) + d)
@@ -131,6 +132,15 @@ V3(v_min3_u32, u, u, u, u, ({ u32 x = a < b ? a : b; x < d ? x : d; }))
 V3(v_max3_u32, u, u, u, u, ({ u32 x = a > b ? a : b; x > d ? x : d; }))
 V3(v_min3_i32, i, i, i, i, ({ i32 x = a < b ? a : b; x < d ? x : d; }))
 V3(v_max3_i32, i, i, i, i, ({ i32 x = a > b ? a : b; x > d ? x : d; }))
+// with the clamp bit: clamped to the type, not wrapped
+#define CLAMPED(K, SUFFIX, low, high)                                          \
+    V2(v_add_##SUFFIX##_clamped, K, K, K, clipped((i64)a + b, low, high))      \
+    V2(v_sub_##SUFFIX##_clamped, K, K, K, clipped((i64)a - b, low, high))      \
+    V2(v_subrev_##SUFFIX##_clamped, K, K, K, clipped((i64)b - a, low, high))
+CLAMPED(u, u32, 0, 0xFFFFFFFFll)
+CLAMPED(i, i32, -0x80000000ll, 0x7FFFFFFF)
+CLAMPED(w, u16, 0, 0xFFFF)
+CLAMPED(s, i16, -0x8000, 0x7FFF)
 #define MIDDLE(T) ({ T low = a < b ? a : b, high = a < b ? b : a, x = high < d ? high : d; low > x ? low : x; })
 V3(v_med3_u32, u, u, u, u, MIDDLE(u32))
 V3(v_med3_i32, i, i, i, i, MIDDLE(i32))
