@@ -12,6 +12,7 @@ from wave64.serve.args import ServerArgs
 from wave64.serve.model import FAMILIES
 from wave64.serve.model.config import ConfigError, ModelConfig
 from wave64.serve.model.layers import KVCache
+from wave64.serve.model.parallel import ONE, Ranks
 
 log = logging.getLogger("wave64")
 
@@ -20,20 +21,22 @@ CPU_CONTEXTS = 4  # without a flag, a pool in main memory holds this many whole 
 CPU_POOL_BYTES = 1 << 30  # or this much, whichever is less
 
 
-def kv_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype,
-             device: torch.device) -> list[KVCache]:
-    """The pool, layer by layer, uninitialized."""
-    shapes = FAMILIES[config.architecture].kv_shapes(config, num_pages, page_size)
+def kv_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
+             ranks: Ranks = ONE) -> list[KVCache]:
+    """The pool of one of the ranks, layer by layer, uninitialized."""
+    shapes = FAMILIES[config.architecture].kv_shapes(config, ranks, num_pages, page_size)
     return [tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
             for _ in range(config.num_layers)]
 
 
-def pool_pages(args: ServerArgs, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """The number of KV pages, at least 1; says in the log how it was chosen. dtype: of what they hold.
+def pool_pages(args: ServerArgs, config: ModelConfig, dtype: torch.dtype, device: torch.device,
+               ranks: Ranks = ONE) -> int:
+    """The number of KV pages that this rank has memory for, at least 1; says in the log how it was chosen. dtype: of
+    what they hold.
 
     Raises ConfigError when not even one page fits.
     """
-    shapes = FAMILIES[config.architecture].kv_shapes(config, 1, 1)
+    shapes = FAMILIES[config.architecture].kv_shapes(config, ranks, 1, 1)
     per_token = config.num_layers * sum(map(math.prod, shapes)) * dtype.itemsize
     if args.max_total_tokens is not None:
         tokens, why = args.max_total_tokens, "--max-total-tokens"

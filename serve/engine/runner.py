@@ -18,6 +18,7 @@ from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled, Sampling, Schedu
 from wave64.serve.model import FAMILIES
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import ModelConfig
+from wave64.serve.model.parallel import ONE, Ranks
 
 
 class Runner:
@@ -25,11 +26,11 @@ class Runner:
 
     def __init__(
         self, model: nn.Module, config: ModelConfig, kv_dtype: torch.dtype, device: torch.device, num_pages: int,
-        page_size: int, max_running: int, capture: bool,
+        page_size: int, max_running: int, capture: bool, *, ranks: Ranks = ONE,
     ) -> None:  # fmt: skip
         self.model, self.device, self.page_size = model, device, page_size
         self._reads_prefixes = FAMILIES[config.architecture].reads_prefixes
-        self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device)
+        self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device, ranks)
         max_pages = -(-config.context_length // page_size)
         self._page_table = np.zeros((max_running, min(max_pages, num_pages)), dtype=np.int32)
         self._last_sampled = torch.zeros(max_running, dtype=torch.int64, device=device)  # by row of the page table

@@ -24,3 +24,6 @@ class Batch:
     prefix_slots: Tensor | None = None  # [P] int64: page * page_size + offset of their tokens, sequence by sequence
     cu_seqlens_prefix: Tensor | None = None  # [B - num_decodes + 1] int32: running sum of how many they are
     max_prefix: int = 0  # the longest, 0 if there are none
+    # With data-parallel attention, what every attention group pads its tokens and its logits' rows to in this step:
+    gathered_tokens: int = 0
+    gathered_logits: int = 0

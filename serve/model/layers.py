@@ -4,7 +4,7 @@ Weights are allocated uninitialized, on the default device and in the default dt
 model, then fills the views that `checkpoint()` yields. Activations are token-major, [num_tokens, ...].
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from wave64.serve.model.batch import Batch
 from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ModelConfig, RopeConfig
 from wave64.serve.model.cpu import choose_product
+from wave64.serve.model.parallel import Ranks, Slice
 from wave64.serve.model.rope import cos_sin_cache
 
 ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
@@ -58,32 +59,54 @@ def mm_fp32(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 class Embedding(Layer):
-    """A row of `weight` [vocab_size, hidden] per token id."""
+    """A row of `weight` [vocab_size, hidden] per token id; zeros for an id that another rank holds."""
 
-    def __init__(self, vocab_size: int, hidden_size: int):
+    def __init__(self, vocab_size: int | Slice, hidden_size: int):
         super().__init__()
-        self.weight = weight(vocab_size, hidden_size)
+        self.rows = Slice.of(vocab_size)
+        self.weight = weight(self.rows.held, hidden_size)
+
+    def checkpoint(self, name: str) -> Iterator[Stored]:
+        yield f"{name}.weight", self.weight.data[: self.rows.size], self.rows.shard(0)
+
+    def finish(self) -> None:
+        self.weight.data[self.rows.size :].zero_()
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        if self.rows.size == self.rows.whole:
+            return F.embedding(ids, self.weight)
+        elsewhere = (ids < self.rows.begin) | (ids >= self.rows.end)
+        rows = F.embedding((ids - self.rows.begin).masked_fill(elsewhere, 0), self.weight)
+        return rows.masked_fill(elsewhere.unsqueeze(-1), 0)
 
 
 class Linear(Layer):
-    """y = x @ weight.T + bias, weight [out_features, in_features]; `tied` is the weight of an Embedding to use."""
+    """y = x @ weight.T + bias, weight [out_features, in_features]; `tied` is the weight of an Embedding to use.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, tied: nn.Parameter | None = None):
+    Of sliced in_features y is this rank's part of a sum over ranks, to which the first one adds the bias.
+    """
+
+    def __init__(self, in_features: int | Slice, out_features: int | Slice, bias: bool = False,
+                 tied: nn.Parameter | None = None):
         super().__init__()
-        self.weight = weight(out_features, in_features) if tied is None else tied
-        self.bias = weight(out_features) if bias else None
+        self.columns, self.rows = Slice.of(in_features), Slice.of(out_features)
+        self.weight = weight(self.rows.held, self.columns.size) if tied is None else tied
+        self.bias = weight(self.rows.held) if bias else None
         self.is_tied, self.product = tied is not None, F.linear
+
+    def checkpoint(self, name: str) -> Iterator[Stored]:
+        for own_name, parameter in self.named_parameters(recurse=False):
+            columns = self.columns.shard(1) if parameter.ndim == 2 else None
+            yield f"{name}.{own_name}", parameter.data[: self.rows.size], columns or self.rows.shard(0)
 
     def finish(self) -> None:
         """Choose the product, and the layout of the weight that it reads fastest. A tied weight stays plain, because
         the embedding looks up its rows."""
+        self.weight.data[self.rows.size :].zero_()
         self.product, self.weight = choose_product(self.weight, self.is_tied)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias if self.columns.begin == 0 else None)
 
 
 class MergedLinear(Linear):
@@ -93,16 +116,16 @@ class MergedLinear(Linear):
     parts  {name in the checkpoint, instead of the last part of this module's name: out_features}, in order
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False):
-        super().__init__(in_features, sum(parts.values()), bias)
-        self.parts = parts
+    def __init__(self, in_features: int, parts: Mapping[str, int | Slice], bias: bool = False):
+        self.parts = {name: Slice.of(rows) for name, rows in parts.items()}
+        self.widths = [rows.size for rows in self.parts.values()]
+        super().__init__(in_features, sum(self.widths), bias)
 
     def checkpoint(self, name: str) -> Iterator[Stored]:
         parent = name.rpartition(".")[0]
-        for own_name, merged, shard in super().checkpoint(name):
-            kind = own_name.rpartition(".")[2]
-            for part, rows in zip(self.parts, merged.split(list(self.parts.values())), strict=True):
-                yield f"{parent}.{part}.{kind}", rows, shard
+        for own_name, parameter in self.named_parameters(recurse=False):
+            for (part, rows), view in zip(self.parts.items(), parameter.data.split(self.widths), strict=True):
+                yield f"{parent}.{part}.{own_name}", view, rows.shard(0)
 
 
 class RMSNorm(Layer):
@@ -186,18 +209,18 @@ class SelfAttention(nn.Module):
     """Grouped-query attention between its projections, RoPE on whole heads. A family that changes queries and keys
     before RoPE overrides `before_rope`."""
 
-    def __init__(self, config: ModelConfig, rotary: Rotary):
+    def __init__(self, config: ModelConfig, ranks: Ranks, rotary: Rotary):
         super().__init__()
-        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.widths = (width, kv_width, kv_width)
+        heads, kv_heads = ranks.query_heads(config.num_heads), ranks.kv_heads(config.num_kv_heads)
+        width, kv_width = heads.times(config.head_dim), kv_heads.times(config.head_dim)
         parts = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
         self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias or config.qkv_bias)
         self.o_proj = Linear(width, config.hidden_size, bias=config.attention_bias)
         self.rotary = rotary
-        self.attention = Attention(config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window)
+        self.attention = Attention(heads.size, kv_heads.size, config.head_dim, config.sliding_window)
 
     def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        query, key, value = self.qkv_proj(x).split(self.widths, dim=-1)
+        query, key, value = self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1)
         query, key = self.before_rope(query, key)
         self.rotary(batch.positions, query, key)
         return self.o_proj(self.attention(query, key, value, batch, kv_cache))
@@ -211,11 +234,11 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """Gated MLP: down(activation(gate x) * up x)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        inter = ranks.features(config.intermediate_size)
+        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": inter, "up_proj": inter}, config.mlp_bias)
+        self.down_proj = Linear(inter, config.hidden_size, bias=config.mlp_bias)
         self.activation_and_mul = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -223,33 +246,38 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Two sub-layers, attention and MLP, each fed with the norm of the residual stream and added to it."""
+    """Two sub-layers, attention and MLP, each fed with the norm of the residual stream and added to it. What they
+    compute is this rank's part of a sum."""
 
-    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module):
+    def __init__(self, config: ModelConfig, ranks: Ranks, self_attn: nn.Module, mlp: nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
+        self.ranks = ranks
 
     def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         """x: the output of the previous block, not yet added to the residual stream; returns that of this block."""
-        x = self.self_attn(self.input_layernorm(x, residual), batch, kv_cache)
-        return self.mlp(self.post_attention_layernorm(x, residual))
+        x = self.ranks.sum_attention(self.self_attn(self.input_layernorm(x, residual), batch, kv_cache))
+        x = self.ranks.gather(self.post_attention_layernorm(x, residual), batch.gathered_tokens)
+        return self.ranks.sum_mlp(self.mlp(x), residual.shape[0])
 
 
 class Decoder(nn.Module):
     """Token ids through all blocks."""
 
-    def __init__(self, config: ModelConfig, blocks: Iterable[Block]):
+    def __init__(self, config: ModelConfig, ranks: Ranks, blocks: Iterable[Block]):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(ranks.vocabulary(config.vocab_size), config.hidden_size)
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ranks = ranks
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """The final hidden states of the rows in batch.logit_rows, [R, hidden]."""
-        x = self.embed_tokens(batch.input_ids)
+        ids = self.ranks.gather(batch.input_ids, batch.gathered_tokens)
+        x = self.ranks.sum_mlp(self.embed_tokens(ids), batch.input_ids.shape[0])
         residual = torch.zeros_like(x)
         for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
             x = layer(x, residual, batch, layer_cache)
@@ -265,13 +293,16 @@ class CausalLM(nn.Module):
     #: prefixes of stored names that this model does not use
     unused_weights: tuple[str, ...] = ()
 
-    def __init__(self, config: ModelConfig, blocks: Iterable[Block]):
+    def __init__(self, config: ModelConfig, ranks: Ranks, blocks: Iterable[Block]):
         super().__init__()
-        self.model = Decoder(config, blocks)
+        self.model = Decoder(config, ranks, blocks)
         tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, tied=tied)
+        self.lm_head = Linear(config.hidden_size, ranks.vocabulary(config.vocab_size), tied=tied)
+        self.ranks, self.vocab_size = ranks, config.vocab_size
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
-        """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows. Writes what attention caches of the new tokens
-        to kv_cache, one tuple of tensors per layer, shaped as the family's kv_shapes says."""
-        return self.lm_head(self.model(batch, kv_cache)).float()
+        """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows, those of all attention groups below each other,
+        each padded to batch.gathered_logits. Writes what attention caches of the new tokens to kv_cache, one tuple of
+        tensors per layer, shaped as the family's kv_shapes says."""
+        x = self.ranks.gather(self.model(batch, kv_cache), batch.gathered_logits)
+        return self.ranks.whole_vocabulary(self.lm_head(x), self.vocab_size).float().contiguous()

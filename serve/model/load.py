@@ -16,6 +16,7 @@ from wave64.serve.model.checkpoint import Shard, StoredTensor, WeightsError, sto
 from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.cpu import products_by, slow_dtype
 from wave64.serve.model.layers import CausalLM, Layer, RMSNorm
+from wave64.serve.model.parallel import ONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ DUMMY_SEED = 0
 
 
 def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, device: str | torch.device,
-               load_format: str = "auto") -> nn.Module:
-    """Builds the model of `config` on `device` in `dtype` and fills it.
+               load_format: str = "auto", ranks: Ranks = ONE) -> nn.Module:
+    """Builds the model of `config` on `device` in `dtype`, or the part of it that one of `ranks` holds, and fills it.
 
     load_format  "auto": the safetensors of `folder`, tensor by tensor; "dummy": random weights, the same at every
                  start on the same kind of device, `folder` is not read
@@ -32,8 +33,8 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     """
     started = time.perf_counter()
     if load_format != "dummy":
-        _plan(_build(config, dtype, "meta"), Path(folder))  # refuse before memory is allocated
-    model = _build(config, dtype, device)
+        _plan(_build(config, dtype, "meta", ranks), Path(folder))  # refuse before memory is allocated
+    model = _build(config, dtype, device, ranks)
     if load_format == "dummy":
         fill_with_noise(model)
     else:
@@ -48,12 +49,18 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     return model
 
 
-def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> CausalLM:
+def refuse_unless_split(config: ModelConfig, ranks: Ranks) -> None:
+    """Raises ConfigError if the model cannot be split over `ranks`; allocates nothing."""
+    _build(config, config.dtype, "meta", ranks)
+
+
+def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device,
+           ranks: Ranks = ONE) -> CausalLM:
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return FAMILIES[config.architecture].build(config).eval()
+            return FAMILIES[config.architecture].build(config, ranks).eval()
     finally:
         torch.set_default_dtype(default_dtype)
 

@@ -2,21 +2,25 @@
 
 Such a weight is stored as numbers and, under `..._scale_inv`, what to multiply each block with; activations are
 quantized in front of the product, each token in groups of a block's columns. If several stored weights are merged in
-one tensor and do not begin at a block boundary, blocks are made smaller until they do, and scales are repeated.
+one tensor and do not begin at a block boundary, or a rank's rows of one do not, blocks are made smaller until they do,
+and scales are repeated. Columns are split over ranks at boundaries only.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from wave64 import ops, quant
+from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ModelConfig, QuantConfig
-from wave64.serve.model.layers import Layer, MergedLinear, Stored, weight
+from wave64.serve.model.layers import Layer, Linear, MergedLinear, Stored, weight
+from wave64.serve.model.parallel import Ranks, Slice
 
 
-def linear(config: ModelConfig, in_features: int, parts: dict[str, int]) -> nn.Module:
+def linear(config: ModelConfig, in_features: int, parts: Mapping[str, int | Slice]) -> nn.Module:
     """y = x @ weight.T of one or several projections of the same input, side by side, without bias.
 
     parts  {name in the checkpoint: out_features}, in order
@@ -26,14 +30,30 @@ def linear(config: ModelConfig, in_features: int, parts: dict[str, int]) -> nn.M
     return Fp8Linear(in_features, parts, config.quantization)
 
 
+def row_parallel(config: ModelConfig, ranks: Ranks, in_features: Slice, name: str, out_features: int) -> nn.Module:
+    """y = x @ weight.T of the projection `name`, of which this rank has some columns: its part of a sum over ranks.
+
+    Raises ConfigError for columns that are not whole blocks of an FP8 weight.
+    """
+    if config.quantization is None:
+        return Linear(in_features, out_features)
+    ranks.on_borders(f"columns of {name}", in_features, block_columns(config))
+    return Fp8Linear(in_features, {name: out_features}, config.quantization)
+
+
+def block_columns(config: ModelConfig) -> int:
+    """Columns of a block of FP8 weights; 1 where they are stored plain."""
+    return config.quantization.weight_block_size[1] if config.quantization else 1
+
+
 class Scales:
     """The scales [..., rows / block rows, columns / block columns] of a weight, as kernels take them and as they are
-    stored. starts: rows at which one of the checkpoint's weights begins."""
+    stored. starts: rows at which one of the checkpoint's weights begins, here or, for a slice of one, there."""
 
-    def __init__(self, stored_block: tuple[int, int], starts: tuple[int, ...]):
+    def __init__(self, stored_block: tuple[int, int], starts: Iterable[int]):
         self.stored_rows, self.columns = stored_block
         self.rows = math.gcd(self.stored_rows, *starts)
-        self._staged: list[tuple[Tensor, Tensor]] = []
+        self._staged: list[tuple[Tensor, Tensor, int]] = []
 
     @property
     def block_shape(self) -> list[int]:
@@ -42,18 +62,23 @@ class Scales:
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
         return -(-rows // self.rows), -(-columns // self.columns)
 
-    def view(self, scale: Tensor, first: int, rows: int) -> Tensor:
-        """The tensor to fill with the checkpoint's scales of `rows` rows from `first` on."""
-        part = scale[first // self.rows : -(-(first + rows) // self.rows)]
+    def stored(self, scale: Tensor, first: int, rows: Slice, columns: Slice) -> tuple[Tensor, Shard | None]:
+        """The tensor to fill with the checkpoint's scales of a weight's slice, which lies here from row `first` on, and
+        the shard of them that belongs there."""
+        part = scale[first // self.rows : -(-(first + rows.size) // self.rows)]
+        begin, end = rows.begin // self.stored_rows, -(-rows.end // self.stored_rows)
+        shard = Slice(begin, end, -(-rows.whole // self.stored_rows)).shard(0)
+        if columns.size < columns.whole:
+            shard = Shard(1, columns.begin // self.columns, -(-columns.end // self.columns))
         if self.rows == self.stored_rows:
-            return part
-        staged = torch.empty(-(-rows // self.stored_rows), part.shape[1], dtype=part.dtype, device=part.device)
-        self._staged.append((staged, part))
-        return staged
+            return part, shard
+        staged = torch.empty(end - begin, part.shape[1], dtype=part.dtype, device=part.device)
+        self._staged.append((staged, part, rows.begin % self.stored_rows))
+        return staged, shard
 
     def finish(self) -> None:
-        for staged, part in self._staged:
-            of = torch.arange(len(part), device=part.device) * self.rows // self.stored_rows
+        for staged, part, offset in self._staged:
+            of = (torch.arange(len(part), device=part.device) * self.rows + offset) // self.stored_rows
             part.copy_(staged[of])
         self._staged.clear()
 
@@ -71,20 +96,24 @@ def as_multiplied(stored: nn.Parameter, scale: nn.Parameter) -> nn.Parameter:
 class Fp8Linear(Layer):
     """`linear` with a weight in FP8. fp32 accumulation; the result has the dtype of x."""
 
-    def __init__(self, in_features: int, parts: dict[str, int], quantization: QuantConfig):
+    def __init__(self, in_features: int | Slice, parts: Mapping[str, int | Slice], quantization: QuantConfig):
         super().__init__()
-        self.parts, self.scale_ue8m0 = parts, quantization.scale_ue8m0
-        ends = [sum(list(parts.values())[: i + 1]) for i in range(len(parts))]
-        self.scales = Scales(quantization.weight_block_size, tuple(ends[:-1]))
-        self.weight = weight(ends[-1], in_features, dtype=torch.float8_e4m3fn)
-        self.weight_scale = weight(*self.scales.shape(ends[-1], in_features), dtype=torch.float32)
+        self.columns, self.scale_ue8m0 = Slice.of(in_features), quantization.scale_ue8m0
+        self.parts = {name: Slice.of(rows) for name, rows in parts.items()}
+        self.widths = [rows.size for rows in self.parts.values()]
+        starts = (*itertools.accumulate(self.widths[:-1]), *(rows.begin for rows in self.parts.values()))
+        self.scales = Scales(quantization.weight_block_size, starts)
+        self.weight = weight(sum(self.widths), self.columns.size, dtype=torch.float8_e4m3fn)
+        self.weight_scale = weight(*self.scales.shape(*self.weight.shape), dtype=torch.float32)
 
     def checkpoint(self, name: str) -> Iterator[Stored]:
         parent, first = name.rpartition(".")[0], 0
         for part, rows in self.parts.items():
-            yield f"{parent}.{part}.weight", self.weight.data[first : first + rows], None
-            yield f"{parent}.{part}.weight_scale_inv", self.scales.view(self.weight_scale.data, first, rows), None
-            first += rows
+            view = self.weight.data[first : first + rows.size]
+            yield f"{parent}.{part}.weight", view, self.columns.shard(1) or rows.shard(0)
+            yield f"{parent}.{part}.weight_scale_inv", *self.scales.stored(self.weight_scale.data, first, rows,
+                                                                          self.columns)
+            first += rows.size
 
     def finish(self) -> None:
         self.scales.finish()
@@ -96,35 +125,53 @@ class Fp8Linear(Layer):
 
 
 class Experts(Layer):
-    """The gated MLPs of a mixture, [num_experts, ...] in one tensor for each product; the last one may be shared."""
+    """The gated MLPs of a mixture, [num_experts, ...] in one tensor for each product; the last one may be shared. Of
+    each that this rank holds it has some intermediate features; of the others it computes nothing."""
 
-    def __init__(self, config: ModelConfig, num_experts: int, inter: int, shared: bool):
+    expert_map: Tensor | None
+
+    def __init__(self, config: ModelConfig, ranks: Ranks, num_experts: int, inter: int, shared: bool):
         super().__init__()
-        hidden = config.hidden_size
-        self.names = [f"experts.{e}" for e in range(num_experts)] + ["shared_experts"] * shared
-        num_experts = len(self.names)
-        self.inter, self.activation, self.scales = inter, config.hidden_act, None
+        self.hidden, self.names = config.hidden_size, [f"experts.{e}" for e in range(num_experts)]
+        self.inter = ranks.expert_features(inter, block_columns(config))
+        self.held = ranks.experts(num_experts)
+        if shared:
+            self.names.append("shared_experts")
+            self.held = Slice.of(num_experts + 1)
+        count = self.held.size
+        local = [e - self.held.begin if self.held.begin <= e < self.held.end else -1 for e in range(len(self.names))]
+        self.register_buffer("expert_map", torch.tensor(local, dtype=torch.int32) if -1 in local else None, False)
+        self.activation, self.scales = config.hidden_act, None
         self.scale_ue8m0 = bool(config.quantization and config.quantization.scale_ue8m0)
         dtype = torch.float8_e4m3fn if config.quantization else None
-        self.w13 = weight(num_experts, 2 * inter, hidden, dtype=dtype)
-        self.w2 = weight(num_experts, hidden, inter, dtype=dtype)
+        self.w13 = weight(count, 2 * self.inter.size, self.hidden, dtype=dtype)
+        self.w2 = weight(count, self.hidden, self.inter.size, dtype=dtype)
         self.w13_scale = self.w2_scale = None
         if config.quantization:
-            self.scales = Scales(config.quantization.weight_block_size, (inter,))
-            self.w13_scale = weight(num_experts, *self.scales.shape(2 * inter, hidden), dtype=torch.float32)
-            self.w2_scale = weight(num_experts, *self.scales.shape(hidden, inter), dtype=torch.float32)
+            self.scales = Scales(config.quantization.weight_block_size, (self.inter.size, self.inter.begin))
+            self.w13_scale = weight(count, *self.scales.shape(*self.w13.shape[1:]), dtype=torch.float32)
+            self.w2_scale = weight(count, *self.scales.shape(*self.w2.shape[1:]), dtype=torch.float32)
 
     def checkpoint(self, name: str) -> Iterator[Stored]:
-        hidden, parent = self.w2.shape[1], name.rpartition(".")[0]
+        hidden, inter, parent = Slice.of(self.hidden), self.inter, name.rpartition(".")[0]
         for e, expert in enumerate(self.names):
-            for part, of, scale, first, rows in (
-                    ("gate_proj", self.w13, self.w13_scale, 0, self.inter),
-                    ("up_proj", self.w13, self.w13_scale, self.inter, self.inter),
-                    ("down_proj", self.w2, self.w2_scale, 0, hidden)):
-                yield f"{parent}.{expert}.{part}.weight", of.data[e, first : first + rows], None
+            here = e - self.held.begin if self.held.begin <= e < self.held.end else None
+            for part, of, scale, first, rows, columns in (
+                    ("gate_proj", self.w13, self.w13_scale, 0, inter, hidden),
+                    ("up_proj", self.w13, self.w13_scale, inter.size, inter, hidden),
+                    ("down_proj", self.w2, self.w2_scale, 0, hidden, inter)):
+                name = f"{parent}.{expert}.{part}.weight"
+                if here is None:  # none of their bytes are read, but they have to be there
+                    yield name, of.data.new_empty(0, columns.whole), Shard(0, 0, 0)
+                else:
+                    view = of.data[here, first : first + rows.size]
+                    yield name, view, columns.shard(1) or rows.shard(0)
                 if scale is not None and self.scales is not None:
-                    view = self.scales.view(scale.data[e], first, rows)
-                    yield f"{parent}.{expert}.{part}.weight_scale_inv", view, None
+                    if here is None:
+                        blocks = -(-columns.whole // self.scales.columns)
+                        yield f"{name}_scale_inv", scale.data.new_empty(0, blocks), Shard(0, 0, 0)
+                    else:
+                        yield f"{name}_scale_inv", *self.scales.stored(scale.data[here], first, rows, columns)
 
     def finish(self) -> None:
         if self.scales is not None:
@@ -138,7 +185,7 @@ class Experts(Layer):
         """x [num_tokens, hidden], the router's weights and ids [num_tokens, top_k]."""
         return ops.fused_moe(x, self.w13, self.w2, weights, ids, self.w13_scale, self.w2_scale,
                              self.scales and self.scales.block_shape, self.activation,
-                             scale_ue8m0=self.scale_ue8m0)
+                             expert_map=self.expert_map, scale_ue8m0=self.scale_ue8m0)
 
 
 class UpProjection(Layer):
@@ -146,27 +193,30 @@ class UpProjection(Layer):
 
     One tensor serves both directions, so it has the model's dtype even if it is stored in FP8."""
 
-    def __init__(self, config: ModelConfig, num_heads: int, rank: int, nope: int, v_head_dim: int):
+    def __init__(self, config: ModelConfig, heads: Slice, rank: int, nope: int, v_head_dim: int):
         super().__init__()
-        self.nope, self.v_head_dim, self.num_heads = nope, v_head_dim, num_heads
-        self.weight = weight(num_heads * (nope + v_head_dim), rank)
-        self._stored: tuple[Tensor, Tensor, list[int]] | None = None
-        self._block = config.quantization and list(config.quantization.weight_block_size)
+        self.nope, self.v_head_dim, self.num_heads = nope, v_head_dim, heads.size
+        self.rows = heads.times(nope + v_head_dim)
+        self.weight = weight(self.rows.size, rank)
+        self._quantization = config.quantization
+        self._stored: tuple[Tensor, Tensor, Scales] | None = None
 
     def checkpoint(self, name: str) -> Iterator[Stored]:
-        if self._block is None:
-            yield from super().checkpoint(name)
+        if self._quantization is None:
+            yield f"{name}.weight", self.weight.data, self.rows.shard(0)
             return
-        rows, columns = self.weight.shape
-        shape = [-(-n // block) for n, block in zip((rows, columns), self._block, strict=True)]
-        stored = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=self.weight.device)
-        self._stored = stored, torch.empty(shape, dtype=torch.float32, device=self.weight.device), self._block
-        yield f"{name}.weight", stored, None
-        yield f"{name}.weight_scale_inv", self._stored[1], None
+        scales = Scales(self._quantization.weight_block_size, (self.rows.begin,))
+        stored = torch.empty(self.weight.shape, dtype=torch.float8_e4m3fn, device=self.weight.device)
+        scale = torch.empty(scales.shape(*stored.shape), dtype=torch.float32, device=self.weight.device)
+        self._stored = stored, scale, scales
+        yield f"{name}.weight", stored, self.rows.shard(0)
+        yield f"{name}.weight_scale_inv", *scales.stored(scale, 0, self.rows, Slice.of(stored.shape[1]))
 
     def finish(self) -> None:
         if self._stored is not None:
-            self.weight.data.copy_(quant.dequantize(*self._stored))
+            stored, scale, scales = self._stored
+            scales.finish()
+            self.weight.data.copy_(quant.dequantize(stored, scale, scales.block_shape))
             self._stored = None
 
     def _heads(self) -> tuple[Tensor, Tensor]:

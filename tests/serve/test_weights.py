@@ -150,8 +150,8 @@ def test_a_layer_reads_the_shard_that_it_names(monkeypatch, file, device):
                         if name == "lm_head" else Layer.checkpoint(self, name))
     build = FAMILIES["LlamaForCausalLM"].build
 
-    def with_part_of_the_head(config):
-        model = build(config)
+    def with_part_of_the_head(config, ranks):
+        model = build(config, ranks)
         model.lm_head = Linear(config.hidden_size, 40)
         return model
 

@@ -25,7 +25,8 @@ from wave64.serve.model.layers import (
     mm_fp32,
     weight,
 )
-from wave64.serve.model.quantized import Experts, UpProjection, linear
+from wave64.serve.model.parallel import Ranks, Slice
+from wave64.serve.model.quantized import Experts, UpProjection, block_columns, linear, row_parallel
 
 LATENT_EPS = 1e-6  # of the norms inside attention, independent of rms_norm_eps
 
@@ -38,22 +39,22 @@ class MultiHeadLatentAttention(nn.Module):
     over latents back through W_uv. A prefill has as many queries as keys, for which expanding them is cheaper.
     """
 
-    def __init__(self, config: ModelConfig, rotary: Rotary):
+    def __init__(self, config: ModelConfig, ranks: Ranks, rotary: Rotary):
         super().__init__()
-        mla, hidden = config.mla, config.hidden_size
+        mla, hidden, heads = config.mla, config.hidden_size, ranks.query_heads(config.num_heads)
         assert mla is not None
-        self.num_heads, self.rank = config.num_heads, mla.kv_lora_rank
+        self.num_heads, self.rank = heads.size, mla.kv_lora_rank
         self.nope, self.rope, self.v_head_dim = mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim
         self.scale, self.rotary = mla.softmax_scale, rotary
-        heads = config.num_heads * (self.nope + self.rope)
-        self.q_width = mla.q_lora_rank or heads
-        parts = {"q_a_proj" if mla.q_lora_rank else "q_proj": self.q_width, "kv_a_proj_with_mqa": self.rank + self.rope}
-        self.down_proj = linear(config, hidden, parts)
+        queries = heads.times(self.nope + self.rope)
+        self.q_width = mla.q_lora_rank or queries.size
+        parts = {"q_a_proj": mla.q_lora_rank} if mla.q_lora_rank else {"q_proj": queries}
+        self.down_proj = linear(config, hidden, parts | {"kv_a_proj_with_mqa": self.rank + self.rope})
         self.q_a_layernorm = RMSNorm(mla.q_lora_rank, LATENT_EPS) if mla.q_lora_rank else None
-        self.q_b_proj = linear(config, mla.q_lora_rank, {"q_b_proj": heads}) if mla.q_lora_rank else None
+        self.q_b_proj = linear(config, mla.q_lora_rank, {"q_b_proj": queries}) if mla.q_lora_rank else None
         self.kv_a_layernorm = RMSNorm(self.rank, LATENT_EPS)
-        self.kv_b_proj = UpProjection(config, config.num_heads, self.rank, self.nope, self.v_head_dim)
-        self.o_proj = linear(config, config.num_heads * self.v_head_dim, {"o_proj": hidden})
+        self.kv_b_proj = UpProjection(config, heads, self.rank, self.nope, self.v_head_dim)
+        self.o_proj = row_parallel(config, ranks, heads.times(self.v_head_dim), "o_proj", hidden)
 
     def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         q, kv_c, k_pe = self.down_proj(x).split((self.q_width, self.rank, self.rope), dim=-1)
@@ -127,11 +128,10 @@ class Router(Layer):
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, config: ModelConfig, intermediate_size: int):
+    def __init__(self, config: ModelConfig, ranks: Ranks, inter: Slice):
         super().__init__()
-        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = linear(config, config.hidden_size, parts)
-        self.down_proj = linear(config, intermediate_size, {"down_proj": config.hidden_size})
+        self.gate_up_proj = linear(config, config.hidden_size, {"gate_proj": inter, "up_proj": inter})
+        self.down_proj = row_parallel(config, ranks, inter, "down_proj", config.hidden_size)
         self.activation_and_mul = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,42 +139,47 @@ class GatedMLP(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """One shared expert is one more expert that every token chooses; several are a gated MLP of their joint width."""
+    """One shared expert is one more expert that every token chooses, where it is split as the others are. Else shared
+    experts are a gated MLP of their joint width, to which a rank feeds the tokens that it attends to."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
         moe = config.moe
         assert moe is not None
-        fused = moe.num_shared_experts == 1
+        fused = moe.num_shared_experts == 1 and ranks.ep_size == ranks.data.size == 1
         self.gate = Router(moe, config.hidden_size, int(fused))
-        self.experts = Experts(config, moe.num_experts, moe.intermediate_size, fused)
-        shared = 0 if fused else moe.num_shared_experts * moe.intermediate_size
-        self.shared_experts = GatedMLP(config, shared) if shared else None
+        self.experts = Experts(config, ranks, moe.num_experts, moe.intermediate_size, fused)
+        self.shared_experts, self.own = None, ranks.own
+        if width := 0 if fused else moe.num_shared_experts * moe.intermediate_size:
+            self.shared_experts = GatedMLP(config, ranks, ranks.shared_features(width, block_columns(config)))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.experts(x, *self.gate(x))
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        if self.shared_experts is not None:
+            self.own(out).add_(self.shared_experts(self.own(x)))
+        return out
 
 
 class DeepseekForCausalLM(CausalLM):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks):
         mla, moe = config.mla, config.moe
         assert mla is not None
         rotary = Rotary(config.rope, mla.qk_rope_head_dim, config.context_length, is_neox=not mla.rope_interleave)
 
         def mlp(number: int) -> nn.Module:
-            sparse = moe is not None and number >= moe.first_dense_layers and number % moe.layer_freq == 0
-            return MixtureOfExperts(config) if sparse else GatedMLP(config, config.intermediate_size)
+            if moe is not None and number >= moe.first_dense_layers and number % moe.layer_freq == 0:
+                return MixtureOfExperts(config, ranks)
+            return GatedMLP(config, ranks, ranks.features(config.intermediate_size, block_columns(config)))
 
-        super().__init__(config, (Block(config, MultiHeadLatentAttention(config, rotary), mlp(i))
-                                  for i in range(config.num_layers)))
+        super().__init__(config, ranks, (Block(config, ranks, MultiHeadLatentAttention(config, ranks, rotary), mlp(i))
+                                         for i in range(config.num_layers)))
         # layers behind the last one predict the token after next, for speculation, which is not served
         self.unused_weights = tuple(f"model.layers.{config.num_layers + i}."
                                     for i in range(config.num_nextn_predict_layers))
 
 
-def latents(config: ModelConfig, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
-    """`kv_shapes` of multi-head latent attention: one latent and one rotated key per token."""
+def latents(config: ModelConfig, ranks: Ranks, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
+    """`kv_shapes` of multi-head latent attention: one latent and one rotated key per token, which all heads share."""
     mla = config.mla
     assert mla is not None
     return ((num_pages, page_size, mla.kv_lora_rank + mla.qk_rope_head_dim),)

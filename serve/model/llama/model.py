@@ -8,15 +8,16 @@ from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.family import Family, keys_and_values
 from wave64.serve.model.layers import MLP, Block, CausalLM, Rotary, SelfAttention
 from wave64.serve.model.llama.config import read_config
+from wave64.serve.model.parallel import Ranks
 
 
 class LlamaForCausalLM(CausalLM):
     attention = SelfAttention
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks):
         rotary = Rotary(config.rope, config.head_dim, config.context_length)
-        super().__init__(config, (Block(config, self.attention(config, rotary), MLP(config))
-                                  for _ in range(config.num_layers)))
+        super().__init__(config, ranks, (Block(config, ranks, self.attention(config, ranks, rotary), MLP(config, ranks))
+                                         for _ in range(config.num_layers)))
 
 
 FAMILY = Family(read_config, keys_and_values, LlamaForCausalLM)

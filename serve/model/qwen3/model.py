@@ -10,12 +10,13 @@ from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.family import Family, keys_and_values
 from wave64.serve.model.layers import RMSNorm, Rotary, SelfAttention
 from wave64.serve.model.llama import LlamaForCausalLM
+from wave64.serve.model.parallel import Ranks
 from wave64.serve.model.qwen3.config import read_config
 
 
 class Qwen3Attention(SelfAttention):
-    def __init__(self, config: ModelConfig, rotary: Rotary):
-        super().__init__(config, rotary)
+    def __init__(self, config: ModelConfig, ranks: Ranks, rotary: Rotary):
+        super().__init__(config, ranks, rotary)
         self.head_dim = config.head_dim
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)

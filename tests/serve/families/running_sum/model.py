@@ -7,6 +7,7 @@ from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import Keys, ModelConfig, common, read_rope
 from wave64.serve.model.family import Family
 from wave64.serve.model.layers import Embedding, KVCache
+from wave64.serve.model.parallel import Ranks
 
 
 def read_config(architecture: str, keys: Keys) -> ModelConfig:
@@ -14,14 +15,14 @@ def read_config(architecture: str, keys: Keys) -> ModelConfig:
                        mlp_bias=False, **common(keys, read_rope(keys, 64), keys.count("max_position_embeddings")))
 
 
-def one_id(config: ModelConfig, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
+def one_id(config: ModelConfig, ranks: Ranks, num_pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
     return ((num_pages, page_size),)
 
 
 class RunningSum(nn.Module):
     derived_weights = unused_weights = ()
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
         self.embed_tokens, self.vocab_size = Embedding(config.vocab_size, 1), config.vocab_size
 

@@ -1,0 +1,6 @@
+"""Groups of processes that compute one model together, and what they exchange: below the operators, above nothing."""
+
+from wave64.distributed.collectives import all_gather, all_reduce, reduce_scatter
+from wave64.distributed.groups import ALONE, Group, join, leave, partition
+
+__all__ = ["ALONE", "Group", "all_gather", "all_reduce", "join", "leave", "partition", "reduce_scatter"]
