@@ -55,7 +55,9 @@ class ServerArgs:
         (), "a key of config.json to read as if it were not there; may be given several times", kind=str
     )
     context_length: int | None = _flag(None, "longest prompt plus completion; default: the model's", kind=int)
-    tp_size: int = _flag(1, "tensor parallel ranks (only 1 for now)", "--tp", "--tensor-parallel-size")
+    tp_size: int = _flag(1, "ranks that hold the model together, a device each", "--tp", "--tensor-parallel-size")
+    ep_size: int = _flag(1, "parts of the set of experts; the ranks of --tp-size hold them together", "--ep",
+                         "--expert-parallel-size")  # fmt: skip
 
     mem_fraction_static: float | None = _flag(
         None, "share of device memory for weights and KV pool, 0 to 1; default: by device", kind=float
@@ -77,12 +79,11 @@ class ServerArgs:
     log_level: str = _flag("info", "lowest level that is logged", choices=LEVELS)
     log_level_http: str | None = _flag(None, "the same, of the access log; warning: none; default: --log-level",
                                        choices=LEVELS, kind=str)  # fmt: skip
+    watchdog_timeout: float = _flag(8.0, "seconds that a rank of several may be silent; then the server ends")
     timeout_keep_alive: int = _flag(75, "seconds that an idle connection is kept open for its client's next request")
 
     def __post_init__(self) -> None:
         self.ignore_config_key = tuple(self.ignore_config_key)
-        if self.tp_size != 1:
-            raise ArgsError(f"--tp-size: tensor parallelism is not there yet, expected 1, got {self.tp_size}")
         if not 1 <= self.port <= 65535:
             raise ArgsError(f"--port: expected 1 to 65535, got {self.port}")
         share = self.mem_fraction_static
@@ -91,10 +92,12 @@ class ServerArgs:
         if self.chunked_prefill_size != -1:
             self._at_least_one("chunked_prefill_size")
         for name in (
-            "context_length", "max_total_tokens", "max_running_requests", "page_size", "max_prefill_tokens",
-            "stream_interval", "timeout_keep_alive",
+            "tp_size", "ep_size", "context_length", "max_total_tokens", "max_running_requests", "page_size",
+            "max_prefill_tokens", "stream_interval", "timeout_keep_alive", "watchdog_timeout",
         ):  # fmt: skip
             self._at_least_one(name)
+        if self.tp_size % self.ep_size:
+            raise ArgsError(f"--ep-size: expected a divisor of --tp-size, {self.tp_size}, got {self.ep_size}")
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices and (value is not None or item.default is not None):
@@ -159,11 +162,10 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--enable-dp-attention": (None, "there is one device"),
     "--dist-init-addr": (str, "there is one host"),
     "--decode-log-interval": (int, "a busy engine logs its throughput every few seconds"),
-    "--watchdog-timeout": (float, "the server ends when its engine does"),
 }
 #: Flags that are taken with one value.
 ONLY: dict[str, tuple[type, int]] = {
-    "--pp-size": (int, 1), "--dp-size": (int, 1), "--ep-size": (int, 1), "--nnodes": (int, 1), "--node-rank": (int, 0),
+    "--pp-size": (int, 1), "--dp-size": (int, 1), "--nnodes": (int, 1), "--node-rank": (int, 0),
 }  # fmt: skip
 
 

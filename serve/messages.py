@@ -122,6 +122,12 @@ class Failed(Struct, tag=True):
     error: str
 
 
+class Alive(Struct, tag=True):
+    """Rank 0 of several lives, and what it is doing; sent once a second."""
+
+    doing: str
+
+
 class BadRequest(ValueError):
     """A request that no engine with these limits can serve: `param` is the field at fault, `code` OpenAI's."""
 
@@ -178,10 +184,10 @@ def too_long(limits: Limits, requested: str, shorten: str, param: str) -> BadReq
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(Request | Abort)
-_to_api = msgspec.msgpack.Decoder(Outputs | Ready | Failed)
+_to_api = msgspec.msgpack.Decoder(Outputs | Ready | Failed | Alive)
 
 
-def encode(message: Request | Abort | Outputs | Ready | Failed) -> bytes:
+def encode(message: Request | Abort | Outputs | Ready | Failed | Alive) -> bytes:
     """The msgpack frame of a message."""
     return _encoder.encode(message)
 
@@ -191,6 +197,6 @@ def decode_to_engine(frame: bytes) -> Request | Abort:
     return _to_engine.decode(frame)
 
 
-def decode_to_api(frame: bytes) -> Outputs | Ready | Failed:
+def decode_to_api(frame: bytes) -> Outputs | Ready | Failed | Alive:
     """Read a frame of the `outputs` pipe. Raises msgspec.DecodeError or ValidationError when it is not one."""
     return _to_api.decode(frame)

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
 import zmq
 
 import wave64
@@ -28,10 +29,13 @@ from wave64.arch import EMULATED
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.memory import pool_pages
 from wave64.serve.engine.pages import PagePool
+from wave64.serve.engine.ranks import join, ranks_of, smallest
 from wave64.serve.engine.runner import Runner
 from wave64.serve.engine.scheduler import Scheduler, Sequence
+from wave64.serve.engine.team import RankLost, Team
 from wave64.serve.messages import (
     Abort,
+    Alive,
     BadRequest,
     Failed,
     Limits,
@@ -48,7 +52,8 @@ from wave64.serve.messages import (
 )
 from wave64.serve.model.checkpoint import WeightsError
 from wave64.serve.model.config import DTYPES, ConfigError, ModelConfig
-from wave64.serve.model.load import load_model
+from wave64.serve.model.load import load_model, refuse_unless_split
+from wave64.serve.model.parallel import ONE
 from wave64.serve.model_path import resolve_model_path
 
 log = logging.getLogger("wave64")
@@ -57,7 +62,7 @@ IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is stil
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
 REPORT_S = 5.0  # a busy engine says how fast it is this often, at most
 PREFILL_CHUNK = {"cpu": 256, "cuda": 8192}
-SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, wave64.NotSupported)  # worded for the operator
+SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, RankLost, wave64.NotSupported)  # worded for the operator
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -87,31 +92,56 @@ class Throughput:
         return "throughput: {:.1f} prompt and {:.1f} generated tokens/s".format(*rates)
 
 
+class Rank:
+    """What every rank of an engine has: a device, its part of the model, a KV pool, and the runner around them.
+
+    Raises as Engine does.
+    """
+
+    def __init__(self, args: ServerArgs, rank: int = 0, local_rank: int = 0, store: dist.Store | None = None,
+                 say: Callable[[str, str], None] = lambda doing, device: None) -> None:  # fmt: skip
+        """local_rank: the number of its device on this host. store: where the ranks meet. say: is told what comes next,
+        and the device."""
+        folder = resolve_model_path(args.model_path, args.revision)
+        self.device = _device(args.device, local_rank)
+        self.backends = wave64.report(self.device.type)
+        if rank == 0:
+            log.info("what serves each operator:\n%s", wave64.table(self.backends))
+        self.config = _config(folder, args)
+        self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
+        say("joining the other ranks", str(self.device))
+        ranks = ONE if store is None else join(args, rank, store, self.device)
+        say("loading weights", str(self.device))
+        model = load_model(self.config, folder, self.dtype, self.device, args.load_format, ranks)
+        say("allocating the KV pool", str(self.device))
+        kv_dtype = _kv_dtype(args.kv_cache_dtype, self.dtype, self.device)
+        self.num_pages = smallest(pool_pages(args, self.config, kv_dtype, self.device, ranks), ranks, self.device)
+        self.max_running = min(args.max_running_requests, self.num_pages)
+        emulated = wave64.platform.emulated() is not None
+        self.is_gpu = self.device.type == "cuda" or emulated
+        # What ranks exchange over gloo, as emulated ones do, is no launch that a graph could hold.
+        capture = self.is_gpu and not args.disable_cuda_graph and not (emulated and args.tp_size > 1)
+        self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
+                             self.max_running, capture, ranks=ranks)  # fmt: skip
+
+
 class Engine:
     """Continues token sequences. Not thread-safe; nothing runs between calls of step().
+
+    team: the other ranks, where this is rank 0 of several.
 
     Raises ArgsError, ConfigError, WeightsError or NotSupported, each in one line for the operator, when it cannot be
     built.
     """
 
-    def __init__(self, args: ServerArgs) -> None:
-        folder = resolve_model_path(args.model_path, args.revision)
-        self.device = _device(args.device)
-        self._backends = wave64.report(self.device.type)
-        log.info("what serves each operator:\n%s", wave64.table(self._backends))
-        self.config = _config(folder, args)
-        self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
-        model = load_model(self.config, folder, self.dtype, self.device, args.load_format)
-        kv_dtype = _kv_dtype(args.kv_cache_dtype, self.dtype, self.device)
-        self.pool = PagePool(pool_pages(args, self.config, kv_dtype, self.device), args.page_size)
-        self.is_gpu = self.device.type == "cuda" or wave64.platform.emulated() is not None
-        capture = self.is_gpu and not args.disable_cuda_graph
+    def __init__(self, args: ServerArgs, team: Team | None = None) -> None:
+        rank = Rank(args) if team is None else Rank(args, store=team.store, say=team.say)
+        self.team, self._steps = team, 0
+        self.device, self.config, self.dtype, self.runner = rank.device, rank.config, rank.dtype, rank.runner
+        self._backends, self.is_gpu = rank.backends, rank.is_gpu
+        self.pool = PagePool(rank.num_pages, args.page_size)
         self.limits = Limits(self.config.context_length, self.pool.num_tokens, self.config.vocab_size)
-        max_running = min(args.max_running_requests, self.pool.num_pages)
-        self.runner = Runner(
-            model, self.config, kv_dtype, self.device, self.pool.num_pages, args.page_size, max_running, capture
-        )
-        self.scheduler = Scheduler(self.pool, max_running, self._prefill_budget(args))
+        self.scheduler = Scheduler(self.pool, rank.max_running, self._prefill_budget(args))
         self._eos = frozenset(i for i in self.config.eos_token_ids if i < self.config.vocab_size)
         self._seeds = random.Random(args.random_seed)
         self._refused: list[Output] = []
@@ -161,15 +191,23 @@ class Engine:
         self.scheduler.abort(rid)
 
     def step(self) -> list[Output]:
-        """Run one step, if there is work. What fails in it fails the requests that took part, and no others."""
+        """Run one step, if there is work. What fails in it fails the requests that took part, and no others; among
+        several ranks, whose states would differ from there on, it is raised."""
         outputs, self._refused = self._refused, []
         step, sampling = self.scheduler.schedule()
         if not step.rows:
             return outputs
         self._throughput.begin()
+        self._steps += 1
         try:
+            if self.team is not None:
+                self.team.begin(self._steps, step)
             sampled = self.runner.run(step, sampling)
+            if self.team is not None:
+                self.team.say("waiting for requests")
         except Exception as error:
+            if self.team is not None:
+                raise
             log.exception("a step of %d requests failed", len(step.rows))
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # raises if the device itself is lost: then there is no going on
@@ -212,7 +250,7 @@ def _config(folder: Path, args: ServerArgs) -> ModelConfig:
     return replace(config, context_length=args.context_length)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, number: int = 0) -> torch.device:
     """Where tensors lie. An emulated device's lie on the CPU, inside `wave64.emulate`."""
     emulated = wave64.platform.emulated()
     if emulated is not None and name not in ("auto", emulated.arch.name):
@@ -223,7 +261,11 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ArgsError("--device: cuda was asked for, and torch sees no GPU; use cpu, or see python -m wave64")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if number >= (count := torch.cuda.device_count()):
+        raise ArgsError(f"--tp-size: one GPU per rank is needed, and torch sees {count} on this host: no GPU {number}")
+    return torch.device("cuda", number)
 
 
 def _kv_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -245,9 +287,7 @@ def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    choose_threads = "OMP_NUM_THREADS" not in os.environ
-    if choose_threads:
-        torch.set_num_threads(_usable_cpus())
+    threads = set_threads(args)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for pipe in (inbox, outbox):
@@ -257,21 +297,41 @@ def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
     try:
         inbox.bind(requests)
         outbox.connect(outputs)
+        team = None
         try:
-            if args.device in EMULATED:
-                stack.enter_context(wave64.emulate(args.device))
-            engine = Engine(args)
-            if choose_threads and engine.runner.weight_bytes < ONE_THREAD_BYTES:
-                torch.set_num_threads(1)
+            stack.enter_context(emulation(args))
+            team = _team(args, outputs) if args.tp_size > 1 else None
+            engine = Engine(args, team)
+            threads(engine.runner.weight_bytes)
             outbox.send(encode(engine.ready()))
             _serve(engine, inbox, outbox, parent)
         except Exception as error:
             log.debug("the engine ends", exc_info=True)
-            outbox.send(encode(Failed(_one_line(error))))
+            outbox.send(encode(Failed(one_line(error) if team is None else team.blame(one_line(error)))))
             sys.exit(1)
+        finally:
+            if team is not None:
+                team.close()
     finally:
         stack.close()
         context.destroy(linger=1000)
+
+
+def _team(args: ServerArgs, outputs: str) -> Team:
+    """The other ranks, once it is known that the model can be split over them. Their thread has a pipe of its own."""
+    folder = resolve_model_path(args.model_path, args.revision)
+    _device(args.device, args.tp_size - 1)
+    refuse_unless_split(_config(folder, args), ranks_of(args, 0))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve, or not to itself
+    pipe: list[zmq.Socket] = []
+
+    def tell(message: Alive | Failed) -> None:
+        if not pipe:
+            pipe.append(zmq.Context.instance().socket(zmq.PUSH))
+            pipe[0].connect(outputs)
+        pipe[0].send(encode(message))
+
+    return Team(args, folder, tell)
 
 
 def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int) -> None:
@@ -294,6 +354,20 @@ def _receive(engine: Engine, frame: bytes) -> None:
         log.exception("a message to the engine was dropped")
 
 
+def emulation(args: ServerArgs) -> contextlib.AbstractContextManager[Any]:
+    """What a rank has to run within."""
+    return wave64.emulate(args.device) if args.device in EMULATED else contextlib.nullcontext()
+
+
+def set_threads(args: ServerArgs) -> Callable[[int], None]:
+    """Divide the CPUs among the ranks of this host; what is returned is to be called with the bytes of the weights, and
+    leaves a small model one thread."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return lambda weight_bytes: None
+    torch.set_num_threads(max(1, _usable_cpus() // args.tp_size))
+    return lambda weight_bytes: torch.set_num_threads(1) if weight_bytes < ONE_THREAD_BYTES else None
+
+
 def _usable_cpus() -> int:
     """CPUs this process may use: its affinity, and its container's quota, which torch does not look at."""
     cpus = len(os.sched_getaffinity(0))
@@ -303,7 +377,7 @@ def _usable_cpus() -> int:
     return min(cpus, torch.get_num_threads())  # torch counts cores, not the two threads of each
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The error for the operator: as it is where it was worded for one, else with its type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, SAID_IN_WORDS) else f"{type(error).__name__}: {text}"

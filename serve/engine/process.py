@@ -1,13 +1,16 @@
-"""What the api process starts: `python -m wave64.serve.engine.process`, its settings as one line of JSON on stdin."""
+"""What the api process starts, and rank 0 for every other rank of its host: `python -m wave64.serve.engine.process`,
+its settings as one line of JSON on stdin."""
 
 import json
 import logging
 import os
 import sys
+from typing import NoReturn
 
 import zmq
 
 from wave64.serve.args import LOG_FORMAT, ServerArgs
+from wave64.serve.engine.follower import Place, end_with, follow
 from wave64.serve.messages import Failed, encode
 
 
@@ -15,6 +18,12 @@ def main() -> None:
     """Run the engine until it is told to end, or its parent is gone."""
     settings = json.loads(sys.stdin.readline())
     args = ServerArgs(**settings["args"])
+    if "place" in settings:
+        place = Place(**settings["place"])
+        level = args.log_level if args.log_level == "debug" else "warning"  # rank 0 says what holds for all
+        logging.basicConfig(level=level.upper(), format=f"rank {place.rank}: {LOG_FORMAT}", stream=sys.stdout)
+        end_with(settings["parent"])
+        _exit(follow(args, place))
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
     status = 0
     try:
@@ -27,6 +36,10 @@ def main() -> None:
         status = 1
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)  # words mean 1, None 0
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # tearing down torch takes seconds on a busy machine, and the pipes are closed

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 
@@ -18,11 +19,12 @@ import zmq.asyncio
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.schemas import ApiError
-from wave64.serve.messages import Abort, Failed, Output, Ready, Request, Statistics, decode_to_api, encode
+from wave64.serve.messages import Abort, Alive, Failed, Output, Ready, Request, Statistics, decode_to_api, encode
 
 log = logging.getLogger("wave64")
 
 LAST_WORDS_S = 1.0  # how long the reason of an engine that has exited may still be on its way
+SILENCE_S = 0.5  # how often it is looked whether the engine still speaks
 STOP_S = 1.0  # how long an engine may take to exit at SIGTERM; it has nothing to save
 
 
@@ -35,6 +37,8 @@ class EngineClient:
         self.is_ready = asyncio.Event()
         self.statistics: Statistics | None = None  # after the engine's last step
         self.lost: str | None = None  # why there is no engine any more
+        self._heard = 0.0  # when the engine last spoke
+        self._doing: str | None = None  # what rank 0 of several says of itself
         self._queues: dict[str, asyncio.Queue[Output | ApiError]] = {}  # by rid, one for all rids of a stream
         self._folder = tempfile.TemporaryDirectory(prefix="wave64-")
         self._context = zmq.Context()
@@ -65,13 +69,17 @@ class EngineClient:
         assert self._process is not None  # since start()
         receiving = asyncio.create_task(self._receive())
         exited = asyncio.create_task(self._process.wait())
+        silent = asyncio.create_task(self._silence())
         try:
-            await asyncio.wait({receiving, exited}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({receiving, exited, silent}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({receiving}, timeout=LAST_WORDS_S)
-            self.lost = receiving.result() if receiving.done() else _obituary(await exited)
+            if receiving.done():
+                self.lost = receiving.result()
+            else:
+                self.lost = silent.result() if silent.done() else _obituary(await exited)
         finally:
-            receiving.cancel()
-            exited.cancel()
+            for task in (receiving, exited, silent):
+                task.cancel()
         self.fail_all(f"the engine is gone: {self.lost}")
         return self.lost
 
@@ -79,6 +87,10 @@ class EngineClient:
         """Read messages until there is one that says why the engine ends."""
         while True:
             message = decode_to_api(await self._outputs.recv())
+            self._heard = time.monotonic()
+            if isinstance(message, Alive):
+                self._doing = message.doing
+                continue
             if isinstance(message, Failed):
                 return message.error
             if isinstance(message, Ready):
@@ -89,6 +101,17 @@ class EngineClient:
             for output in message.outputs:
                 if queue := self._queues.get(output.rid):  # else it was aborted meanwhile
                     queue.put_nowait(output)
+
+    async def _silence(self) -> str:
+        """Wait until rank 0 of several, which says once a second that it lives, has not for too long; the reason. The
+        process is ended: it may be stopped, and would take no other signal."""
+        limit = self._args.watchdog_timeout
+        while self._doing is None or time.monotonic() - self._heard < limit:
+            await asyncio.sleep(SILENCE_S)
+        assert self._process is not None
+        self._process.kill()
+        rank, _, doing = self._doing.partition(": ")
+        return f"{rank} has not answered for {limit:.0f} s (--watchdog-timeout) while {doing}"
 
     async def stream(self, requests: list[Request]) -> AsyncGenerator[Output, None]:
         """The outputs of some requests as they come, until each has finished. Raises ApiError (5xx) when one cannot go

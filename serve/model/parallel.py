@@ -1,4 +1,4 @@
-"""How a model is split over ranks: which slice of each dimension one rank holds, and where its tensors meet the others'.
+"""How a model is split over ranks: which slice of each dimension one rank holds, and where slices meet.
 
 Heads, the MLPs' intermediate features and the vocabulary are split; what follows a split dimension is a sum over the
 ranks (Shoeybi et al. 2019, Megatron-LM). Experts are split by number, by intermediate features, or both. With
@@ -54,7 +54,7 @@ class Ranks:
     """Where one rank stands among those that hold a model together. The default is a rank alone.
 
     world      all of them
-    attention  those that attend to the same sequences, with some of the heads each; all, without data-parallel attention
+    attention  those that attend to the same sequences, with some heads each; all, without data-parallel attention
     data       with data-parallel attention, one rank of each of those groups
     ep_size    parts of the set of experts; the ranks of one part split its experts' intermediate features
     """

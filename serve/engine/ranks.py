@@ -1,0 +1,35 @@
+"""Who of an engine's ranks does what: the groups that the flags ask for, and how a process joins them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from wave64 import distributed
+from wave64.distributed import ALONE, Group
+from wave64.serve.args import ServerArgs
+from wave64.serve.model.parallel import Ranks
+
+TIMEOUT_S = 24 * 3600.0  # of a collective: rank 0 notices sooner which rank is to blame (team.py)
+
+
+def ranks_of(args: ServerArgs, rank: int) -> Ranks:
+    """Where rank `rank` of tp_size stands; its groups are not joined."""
+    if args.tp_size == 1:
+        return Ranks()
+    world = Group("world", rank, args.tp_size)
+    return Ranks(world, attention=world, ep_size=args.ep_size)
+
+
+def join(args: ServerArgs, rank: int, store: dist.Store, device: torch.device) -> Ranks:
+    """Join the groups of rank `rank`. Blocks until all ranks have come."""
+    ranks = ranks_of(args, rank)
+    distributed.join(store, rank, args.tp_size, "gloo" if device.type == "cpu" else "nccl", TIMEOUT_S)
+    return ranks
+
+
+def smallest(value: int, ranks: Ranks, device: torch.device) -> int:
+    """The smallest of the ranks' values, on each of them."""
+    if ranks.world == ALONE:
+        return value
+    return int(distributed.all_gather(torch.tensor([value], device=device), ranks.world.name).min())

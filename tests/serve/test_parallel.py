@@ -1,0 +1,109 @@
+"""Several ranks say what one says: the engine over gloo, ranks as processes, next to the engine in one process.
+
+Sums over ranks add in another order, so logits differ by rounding: tokens are compared, and logprobs to 1e-4.
+"""
+
+import itertools
+
+import pytest
+from helpers_deepseek import make_deepseek, quantize
+from helpers_llama import edit_json, make_llama
+from helpers_parallel import Pool
+
+from wave64.serve.messages import Request, SamplingParams
+
+PROMPTS = [[17, 3, 99, 42, 8, 8, 71], [0, 55], [23, 64, 90, 12, 1, 2, 3, 4, 5, 6, 7, 8, 9], [77]]
+GREEDY = dict(max_new_tokens=10, temperature=0.0, ignore_eos=True)
+#: greedy, with penalties, drawn, drawn with penalties
+KINDS = [GREEDY, GREEDY | dict(repetition_penalty=1.4, presence_penalty=0.3),
+         GREEDY | dict(temperature=0.8, top_k=20, seed=7),
+         GREEDY | dict(temperature=1.1, top_p=0.9, frequency_penalty=0.5, seed=8)]  # fmt: skip
+
+FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic")
+MODELS = {
+    "llama-gqa": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=12),  # fewer KV heads than 4 ranks
+    "llama-biases": dict(num_attention_heads=4, num_key_value_heads=4, head_dim=12, attention_bias=True, mlp_bias=True,
+                         intermediate_size=51),  # which neither 2 nor 4 divides
+    "llama-tied": dict(num_attention_heads=4, num_key_value_heads=1, head_dim=12, tie_word_embeddings=True,
+                       vocab_size=101),
+    "qwen3": dict(family="Qwen3", num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=102),
+    "deepseek-v3": dict(version=3, n_shared_experts=1),
+    "deepseek-v2": dict(version=2, n_shared_experts=2, vocab_size=103, topk_method="group_limited_greedy"),
+    "deepseek-fp8": dict(version=3, v_head_dim=16, intermediate_size=128, moe_intermediate_size=64, fp8=(24, 32)),
+}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    made = Pool(4)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of a model, made when it is first asked for."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            config = dict(MODELS[name])
+            if "version" in config:
+                block = config.pop("fp8", None)
+                make_deepseek(made[name], config.pop("version"), **config)
+                if block:
+                    quantize(made[name], block)
+                    fp8 = FP8 | dict(weight_block_size=list(block))
+                    edit_json(made[name] / "config.json", lambda keys: keys.update(quantization_config=fp8))
+            else:
+                make_llama(made[name], **config)
+        return str(made[name])
+
+    return folder
+
+
+def requests(**more) -> list[Request]:
+    return [Request(f"{i}", prompt, SamplingParams(**kind), top_logprobs=1, prompt_logprobs=i == 2, **more)
+            for i, (prompt, kind) in enumerate(zip(PROMPTS, KINDS, strict=True))]
+
+
+def same(ours, theirs) -> None:
+    assert ours.keys() == theirs.keys()
+    for rid, one in theirs.items():
+        other = ours[rid]
+        assert other.error is None
+        assert (other.token_ids, other.finish_reason) == (one.token_ids, one.finish_reason), rid
+        entries = [*zip(other.logprobs, one.logprobs, strict=True)]
+        if one.prompt_logprobs:
+            entries += zip(other.prompt_logprobs[1:], one.prompt_logprobs[1:], strict=True)
+        for got, want in entries:
+            assert got.id == want.id
+            assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(pool, folders):
+    """What one rank answers, once per model."""
+    known = {}
+
+    def answers(name):
+        if name not in known:
+            known[name] = pool.run(dict(model_path=folders(name), device="cpu", dtype="float32",
+                                        max_total_tokens=256), requests())[0]  # fmt: skip
+        return known[name]
+
+    return answers
+
+
+@pytest.mark.parametrize(("name", "tp", "ep"), [
+    *itertools.product(["llama-gqa", "llama-biases", "llama-tied"], [2, 4], [1]), ("qwen3", 2, 1),
+    ("deepseek-v3", 2, 1), ("deepseek-v3", 2, 2), ("deepseek-v3", 4, 2), ("deepseek-v2", 4, 1), ("deepseek-v2", 2, 2),
+    ("deepseek-fp8", 2, 1), ("deepseek-fp8", 2, 2)])
+def test_ranks_say_what_one_says(pool, folders, alone, name, tp, ep):
+    """In chunks of 5 prompt tokens and with a pool in which late requests are preempted."""
+    flags = dict(model_path=folders(name), device="cpu", dtype="float32", tp_size=tp, ep_size=ep,
+                 chunked_prefill_size=5, max_total_tokens=40, page_size=4)  # fmt: skip
+    answers, statistics = pool.run(flags, requests())
+    assert statistics.preemptions > 0
+    same(answers, alone(name))
