@@ -93,9 +93,11 @@ class ServerArgs:
             self._at_least_one("chunked_prefill_size")
         for name in (
             "tp_size", "ep_size", "context_length", "max_total_tokens", "max_running_requests", "page_size",
-            "max_prefill_tokens", "stream_interval", "timeout_keep_alive", "watchdog_timeout",
+            "max_prefill_tokens", "stream_interval", "timeout_keep_alive",
         ):  # fmt: skip
             self._at_least_one(name)
+        if not self.watchdog_timeout > 0:
+            raise ArgsError(f"--watchdog-timeout: expected more than 0, got {self.watchdog_timeout}")
         if self.tp_size % self.ep_size:
             raise ArgsError(f"--ep-size: expected a divisor of --tp-size, {self.tp_size}, got {self.ep_size}")
         for item in fields(self):

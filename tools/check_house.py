@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "wave64.serve.http": ("serve/http/", "tests/", "pysrc/wave64/launch_server.py"),
     "wave64.serve.engine": ("serve/engine/", "tests/"),
     "wave64.serve.model": ("serve/engine/", "serve/model/", "tests/"),
+    "wave64.distributed": ("pysrc/wave64/distributed/", "pysrc/wave64/ops/", "serve/engine/", "serve/model/", "tests/"),
     "wave64.triton_ops.hopper": ("triton_ops/hopper/", "pysrc/wave64/backends/__init__.py", "tests/"),
     "wave64._hip": ("pysrc/wave64/backends/hip.py", "tests/"),
     "triton": ("triton_ops/", "pysrc/wave64/backends/__init__.py", "pysrc/wave64/testing/", "tests/"),
@@ -33,6 +34,8 @@ MAY_IMPORT = {
 #: What must not be imported below a folder, and why. Imports for type checkers alone count, too.
 NEVER_IMPORT = {
     "pysrc/wave64/ops/": (("wave64.backends", "wave64.testing"), "an operator's contract does not know {}"),
+    "pysrc/wave64/distributed/": (("wave64.ops", "wave64.op", "wave64.backends", "wave64.serve", "wave64.triton_ops"),
+                                  "groups and collectives are below the operators: they do not know {}"),
     "serve/http/": (("torch", "triton", "wave64.ops"), "the api process imports no {}"),
     "serve/args.py": (("torch", "triton", "wave64.ops"), "the api process imports no {}"),
     "serve/messages.py": (("torch", "triton", "wave64.ops"), "the api process imports no {}"),
@@ -44,6 +47,7 @@ ONE_FILE = {
     ("hip/", r"\bdl(open|sym)\("): "hip/src/runtime.cpp",
     ("pysrc/wave64/", r"\btorch\.library\."): "pysrc/wave64/op.py",
     ("serve/", r"\b(gpu|cuda)\.graph\("): "serve/engine/graphs.py",
+    ("serve/model/", r"\b(all_gather|all_reduce|reduce_scatter)\b"): "serve/model/parallel.py",
 }
 
 MAX_KERNEL_PARAMETERS, MAX_POSITIONAL = 25, 8

@@ -20,12 +20,12 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 import zmq
 
 import wave64
 from wave64 import quant
 from wave64.arch import EMULATED
+from wave64.distributed import Store
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.memory import pool_pages
 from wave64.serve.engine.pages import PagePool
@@ -98,7 +98,7 @@ class Rank:
     Raises as Engine does.
     """
 
-    def __init__(self, args: ServerArgs, rank: int = 0, local_rank: int = 0, store: dist.Store | None = None,
+    def __init__(self, args: ServerArgs, rank: int = 0, local_rank: int = 0, store: Store | None = None,
                  say: Callable[[str, str], None] = lambda doing, device: None) -> None:  # fmt: skip
         """local_rank: the number of its device on this host. store: where the ranks meet. say: is told what comes next,
         and the device."""
@@ -147,6 +147,8 @@ class Engine:
         self._refused: list[Output] = []
         self._throughput = Throughput()
         self._totals = (0, 0)  # prompt tokens computed, tokens generated
+        if team is not None:
+            team.say("waiting for requests")
 
     def _prefill_budget(self, args: ServerArgs) -> int:
         chunk = args.chunked_prefill_size or PREFILL_CHUNK["cuda" if self.is_gpu else "cpu"]
@@ -203,8 +205,6 @@ class Engine:
             if self.team is not None:
                 self.team.begin(self._steps, step)
             sampled = self.runner.run(step, sampling)
-            if self.team is not None:
-                self.team.say("waiting for requests")
         except Exception as error:
             if self.team is not None:
                 raise
@@ -219,7 +219,10 @@ class Engine:
             now = self.statistics()
             log.info("%s; %d running, %d waiting, %d of %d KV pages in use", line, now.running, now.waiting,
                      now.pages_used, now.pages_total)
-        return outputs + self.scheduler.commit(sampled)
+        outputs += self.scheduler.commit(sampled)
+        if self.team is not None and not self.has_work:
+            self.team.say("waiting for requests")
+        return outputs
 
     def statistics(self) -> Statistics:
         """The state of the engine between two steps."""
@@ -317,11 +320,18 @@ def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
         context.destroy(linger=1000)
 
 
-def _team(args: ServerArgs, outputs: str) -> Team:
-    """The other ranks, once it is known that the model can be split over them. Their thread has a pipe of its own."""
+def refuse(args: ServerArgs) -> Path:
+    """Raises what Engine would raise later, where ranks are more than devices or cannot split the model; returns the
+    model's folder."""
     folder = resolve_model_path(args.model_path, args.revision)
     _device(args.device, args.tp_size - 1)
     refuse_unless_split(_config(folder, args), ranks_of(args, 0))
+    return folder
+
+
+def _team(args: ServerArgs, outputs: str) -> Team:
+    """The other ranks, once it is known that the model can be split over them. Their thread has a pipe of its own."""
+    folder = refuse(args)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve, or not to itself
     pipe: list[zmq.Socket] = []
 

@@ -51,20 +51,25 @@ class Status:
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     def say(self, doing: str, device: str | None = None) -> None:
-        """What comes next; the thread says it."""
+        """What comes next. Rank 0 hears it at once."""
         self.doing, self.device, self.starting = doing, device or self.device, False
+        with contextlib.suppress(OSError):  # the thread sees it, too
+            self._send()
 
     def died(self, error: str) -> None:
         """The last words."""
         with self._lock:
             self._watch.send(Died(self.device, self.doing, error))
 
+    def _send(self) -> None:
+        with self._lock:
+            patience = START_PATIENCE_S if self.starting else self._patience
+            self._watch.send(Beat(self.device, self.doing, patience))
+
     def _beat(self) -> None:
         while True:
-            patience = START_PATIENCE_S if self.starting else self._patience
             try:
-                with self._lock:
-                    self._watch.send(Beat(self.device, self.doing, patience))
+                self._send()
             except OSError:
                 break
             if select.select([self._watch], [], [], BEAT_S)[0]:  # rank 0 says nothing here: it is gone
@@ -85,7 +90,7 @@ def follow(args: ServerArgs, place: Place, end: Callable[[int], object] = os._ex
     try:
         _serve(args, place, steps, status)
     except EOFError:
-        return 0
+        pass
     except Exception as error:
         log.debug("rank %d ends", place.rank, exc_info=True)
         from wave64.serve.engine.engine import one_line
@@ -93,6 +98,7 @@ def follow(args: ServerArgs, place: Place, end: Callable[[int], object] = os._ex
         with contextlib.suppress(OSError):  # rank 0 may have ended first
             status.died(one_line(error))
         return 1
+    return 0
 
 
 def end_with(parent: int) -> None:
@@ -109,21 +115,21 @@ def _open(channel: str, args: ServerArgs, place: Place, folder: Path) -> Channel
 
 
 def _serve(args: ServerArgs, place: Place, steps: Channel, status: Status) -> None:
-    import torch.distributed as dist
-
-    from wave64.serve.engine.engine import Rank, set_threads
+    from wave64 import distributed
+    from wave64.serve.engine.engine import Rank, emulation, set_threads
 
     threads = set_threads(args)
-    rank = Rank(args, place.rank, place.local_rank, dist.TCPStore(*place.store, is_master=False), status.say)
-    threads(rank.runner.weight_bytes)
-    status.say("waiting for a step")
-    number = 0
-    while True:
-        message = steps.receive()
-        if isinstance(message, Refused):
-            raise EOFError(message.error)
-        assert isinstance(message, Step)
-        number += 1
-        status.say(f"step {number}")
-        rank.runner.forward(message.schedules[0])
+    with emulation(args):
+        rank = Rank(args, place.rank, place.local_rank, distributed.meet(*place.store), status.say)
+        threads(rank.runner.weight_bytes)
         status.say("waiting for a step")
+        number = 0
+        while True:
+            message = steps.receive()
+            if isinstance(message, Refused):
+                raise EOFError(message.error)
+            assert isinstance(message, Step)
+            number += 1
+            status.doing = f"step {number}"
+            rank.runner.forward(message.schedules[0])
+            status.doing = "waiting for a step"

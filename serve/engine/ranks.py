@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from wave64 import distributed
-from wave64.distributed import ALONE, Group
+from wave64.distributed import ALONE, Group, Store
 from wave64.serve.args import ServerArgs
 from wave64.serve.model.parallel import Ranks
 
@@ -21,7 +20,7 @@ def ranks_of(args: ServerArgs, rank: int) -> Ranks:
     return Ranks(world, attention=world, ep_size=args.ep_size)
 
 
-def join(args: ServerArgs, rank: int, store: dist.Store, device: torch.device) -> Ranks:
+def join(args: ServerArgs, rank: int, store: Store, device: torch.device) -> Ranks:
     """Join the groups of rank `rank`. Blocks until all ranks have come."""
     ranks = ranks_of(args, rank)
     distributed.join(store, rank, args.tp_size, "gloo" if device.type == "cpu" else "nccl", TIMEOUT_S)

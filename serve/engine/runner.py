@@ -6,6 +6,8 @@ device as one tensor per field. On a GPU, steps that only decode replay captured
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -101,7 +103,7 @@ class Runner:
             whose = np.repeat(np.arange(step.num_decodes, len(rows)), before)
             fields["prefix_slots"] = self._slots(table, whose, earlier)
             fields["cu_seqlens_prefix"] = np.append(0, np.cumsum(before)).astype(np.int32)
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in fields.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(array).to(device) for name, array in fields.items()}
         return Batch(num_decodes=step.num_decodes, max_seqlen_q=longest, max_prefix=int(before.max(initial=0)),
                      **tensors)
 

@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
-import torch.distributed as dist
 import zmq
 
+from wave64 import distributed
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.control import Beat, Channel, Died, Hello, Refused, Step, frame
 from wave64.serve.engine.follower import START_PATIENCE_S, Place
@@ -81,7 +81,7 @@ class Team:
         self._closing = False
         self._monitor = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=4 * args.tp_size)
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = distributed.meet("127.0.0.1", 0, first=True)
         for member in self.members.values():
             member.process = self._start(Place(member.rank, member.rank, self._listener.getsockname()[:2],
                                                ("127.0.0.1", self.store.port)))
@@ -98,7 +98,7 @@ class Team:
 
     def begin(self, number: int, schedule: Schedule) -> None:
         """Every rank runs this step. Raises RankLost when one is not there to."""
-        self.say(f"step {number} ({len(schedule.rows)} sequences, {len(schedule.tokens)} tokens)")
+        self.say(f"step {number} (sequences: {len(schedule.rows)}, tokens: {len(schedule.tokens)})")
         encoded = frame(Step([schedule]))
         for member in self.members.values():
             assert member.steps is not None
@@ -180,11 +180,11 @@ class Team:
             assert member.watch is not None
             selector.register(member.watch, selectors.EVENT_READ, member)
             member.heard = time.monotonic()
-        told = verdict_at = 0.0
+        told, phase, verdict_at = 0.0, "", 0.0
         while not self._closing:
             now = time.monotonic()
-            if now - told >= BEAT_S:
-                told = now
+            if now - told >= BEAT_S or phase != self.doing.partition(" ")[0]:
+                told, phase = now, self.doing.partition(" ")[0]
                 self._tell(Alive(f"{self}: {self.doing}"))
             for key, _ in selector.select(0.1):
                 member = key.data

@@ -76,8 +76,8 @@ class Ranks:
         neither divides the other."""
         size, rank = self.attention.size, self.attention.rank
         if count % size and size % count:
-            fit = [n for n in range(1, 4 * max(count, size)) if count % n == 0 or n % count == 0]
-            raise self._refused("num_key_value_heads", count, fit[:8])
+            fit = [n for n in range(1, max(count, size)) if count % n == 0 or n % count == 0]
+            raise self._refused("num_key_value_heads", count, sorted({*fit, count}))
         if size <= count:
             return _even(count, self.attention)
         first = rank * count // size

@@ -1,4 +1,4 @@
-"""Ranks in processes that stay: each runs an engine, or a rank of one, after another, so that torch is imported once."""
+"""Ranks in processes that stay: each runs one engine, or a rank of one, after another: torch is imported once."""
 
 import multiprocessing
 import os

@@ -25,7 +25,9 @@ def test_every_flag_sets_its_field():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--tp", "2"], "--tp-size: tensor parallelism is not there yet, expected 1, got 2"),
+        (["--tp", "0"], "--tp-size: expected at least 1, got 0"),
+        (["--tp", "4", "--ep", "3"], "--ep-size: expected a divisor of --tp-size, 4, got 3"),
+        (["--watchdog-timeout", "0"], "--watchdog-timeout: expected more than 0, got 0.0"),
         (["--port", "70000"], "--port: expected 1 to 65535, got 70000"),
         (["--port", "http"], "--port: invalid int value: 'http'"),
         (["--page-size=0"], "--page-size: expected at least 1, got 0"),

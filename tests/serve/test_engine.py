@@ -18,6 +18,7 @@ from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.engine import PREFILL_CHUNK, Engine, Throughput, run_engine
 from wave64.serve.messages import (
     Abort,
+    Alive,
     Failed,
     Output,
     Outputs,
@@ -383,7 +384,7 @@ class Process:
         self.process = multiprocessing.get_context("spawn").Process(target=run_engine, args=(args, *ends), daemon=True)
         self.process.start()
 
-    def receive(self) -> Outputs | Ready | Failed:
+    def receive(self) -> Outputs | Ready | Failed | Alive:
         assert self.outputs.poll(60_000), "the engine process said nothing for a minute"
         return decode_to_api(self.outputs.recv())
 

@@ -4,13 +4,24 @@ Sums over ranks add in another order, so logits differ by rounding: tokens are c
 """
 
 import itertools
+import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 from helpers_deepseek import make_deepseek, quantize
 from helpers_llama import edit_json, make_llama
 from helpers_parallel import Pool
+from safetensors.torch import load_file
 
+from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.engine.engine import refuse
+from wave64.serve.engine.ranks import ranks_of
 from wave64.serve.messages import Request, SamplingParams
+from wave64.serve.model.checkpoint import StoredTensor
+from wave64.serve.model.config import ConfigError, ModelConfig
+from wave64.serve.model.load import load_model
 
 PROMPTS = [[17, 3, 99, 42, 8, 8, 71], [0, 55], [23, 64, 90, 12, 1, 2, 3, 4, 5, 6, 7, 8, 9], [77]]
 GREEDY = dict(max_new_tokens=10, temperature=0.0, ignore_eos=True)
@@ -26,6 +37,7 @@ MODELS = {
                          intermediate_size=51),  # which neither 2 nor 4 divides
     "llama-tied": dict(num_attention_heads=4, num_key_value_heads=1, head_dim=12, tie_word_embeddings=True,
                        vocab_size=101),
+    "llama-kv6": dict(num_attention_heads=12, num_key_value_heads=6, head_dim=4),
     "qwen3": dict(family="Qwen3", num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=102),
     "deepseek-v3": dict(version=3, n_shared_experts=1),
     "deepseek-v2": dict(version=2, n_shared_experts=2, vocab_size=103, topk_method="group_limited_greedy"),
@@ -107,3 +119,45 @@ def test_ranks_say_what_one_says(pool, folders, alone, name, tp, ep):
     answers, statistics = pool.run(flags, requests())
     assert statistics.preemptions > 0
     same(answers, alone(name))
+
+
+@pytest.mark.parametrize(("name", "flags", "words"), [
+    ("llama-gqa", dict(tp_size=3), "--tp-size: num_attention_heads, 4, can be split over 1, 2, 4 ranks, got 3"),
+    ("llama-kv6", dict(tp_size=4), "--tp-size: num_key_value_heads, 6, can be split over 1, 2, 3, 6 ranks, got 4"),
+    ("deepseek-fp8", dict(tp_size=4), "--tp-size: columns of o_proj in blocks of 32, 64, can be split over 1, 2 ranks, "
+                                      "got 4"),
+    ("deepseek-v3", dict(tp_size=2, ep_size=2, device="cuda"), "--device: cuda was asked for, and torch sees no GPU"),
+])
+def test_what_cannot_be_split_is_refused_in_words(folders, name, flags, words):
+    with pytest.raises((ConfigError, ArgsError), match=re.escape(words)):
+        refuse(ServerArgs(model_path=folders(name), **flags))
+
+
+@pytest.mark.parametrize(("name", "tp", "ep"), [("llama-biases", 4, 1), ("llama-tied", 2, 1), ("deepseek-v3", 4, 2),
+                                                ("deepseek-v2", 2, 1), ("deepseek-fp8", 2, 2)])
+def test_each_rank_reads_its_bytes_and_together_they_hold_all(monkeypatch, folders, name, tp, ep):
+    """Stored tensors are put together again from the shards that ranks name. What is read more than once is what ranks
+    hold more than once: norms, the router, projections to latents, a KV head of two ranks, scales of a cut block."""
+    folder = Path(folders(name))
+    config, stored = ModelConfig.from_folder(folder), load_file(folder / "model.safetensors")
+    seen = {key: torch.zeros(value.shape, dtype=torch.int32) for key, value in stored.items()}
+    for rank in range(tp):
+        read, views = Counter(), {}
+        fill, load = StoredTensor._fill, StoredTensor.load
+        with monkeypatch.context() as patch:
+            patch.setattr(StoredTensor, "_fill", lambda tensor, f, raw, fill=fill, read=read: (
+                read.update({tensor.name: len(raw)}), fill(tensor, f, raw))[1])
+            patch.setattr(StoredTensor, "load", lambda tensor, target, shard=None, load=load, views=views: (
+                load(tensor, target, shard), views.update({tensor.name: (target.clone(), shard)}))[0])
+            load_model(config, folder, torch.float32, "cpu",
+                       ranks=ranks_of(ServerArgs(tp_size=tp, ep_size=ep), rank))  # fmt: skip
+        assert views.keys() == stored.keys()
+        for key, (view, shard) in views.items():
+            assert read[key] == view.numel() * stored[key].element_size(), key
+            of = (0, 0, len(stored[key])) if shard is None else (shard.dim, shard.begin, shard.end - shard.begin)
+            assert torch.equal(view.double(), stored[key].narrow(*of).double()), key
+            seen[key].narrow(*of).add_(1)
+    for key, times in seen.items():
+        assert times.min() >= 1, key
+        several = "norm|mlp.gate|q_a_proj|kv_a_proj|scale_inv|bias" + "|[kv]_proj" * (name == "llama-tied")
+        assert times.max() == 1 or re.search(several, key), key

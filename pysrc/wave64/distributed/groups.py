@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 WORLD = "world"
 
@@ -29,7 +30,12 @@ class Group:
 ALONE = Group("alone", 0, 1)
 
 
-def join(store: dist.Store, rank: int, size: int, backend: str, timeout_s: float) -> Group:
+def meet(host: str, port: int, first: bool = False) -> TCPStore:
+    """Where ranks find each other: `first` listens there (port 0: a free one, `.port`), the others connect."""
+    return TCPStore(host, port, is_master=first, wait_for_workers=False)
+
+
+def join(store: Store, rank: int, size: int, backend: str, timeout_s: float) -> Group:
     """Join `size` ranks that meet at `store`, as `rank`; returns the group "world". Blocks until all are there.
 
     backend    what torch.distributed exchanges tensors with: "gloo" between CPUs, "nccl" between GPUs (RCCL on ROCm)
@@ -53,6 +59,7 @@ def partition(name: str, groups: Sequence[Sequence[int]]) -> Group:
     for group in groups:
         made = dist.new_group(list(group))
         if rank in group:
+            assert isinstance(made, dist.ProcessGroup)
             _REGISTERED[name] = made
             mine = Group(name, list(group).index(rank), len(group))
     return mine
