@@ -30,6 +30,7 @@ from wave64.serve.model.config import MLAConfig, ModelConfig, MoEConfig, QuantCo
 from wave64.serve.model.deepseek import DeepseekForCausalLM
 from wave64.serve.model.layers import Layer
 from wave64.serve.model.load import fill_with_noise
+from wave64.serve.model.parallel import ONE
 from wave64.serve.model.quantized import Experts
 from wave64.testing import timing
 
@@ -71,7 +72,7 @@ def build(of: ModelConfig, device: str, theirs: nn.Module | None = None) -> nn.M
     torch.set_default_dtype(of.dtype)
     try:
         with torch.device(device):
-            model = DeepseekForCausalLM(of).eval()
+            model = DeepseekForCausalLM(of, ONE).eval()
     finally:
         torch.set_default_dtype(before)
     if theirs is None:

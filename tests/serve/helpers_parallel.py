@@ -10,18 +10,22 @@ from typing import Any
 from wave64.serve.messages import Output, Request
 
 
-def collect(engine: Any, requests: Sequence[Request]) -> dict[str, Output]:
+def collect(engine: Any, *requests: Request) -> dict[str, Output]:
     """Add the requests, run the engine dry, and join each one's Outputs."""
     whole: dict[str, Output] = {}
-    for request in requests:
-        engine.add(request)
+    for each in requests:
+        engine.add(each)
     while engine.has_work:
         for output in engine.step():
             joined = whole.setdefault(output.rid, Output(output.rid, [], logprobs=[]))
+            assert joined.finish_reason is None
             joined.token_ids += output.token_ids
             joined.logprobs = (joined.logprobs or []) + (output.logprobs or [])
+            assert not (joined.prompt_logprobs and output.prompt_logprobs)  # they come once
             joined.prompt_logprobs = joined.prompt_logprobs or output.prompt_logprobs
-            joined.finish_reason, joined.error = output.finish_reason, output.error
+            joined.finish_reason, joined.matched_stop = output.finish_reason, output.matched_stop
+            joined.error = output.error
+    assert engine.pool.num_free == engine.pool.num_pages
     return whole
 
 
@@ -92,7 +96,7 @@ def _work(pipe: Connection) -> None:
         try:
             team = PoolTeam(args, resolve_model_path(args.model_path), print) if args.tp_size > 1 else None
             engine = Engine(args, team)
-            answer = collect(engine, requests), engine.statistics()
+            answer = collect(engine, *requests), engine.statistics()
         except Exception as error:
             answer = error
         if team is not None:

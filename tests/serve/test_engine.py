@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import zmq
+from helpers_parallel import collect
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wave64.serve.args import ArgsError, ServerArgs
@@ -20,7 +21,6 @@ from wave64.serve.messages import (
     Abort,
     Alive,
     Failed,
-    Output,
     Outputs,
     Ready,
     Request,
@@ -64,25 +64,6 @@ def make(llama, device):
 
 def request(rid, prompt, params=GREEDY, **rest) -> Request:
     return Request(str(rid), prompt, params, **rest)
-
-
-def collect(engine: Engine, *requests: Request) -> dict[str, Output]:
-    """Add the requests, run the engine dry, and join each one's Outputs."""
-    whole: dict[str, Output] = {}
-    for each in requests:
-        engine.add(each)
-    while engine.has_work:
-        for output in engine.step():
-            joined = whole.setdefault(output.rid, Output(output.rid, [], logprobs=[]))
-            assert joined.finish_reason is None
-            joined.token_ids += output.token_ids
-            joined.logprobs = (joined.logprobs or []) + (output.logprobs or [])
-            assert not (joined.prompt_logprobs and output.prompt_logprobs)  # they come once
-            joined.prompt_logprobs = joined.prompt_logprobs or output.prompt_logprobs
-            joined.finish_reason, joined.matched_stop = output.finish_reason, output.matched_stop
-            joined.error = output.error
-    assert engine.pool.num_free == engine.pool.num_pages
-    return whole
 
 
 @torch.no_grad()
