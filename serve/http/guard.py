@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from wave64.serve.http.schemas import ApiError, parse
+from wave64.serve.http.schemas import ApiError, Body, parse
 
 log = logging.getLogger("wave64")
 
@@ -26,7 +25,7 @@ SHORT_BODY = 1 << 16  # bytes that are checked at once, without the detour throu
 MAX_LOGGED = 500  # characters of a refusal's reason in the log
 OPEN_PATHS = ("/health", "/health_generate")  # asked by load balancers, which have no key
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", bound=Body)
 R = TypeVar("R")
 
 
@@ -52,8 +51,14 @@ async def read(request: Request, model: type[T]) -> T:
     if gunzip:
         gunzip.check_end()
     if len(body) <= SHORT_BODY:
-        return parse(model, bytes(body))
-    return await asyncio.to_thread(parse, model, bytes(body))
+        return _checked(model, bytes(body))
+    return await asyncio.to_thread(_checked, model, bytes(body))
+
+
+def _checked(model: type[T], raw: bytes) -> T:
+    body = parse(model, raw)
+    body.look_through()
+    return body
 
 
 class _Gunzip:

@@ -14,9 +14,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from wave64.serve.http.neutral import asks_for_nothing, objection
 from wave64.serve.messages import SamplingParams
 
+MAX_PARTS = 1 << 17  # strings, lists and objects of a body
+MAX_VALUES = 1 << 21  # of a body, token ids among them
 MAX_CHOICES = 4096  # prompts times n in one request
-MAX_MESSAGES = 1 << 16
+MAX_MESSAGES = 1 << 14
 MAX_STOPS = 1024  # each is looked for at every token
+MAX_STOP_LENGTH = 1 << 14  # characters of all stop strings together, for the same reason
+MAX_SAID = 2000  # characters of an error message, which may quote the request
+MAX_GUESSED = 64  # characters of an unknown name that may be a slip
 MAX_TOP_LOGPROBS = 20
 GREEDY_BELOW = 1e-6  # a temperature that is none
 
@@ -30,11 +35,17 @@ class ApiError(Exception):
     """An answer of status 4xx or 5xx: OpenAI's error object with `message`, `param` (the field at fault) and `code`."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        message = _cut(message, MAX_SAID)
         super().__init__(message)
         self.status = status
         kind = {401: "authentication_error", 404: "not_found_error"}.get(status, "invalid_request_error")
         kind = "server_error" if status >= 500 else kind
+        param = None if param is None else _cut(param, MAX_SAID)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _whole(value: Any) -> Any:
@@ -57,12 +68,18 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 Count = Annotated[Int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
+First = Field(fail_fast=True)  # of a list's faults the first one is told, and a million others are not looked for
 TopLogprobs = Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63 - 128)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What the models of all bodies have in common."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    def look_through(self) -> None:
+        """Check what takes long in a long body; whoever reads it does so in a thread. Raises ApiError."""
 
     @model_validator(mode="before")
     @classmethod
@@ -76,13 +93,13 @@ class _Body(BaseModel):
             elif not asks_for_nothing(name, value):
                 if why := objection(name):
                     raise ApiError(why, name, "unsupported_parameter")
-                near = difflib.get_close_matches(name, cls.model_fields, n=1)
+                near = difflib.get_close_matches(name[:MAX_GUESSED], cls.model_fields, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ApiError(f"{name}: unknown field{hint}", name, "unknown_parameter")
         return known
 
 
-class Sampling(_Body):
+class Sampling(Body):
     """What both families of endpoints call by the same names."""
 
     # our name in SamplingParams for what the endpoint calls otherwise
@@ -96,8 +113,8 @@ class Sampling(_Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | Annotated[list[str], First] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS), First] | None = None
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     no_stop_trim: Flag | None = None
@@ -106,6 +123,9 @@ class Sampling(_Body):
     def _check_stop(self) -> Any:
         if (count := len(self.stop_strings)) > MAX_STOPS:
             raise ApiError(f"stop: expected at most {MAX_STOPS} strings, got {count}", "stop", "invalid_value")
+        if (length := sum(map(len, self.stop_strings))) > MAX_STOP_LENGTH:
+            raise ApiError(f"stop: expected at most {MAX_STOP_LENGTH} characters in all strings, got {length}", "stop",
+                           "invalid_value")  # fmt: skip
         if "" in self.stop_strings:
             raise ApiError("stop: expected strings of at least one character, got ''", "stop", "invalid_value")
         return self
@@ -127,7 +147,7 @@ class Sampling(_Body):
         return SamplingParams(**{name: value for name, value in values.items() if name in fields})
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Which extras a stream carries."""
 
     include_usage: Flag | None = None
@@ -168,6 +188,9 @@ class CompletionRequest(_OpenAI):
                            "best_of", "unsupported_parameter")  # fmt: skip
         return self
 
+    def look_through(self) -> None:
+        assert self.prompts
+
     @cached_property
     def prompts(self) -> list[str | list[int]]:
         return prompts_of(self.prompt, "prompt")
@@ -188,7 +211,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Annotated[str, Field(min_length=1)]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], First] | None = None
 
     def on_the_wire(self) -> dict[str, Any]:
         """The message as it came."""
@@ -200,7 +223,7 @@ class Message(BaseModel):
 class ChatRequest(_OpenAI):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), First]
     max_completion_tokens: Count | None = None
     logprobs: Flag | None = None
     top_logprobs: TopLogprobs | None = None
@@ -233,17 +256,20 @@ class NativeSampling(Sampling):
     sampling_seed: Seed | None = None
 
 
-class GenerateRequest(_Body):
+class GenerateRequest(Body):
     """POST /generate, SGLang's own form. A list has an entry per prompt; what is not one serves all."""
 
     model: str | None = None  # added by routers
-    text: str | list[str] | None = None
+    text: str | Annotated[list[str], First] | None = None
     input_ids: Any = None
-    sampling_params: NativeSampling | list[NativeSampling] | None = None
+    sampling_params: NativeSampling | Annotated[list[NativeSampling], First] | None = None
     stream: Flag | None = None
-    return_logprob: Flag | list[Flag] | None = None
-    logprob_start_len: Int | list[Int] | None = None
-    top_logprobs_num: Int | list[Int] | None = None
+    return_logprob: Flag | Annotated[list[Flag], First] | None = None
+    logprob_start_len: Int | Annotated[list[Int], First] | None = None
+    top_logprobs_num: Int | Annotated[list[Int], First] | None = None
+
+    def look_through(self) -> None:
+        assert self.prompts
 
     @property
     def is_batch(self) -> bool:
@@ -300,11 +326,12 @@ def prompts_of(value: Any, param: str) -> list[str | list[int]]:
     return prompts
 
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", bound=Body)
 
 
 def parse(model: type[T], raw: bytes) -> T:
     """The body of a request. Raises ApiError that says what is wrong with it and where."""
+    _check_amounts(raw)
     try:
         raw.decode()
     except UnicodeDecodeError as error:
@@ -314,6 +341,21 @@ def parse(model: type[T], raw: bytes) -> T:
         return model.model_validate_json(raw)
     except ValidationError as error:
         raise _in_words(error) from None
+
+
+def _check_amounts(raw: bytes) -> None:
+    """Raises ApiError for a body of so many values that reading it would hold up what else is served, or take all
+    memory: each byte of it may become a hundred. Counts without making any of them."""
+    if raw.count(b'"') + sum(map(raw.count, (b"[", b"{", b","))) <= MAX_PARTS:
+        return  # there is no more of anything
+    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # quotes that are left begin and end strings
+    parts, values = bare.count(b'"') // 2, 0
+    if parts <= MAX_PARTS:
+        outside = b"".join(bare.split(b'"')[::2])
+        parts, values = parts + outside.count(b"[") + outside.count(b"{"), outside.count(b",") + 1
+    for limit, got, of in ((MAX_PARTS, parts, "strings, lists and objects"), (MAX_VALUES, values, "values")):
+        if got > limit:
+            raise ApiError(f"the body: expected at most {limit} {of}, got {got}", code="body_too_large", status=413)
 
 
 def _in_words(error: ValidationError) -> ApiError:
@@ -346,5 +388,4 @@ def _wanted(fault: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _cut(json.dumps(value, default=str), 60)

@@ -5,8 +5,12 @@ import socket
 import threading
 
 import httpx
+import pydantic
 import pytest
 from helpers_server import CONTEXT, VOCAB, eventually
+
+from wave64.serve.http import schemas
+from wave64.serve.http.schemas import ChatRequest, CompletionRequest, GenerateRequest
 
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
 USER = [{"role": "user", "content": "x"}]
@@ -57,7 +61,9 @@ REFUSED = [
     (COMPLETIONS, b"[1]", None, "the body: expected an object, got [1]"),
     (CHAT, {}, "messages", "messages: required"),
     (CHAT, {"messages": []}, "messages", "at least 1"),
-    (CHAT, {"messages": USER * 65537}, "messages", "messages: expected at most 65536 of them"),
+    (CHAT, {"messages": USER * 16385}, "messages", "messages: expected at most 16384 of them"),
+    (COMPLETIONS, {"prompt": "x", "stop": ["y" * 8192] * 3}, "stop", "at most 16384 characters in all strings"),
+    (COMPLETIONS, {"prompt": "x", "y" * 10**6: 1}, "y" * 1997 + "...", "yyy..."),
     (CHAT, {"messages": [{"content": "x"}]}, "messages", "messages[0].role: required"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages", "messages[0].content: expected"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", 'got "image_url"'),
@@ -119,6 +125,57 @@ def test_refused(server, path, body, param, words):
         error = refusal(answer)
         assert words in error["message"]
         assert error["param"] == param
+
+
+#: cheap to send, dear to read: (model, beginning, what is repeated, how often, end)
+DEAR = {
+    "parts": (ChatRequest, '{"messages": [{"role": "user", "content": [', "{}", 1 << 17, "]}]}"),
+    "stop": (CompletionRequest, '{"prompt": "x", "stop": [', '"y"', 1 << 17, "]}"),
+    "prompts": (CompletionRequest, '{"prompt": [', "[1]", 1 << 17, "]}"),
+    "fields": (CompletionRequest, '{"prompt": "x"', ', "y": null', 1 << 17, "}"),
+    "backslashes": (CompletionRequest, '{"prompt": [', '"\\\\"', 1 << 17, "]}"),
+    "quotes": (CompletionRequest, '{"prompt": [', '"\\\\\\""', 1 << 17, "]}"),
+    "ids": (CompletionRequest, '{"prompt": [', "7", (1 << 21) + 1, "]}"),
+}
+
+
+@pytest.mark.parametrize("what", DEAR)
+def test_bodies_of_very_many_values_are_refused_before_they_are_read(what, monkeypatch):
+    model, begin, piece, count, end = DEAR[what]
+    raw = (begin + (piece if piece[0] == "," else piece + ",") * count).rstrip(",") + end
+    json.loads(raw)
+    monkeypatch.setattr(model, "model_validate_json", lambda raw: pytest.fail("it was read"))
+    with pytest.raises(schemas.ApiError, match=r"the body: expected at most \d+ (strings, lists|values)") as e:
+        schemas.parse(model, raw.encode())
+    assert (e.value.status, e.value.body["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("text", ['a, "b", [{},', "\\" * 9, '"' * 9])
+def test_what_stands_in_strings_is_no_value(text):
+    """A table, code or JSON as a prompt's text is one string, however long."""
+    prompt = text * (1 << 17)
+    assert schemas.parse(CompletionRequest, json.dumps({"prompt": prompt}).encode()).prompts == [prompt]
+    ids = list(range(1 << 20))
+    assert schemas.parse(CompletionRequest, json.dumps({"prompt": ids}).encode()).prompts == [ids]
+
+
+@pytest.mark.parametrize(("model", "field", "wrong", "where"), [
+    (CompletionRequest, "stop", 5, "stop[0]"), (CompletionRequest, "stop_token_ids", "x", "stop_token_ids[0]"),
+    (ChatRequest, "messages", {}, "messages[0].role"), (ChatRequest, "messages", {"role": "user", "content": [{}, {}]},
+                                                        "messages[0].content[0].type"),
+    (GenerateRequest, "text", 5, "text[0]"), (GenerateRequest, "sampling_params", 5, "sampling_params[0]"),
+    (GenerateRequest, "return_logprob", "x", "return_logprob[0]"),
+    (GenerateRequest, "logprob_start_len", "x", "logprob_start_len[0]"),
+    (GenerateRequest, "top_logprobs_num", "x", "top_logprobs_num[0]")])
+def test_of_a_list_of_faults_the_first_is_looked_for(model, field, wrong, where):
+    """Pydantic keeps a kilobyte of each that it finds."""
+    raw = json.dumps({field: [wrong] * 1000}).encode()
+    with pytest.raises(pydantic.ValidationError) as found:
+        model.model_validate_json(raw)
+    assert found.value.error_count() <= 4
+    with pytest.raises(schemas.ApiError) as e:
+        schemas.parse(model, raw)
+    assert str(e.value).startswith(where)
 
 
 def test_stream_options_are_for_streams(server):
