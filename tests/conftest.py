@@ -37,6 +37,13 @@ def pytest_terminal_summary(terminalreporter):
 
         for line in summary.lines(told):
             terminalreporter.write_line(line)
+    results = [value for report in terminalreporter.stats.get("passed", ()) if report.when == "call"
+               for name, value in report.user_properties if name == "recorded"]
+    if results and terminalreporter.config.getoption("renew_record", default=False):
+        import recorded
+
+        recorded.write(results)
+        terminalreporter.write_line(f"{recorded.RECORD.name}: {len(results)} results written")
 
 
 @pytest.fixture(scope="session")

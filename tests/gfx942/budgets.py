@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,33 @@ SCALAR_SPILLS = {("hip", "sample"): 5}
 Rows = dict[str, dict[str, Any]]
 
 
-def compile_all(*arguments: str) -> dict[str, dict[str, Any]]:
-    """arch -> what `python -m wave64.testing.compile <arch> <arguments>` reports. A process per architecture, without
-    the interpreter; quick once Triton's cache holds the kernels."""
+def run_each(commands: dict[str, list[str]]) -> dict[str, Any]:
+    """What Python commands print, read as JSON, by the same keys. They run at the same time, without the interpreter
+    that other tests run Triton kernels in."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    running = {arch: subprocess.Popen([sys.executable, "-m", "wave64.testing.compile", arch, *arguments],
-                                      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for arch in ARCHS}
-    reports = {}
-    for arch, process in running.items():
+    running = {key: subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True) for key, command in commands.items()}
+    printed = {}
+    for key, process in running.items():
         out, err = process.communicate()
         if process.returncode:
-            raise RuntimeError(f"wave64.testing.compile {arch}: exit status {process.returncode}\n{err}")
-        reports[arch] = json.loads(out)
-        if importlib.util.find_spec("ziglang"):
-            hip = reports[arch]["hip"]
-            reports[arch]["hip"] = {op: _with_instructions(rows, op, arch) for op, rows in hip.items()}
+            raise RuntimeError(f"{' '.join(commands[key])}: exit status {process.returncode}\n{err}")
+        printed[key] = json.loads(out)
+    return printed
+
+
+def compile_all(*arguments: str) -> dict[str, dict[str, Any]]:
+    """arch -> what `python -m wave64.testing.compile <arch> <arguments>` reports. Quick once
+    Triton's cache holds the kernels."""
+    return compile_each(dict.fromkeys(ARCHS, arguments))
+
+
+def compile_each(arguments: dict[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """The same with arguments of each architecture."""
+    reports = run_each({arch: ["-m", "wave64.testing.compile", arch, *words] for arch, words in arguments.items()})
+    if importlib.util.find_spec("ziglang"):
+        for arch, report in reports.items():
+            report["hip"] = {op: _with_instructions(rows, op, arch) for op, rows in report["hip"].items()}
     return reports
 
 

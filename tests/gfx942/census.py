@@ -1,6 +1,7 @@
 """Which instruction forms occur in our code objects: those that the package ships and those that Triton compiles.
 
-    python tests/gfx942/census.py gfx942        # JSON: form -> an instruction of that form, as hexadecimal bytes
+    python tests/gfx942/census.py gfx942 hip        # JSON: form -> an instruction of that form, as hexadecimal bytes
+    python tests/gfx942/census.py gfx942 rms_norm   # of the operator's Triton kernels
 
 A form is a mnemonic, its encoding, the modifiers that are set, and of each source whether it is a vector register, a
 scalar one, an inline constant or a literal. Needs a process without TRITON_INTERPRET.
@@ -123,20 +124,20 @@ def forms(codes: dict[str, bytes]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def code_objects(arch: str) -> Iterator[tuple[str, bytes]]:
-    """(what it is of, bytes) of every code object of our operators."""
+def code_objects(arch: str, of: str) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the code objects that ship, or of those that Triton makes for an operator's cases."""
     from wave64 import OPS
     from wave64.backends import hip
+
+    if of == "hip":
+        yield from ((op, hip.code_object(arch, op)) for op in hip.code_objects().get(arch, ()))
+        return
     from wave64.testing import compile
 
-    for op in OPS.values():
-        if "hip" in op.backends and hip.code_objects().get(arch):
-            yield f"hip {op.name}", hip.code_object(arch, op.name)
-        if "triton" in op.backends:
-            for case in op.cases():
-                for launch in compile.compile_case(op, case, arch):
-                    yield f"triton {op.name} {launch.kernel.hash}", launch.kernel.asm["hsaco"]
+    for case in OPS[of].cases():
+        for launch in compile.compile_case(OPS[of], case, arch):
+            yield launch.kernel.hash, launch.kernel.asm["hsaco"]
 
 
 if __name__ == "__main__":
-    print(json.dumps(forms(dict(code_objects(sys.argv[1])))))
+    print(json.dumps({of: forms(dict(code_objects(sys.argv[1], of))) for of in sys.argv[2:]}))

@@ -1,16 +1,30 @@
-"""The option that renews golden files, known to pytest where this folder is named on its command line; the process in
-which Triton compiles; and what the tests here executed on the emulator, told at the end."""
+"""The options that renew golden files and the record, known to pytest where this folder is named on its command line;
+the process in which Triton compiles; and what all tests here have in common."""
 
+import fcntl
 import gc
+import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
+import compiled
+import launched
 import pytest
+import recorded
 
 
 def pytest_addoption(parser):
     parser.addoption("--renew-golden", action="store_true",
                      help="write the measured figures to golden.json and bounds.json")
+    parser.addoption("--renew-record", action="store_true",
+                     help="obtain what recorded.json lacks or has of other sources, and write it there")
+
+
+@pytest.fixture(scope="session")
+def record(request) -> recorded.Record:
+    """Results that need not be obtained anew."""
+    return recorded.Record(renewing=request.config.getoption("renew_record", default=False),
+                           all_anew=request.config.getoption("tier") == "long")
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +38,20 @@ def compiling():
         assert process.submit(gc.isenabled).result() is False  # it has started
     with process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def reports(request, compiling, record, tmp_path_factory) -> dict[str, dict]:
+    """What the compilers make of every kernel: see compiled.py. Made once, for all workers of a run."""
+    def obtain() -> dict[str, dict]:
+        return compiled.obtain(record, {arch: compiling.submit(launched.mark_compiled, arch).result()
+                                        for arch in launched.ARCHS})
+
+    if not hasattr(request.config, "workerinput"):
+        return obtain()
+    shared = tmp_path_factory.getbasetemp().parent / "compiled.json"  # workers of one run have this folder in common
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            shared.write_text(json.dumps(obtain()))
+    return json.loads(shared.read_text())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import recorded
 from shrunken import KINDS, SHRINKING, VAST_BYTES, Problem
 from torch import Tensor
 
@@ -207,8 +208,8 @@ def plan(arch: str) -> Plan:
 
 def executed(result: Result, row: int | None) -> dict[str, Any]:
     """What a test tells of it to the summary at the end."""
-    return {"arch": result.arch, "kernels": result.kernels, "instructions": result.instructions,
-            "binaries": [short(key) for key in result.keys], "rows": [] if row is None else [[result.op, row]]}
+    return {"arch": result.arch, "instructions": result.instructions,
+            "binaries": sorted(short(key) for key in result.keys), "rows": [] if row is None else [[result.op, row]]}
 
 
 def execute_small(op: str, case: str, arch: str) -> tuple[Result, dict[str, Any]]:
@@ -222,11 +223,32 @@ def execute_small(op: str, case: str, arch: str) -> tuple[Result, dict[str, Any]
     return result, executed(result, row)
 
 
+def mark_small(op: str, case: str, arch: str) -> str:
+    """Of what executing the case comes of: see recorded.py. As all marks it needs a process without TRITON_INTERPRET.
+    """
+    return recorded.mark(op, [case], arch)
+
+
+def mark_problem(arch: str, problem: Shrunken) -> str:
+    config = config_of(OPS[problem.op], arch, problem.row)
+    return recorded.mark(problem.op, [_case_of(problem)], arch, config)
+
+
+def mark_compiled(arch: str) -> dict[str, str]:
+    """Operator -> the mark of all that is compiled for its cases."""
+    return {op.name: recorded.mark(op.name, list(op.cases()), arch) for op in OPS.values() if "triton" in op.backends}
+
+
+def _case_of(problem: Shrunken) -> Case:
+    if problem.make:
+        return Case(problem.name, problem.make, sparse=problem.sparse)
+    return next(case for case in OPS[problem.op].cases() if case.id == problem.name)
+
+
 def execute(arch: str, problem: Shrunken) -> tuple[Result, dict[str, Any]]:
     """The same of a problem; it fails, too, where it no longer launches what it is there for."""
     op = OPS[problem.op]
-    case = (Case(problem.name, problem.make, sparse=problem.sparse) if problem.make
-            else next(c for c in op.cases() if c.id == problem.name))
+    case = _case_of(problem)
     with configured(op, config_of(op, arch, problem.row)):
         result = check(op, "triton", arch, [case])
     told = executed(result, problem.row)

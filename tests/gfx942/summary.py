@@ -13,7 +13,7 @@ def lines(told: list[tuple[str, Any]]) -> Iterator[str]:
         ran = [value for name, value in told if name == "emulated" and value["arch"] == arch]
         if not ran:
             continue
-        kernels = {tuple(kernel) for value in ran for kernel in value["kernels"] if kernel[0].endswith(".co")}
+        kernels = {tuple(kernel) for value in ran for kernel in value.get("kernels", ())}
         binaries = {key for value in ran for key in value.get("binaries", ())}
         rows = {tuple(row) for value in ran for row in value.get("rows", ())}
         of_large = {key for name, value in told if name == "planned" and value["arch"] == arch
@@ -24,4 +24,8 @@ def lines(told: list[tuple[str, Any]]) -> Iterator[str]:
         if of_large:
             words[-1] += f", among them {len(of_large & binaries)} of the {len(of_large)} of large cases"
         words.append(f"{sum(value['instructions'] for value in ran):,} wave instructions")
+        if kept := sum(not value.get("anew", True) for value in ran):
+            anew = sum(value["instructions"] for value in ran if value.get("anew", True))
+            words.append(f"of these {len(ran) - kept} cases anew, with {anew:,} instructions, and {kept} as "
+                         "recorded.json has them")
         yield f"emulated {arch}: {', '.join(words)}"

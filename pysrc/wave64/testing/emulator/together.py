@@ -5,9 +5,9 @@ flags in memory that they share.
     with hip.record("gfx942") as of_rank_1: ...
     execute_together([*of_rank_0, *of_rank_1], [Buffer("data", x.data_ptr(), x.nbytes), ...], seed=3)
 
-A turn is one wave's, for a few instructions; which wave's and for how many comes from the seed, so that every seed is
-another interleaving, and the same one again. Every store is seen by all at once: what a protocol owes to caches and to
-the order of stores on their way, its cache controls and waits before a flag is set, goes unseen here.
+A turn is one wave's, until it accesses memory, for a few instructions at most; which wave's, and what the caches do in
+the meantime (coherence.py), comes from the seed, so that every seed is another schedule, and the same one again. A wave
+that has stored something is often made to wait, so that others see one store of it and not yet the next.
 """
 
 import random
@@ -18,22 +18,27 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from wave64.testing.emulator.checks import ALL
+from wave64.testing.emulator.coherence import Coherence, CoherentMemory, Wave, World
 from wave64.testing.emulator.machine import ENDED, READY, WAITING, Machine
 from wave64.testing.emulator.memory import Buffer, EmulationError
 from wave64.testing.emulator.run import SECONDS, Counts, Prepared, without_collection
 
 PATIENCE = 20_000  # instructions of each wave without a change in memory, after which they are taken to wait for ever
 LONGEST_TURN = 64  # instructions
+LATE = 8                  # of so many schedules, one in which half of the waves start late
+HELD = (0, *range(6, 20))  # turns of each other wave, about, that one waits after a store
 
 
 class Deadlock(EmulationError):
     """No wave can get on: those that run change nothing in memory."""
 
 
-def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 0, *, patience: int = PATIENCE,
+def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 0, *,
+                     devices: Sequence[int] | None = None, patience: int = PATIENCE,
                      checks: tuple[type, ...] = ALL, seconds: float = SECONDS) -> Counts:
     """Makes recorded launches at the same time, all their workgroups resident. `buffers` is all memory that they may
-    touch, and share, besides their arguments and code objects.
+    touch, and share, besides their arguments and code objects; a `Place` says whose memory it is in, and of which kind.
+    devices: that of each launch; none: each has its own.
 
     Raises Deadlock, which says where each launch's waves are, once every wave that has not ended waits at a barrier or
     has executed `patience` instructions since a store or an atomic, to memory or LDS, last changed what was there;
@@ -41,14 +46,20 @@ def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 
     """
     counts, shared, began = Counts(), list(buffers), time.monotonic()
     prepared = [Prepared(launch) for launch in launches]
-    machines = [Machine(p.program, p.kernel, p.shape(p.blocks), checks) for p in prepared]
+    order = random.Random(seed)
+    world = World(shared, order)
+    machines = [Machine(p.program, p.kernel, p.shape(p.blocks), (*checks, Coherence)) for p in prepared]
     try:
         with np.errstate(all="ignore"), without_collection():
-            for machine, p in zip(machines, prepared, strict=True):
+            for i, (machine, p) in enumerate(zip(machines, prepared, strict=True)):
+                machine.memory = CoherentMemory(world)
                 machine.memory.register([*shared, *p.buffers])
-                machine.memory.changes = machine.lds.changes = 0
+                machine.lds.changes = 0
                 p.start(machine, 0, p.blocks)
-            _interleave(machines, random.Random(seed), patience, began + seconds)
+                device = devices[i] if devices else i
+                for wave in range(machine.count):
+                    world.waves[i, wave] = Wave(i, wave, int(machine.group[wave]), device)
+            _interleave(machines, world, order, patience, began + seconds)
         for machine, p in zip(machines, prepared, strict=True):
             p.note(counts)
             counts.add(machine, machine.count)
@@ -59,33 +70,44 @@ def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 
     return counts
 
 
-def _changes(machine: Machine) -> int:
-    return (machine.memory.changes or 0) + (machine.lds.changes or 0)
-
-
-def _interleave(machines: list[Machine], order: random.Random, patience: int, until: float) -> None:
-    idle = [np.zeros(machine.count, np.int64) for machine in machines]  # instructions since memory last changed
-    while ready := [(i, int(wave)) for i, machine in enumerate(machines)
-                    for wave in np.flatnonzero(machine.states == READY)]:
-        i, wave = order.choice(ready)
-        machine = machines[i]
-        before = _changes(machine)
+def _interleave(machines: list[Machine], world: World, order: random.Random, patience: int, until: float) -> None:
+    idle = [np.zeros(machine.count, np.int64) for machine in machines]  # instructions since anything last changed
+    running, settled = set(range(len(machines))), False
+    late = order.randrange(LATE) == 0
+    held = {wave: order.choice(HELD) * len(world.waves) for wave in world.waves if late and order.randrange(2)}
+    while ready := [(i, int(wave)) for i in sorted(running) for wave in np.flatnonzero(machines[i].states == READY)]:
+        free = [each for each in ready if held.get(each, 0) <= 0]
+        held = {each: turns - 1 for each, turns in held.items() if turns > 1}
+        i, wave = order.choice(free or ready)
+        machine, now = machines[i], world.waves[i, wave]
+        before = (world.changes, machine.lds.changes, world.stores)
+        world.now = now
         try:
             idle[i][wave] += machine.advance(wave, order.randint(1, LONGEST_TURN))
             if machine.states[wave] != READY:
                 machine.meet(partly=True)
         except (EmulationError, NotImplementedError) as e:
             raise type(e)(f"launch {i}: {e}") from None
-        if _changes(machine) != before:
+        if world.stores != before[2]:
+            held[i, wave] = order.choice(HELD) * len(ready)
+        for number in list(running):
+            if (machines[number].states == ENDED).all() and world.ends(number):
+                running.discard(number)
+        world.pass_time(lambda wave: machines[wave.launch].states[wave.number] == ENDED)
+        if (world.changes, machine.lds.changes) != before[:2]:
+            settled = False
             for count in idle:
                 count.fill(0)
-        elif idle[i][wave] >= patience and all(
-                ((machine.states != READY) | (count >= patience)).all()
-                for machine, count in zip(machines, idle, strict=True)):
-            raise Deadlock("\n    ".join([f"deadlock: nothing in memory has changed for {patience:,} instructions of "
-                                          "every wave", *_whereabouts(machines)]))
+        elif idle[i][wave] >= (enough := patience if settled else patience // 2) and all(
+                ((machines[j].states != READY) | (idle[j] >= enough)).all() for j in running):
+            if settled:
+                raise Deadlock("\n    ".join([
+                    f"deadlock: nothing in memory has changed for {patience:,} instructions of every wave",
+                    *_whereabouts(machines)]))
+            settled = not world.settle()
         if time.monotonic() > until:
             raise EmulationError("\n    ".join(["still running after the seconds given", *_whereabouts(machines)]))
+    world.settle()
 
 
 def _whereabouts(machines: list[Machine]) -> Iterator[str]:
