@@ -19,6 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+MAX_SOURCE = 1 << 18  # characters of a template, which are read where the server starts; usual ones have thousands
 MAX_TEXT = 64 << 20  # characters of one prompt; four times the longest body of a request
 MEMORY_BYTES = 4 << 30  # of the address space that a template may use
 GRACE_S = 5  # past the limit, the process ends itself: the server that should have killed it is gone
@@ -56,17 +57,19 @@ class Template:
 
     def __init__(self, source: str) -> None:
         """Raises TemplateError if `source` is not Jinja. Nothing of it runs, nor is compiled, before render()."""
+        if len(source) > MAX_SOURCE:
+            raise TemplateError(f"expected a template of at most {MAX_SOURCE} characters, got {len(source)}")
         self._source = source
         self._environment = _environment()
         try:
             tree = self._environment.parse(source)
-        except jinja2.TemplateError as error:
+            content = _Content(tree)
+            self._names_developer = any(node.value == "developer" for node in tree.find_all(nodes.Const))
+            self._takes_parts = content.is_taken_apart()
+            self._takes_text = content.is_tested("string")
+            self._takes_null = content.is_tested("none")
+        except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateError(f"not a Jinja template: {error}") from None
-        content = _Content(tree)
-        self._names_developer = any(node.value == "developer" for node in tree.find_all(nodes.Const))
-        self._takes_parts = content.is_taken_apart()
-        self._takes_text = content.is_tested("string")
-        self._takes_null = content.is_tested("none")
 
     def render(self, messages: list[Json], variables: Json) -> str:
         """The text of a conversation. Raises TemplateError, whatever the template does."""

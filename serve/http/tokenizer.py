@@ -33,7 +33,18 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, chat_template: str | None = None) -> None:
-        """`chat_template` is a Jinja file to use in place of the folder's. Raises TokenizerError."""
+        """`chat_template` is a Jinja file to use in place of the folder's. Raises TokenizerError, whatever the files
+        hold."""
+        try:
+            self._read(folder, chat_template)
+        except TokenizerError:
+            raise
+        except BaseException as error:  # the library checks its file when it uses it, and panics, which is no Exception
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise TokenizerError(f"{folder}: not a tokenizer: {type(error).__name__}: {error}") from None
+            raise
+
+    def _read(self, folder: Path, chat_template: str | None) -> None:
         config = _read_json(folder / "tokenizer_config.json")
         self._backend = _load_backend(folder, config)
         self._backend.no_truncation()
@@ -185,11 +196,24 @@ class Tokenizer:
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in a file; an empty one if there is no such file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(_read_text(file))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{file}: expected JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{file}: expected a JSON object, got {json.dumps(value)[:60]}")
+    return value
+
+
+def _read_text(file: Path) -> str:
+    """Raises FileNotFoundError, and TokenizerError for what else cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{file}: cannot be read: {error}") from None
 
 
 def _load_backend(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -224,13 +248,18 @@ def _read_template(folder: Path, config: dict[str, Any], chosen: str | None) -> 
     """The source of the chat template, empty without one, and the file it stands in."""
     file = Path(chosen) if chosen else folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8"), file
+        return _read_text(file), file
     if chosen:
         raise TokenizerError(f"--chat-template: {chosen}: no such file")
     source = config.get("chat_template")
+    file = folder / "tokenizer_config.json"
     if isinstance(source, list):  # several, by name
-        source = {item["name"]: item["template"] for item in source}.get("default")
-    return source or "", folder / "tokenizer_config.json"
+        named = [item for item in source if isinstance(item, dict) and item.get("name") == "default"]
+        source = named[-1].get("template") if named else None
+    if source is not None and not isinstance(source, str):
+        raise TokenizerError(f"{file}: chat_template: expected a text, or a list of them with names, got "
+                             f"{json.dumps(source)[:60]}")  # fmt: skip
+    return source or "", file
 
 
 def _byte_of() -> dict[str, int]:

@@ -178,12 +178,20 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _is_file_name(name: object) -> bool:
     """Whether a name stays within its folder, on every system."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name) < 256
+
+
+def _count(name: str, value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{name}: expected a size or an offset, got {value!r}")
+    return value
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file. Raises WeightsError unless the header is sound and the file has the very
     length the header asks for."""
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise WeightsError(f"{file}: expected a safetensors file, got {'something else' if file.exists() else 'none'}")
     size = file.stat().st_size
     with file.open("rb") as f:
         prefix = f.read(8)
@@ -200,13 +208,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         tensors = {}
         for name, entry in entries.items():
-            begin, end = (data + int(offset) for offset in entry["data_offsets"])
-            tensors[name] = StoredTensor(file, name, str(entry["dtype"]), tuple(map(int, entry["shape"])), begin, end)
+            begin, end = (data + _count(name, offset) for offset in entry["data_offsets"])
+            shape = tuple(_count(name, n) for n in entry["shape"])
+            tensors[name] = StoredTensor(file, name, str(entry["dtype"]), shape, begin, end)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise WeightsError(f"{file}: the safetensors header is damaged: {e!r}") from None
     for t in tensors.values():
         itemsize = DTYPES[t.dtype].itemsize if t.dtype in DTYPES else None
-        if not data <= t.begin <= t.end or (itemsize and t.end - t.begin != itemsize * torch.Size(t.shape).numel()):
+        if not data <= t.begin <= t.end or (itemsize and t.end - t.begin != itemsize * math.prod(t.shape)):
             raise WeightsError(f"{file}: {t.name}: the header is damaged: {t.end - t.begin} bytes for "
                                f"{t.dtype} {list(t.shape)}")
     end = max((t.end for t in tensors.values()), default=data)

@@ -21,6 +21,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"
 }  # fmt: skip
+MAX_LAYERS = 4096  # more would be made for minutes before a weight is missed
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 # Keys that do not change what a forward pass computes: names, training, transformers' own switches, generation
@@ -165,8 +166,8 @@ class ModelConfig:
 
         keys = Keys(Path(path) / "config.json", ignored=ignored)
         names = keys.raw.get("architectures") or []
-        for name in names:
-            if name in FAMILIES:
+        for name in names if isinstance(names, list) else ():
+            if isinstance(name, str) and name in FAMILIES:
                 return replace(FAMILIES[name].read_config(name, keys), passed_by=keys.pass_by_the_rest())
         raise keys.error("architectures", names, f"one of {', '.join(FAMILIES)}")
 
@@ -189,11 +190,13 @@ class Keys:
         value = self.raw.get(key)
         return default if value is None else value
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer; required where there is no default."""
+    def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        """An integer from 1 to `most`; required where there is no default."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.error(key, value, "a positive integer")
+        if value > most:
+            raise self.error(key, value, f"at most {most}")
         return value
 
     def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
@@ -256,7 +259,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; expected a folder in Hugging Face format") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{file}: cannot be read as JSON: {e}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{file}: expected a JSON object, got {type(value).__name__}")
@@ -309,7 +312,7 @@ def common(keys: Keys, rope: RopeConfig, max_position_embeddings: int, bos: int 
         vocab_size=keys.count("vocab_size"),
         hidden_size=keys.count("hidden_size"),
         intermediate_size=keys.count("intermediate_size"),
-        num_layers=keys.count("num_hidden_layers"),
+        num_layers=keys.count("num_hidden_layers", most=MAX_LAYERS),
         rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         hidden_act=keys.choice("hidden_act", "silu", ACTIVATIONS),

@@ -199,7 +199,20 @@ def test_dtype_auto_is_what_most_weights_are_stored_in(read, tmp_path, key, stor
     assert read(SMALLEST | {key: "auto"}).dtype == stored
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\ufeff{}"])
+@pytest.mark.parametrize("names", [5, True, "LlamaForCausalLM", [[]], [{"a": 1}], {"LlamaForCausalLM": 1}])
+def test_architectures_of_another_kind(read, names):
+    with pytest.raises(ConfigError, match=r"architectures: expected one of .*, got ."):
+        read(SMALLEST | {"architectures": names})
+
+
+def test_sizes_that_no_model_has_are_refused_before_it_is_made(read):
+    with pytest.raises(ConfigError, match="num_hidden_layers: expected at most 4096, got 1000000"):
+        read(SMALLEST | {"num_hidden_layers": 10**6})
+    with pytest.raises(ConfigError, match="vocab_size: expected at most 2147483647"):
+        read(SMALLEST | {"vocab_size": 2**31})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\ufeff{}", '{"a":' * 100_000])
 def test_not_json(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="config.json"):

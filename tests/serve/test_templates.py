@@ -143,8 +143,11 @@ def test_one_conversation_that_does_not_end_is_ended(monkeypatch):
 
 
 def test_what_is_no_template_is_refused_before_it_runs():
-    with pytest.raises(TemplateError, match="not a Jinja template"):
-        Template("{% if %}")
+    for source in ("{% if %}", "{{ " + "(" * 5000, "{% if 1 %}" * 3000, "{{ " + "+".join("1" * 20000) + " }}"):
+        with pytest.raises(TemplateError, match="not a Jinja template: ."):
+            Template(source)
+    with pytest.raises(TemplateError, match="at most 262144 characters, got 262145"):  # reading it may take minutes
+        Template("x" * 262145)
     Template("{{ 10 ** (10 ** 8) }}")  # which would take for ever to compile
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,49 @@ def test_token_bytes_are_exact(ours):
     for text in ["你", "é", "👩"]:
         ids = ours.encode(text, add_special_tokens=False)
         assert b"".join(map(ours.token_bytes, ids)).decode().strip() == text
+
+
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("tokenizer_config.json", '{"a":' * 100_000, r"tokenizer_config\.json: expected JSON: maximum recursion"),
+    ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected a JSON object, got \[\]"),
+    ("tokenizer_config.json", b"\xff\xfe", r"tokenizer_config\.json: cannot be read"),
+    ("tokenizer_config.json", None, r"tokenizer_config\.json: cannot be read: .*directory"),
+    ("tokenizer_config.json", {"chat_template": 5}, "chat_template: expected a text, or a list of them"),
+    ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 5}]}, "chat_template: expected"),
+    ("tokenizer_config.json", {"bos_token": "\ud800"}, "not a tokenizer: TypeError"),
+    ("special_tokens_map.json", "null", r"special_tokens_map\.json: expected a JSON object, got null"),
+    ("chat_template.jinja", b"\xff", r"chat_template\.jinja: cannot be read"),
+    ("tokenizer.json", {"post_processor": {
+        "type": "TemplateProcessing", "pair": [], "special_tokens": {},
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}}, "not a tokenizer"),
+])  # fmt: skip
+def test_whatever_a_file_holds_is_a_refusal_in_words(folder, tmp_path, name, change, words):
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
+    file = copied / name
+    if isinstance(change, dict):
+        changed = {**(json.loads(file.read_text()) if file.exists() else {}), **change}
+        file.write_text(json.dumps(changed))
+    elif change is None:
+        file.unlink(missing_ok=True)
+        file.mkdir()
+    else:
+        file.write_bytes(change if isinstance(change, bytes) else change.encode())
+    with pytest.raises(serving.TokenizerError, match=words):
+        serving.Tokenizer(copied)
+
+
+@pytest.mark.parametrize("templates", [[], [1], [{}], [{"name": [], "template": "x"}],
+                                       [{"name": "other", "template": "x"}]])  # fmt: skip
+def test_of_named_templates_only_the_default_one_counts(folder, tmp_path, templates):
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
+    (copied / "chat_template.jinja").unlink(missing_ok=True)
+    file = copied / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": templates}))
+    assert serving.Tokenizer(copied).template_source == ""
+    file.write_text(json.dumps({"chat_template": [*templates, {"name": "default", "template": "mine"}]}))
+    assert serving.Tokenizer(copied).template_source == "mine"
 
 
 def test_half_a_surrogate_is_refused(ours):

@@ -1,6 +1,7 @@
 """Checkpoint folders, whole and damaged: the whole ones load to the last bit, each damage is named."""
 
 import json
+import os
 import struct
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -251,6 +252,14 @@ def test_truncated_in_the_header(file, length):
     assert f"got {length} bytes" in text
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path),
+                                  lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_opened(file, make):
+    file.unlink()
+    make(file)
+    assert f"{file}: expected a safetensors file, got" in message(file.parent)
+
+
 def header(entries: dict) -> bytes:
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text
@@ -262,7 +271,11 @@ def header(entries: dict) -> bytes:
     (header([1]), "damaged"),
     (header({"a": {"dtype": "F32", "shape": [2]}}), "damaged"),
     (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 7]}}) + bytes(7), "a: the header is damaged"),
-    (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "a: the header is damaged"),
+    (header({"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]}}) + bytes(8), "damaged"),
+    (header({"a": {"dtype": "F32", "shape": [0, 10**30], "data_offsets": [0, 0]}}), "damaged"),
+    (header({"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}}), "a: the header is damaged"),
+    (header({"a": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}}) + bytes(8), "damaged"),
+    (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "a: expected a size or an offset, got -8"),
     (header({"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 8]}}) + bytes(8), "damaged"),
     (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + bytes(9), "appended"),
     (struct.pack("<Q", 10**5) + b"[" * 10**5, "damaged"),
