@@ -15,7 +15,12 @@ from wave64.testing.emulator import core, emulate
 from wave64.testing.emulator.checks import ALL, Check
 from wave64.testing.emulator.memory import EmulationError
 
-pytestmark = pytest.mark.skipif(not core.available(), reason=f"no core: {core.library()}")
+pytestmark = pytest.mark.skipif(core.unfit() is not None, reason=f"no core: {core.unfit()}")
+
+
+def test_it_compiles():
+    """Where it can be."""
+    assert not isinstance(core.library(), str), core.library()
 
 
 def of_each(op: str, case: str, arch: str = "gfx942"):

@@ -148,7 +148,7 @@ def test_matrix_instructions(name, arch, registers):
     np.testing.assert_array_equal(_result(got, size, blocks, kinds, dtype), want.numpy())
 
 
-@pytest.mark.skipif(not core.available(), reason="no compiler for the core")
+@pytest.mark.skipif(core.unfit() is not None, reason="no compiler for the core")
 @pytest.mark.parametrize("last", ["vgpr", "zero"])
 @pytest.mark.parametrize(("name", "arch"), [(name, arch) for name, arch in MATRICES if "f64" not in name] + [
     (name, "gfx950") for name in MIXED.values()], ids=lambda value: value)

@@ -46,7 +46,7 @@ class _State(ctypes.Structure):
         ("issued", _p * 2), ("done", _p * 2), ("due", _p * 2), ("unordered", _p * 2), ("busy", _p), ("met_with", _p),
         ("stores", _p), ("stored", _i), ("store_capacity", _i), ("special", _i),
         ("known", _p), ("sure", _p), ("written", _p), ("private", _p), ("first", _p * 3), ("last", _p * 3),
-        ("dirty", _p), ("one_value", _i),
+        ("dirty", _p), ("atomics", _p), ("one_value", _i),
         *((name, _i) for name in ("start", "step", "count", "pc")), ("fresh", _p), ("enabled", _p)]
 
 
@@ -56,18 +56,28 @@ EXCHANGE = np.dtype([("lane", np.uint8, 64), ("there", np.uint64), ("written", n
 
 
 @functools.cache
-def library() -> ctypes.CDLL | str:
-    """The compiled core, or why there is none."""
+def unfit() -> str | None:
+    """Why the core cannot be compiled here, or would not run; None: it can."""
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         return f"{platform.system()} on {platform.machine()}"
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     if missing := NEEDED - set(flags.split()):
         return f"a processor without {', '.join(sorted(missing))}"
     try:
-        found = ctypes.CDLL(str(built.build(".so", SOURCE, [SOURCE],
-                                            lambda work: [(*FLAGS, "-o", work / "made.so", "core.c")])))
+        importlib.metadata.version("ziglang")
     except importlib.metadata.PackageNotFoundError:
         return "no package ziglang, which compiles the core"
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The compiled core, or why there is none."""
+    if why := unfit():
+        return why
+    try:
+        found = ctypes.CDLL(str(built.build(".so", SOURCE, [SOURCE],
+                                            lambda work: [(*FLAGS, "-o", work / "made.so", "core.c")])))
     except (built.CompileError, OSError) as e:
         return str(e)
     if (found.size_of_op(), found.size_of_core()) != (LAYOUT.size, ctypes.sizeof(_State)):
@@ -181,7 +191,7 @@ class Core:
             for i, kind in enumerate((READ, WRITE, ATOMIC)):
                 state.first[i] = shared.accesses[kind].first.ctypes.data
                 state.last[i] = shared.accesses[kind].last.ctypes.data
-            state.dirty = shared.dirty.ctypes.data
+            state.dirty, state.atomics = shared.dirty.ctypes.data, shared.atomics.ctypes.data
         state.one_value = OneValue in checks
 
     def start(self) -> None:

@@ -4,10 +4,9 @@ An `Instruction` keeps the decoder's fields (`fields.vdst.offset`, `fields.opsel
 without the suffix of its encoding, which is `family`.
 """
 
-import functools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 #: register numbers of the scalar space, and of what a source operand may name besides registers
 VCC, M0, EXEC = 106, 124, 126
@@ -15,23 +14,48 @@ MFMA_LD_SCALE = 0xD3AC  # the upper half of the word that scaled matrix instruct
 VCCZ, EXECZ, SCC, LITERAL, VGPR0 = 251, 252, 253, 255, 256
 
 
-class Fields:
-    """The decoder's fields of an instruction. It takes them out of the word each time; here they are kept."""
+class Operand(NamedTuple):
+    """A register or constant that a field names, by its number in the space of all."""
 
-    def __init__(self, decoded: Any):
-        self._decoded, self._names = decoded, _names(type(decoded))
+    offset: int
+
+
+OPERANDS = tuple(Operand(i) for i in range(512))
+
+
+class Fields:
+    """The decoder's fields of an instruction, taken out of its bytes as they are asked for, and kept."""
+
+    def __init__(self, raw: int, layout: "Layout"):
+        self._raw, self._layout = raw, layout
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self._names:
+        where = self._layout.fields.get(name)
+        if where is None:
             raise AttributeError(name)
-        value = getattr(self._decoded, name)
+        low, mask, base, shift, operand = where
+        value = (self._raw >> low & mask) << shift
+        value = OPERANDS[value + base] if operand else self._layout.op if name == "op" else value
         self.__dict__[name] = value
         return value
 
+    @cached_property
+    def _decoded(self) -> Any:
+        """As the decoder has it."""
+        return self._layout.kind.from_bytes(self._raw.to_bytes(4 * self._layout.words, "little"))
 
-@functools.cache
-def _names(encoding: type) -> frozenset[str]:
-    return frozenset(name for name, _ in encoding._fields)
+
+@dataclass(frozen=True)
+class Layout:
+    """What instructions have in common that differ in registers, constants and modifiers only."""
+
+    name: str
+    family: str
+    words: int
+    kind: type   # the decoder's
+    op: Any
+    #: field -> (lowest bit, mask, and of operands what is added to it, how far it is shifted and True)
+    fields: dict[str, tuple[int, int, int, int, bool]]
 
 
 @dataclass(frozen=True)
@@ -58,33 +82,66 @@ class Instruction:
         return offset - VGPR0 if offset >= VGPR0 else offset
 
 
-#: by the first word of instructions seen, which says how long they are: their bytes
-_lengths: dict[bytes, int] = {}
+#: (shift, value above it, bits of the first word that say which instruction it is, its sources that may be a literal or
+#: modifiers); the first that fits counts. Of AMD's manual; the others are decoded each time
+_ENCODINGS = (
+    (23, 0x17D, 0xFF80FF00, 1), (23, 0x17E, 0xFFFF0000, 2), (23, 0x17F, 0xFFFF0000, 0), (28, 0xB, 0xFF800000, 0),
+    (30, 0x2, 0xFF800000, 2), (25, 0x3F, 0xFE01FE00, 3), (25, 0x3E, 0xFFFE0000, 3), (31, 0x0, 0xFE000000, 3),
+    (26, 0x34, 0xFFFF0000, 0), (26, 0x36, 0xFFFE0000, 0), (26, 0x37, 0xFFFCC000, 0), (26, 0x38, 0xFFFC0000, 0),
+    (26, 0x30, 0xFFFC0000, 0))
+_layouts: dict[int, Layout] = {}
 
 
 def decode(code: bytes) -> Instruction:
     """The instruction that `code` starts with. Raises NotImplementedError where the decoder knows none."""
-    length = _lengths.get(code[:4])
-    if length is None:
-        length = _lengths[code[:4]] = 4 * _decode(code).words
-    return _decode(code[:length])
+    first = int.from_bytes(code[:4], "little")
+    encoding = next((each for each in _ENCODINGS if first >> each[0] == each[1]), None)
+    if encoding is None:
+        return _slowly(code)
+    _, value, mask, sources = encoding
+    key = first & mask
+    if sources == 3:
+        key = key << 9 | (first & 511 if first & 511 in (249, 250, LITERAL) else 0)
+    elif sources:
+        key = key << 9 | (first & 255 == LITERAL or sources == 2 and first >> 8 & 255 == LITERAL)
+    else:
+        key = key << 9
+        if value == 0x34 and (first >> 16 == MFMA_LD_SCALE or _names_literal(code)):
+            return _slowly(code)
+    layout = _layouts.get(key)
+    if layout is None:
+        found = _slowly(code)
+        _layouts[key] = found.fields._layout
+        return found
+    return Instruction(layout.name, layout.family, layout.words,
+                       Fields(int.from_bytes(code[:4 * layout.words], "little"), layout))
 
 
-@functools.lru_cache(maxsize=2**16)
-def _decode(code: bytes) -> Instruction:
-    """The same for the same bytes, which kernels have in common by the thousand."""
+def _names_literal(code: bytes) -> bool:
+    second = int.from_bytes(code[4:8], "little")
+    return LITERAL in (second & 511, second >> 9 & 511, second >> 18 & 511)
+
+
+def _slowly(code: bytes) -> Instruction:
+    """By the decoder."""
     from tinygrad.renderer.amd import decode_inst
+    from tinygrad.renderer.amd.dsl import AlignedSGPRField, SrcField
 
     # only the scaled matrix instructions have 16 bytes, and the decoder takes for one any two of which the second fits
     prefixed = int.from_bytes(code[2:4], "little") == MFMA_LD_SCALE
     try:
-        fields: Any = decode_inst(code if prefixed else code[:8], "cdna")
+        decoded: Any = decode_inst(code if prefixed else code[:8], "cdna")
     except (ValueError, AssertionError) as e:
         raise NotImplementedError(f"no CDNA instruction starts with {code[:8].hex(' ', 4)} ({e})") from None
-    name = fields.op.name.lower().removesuffix("_e32").removesuffix("_e64")
-    family = type(fields).__name__.removesuffix("_LIT")
-    size = fields.size()
-    if fields._literal is None and any(getattr(getattr(fields, source, None), "offset", 0) == LITERAL
-                                       for source in ("src0", "src1", "src2", "ssrc0", "ssrc1")):
+    name = decoded.op.name.lower().removesuffix("_e32").removesuffix("_e64")
+    if decoded._literal is None and any(getattr(getattr(decoded, source, None), "offset", 0) == LITERAL
+                                        for source in ("src0", "src1", "src2", "ssrc0", "ssrc1")):
         raise NotImplementedError(f"{name}: a literal in an encoding without one")
-    return Instruction(name, family, size // 4, Fields(fields))
+    fields = {}
+    for field, bits in decoded._fields:
+        base = bits._valid_range[0] if isinstance(bits, SrcField) else 0
+        shift = bits._align.bit_length() - 1 if isinstance(bits, AlignedSGPRField) else 0
+        fields[field] = bits.lo, bits.mask, base, shift, isinstance(bits, SrcField | AlignedSGPRField)
+    layout = Layout(name, type(decoded).__name__.removesuffix("_LIT"), decoded.size() // 4, type(decoded), decoded.op,
+                    fields)
+    return Instruction(name, layout.family, layout.words, Fields(decoded._raw, layout))

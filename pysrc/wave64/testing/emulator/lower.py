@@ -13,7 +13,7 @@ from wave64.testing.emulator import lower_vector as alu
 from wave64.testing.emulator.binding import SIZES
 from wave64.testing.emulator.code_object import Kernel
 from wave64.testing.emulator.decode import EXEC, SCC, VCC, VGPR0, Instruction
-from wave64.testing.emulator.lowered import BY_ALL, CONSTANT, MATTERS, NO_SOURCE, UNSEEN, VECTOR, Lowered, Unknown
+from wave64.testing.emulator.lowered import CONSTANT, MATTERS, NO_SOURCE, OWN, UNSEEN, VECTOR, Lowered, Unknown
 
 #: where each half of a result depends on its own sources
 IN_PARTS = ("v_mad_u64_u32", "v_mad_i64_i32", "v_lshl_add_u64", "v_lshlrev_b64", "s_lshl_b64", "v_pk_add_f32",
@@ -105,12 +105,11 @@ def _matrix(low: Lowered) -> str:
             shift = 8 * (fields.opsel >> i & 1 | (fields.opsel_hi >> i & 1) << 1)
             low.src.append((VECTOR, 0, low.note(low.reads, code - VGPR0, 1), shift, *NO_SOURCE[4:]))
     low.vector_result(low.number("vdst"), registers_of, acc)
-    if addend >= VGPR0 and 0 < abs(low.src[2][2] - low.dst) < registers_of:
-        raise Unknown  # the core writes rows one after the other
+    low.unused = addend >= VGPR0 and 0 < abs(low.src[2][2] - low.dst) < registers_of  # C is read as D is written
     numbers = ("f32", "f16", "bf16", "i8", "fp8", "bf8")
     low.more = numbers.index(both[0]) | numbers.index(both[1]) << 4 | (result == "i32") << 8
     low.imm = size | blocks << 8 | held << 16 | mixed << 24
-    low.rule, low.matrix = BY_ALL, 1
+    low.rule = OWN
     return "mfma"
 
 

@@ -24,7 +24,7 @@ BY_LANE, BY_ALL, MATTERS, FROM_MEMORY, CHOSEN, OWN, UNSEEN = range(7)
 VM, LGKM, UNORDERED = 1, 2, 4
 SIGNED, LOW_HALF, HIGH_HALF = 32, 64, 128
 SOURCES, READS, WRITES, WATCHED = 6, 8, 3, 9
-LAYOUT = struct.Struct("<Q3i2H13B3x" + SOURCES * "2BH4B2I" + (READS + WRITES + WATCHED) * "2H")
+LAYOUT = struct.Struct("<Q3i2H12B4x" + SOURCES * "2BH4B2I" + (READS + WRITES + WATCHED) * "2H")
 NO_SOURCE = (0,) * 9
 
 
@@ -51,7 +51,7 @@ class Lowered:
         self.src: list[tuple] = []
         self.handler = self.suffix = ""
         self.imm = self.more = self.jump = self.dst = self.mask = self.modifier = self.place = self.omod = 0
-        self.clamp = self.select = self.unused = self.matrix = 0
+        self.clamp = self.select = self.unused = 0
         self.rule = BY_LANE
         self.machine: Any = None  # this and the next as a binding has them, while a check looks at it
         self.pc = 0
@@ -160,7 +160,7 @@ class Lowered:
             flat += [0] * (2 * (room - len(ranges)))
         return LAYOUT.pack(address, self.imm, more, self.jump, self.dst, self.mask, self.instruction.words, self.rule,
                            counter, self.modifier, self.place, self.omod, self.clamp, self.select, self.unused,
-                           self.matrix, len(reads), len(writes), len(watched), *flat)
+                           len(reads), len(writes), len(watched), *flat)
 
 
 def _ranges(noted: list[tuple[str, int, int]]) -> list[tuple[int, int]]:

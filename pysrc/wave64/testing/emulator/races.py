@@ -59,6 +59,7 @@ class SharedMemory(Check):
         size = machine.shape.groups * machine.lds_stride
         self.accesses = {kind: Accesses(size) for kind in (READ, WRITE, ATOMIC)}
         self.after = np.zeros(size, np.uint8)  # what an instruction's stores leave
+        self.atomics = np.zeros(1, bool)       # whether there were any
         self.dirty = np.zeros(-(-size // 256) + 1, bool)  # by 256 bytes, where the accesses may not be all 0
 
     def start(self) -> None:
@@ -66,6 +67,7 @@ class SharedMemory(Check):
             by.first.fill(0)
             by.last.fill(0)
         self.dirty.fill(False)
+        self.atomics.fill(False)
 
     def met(self, groups: np.ndarray) -> None:
         for by in self.accesses.values():
@@ -76,6 +78,7 @@ class SharedMemory(Check):
         if self.machine.shape.waves == 1 or not offsets.size:
             return
         wave = active(b, (b.party.numbers % self.machine.shape.waves + 1)[:, None]).astype(np.uint8)
+        self.atomics[0] |= access == ATOMIC
         self.dirty[offsets >> 8] = self.dirty[offsets + width - 1 >> 8] = True
         if access == READ and self._read(offsets, width, wave):
             return

@@ -1,6 +1,6 @@
-// The machine as the core sees it: the NumPy arrays of machine.py and of the checks, and instructions lowered to operands
-// (lower.py). A handler executes one instruction for the waves of a party; it returns OK, or NUMPY before it has changed
-// anything: then the NumPy path executes the instruction, or says what is wrong with it.
+// The machine as the core sees it: the NumPy arrays of machine.py and of the checks, and instructions lowered to
+// operands (lower.py). A handler executes one instruction for the waves of a party; it returns OK, or NUMPY before it
+// has changed anything: then the NumPy path executes the instruction, or says what is wrong with it.
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -25,10 +25,10 @@ typedef i16 k_s;
 typedef i64 k_I;
 
 enum { LANES = 64, SGPRS = 128, VCC = 106, EXEC = 126, SCALAR = 1000, SCC = 253 };
-enum { FULL_WORD = 6 };                                               // SDWA: all of a register
-enum { NONE, VECTOR, ONE, CONSTANT, SCC_BIT, VCCZ_BIT, EXECZ_BIT };   // what a source is
-enum { NEGATE = 1, ABSOLUTE = 2, HIGH = 4 };                          // how it is modified
-enum { PLAIN, LOW_KEPT, HIGH_KEPT };                                  // where 16-bit results go
+enum { FULL_WORD = 6 };                                              // SDWA: all of a register
+enum { NONE, VECTOR, ONE, CONSTANT, SCC_BIT, VCCZ_BIT, EXECZ_BIT };  // what a source is
+enum { NEGATE = 1, ABSOLUTE = 2, HIGH = 4 };                         // how it is modified
+enum { PLAIN, LOW_KEPT, HIGH_KEPT };                                 // where 16-bit results go
 enum { DPP = 1, SDWA, CMPX = 4 };
 enum { OK, NUMPY, JUMP, END, BARRIER, PART };                         // what a handler returns
 enum { BY_LANE, BY_ALL, MATTERS, FROM_MEMORY, CHOSEN, OWN, UNSEEN };  // how what is written follows from what is read
@@ -48,10 +48,10 @@ typedef struct {
 typedef struct Core Core;
 typedef struct Op Op;
 struct Op {
-    int (*run)(Core *, const Op *);  // NULL: NumPy executes it
-    i32 imm, more, jump;             // jump: dwords from here to the target
-    u16 dst, mask;                   // vector or scalar register; scalar pair
-    u8 words, rule, counter, modifier, place, omod, clamp, select, unused, matrix, reads, writes, watched, spare[3];
+    int (*run)(Core*, const Op*);  // NULL: NumPy executes it
+    i32 imm, more, jump;           // jump: dwords from here to the target
+    u16 dst, mask;                 // vector or scalar register; scalar pair
+    u8 words, rule, counter, modifier, place, omod, clamp, select, unused, reads, writes, watched, spare[4];
     Source src[6];
     Range read[8], write[3], watch[9];
 };
@@ -73,32 +73,33 @@ struct Core {
     u32 *v, *s;
     u8 *scc, *overflow, *states;
     i64 *pcs, *counts;
-    const Op *ops;
-    u8 *reached;  // by pc: 1: checks have seen it, 2: its branch was not taken once, 4: taken
-    const Exchange *exchanges;
-    const float *decoded[2];  // fp8, bf8 of the architecture
+    const Op* ops;
+    u8* reached;  // by pc: 1: checks have seen it, 2: its branch was not taken once, 4: taken
+    const Exchange* exchanges;
+    const float* decoded[2];  // fp8, bf8 of the architecture
     i64 n, length, group_waves, groups;
     // memory
     u8 *lds, *scratch;
     const u64 *load_start, *load_end, *store_start, *store_end;
     i64 ranges, lds_stride, lds_bytes, scratch_bytes;
-    u64 *addresses;  // scratch space, [2 n, 64]
+    u64* addresses;  // scratch space, [2 n, 64]
     i64 changes[2];  // in memory, in LDS; counted where `counting`
     i64 counting, fnuz;
     // checks; NULL where the check is off
     i64 *issued[2], *done[2], *due[2], *unordered[2];
-    u8 *busy;
-    i64 *met_with;
-    Stored *stores;
+    u8* busy;
+    i64* met_with;
+    Stored* stores;
     i64 stored, store_capacity, special;  // special: loads to LDS or late stores are followed, by NumPy
-    u64 *known;
+    u64* known;
     u8 *sure, *written, *private;
     u8 *first[3], *last[3], *dirty;  // by byte of LDS, of reads, writes and atomics
+    u8* atomics;                     // whether there were any
     i64 one_value;
     // the party
     i64 start, step, count, pc;
-    u64 *fresh;    // by wave of the party: lanes of which all that is read is known
-    u64 *enabled;  // by wave of the party: DPP's lanes
+    u64* fresh;    // by wave of the party: lanes of which all that is read is known
+    u64* enabled;  // by wave of the party: DPP's lanes
 };
 
 typedef union {
@@ -115,10 +116,10 @@ typedef union {
 #define SLOW __attribute__((noinline)) static
 #define INLINE __attribute__((always_inline)) static inline
 
-INLINE u32 *vector(const Core *c, u32 reg, i64 w) { return c->v + (reg * c->n + w) * LANES; }
-INLINE u32 *scalars(const Core *c, i64 w) { return c->s + w * SGPRS; }
-INLINE u64 pair(const Core *c, i64 w, u32 reg) { return *(const u64 *)(scalars(c, w) + reg); }
-INLINE u64 exec_of(const Core *c, i64 w) { return pair(c, w, EXEC); }
+INLINE u32* vector(const Core* c, u32 reg, i64 w) { return c->v + (reg * c->n + w) * LANES; }
+INLINE u32* scalars(const Core* c, i64 w) { return c->s + w * SGPRS; }
+INLINE u64 pair(const Core* c, i64 w, u32 reg) { return *(const u64*)(scalars(c, w) + reg); }
+INLINE u64 exec_of(const Core* c, i64 w) { return pair(c, w, EXEC); }
 INLINE u32 as_u32(float x) { return __builtin_bit_cast(u32, x); }
 INLINE float as_f32(u32 x) { return __builtin_bit_cast(float, x); }
 INLINE u64 as_u64(double x) { return __builtin_bit_cast(u64, x); }
@@ -126,12 +127,12 @@ INLINE double as_f64(u64 x) { return __builtin_bit_cast(double, x); }
 
 // ---- masks of lanes
 
-INLINE u64 packed(const u8 *lanes) {  // of bytes that are 0 or 255
-    const __m256i *at = (const __m256i *)lanes;
+INLINE u64 packed(const u8* lanes) {  // of bytes that are 0 or 255
+    const __m256i* at = (const __m256i*)lanes;
     return (u32)_mm256_movemask_epi8(_mm256_loadu_si256(at)) |
            (u64)(u32)_mm256_movemask_epi8(_mm256_loadu_si256(at + 1)) << 32;
 }
-INLINE void spread(u64 mask, u32 *to) {  // 0 or ~0 a lane
+INLINE void spread(u64 mask, u32* to) {  // 0 or ~0 a lane
     u32 low = (u32)mask, high = (u32)(mask >> 32);
     for (int i = 0; i < 32; i++) to[i] = -(low >> i & 1);
     for (int i = 0; i < 32; i++) to[32 + i] = -(high >> i & 1);
@@ -139,26 +140,30 @@ INLINE void spread(u64 mask, u32 *to) {  // 0 or ~0 a lane
 
 // ---- sources
 
-static u64 scalar_bits(const Core *c, const Source *s, i64 w, int size) {
+static u64 scalar_bits(const Core* c, const Source* s, i64 w, int size) {
     switch (s->kind) {
-    case ONE:
-        if (size == 8) return pair(c, w, s->reg);
-        return size == 2 ? scalars(c, w)[s->reg] >> (s->modifiers & HIGH ? 16 : 0) & 0xFFFF : scalars(c, w)[s->reg];
-    case CONSTANT: return s->low | (u64)s->high << 32;
-    case SCC_BIT: return c->scc[w];
-    case VCCZ_BIT: return pair(c, w, VCC) == 0;
-    case EXECZ_BIT: return exec_of(c, w) == 0;
+        case ONE:
+            if (size == 8) return pair(c, w, s->reg);
+            return size == 2 ? scalars(c, w)[s->reg] >> (s->modifiers & HIGH ? 16 : 0) & 0xFFFF : scalars(c, w)[s->reg];
+        case CONSTANT:
+            return s->low | (u64)s->high << 32;
+        case SCC_BIT:
+            return c->scc[w];
+        case VCCZ_BIT:
+            return pair(c, w, VCC) == 0;
+        case EXECZ_BIT:
+            return exec_of(c, w) == 0;
     }
     return 0;
 }
-INLINE u64 signed_bits(const Source *s, u64 x, int bits) {
+INLINE u64 signed_bits(const Source* s, u64 x, int bits) {
     u64 sign = 1ull << (bits - 1);
     if (s->modifiers & ABSOLUTE) x &= ~sign;
     return s->modifiers & NEGATE ? x ^ sign : x;
 }
 
-SLOW void exchanged(Core *c, const Op *o, i64 w, i64 p, const u32 *from, u32 *to) {
-    const Exchange *x = c->exchanges + o->more;
+SLOW void exchanged(Core* c, const Op* o, i64 w, i64 p, const u32* from, u32* to) {
+    const Exchange* x = c->exchanges + o->more;
     u64 exec = exec_of(c, w), valid = x->there, on = 0;
     if (exec != ALL) {
         for (int i = 0; i < LANES; i++) on |= (exec >> x->lane[i] & 1) << i;
@@ -169,7 +174,7 @@ SLOW void exchanged(Core *c, const Op *o, i64 w, i64 p, const u32 *from, u32 *to
     for (int i = 0; i < LANES; i++) to[i] = from[x->lane[i]] & mask.u[i];
     c->enabled[p] = x->zero ? x->written : x->written & valid;
 }
-SLOW void selected(const Source *s, const u32 *from, u32 *to) {
+SLOW void selected(const Source* s, const u32* from, u32* to) {
     u32 limit = s->width == 32 ? ~0u : (1u << s->width) - 1, up = 32 - s->width;
     if (s->extend)
         for (int i = 0; i < LANES; i++) to[i] = (i32)(from[i] >> s->shift << up) >> up;
@@ -177,9 +182,9 @@ SLOW void selected(const Source *s, const u32 *from, u32 *to) {
         for (int i = 0; i < LANES; i++) to[i] = from[i] >> s->shift & limit;
 }
 // 64 numbers of 32 bits: of the register itself where nothing is to be done to them
-SLOW const u32 *fetch4(Core *c, const Op *o, int k, i64 w, i64 p, u32 *buffer) {
-    const Source *s = o->src + k;
-    const u32 *from = buffer;
+SLOW const u32* fetch4(Core* c, const Op* o, int k, i64 w, i64 p, u32* buffer) {
+    const Source* s = o->src + k;
+    const u32* from = buffer;
     if (s->kind == VECTOR)
         from = vector(c, s->reg, w);
     else {
@@ -198,11 +203,11 @@ SLOW const u32 *fetch4(Core *c, const Op *o, int k, i64 w, i64 p, u32 *buffer) {
     }
     return from;
 }
-SLOW const u16 *fetch2(Core *c, const Op *o, int k, i64 w, i64 p, u16 *to) {
-    const Source *s = o->src + k;
+SLOW const u16* fetch2(Core* c, const Op* o, int k, i64 w, i64 p, u16* to) {
+    const Source* s = o->src + k;
     Lanes wide;
     if (s->kind == VECTOR) {
-        const u32 *from = vector(c, s->reg, w);
+        const u32* from = vector(c, s->reg, w);
         if (s->width) selected(s, from, wide.u), from = wide.u;
         int shift = s->modifiers & HIGH ? 16 : 0;
         for (int i = 0; i < LANES; i++) to[i] = (u16)(from[i] >> shift);
@@ -219,8 +224,8 @@ SLOW const u16 *fetch2(Core *c, const Op *o, int k, i64 w, i64 p, u16 *to) {
         for (int i = 0; i < LANES; i++) to[i] = (u16)signed_bits(s, to[i], 16);
     return to;
 }
-SLOW const u64 *fetch8(Core *c, const Op *o, int k, i64 w, i64 p, u64 *to) {
-    const Source *s = o->src + k;
+SLOW const u64* fetch8(Core* c, const Op* o, int k, i64 w, i64 p, u64* to) {
+    const Source* s = o->src + k;
     if (s->kind == VECTOR) {
         const u32 *low = vector(c, s->reg, w), *high = vector(c, s->reg + 1, w);
         for (int i = 0; i < LANES; i++) to[i] = low[i] | (u64)high[i] << 32;
@@ -232,29 +237,29 @@ SLOW const u64 *fetch8(Core *c, const Op *o, int k, i64 w, i64 p, u64 *to) {
         for (int i = 0; i < LANES; i++) to[i] = signed_bits(s, to[i], 64);
     return to;
 }
-#define fetch_f (const float *)fetch4
-#define fetch_u (const u32 *)fetch4
-#define fetch_i (const i32 *)fetch4
-#define fetch_h (const _Float16 *)fetch2
-#define fetch_w (const u16 *)fetch2
-#define fetch_s (const i16 *)fetch2
-#define fetch_d (const double *)fetch8
-#define fetch_U (const u64 *)fetch8
-#define fetch_I (const i64 *)fetch8
+#define fetch_f (const float*)fetch4
+#define fetch_u (const u32*)fetch4
+#define fetch_i (const i32*)fetch4
+#define fetch_h (const _Float16*)fetch2
+#define fetch_w (const u16*)fetch2
+#define fetch_s (const i16*)fetch2
+#define fetch_d (const double*)fetch8
+#define fetch_U (const u64*)fetch8
+#define fetch_I (const i64*)fetch8
 
 // ---- results
 
-INLINE u64 lanes_written(const Core *c, const Op *o, i64 w, i64 p) {
+INLINE u64 lanes_written(const Core* c, const Op* o, i64 w, i64 p) {
     u64 exec = exec_of(c, w);
     return (o->modifier & 3) == DPP ? exec & c->enabled[p] : exec;
 }
-static void blend(u32 *to, const u32 *from, u64 lanes) {
+static void blend(u32* to, const u32* from, u64 lanes) {
     Lanes mask;
     spread(lanes, mask.u);
     for (int i = 0; i < LANES; i++) to[i] = (from[i] & mask.u[i]) | (to[i] & ~mask.u[i]);
 }
-SLOW void put4(Core *c, const Op *o, i64 w, i64 p, const u32 *from) {
-    u32 *to = vector(c, o->dst, w);
+SLOW void put4(Core* c, const Op* o, i64 w, i64 p, const u32* from) {
+    u32* to = vector(c, o->dst, w);
     Lanes placed;
     if ((o->modifier & 3) == SDWA && o->select != FULL_WORD) {
         int shift = o->select < 4 ? 8 * o->select : 16 * (o->select - 4), width = o->select < 4 ? 8 : 16;
@@ -272,8 +277,8 @@ SLOW void put4(Core *c, const Op *o, i64 w, i64 p, const u32 *from) {
     else if (to != from)
         for (int i = 0; i < LANES; i++) to[i] = from[i];
 }
-SLOW void put2(Core *c, const Op *o, i64 w, i64 p, const u16 *from) {
-    u32 *old = vector(c, o->dst, w);
+SLOW void put2(Core* c, const Op* o, i64 w, i64 p, const u16* from) {
+    u32* old = vector(c, o->dst, w);
     Lanes wide;
     if (o->place == HIGH_KEPT)
         for (int i = 0; i < LANES; i++) wide.u[i] = (old[i] & 0xFFFF) | (u32)from[i] << 16;
@@ -283,7 +288,7 @@ SLOW void put2(Core *c, const Op *o, i64 w, i64 p, const u16 *from) {
         for (int i = 0; i < LANES; i++) wide.u[i] = from[i];
     put4(c, o, w, p, wide.u);
 }
-SLOW void put8(Core *c, const Op *o, i64 w, i64 p, const u64 *from) {
+SLOW void put8(Core* c, const Op* o, i64 w, i64 p, const u64* from) {
     Lanes part;
     u64 lanes = lanes_written(c, o, w, p);
     for (int k = 0; k < 2; k++) {
@@ -292,53 +297,63 @@ SLOW void put8(Core *c, const Op *o, i64 w, i64 p, const u64 *from) {
     }
 }
 // what is told from NaN is 0, as the kernels' DX10_CLAMP has it
-#define SCALED(T, scale)                                                  \
-    T k = ((T[]){(T)1, (T)2, (T)4, (T)0.5})[o->omod];                     \
-    for (int i = 0; i < LANES; i++) {                                     \
-        T x = r[i] * k;                                                   \
-        if (o->clamp) x = !(x > (T)0) ? (T)0 : x < (T)1 ? x : (T)1;       \
-        r[i] = x;                                                         \
+#define SCALED(T, scale)                                            \
+    T k = ((T[]){(T)1, (T)2, (T)4, (T)0.5})[o->omod];               \
+    for (int i = 0; i < LANES; i++) {                               \
+        T x = r[i] * k;                                             \
+        if (o->clamp) x = !(x > (T)0) ? (T)0 : x < (T)1 ? x : (T)1; \
+        r[i] = x;                                                   \
     }
-SLOW void scaled4(const Op *o, float *r) { SCALED(float, 1) }
-SLOW void scaled2(const Op *o, _Float16 *r) { SCALED(_Float16, 1) }
-SLOW void scaled8(const Op *o, double *r) { SCALED(double, 1) }
+SLOW void scaled4(const Op* o, float* r){SCALED(float, 1)} SLOW
+    void scaled2(const Op* o, _Float16* r){SCALED(_Float16, 1)} SLOW
+    void scaled8(const Op* o, double* r){SCALED(double, 1)}
 // FP16_OVFL: an infinite result is one that the NumPy path refuses, or clamps
-INLINE int overflows(const Core *c) {
+INLINE int overflows(const Core* c) {
     WAVES if (c->overflow[w]) return 1;
     return 0;
 }
-INLINE int direct(const Core *c, const Op *o, i64 w) { return !o->modifier && !o->omod && !o->clamp && exec_of(c, w) == ALL; }
-#define out4(r) (direct(c, o, w) ? vector(c, o->dst, w) : (u32 *)(r))
+INLINE int direct(const Core* c, const Op* o, i64 w) {
+    return !o->modifier && !o->omod && !o->clamp && exec_of(c, w) == ALL;
+}
+#define out4(r) (direct(c, o, w) ? vector(c, o->dst, w) : (u32*)(r))
 #define out2(r) (r)
 #define out8(r) (r)
-#define finish4(r, scaling) \
-    if ((u32 *)(r) != vector(c, o->dst, w)) { \
-        if (o->omod | o->clamp) scaling; \
-        put4(c, o, w, p, (const u32 *)(r)); \
+#define finish4(r, scaling)                  \
+    if ((u32*)(r) != vector(c, o->dst, w)) { \
+        if (o->omod | o->clamp) scaling;     \
+        put4(c, o, w, p, (const u32*)(r));   \
     }
 #define finish_f(r) finish4(r, scaled4(o, r))
 #define finish_u(r) finish4(r, (void)0)
 #define finish_i(r) finish4(r, (void)0)
-#define finish_h(r) { if (o->omod | o->clamp) scaled2(o, r); put2(c, o, w, p, (const u16 *)(r)); }
-#define finish_w(r) put2(c, o, w, p, (const u16 *)(r));
-#define finish_s(r) put2(c, o, w, p, (const u16 *)(r));
-#define finish_d(r) { if (o->omod | o->clamp) scaled8(o, r); put8(c, o, w, p, (const u64 *)(r)); }
-#define finish_U(r) put8(c, o, w, p, (const u64 *)(r));
-#define finish_I(r) put8(c, o, w, p, (const u64 *)(r));
-#define out_f(r) (float *)out4(r)
-#define out_u(r) (u32 *)out4(r)
-#define out_i(r) (i32 *)out4(r)
-#define out_h(r) (_Float16 *)out2(r)
-#define out_w(r) (u16 *)out2(r)
-#define out_s(r) (i16 *)out2(r)
-#define out_d(r) (double *)out8(r)
-#define out_U(r) (u64 *)out8(r)
-#define out_I(r) (i64 *)out8(r)
+#define finish_h(r)                            \
+    {                                          \
+        if (o->omod | o->clamp) scaled2(o, r); \
+        put2(c, o, w, p, (const u16*)(r));     \
+    }
+#define finish_w(r) put2(c, o, w, p, (const u16*)(r));
+#define finish_s(r) put2(c, o, w, p, (const u16*)(r));
+#define finish_d(r)                            \
+    {                                          \
+        if (o->omod | o->clamp) scaled8(o, r); \
+        put8(c, o, w, p, (const u64*)(r));     \
+    }
+#define finish_U(r) put8(c, o, w, p, (const u64*)(r));
+#define finish_I(r) put8(c, o, w, p, (const u64*)(r));
+#define out_f(r) (float*)out4(r)
+#define out_u(r) (u32*)out4(r)
+#define out_i(r) (i32*)out4(r)
+#define out_h(r) (_Float16*)out2(r)
+#define out_w(r) (u16*)out2(r)
+#define out_s(r) (i16*)out2(r)
+#define out_d(r) (double*)out8(r)
+#define out_U(r) (u64*)out8(r)
+#define out_I(r) (i64*)out8(r)
 
-INLINE void put_mask(Core *c, const Op *o, i64 w, u64 lanes) {
+INLINE void put_mask(Core* c, const Op* o, i64 w, u64 lanes) {
     lanes &= exec_of(c, w);
-    *(u64 *)(scalars(c, w) + o->mask) = lanes;
-    if (o->modifier & CMPX) *(u64 *)(scalars(c, w) + EXEC) = lanes;
+    *(u64*)(scalars(c, w) + o->mask) = lanes;
+    if (o->modifier & CMPX) *(u64*)(scalars(c, w) + EXEC) = lanes;
 }
 // a mask of lanes that is a source: VOP3's third operand, or VCC
-INLINE u64 mask_source(Core *c, const Op *o, int k, i64 w) { return scalar_bits(c, o->src + k, w, 8); }
+INLINE u64 mask_source(Core* c, const Op* o, int k, i64 w) { return scalar_bits(c, o->src + k, w, 8); }

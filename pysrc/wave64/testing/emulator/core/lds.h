@@ -1,14 +1,15 @@
 // LDS: loads and stores under the checks of races, of what was written and of stores on their way at a barrier; lane
-// exchanges through the LDS unit. Op: src[0] the lanes' addresses, dst what is loaded or stored, mask the second store's.
+// exchanges through the LDS unit. Op: src[0] the lanes' addresses, dst what is loaded or stored, mask the second
+// store's.
 
 enum { READ, WRITE, ATOMIC };
 
 // offsets into the LDS of all workgroups, at `offset` from the lanes' addresses
-static int lds_offsets(Core *c, const Op *o, i64 offset, u32 width) {
+static int lds_offsets(Core* c, const Op* o, i64 offset, u32 width) {
     if (c->special) return NUMPY;
-    i32 *to = (i32 *)c->addresses;
+    i32* to = (i32*)c->addresses;
     WAVES {
-        const u32 *lanes = vector(c, o->src[0].reg, w);
+        const u32* lanes = vector(c, o->src[0].reg, w);
         u64 exec = exec_of(c, w), most = 0;
         i64 begin = w / c->group_waves * c->lds_stride + offset;
         for (int i = 0; i < LANES; i++) {
@@ -20,51 +21,77 @@ static int lds_offsets(Core *c, const Op *o, i64 offset, u32 width) {
     }
     return OK;
 }
-static u32 unit_of(const i32 *at, u64 lanes, u32 width) {  // bytes that can be looked at at once
+static u32 unit_of(const i32* at, u64 lanes, u32 width) {  // bytes that can be looked at at once
     u32 all = width | 8;
     EACH(lanes, all |= (u32)at[i];)
     return all & -all;
 }
 // whether no other wave did `kind` with these bytes: none did, or this one alone
-#define ALONE(T, kind, at) \
-    ({ T last_ = *(T *)(c->last[kind] + (at)); !last_ || (last_ == mine && *(T *)(c->first[kind] + (at)) == mine); })
-#define NOTE(T, kind, at)                                                                  \
-    {                                                                                      \
-        T *first_ = (T *)(c->first[kind] + (at));                                          \
-        if (!*first_) *first_ = mine;                                                      \
-        else for (u32 b_ = 0; b_ < sizeof(T); b_++) if (!((u8 *)first_)[b_]) ((u8 *)first_)[b_] = (u8)mine; \
-        *(T *)(c->last[kind] + (at)) = mine;                                               \
-        c->dirty[(at) >> 8] = 1;                                                           \
+#define ALONE(T, kind, x)                                                 \
+    ({                                                                    \
+        T last_ = *(T*)(c->last[kind] + (x));                             \
+        !last_ || (last_ == mine && *(T*)(c->first[kind] + (x)) == mine); \
+    })
+#define UNITS(T, ...)                                      \
+    EACH(                                                  \
+        exec, for (u32 k = 0; k < width; k += sizeof(T)) { \
+            i64 x = at[i] + k;                             \
+            __VA_ARGS__                                    \
+        })
+#define READS(T)                                                                                                      \
+    UNITS(                                                                                                            \
+        T, if (!ALONE(T, WRITE, x) || (atomics && !ALONE(T, ATOMIC, x))) return NUMPY;                                \
+        T* first = (T*)(c->first[READ] + x); if (!*first)* first = mine;                                              \
+        else if (*first != mine) for (u32 b = 0; b < sizeof(T); b++) if (!((u8*)first)[b])((u8*)first)[b] = (u8)mine; \
+        *(T*)(c->last[READ] + x) = mine;)
+#define LOOKS(T) \
+    UNITS(T, if (!ALONE(T, READ, x) || !ALONE(T, WRITE, x) || (atomics && !ALONE(T, ATOMIC, x))) return NUMPY;)
+#define WRITES(T)                                                                                                  \
+    UNITS(T, T last = *(T*)(c->last[WRITE] + x); clash |= last && last != mine; *(T*)(c->first[WRITE] + x) = mine; \
+          *(T*)(c->last[WRITE] + x) = mine;)
+#define FORGETS(T) UNITS(T, *(T*)(c->first[WRITE] + x) = 0; *(T*)(c->last[WRITE] + x) = 0;)
+#define FINDS(T) UNITS(T, if (*(T*)(c->written + x) != ones) c->fresh[p] &= ~(1ull << i);)
+#define FILLS(T) UNITS(T, *(T*)(c->written + x) = ones;)
+#define BY_UNIT_OF(T, DO)                                  \
+    {                                                      \
+        T mine = (T)mark, ones = (T)0x0101010101010101ull; \
+        (void)mine;                                        \
+        (void)ones;                                        \
+        DO(T) break;                                       \
     }
-#define READS(T) EACH(exec, for (u32 k = 0; k < width; k += sizeof(T)) { i64 x = at[i] + k;   \
-    if (!ALONE(T, WRITE, x) || !ALONE(T, ATOMIC, x)) return NUMPY; NOTE(T, READ, x) })
-#define LOOKS(T) EACH(exec, for (u32 k = 0; k < width; k += sizeof(T)) { i64 x = at[i] + k;   \
-    if (!ALONE(T, READ, x) || !ALONE(T, WRITE, x) || !ALONE(T, ATOMIC, x)) return NUMPY; })
-#define WRITES(T) EACH(exec, for (u32 k = 0; k < width; k += sizeof(T)) { i64 x = at[i] + k;  \
-    T last = *(T *)(c->last[WRITE] + x); clash |= last && last != mine; NOTE(T, WRITE, x) })
-#define FORGETS(T) EACH(exec, for (u32 k = 0; k < width; k += sizeof(T)) { i64 x = at[i] + k; \
-    *(T *)(c->first[WRITE] + x) = 0; *(T *)(c->last[WRITE] + x) = 0; })
-#define BY_UNIT(DO)                                                                        \
-    {                                                                                      \
-        u64 mark = (u64)(w % c->group_waves + 1) * 0x0101010101010101ull;                  \
-        switch (unit_of(at, exec, width)) {                                                \
-        case 8: { u64 mine = mark; (void)mine; DO(u64) break; }                                        \
-        case 4: { u32 mine = (u32)mark; (void)mine; DO(u32) break; }                                   \
-        case 2: { u16 mine = (u16)mark; (void)mine; DO(u16) break; }                                   \
-        default: { u8 mine = (u8)mark; (void)mine; DO(u8) }                                \
-        }                                                                                  \
+// for all waves of the party, as many bytes at a time as the addresses allow
+#define BY_UNIT(DO)                                                                             \
+    WAVES {                                                                                     \
+        const i32* at = (i32*)c->addresses + p * LANES;                                         \
+        u64 exec = exec_of(c, w), mark = (u64)(w % c->group_waves + 1) * 0x0101010101010101ull; \
+        switch (unit_of(at, exec, width)) {                                                     \
+            case 8:                                                                             \
+                BY_UNIT_OF(u64, DO)                                                             \
+            case 4:                                                                             \
+                BY_UNIT_OF(u32, DO)                                                             \
+            case 2:                                                                             \
+                BY_UNIT_OF(u16, DO)                                                             \
+            default:                                                                            \
+                BY_UNIT_OF(u8, DO)                                                              \
+        }                                                                                       \
     }
-#define LDS_WAVES WAVES { const i32 *at = (i32 *)c->addresses + p * LANES; u64 exec = exec_of(c, w);
-static int may_read(Core *c, u32 width) {
-    if (c->first[READ]) { LDS_WAVES BY_UNIT(READS) } }
-    if (!c->written) return OK;
-    LDS_WAVES
-        EACH(exec, const u8 *is = c->written + at[i]; u8 all = 1; for (u32 k = 0; k < width; k++) all &= is[k];
-             if (!all) c->fresh[p] &= ~(1ull << i);)
+static void soil(Core* c, u32 width) {  // these bytes' accesses are no longer all 0
+    WAVES {
+        const i32* at = (i32*)c->addresses + p * LANES;
+        u64 exec = exec_of(c, w);
+        EACH(exec, c->dirty[at[i] >> 8] = 1; c->dirty[(at[i] + (i32)width - 1) >> 8] = 1;)
     }
+}
+static int may_read(Core* c, u32 width) {
+    if (c->first[READ]) {
+        int atomics = *c->atomics;
+        soil(c, width);
+        BY_UNIT(READS)
+    }
+    if (c->written) BY_UNIT(FINDS)
     return OK;
 }
-static int may_write(Core *c, u32 width) {
+static int may_write(Core* c, u32 width) {
     if (c->stores && c->stored + c->count > c->store_capacity) {  // forget the stores that were waited for
         i64 kept = 0;
         for (i64 k = 0; k < c->stored; k++)
@@ -73,29 +100,28 @@ static int may_write(Core *c, u32 width) {
         if (kept + c->count > c->store_capacity) return NUMPY;
     }
     if (c->first[READ]) {
-        int clash = 0;
-        LDS_WAVES BY_UNIT(LOOKS) }
-        LDS_WAVES BY_UNIT(WRITES) }
+        int clash = 0, atomics = *c->atomics;
+        BY_UNIT(LOOKS)
+        soil(c, width);
+        BY_UNIT(WRITES)
         if (clash) {  // waves of this instruction, which may store the same: NumPy looks, and notes them again
-            LDS_WAVES BY_UNIT(FORGETS) }
+            BY_UNIT(FORGETS)
             return NUMPY;
         }
     }
-    LDS_WAVES
-        if (c->written) { EACH(exec, for (u32 k = 0; k < width; k++) c->written[at[i] + k] = 1;) }
-        if (c->stores) {
-            Stored *s = c->stores + c->stored++;
-            s->count = c->issued[1][w] + 1, s->lanes = exec, s->wave = (i32)w, s->width = (i32)width;
-            __builtin_memcpy(s->offset, at, sizeof s->offset);
+    if (c->written) BY_UNIT(FILLS)
+    if (c->stores) WAVES {
+            Stored* s = c->stores + c->stored++;
+            s->count = c->issued[1][w] + 1, s->lanes = exec_of(c, w), s->wave = (i32)w, s->width = (i32)width;
+            __builtin_memcpy(s->offset, (i32*)c->addresses + p * LANES, sizeof s->offset);
         }
-    }
     return OK;
 }
-static void addresses_of_lds(Core *c, i64 p, u64 *to) {
-    const i32 *at = (i32 *)c->addresses + p * LANES;
+static void addresses_of_lds(Core* c, i64 p, u64* to) {
+    const i32* at = (i32*)c->addresses + p * LANES;
     LOOP to[i] = (u64)c->lds + (u64)at[i];
 }
-int lds_read(Core *c, const Op *o) {
+int lds_read(Core* c, const Op* o) {
     u32 width = o->more & 31;
     if (lds_offsets(c, o, o->imm, width) != OK || may_read(c, width) != OK) return NUMPY;
     WAVES {
@@ -105,7 +131,7 @@ int lds_read(Core *c, const Op *o) {
     }
     return OK;
 }
-int lds_read2(Core *c, const Op *o) {
+int lds_read2(Core* c, const Op* o) {
     u32 width = o->more & 31, words = width / 4;
     i64 offset[2] = {o->imm & 0xFFFF, o->imm >> 16 & 0xFFFF};
     for (int half = 0; half < 2; half++)
@@ -118,13 +144,13 @@ int lds_read2(Core *c, const Op *o) {
         addresses_of_lds(c, p, address);
         for (u32 k = 0; k < 2 * words; k++) {
             i64 from = (k < words ? apart : 0) + 4 * (k % words);
-            EACH(exec, got[k].u[i] = *(u32 *)(address[i] + (u64)from);)
+            EACH(exec, got[k].u[i] = *(u32*)(address[i] + (u64)from);)
         }
         for (u32 k = 0; k < 2 * words; k++) blend(vector(c, o->dst + k, w), got[k].u, exec);
     }
     return OK;
 }
-static int store_lds(Core *c, const Op *o, i64 offset, u16 data) {
+static int store_lds(Core* c, const Op* o, i64 offset, u16 data) {
     u32 width = o->more & 31;
     if (lds_offsets(c, o, offset, width) != OK || may_write(c, width) != OK) return NUMPY;
     Op one = *o;
@@ -137,15 +163,15 @@ static int store_lds(Core *c, const Op *o, i64 offset, u16 data) {
     }
     return OK;
 }
-int lds_write(Core *c, const Op *o) { return store_lds(c, o, o->imm, o->dst); }
-int lds_write2(Core *c, const Op *o) {
+int lds_write(Core* c, const Op* o) { return store_lds(c, o, o->imm, o->dst); }
+int lds_write2(Core* c, const Op* o) {
     if (store_lds(c, o, o->imm & 0xFFFF, o->dst) != OK) return NUMPY;
     return store_lds(c, o, o->imm >> 16 & 0xFFFF, o->mask);
 }
 
 // ---- exchanges: src[0] addresses or data, src[1] data
 
-int ds_bpermute_b32(Core *c, const Op *o) {
+int ds_bpermute_b32(Core* c, const Op* o) {
     WAVES {
         const u32 *lanes = vector(c, o->src[0].reg, w), *data = vector(c, o->src[1].reg, w);
         u64 exec = exec_of(c, w);
@@ -158,7 +184,7 @@ int ds_bpermute_b32(Core *c, const Op *o) {
     }
     return OK;
 }
-int ds_permute_b32(Core *c, const Op *o) {
+int ds_permute_b32(Core* c, const Op* o) {
     WAVES {
         const u32 *lanes = vector(c, o->src[0].reg, w), *data = vector(c, o->src[1].reg, w);
         u64 exec = exec_of(c, w);
@@ -168,10 +194,10 @@ int ds_permute_b32(Core *c, const Op *o) {
     }
     return OK;
 }
-int ds_swizzle_b32(Core *c, const Op *o) {
-    const u8 *source = c->exchanges[o->more].lane;
+int ds_swizzle_b32(Core* c, const Op* o) {
+    const u8* source = c->exchanges[o->more].lane;
     WAVES {
-        const u32 *data = vector(c, o->src[0].reg, w);
+        const u32* data = vector(c, o->src[0].reg, w);
         u64 exec = exec_of(c, w);
         Lanes got;
         for (int i = 0; i < LANES; i++) got.u[i] = exec >> source[i] & 1 ? data[source[i]] : 0;

@@ -4,7 +4,9 @@ INLINE u32 exponent(float x) { return as_u32(x) >> 23 & 0xFF; }
 INLINE int nan_f(float x) { return x != x; }
 INLINE int finite_f(float x) { return exponent(x) != 0xFF; }
 INLINE float magnitude(float x) { return as_f32(as_u32(x) & 0x7FFFFFFF); }
-INLINE float sign_of(float size, float sign) { return as_f32((as_u32(size) & 0x7FFFFFFF) | (as_u32(sign) & 0x80000000)); }
+INLINE float sign_of(float size, float sign) {
+    return as_f32((as_u32(size) & 0x7FFFFFFF) | (as_u32(sign) & 0x80000000));
+}
 INLINE float fma_f(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 INLINE double fma_d(double a, double b, double c) { return (double)((long double)a * b + c); }
 
@@ -21,24 +23,24 @@ INLINE _Float16 half_of(double x) {
 INLINE _Float16 fma_h(_Float16 a, _Float16 b, _Float16 c) { return half_of((double)a * (double)b + (double)c); }
 
 // the number where one is NaN, a signalling one made quiet; +0 over -0
-#define EXTREMES(T, U, B, bits_of, of_bits, quiet)                                              \
-    INLINE int signalling_##T(k_##T x) { return x != x && !(bits_of(x) & quiet); }              \
-    INLINE k_##T max_##T(k_##T a, k_##T b) {                                                    \
-        k_##T got = b != b ? a : a > b ? a : b;                                                 \
-        got = signalling_##T(b) ? of_bits(bits_of(b) | quiet) : got;                            \
-        got = signalling_##T(a) ? of_bits(bits_of(a) | quiet) : got;                            \
-        return a == b ? of_bits(bits_of(a) & bits_of(b)) : got;                                 \
-    }                                                                                           \
-    INLINE k_##T min_##T(k_##T a, k_##T b) {                                                    \
-        k_##T got = b != b ? a : a < b ? a : b;                                                 \
-        got = signalling_##T(b) ? of_bits(bits_of(b) | quiet) : got;                            \
-        got = signalling_##T(a) ? of_bits(bits_of(a) | quiet) : got;                            \
-        return a == b ? of_bits(bits_of(a) | bits_of(b)) : got;                                 \
-    }                                                                                           \
-    INLINE k_##T median_##T(k_##T a, k_##T b, k_##T c) {                                        \
-        k_##T least = min_##T(min_##T(a, b), c);                                                \
-        k_##T middle = max_##T(min_##T(a, b), min_##T(max_##T(a, b), c));                       \
-        return a != a || b != b || c != c ? least : middle;                                     \
+#define EXTREMES(T, U, B, bits_of, of_bits, quiet)                                 \
+    INLINE int signalling_##T(k_##T x) { return x != x && !(bits_of(x) & quiet); } \
+    INLINE k_##T max_##T(k_##T a, k_##T b) {                                       \
+        k_##T got = b != b ? a : a > b ? a : b;                                    \
+        got = signalling_##T(b) ? of_bits(bits_of(b) | quiet) : got;               \
+        got = signalling_##T(a) ? of_bits(bits_of(a) | quiet) : got;               \
+        return a == b ? of_bits(bits_of(a) & bits_of(b)) : got;                    \
+    }                                                                              \
+    INLINE k_##T min_##T(k_##T a, k_##T b) {                                       \
+        k_##T got = b != b ? a : a < b ? a : b;                                    \
+        got = signalling_##T(b) ? of_bits(bits_of(b) | quiet) : got;               \
+        got = signalling_##T(a) ? of_bits(bits_of(a) | quiet) : got;               \
+        return a == b ? of_bits(bits_of(a) | bits_of(b)) : got;                    \
+    }                                                                              \
+    INLINE k_##T median_##T(k_##T a, k_##T b, k_##T c) {                           \
+        k_##T least = min_##T(min_##T(a, b), c);                                   \
+        k_##T middle = max_##T(min_##T(a, b), min_##T(max_##T(a, b), c));          \
+        return a != a || b != b || c != c ? least : middle;                        \
     }
 INLINE u16 as_u16(_Float16 x) { return __builtin_bit_cast(u16, x); }
 INLINE _Float16 as_f16(u16 x) { return __builtin_bit_cast(_Float16, x); }
@@ -71,8 +73,11 @@ INLINE double log2_d(double x) {
     got = x == __builtin_inf() ? x : x == 0 ? -__builtin_inf() : got;
     return x < 0 || x != x ? __builtin_nan("") : got;
 }
-#define THROUGH_F64(expression) \
-    ({ double x = (double)flushed(a); flushed((float)(expression)); })
+#define THROUGH_F64(expression)        \
+    ({                                 \
+        double x = (double)flushed(a); \
+        flushed((float)(expression));  \
+    })
 
 // ---- integers
 
@@ -162,7 +167,7 @@ INLINE int tiny_ratio(float n, float d) {
     float ratio = magnitude(n / d);
     return ratio < 0x1p-126f && ratio != 0;
 }
-INLINE float div_scale(float a, float d, float n, u8 *undo) {
+INLINE float div_scale(float a, float d, float n, u8* undo) {
     u32 is_d = as_u32(a) == as_u32(d), is_n = as_u32(a) == as_u32(n);
     float up = (float)((double)a * 0x1p64), down = (float)((double)a * 0x1p-64);
     int with_n = tiny_ratio(n, d);
