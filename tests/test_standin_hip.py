@@ -86,6 +86,23 @@ def test_hip_is_in_use_only_where_the_runtime_takes_its_code_objects(package):
                         package["a current device without code objects"])
 
 
+def test_a_process_that_computes_on_a_gpu_emulates_none(package):
+    assert package["emulate"] == (f"emulate: this process computes on {standin()}, and a process has one runtime: "
+                                  "emulate in one that has not called an operator on a GPU")
+
+
+def test_a_device_is_emulated_next_to_the_runtime_that_torch_has_loaded():
+    """As with a ROCm torch on a machine without a GPU: its libamdhip64.so is in the process, and stays untouched."""
+    code = ("import ctypes, sys\ntorchs = ctypes.CDLL(sys.argv[1])\ntorchs.standin_calls.restype = ctypes.c_char_p\n"
+            "import torch, wave64\nx = torch.ones(2, 64)\n"
+            "with wave64.emulate('gfx942') as device:\n    y = wave64.ops.rms_norm(x, x[0], 0.0)\n"
+            "assert torch.equal(y, x), y\nprint(device.counts.kernels, torchs.standin_calls().decode())")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code, standin()], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{('gfx942/rms_norm.co', 'rms_norm_fp32')}"
+
+
 @pytest.mark.parametrize(("op", "bound"), [("rms_norm", 2**-8), ("paged_attention", 2**-7)])
 def test_an_operator_runs_through_the_driver(op, bound, package):
     saw = package[op]

@@ -114,6 +114,10 @@ def main(path: str) -> dict:
     saw["a current device without code objects"] = reason("cuda")
     standin.library.hipSetDevice(0)
     saw["child after use"] = in_a_child(lambda: reason("cuda"))
+    try:
+        wave64.emulate("gfx942").__enter__()
+    except wave64.NotSupported as e:
+        saw["emulate"] = str(e)
     saw["rms_norm"] = driven(standin, "rms_norm", next(case.id for case in OPS["rms_norm"].cases()))
     saw["paged_attention"] = driven(standin, "paged_attention", "dim-128")
     return saw
