@@ -22,6 +22,7 @@ from wave64.testing.step_cost import Step, StepCosts
 
 GIB, PAGE = 2**30, 16
 VOCAB = 1024  # the head is no part of a layer
+CLOSE = 0.04  # logits, next to the largest, where both are right
 
 _LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", num_hidden_layers=1, vocab_size=VOCAB,
               max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0, torch_dtype="bfloat16",
@@ -115,6 +116,13 @@ def emulated(arch: str, config: ModelConfig, works: list[Work], num_pages: int, 
     return logits, costs.take(), device.counts.instructions
 
 
+def on_cpu(arch: str, config: ModelConfig, works: list[Work], num_pages: int, steps: int = 1) -> list[Tensor]:
+    """The logits by references and the CPU's backends, in the FP8 flavor of the architecture: in the other one every
+    number that is quantized would be rounded elsewhere."""
+    with wave64.platform.target(arch):
+        return run(config, works, num_pages, False, steps)
+
+
 def distances(got: list[Tensor], wanted: list[Tensor]) -> list[float]:
     """Of each step: how far logits are from those wanted, next to how large these are."""
     return [float((a - b).abs().max() / b.abs().max()) if bool(a.isfinite().all()) else float("inf")
@@ -127,5 +135,5 @@ def layer(name: str, arch: str, work: Work, pool_bytes: int = 5 * GIB // 2) -> d
     per_page = PAGE * 2 * (config.num_kv_heads * config.head_dim if config.mla is None else 512 + 64)
     num_pages = pool_bytes // per_page
     logits, step, instructions = emulated(arch, config, [work], num_pages)
-    wanted = run(config, [work], num_pages, False)
+    wanted = on_cpu(arch, config, [work], num_pages)
     return {"distance": max(distances(logits, wanted)), "step": step, "instructions": instructions}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from device_layers import Work, distances, emulated, run
+from device_layers import Work, distances, emulated, on_cpu
 from torch import Tensor
 
 from wave64 import quant
@@ -153,7 +153,7 @@ WORKS = [Work(3, 2), Work(1, 17)]
 def answered(mutation: str, arch: str, is_fp8: bool) -> dict[str, Any]:
     """How far the logits of a small model are from the CPU's with a bug in between, or what refused it."""
     config = demo("demo-deepseek-fp8" if is_fp8 else "demo-llama", 2)
-    wanted = run(config, WORKS, 64, False, steps=2)
+    wanted = on_cpu(arch, config, WORKS, 64, steps=2)
     try:
         logits, *_ = emulated(arch, config, WORKS, 64, steps=2, mutation=MUTATIONS[mutation])
     except Exception as e:  # a bug may be refused anywhere

@@ -5,6 +5,8 @@ import ctypes
 from collections.abc import Callable
 from types import SimpleNamespace
 
+KEPT = 10  # of what callbacks raised
+
 
 class HipError(RuntimeError):
     """A call that HIP refuses; `code` is its hipError_t."""
@@ -80,6 +82,7 @@ class Driver:
                 run(launch)
             except Exception as e:  # ctypes would print it and go on
                 self.errors.append(e)
+                del self.errors[:-KEPT]
                 self.library.standin_failure_text(f"{type(e).__name__}: {e}".encode())
                 return self.LAUNCH_FAILURE
             return 0
