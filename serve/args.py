@@ -56,8 +56,13 @@ class ServerArgs:
     )
     context_length: int | None = _flag(None, "longest prompt plus completion; default: the model's", kind=int)
     tp_size: int = _flag(1, "ranks that hold the model together, a device each", "--tp", "--tensor-parallel-size")
-    ep_size: int = _flag(1, "parts of the set of experts; the ranks of --tp-size hold them together", "--ep",
-                         "--expert-parallel-size")  # fmt: skip
+    ep_size: int | None = _flag(
+        None, "parts of the set of experts, over the ranks; default: 1, with --enable-dp-attention as many as ranks",
+        "--ep", "--expert-parallel-size", kind=int)  # fmt: skip
+    dp_size: int = _flag(1, "with --enable-dp-attention: groups of ranks that attend to requests of their own", "--dp",
+                         "--data-parallel-size")  # fmt: skip
+    enable_dp_attention: bool = _flag(False, "requests are divided among --dp-size groups of the ranks, each with a KV "
+                                             "pool of its own; all hold experts for all")  # fmt: skip
 
     mem_fraction_static: float | None = _flag(
         None, "share of device memory for weights and KV pool, 0 to 1; default: by device", kind=float
@@ -92,12 +97,18 @@ class ServerArgs:
         if self.chunked_prefill_size != -1:
             self._at_least_one("chunked_prefill_size")
         for name in (
-            "tp_size", "ep_size", "context_length", "max_total_tokens", "max_running_requests", "page_size",
+            "tp_size", "ep_size", "dp_size", "context_length", "max_total_tokens", "max_running_requests", "page_size",
             "max_prefill_tokens", "stream_interval", "timeout_keep_alive",
         ):  # fmt: skip
             self._at_least_one(name)
         if not self.watchdog_timeout > 0:
             raise ArgsError(f"--watchdog-timeout: expected more than 0, got {self.watchdog_timeout}")
+        if self.dp_size > 1 and not self.enable_dp_attention:
+            raise ArgsError(f"--dp-size: expected 1 without --enable-dp-attention, got {self.dp_size}")
+        if self.tp_size % self.dp_size:
+            raise ArgsError(f"--dp-size: expected a divisor of --tp-size, {self.tp_size}, got {self.dp_size}")
+        if self.ep_size is None:
+            self.ep_size = self.tp_size if self.dp_size > 1 else 1
         if self.tp_size % self.ep_size:
             raise ArgsError(f"--ep-size: expected a divisor of --tp-size, {self.tp_size}, got {self.ep_size}")
         for item in fields(self):
@@ -126,7 +137,7 @@ class ServerArgs:
         for flag, (_, value) in ONLY.items():
             got = given.pop(name_of(flag))
             if got not in (None, value):
-                parser.error(f"{flag}: expected {value}, got {got}: there is one device and one host")
+                parser.error(f"{flag}: expected {value}, got {got}: every rank has all layers, and all are on one host")
         for flag in WITHOUT_EFFECT:
             given.pop(name_of(flag))
         try:
@@ -161,13 +172,12 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--enable-mscclpp": (None, "ranks exchange tensors through RCCL"),
     "--enable-aiter-allreduce-fusion": (None, "ranks exchange tensors through RCCL"),
     "--enable-p2p-check": (None, "RCCL finds out which GPUs reach each other"),
-    "--enable-dp-attention": (None, "there is one device"),
     "--dist-init-addr": (str, "there is one host"),
     "--decode-log-interval": (int, "a busy engine logs its throughput every few seconds"),
 }
 #: Flags that are taken with one value.
 ONLY: dict[str, tuple[type, int]] = {
-    "--pp-size": (int, 1), "--dp-size": (int, 1), "--nnodes": (int, 1), "--node-rank": (int, 0),
+    "--pp-size": (int, 1), "--nnodes": (int, 1), "--node-rank": (int, 0),
 }  # fmt: skip
 
 

@@ -116,11 +116,12 @@ class Rank:
         say("allocating the KV pool", str(self.device))
         kv_dtype = _kv_dtype(args.kv_cache_dtype, self.dtype, self.device)
         self.num_pages = smallest(pool_pages(args, self.config, kv_dtype, self.device, ranks), ranks, self.device)
-        self.max_running = min(args.max_running_requests, self.num_pages)
+        self.max_running = min(-(-args.max_running_requests // args.dp_size), self.num_pages)
         emulated = wave64.platform.emulated() is not None
         self.is_gpu = self.device.type == "cuda" or emulated
         # What ranks exchange over gloo, as emulated ones do, is no launch that a graph could hold.
         capture = self.is_gpu and not args.disable_cuda_graph and not (emulated and args.tp_size > 1)
+        capture = capture and args.dp_size == 1  # groups would have to replay the same graph
         self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
                              self.max_running, capture, ranks=ranks)  # fmt: skip
 
@@ -139,9 +140,10 @@ class Engine:
         self.team, self._steps = team, 0
         self.device, self.config, self.dtype, self.runner = rank.device, rank.config, rank.dtype, rank.runner
         self._backends, self.is_gpu = rank.backends, rank.is_gpu
-        self.pool = PagePool(rank.num_pages, args.page_size)
-        self.limits = Limits(self.config.context_length, self.pool.num_tokens, self.config.vocab_size)
-        self.scheduler = Scheduler(self.pool, rank.max_running, self._prefill_budget(args))
+        pools = [PagePool(rank.num_pages, args.page_size) for _ in range(args.dp_size)]
+        self.limits = Limits(self.config.context_length, pools[0].num_tokens, self.config.vocab_size)
+        self.schedulers = [Scheduler(pool, rank.max_running, self._prefill_budget(args)) for pool in pools]
+        self.scheduler, self.pool = self.schedulers[0], pools[0]  # all there is, but with data-parallel attention
         self._eos = frozenset(i for i in self.config.eos_token_ids if i < self.config.vocab_size)
         self._seeds = random.Random(args.random_seed)
         self._refused: list[Output] = []
@@ -169,14 +171,14 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether step() has something to run or to say."""
-        return bool(len(self.scheduler) or self._refused)
+        return bool(any(map(len, self.schedulers)) or self._refused)
 
     def add(self, request: Request) -> None:
         """Queue a request. One that cannot be served is answered by the next step(), with finish_reason "error".
 
         Raises ValueError if a live request has the same rid: its answers could not be told apart.
         """
-        if request.rid in self.scheduler:
+        if any(request.rid in scheduler for scheduler in self.schedulers):
             raise ValueError(f"request {request.rid!r} is already there; every live request needs its own rid")
         params = request.params
         try:
@@ -186,50 +188,54 @@ class Engine:
             return
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        self.scheduler.add(Sequence(request, stops, random.Random(seed)))
+        min(self.schedulers, key=len).add(Sequence(request, stops, random.Random(seed)))
 
     def abort(self, rid: str) -> None:
         """Forget a request and free its pages at once; no Output follows. An unknown rid is ignored."""
-        self.scheduler.abort(rid)
+        for scheduler in self.schedulers:
+            scheduler.abort(rid)
 
     def step(self) -> list[Output]:
         """Run one step, if there is work. What fails in it fails the requests that took part, and no others; among
         several ranks, whose states would differ from there on, it is raised."""
         outputs, self._refused = self._refused, []
-        step, sampling = self.scheduler.schedule()
-        if not step.rows:
+        scheduled = [scheduler.schedule() for scheduler in self.schedulers]
+        steps, samplings = [step for step, _ in scheduled], [sampling for _, sampling in scheduled]
+        if not any(step.rows for step in steps):
             return outputs
         self._throughput.begin()
         self._steps += 1
         try:
             if self.team is not None:
-                self.team.begin(self._steps, step)
-            sampled = self.runner.run(step, sampling)
+                self.team.begin(self._steps, steps)
+            sampled = self.runner.run_groups(steps, samplings)
         except Exception as error:
             if self.team is not None:
                 raise
-            log.exception("a step of %d requests failed", len(step.rows))
+            log.exception("a step of %d requests failed", len(steps[0].rows))
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # raises if the device itself is lost: then there is no going on
             why = f"the engine failed while computing this request: {type(error).__name__}: {error}"
             return outputs + [Output(seq.request.rid, [], "error", error=why) for seq in self.scheduler.drop()]
-        prompt, generated = sum(step.counts[step.num_decodes :]), len(sampled.ids)
+        prompt = sum(sum(step.counts[step.num_decodes :]) for step in steps)
+        generated = sum(len(each.ids) for each in sampled)
         self._totals = (self._totals[0] + prompt, self._totals[1] + generated)
         if line := self._throughput.end(prompt, generated):
             now = self.statistics()
             log.info("%s; %d running, %d waiting, %d of %d KV pages in use", line, now.running, now.waiting,
                      now.pages_used, now.pages_total)
-        outputs += self.scheduler.commit(sampled)
+        for scheduler, each in zip(self.schedulers, sampled, strict=True):
+            outputs += scheduler.commit(each)
         if self.team is not None and not self.has_work:
             self.team.say("waiting for requests")
         return outputs
 
     def statistics(self) -> Statistics:
         """The state of the engine between two steps."""
-        scheduler, pool = self.scheduler, self.pool
-        prompt, generated = self._totals
-        return Statistics(len(scheduler.running), len(scheduler.waiting), pool.num_pages - pool.num_free,
-                          pool.num_pages, prompt, generated, scheduler.preemptions)  # fmt: skip
+        each = [(len(s.running), len(s.waiting), s.pool.num_pages - s.pool.num_free, s.pool.num_pages, s.preemptions)
+                for s in self.schedulers]  # fmt: skip
+        running, waiting, used, pages, preemptions = map(sum, zip(*each, strict=True))
+        return Statistics(running, waiting, used, pages, *self._totals, preemptions)
 
 
 def _config(folder: Path, args: ServerArgs) -> ModelConfig:

@@ -131,5 +131,5 @@ def _serve(args: ServerArgs, place: Place, steps: Channel, status: Status) -> No
             assert isinstance(message, Step)
             number += 1
             status.doing = f"step {number}"
-            rank.runner.forward(message.schedules[0])
+            rank.runner.forward(*message.schedules)
             status.doing = "waiting for a step"

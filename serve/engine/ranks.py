@@ -16,15 +16,32 @@ def ranks_of(args: ServerArgs, rank: int) -> Ranks:
     """Where rank `rank` of tp_size stands; its groups are not joined."""
     if args.tp_size == 1:
         return Ranks()
-    world = Group("world", rank, args.tp_size)
-    return Ranks(world, attention=world, ep_size=args.ep_size)
+    world, (attention, data) = Group("world", rank, args.tp_size), _groups(args)
+    if args.dp_size == 1:
+        return Ranks(world, attention=world, ep_size=args.ep_size or 1)
+    return Ranks(world, _member("attention", attention, rank), _member("data", data, rank), args.ep_size or 1)
 
 
 def join(args: ServerArgs, rank: int, store: Store, device: torch.device) -> Ranks:
     """Join the groups of rank `rank`. Blocks until all ranks have come."""
     ranks = ranks_of(args, rank)
     distributed.join(store, rank, args.tp_size, "gloo" if device.type == "cpu" else "nccl", TIMEOUT_S)
+    if args.dp_size > 1:
+        for name, groups in zip(("attention", "data"), _groups(args), strict=True):
+            distributed.partition(name, groups)
     return ranks
+
+
+def _groups(args: ServerArgs) -> tuple[list[list[int]], list[list[int]]]:
+    """With data-parallel attention: the ranks that share sequences, and those that have the same heads."""
+    size = args.tp_size // args.dp_size
+    return ([[*range(first, first + size)] for first in range(0, args.tp_size, size)],
+            [[*range(first, args.tp_size, size)] for first in range(size)])
+
+
+def _member(name: str, groups: list[list[int]], rank: int) -> Group:
+    ranks = next(group for group in groups if rank in group)
+    return Group(name, ranks.index(rank), len(ranks))
 
 
 def smallest(value: int, ranks: Ranks, device: torch.device) -> int:

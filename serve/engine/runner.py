@@ -35,7 +35,8 @@ class Runner:
         self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device, ranks)
         max_pages = -(-config.context_length // page_size)
         self._page_table = np.zeros((max_running, min(max_pages, num_pages)), dtype=np.int32)
-        self._last_sampled = torch.zeros(max_running, dtype=torch.int64, device=device)  # by row of the page table
+        self._group, groups = ranks.data.rank, ranks.data.size
+        self._last_sampled = torch.zeros(groups, max_running, dtype=torch.int64, device=device)  # by page table's row
         self._graphs = None
         if capture:
             self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, self._page_table.shape[1])
@@ -47,18 +48,29 @@ class Runner:
 
     def run(self, step: Schedule, sampling: Sampling) -> Sampled:
         """Run one step: the model, then the sampler."""
-        return sampler.sample(self.forward(step), sampling, self._last_sampled)
+        return self.run_groups([step], [sampling])[0]
+
+    def run_groups(self, steps: list[Schedule], samplings: list[Sampling]) -> list[Sampled]:
+        """The same of a step of each attention group."""
+        logits, rows = self.forward(*steps), max(sum(step.logits) for step in steps)
+        return [sampler.sample(logits[i * rows : i * rows + sum(step.logits)], sampling, self._last_sampled[i])
+                for i, (step, sampling) in enumerate(zip(steps, samplings, strict=True))]
 
     @torch.inference_mode()
-    def forward(self, step: Schedule) -> Tensor:
-        """Run the model over the step and return the logits, [sum(step.logits), vocab_size] float32.
+    def forward(self, *steps: Schedule) -> Tensor:
+        """Run the model over this rank's step, one of those of all attention groups, and return the logits,
+        [sum(step.logits), vocab_size] float32; of several groups, below each other, each padded to the longest.
 
         They are valid until the next call.
         """
+        step = steps[self._group]
         replaced = self._replaced(step)
         if self._graphs is not None and step.num_decodes == len(step.rows):
             return self._graphs.replay(self._batch(step, torch.device("cpu")), replaced)
         batch = self._batch(step, self.device)
+        if len(steps) > 1:
+            batch.gathered_tokens = max(len(each.tokens) for each in steps)
+            batch.gathered_logits = max(sum(each.logits) for each in steps)
         if replaced is not None:
             batch.input_ids[replaced[0]] = replaced[1]
         return self.model(batch, self.kv_cache)
@@ -69,14 +81,15 @@ class Runner:
             return None
         where = np.flatnonzero(np.array(step.tokens) == LAST_SAMPLED)
         rows = np.repeat(step.rows, step.counts)[where]
-        return (torch.from_numpy(where).to(self.device), self._last_sampled[torch.from_numpy(rows).to(self.device)])
+        tokens = self._last_sampled[self._group][torch.from_numpy(rows).to(self.device)]
+        return torch.from_numpy(where).to(self.device), tokens
 
     def _batch(self, step: Schedule, device: torch.device) -> Batch:
         for row, first, pages in step.pages:
             self._page_table[row, first : first + len(pages)] = pages
-        rows, starts, counts = np.array(step.rows), np.array(step.starts), np.array(step.counts)
+        rows, starts, counts = (np.array(each, dtype=np.int64) for each in (step.rows, step.starts, step.counts))
         seq_lens = starts + counts
-        table = self._page_table[rows, : -(-int(seq_lens.max()) // self.page_size)]
+        table = self._page_table[rows, : -(-int(seq_lens.max(initial=1)) // self.page_size)]
         if step.num_decodes == len(rows):
             positions, index = starts, np.arange(len(rows))
             logit_rows = index
@@ -89,7 +102,7 @@ class Runner:
             cu_seqlens, longest = np.append(0, np.cumsum(prompts)).astype(np.int32), int(prompts.max())
         fields = {
             # LAST_SAMPLED is replaced on the device. Padding rows of a later replay read what stays here: a valid id.
-            "input_ids": np.maximum(step.tokens, 0),
+            "input_ids": np.maximum(np.array(step.tokens, dtype=np.int64), 0),
             "positions": positions,
             "slot_mapping": self._slots(table, index, positions),
             "page_table": table,

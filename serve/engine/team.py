@@ -96,10 +96,11 @@ class Team:
         """What rank 0 does next."""
         self.doing, self.device = doing, device or self.device
 
-    def begin(self, number: int, schedule: Schedule) -> None:
+    def begin(self, number: int, schedules: list[Schedule]) -> None:
         """Every rank runs this step. Raises RankLost when one is not there to."""
-        self.say(f"step {number} (sequences: {len(schedule.rows)}, tokens: {len(schedule.tokens)})")
-        encoded = frame(Step([schedule]))
+        sequences, tokens = (sum(map(len, each)) for each in zip(*((s.rows, s.tokens) for s in schedules), strict=True))
+        self.say(f"step {number} (sequences: {sequences}, tokens: {tokens})")
+        encoded = frame(Step(schedules))
         for member in self.members.values():
             assert member.steps is not None
             try:

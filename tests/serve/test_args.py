@@ -27,6 +27,9 @@ def test_every_flag_sets_its_field():
     [
         (["--tp", "0"], "--tp-size: expected at least 1, got 0"),
         (["--tp", "4", "--ep", "3"], "--ep-size: expected a divisor of --tp-size, 4, got 3"),
+        (["--dp-size", "2"], "--dp-size: expected 1 without --enable-dp-attention, got 2"),
+        (["--tp", "2", "--dp-size", "4", "--enable-dp-attention"],
+         "--dp-size: expected a divisor of --tp-size, 2, got 4"),
         (["--watchdog-timeout", "0"], "--watchdog-timeout: expected more than 0, got 0.0"),
         (["--port", "70000"], "--port: expected 1 to 65535, got 70000"),
         (["--port", "http"], "--port: invalid int value: 'http'"),
@@ -38,7 +41,7 @@ def test_every_flag_sets_its_field():
         (["--quantization", "fp8"], "--quantization: wave64 has no such flag"),
         (["--lora-paths", "a", "--tp=1", "--quantizaton=fp8"],
          "--lora-paths: wave64 has no such flag; did you mean --model-path?; --quantizaton: wave64 has no such flag"),
-        (["--nnodes", "2"], "--nnodes: expected 1, got 2: there is one device and one host"),
+        (["--nnodes", "2"], "--nnodes: expected 1, got 2: every rank has all layers, and all are on one host"),
         (["--schedule-conservativeness", "much"], "--schedule-conservativeness: invalid float value: 'much'"),
         (["--context-len", "5"], "--context-len: wave64 has no such flag; did you mean --context-length?"),
         (["demo-llama"], "expected a flag, got 'demo-llama'"),

@@ -13,7 +13,10 @@ import torch
 from helpers_deepseek import make_deepseek, quantize
 from helpers_llama import edit_json, make_llama
 from helpers_parallel import Pool
+from helpers_server import serve
 from safetensors.torch import load_file
+from test_demo import TEXT, pairs
+from transformers import AutoTokenizer
 
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.engine import refuse
@@ -22,6 +25,7 @@ from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.model.checkpoint import StoredTensor
 from wave64.serve.model.config import ConfigError, ModelConfig
 from wave64.serve.model.load import load_model
+from wave64.serve.model_path import resolve_model_path
 
 PROMPTS = [[17, 3, 99, 42, 8, 8, 71], [0, 55], [23, 64, 90, 12, 1, 2, 3, 4, 5, 6, 7, 8, 9], [77]]
 GREEDY = dict(max_new_tokens=10, temperature=0.0, ignore_eos=True)
@@ -108,22 +112,42 @@ def alone(pool, folders):
     return answers
 
 
+TINY = dict(device="cpu", dtype="float32", chunked_prefill_size=5, max_total_tokens=40, page_size=4)
+
+
 @pytest.mark.parametrize(("name", "tp", "ep"), [
     *itertools.product(["llama-gqa", "llama-biases", "llama-tied"], [2, 4], [1]), ("qwen3", 2, 1),
     ("deepseek-v3", 2, 1), ("deepseek-v3", 2, 2), ("deepseek-v3", 4, 2), ("deepseek-v2", 4, 1), ("deepseek-v2", 2, 2),
     ("deepseek-fp8", 2, 1), ("deepseek-fp8", 2, 2)])
 def test_ranks_say_what_one_says(pool, folders, alone, name, tp, ep):
     """In chunks of 5 prompt tokens and with a pool in which late requests are preempted."""
-    flags = dict(model_path=folders(name), device="cpu", dtype="float32", tp_size=tp, ep_size=ep,
-                 chunked_prefill_size=5, max_total_tokens=40, page_size=4)  # fmt: skip
-    answers, statistics = pool.run(flags, requests())
+    answers, statistics = pool.run(TINY | dict(model_path=folders(name), tp_size=tp, ep_size=ep), requests())
     assert statistics.preemptions > 0
     same(answers, alone(name))
+
+
+@pytest.mark.parametrize(("name", "tp"), [("deepseek-v3", 2), ("deepseek-v3", 4), ("deepseek-v2", 2),
+                                          ("deepseek-fp8", 2), ("llama-gqa", 4)])
+def test_so_do_two_groups_that_attend_to_requests_of_their_own(pool, folders, alone, name, tp):
+    """Requests alternate between the groups; the last steps leave one of them without any."""
+    flags = TINY | dict(model_path=folders(name), tp_size=tp, dp_size=2, enable_dp_attention=True, max_total_tokens=24)
+    asked = requests()
+    answers, statistics = pool.run(flags, [asked[2], asked[0], asked[1], asked[3]])
+    assert statistics.preemptions > 0
+    assert statistics.pages_total == 2 * 24 // 4
+    same(answers, alone(name))
+    answers, _ = pool.run(flags, asked[:1])  # the other group has nothing to do throughout
+    assert answers["0"].token_ids == alone(name)["0"].token_ids
 
 
 @pytest.mark.parametrize(("name", "flags", "words"), [
     ("llama-gqa", dict(tp_size=3), "--tp-size: num_attention_heads, 4, can be split over 1, 2, 4 ranks, got 3"),
     ("llama-kv6", dict(tp_size=4), "--tp-size: num_key_value_heads, 6, can be split over 1, 2, 3, 6 ranks, got 4"),
+    ("deepseek-fp8", dict(tp_size=8, dp_size=2, enable_dp_attention=True),
+     "--tp-size divided by --dp-size: columns of o_proj in blocks of 32, 64, can be split over 1, 2 ranks, got 4"),
+    ("deepseek-v3", dict(tp_size=8, ep_size=8), "--tp-size: num_attention_heads, 4, can be split over 1, 2, 4 ranks"),
+    ("deepseek-v3", dict(tp_size=16, dp_size=16, enable_dp_attention=True),
+     "--ep-size: expected at most 8, the number of experts, got 16"),
     ("deepseek-fp8", dict(tp_size=4), "--tp-size: columns of o_proj in blocks of 32, 64, can be split over 1, 2 ranks, "
                                       "got 4"),
     ("deepseek-v3", dict(tp_size=2, ep_size=2, device="cuda"), "--device: cuda was asked for, and torch sees no GPU"),
@@ -161,3 +185,29 @@ def test_each_rank_reads_its_bytes_and_together_they_hold_all(monkeypatch, folde
         assert times.min() >= 1, key
         several = "norm|mlp.gate|q_a_proj|kv_a_proj|scale_inv|bias" + "|[kv]_proj" * (name == "llama-tied")
         assert times.max() == 1 or re.search(several, key), key
+
+
+DEMOS = {"demo-llama": dict(tp_size=2), "demo-deepseek": dict(tp_size=2, ep_size=2),
+         "demo-deepseek-fp8": dict(tp_size=2, dp_size=2, enable_dp_attention=True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_the_demos_recite(pool, name):
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name, None))
+    wanted = [(prompt, answer[:40]) for prompt, answer in pairs(tokenizer)[2:6]]
+    asked = [Request(str(i), prompt, SamplingParams(max_new_tokens=40, temperature=0))
+             for i, (prompt, _) in enumerate(wanted)]  # fmt: skip
+    answers, _ = pool.run(DEMOS[name] | dict(model_path=name, device="cpu", max_total_tokens=2048), asked)
+    assert [answers[str(i)].token_ids for i in range(len(wanted))] == [answer for _, answer in wanted]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "flags"), [
+    ("demo-llama", "--tp 2"), ("demo-deepseek", "--tp 2 --ep 2"),
+    ("demo-deepseek-fp8", "--tp 2 --dp-size 2 --enable-dp-attention")])
+def test_the_server_recites(tmp_path, name, flags):
+    beginning = "Four score and seven years ago"
+    with serve(name, tmp_path / "log", *flags.split()) as server:
+        answer = server.complete(prompt=beginning, max_tokens=1000)
+        assert server.stop() == 0
+    assert beginning + answer["choices"][0]["text"] == TEXT
