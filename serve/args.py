@@ -61,6 +61,11 @@ class ServerArgs:
         "--ep", "--expert-parallel-size", kind=int)  # fmt: skip
     dp_size: int = _flag(1, "with --enable-dp-attention: groups of ranks that attend to requests of their own", "--dp",
                          "--data-parallel-size")  # fmt: skip
+    base_gpu_id: int = _flag(0, "number of the first GPU on this host that is used")
+    nnodes: int = _flag(1, "hosts; each has as many of the ranks")
+    node_rank: int = _flag(0, "number of this host; that of 0 speaks HTTP")
+    dist_init_addr: str | None = _flag(None, "with --nnodes: host:port of host 0, where the ranks meet",
+                                       "--nccl-init-addr", kind=str)  # fmt: skip
     enable_dp_attention: bool = _flag(False, "requests are divided among --dp-size groups of the ranks, each with a KV "
                                              "pool of its own; all hold experts for all")  # fmt: skip
 
@@ -97,14 +102,15 @@ class ServerArgs:
         if self.chunked_prefill_size != -1:
             self._at_least_one("chunked_prefill_size")
         for name in (
-            "tp_size", "ep_size", "dp_size", "context_length", "max_total_tokens", "max_running_requests", "page_size",
-            "max_prefill_tokens", "stream_interval", "timeout_keep_alive",
+            "tp_size", "ep_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "max_running_requests",
+            "page_size", "max_prefill_tokens", "stream_interval", "timeout_keep_alive",
         ):  # fmt: skip
             self._at_least_one(name)
         if not self.watchdog_timeout > 0:
             raise ArgsError(f"--watchdog-timeout: expected more than 0, got {self.watchdog_timeout}")
         if self.dp_size > 1 and not self.enable_dp_attention:
             raise ArgsError(f"--dp-size: expected 1 without --enable-dp-attention, got {self.dp_size}")
+        self._check_nodes()
         if self.tp_size % self.dp_size:
             raise ArgsError(f"--dp-size: expected a divisor of --tp-size, {self.tp_size}, got {self.dp_size}")
         if self.ep_size is None:
@@ -115,6 +121,21 @@ class ServerArgs:
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices and (value is not None or item.default is not None):
                 raise ArgsError(f"{flag_of(item.name)}: expected one of {', '.join(choices)}, got {value!r}")
+
+    def _check_nodes(self) -> None:
+        if self.base_gpu_id < 0:
+            raise ArgsError(f"--base-gpu-id: expected at least 0, got {self.base_gpu_id}")
+        if self.tp_size % self.nnodes:
+            raise ArgsError(f"--nnodes: expected a divisor of --tp-size, {self.tp_size}, got {self.nnodes}")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ArgsError(f"--node-rank: expected 0 to {self.nnodes - 1}, as --nnodes says, got {self.node_rank}")
+        address = self.dist_init_addr
+        if address is None and self.nnodes > 1:
+            raise ArgsError("--dist-init-addr: expected host:port of host 0, where the ranks meet, got none")
+        if address is not None:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+                raise ArgsError(f"--dist-init-addr: expected host:port, got {address!r}")
 
     def _at_least_one(self, name: str) -> None:
         value = getattr(self, name)
@@ -137,7 +158,7 @@ class ServerArgs:
         for flag, (_, value) in ONLY.items():
             got = given.pop(name_of(flag))
             if got not in (None, value):
-                parser.error(f"{flag}: expected {value}, got {got}: every rank has all layers, and all are on one host")
+                parser.error(f"{flag}: expected {value}, got {got}: every rank has all layers")
         for flag in WITHOUT_EFFECT:
             given.pop(name_of(flag))
         try:
@@ -172,13 +193,10 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--enable-mscclpp": (None, "ranks exchange tensors through RCCL"),
     "--enable-aiter-allreduce-fusion": (None, "ranks exchange tensors through RCCL"),
     "--enable-p2p-check": (None, "RCCL finds out which GPUs reach each other"),
-    "--dist-init-addr": (str, "there is one host"),
     "--decode-log-interval": (int, "a busy engine logs its throughput every few seconds"),
 }
 #: Flags that are taken with one value.
-ONLY: dict[str, tuple[type, int]] = {
-    "--pp-size": (int, 1), "--nnodes": (int, 1), "--node-rank": (int, 0),
-}  # fmt: skip
+ONLY: dict[str, tuple[type, int]] = {"--pp-size": (int, 1)}
 
 
 def exit_unless_installed() -> None:

@@ -54,13 +54,20 @@ class Refused(Struct, tag=True):
     error: str
 
 
+class Welcome(Struct, tag=True):
+    """Rank 0 works with this rank, and they meet at torch's store there."""
+
+    host: str
+    port: int
+
+
 class Step(Struct, tag=True):
     """One step of the engine: a Schedule for each attention group."""
 
     schedules: list[Schedule]
 
 
-Message = Hello | Beat | Died | Refused | Step
+Message = Hello | Beat | Died | Refused | Welcome | Step
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
@@ -79,6 +86,11 @@ class Channel:
         connection = socket.create_connection((host, port), timeout=timeout_s)
         connection.settimeout(None)
         return cls(connection)
+
+    @property
+    def own_address(self) -> str:
+        """That of this end."""
+        return self._socket.getsockname()[0]
 
     def fileno(self) -> int:
         """For selectors."""

@@ -7,10 +7,13 @@ A step is three verbs: schedule, run, commit. `Engine` is whole in one process, 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import random
 import signal
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -58,6 +61,7 @@ from wave64.serve.model_path import resolve_model_path
 
 log = logging.getLogger("wave64")
 
+SIOCGIFADDR = 0x8915  # ioctl: the address of a network interface
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
 REPORT_S = 5.0  # a busy engine says how fast it is this often, at most
@@ -103,7 +107,7 @@ class Rank:
         """local_rank: the number of its device on this host. store: where the ranks meet. say: is told what comes next,
         and the device."""
         folder = resolve_model_path(args.model_path, args.revision)
-        self.device = _device(args.device, local_rank)
+        self.device = _device(args.device, args.base_gpu_id + local_rank)
         self.backends = wave64.report(self.device.type)
         if rank == 0:
             log.info("what serves each operator:\n%s", wave64.table(self.backends))
@@ -287,8 +291,9 @@ def _kv_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torc
     return quant.fp8_dtype()
 
 
-def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
-    """Be the engine process: bind the ZeroMQ endpoint `requests`, connect to `outputs`, serve until ended.
+def run_engine(args: ServerArgs, requests: str, outputs: str, torchrun: str | None = None) -> None:
+    """Be the engine process: bind the ZeroMQ endpoint `requests`, connect to `outputs`, serve until ended. torchrun:
+    names its run, where it has started the other ranks.
 
     Ends when its parent does, at SIGTERM, or, with status 1 and after a Failed message, when it cannot start or when
     the device is lost. Ctrl-C in a terminal reaches the api process too, which then sends SIGTERM.
@@ -309,7 +314,7 @@ def run_engine(args: ServerArgs, requests: str, outputs: str) -> None:
         team = None
         try:
             stack.enter_context(emulation(args))
-            team = _team(args, outputs) if args.tp_size > 1 else None
+            team = _team(args, outputs, torchrun) if args.tp_size > 1 else None
             engine = Engine(args, team)
             threads(engine.runner.weight_bytes)
             outbox.send(encode(engine.ready()))
@@ -330,15 +335,26 @@ def refuse(args: ServerArgs) -> Path:
     """Raises what Engine would raise later, where ranks are more than devices or cannot split the model; returns the
     model's folder."""
     folder = resolve_model_path(args.model_path, args.revision)
-    _device(args.device, args.tp_size - 1)
+    _device(args.device, args.base_gpu_id + args.tp_size // args.nnodes - 1)
     refuse_unless_split(_config(folder, args), ranks_of(args, 0))
     return folder
 
 
-def _team(args: ServerArgs, outputs: str) -> Team:
+def use_interface(address: str) -> None:
+    """Let gloo use the network interface that has this address: the host's own name may not resolve, or not to it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24]
+            except OSError:  # it has none
+                continue
+            if socket.inet_ntoa(found) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _team(args: ServerArgs, outputs: str, torchrun: str | None) -> Team:
     """The other ranks, once it is known that the model can be split over them. Their thread has a pipe of its own."""
     folder = refuse(args)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve, or not to itself
     pipe: list[zmq.Socket] = []
 
     def tell(message: Alive | Failed) -> None:
@@ -347,7 +363,9 @@ def _team(args: ServerArgs, outputs: str) -> Team:
             pipe[0].connect(outputs)
         pipe[0].send(encode(message))
 
-    return Team(args, folder, tell)
+    team = Team(args, folder, tell, torchrun)
+    use_interface(team.address)
+    return team
 
 
 def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int) -> None:
@@ -380,7 +398,7 @@ def set_threads(args: ServerArgs) -> Callable[[int], None]:
     leaves a small model one thread."""
     if "OMP_NUM_THREADS" in os.environ:
         return lambda weight_bytes: None
-    torch.set_num_threads(max(1, _usable_cpus() // args.tp_size))
+    torch.set_num_threads(max(1, _usable_cpus() // (args.tp_size // args.nnodes)))
     return lambda weight_bytes: torch.set_num_threads(1) if weight_bytes < ONE_THREAD_BYTES else None
 
 

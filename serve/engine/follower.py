@@ -13,30 +13,33 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine.control import Beat, Channel, Died, Refused, Step
+from wave64.serve.engine.control import Beat, Channel, Died, Hello, Refused, Step, Welcome
 from wave64.serve.engine.introduction import hello
 from wave64.serve.model_path import resolve_model_path
 
 log = logging.getLogger("wave64")
 
 BEAT_S = 1.0
+WAITING = "waiting for a step"
 START_PATIENCE_S = 120.0  # importing torch holds the interpreter, for long on a cold disk
+JOIN_S = 600.0  # how long ranks of other hosts may take to come
+NOTE_S = 10.0  # how often the log says which have not
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands, and where it finds rank 0: its control connections and torch's store, (host, port) each."""
+    """Where a rank stands, and where it finds rank 0."""
 
     rank: int
     local_rank: int  # among those of its host: the number of its device
-    control: tuple[str, int]
-    store: tuple[str, int]
+    control: tuple[str, int]  # host and port where rank 0 listens, or torchrun's store, which knows where
+    torchrun: str | None = None  # its run, if it has started the ranks
 
 
 class Status:
@@ -74,7 +77,7 @@ class Status:
                 break
             if select.select([self._watch], [], [], BEAT_S)[0]:  # rank 0 says nothing here: it is gone
                 break
-        self._end(1)
+        self._end(int(self.doing != WAITING))
 
 
 def follow(args: ServerArgs, place: Place, end: Callable[[int], object] = os._exit) -> int:
@@ -82,13 +85,18 @@ def follow(args: ServerArgs, place: Place, end: Callable[[int], object] = os._ex
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     folder = resolve_model_path(args.model_path, args.revision)
     try:
-        watch, steps = (_open(name, args, place, folder) for name in ("watch", "steps"))
-    except OSError as error:
-        log.error("rank %d: rank 0 does not listen on %s:%d: %s", place.rank, *place.control, error)
+        where = _rank_0(place)
+        steps, watch = (_open(where, hello(name, place.rank, args, folder)) for name in ("steps", "watch"))
+        said = steps.receive()
+    except (OSError, EOFError) as error:
+        log.error("rank 0 does not answer at %s:%d: %s", *place.control, error)
+        return 1
+    if not isinstance(said, Welcome):
+        log.error("%s", said.error if isinstance(said, Refused) else f"rank 0 said {said}")
         return 1
     status = Status(watch, args.watchdog_timeout, end)
     try:
-        _serve(args, place, steps, status)
+        _serve(args, place, (said.host, said.port), steps, status)
     except EOFError:
         pass
     except Exception as error:
@@ -108,28 +116,50 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _open(channel: str, args: ServerArgs, place: Place, folder: Path) -> Channel:
-    opened = Channel.connect(*place.control, timeout_s=30.0)
-    opened.send(hello(channel, place.rank, args, folder))
+def _rank_0(place: Place) -> tuple[str, int]:
+    """Host and port where rank 0 listens."""
+    if place.torchrun is None:
+        return place.control
+    from wave64 import distributed  # imports torch
+
+    host, _, port = distributed.meet(*place.control).get(f"{place.torchrun}/wave64").decode().rpartition(":")
+    return host, int(port)
+
+
+def _open(where: tuple[str, int], introduction: Hello) -> Channel:
+    """Hosts may be started in any order: rank 0 is waited for."""
+    began = noted = time.monotonic()
+    while True:
+        try:
+            opened = Channel.connect(*where, timeout_s=30.0)
+            break
+        except OSError:
+            now = time.monotonic()
+            if now - began > JOIN_S:
+                raise
+            if now - noted > NOTE_S:
+                noted = now
+                log.warning("waiting for rank 0 at %s:%d", *where)
+            time.sleep(0.2)
+    opened.send(introduction)
     return opened
 
 
-def _serve(args: ServerArgs, place: Place, steps: Channel, status: Status) -> None:
+def _serve(args: ServerArgs, place: Place, store: tuple[str, int], steps: Channel, status: Status) -> None:
     from wave64 import distributed
-    from wave64.serve.engine.engine import Rank, emulation, set_threads
+    from wave64.serve.engine.engine import Rank, emulation, set_threads, use_interface
 
+    use_interface(steps.own_address)
     threads = set_threads(args)
     with emulation(args):
-        rank = Rank(args, place.rank, place.local_rank, distributed.meet(*place.store), status.say)
+        rank = Rank(args, place.rank, place.local_rank, distributed.meet(*store), status.say)
         threads(rank.runner.weight_bytes)
-        status.say("waiting for a step")
+        status.say(WAITING)
         number = 0
         while True:
             message = steps.receive()
-            if isinstance(message, Refused):
-                raise EOFError(message.error)
             assert isinstance(message, Step)
             number += 1
             status.doing = f"step {number}"
             rank.runner.forward(*message.schedules)
-            status.doing = "waiting for a step"
+            status.doing = WAITING

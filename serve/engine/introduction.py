@@ -14,8 +14,9 @@ from wave64.serve.engine.control import Hello
 
 #: flags that may differ between hosts, because one process alone obeys them or the host is what they are about
 OF_ONE_HOST = frozenset((
-    "model_path", "host", "port", "api_key", "served_model_name", "chat_template", "tokenizer_path", "log_level",
-    "log_level_http", "timeout_keep_alive", "stream_interval", "skip_server_warmup", "watchdog_timeout",
+    "model_path", "host", "port", "api_key", "served_model_name", "chat_template", "tokenizer_path", "base_gpu_id",
+    "node_rank", "dist_init_addr", "log_level", "log_level_http", "timeout_keep_alive", "stream_interval",
+    "skip_server_warmup", "watchdog_timeout",
 ))  # fmt: skip
 
 

@@ -25,17 +25,16 @@ import zmq
 
 from wave64 import distributed
 from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.engine.control import Beat, Channel, Died, Hello, Refused, Step, frame
-from wave64.serve.engine.follower import START_PATIENCE_S, Place
+from wave64.serve.engine.control import Beat, Channel, Died, Hello, Refused, Step, Welcome, frame
+from wave64.serve.engine.follower import JOIN_S, NOTE_S, START_PATIENCE_S, WAITING, Place
 from wave64.serve.engine.introduction import hello, unlike
 from wave64.serve.engine.schedule import Schedule
 from wave64.serve.messages import Alive, Failed
+from wave64.serve.node import address
 
 log = logging.getLogger("wave64")
 
 BEAT_S = 1.0
-JOIN_S = 600.0  # how long ranks of other hosts may take to come
-NOTE_S = 10.0  # how often the log says which have not
 BLAME_S = 0.7  # the rank that died first may be the second to be noticed
 
 
@@ -58,7 +57,7 @@ class Member:
 
     def __str__(self) -> str:
         process = self.pid or (self.process.pid if self.process else 0)
-        return f"rank {self.rank} (host {self.host or socket.gethostname()}, {self.device}, process {process})"
+        return f"rank {self.rank} (host {self.host}, {self.device}, process {process})"
 
 
 class RankLost(RuntimeError):
@@ -72,19 +71,25 @@ class Team:
     Raises ArgsError or RankLost when the ranks do not come together.
     """
 
-    def __init__(self, args: ServerArgs, folder: Path, tell: Callable[[Alive | Failed], None]) -> None:
+    def __init__(self, args: ServerArgs, folder: Path, tell: Callable[[Alive | Failed], None],
+                 torchrun: str | None = None) -> None:
+        """torchrun: its run, where it has started the others; they look for rank 0 in its store."""
         self._args, self._tell = args, tell
         self.doing = "starting"
         self.device = "no device yet"
         self._me = hello("", 0, args, folder)
-        self.members = {rank: Member(rank) for rank in range(1, args.tp_size)}
+        local = args.tp_size // args.nnodes
+        self.members = {rank: Member(rank, host=self._me.host if rank < local else f"{rank // local} of --nnodes")
+                        for rank in range(1, args.tp_size)}
         self._closing = False
         self._monitor = threading.Thread(target=self._watch, name="ranks", daemon=True)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=4 * args.tp_size)
-        self.store = distributed.meet("127.0.0.1", 0, first=True)
-        for member in self.members.values():
-            member.process = self._start(Place(member.rank, member.rank, self._listener.getsockname()[:2],
-                                               ("127.0.0.1", self.store.port)))
+        self._listener = _listen(args, torchrun)
+        self.address, port = self._listener.getsockname()[:2]
+        self.store = distributed.meet(self.address, 0, first=True)
+        if torchrun is not None:
+            distributed.meet(*address(args)).set(f"{torchrun}/wave64", f"{self.address}:{port}")
+        for rank in range(1, local if torchrun is None else 1):
+            self.members[rank].process = self._start(Place(rank, rank, (self.address, port)))
         try:
             self._meet()
         except BaseException:
@@ -171,6 +176,8 @@ class Team:
         if difference := unlike(self._me, said):
             channel.send(Refused(difference))
             raise ArgsError(difference)
+        if said.channel == "steps":
+            channel.send(Welcome(self.address, self.store.port))
         member.host, member.pid = said.host, said.pid
         setattr(member, said.channel, channel)
 
@@ -224,7 +231,7 @@ class Team:
     def _verdict(self, lost: list[Member], now: float) -> str:
         """One that vanished took the others with it, one that failed says why, one that hangs says nothing."""
         member = next((m for m in lost if m.gone and not m.error), None) or next((m for m in lost if m.error), lost[0])
-        doing = self.doing if member.doing.startswith(("step", "waiting for a step")) else member.doing
+        doing = self.doing if member.doing.startswith(("step", WAITING)) else member.doing
         if member.error:
             return f"{member} failed while {doing}: {member.error}"
         if member.gone:
@@ -235,6 +242,22 @@ class Team:
         """A rank of this host that someone has stopped is not waited for, whatever it is doing."""
         silence = now - member.heard
         return silence > member.patience or silence > self._args.watchdog_timeout and _is_stopped(member.process)
+
+
+def _listen(args: ServerArgs, torchrun: str | None) -> socket.socket:
+    """Where ranks of this host look for rank 0, and those of others. Raises ArgsError for an address that is not this
+    host's, or in use."""
+    where = ("127.0.0.1", 0)
+    if torchrun is not None:
+        with socket.create_connection(address(args)) as probe:  # the address by which torchrun's store is reached
+            where = (probe.getsockname()[0], 0)
+    elif args.nnodes > 1:
+        where = address(args)
+    try:
+        return socket.create_server(where, backlog=4 * args.tp_size)
+    except OSError as error:
+        raise ArgsError(f"--dist-init-addr: cannot listen on {where[0]}:{where[1]}: {error.strerror}; expected an "
+                        "address of host 0, and a free port") from None
 
 
 def _is_stopped(process: subprocess.Popen[bytes] | None) -> bool:

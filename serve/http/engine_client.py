@@ -31,8 +31,9 @@ STOP_S = 1.0  # how long an engine may take to exit at SIGTERM; it has nothing t
 class EngineClient:
     """start(), then run() for as long as the engine lives; stream() and abort() meanwhile; stop() at the end."""
 
-    def __init__(self, args: ServerArgs) -> None:
-        self._args = args
+    def __init__(self, args: ServerArgs, torchrun: str | None = None) -> None:
+        """torchrun: its run, where it has started the other ranks."""
+        self._args, self._torchrun = args, torchrun
         self.ready: Ready | None = None  # set when the engine is
         self.is_ready = asyncio.Event()
         self.statistics: Statistics | None = None  # after the engine's last step
@@ -59,7 +60,8 @@ class EngineClient:
         process = self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "wave64.serve.engine.process", stdin=asyncio.subprocess.PIPE, start_new_session=True
         )
-        settings = {"args": asdict(self._args), "requests": requests, "outputs": outputs, "parent": os.getpid()}
+        settings = {"args": asdict(self._args), "requests": requests, "outputs": outputs, "parent": os.getpid(),
+                    "torchrun": self._torchrun}
         assert process.stdin is not None
         process.stdin.write(json.dumps(settings).encode() + b"\n")
         process.stdin.close()

@@ -28,6 +28,7 @@ from wave64.serve.http.guard import NotPolled
 from wave64.serve.http.schemas import ApiError
 from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
 from wave64.serve.model_path import BUILT_IN, TOKENIZER_FILES, resolve_model_path
+from wave64.serve.node import Torchrun, places, run_node
 
 log = logging.getLogger("wave64")
 
@@ -38,11 +39,23 @@ GRACE_S = 5  # how long running requests may go on after the server was told to 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until told to end; the exit status."""
-    args = ServerArgs.from_cli(argv)
+    torchrun = Torchrun.from_environment()
+    argv = sys.argv[1:] if argv is None else argv
+    args = ServerArgs.from_cli([*(torchrun.flags() if torchrun else ()), *argv])
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
     logging.getLogger("uvicorn.access").setLevel((args.log_level_http or args.log_level).upper())
     logging.getLogger("uvicorn.access").addFilter(NotPolled())
+    try:
+        if torchrun is not None:
+            torchrun.check(args)
+            if torchrun.rank:
+                return run_node(args, [torchrun.place()])
+        elif args.node_rank:
+            return run_node(args, places(args))
+    except ArgsError as error:
+        print(f"wave64.launch_server: error: {error}", file=sys.stderr)
+        return 1
     for number in _ends():
         signal.signal(number, signal.default_int_handler)  # until there is an event loop, which takes them over
     try:
@@ -50,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in without_effect(argv):
             log.info(line)
         folder = resolve_model_path(args.model_path, args.revision)
-        return run_loop(_serve(args, listener, folder))
+        return run_loop(_serve(args, listener, folder, torchrun.run if torchrun else None))
     except KeyboardInterrupt:
         return 0
     except (ArgsError, TokenizerError, EngineEnded) as error:
@@ -100,9 +113,9 @@ class _Server(uvicorn.Server):
         yield  # signals are _serve's; uvicorn would raise them again at the end, and the exit status would be theirs
 
 
-async def _serve(args: ServerArgs, listener: socket.socket, folder: Path) -> int:
+async def _serve(args: ServerArgs, listener: socket.socket, folder: Path, torchrun: str | None) -> int:
     told_to_end = asyncio.Event()
-    client = EngineClient(replace(args, model_path=str(folder)))
+    client = EngineClient(replace(args, model_path=str(folder)), torchrun)
     generator = None
 
     def end() -> None:

@@ -17,8 +17,10 @@ def test_every_flag_sets_its_field():
     for item in dataclasses.fields(ServerArgs):
         kind, choices = item.metadata["kind"], item.metadata["choices"]
         value = True if kind is bool else choices[-1] if choices else values[kind]
+        value = "host:7" if item.name == "dist_init_addr" else value
+        others = ["--tp=2", "--nnodes=2", "--dist-init-addr=a:1"] if item.name == "node_rank" else []
         for flag in (flag_of(item.name), *item.metadata["aliases"]):
-            args = ServerArgs.from_cli([flag] if kind is bool else [flag, str(value)])
+            args = ServerArgs.from_cli(others + ([flag] if kind is bool else [flag, str(value)]))
             assert getattr(args, item.name) == ((value,) if item.default == () else value)
 
 
@@ -41,7 +43,12 @@ def test_every_flag_sets_its_field():
         (["--quantization", "fp8"], "--quantization: wave64 has no such flag"),
         (["--lora-paths", "a", "--tp=1", "--quantizaton=fp8"],
          "--lora-paths: wave64 has no such flag; did you mean --model-path?; --quantizaton: wave64 has no such flag"),
-        (["--nnodes", "2"], "--nnodes: expected 1, got 2: every rank has all layers, and all are on one host"),
+        (["--pp-size", "2"], "--pp-size: expected 1, got 2: every rank has all layers"),
+        (["--nnodes", "2"], "--nnodes: expected a divisor of --tp-size, 1, got 2"),
+        (["--nnodes", "2", "--tp", "2"], "--dist-init-addr: expected host:port of host 0, where the ranks meet, got"),
+        (["--nnodes", "2", "--tp", "2", "--dist-init-addr", "a"], "--dist-init-addr: expected host:port, got 'a'"),
+        (["--node-rank", "1"], "--node-rank: expected 0 to 0, as --nnodes says, got 1"),
+        (["--base-gpu-id", "-1"], "--base-gpu-id: expected at least 0, got -1"),
         (["--schedule-conservativeness", "much"], "--schedule-conservativeness: invalid float value: 'much'"),
         (["--context-len", "5"], "--context-len: wave64 has no such flag; did you mean --context-length?"),
         (["demo-llama"], "expected a flag, got 'demo-llama'"),

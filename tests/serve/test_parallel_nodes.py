@@ -1,0 +1,120 @@
+"""One server over two hosts, which network namespaces stand for; hosts that differ are refused, naming both."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+from helpers_server import eventually, free_port
+
+from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.engine.introduction import hello, unlike
+from wave64.serve.node import Torchrun, places
+
+ASK = """
+import json, sys, urllib.request
+body = {"prompt": "Four score and seven years ago", "max_tokens": 12, "temperature": 0}
+asked = urllib.request.Request("http://127.0.0.1:30000/v1/completions", json.dumps(body).encode(),
+                               {"content-type": "application/json"})
+print(urllib.request.urlopen(asked, timeout=60).read().decode())
+"""
+
+
+@pytest.fixture
+def hosts():
+    """Two namespaces, [name, name], of which the first has the address 10.99.0.1 and the second 10.99.0.2."""
+    names = [f"w64-{os.getpid()}-{i}" for i in range(2)]
+    links = [f"w64{os.getpid() % 100000}{end}" for end in "ab"]
+    commands = [f"netns add {name}" for name in names] + [f"link add {links[0]} type veth peer name {links[1]}"]
+    for i, (name, link) in enumerate(zip(names, links, strict=True)):
+        commands += [f"link set {link} netns {name}", f"-n {name} addr add 10.99.0.{i + 1}/24 dev {link}",
+                     f"-n {name} link set {link} up", f"-n {name} link set lo up"]  # fmt: skip
+    try:
+        for command in commands:
+            try:
+                done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            except OSError as error:
+                pytest.skip(f"network namespaces cannot be made here: {error}")
+            if done.returncode:
+                pytest.skip(f"network namespaces cannot be made here: ip {command}: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def start(host: str, log: Path, module: str, *flags: str) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as sink:
+        return subprocess.Popen(["ip", "netns", "exec", host, sys.executable, "-m", module, *flags], stdout=sink,
+                                stderr=subprocess.STDOUT, env=env, start_new_session=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["flags", pytest.param("torchrun", marks=pytest.mark.long)])
+def test_two_hosts_serve_one_model(hosts, tmp_path, by):
+    logs, started = [tmp_path / "0", tmp_path / "1"], []
+    port = free_port()
+    for i in (1, 0):  # the second waits for the first
+        if by == "flags":
+            flags = ["wave64.launch_server", "--tp", "2", "--nnodes", "2", "--node-rank", str(i), "--dist-init-addr",
+                     f"10.99.0.1:{port}"]  # fmt: skip
+        else:
+            flags = ["torch.distributed.run", "--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1",
+                     "--master-addr", "10.99.0.1", "--master-port", str(port), "-m", "wave64.launch_server"]
+        started.append(start(hosts[i], logs[i], *flags, "--model-path", "demo-llama", "--device", "cpu"))
+    try:
+        assert eventually(lambda: "ready to roll" in logs[0].read_text() or any(p.poll() is not None for p in started),
+                          120)  # fmt: skip
+        answer = subprocess.run(["ip", "netns", "exec", hosts[0], sys.executable, "-c", ASK], capture_output=True,
+                                text=True, timeout=90)  # fmt: skip
+        assert answer.returncode == 0, logs[0].read_text() + logs[1].read_text() + answer.stderr
+        text = json.loads(answer.stdout)["choices"][0]["text"]
+        assert " our fathers brought forth on this continent".startswith(text[:20])
+        started[1].terminate()
+        assert started[1].wait(30) == (0 if by == "flags" else 1), "torchrun itself ends with 1 at a signal"
+        assert eventually(lambda: started[0].poll() is not None)
+        assert by != "flags" or started[0].returncode == 0
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_hosts_that_differ_are_refused_naming_both(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 9)
+    args = ServerArgs(tp_size=4, nnodes=2, dist_init_addr="a:1")
+    ours = hello("steps", 0, args, tmp_path)
+    on_b = replace(args, node_rank=1, dist_init_addr="alias:1", port=7, log_level="debug", base_gpu_id=4)
+    theirs = msgspec.structs.replace(hello("steps", 2, on_b, tmp_path), host="b")
+    assert unlike(ours, theirs) is None
+    assert unlike(ours, msgspec.convert(msgspec.to_builtins(theirs), type(theirs))) is None
+    both = f"rank 2 on host b has {{}}, rank 0 on host {ours.host} has {{}}; they have to be the same"
+    other = msgspec.structs.replace(theirs, version="9.9")
+    assert unlike(ours, other) == both.format("wave64 9.9", ours.version)
+    other = msgspec.structs.replace(theirs, flags=theirs.flags | {"page_size": 8})
+    assert unlike(ours, other) == both.format("--page-size 8", "16")
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 10)
+    changed = msgspec.structs.replace(hello("steps", 2, on_b, tmp_path), host="b")
+    assert unlike(ours, changed) == both.format(f"a checkpoint with the fingerprint {changed.checkpoint}",
+                                                ours.checkpoint)  # fmt: skip
+
+
+def test_what_torchrun_says(monkeypatch):
+    assert Torchrun.from_environment() is None
+    for name, value in dict(TORCHELASTIC_RUN_ID="none", TORCHELASTIC_RESTART_COUNT=1, RANK=5, LOCAL_RANK=1,
+                            WORLD_SIZE=8, LOCAL_WORLD_SIZE=4, GROUP_RANK=1, MASTER_ADDR="h", MASTER_PORT=29500).items():
+        monkeypatch.setenv(name, str(value))
+    torchrun = Torchrun.from_environment()
+    assert torchrun is not None
+    args = ServerArgs.from_cli(torchrun.flags())
+    torchrun.check(args)
+    assert (args.tp_size, args.nnodes, args.node_rank, args.dist_init_addr) == (8, 2, 1, "h:29500")
+    assert torchrun.place() == {"rank": 5, "local_rank": 1, "torchrun": "none/1"}
+    assert places(args) == [{"rank": 4 + i, "local_rank": i} for i in range(4)], "of --node-rank 1"
+    with pytest.raises(ArgsError, match="--tp-size: expected 8, the processes or hosts of torchrun, or no such flag"):
+        torchrun.check(ServerArgs(tp_size=2))
