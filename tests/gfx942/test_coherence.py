@@ -2,13 +2,19 @@
 by where they run, and by the kind of memory. What the model forbids never happens, and what it allows is seen."""
 
 import functools
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from assembled import assemble
+from assembled import assemble, run
 
-from wave64.testing.emulator import Buffer, Place, execute_together
+from wave64 import OPS, platform
+from wave64.testing import contract
+from wave64.testing.emulator import Buffer, EmulationError, Place, execute_together
+from wave64.testing.emulator.checks import ALL
+from wave64.testing.emulator.run import emulate
+from wave64.testing.emulator.unordered import Unordered
 
 SEEDS = range(24)
 #: s[8:9] x, s[10:11] y, s[12:13] results; one lane of v0 = 0 and v1 = 1; `second` is where the second wave begins
@@ -41,8 +47,10 @@ def code(first: str, second: str, at: int):
     return assemble("gfx942", (("litmus", body),))
 
 
-def outcome(first: str, second: str, where=TWO_DEVICES, seed: int = 0, homes=(0, 0), uncached=False) -> tuple[int, int]:
-    """What the two waves leave in the results. homes: the devices of x and y."""
+def outcome(first: str, second: str, where=TWO_DEVICES, seed: int = 0, homes=(0, 0), uncached=False,
+            checks=ALL, show=None) -> tuple[int, int]:
+    """What the two waves leave in the results. homes: the devices of x and y. Without the check for races, which would
+    end what is wrong before it shows."""
     launches, groups, at = where
     x, y, results = (np.zeros(32, np.uint32) for _ in range(3))
     tables = np.array([[x.ctypes.data, y.ctypes.data, results.ctypes.data, number] for number in (0, 1)], np.uint64)
@@ -52,7 +60,8 @@ def outcome(first: str, second: str, where=TWO_DEVICES, seed: int = 0, homes=(0,
     places = [Place(name, array.ctypes.data, array.nbytes, device, uncached)
               for name, array, device in (("x", x, homes[0]), ("y", y, homes[1]))]
     execute_together(made, [*places, Buffer("results", results.ctypes.data, 8),
-                            Buffer("tables", tables.ctypes.data, tables.nbytes)], seed, patience=4000, seconds=30)
+                            Buffer("tables", tables.ctypes.data, tables.nbytes)], seed, patience=4000, seconds=60,
+                     checks=checks, show=show)
     return int(results[0]), int(results[1])
 
 
@@ -62,11 +71,13 @@ def outcomes(first: str, second: str, **options) -> list[tuple[int, int]]:
 
 # ---- message passing: x is the data, y the flag
 
-def passing(store="", release=RELEASE["system"], flag="sc0 sc1", look="sc0 sc1", acquire=ACQUIRE["system"], load=""):
+def passing(store="", release=RELEASE["system"], flag="sc0 sc1", look="sc0 sc1", acquire=ACQUIRE["system"], load="",
+            cached=True):
     """(writer, reader): the reader has the old data in its caches, waits for the flag, and gives what it then reads."""
     writer = (f"global_store_dword v0, v1, s[8:9] {store}\n{release}\n"
               f"global_store_dword v0, v1, s[10:11] {flag}")
-    reader = (f"global_load_dword v2, v0, s[8:9]\n{WAIT}\nspin:\nglobal_load_dword v2, v0, s[10:11] {look}\n{WAIT}\n"
+    before = f"global_load_dword v2, v0, s[8:9]\n{WAIT}\n" if cached else ""
+    reader = (f"{before}spin:\nglobal_load_dword v2, v0, s[10:11] {look}\n{WAIT}\n"
               f"v_readfirstlane_b32 s20, v2\ns_cmp_eq_u32 s20, 0\ns_cbranch_scc1 spin\n{acquire}\n"
               f"global_load_dword v3, v0, s[8:9] {load}\n{WAIT}\nglobal_store_dword v0, v3, s[12:13]")
     return writer, reader
@@ -126,6 +137,18 @@ def test_a_mistake_is_seen_in_nearly_all_schedules(bits):
     assert wrong >= 95
 
 
+def test_a_schedule_can_be_read():
+    """Of a seed that went wrong: the flag is seen before the data."""
+    lines: list[str] = []
+    assert outcome(*passing(store="sc0 sc1", release=""), homes=PULLED, seed=0, show=lines.append)[0] == 0
+    where = [next((i for i, line in enumerate(lines) if re.fullmatch(text, line)), None) for text in (
+        r"launch 0, wave 0 stores x\+0: 01000000", r"launch 0, wave 0 has its store seen by the system: y\+0",
+        r"launch 1, wave 0 finds( later)? y\+0: 01000000", "launch 1, wave 0 drops what its device may have stale",
+        r"launch 0, wave 0 has its store seen by the system: x\+0")]
+    assert None not in where, lines
+    assert where == sorted(where)
+
+
 # ---- store buffering: each stores its own and loads the other's; both find nothing new only if stores are late
 
 def buffering(wait: str, store="sc0 sc1", load="sc0 sc1") -> tuple[str, str]:
@@ -180,3 +203,74 @@ def test_atomics_lose_nothing(where):
     found = {max(outcome(body + check, body + check, where=where, seed=seed)) for seed in SEEDS}
     assert found <= set(range(8, 17))
     assert 16 in found
+
+
+# ---- races: the same programs, held to an order of their accesses
+
+SPARED = ("uncached, written through", "within a die", "no invalidate, within a die",
+          "a device's acquire of pushed data", "a device's acquire of uncached data")
+
+
+@pytest.mark.parametrize("case", [case for case in PASSING if case not in SPARED])
+def test_what_is_wrong_is_a_race(case):
+    """But for what the kind of memory spares, or one die: that is no order of accesses. Here the reader has nothing in
+    its caches, for to look before the flag is set is a race, too."""
+    bits, options, right = PASSING[case]
+
+    def held(seed: int) -> None:
+        outcome(*passing(**bits, cached=False), seed=seed, checks=(Unordered,), **options)
+
+    if right:
+        for seed in SEEDS:
+            held(seed)
+    else:
+        with pytest.raises(EmulationError, match=r"reads a byte 0 bytes into x.* (writes|changes), and no release and"):
+            held(0)
+
+
+NEIGHBOURS = """
+v_lshlrev_b32_e32 v1, 2, v0
+s_lshl_b32 s6, s2, {shift}
+s_load_dwordx4 s[8:11], s[0:1], 0x0
+v_add_u32_e32 v1, s6, v1
+v_mov_b32_e32 v2, s2
+s_waitcnt lgkmcnt(0)
+{access} s[10:11]
+"""
+STORE = "global_store_dword v1, v2,"
+
+
+@pytest.mark.parametrize(("access", "shift", "words"), [
+    (STORE, 8, None), ("global_atomic_add v1, v2,", 2, None),
+    (STORE, 2, r"workgroup 0 writes a byte 4 bytes into given.*which workgroup 1 writes"),
+    ("global_load_dword v3, v1, s[10:11]\n" + STORE, 2, r"workgroup 0 writes a byte 4 bytes into .*workgroup 1 reads"),
+    ("global_atomic_add v1, v2, s[10:11]\n" + STORE, 2, r"workgroup 0 writes a byte 4 .*workgroup 1 changes")])
+def test_workgroups_of_a_launch_keep_apart(access, shift, words):
+    """Each of two has 64 words from its own on: 256 bytes apart, or 4."""
+    code = assemble("gfx942", (("neighbours", NEIGHBOURS.format(access=access, shift=shift)),))
+    result = np.zeros(256, np.uint32)
+
+    def launched() -> None:
+        run(code, "neighbours", result, result, grid=(2, 1), checks=(Unordered,))
+
+    if words:
+        with pytest.raises(EmulationError, match=words):
+            launched()
+    else:
+        launched()
+        launched()  # behind the first
+
+
+@pytest.mark.parametrize("op", [op.name for op in OPS.values() if "hip" in op.backends])
+def test_operators_have_no_races(op):
+    """A small case of each, of several workgroups."""
+    declared = OPS[op]
+    with platform.target("gfx942"):
+        for case in (case for case in declared.cases() if not case.large):
+            args = contract.draw(case, "cpu", seed=0)
+            supports = declared.backends["hip"].supports
+            if supports is None or supports(**args) is None:
+                with emulate("gfx942", checks=(Unordered,)):
+                    declared.backends["hip"].run(**args)
+                return
+    pytest.fail("it has no small case")

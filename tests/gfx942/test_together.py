@@ -11,6 +11,7 @@ import pytest
 from assembled import assemble
 
 from wave64.testing.emulator import Buffer, Deadlock, EmulationError, execute_together
+from wave64.testing.emulator.checks import ALL  # all but that for races, which would end what is wrong before it shows
 
 SEEDS = range(6)
 LANES, BLOCKS = 128, 2
@@ -114,16 +115,22 @@ def test_a_rank_that_ends_too_early_is_a_deadlock_of_the_other():
 def test_a_protocol_that_is_wrong_in_some_order_is_seen(send):
     def right(seed):
         pair = ranks(send)
-        execute_together(pair.launches, pair.buffers, seed)
+        execute_together(pair.launches, pair.buffers, seed, checks=ALL)
         return (pair.result == pair.expected).all()
 
     assert not all(right(seed) for seed in range(48))
 
 
+def test_data_after_the_flag_is_a_race_in_every_order():
+    pair = ranks(SET_FLAG + GIVE)
+    with pytest.raises(EmulationError, match="inbox.*and no release and acquire is between"):
+        execute_together(pair.launches, pair.buffers)
+
+
 def test_the_seed_says_the_order():
     def found(seed):
         pair = ranks(SET_FLAG + GIVE)
-        return execute_together(pair.launches, pair.buffers, seed).by_name["s_sleep"], pair.result.tobytes()
+        return execute_together(pair.launches, pair.buffers, seed, checks=ALL).by_name["s_sleep"], pair.result.tobytes()
 
     assert found(1) == found(1)
     assert len({found(seed) for seed in SEEDS}) > 1

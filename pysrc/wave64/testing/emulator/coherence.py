@@ -149,8 +149,8 @@ class Wave:
 class World:
     """The views of all devices, and what is on its way. `now` is the wave whose turn it is."""
 
-    def __init__(self, places: Iterable[Buffer], order: random.Random):
-        self.order, self.lazy = order, order.random() < LAZY
+    def __init__(self, places: Iterable[Buffer], order: random.Random, show: Callable[[str], None] | None = None):
+        self.order, self.lazy, self.show = order, order.random() < LAZY, show
         self.places = sorted((p for p in places if p.size), key=lambda p: p.start)
         self.starts = np.array([p.start for p in self.places], np.int64)
         first = [p.start // LINE * LINE for p in self.places]
@@ -184,6 +184,20 @@ class World:
             return None
         return (addresses.view(np.int64) - self.shift[place])[:, None] + np.arange(width)
 
+    def _say(self, wave: Wave, does: str, at: np.ndarray, octets: np.ndarray | None = None) -> None:
+        """A line of the schedule, for who reads it."""
+        if self.show is None:
+            return
+        words = f"launch {wave.launch}, wave {wave.number} {does}"
+        if at.size:
+            first = int(at.reshape(-1)[0])
+            address = int(self.addresses[first // LINE]) + first % LINE
+            place = next(p for p in self.places if p.start <= address < p.end)
+            words += f" {place.name}+{address - place.start}"
+        if octets is not None:
+            words += f": {octets.reshape(-1)[:8].tobytes().hex(' ', 4)}" + (", ..." if octets.size > 8 else "")
+        self.show(words)
+
     # ---- loads
 
     def load(self, wave: Wave, at: np.ndarray, sc0: bool, sc1: bool, entry: Loaded | None = None) -> np.ndarray:
@@ -199,12 +213,13 @@ class World:
         if not (sc0 or sc1):
             self._fetch(unit, lines, np.zeros(len(lines), bool), lambda wanted: die.data[wanted])
             view = unit
-        octets = view.data.reshape(-1)[at]
+        octets = view.data.reshape(-1)[at]  # a copy
         for older in wave.under_way:
             if older is entry:
                 break
             if isinstance(older, Stored):
                 self._overlay(octets, at, older)
+        self._say(wave, "finds later" if entry else "finds", at, octets)
         return octets
 
     def _fetch(self, view: View, lines: np.ndarray, anew: np.ndarray, behind: Callable) -> None:
@@ -230,6 +245,7 @@ class World:
     def store(self, wave: Wave, at: np.ndarray, octets: np.ndarray, sc0: bool, sc1: bool) -> None:
         self.stores += 1
         wave.issue(Stored, at, octets, scope_of(sc0, sc1))
+        self._say(wave, "stores", at, octets)
 
     def atomic(self, wave: Wave, at: np.ndarray, sc1: bool, change: Callable[[np.ndarray], np.ndarray]) -> None:
         """change: from the bytes that are there to those that are then there."""
@@ -282,6 +298,7 @@ class World:
                 other.drop(lines[self.home[lines] == owner])
 
     def write_back(self, wave: Wave, scope: str) -> None:
+        self._say(wave, f"writes back to the {scope}", NOWHERE)
         if scope in (DEVICE, SYSTEM):
             self._reach(wave, *self._newer(self.dies[wave.die], np.arange(self.lines)), DEVICE)
         if scope == SYSTEM:
@@ -289,6 +306,8 @@ class World:
 
     def invalidate(self, wave: Wave, sc0: bool, sc1: bool) -> None:
         """buffer_inv: at once, for what follows."""
+        views = {(True, False): "unit", (False, True): "die", (True, True): "device"}
+        self._say(wave, f"drops what its {views.get((sc0, sc1), 'registers')} may have stale", NOWHERE)
         elsewhere = self.home != wave.device
         if sc0 or sc1:
             self.units[wave.unit].drop(np.arange(self.lines))
@@ -302,6 +321,7 @@ class World:
     def finish(self, wave: Wave, entry: UnderWay) -> None:
         """What is under way ends."""
         if isinstance(entry, Stored):
+            self._say(wave, f"has its store seen by the {entry.scope}:", entry.at)
             self._reach(wave, entry.at.reshape(-1), entry.octets.reshape(-1), entry.scope)
         elif isinstance(entry, WriteBack):
             self.write_back(wave, entry.scope)
@@ -369,10 +389,12 @@ class World:
 
 
 class CoherentMemory(Memory):
-    """A launch's memory, seen through the world's views. `bits` are sc0 and sc1 of the instruction that accesses it."""
+    """A launch's memory, seen through the world's views. `bits` are sc0 and sc1 of the instruction that accesses it;
+    launch, shadow and across are for Unordered, across: whether launches run on several devices."""
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, launch: int, shadow: Any, across: bool):
         super().__init__()
+        self.launch, self.shadow, self.across = launch, shadow, across
         self.world, self.bits, self.last = world, (False, False), None
 
     def _spots(self, offsets: np.ndarray, width: int) -> np.ndarray | None:
@@ -443,16 +465,15 @@ class Coherence(Check):
 
         def run() -> np.ndarray:
             wave, memory.bits = world.now, (sc0, sc1)
+            memory.last = None
+            execute()
             if name == "buffer_inv":
                 world.invalidate(wave, sc0, sc1)
             elif name == "buffer_wbl2":
                 wave.issue(WriteBack, NOWHERE, scope_of(sc0, sc1))
-            else:
-                memory.last = None
-                execute()
-                if "_store_" not in name:  # atomics have acted, and count until they are waited for
-                    at = NOWHERE if memory.last is None else memory.last
-                    wave.issue(Loaded, at, later(at) if later and at.size else _seen)
+            elif "_store_" not in name:  # atomics have acted, and count until they are waited for
+                at = NOWHERE if memory.last is None else memory.last
+                wave.issue(Loaded, at, later(at) if later and at.size else _seen)
             return after
         return run
 

@@ -13,7 +13,7 @@ that has stored something is often made to wait, so that others see one store of
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from wave64.testing.emulator.coherence import Coherence, CoherentMemory, Wave, W
 from wave64.testing.emulator.machine import ENDED, READY, WAITING, Machine
 from wave64.testing.emulator.memory import Buffer, EmulationError
 from wave64.testing.emulator.run import SECONDS, Counts, Prepared, without_collection
+from wave64.testing.emulator.unordered import Shadow, Unordered
 
 PATIENCE = 20_000  # instructions of each wave without a change in memory, after which they are taken to wait for ever
 LONGEST_TURN = 64  # instructions
@@ -35,10 +36,12 @@ class Deadlock(EmulationError):
 
 def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 0, *,
                      devices: Sequence[int] | None = None, patience: int = PATIENCE,
-                     checks: tuple[type, ...] = ALL, seconds: float = SECONDS) -> Counts:
+                     checks: tuple[type, ...] = (*ALL, Unordered), seconds: float = SECONDS,
+                     show: Callable[[str], None] | None = None) -> Counts:
     """Makes recorded launches at the same time, all their workgroups resident. `buffers` is all memory that they may
     touch, and share, besides their arguments and code objects; a `Place` says whose memory it is in, and of which kind.
-    devices: that of each launch; none: each has its own.
+    devices: that of each launch; none: each has its own. show: takes the schedule, a line for what each wave stores and
+    finds and for when stores are seen; of a seed that failed, `show=print` tells how.
 
     Raises Deadlock, which says where each launch's waves are, once every wave that has not ended waits at a barrier or
     has executed `patience` instructions since a store or an atomic, to memory or LDS, last changed what was there;
@@ -47,12 +50,12 @@ def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 
     counts, shared, began = Counts(), list(buffers), time.monotonic()
     prepared = [Prepared(launch) for launch in launches]
     order = random.Random(seed)
-    world = World(shared, order)
+    world, shadow = World(shared, order, show), Shadow()
     machines = [Machine(p.program, p.kernel, p.shape(p.blocks), (*checks, Coherence)) for p in prepared]
     try:
         with np.errstate(all="ignore"), without_collection():
             for i, (machine, p) in enumerate(zip(machines, prepared, strict=True)):
-                machine.memory = CoherentMemory(world)
+                machine.memory = CoherentMemory(world, i, shadow, across=len(set(devices or range(len(machines)))) > 1)
                 machine.memory.register([*shared, *p.buffers])
                 machine.lds.changes = 0
                 p.start(machine, 0, p.blocks)
