@@ -59,8 +59,8 @@ class ServerArgs:
     ep_size: int | None = _flag(
         None, "parts of the set of experts, over the ranks; default: 1, with --enable-dp-attention as many as ranks",
         "--ep", "--expert-parallel-size", kind=int)  # fmt: skip
-    dp_size: int = _flag(1, "with --enable-dp-attention: groups of ranks that attend to requests of their own", "--dp",
-                         "--data-parallel-size")  # fmt: skip
+    dp_size: int = _flag(1, "engines of --tp-size ranks each; with --enable-dp-attention groups of one engine's ranks",
+                         "--dp", "--data-parallel-size")  # fmt: skip
     base_gpu_id: int = _flag(0, "number of the first GPU on this host that is used")
     nnodes: int = _flag(1, "hosts; each has as many of the ranks")
     node_rank: int = _flag(0, "number of this host; that of 0 speaks HTTP")
@@ -108,13 +108,14 @@ class ServerArgs:
             self._at_least_one(name)
         if not self.watchdog_timeout > 0:
             raise ArgsError(f"--watchdog-timeout: expected more than 0, got {self.watchdog_timeout}")
-        if self.dp_size > 1 and not self.enable_dp_attention:
-            raise ArgsError(f"--dp-size: expected 1 without --enable-dp-attention, got {self.dp_size}")
+        if self.replicas > 1 and self.dist_init_addr is not None:
+            raise ArgsError("--dp-size: expected 1 or --enable-dp-attention where hosts are several, or torchrun's, "
+                            f"got {self.dp_size}; a router serves several servers as one")  # fmt: skip
         self._check_nodes()
-        if self.tp_size % self.dp_size:
+        if self.tp_size % self.groups:
             raise ArgsError(f"--dp-size: expected a divisor of --tp-size, {self.tp_size}, got {self.dp_size}")
         if self.ep_size is None:
-            self.ep_size = self.tp_size if self.dp_size > 1 else 1
+            self.ep_size = self.tp_size if self.groups > 1 else 1
         if self.tp_size % self.ep_size:
             raise ArgsError(f"--ep-size: expected a divisor of --tp-size, {self.tp_size}, got {self.ep_size}")
         for item in fields(self):
@@ -141,6 +142,16 @@ class ServerArgs:
         value = getattr(self, name)
         if value is not None and value < 1:
             raise ArgsError(f"{flag_of(name)}: expected at least 1, got {value}")
+
+    @property
+    def groups(self) -> int:
+        """Groups of ranks that attend to requests of their own."""
+        return self.dp_size if self.enable_dp_attention else 1
+
+    @property
+    def replicas(self) -> int:
+        """Engines behind one api process."""
+        return 1 if self.enable_dp_attention else self.dp_size
 
     @property
     def model_name(self) -> str:

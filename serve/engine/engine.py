@@ -120,12 +120,12 @@ class Rank:
         say("allocating the KV pool", str(self.device))
         kv_dtype = _kv_dtype(args.kv_cache_dtype, self.dtype, self.device)
         self.num_pages = smallest(pool_pages(args, self.config, kv_dtype, self.device, ranks), ranks, self.device)
-        self.max_running = min(-(-args.max_running_requests // args.dp_size), self.num_pages)
+        self.max_running = min(-(-args.max_running_requests // args.groups), self.num_pages)
         emulated = wave64.platform.emulated() is not None
         self.is_gpu = self.device.type == "cuda" or emulated
         # What ranks exchange over gloo, as emulated ones do, is no launch that a graph could hold.
         capture = self.is_gpu and not args.disable_cuda_graph and not (emulated and args.tp_size > 1)
-        capture = capture and args.dp_size == 1  # groups would have to replay the same graph
+        capture = capture and args.groups == 1  # groups would have to replay the same graph
         self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
                              self.max_running, capture, ranks=ranks)  # fmt: skip
 
@@ -144,7 +144,7 @@ class Engine:
         self.team, self._steps = team, 0
         self.device, self.config, self.dtype, self.runner = rank.device, rank.config, rank.dtype, rank.runner
         self._backends, self.is_gpu = rank.backends, rank.is_gpu
-        pools = [PagePool(rank.num_pages, args.page_size) for _ in range(args.dp_size)]
+        pools = [PagePool(rank.num_pages, args.page_size) for _ in range(args.groups)]
         self.limits = Limits(self.config.context_length, pools[0].num_tokens, self.config.vocab_size)
         self.schedulers = [Scheduler(pool, rank.max_running, self._prefill_budget(args)) for pool in pools]
         self.scheduler, self.pool = self.schedulers[0], pools[0]  # all there is, but with data-parallel attention
@@ -398,7 +398,7 @@ def set_threads(args: ServerArgs) -> Callable[[int], None]:
     leaves a small model one thread."""
     if "OMP_NUM_THREADS" in os.environ:
         return lambda weight_bytes: None
-    torch.set_num_threads(max(1, _usable_cpus() // (args.tp_size // args.nnodes)))
+    torch.set_num_threads(max(1, _usable_cpus() // (args.replicas * args.tp_size // args.nnodes)))
     return lambda weight_bytes: torch.set_num_threads(1) if weight_bytes < ONE_THREAD_BYTES else None
 
 

@@ -43,7 +43,8 @@ def pool_pages(args: ServerArgs, config: ModelConfig, dtype: torch.dtype, device
         pages = -(-tokens // args.page_size)
     else:
         free, why = _free_bytes(args.mem_fraction_static, device)
-        free //= ranks.world.size // args.nnodes if device.type == "cpu" else 1  # which share the memory
+        if device.type == "cpu":  # all ranks of this host share the memory
+            free //= args.replicas * ranks.world.size // args.nnodes
         tokens = free // per_token
         if device.type == "cpu" and args.mem_fraction_static is None:
             tokens = min(tokens, CPU_CONTEXTS * config.context_length, CPU_POOL_BYTES // per_token)

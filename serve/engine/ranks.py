@@ -17,7 +17,7 @@ def ranks_of(args: ServerArgs, rank: int) -> Ranks:
     if args.tp_size == 1:
         return Ranks()
     world, (attention, data) = Group("world", rank, args.tp_size), _groups(args)
-    if args.dp_size == 1:
+    if args.groups == 1:
         return Ranks(world, attention=world, ep_size=args.ep_size or 1)
     return Ranks(world, _member("attention", attention, rank), _member("data", data, rank), args.ep_size or 1)
 
@@ -26,7 +26,7 @@ def join(args: ServerArgs, rank: int, store: Store, device: torch.device) -> Ran
     """Join the groups of rank `rank`. Blocks until all ranks have come."""
     ranks = ranks_of(args, rank)
     distributed.join(store, rank, args.tp_size, "gloo" if device.type == "cpu" else "nccl", TIMEOUT_S)
-    if args.dp_size > 1:
+    if args.groups > 1:
         for name, groups in zip(("attention", "data"), _groups(args), strict=True):
             distributed.partition(name, groups)
     return ranks
@@ -34,7 +34,7 @@ def join(args: ServerArgs, rank: int, store: Store, device: torch.device) -> Ran
 
 def _groups(args: ServerArgs) -> tuple[list[list[int]], list[list[int]]]:
     """With data-parallel attention: the ranks that share sequences, and those that have the same heads."""
-    size = args.tp_size // args.dp_size
+    size = args.tp_size // args.groups
     return ([[*range(first, first + size)] for first in range(0, args.tp_size, size)],
             [[*range(first, args.tp_size, size)] for first in range(size)])
 

@@ -11,6 +11,7 @@ from uuid import uuid4
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.detokenizer import Detokenizer, StopStrings
 from wave64.serve.http.engine_client import EngineClient
+from wave64.serve.http.replicas import Replicas
 from wave64.serve.http.schemas import MAX_CHOICES, ApiError, Sampling
 from wave64.serve.http.template_process import TemplateProcess
 from wave64.serve.http.templates import TemplateError
@@ -121,7 +122,7 @@ class Choice:
 class Generator:
     """What every endpoint that generates needs: the tokenizer, the engine, the model's sampling defaults."""
 
-    def __init__(self, args: ServerArgs, client: EngineClient, tokenizer: Tokenizer,
+    def __init__(self, args: ServerArgs, client: EngineClient | Replicas, tokenizer: Tokenizer,
                  model_path: str | None = None, tokenizer_path: str | None = None) -> None:  # fmt: skip
         """`model_path` and `tokenizer_path` are what a client's transformers can open, where the flags are not."""
         self.args = args

@@ -22,9 +22,9 @@ import uvicorn
 
 from wave64.serve.args import LOG_FORMAT, ArgsError, ServerArgs, without_effect
 from wave64.serve.http.app import create_app
-from wave64.serve.http.engine_client import EngineClient
 from wave64.serve.http.generation import Generator
 from wave64.serve.http.guard import NotPolled
+from wave64.serve.http.replicas import engines
 from wave64.serve.http.schemas import ApiError
 from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
 from wave64.serve.model_path import BUILT_IN, TOKENIZER_FILES, resolve_model_path
@@ -115,7 +115,7 @@ class _Server(uvicorn.Server):
 
 async def _serve(args: ServerArgs, listener: socket.socket, folder: Path, torchrun: str | None) -> int:
     told_to_end = asyncio.Event()
-    client = EngineClient(replace(args, model_path=str(folder)), torchrun)
+    client = engines(replace(args, model_path=str(folder)), torchrun)
     generator = None
 
     def end() -> None:

@@ -29,7 +29,8 @@ def test_every_flag_sets_its_field():
     [
         (["--tp", "0"], "--tp-size: expected at least 1, got 0"),
         (["--tp", "4", "--ep", "3"], "--ep-size: expected a divisor of --tp-size, 4, got 3"),
-        (["--dp-size", "2"], "--dp-size: expected 1 without --enable-dp-attention, got 2"),
+        (["--dp-size", "2", "--tp", "2", "--nnodes", "2", "--dist-init-addr", "a:1"],
+         "--dp-size: expected 1 or --enable-dp-attention where hosts are several, or torchrun's, got 2; a router"),
         (["--tp", "2", "--dp-size", "4", "--enable-dp-attention"],
          "--dp-size: expected a divisor of --tp-size, 2, got 4"),
         (["--watchdog-timeout", "0"], "--watchdog-timeout: expected more than 0, got 0.0"),
