@@ -33,11 +33,14 @@ class Hello(Struct, tag=True):
 
 
 class Beat(Struct, tag=True):
-    """The rank lives. patience_s: how long it may be silent from here on."""
+    """The rank lives. patience_s: how long it may be silent from here on; read, size: bytes of its weights so far, and
+    of all of them."""
 
     device: str
     doing: str
     patience_s: float
+    read: int = 0
+    size: int = 0
 
 
 class Died(Struct, tag=True):

@@ -55,7 +55,7 @@ from wave64.serve.messages import (
 )
 from wave64.serve.model.checkpoint import WeightsError
 from wave64.serve.model.config import DTYPES, ConfigError, ModelConfig
-from wave64.serve.model.load import load_model, refuse_unless_split
+from wave64.serve.model.load import Progress, load_model, refuse_unless_split
 from wave64.serve.model.parallel import ONE
 from wave64.serve.model_path import resolve_model_path
 
@@ -103,9 +103,10 @@ class Rank:
     """
 
     def __init__(self, args: ServerArgs, rank: int = 0, local_rank: int = 0, store: Store | None = None,
-                 say: Callable[[str, str], None] = lambda doing, device: None) -> None:  # fmt: skip
+                 say: Callable[[str, str], None] = lambda doing, device: None,
+                 progress: Progress | None = None) -> None:  # fmt: skip
         """local_rank: the number of its device on this host. store: where the ranks meet. say: is told what comes next,
-        and the device."""
+        and the device. progress: as for load_model."""
         folder = resolve_model_path(args.model_path, args.revision)
         self.device = _device(args.device, args.base_gpu_id + local_rank)
         self.backends = wave64.report(self.device.type)
@@ -116,7 +117,7 @@ class Rank:
         say("joining the other ranks", str(self.device))
         ranks = ONE if store is None else join(args, rank, store, self.device)
         say("loading weights", str(self.device))
-        model = load_model(self.config, folder, self.dtype, self.device, args.load_format, ranks)
+        model = load_model(self.config, folder, self.dtype, self.device, args.load_format, ranks, progress)
         say("allocating the KV pool", str(self.device))
         kv_dtype = _kv_dtype(args.kv_cache_dtype, self.dtype, self.device)
         self.num_pages = smallest(pool_pages(args, self.config, kv_dtype, self.device, ranks), ranks, self.device)
@@ -140,7 +141,7 @@ class Engine:
     """
 
     def __init__(self, args: ServerArgs, team: Team | None = None) -> None:
-        rank = Rank(args) if team is None else Rank(args, store=team.store, say=team.say)
+        rank = Rank(args) if team is None else Rank(args, store=team.store, say=team.say, progress=team.progress)
         self.team, self._steps = team, 0
         self.device, self.config, self.dtype, self.runner = rank.device, rank.config, rank.dtype, rank.runner
         self._backends, self.is_gpu = rank.backends, rank.is_gpu

@@ -50,6 +50,7 @@ class Status:
         self.doing, self.device = "importing torch", "no device yet"
         self._watch, self._patience, self._end = watch, patience_s, end
         self.starting = True
+        self.read = self.size = 0
         self._lock = threading.Lock()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
@@ -59,6 +60,10 @@ class Status:
         with contextlib.suppress(OSError):  # the thread sees it, too
             self._send()
 
+    def progress(self, read: int, size: int) -> None:
+        """Bytes of weights; the thread says it."""
+        self.read, self.size = read, size
+
     def died(self, error: str) -> None:
         """The last words."""
         with self._lock:
@@ -67,7 +72,7 @@ class Status:
     def _send(self) -> None:
         with self._lock:
             patience = START_PATIENCE_S if self.starting else self._patience
-            self._watch.send(Beat(self.device, self.doing, patience))
+            self._watch.send(Beat(self.device, self.doing, patience, self.read, self.size))
 
     def _beat(self) -> None:
         while True:
@@ -152,7 +157,7 @@ def _serve(args: ServerArgs, place: Place, store: tuple[str, int], steps: Channe
     use_interface(steps.own_address)
     threads = set_threads(args)
     with emulation(args):
-        rank = Rank(args, place.rank, place.local_rank, distributed.meet(*store), status.say)
+        rank = Rank(args, place.rank, place.local_rank, distributed.meet(*store), status.say, status.progress)
         threads(rank.runner.weight_bytes)
         status.say(WAITING)
         number = 0

@@ -52,6 +52,8 @@ class Member:
     watch: Channel | None = None
     heard: float = field(default_factory=time.monotonic)  # when it last said something
     patience: float = START_PATIENCE_S
+    read: int = 0  # bytes of its weights so far, and of all of them
+    size: int = 0
     error: str | None = None  # its own words
     gone: bool = False
 
@@ -77,6 +79,7 @@ class Team:
         self._args, self._tell = args, tell
         self.doing = "starting"
         self.device = "no device yet"
+        self._loaded = (0, 0)
         self._me = hello("", 0, args, folder)
         local = args.tp_size // args.nnodes
         self.members = {rank: Member(rank, host=self._me.host if rank < local else f"{rank // local} of --nnodes")
@@ -100,6 +103,20 @@ class Team:
     def say(self, doing: str, device: str | None = None) -> None:
         """What rank 0 does next."""
         self.doing, self.device = doing, device or self.device
+
+    def progress(self, read: int, size: int) -> None:
+        """Bytes of weights that rank 0 has read, and of all of its own."""
+        self._loaded = read, size
+
+    def loading(self) -> str | None:
+        """How far all ranks are; None before and after."""
+        ranks = {0: self._loaded} | {m.rank: (m.read, m.size) for m in self.members.values()}
+        read, size = (sum(each) for each in zip(*ranks.values(), strict=True))
+        if not all(size for _, size in ranks.values()) or read == size:
+            return None
+        slowest = min(ranks, key=lambda rank: ranks[rank][0] / ranks[rank][1])
+        return (f"weights: {read / 1e9:.1f} of {size / 1e9:.1f} GB on {len(ranks)} ranks, {100 * read // size} %; "
+                f"rank {slowest} has {100 * ranks[slowest][0] // ranks[slowest][1]} %")
 
     def begin(self, number: int, schedules: list[Schedule]) -> None:
         """Every rank runs this step. Raises RankLost when one is not there to."""
@@ -188,12 +205,15 @@ class Team:
             assert member.watch is not None
             selector.register(member.watch, selectors.EVENT_READ, member)
             member.heard = time.monotonic()
-        told, phase, verdict_at = 0.0, "", 0.0
+        told, phase, verdict_at, noted = 0.0, "", 0.0, time.monotonic()
         while not self._closing:
             now = time.monotonic()
             if now - told >= BEAT_S or phase != self.doing.partition(" ")[0]:
                 told, phase = now, self.doing.partition(" ")[0]
                 self._tell(Alive(f"{self}: {self.doing}"))
+            if now - noted >= NOTE_S and (line := self.loading()):
+                noted = now
+                log.info(line)
             for key, _ in selector.select(0.1):
                 member = key.data
                 self._take(member)
@@ -225,6 +245,7 @@ class Team:
         if isinstance(said, Beat):
             member.device, member.doing = said.device, said.doing
             member.heard, member.patience = time.monotonic(), said.patience_s
+            member.read, member.size = said.read, said.size
         elif isinstance(said, Died):
             member.device, member.doing, member.error = said.device, said.doing, said.error
 

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,16 @@ log = logging.getLogger(__name__)
 
 DUMMY_SEED = 0
 
+Progress = Callable[[int, int], None]
+
 
 def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, device: str | torch.device,
-               load_format: str = "auto", ranks: Ranks = ONE) -> nn.Module:
+               load_format: str = "auto", ranks: Ranks = ONE, progress: Progress | None = None) -> nn.Module:
     """Builds the model of `config` on `device` in `dtype`, or the part of it that one of `ranks` holds, and fills it.
 
     load_format  "auto": the safetensors of `folder`, tensor by tensor; "dummy": random weights, the same at every
                  start on the same kind of device, `folder` is not read
+    progress     is called with bytes read and bytes to read; None: a bar on a terminal
     raises       WeightsError naming file and tensor
     """
     started = time.perf_counter()
@@ -38,7 +42,7 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     if load_format == "dummy":
         fill_with_noise(model)
     else:
-        fill_from(model, Path(folder))
+        fill_from(model, Path(folder), progress)
     is_cpu = torch.device(device).type == "cpu" and platform.emulated() is None
     products = f", {products_by(dtype)}" if is_cpu else ""
     size = sum(weight.nbytes for weight in model.parameters())
@@ -65,20 +69,24 @@ def _build(config: ModelConfig, dtype: torch.dtype, device: str | torch.device,
         torch.set_default_dtype(default_dtype)
 
 
-def fill_from(model: CausalLM, folder: Path) -> None:
-    """Read every weight of `model` from the checkpoint in `folder`.
+def fill_from(model: CausalLM, folder: Path, progress: Progress | None = None) -> None:
+    """Read every weight of `model` from the checkpoint in `folder`; progress as for load_model.
 
     Raises WeightsError if a weight is missing there or has another shape, or if the model does not have one of them.
     """
     targets, reads, copies, unused = _plan(model, folder)
     if unused:
         log.info("%s: %d weights of %s... are not used", folder, len(unused), unused[0].rpartition(".")[0])
-    size, quiet = sum(t.nbytes(targets[t.name][1]) for t in reads), not sys.stderr.isatty()
+    size, quiet = sum(t.nbytes(targets[t.name][1]) for t in reads), not sys.stderr.isatty() or progress is not None
+    read = 0
     with tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=quiet) as bar:
         for tensor in sorted(reads, key=lambda t: (t.file, t.begin)):
             view, shard = targets[tensor.name]
             tensor.load(view, shard)
             bar.update(tensor.nbytes(shard))
+            read += tensor.nbytes(shard)
+            if progress is not None:
+                progress(read, size)
     for tensor, original in copies:
         if not tensor.equals(*targets[tensor.name]):
             raise WeightsError(f"{tensor.file}: {tensor.name}: expected the values of {original}, because config.json "

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.engine import refuse
 from wave64.serve.engine.ranks import ranks_of
+from wave64.serve.engine.team import Member, Team
 from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.model.checkpoint import StoredTensor
 from wave64.serve.model.config import ConfigError, ModelConfig
@@ -211,3 +212,29 @@ def test_the_server_recites(tmp_path, name, flags):
         answer = server.complete(prompt=beginning, max_tokens=1000)
         assert server.stop() == 0
     assert beginning + answer["choices"][0]["text"] == TEXT
+
+
+def test_how_far_all_ranks_are_with_their_weights():
+    team = object.__new__(Team)
+    team._loaded, team.members = (0, 0), {rank: Member(rank) for rank in (1, 2)}
+    assert team.loading() is None
+    team.progress(6 * 10**9, 8 * 10**9)
+    assert team.loading() is None, "not all know how much they have to read"
+    for rank, read in ((1, 2), (2, 4)):
+        team.members[rank].read, team.members[rank].size = read * 10**9, 8 * 10**9
+    assert team.loading() == "weights: 12.0 of 24.0 GB on 3 ranks, 50 %; rank 1 has 25 %"
+    for rank in (1, 2):
+        team.members[rank].read = 8 * 10**9
+    team.progress(8 * 10**9, 8 * 10**9)
+    assert team.loading() is None
+
+
+def test_a_load_says_how_far_it_is(folders):
+    folder, said = Path(folders("deepseek-v3")), []
+    ranks = ranks_of(ServerArgs(tp_size=2, ep_size=2), 1)
+    model = load_model(ModelConfig.from_folder(folder), folder, torch.float32, "cpu", ranks=ranks,
+                       progress=lambda read, size: said.append((read, size)))  # fmt: skip
+    assert [read for read, _ in said] == sorted(read for read, _ in said)
+    assert said[-1] == (said[0][1], said[0][1])
+    padding = 2 * 48 * 4  # to 51 of 101 tokens, in embedding and head
+    assert said[-1][0] == sum(weight.nbytes for weight in model.parameters()) - padding, "its own, no other's"
