@@ -6,7 +6,7 @@ flags in memory that they share.
     execute_together([*of_rank_0, *of_rank_1], [Buffer("data", x.data_ptr(), x.nbytes), ...], seed=3)
 
 A turn is one wave's, until it accesses memory, for a few instructions at most; which wave's, and what the caches do in
-the meantime (coherence.py), comes from the seed, so that every seed is another schedule, and the same one again. A wave
+the meantime (views.py), comes from the seed, so that every seed is another schedule, and the same one again. A wave
 that has stored something is often made to wait, so that others see one store of it and not yet the next.
 """
 
@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from wave64.testing.emulator.checks import ALL
-from wave64.testing.emulator.coherence import Coherence, CoherentMemory, Wave, World
+from wave64.testing.emulator.coherence import Coherence, CoherentMemory
 from wave64.testing.emulator.machine import ENDED, READY, WAITING, Machine
 from wave64.testing.emulator.memory import Buffer, EmulationError
 from wave64.testing.emulator.run import SECONDS, Counts, Prepared, without_collection
 from wave64.testing.emulator.unordered import Shadow, Unordered
+from wave64.testing.emulator.views import Wave, World
 
 PATIENCE = 20_000  # instructions of each wave without a change in memory, after which they are taken to wait for ever
 LONGEST_TURN = 64  # instructions

@@ -4,7 +4,7 @@ nothing orders them.
 What orders them is a release of the first behind its access and, later, an acquire of the second: of workgroups of one
 device a write-back, waited for, and an invalidate of the device's scope, of several devices both of the system's.
 Stores past the caches release themselves once they were waited for, and loads past the caches need no acquire of their
-own. Which flag was passed in between is not asked, so a race whose two sides happen to release and acquire for something
+own. Which flag was passed in between is not asked: a race whose two sides happen to release and acquire for something
 else goes unseen. Launches of one stream are ordered, and not compared.
 
 `Unordered` is a check like the others, but not one of `ALL`: it costs several times the run. `execute_together` always
