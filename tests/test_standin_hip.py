@@ -91,6 +91,7 @@ def test_a_process_that_computes_on_a_gpu_emulates_none(package):
                                   "emulate in one that has not called an operator on a GPU")
 
 
+@pytest.mark.slow
 def test_a_device_is_emulated_next_to_the_runtime_that_torch_has_loaded():
     """As with a ROCm torch on a machine without a GPU: its libamdhip64.so is in the process, and stays untouched."""
     code = ("import ctypes, sys\ntorchs = ctypes.CDLL(sys.argv[1])\ntorchs.standin_calls.restype = ctypes.c_char_p\n"

@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, list[str], tuple[str, ...], dict[str, Any]]] = {
     "deepseek-chunks": ("demo-deepseek", PROMPTS, ("--chunked-prefill-size", "3"), {}),
     "deepseek-preempted": ("demo-deepseek", PROMPTS[:2] * 2, ("--max-total-tokens", "40", "--page-size", "4"), {}),
     "deepseek-fp8": ("demo-deepseek-fp8", PROMPTS, (), {}),
-    "deepseek-fp8-everything": ("demo-deepseek-fp8", PROMPTS[:1], (*FP8_CACHE, "--chunked-prefill-size", "5"), {}),
+    "deepseek-fp8-everything": ("demo-deepseek-fp8", PROMPTS[:1], (*FP8_CACHE, "--chunked-prefill-size", "3"), {}),
 }
 pytestmark = pytest.mark.slow
 #: What the suite runs: one model on each architecture.

@@ -4,7 +4,8 @@ A graph is what was recorded between the begin and the end of a capture, in orde
 HIP's runtime hands over instead of making them, and torch's own operations, which a dispatch mode sees. A replay makes
 the launches again with the same arguments, at the same addresses, and computes torch's operations again into the memory
 that their results had: so it reads new inputs where the capture read old ones, as a device's graph does. What would
-wait for a device, such as reading a number out of a tensor, is refused while a capture goes on.
+wait for a device, such as reading a number out of a tensor, is refused while a capture goes on. Not seen is Python that
+reads a tensor's memory past torch's dispatch: numpy() and tolist().
 """
 
 import contextlib
