@@ -21,6 +21,7 @@ from wave64.serve.http.schemas import ApiError, Body, parse
 log = logging.getLogger("wave64")
 
 MAX_BODY = 16 << 20  # bytes; a million token ids are half of it
+BODY_S = 300.0  # until all of a body has come; a client that sends a byte now and then would keep its connection
 SHORT_BODY = 1 << 16  # bytes that are checked at once, without the detour through a thread
 MAX_LOGGED = 500  # characters of a refusal's reason in the log
 OPEN_PATHS = ("/health", "/health_generate")  # asked by load balancers, which have no key
@@ -34,7 +35,17 @@ class Gone(Exception):
 
 
 async def read(request: Request, model: type[T]) -> T:
-    """The request's body, checked. Refuses one that is too long before reading it all."""
+    """The request's body, checked. Refuses one that is too long before reading it all, and one that does not end."""
+    try:
+        body = await asyncio.wait_for(_body(request), BODY_S)
+    except asyncio.TimeoutError:
+        raise ApiError(f"the body: expected all of it within {BODY_S:g} s", code="body_timeout", status=408) from None
+    if len(body) <= SHORT_BODY:
+        return _checked(model, body)
+    return await asyncio.to_thread(_checked, model, body)
+
+
+async def _body(request: Request) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > MAX_BODY:
         raise _too_long(f"{length} bytes")
@@ -50,9 +61,7 @@ async def read(request: Request, model: type[T]) -> T:
             raise _too_long("more")
     if gunzip:
         gunzip.check_end()
-    if len(body) <= SHORT_BODY:
-        return _checked(model, bytes(body))
-    return await asyncio.to_thread(_checked, model, bytes(body))
+    return bytes(body)
 
 
 def _checked(model: type[T], raw: bytes) -> T:
@@ -197,7 +206,7 @@ def _answer_error(error: ApiError, scope: Scope, headers: Any = None) -> Respons
     """The error as an answer, and as a line of the log: operators are asked why."""
     level = logging.ERROR if error.status >= 500 else logging.INFO
     log.log(level, "%s %s: %d: %s", scope["method"], _printable(scope["path"]), error.status, _printable(str(error)))
-    close = {"Connection": "close"} if error.status == 413 else {}  # what is left of the body is not read
+    close = {"Connection": "close"} if error.status in (408, 413) else {}  # what is left of the body is not read
     return json_response(error.body, error.status, {**(headers or {}), **close})
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from wave64.serve.args import LOG_FORMAT, ArgsError, ServerArgs, without_effect
 from wave64.serve.http.app import create_app
@@ -34,6 +35,7 @@ log = logging.getLogger("wave64")
 
 T = TypeVar("T")
 
+HEAD_S = 60.0  # for a connection's first request, and for the head of any
 GRACE_S = 5  # how long running requests may go on after the server was told to end
 
 
@@ -163,10 +165,32 @@ async def _serve(args: ServerArgs, listener: socket.socket, folder: Path, torchr
         await client.stop()
 
 
+def closes_slow_heads(protocol: Any) -> Any:
+    """uvicorn's protocol, but connections are closed whose client sends nothing, or a head that does not end. uvicorn
+    would keep them for ever: only for another request, after an answer, it waits for a limited time."""
+
+    class Protocol(protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            asyncio.get_running_loop().call_later(HEAD_S, self._look, transport, None)
+
+        def _look(self, transport: Any, before: Any) -> None:
+            """Closes the connection if it waits for a head since the last look, when `before` was answered."""
+            is_idle = self.cycle is None or self.cycle.response_complete
+            waits = is_idle and self.timeout_keep_alive_task is None
+            if waits and before is self.cycle:
+                transport.close()
+            if not transport.is_closing():
+                asyncio.get_running_loop().call_later(HEAD_S, self._look, transport, self.cycle if waits else self)
+
+    return Protocol
+
+
 def http_config(args: ServerArgs, app: Any) -> uvicorn.Config:
     """How HTTP is spoken."""
-    return uvicorn.Config(app, log_config=None, lifespan="off", timeout_keep_alive=args.timeout_keep_alive,
-                          timeout_graceful_shutdown=GRACE_S + 2)  # fmt: skip
+    protocol = closes_slow_heads(AutoHTTPProtocol)
+    return uvicorn.Config(app, http=protocol, log_config=None, lifespan="off", timeout_graceful_shutdown=GRACE_S + 2,
+                          timeout_keep_alive=args.timeout_keep_alive)  # fmt: skip
 
 
 def _tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:

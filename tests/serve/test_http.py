@@ -350,6 +350,17 @@ def test_a_body_may_be_gzip(app):
     assert send(gzip.compress(b" " * (guard.MAX_BODY - len(raw)) + raw)).status_code == 200
 
 
+def test_a_body_that_does_not_end_is_not_waited_for(app, monkeypatch):
+    async def pieces():
+        yield b'{"prompt": '
+        await asyncio.sleep(WAIT_S)
+
+    monkeypatch.setattr(guard, "BODY_S", 0.01)
+    answer = app.request("POST", COMPLETIONS, content=pieces())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "body_timeout")
+    assert answer.headers["connection"] == "close"
+
+
 def test_a_gzip_body_is_never_unpacked_beyond_the_limit(app):
     bomb = gzip.compress(b" " * (4 * guard.MAX_BODY))
     assert len(bomb) < guard.MAX_BODY / 100

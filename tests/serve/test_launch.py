@@ -16,7 +16,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 from helpers_server import CONTEXT, Server, eventually, free_port, is_alive, serve
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import wave64
 from wave64.serve.args import ServerArgs
@@ -165,12 +168,52 @@ def test_how_http_is_spoken():
     assert config.timeout_keep_alive == 75, "longer than clients keep a connection: they close it, not the server"
     assert launch.http_config(ServerArgs(timeout_keep_alive=9), None).timeout_keep_alive == 9
     config.load()
-    assert config.http_protocol_class.__name__ == "HttpToolsProtocol"
+    assert config.http_protocol_class.__mro__[1].__name__ == "HttpToolsProtocol"
 
     async def loop() -> str:
         return type(asyncio.get_running_loop()).__module__
 
     assert launch.run_loop(loop()) == "uvloop"
+
+
+@pytest.mark.parametrize(("before", "head"), [(False, b""), (False, b"GET / HTTP/1.1\r\nHo"), (True, b"GET /")])
+@pytest.mark.parametrize("protocol", [AutoHTTPProtocol, H11Protocol])
+def test_a_head_that_does_not_end_closes_the_connection_and_a_long_answer_does_not(before, head, protocol, monkeypatch):
+    monkeypatch.setattr(launch, "HEAD_S", 0.05)
+    may_answer = asyncio.Event()
+
+    async def app(scope, receive, send) -> None:
+        if scope["path"] == "/long":
+            await may_answer.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"OK"})
+
+    async def both() -> None:
+        config = launch.http_config(ServerArgs(), app)
+        config.http = launch.closes_slow_heads(protocol)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = uvicorn.Server(config)
+            serving = asyncio.create_task(server._serve([listener]))
+            address = listener.getsockname()
+            long, long_out = await asyncio.open_connection(*address)
+            long_out.write(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
+            slow, slow_out = await asyncio.open_connection(*address)
+            if before:
+                slow_out.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                await slow.readuntil(b"\r\n\r\nOK")
+            slow_out.write(head)
+            assert await asyncio.wait_for(slow.read(), 60) == b""
+            may_answer.set()
+            assert (await long.readuntil(b"\r\n\r\nOK")).startswith(b"HTTP/1.1 200")
+            for out in (long_out, slow_out):
+                out.close()
+                await out.wait_closed()
+            while server.server_state.connections:  # theirs are closed, too, once the loop has heard of it
+                await asyncio.sleep(0)
+            server.should_exit = True
+            await serving
+
+    asyncio.run(both())
 
 
 def test_a_graceful_end(model_folder, tmp_path):
