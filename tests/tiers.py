@@ -21,7 +21,8 @@ EXAMPLES = {"quick": 0.2, "long": 20}  # times as many of a hypothesis test as t
 SLOW_FIXTURES = {"server", "compiling", "reports", "tuned", "forms", "golden"}
 #: Modules, and folders of them, that `quick` leaves out: they start processes or execute machine code throughout.
 SLOW_MODULES = ("gfx942", "bench", "serve/test_launch.py", "serve/test_demo.py", "serve/test_demo_deepseek.py",
-                "serve/test_memory.py", "test_build.py", "test_setup_rocm.py")
+                "serve/test_memory.py", "serve/test_parallel.py", "serve/test_parallel_faults.py",
+                "serve/test_parallel_nodes.py", "serve/test_replicas.py", "test_build.py", "test_setup_rocm.py")
 
 
 def select(items: Iterable[pytest.Item], tier: str) -> tuple[list[pytest.Item], list[pytest.Item]]:

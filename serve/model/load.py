@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -98,10 +99,11 @@ def fill_from(model: CausalLM, folder: Path, progress: Progress | None = None) -
 
 def fill_with_noise(model: nn.Module) -> None:
     """Weights that keep activations in range: gains of norms 1, all else normal with deviation 0.02, which FP8 leaves
-    to its scales."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(DUMMY_SEED)
-    for module in model.modules():
+    to its scales. What ranks hold alike is alike: the values follow from a weight's name and shape."""
+    generator = torch.Generator(next(model.parameters()).device)
+    for module_name, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
+            generator.manual_seed(DUMMY_SEED + zlib.crc32(f"{module_name}.{name}".encode()))
             if isinstance(module, RMSNorm):
                 weight.data.fill_(1.0)
             elif name.endswith("_scale"):

@@ -6,6 +6,7 @@ Sums over ranks add in another order, so logits differ by rounding: tokens are c
 import itertools
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,17 @@ def test_a_load_says_how_far_it_is(folders):
     assert said[-1] == (said[0][1], said[0][1])
     padding = 2 * 48 * 4  # to 51 of 101 tokens, in embedding and head
     assert said[-1][0] == sum(weight.nbytes for weight in model.parameters()) - padding, "its own, no other's"
+
+
+def test_dummy_weights_that_ranks_hold_alike_are_alike(folders):
+    """Though slices of 50 features are of 12 and of 13, so that ranks draw different numbers of values before them."""
+    folder, models = folders("deepseek-v3"), []
+    config = replace(ModelConfig.from_folder(folder), intermediate_size=50)
+    for rank in range(2):
+        ranks = ranks_of(ServerArgs(tp_size=4, ep_size=4), rank)
+        models.append(load_model(config, folder, torch.float32, "cpu", "dummy", ranks).state_dict())
+    alike = [name for name in models[0] if re.search(r"mlp\.gate\.|norm|self_attn\.down_proj", name)]
+    assert len(alike) > 10
+    assert all(torch.equal(*(model[name] for model in models)) for name in alike)
+    first = "model.layers.0.mlp.down_proj.weight"
+    assert [model[first].shape[1] for model in models] == [12, 13]
