@@ -26,55 +26,47 @@ static u32 unit_of(const i32* at, u64 lanes, u32 width) {  // bytes that can be 
     EACH(lanes, all |= (u32)at[i];)
     return all & -all;
 }
+// clang-format off: macros of loops
 // whether no other wave did `kind` with these bytes: none did, or this one alone
-#define ALONE(T, kind, x)                                                 \
-    ({                                                                    \
-        T last_ = *(T*)(c->last[kind] + (x));                             \
-        !last_ || (last_ == mine && *(T*)(c->first[kind] + (x)) == mine); \
-    })
-#define UNITS(T, ...)                                      \
-    EACH(                                                  \
-        exec, for (u32 k = 0; k < width; k += sizeof(T)) { \
-            i64 x = at[i] + k;                             \
-            __VA_ARGS__                                    \
-        })
-#define READS(T)                                                                                                      \
-    UNITS(                                                                                                            \
-        T, if (!ALONE(T, WRITE, x) || (atomics && !ALONE(T, ATOMIC, x))) return NUMPY;                                \
-        T* first = (T*)(c->first[READ] + x); if (!*first)* first = mine;                                              \
-        else if (*first != mine) for (u32 b = 0; b < sizeof(T); b++) if (!((u8*)first)[b])((u8*)first)[b] = (u8)mine; \
-        *(T*)(c->last[READ] + x) = mine;)
+#define AT(T, array, x) (*(T *)((array) + (x)))
+#define ALONE(T, kind, x) \
+    ({ T last = AT(T, last_##kind, x); !last || (last == mine && AT(T, first_##kind, x) == mine); })
+#define UNITS(T, ...) EACH(exec, for (u32 k = 0; k < width; k += sizeof(T)) { i64 x = at[i] + k; __VA_ARGS__ })
+#define READS(T)                                                                                      \
+    UNITS(T, if (!ALONE(T, WRITE, x) || (atomics && !ALONE(T, ATOMIC, x))) return NUMPY;              \
+          T before = AT(T, first_READ, x);                                                            \
+          if (!before) AT(T, first_READ, x) = mine;                                                   \
+          else if (before != mine)                                                                    \
+              for (u32 b = 0; b < sizeof(T); b++) if (!first_READ[x + b]) first_READ[x + b] = (u8)mine; \
+          AT(T, last_READ, x) = mine;)
 #define LOOKS(T) \
     UNITS(T, if (!ALONE(T, READ, x) || !ALONE(T, WRITE, x) || (atomics && !ALONE(T, ATOMIC, x))) return NUMPY;)
-#define WRITES(T)                                                                                                  \
-    UNITS(T, T last = *(T*)(c->last[WRITE] + x); clash |= last && last != mine; *(T*)(c->first[WRITE] + x) = mine; \
-          *(T*)(c->last[WRITE] + x) = mine;)
-#define FORGETS(T) UNITS(T, *(T*)(c->first[WRITE] + x) = 0; *(T*)(c->last[WRITE] + x) = 0;)
-#define FINDS(T) UNITS(T, if (*(T*)(c->written + x) != ones) c->fresh[p] &= ~(1ull << i);)
-#define FILLS(T) UNITS(T, *(T*)(c->written + x) = ones;)
-#define BY_UNIT_OF(T, DO)                                  \
-    {                                                      \
-        T mine = (T)mark, ones = (T)0x0101010101010101ull; \
-        (void)mine;                                        \
-        (void)ones;                                        \
-        DO(T) break;                                       \
-    }
+#define WRITES(T)                                                                                     \
+    UNITS(T, T before = AT(T, last_WRITE, x);                                                         \
+          if (!before) AT(T, first_WRITE, x) = mine; else clash |= before != mine;                     \
+          AT(T, last_WRITE, x) = mine;)
+#define FORGETS(T) UNITS(T, AT(T, first_WRITE, x) = 0; AT(T, last_WRITE, x) = 0;)
+#define FINDS(T) UNITS(T, if (AT(T, written, x) != ones) fresh &= ~(1ull << i);)
+#define FILLS(T) UNITS(T, AT(T, written, x) = ones;)
+#define BY_UNIT_OF(T, DO) { T mine = (T)mark, ones = (T)0x0101010101010101ull; (void)mine; (void)ones; DO(T) break; }
+#define OF_KIND(kind) u8 *first_##kind = c->first[kind], *last_##kind = c->last[kind]; (void)first_##kind; (void)last_##kind;
 // for all waves of the party, as many bytes at a time as the addresses allow
-#define BY_UNIT(DO)                                                                             \
-    WAVES {                                                                                     \
-        const i32* at = (i32*)c->addresses + p * LANES;                                         \
-        u64 exec = exec_of(c, w), mark = (u64)(w % c->group_waves + 1) * 0x0101010101010101ull; \
-        switch (unit_of(at, exec, width)) {                                                     \
-            case 8:                                                                             \
-                BY_UNIT_OF(u64, DO)                                                             \
-            case 4:                                                                             \
-                BY_UNIT_OF(u32, DO)                                                             \
-            case 2:                                                                             \
-                BY_UNIT_OF(u16, DO)                                                             \
-            default:                                                                            \
-                BY_UNIT_OF(u8, DO)                                                              \
-        }                                                                                       \
+#define BY_UNIT(DO)                                                                                   \
+    WAVES {                                                                                           \
+        const i32 *at = (i32 *)c->addresses + p * LANES;                                              \
+        u64 exec = exec_of(c, w), mark = (u64)(w % c->group_waves + 1) * 0x0101010101010101ull;       \
+        u64 fresh = c->fresh[p];                                                                      \
+        u8 *written = c->written; (void)written;                                                      \
+        OF_KIND(READ) OF_KIND(WRITE) OF_KIND(ATOMIC)                                                  \
+        switch (unit_of(at, exec, width)) {                                                           \
+        case 8: BY_UNIT_OF(u64, DO)                                                                   \
+        case 4: BY_UNIT_OF(u32, DO)                                                                   \
+        case 2: BY_UNIT_OF(u16, DO)                                                                   \
+        default: BY_UNIT_OF(u8, DO)                                                                   \
+        }                                                                                             \
+        c->fresh[p] = fresh;                                                                          \
     }
+// clang-format on
 static void soil(Core* c, u32 width) {  // these bytes' accesses are no longer all 0
     WAVES {
         const i32* at = (i32*)c->addresses + p * LANES;
@@ -91,7 +83,8 @@ static int may_read(Core* c, u32 width) {
     if (c->written) BY_UNIT(FINDS)
     return OK;
 }
-static int may_write(Core* c, u32 width) {
+// clashes: gets whether waves of this instruction store to the same bytes
+static int may_write(Core* c, u32 width, int* clashes) {
     if (c->stores && c->stored + c->count > c->store_capacity) {  // forget the stores that were waited for
         i64 kept = 0;
         for (i64 k = 0; k < c->stored; k++)
@@ -100,14 +93,12 @@ static int may_write(Core* c, u32 width) {
         if (kept + c->count > c->store_capacity) return NUMPY;
     }
     if (c->first[READ]) {
-        int clash = 0, atomics = *c->atomics;
+        int atomics = *c->atomics;
         BY_UNIT(LOOKS)
         soil(c, width);
+        int clash = 0;
         BY_UNIT(WRITES)
-        if (clash) {  // waves of this instruction, which may store the same: NumPy looks, and notes them again
-            BY_UNIT(FORGETS)
-            return NUMPY;
-        }
+        *clashes = clash;
     }
     if (c->written) BY_UNIT(FILLS)
     if (c->stores) WAVES {
@@ -150,9 +141,11 @@ int lds_read2(Core* c, const Op* o) {
     }
     return OK;
 }
+static void forget_stores(Core* c, u32 width) { BY_UNIT(FORGETS) }
 static int store_lds(Core* c, const Op* o, i64 offset, u16 data) {
     u32 width = o->more & 31;
-    if (lds_offsets(c, o, offset, width) != OK || may_write(c, width) != OK) return NUMPY;
+    int clashes = 0;
+    if (lds_offsets(c, o, offset, width) != OK || may_write(c, width, &clashes) != OK) return NUMPY;
     Op one = *o;
     one.dst = data;
     WAVES {
@@ -161,6 +154,13 @@ static int store_lds(Core* c, const Op* o, i64 offset, u16 data) {
         if (c->counting) c->changes[1] += !holds(c, &one, w, address, exec_of(c, w), width);
         give(c, &one, w, address, exec_of(c, w), width);
     }
+    if (clashes) WAVES {
+            u64 address[LANES];
+            addresses_of_lds(c, p, address);
+            if (holds(c, &one, w, address, exec_of(c, w), width)) continue;
+            forget_stores(c, width);  // values differ: NumPy notes all of them again, and looks whose
+            return NUMPY;
+        }
     return OK;
 }
 int lds_write(Core* c, const Op* o) { return store_lds(c, o, o->imm, o->dst); }

@@ -58,14 +58,18 @@ INLINE void two_rows(const Held a, const Held b, int first, int row, int column,
             }
     __builtin_memcpy(sums, total, sizeof total);
 }
+#define ROW_LOOP _Pragma("clang loop vectorize(assume_safety)") for (int j = 0; j < count; j++)
 INLINE void give_row(Core* c, const Op* o, i64 w, const Lanes* kept, int result, u32 reg, int lane, const double* sum,
-                     int count) {
+                     const int count) {
     const Source* s = o->src + 2;
-    u32* to = vector(c, o->dst + reg, w) + lane;
+    u32 *to = vector(c, o->dst + reg, w) + lane, constant = s->low;
     const u32* from = o->unused ? kept[reg].u + lane : s->kind == VECTOR ? vector(c, s->reg + reg, w) + lane : NULL;
-    for (int j = 0; j < count; j++) {
-        u32 old = from ? from[j] : s->low;
-        to[j] = result == D_I32 ? (u32)(i64)sum[j] + old : as_u32((float)(sum[j] + (double)as_f32(old)));
+    if (result == D_I32) {
+        for (int j = 0; j < count; j++) to[j] = (u32)(i64)sum[j] + (from ? from[j] : constant);
+    } else if (from) {
+        ROW_LOOP((float*)to)[j] = (float)(sum[j] + (double)((const float*)from)[j]);
+    } else {
+        ROW_LOOP((float*)to)[j] = (float)(sum[j] + (double)as_f32(constant));
     }
 }
 // an element of D is known where a row of A, a column of B and the element of C are
