@@ -5,17 +5,20 @@
 Triton kernels of some operators, on problems whose waves fill the machine, executed by the core in C and by NumPy:
 the first time, which decodes the instructions and has the checks look at each step, and the best of some runs after it.
 Seconds are of this process, and of executing alone, without compiling and the launchers. Results are held to the
-reference before anything is printed.
+reference before anything is printed. Then loops of a matrix instruction alone.
 """
 
 import argparse
 import functools
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from wave64 import OPS, platform
@@ -40,6 +43,8 @@ PROBLEMS: dict[str, Callable[[], dict[str, Any]]] = {
                                            dtype=HALF),
 }
 RUNS = {"numpy": 2, "c": 10}
+MATRICES = {"v_mfma_f32_16x16x16_bf16": 4, "v_mfma_f32_32x32x8_bf16": 16, "v_mfma_f32_32x32x16_fp8_fp8": 16}
+TURNS = {"numpy": 5, "c": 100}
 _SHAPE = re.compile(r"v_mfma\w*?_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_")
 
 
@@ -77,20 +82,41 @@ def measure(op: str, arch: str, core: str) -> tuple[Counts, list[float]]:
     return ran, seconds
 
 
+def matrix_alone(name: str, registers: int, core: str) -> tuple[Counts, list[float]]:
+    """A loop of a matrix instruction of gfx942 whose result, and addend, are so many registers."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "gfx942"))
+    from assembled import assemble, run
+
+    ones = "".join(f"v_mov_b32_e32 v{i}, 1.0\n" for i in range(8, 12 + registers))
+    result = f"v[12:{11 + registers}]"
+    loop = 4 * f"{name} {result}, v[8:9], v[10:11], {result}\ns_nop 15\ns_nop 15\n"
+    body = f"{ones}s_movk_i32 s4, {TURNS[core]}\ns_nop 7\nagain:\n{loop}s_sub_i32 s4, s4, 1\ns_cmp_lg_u32 s4, 0\n"
+    code = assemble("gfx942", (("loop", body + "s_cbranch_scc1 again\n"),))
+    unused, seconds = np.zeros(64, np.uint32), []
+    for _ in range(RUNS[core]):
+        began = time.process_time()
+        ran = run(code, "loop", unused, unused, grid=(64, 1), core=core)
+        seconds.append(time.process_time() - began)
+    return ran, seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=("gfx942", "gfx950"), default="gfx942")
     parser.add_argument("--op", choices=PROBLEMS, action="append", help="default: all of them")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{args.arch:20} {'core':6} {'waves':>6} {'instructions':>12} {'first run':>10} {'then':>9} {'million/s':>9} "
+    print(f"{args.arch:28} {'core':6} {'waves':>6} {'instructions':>12} {'first run':>10} {'then':>9} {'million/s':>9} "
           f"{'G multiply-adds/s':>17}")
-    for op in args.op or PROBLEMS:
+    whats = {op: functools.partial(measure, op, args.arch) for op in args.op or PROBLEMS}
+    whats |= {} if args.op else {name: functools.partial(matrix_alone, name, registers)
+                                 for name, registers in MATRICES.items()}
+    for what, measured in whats.items():
         for core in RUNS:
             with platform.target(args.arch):
-                ran, seconds = measure(op, args.arch, core)
+                ran, seconds = measured(core)
             best = min(seconds[1:])
-            print(f"{op:20} {core:6} {ran.waves:6} {ran.instructions:12,} {seconds[0]:8.3f} s {best:7.4f} s "
+            print(f"{what:28} {core:6} {ran.waves:6} {ran.instructions:12,} {seconds[0]:8.3f} s {best:7.4f} s "
                   f"{ran.instructions / best / 1e6:9.2f} {multiply_adds(ran) / best / 1e9:17.2f}", flush=True)
 
 
