@@ -21,6 +21,7 @@ from wave64.serve.model_path import resolve_model_path
 PROMPTS = ["Four score and", "Four", "we here highly resolve that"]
 FLAGS = ("--max-total-tokens", "512", "--max-running-requests", "4", "--skip-server-warmup")
 PENALTIES = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
+TP2 = ("--tp-size", "2")  # without graphs: what emulated ranks exchange is no launch
 FP8_CACHE = ("--kv-cache-dtype", "fp8_e4m3")
 
 #: name -> (model, prompts asked at once, flags, fields of each request)
@@ -29,6 +30,8 @@ CASES: dict[str, tuple[str, list[str], tuple[str, ...], dict[str, Any]]] = {
     "llama-fp8-cache": ("demo-llama", PROMPTS[:1], FP8_CACHE, {}),
     "llama-penalties": ("demo-llama", PROMPTS, (), PENALTIES),
     "llama-eager": ("demo-llama", PROMPTS, ("--disable-cuda-graph",), {}),
+    "llama-drawn": ("demo-llama", PROMPTS, (), {"temperature": 0.1, "top_p": 0.9}),  # where others have no chance
+    "llama-tp2": ("demo-llama", PROMPTS, TP2, {}),
     "deepseek": ("demo-deepseek", PROMPTS, (), {}),
     "deepseek-chunks": ("demo-deepseek", PROMPTS, ("--chunked-prefill-size", "3"), {}),
     "deepseek-preempted": ("demo-deepseek", PROMPTS[:2] * 2, ("--max-total-tokens", "40", "--page-size", "4"), {}),
@@ -46,7 +49,7 @@ def tokens_on_cpu(model: str, prompts: list[str], flags: tuple[str, ...], fields
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(model, None))
     engine = Engine(ServerArgs.from_cli(["--model-path", model, *FLAGS, *flags, "--device", "cpu"]))
     for i, prompt in enumerate(prompts):
-        params = SamplingParams(max_new_tokens=count, temperature=0, **fields)
+        params = SamplingParams(**{"max_new_tokens": count, "temperature": 0, **fields})
         engine.add(Request(str(i), tokenizer(prompt).input_ids, params))
     got: list[list[int]] = [[] for _ in prompts]
     while engine.has_work:
@@ -77,14 +80,14 @@ def test_a_model_says_on_the_device_what_it_says_on_a_cpu(case, arch, count, tmp
         health = server.get("/health").json()
         assert server.stop() == 0
     log = server.log.read_text()
-    wanted, preemptions = tokens_on_cpu(model, prompts, flags, fields, count)
+    wanted, preemptions = tokens_on_cpu(model, prompts, () if flags == TP2 else flags, fields, count)
     assert got == wanted, log
     assert (preemptions > 0) == case.endswith("preempted")
     assert health["device"] == f"{arch} (emulated)"
     bound = {row["op"]: row["backend"] for row in health["backends"] if row["status"] == "bound"}
     assert bound["rms_norm"] == bound["reshape_and_cache"] == "hip"
     assert bound["prefill_attention"] == bound["fused_moe"] == "triton"
-    assert ("decode graphs: 3 batch sizes up to 4" in log) == ("--disable-cuda-graph" not in flags)
+    assert ("decode graphs: 3 batch sizes up to 4" in log) == (flags not in (TP2, ("--disable-cuda-graph",)))
     assert log.count("what torch itself would compute there") == 1
 
 
