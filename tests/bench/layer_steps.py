@@ -16,7 +16,7 @@ from wave64.arch import EMULATED, lookup
 from wave64.testing.step_cost import table
 
 sys.path.append(str(Path(__file__).parents[1] / "gfx942"))
-from device_layers import CLOSE, LAYERS, Work, layer  # noqa: E402
+from device_layers import LAYERS, Work, layer  # noqa: E402
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
     print(f"{args.layer} on {args.arch}: logits {saw['distance']:.4f} from the CPU's, {saw['instructions']:,} wave "
           f"instructions in {time.monotonic() - began:.0f} s, with the CPU's part\n")
     print(table({what: saw["step"]}, lookup(args.arch).product))
-    return int(not saw["distance"] < CLOSE)
+    return int(not saw["distance"] < saw["close"])
 
 
 if __name__ == "__main__":
