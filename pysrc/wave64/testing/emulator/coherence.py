@@ -1,5 +1,5 @@
-"""The memory model at work: a launch's memory, seen through the views of its waves (views.py), and what instructions say
-of who sees what."""
+"""The memory model at work: a launch's memory, seen through the views of its waves (views.py), and what instructions
+say of who sees what."""
 
 from collections.abc import Callable
 from typing import Any
