@@ -109,6 +109,8 @@ class Rank:
         and the device. progress: as for load_model."""
         folder = resolve_model_path(args.model_path, args.revision)
         self.device = _device(args.device, args.base_gpu_id + local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams, graphs and launches are the current device's
         self.backends = wave64.report(self.device.type)
         if rank == 0:
             log.info("what serves each operator:\n%s", wave64.table(self.backends))

@@ -35,6 +35,7 @@ from wave64.serve.node import address
 log = logging.getLogger("wave64")
 
 BEAT_S = 1.0
+HELLO_S = 5.0  # how long one that has connected may take to say who it is
 BLAME_S = 0.7  # the rank that died first may be the second to be noticed
 
 
@@ -59,7 +60,8 @@ class Member:
 
     def __str__(self) -> str:
         process = self.pid or (self.process.pid if self.process else 0)
-        return f"rank {self.rank} (host {self.host}, {self.device}, process {process})"
+        known = f", {self.device}, process {process}" if process else ""
+        return f"rank {self.rank} (host {self.host}{known})"
 
 
 class RankLost(RuntimeError):
@@ -182,8 +184,8 @@ class Team:
 
     def _admit(self, channel: Channel) -> None:
         try:
-            said = channel.receive(timeout_s=5.0)
-        except (OSError, EOFError, msgspec.DecodeError, msgspec.ValidationError):
+            said = channel.receive(timeout_s=HELLO_S)
+        except (OSError, EOFError, msgspec.DecodeError):  # a ValidationError is one
             channel.close()  # a stranger
             return
         member = self.members.get(said.rank) if isinstance(said, Hello) else None

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -95,3 +96,19 @@ def test_at_any_point(tmp_path, seed):
         server.process.kill()
         server.process.wait()
         server.http.close()
+
+
+def test_a_rank_without_memory_says_so(tmp_path):
+    """From here on rank 1 may take no more address space, and a long prompt comes."""
+    with serve("demo-llama", tmp_path / "log", *FLAGS, "--chunked-prefill-size", "2048") as server:
+        pids = processes(server)
+        pages = int(Path(f"/proc/{pids['rank 1']}/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize()
+        resource.prlimit(pids["rank 1"], resource.RLIMIT_AS, (limit, limit))
+        answer = server.post("/v1/completions", prompt=[7] * 2000, max_tokens=1)
+        assert answer.status_code == 503
+        assert server.process.wait(60) == 1
+        assert eventually(lambda: not any(map(is_alive, pids.values())))
+    last = server.log.read_text().splitlines()[-1]
+    assert re.search(rf"error: rank 1 \(host .*, cpu, process {pids['rank 1']}\) failed while step \d+ \(sequences: 1, "
+                     r"tokens: 2000\): .*(memory|Memory|alloc)", last), last

@@ -1,9 +1,12 @@
 """One server over two hosts, which network namespaces stand for; hosts that differ are refused, naming both."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,8 @@ import pytest
 from helpers_server import eventually, free_port
 
 from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.engine import team
+from wave64.serve.engine.control import Channel
 from wave64.serve.engine.introduction import hello, unlike
 from wave64.serve.node import Torchrun, places
 
@@ -118,3 +123,28 @@ def test_what_torchrun_says(monkeypatch):
     assert places(args) == [{"rank": 4 + i, "local_rank": i} for i in range(4)], "of --node-rank 1"
     with pytest.raises(ArgsError, match="--tp-size: expected 8, the processes or hosts of torchrun, or no such flag"):
         torchrun.check(ServerArgs(tp_size=2))
+
+
+def test_the_barrier_says_which_ranks_are_missing(tmp_path, monkeypatch, caplog):
+    """A stranger who connects, with or without a word, is none of them."""
+    (tmp_path / "config.json").write_text("{}")
+    for name, seconds in (("JOIN_S", 1.0), ("NOTE_S", 0.4), ("HELLO_S", 0.2)):
+        monkeypatch.setattr(team, name, seconds)
+    port = free_port()
+    args = ServerArgs(tp_size=2, nnodes=2, dist_init_addr=f"127.0.0.1:{port}")
+
+    def strangers() -> None:
+        for said in (b"", b"GET / HTTP/1.1\r\n\r\n"):
+            with Channel.connect("127.0.0.1", port, 5.0)._socket as stranger:
+                stranger.sendall(said)
+                time.sleep(0.3)
+
+    thread = threading.Timer(0.1, strangers)
+    thread.start()
+    with caplog.at_level(logging.INFO), pytest.raises(team.RankLost) as lost:
+        team.Team(args, tmp_path, print)
+    thread.join()
+    assert str(lost.value) == "waited 1 s in vain for rank 1 (host 1 of --nnodes)"
+    assert "waiting for rank 1 (host 1 of --nnodes)" in caplog.text
+    with pytest.raises(ArgsError, match="--dist-init-addr: cannot listen on 203.0.113.9:1: "):
+        team.Team(replace(args, dist_init_addr="203.0.113.9:1"), tmp_path, print)
