@@ -21,13 +21,16 @@ from wave64.serve.model.quantized import Experts, Fp8Linear
 FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[16, 32])
 
 
-#: prints by how much the peak of this process's memory rose during a load, and what the model's weights take, in bytes
+#: prints by how much the peak of this process's memory rose during a load, and what the model's weights take, in bytes;
+#: of one of four ranks, where it is told so, and of the whole
 MEMORY_OF_A_LOAD = """
 import sys
 from pathlib import Path
 
 import torch
 
+from wave64.serve.args import ServerArgs
+from wave64.serve.engine.ranks import ranks_of
 from wave64.serve.model.config import ModelConfig, QuantConfig
 from wave64.serve.model.load import load_model
 
@@ -36,10 +39,13 @@ def resident(key):
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 config = ModelConfig.from_folder(sys.argv[1])
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-before = resident("VmRSS")
-model = load_model(config, sys.argv[1], torch.bfloat16, "cpu")
-print(resident("VmHWM") - before, sum(weight.nbytes for weight in model.parameters()))
+for size in (4, 1) if sys.argv[2] == "ranks" else (1,):
+    ranks = ranks_of(ServerArgs(tp_size=size, ep_size=min(size, 2)), size - 1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident("VmRSS")
+    model = load_model(config, sys.argv[1], torch.bfloat16, "cpu", ranks=ranks)
+    print(resident("VmHWM") - before, sum(weight.nbytes for weight in model.parameters()))
+    del model
 """
 
 
@@ -91,9 +97,13 @@ def test_loading_takes_the_model_and_next_to_nothing_beside(tmp_path, fp8):
         quantize(tmp_path, (128, 128))
         edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config=FP8 | dict(
             weight_block_size=[128, 128])))
-    found = subprocess.run([sys.executable, "-c", MEMORY_OF_A_LOAD, tmp_path], capture_output=True, text=True)
+    command = [sys.executable, "-c", MEMORY_OF_A_LOAD, tmp_path, "one" if fp8 else "ranks"]
+    found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    peak, size = map(int, found.stdout.split())
+    *part, (peak, size) = (map(int, line.split()) for line in found.stdout.splitlines())
+    for its_peak, its_size in part:
+        assert size / 4 <= its_size < size / 3
+        assert its_peak <= 1.1 * its_size + 2 * BUFFER_BYTES < size, "a rank reads its part and no more"
     stored = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size > 5e7
     assert peak <= 1.1 * stored + 2 * BUFFER_BYTES
