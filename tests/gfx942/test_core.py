@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from assembled import assemble, run
-from test_emulator import WRONG, _numbered
+from test_emulator import LOAD, STORE, WAIT, WRONG, _numbered
 
 from wave64 import OPS, platform
 from wave64.testing import contract
@@ -61,6 +61,35 @@ def test_reports_are_the_same(wrong):
             run(code, f"kernel{list(WRONG).index(wrong)}", given, result, block=block, seconds=0.2, core=which)
         said.append(str(raised.value))
     assert said[0] == said[1]
+
+
+PAST = LOAD + WAIT + "s_mov_b32 m0, 0\nv_lshlrev_b32_e32 v3, 2, v0\n"
+DIRECT = "s_nop 0\nglobal_load_lds_dword v1, s[0:1]\n"
+READ = "ds_read_b32 v2, v3\ns_waitcnt lgkmcnt(0)\n"
+AGAIN = "s_movk_i32 m0, 256\nv_add_u32_e32 v3, 256, v3\n" + DIRECT  # which the core executes: NumPy makes the table
+#: body -> what both paths say
+LOADS_TO_LDS = {
+    PAST + DIRECT + WAIT + READ + AGAIN + WAIT + READ + STORE: None,
+    PAST + DIRECT + WAIT + READ + AGAIN + READ + STORE: "LDS is accessed, but no s_waitcnt has waited",
+    PAST + DIRECT + WAIT + "s_movk_i32 m0, 960\n" + DIRECT: "a load to LDS ends",
+}
+
+
+@pytest.mark.parametrize("body", LOADS_TO_LDS)
+def test_loads_past_the_registers(body):
+    code = assemble("gfx942", tuple((f"kernel{i}", each) for i, each in enumerate(LOADS_TO_LDS)), lds=1024)
+    said, left = [], {}
+    for which in ("numpy", "c"):
+        given, result = np.arange(7, 71, dtype=np.uint32), np.zeros(64, np.uint32)
+        try:
+            left = run(code, f"kernel{list(LOADS_TO_LDS).index(body)}", given, result, core=which).by_numpy
+            said.append((result == given).all())
+        except EmulationError as e:
+            said.append(str(e))
+    assert said[0] == said[1]
+    assert (LOADS_TO_LDS[body] in said[0]) if LOADS_TO_LDS[body] else said[0]
+    if not LOADS_TO_LDS[body]:
+        assert left == {"global_load_lds_dword": 1}
 
 
 def test_a_check_of_ones_own_has_numpy_execute(monkeypatch):

@@ -42,11 +42,11 @@ class _State(ctypes.Structure):
         *((name, _i) for name in ("n", "length", "group_waves", "groups")),
         *((name, _p) for name in ("lds", "scratch", "load_start", "load_end", "store_start", "store_end")),
         *((name, _i) for name in ("ranges", "lds_stride", "lds_bytes", "scratch_bytes")),
-        ("addresses", _p), ("changes", _i * 2), ("counting", _i), ("fnuz", _i),
+        ("addresses", _p), ("at", _p), ("changes", _i * 2), ("counting", _i), ("fnuz", _i),
         ("issued", _p * 2), ("done", _p * 2), ("due", _p * 2), ("unordered", _p * 2), ("busy", _p), ("met_with", _p),
         ("stores", _p), ("stored", _i), ("store_capacity", _i), ("special", _i),
-        ("known", _p), ("sure", _p), ("written", _p), ("private", _p), ("first", _p * 3), ("last", _p * 3),
-        ("dirty", _p), ("atomics", _p), ("one_value", _i),
+        ("direct_due", _p), ("direct_by", _p), ("known", _p), ("sure", _p), ("written", _p),
+        ("private", _p), ("first", _p * 3), ("last", _p * 3), ("dirty", _p), ("atomics", _p), ("one_value", _i),
         *((name, _i) for name in ("start", "step", "count", "pc")), ("fresh", _p), ("enabled", _p)]
 
 
@@ -152,6 +152,7 @@ class Core:
         self.reached = np.zeros(machine.program.length, np.uint8)
         n = machine.count
         self.addresses = np.zeros(2 * n * 64, np.uint64)
+        self.at_ = np.zeros(n * 64, np.int32)
         self.fresh, self.enabled = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
         self.outcome = _i()
         self.reaching = False
@@ -165,7 +166,7 @@ class Core:
         arrays = {"v": machine.vgprs, "s": machine.sgprs, "scc": machine.scc, "overflow": machine.fp16_overflow,
                   "states": machine.states, "pcs": machine.pcs, "counts": machine.counts, "ops": self.code.ops,
                   "reached": self.reached, "lds": machine.lds.u8, "scratch": machine.scratch.u8,
-                  "addresses": self.addresses, "fresh": self.fresh, "enabled": self.enabled}
+                  "addresses": self.addresses, "at": self.at_, "fresh": self.fresh, "enabled": self.enabled}
         for name, array in arrays.items():
             setattr(state, name, array.ctypes.data)
         shape = machine.shape
@@ -212,7 +213,11 @@ class Core:
         while True:
             if waits is not None:
                 state.stored = waits.logged
-                state.special = bool(waits.stores) or waits.direct is not None or waits.late is not None
+                state.special = bool(waits.stores) or waits.unaligned or waits.late is not None
+                if waits.direct is not None:
+                    state.direct_due, state.direct_by = (each.ctypes.data for each in waits.direct)
+                else:
+                    state.direct_due = None
             state.exchanges = self.code.exchanges.ctypes.data
             patience = self.run_(self._reference, limit, patience, self.outcome)
             outcome, pc = self.outcome.value, state.pc

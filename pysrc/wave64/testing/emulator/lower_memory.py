@@ -3,7 +3,7 @@
 import numpy as np
 
 from wave64.testing.emulator import lds, vmem
-from wave64.testing.emulator.decode import VGPR0
+from wave64.testing.emulator.decode import M0, VGPR0
 from wave64.testing.emulator.lanes import HALF_LOADS, LOADS, STORES
 from wave64.testing.emulator.lowered import BY_ALL, FROM_MEMORY, HIGH_HALF, LOW_HALF, ONE, SIGNED, Lowered, Unknown
 
@@ -44,8 +44,9 @@ def _access(name: str) -> tuple[bool, int] | None:
 def lanes_access(low: Lowered) -> str:
     fields, family = low.fields, low.instruction.family
     space, _, rest = low.instruction.name.partition("_")
-    access = _access(rest)
-    if access is None or family == "MUBUF" and fields.lds:
+    past = "load_lds_" in rest or family == "MUBUF" and bool(fields.lds)  # the registers, to LDS
+    access = _access(rest.replace("load_lds_", "load_"))
+    if access is None or past and (access[0] or space == "scratch" or access[1] & ~31):
         raise Unknown
     stores, low.more = access
     low.rule = FROM_MEMORY
@@ -68,6 +69,10 @@ def lanes_access(low: Lowered) -> str:
         low.source(low.number("addr") + VGPR0, "U" if alone else "u")
         low.nothing() if alone else low.source(fields.saddr.offset, "U")
         space = "global"
+    if past:
+        low.dst = fields.offset
+        low.reads.append(("s", M0, 1))
+        return f"{space}_load_lds"
     words, data = max(1, (low.more & 31) // 4), "vdata" if family == "MUBUF" else "data" if stores else "vdst"
     low.dst = low.note(low.reads if stores else low.writes, low.number(data), words, bool(fields.acc))
     low.unheeded = int(stores and space == "buffer")
@@ -79,6 +84,13 @@ def lds_access(low: Lowered) -> str:
     if fields.gds:
         raise Unknown
     low.rule, acc = FROM_MEMORY, bool(fields.acc)
+    if name in ("read_b64_tr_b16", "read_b64_tr_b8", "read_b64_tr_b4"):
+        if low.arch != "gfx950":
+            raise Unknown
+        low.source(low.number("addr") + VGPR0, "u")
+        low.imm, low.more = fields.offset0 | fields.offset1 << 8, int(name.rpartition("b")[2])
+        low.vector_result(low.number("vdst"), 2, acc)
+        return "lds_read_transposed"
     twice = "2_" in name or "2st64_" in name
     kind = name.partition("_")[2]
     for _ in range(1 + twice):

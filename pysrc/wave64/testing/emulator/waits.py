@@ -38,6 +38,7 @@ class Waits(Check):
         self.logged = 0
         #: by byte of LDS, what a load past the registers brings: (vm count, wave); None before the first such load
         self.direct: tuple[np.ndarray, np.ndarray] | None = None
+        self.unaligned = False                  # one of these was not to whole words
 
     def start(self) -> None:
         for arrays in (self.issued, self.done, self.due, self.unordered):
@@ -47,7 +48,8 @@ class Waits(Check):
         self.met_with.fill(0)
         self.busy.fill(False)
         self.logged = 0
-        self.direct = self.late = None
+        self.direct, self.late = None if self.direct is None else self._bytes(), None
+        self.unaligned = False
 
     def wrap(self, b: Binding, execute: Callable) -> Callable:
         name, waves = b.instruction.name, b.party.waves
@@ -97,6 +99,7 @@ class Waits(Check):
             self.stores.append((self.issued["lgkm"][wave] + 1, wave, octets))
         if loads:
             due, by = self._direct()
+            self.unaligned |= bool((offsets & 3).any())
             due[octets], by[octets] = self.issued["vm"][wave] + 1, wave
         elif self.direct is not None:
             due, by = self.direct

@@ -24,7 +24,7 @@ typedef i32 k_i;
 typedef i16 k_s;
 typedef i64 k_I;
 
-enum { LANES = 64, SGPRS = 128, VCC = 106, EXEC = 126, SCALAR = 1000, SCC = 253 };
+enum { LANES = 64, SGPRS = 128, VCC = 106, M0 = 124, EXEC = 126, SCALAR = 1000, SCC = 253 };
 enum { FULL_WORD = 6 };                                              // SDWA: all of a register
 enum { NONE, VECTOR, ONE, CONSTANT, SCC_BIT, VCCZ_BIT, EXECZ_BIT };  // what a source is
 enum { NEGATE = 1, ABSOLUTE = 2, HIGH = 4 };                         // how it is modified
@@ -83,6 +83,7 @@ struct Core {
     const u64 *load_start, *load_end, *store_start, *store_end;
     i64 ranges, lds_stride, lds_bytes, scratch_bytes;
     u64* addresses;  // scratch space, [2 n, 64]
+    i32* at;         // and [n, 64]: offsets into the LDS of all workgroups
     i64 changes[2];  // in memory, in LDS; counted where `counting`
     i64 counting, fnuz;
     // checks; NULL where the check is off
@@ -91,6 +92,7 @@ struct Core {
     i64* met_with;
     Stored* stores;
     i64 stored, store_capacity, special;  // special: loads to LDS or late stores are followed, by NumPy
+    i64 *direct_due, *direct_by;  // by byte of LDS, what a load past the registers brings: its count, and whose it is
     u64* known;
     u8 *sure, *written, *private;
     u8 *first[3], *last[3], *dirty;  // by byte of LDS, of reads, writes and atomics
