@@ -71,6 +71,7 @@ class StepCosts:
         self.arch = lookup(arch)
         self._counting = counting()
         self.checks: tuple[type, ...] = (self._counting,)
+        self.is_counting = True
         self._step = Step()
 
     def add(self, op: str, kernel: str, instructions: int) -> None:

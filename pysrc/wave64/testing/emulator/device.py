@@ -36,9 +36,11 @@ log = logging.getLogger("wave64")
 
 
 class Meter(Protocol):
-    """What watches launches: `checks`, besides the usual ones, count while one is executed; then `add` is called."""
+    """What watches launches while `is_counting`: `checks`, besides the usual ones, count while one is executed, which
+    is slower, since the emulator's core does not know them; then `add` is called."""
 
     checks: tuple[type, ...]
+    is_counting: bool
 
     def add(self, op: str, kernel: str, instructions: int) -> None: ...
 
@@ -84,7 +86,7 @@ class Device:
     def __init__(self, arch: str, checks: tuple[type, ...] = ALL, meter: Meter | None = None):
         self.arch: Arch = lookup(arch)
         self.counts, self.meter = Counts(), meter
-        self._checks = checks if meter is None else (*checks, *meter.checks)
+        self._checks = checks
         self._index = EMULATED.index(arch)  # of the stand-in's devices
         self._driver = driver()
         self.streams = Streams(self._driver)
@@ -145,10 +147,11 @@ class Device:
         graph.nodes.append(lambda: self._execute(launch, op))
 
     def _execute(self, launch: Launch, op: str) -> None:
-        before = self.counts.instructions
-        execute(launch, launch.buffers(), self.counts, self._checks, SECONDS, GRANULES.get(launch.op, 1))
-        if self.meter is not None:
-            self.meter.add(op or launch.op, launch.kernel, self.counts.instructions - before)
+        meter = self.meter if self.meter is not None and self.meter.is_counting else None
+        before, checks = self.counts.instructions, self._checks if meter is None else (*self._checks, *meter.checks)
+        execute(launch, launch.buffers(), self.counts, checks, SECONDS, GRANULES.get(launch.op, 1))
+        if meter is not None:
+            meter.add(op or launch.op, launch.kernel, self.counts.instructions - before)
 
     def serving(self, op: str, backend: Backend) -> Backend:
         """The backend, whose launches count as the operator's."""
