@@ -51,6 +51,7 @@ def cases():
             4, 5, 37, 5, d, fp8_dtype(), page_size=3, skip=(2,), scale=0.03))
     yield Case("contiguous", _contiguous)
     yield Case("fp8-unscaled", lambda: _draw(5, 2, cache_dtype=FP8[0]))
+    yield Case("fp8-scale-0", lambda: with_zeros(_draw(5, 2, cache_dtype=fp8_dtype(), scale=0.0)))
     for fp8 in FP8:
         yield Case(f"{fp8}-scale-1e-40", lambda c=fp8: with_zeros(_draw(5, 2, cache_dtype=c, scale=1e-40)))
     yield Case("small", lambda: _draw(70, 5, 32, 8))

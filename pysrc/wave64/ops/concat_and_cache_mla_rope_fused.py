@@ -67,6 +67,7 @@ def cases():
         for fp8 in FP8:
             yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 3, 2, dtype=d, cache_dtype=c, skip=(1,),
                                                                            scale=0.03))
+    yield Case("fp8-scale-0", lambda: with_zeros(_draw(5, 3, 2, cache_dtype=fp8_dtype(), scale=0.0)))
     for fp8 in FP8:
         yield Case(f"{fp8}-scale-1e-40", lambda c=fp8: with_zeros(_draw(5, 3, 2, cache_dtype=c, scale=1e-40)))
         yield Case(f"odd-{fp8}", lambda c=fp8: _draw(7, 5, 5, 37, 6, is_neox=True, cache_dtype=c, page_size=3,
