@@ -339,7 +339,10 @@ def refuse(args: ServerArgs) -> Path:
     model's folder."""
     folder = resolve_model_path(args.model_path, args.revision)
     _device(args.device, args.base_gpu_id + args.tp_size // args.nnodes - 1)
-    refuse_unless_split(_config(folder, args), ranks_of(args, 0))
+    config = _config(folder, args)
+    if config.moe is None and args.ep_size != 1 and args.groups == 1:
+        raise ArgsError(f"--ep-size: expected 1, for a model without experts, got {args.ep_size}")
+    refuse_unless_split(config, ranks_of(args, 0))
     return folder
 
 

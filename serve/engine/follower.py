@@ -26,6 +26,7 @@ log = logging.getLogger("wave64")
 
 BEAT_S = 1.0
 WAITING = "waiting for a step"
+NO_DEVICE = "no device yet"
 START_PATIENCE_S = 120.0  # importing torch holds the interpreter, for long on a cold disk
 JOIN_S = 600.0  # how long ranks of other hosts may take to come
 NOTE_S = 10.0  # how often the log says which have not
@@ -47,7 +48,7 @@ class Status:
     is gone."""
 
     def __init__(self, watch: Channel, patience_s: float, end: Callable[[int], object]) -> None:
-        self.doing, self.device = "importing torch", "no device yet"
+        self.doing, self.device = "importing torch", NO_DEVICE
         self._watch, self._patience, self._end = watch, patience_s, end
         self.starting = True
         self.read = self.size = 0

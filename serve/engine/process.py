@@ -18,19 +18,18 @@ def main() -> None:
     """Run the engine until it is told to end, or its parent is gone."""
     settings = json.loads(sys.stdin.readline())
     args = ServerArgs(**settings["args"])
+    end_with(settings["parent"])
     if "place" in settings:
         place = Place(**settings["place"] | {"control": tuple(settings["place"]["control"])})
         level = args.log_level if args.log_level == "debug" else "warning"  # rank 0 says what holds for all
         logging.basicConfig(level=level.upper(), format=f"rank {place.rank}: {LOG_FORMAT}", stream=sys.stdout)
-        end_with(settings["parent"])
         _exit(follow(args, place))
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
     status = 0
     try:
         from wave64.serve.engine.engine import run_engine  # imports torch, and reads WAVE64_BACKEND
 
-        if os.getppid() == settings["parent"]:  # else it ended while we imported, and run_engine could not know
-            run_engine(args, settings["requests"], settings["outputs"], settings["torchrun"])
+        run_engine(args, settings["requests"], settings["outputs"], settings["torchrun"])
     except ValueError as error:  # NotSupported: run_engine itself reports what it raises
         _fail(settings["outputs"], " ".join(str(error).split()))
         status = 1

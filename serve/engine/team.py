@@ -26,7 +26,7 @@ import zmq
 from wave64 import distributed
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.control import Beat, Channel, Died, Hello, Refused, Step, Welcome, frame
-from wave64.serve.engine.follower import JOIN_S, NOTE_S, START_PATIENCE_S, WAITING, Place
+from wave64.serve.engine.follower import JOIN_S, NO_DEVICE, NOTE_S, START_PATIENCE_S, WAITING, Place
 from wave64.serve.engine.introduction import hello, unlike
 from wave64.serve.engine.schedule import Schedule
 from wave64.serve.messages import Alive, Failed
@@ -47,7 +47,7 @@ class Member:
     process: subprocess.Popen[bytes] | None = None  # of this host
     host: str = ""
     pid: int = 0
-    device: str = "no device yet"
+    device: str = NO_DEVICE
     doing: str = "starting"
     steps: Channel | None = None
     watch: Channel | None = None
@@ -80,7 +80,7 @@ class Team:
         """torchrun: its run, where it has started the others; they look for rank 0 in its store."""
         self._args, self._tell = args, tell
         self.doing = "starting"
-        self.device = "no device yet"
+        self.device = NO_DEVICE
         self._loaded = (0, 0)
         self._me = hello("", 0, args, folder)
         local = args.tp_size // args.nnodes
@@ -248,6 +248,9 @@ class Team:
             member.device, member.doing = said.device, said.doing
             member.heard, member.patience = time.monotonic(), said.patience_s
             member.read, member.size = said.read, said.size
+            kinds = {device.partition(":")[0] for device in (self.device, said.device)} - {NO_DEVICE}
+            if len(kinds) > 1:  # they could not exchange a tensor, and would wait for each other
+                member.error = f"rank 0 computes on {self.device}; --device has to mean the same on all hosts"
         elif isinstance(said, Died):
             member.device, member.doing, member.error = said.device, said.doing, said.error
 

@@ -153,6 +153,7 @@ def test_so_do_two_groups_that_attend_to_requests_of_their_own(pool, folders, al
     ("deepseek-v3", dict(tp_size=8, ep_size=8), "--tp-size: num_attention_heads, 4, can be split over 1, 2, 4 ranks"),
     ("deepseek-v3", dict(tp_size=16, dp_size=16, enable_dp_attention=True),
      "--ep-size: expected at most 8, the number of experts, got 16"),
+    ("llama-gqa", dict(tp_size=2, ep_size=2), "--ep-size: expected 1, for a model without experts, got 2"),
     ("deepseek-fp8", dict(tp_size=4), "--tp-size: columns of o_proj in blocks of 32, 64, can be split over 1, 2 ranks, "
                                       "got 4"),
     ("deepseek-v3", dict(tp_size=2, ep_size=2, device="cuda"), "--device: cuda was asked for, and torch sees no GPU"),

@@ -37,6 +37,9 @@ def end_in(server: Server, pids: dict[str, int], victim: str, number: signal.Sig
         lines = stream.iter_lines()
         for _ in range(2 * after_tokens + 1):
             next(lines)
+        if victim == "api":
+            for rank in ("rank 0", "rank 1"):  # which could not notice
+                os.kill(pids[rank], signal.SIGSTOP)
         os.kill(pids[victim], number)
         sent = time.monotonic()
         if victim == "api":

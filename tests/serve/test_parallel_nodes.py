@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from helpers_server import eventually, free_port
 
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine import team
-from wave64.serve.engine.control import Channel
+from wave64.serve.engine.control import Beat, Channel
 from wave64.serve.engine.introduction import hello, unlike
 from wave64.serve.node import Torchrun, places
 
@@ -148,3 +149,28 @@ def test_the_barrier_says_which_ranks_are_missing(tmp_path, monkeypatch, caplog)
     assert "waiting for rank 1 (host 1 of --nnodes)" in caplog.text
     with pytest.raises(ArgsError, match="--dist-init-addr: cannot listen on 203.0.113.9:1: "):
         team.Team(replace(args, dist_init_addr="203.0.113.9:1"), tmp_path, print)
+
+
+def test_ranks_on_devices_of_two_kinds_are_not_left_waiting():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = Channel.connect(*listener.getsockname(), timeout_s=5.0)
+        ours = Channel(listener.accept()[0])
+    rank_0 = object.__new__(team.Team)
+    rank_0.doing, rank_0.device = "loading weights", team.NO_DEVICE
+    member = team.Member(1, host="b", pid=7, watch=ours)
+
+    def hear(device: str) -> str | None:
+        theirs.send(Beat(device, "loading weights", 8.0))
+        rank_0._take(member)
+        return member.error
+
+    assert hear(team.NO_DEVICE) is None
+    assert hear("cpu") is None
+    rank_0.device = "cuda:0"
+    assert hear("cuda:1") is None
+    assert hear("cpu") == "rank 0 computes on cuda:0; --device has to mean the same on all hosts"
+    assert rank_0._verdict([member], 0.0) == (
+        "rank 1 (host b, cpu, process 7) failed while loading weights: rank 0 computes on cuda:0; --device has to mean "
+        "the same on all hosts")  # fmt: skip
+    ours.close()
+    theirs.close()
