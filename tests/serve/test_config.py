@@ -167,10 +167,10 @@ def test_what_published_checkpoints_say_besides_changes_nothing(read, key, value
 
 
 def test_each_word_of_mathematics_alone_has_a_key_refused(read):
-    words = "rope rotary posit alibi attn attention head kv qk mla moe expert router gate topk norm scal mult quant " \
-            "window slid chunk sparse softcap capping clip logit bias activ act_fn residual parallel embed layer lora " \
-            "rank dim hidden width mamba ssm conv recur index compress interleav factor eps loop depth tie_ tied vocab " \
-            "num_ _size"
+    words = "rope rotary posit alibi attn attention head kv qk mla moe expert router gate topk norm scal mult " \
+            "quant window slid chunk sparse softcap capping clip logit bias activ act_fn residual parallel embed " \
+            "layer lora rank dim hidden width mamba ssm conv recur index compress interleav factor eps loop depth " \
+            "tie_ tied vocab num_ _size"
     for word in words.split():
         with pytest.raises(ConfigError, match=f"x{word}x: expected "):
             read(SMALLEST | {f"x{word}x": True})
