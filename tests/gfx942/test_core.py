@@ -92,6 +92,17 @@ def test_loads_past_the_registers(body):
         assert left == {"global_load_lds_dword": 1}
 
 
+def test_what_was_reported_is_reported_again():
+    """Machines of a kernel share which steps the checks have seen; those that were wrong are not among them."""
+    body = "v_cmp_eq_u32_e32 vcc, v0, v0\ns_nop 2\nv_div_fmas_f32 v2, v0, v0, v0\n"
+    code, said = assemble("gfx942", (("early", body),)), []
+    for grid in ((1, 1), (1, 1), (2, 1)):
+        with pytest.raises(EmulationError, match="too early") as raised:
+            run(code, "early", np.zeros(64, np.uint32), np.zeros(64, np.uint32), grid=grid)
+        said.append(str(raised.value))
+    assert len(set(said)) == 1
+
+
 def test_a_check_of_ones_own_has_numpy_execute(monkeypatch):
     """It sees every instruction, which the core would not show it."""
     seen = []

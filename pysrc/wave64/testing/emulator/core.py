@@ -110,6 +110,7 @@ class Code:
 
     def __init__(self, length: int):
         self.ops = np.zeros(length * LAYOUT.size, np.uint8)
+        self.reached = np.zeros(length, np.uint8)  # what the checks have seen: see core.h
         self.lowered: dict[int, Lowered] = {}
         self.exchanges = np.zeros(64, EXCHANGE)
         self.numbers: dict[bytes, int] = {}
@@ -146,10 +147,10 @@ class Core:
 
     def __init__(self, machine):
         self.machine = machine
-        key = machine.kernel.name
+        key = machine.kernel.name, any(type(check) is Hazards for check in machine.checks)
         self.code = machine.program.lowered.setdefault(key, None) or Code(machine.program.length)
         machine.program.lowered[key] = self.code
-        self.reached = np.zeros(machine.program.length, np.uint8)
+        self.reached = self.code.reached
         n = machine.count
         self.addresses = np.zeros(2 * n * 64, np.uint64)
         self.at_ = np.zeros(n * 64, np.int32)

@@ -13,7 +13,7 @@ is first taken, so that kernels run as fast with this check as without, but for 
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -284,22 +284,31 @@ def step_of(b: Binding) -> Step:
 
 # ---- the check
 
+@dataclass
+class Taken:
+    """The steps that were taken."""
+
+    steps: dict[int, Step] = field(default_factory=dict)
+    before: dict[int, set[int]] = field(default_factory=dict)
+    after: dict[int, set[int]] = field(default_factory=dict)
+    horizon: int = 0  # the longest window opened so far
+
+
 class Hazards(Check):
-    """Keeps the steps that were taken, as a graph of program counters, and looks back from every use along it."""
+    """Keeps the steps that were taken, as a graph of program counters, and looks back from every use along it. Machines
+    of a kernel share the graph: what one has looked at is as right in another."""
 
     def __init__(self, machine):
         super().__init__(machine)
-        self.steps: dict[int, Step] = {}
-        self.before: dict[int, set[int]] = {}
-        self.after: dict[int, set[int]] = {}
-        self.horizon = 0  # the longest window opened so far
+        self.taken: Taken = machine.program.lowered.setdefault(("hazards", machine.kernel.name), Taken())
+        self.steps, self.before, self.after = self.taken.steps, self.taken.before, self.taken.after
 
     def wrap(self, b: Binding, execute: Callable) -> Callable:
         pc, following, name = b.pc, b.pc + b.instruction.words, b.instruction.name
         jumps = name.startswith(("s_branch", "s_cbranch", "s_setpc", "s_swappc"))
         if pc not in self.steps:
             step = self.steps[pc] = step_of(b)
-            self.horizon = max([self.horizon, *(window.states for window in step.windows)])
+            self.taken.horizon = max([self.taken.horizon, *(window.states for window in step.windows)])
             self._look_back(pc)
             if not jumps and not name.startswith(_ENDS):
                 self._take(pc, following)
@@ -326,7 +335,7 @@ class Hazards(Check):
         todo = [(target, 0)]
         while todo:
             at, distance = todo.pop()
-            if at in self.steps and distance < nearest.get(at, self.horizon):
+            if at in self.steps and distance < nearest.get(at, self.taken.horizon):
                 nearest[at] = distance
                 todo += [(further, distance + self.steps[at].states) for further in self.after.get(at, ())]
         for at in nearest:
@@ -340,8 +349,8 @@ class Hazards(Check):
         while todo:
             at, between, sought = todo.pop()
             for earlier in self.before.get(at, ()):
-                nearest, more = seen.get(earlier, (self.horizon, NONE))
-                if not sought or between >= self.horizon or nearest <= between and more >= sought:
+                nearest, more = seen.get(earlier, (self.taken.horizon, NONE))
+                if not sought or between >= self.taken.horizon or nearest <= between and more >= sought:
                     continue
                 seen[earlier] = between, sought
                 first = self.steps[earlier]
@@ -357,6 +366,7 @@ class Hazards(Check):
         if not touched or (window.forwarded and first.kin == use.kin and window.registers == use.addend):
             return
         what = f"hardware register {min(touched) - HARDWARE}" if min(touched) >= HARDWARE else name_of(min(touched))
+        self.machine.program.lowered.clear()  # who executes it again hears it again
         raise EmulationError(
             f"{what} too early: {self.machine.where(pc)} {window.use} {between} wait states after "
             f"{self.machine.where(earlier)} {window.did}; {window.states} must lie between")

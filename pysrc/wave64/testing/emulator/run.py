@@ -126,12 +126,17 @@ def execute(launch, buffers: Iterable[Buffer], counts: Counts | None = None, che
     shape = prepared.shape(max(1, min(prepared.blocks, BATCH // prepared.waves)))
     machine = _machine(prepared.program, prepared.kernel, shape, checks, core)
     machine.memory.register([*buffers, *prepared.buffers], granule)
-    with np.errstate(all="ignore"), without_collection():
-        for first in range(0, prepared.blocks, shape.groups):
-            live = min(shape.groups, prepared.blocks - first)
-            prepared.start(machine, first, live)
-            machine.run(seconds)
-            counts.add(machine, live * prepared.waves)
+    try:
+        with np.errstate(all="ignore"), without_collection():
+            for first in range(0, prepared.blocks, shape.groups):
+                live = min(shape.groups, prepared.blocks - first)
+                prepared.start(machine, first, live)
+                machine.run(seconds)
+                counts.add(machine, live * prepared.waves)
+    except Exception:  # who makes the launch again begins anew, and hears the same
+        for key in [key for key in _machines if key[0] is prepared.program]:
+            _machines.pop(key).release()
+        raise
     counts.seconds += time.monotonic() - began
     return counts
 
