@@ -301,7 +301,9 @@ class Hazards(Check):
     def __init__(self, machine):
         super().__init__(machine)
         self.taken: Taken = machine.program.lowered.setdefault(("hazards", machine.kernel.name), Taken())
-        self.steps, self.before, self.after = self.taken.steps, self.taken.before, self.taken.after
+        self.steps: dict[int, Step] = self.taken.steps
+        self.before: dict[int, set[int]] = self.taken.before
+        self.after: dict[int, set[int]] = self.taken.after
 
     def wrap(self, b: Binding, execute: Callable) -> Callable:
         pc, following, name = b.pc, b.pc + b.instruction.words, b.instruction.name
@@ -337,7 +339,7 @@ class Hazards(Check):
             at, distance = todo.pop()
             if at in self.steps and distance < nearest.get(at, self.taken.horizon):
                 nearest[at] = distance
-                todo += [(further, distance + self.steps[at].states) for further in self.after.get(at, ())]
+                todo += [(further, distance + self.steps[at].states) for further in self.after.get(at, set())]
         for at in nearest:
             self._look_back(at)
 
