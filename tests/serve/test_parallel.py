@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch
 from helpers_deepseek import make_deepseek, quantize
 from helpers_llama import edit_json, make_llama
 from helpers_parallel import Pool
