@@ -110,10 +110,11 @@ def fill(runner: Runner, pages: list[list[int]]) -> None:
 
 
 def emulated(arch: str, config: ModelConfig, works: list[Work], num_pages: int, steps: int = 1,
-             mutation: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-             ) -> tuple[list[Tensor], Step, int]:
-    """(logits, what the works cost, wave instructions)."""
+             mutation: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+             counts: bool = True) -> tuple[list[Tensor], Step, int]:
+    """(logits, what the works cost, wave instructions). counts: False for no cost, which is much faster."""
     costs = StepCosts(arch)
+    costs.is_counting = counts
     with wave64.emulate(arch, meter=costs) as device, mutation(), costs.watching():
         logits = run(config, works, num_pages, not works[0].chunk, steps, costs.take)
     return logits, costs.take(), device.counts.instructions
@@ -132,12 +133,12 @@ def distances(got: list[Tensor], wanted: list[Tensor]) -> list[float]:
             for a, b in zip(got, wanted, strict=True)]
 
 
-def layer(name: str, arch: str, work: Work, pool_bytes: int = 5 * GIB // 2) -> dict[str, Any]:
+def layer(name: str, arch: str, work: Work, counts: bool = True, pool_bytes: int = 5 * GIB // 2) -> dict[str, Any]:
     """A step of one layer in a pool beyond 2 GiB on the device, and its logits' distance from the CPU's."""
     config = read(LAYERS[name])
     per_page = PAGE * 2 * (config.num_kv_heads * config.head_dim if config.mla is None else 512 + 64)
     num_pages = pool_bytes // per_page
-    logits, step, instructions = emulated(arch, config, [work], num_pages)
+    logits, step, instructions = emulated(arch, config, [work], num_pages, counts=counts)
     wanted = on_cpu(arch, config, [work], num_pages)
     return {"distance": max(distances(logits, wanted)), "step": step, "instructions": instructions,
             "close": CLOSE if config.quantization is None else CLOSE_FP8}
