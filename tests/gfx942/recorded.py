@@ -38,9 +38,8 @@ RENEW = "python -m pytest tests/gfx942 --renew-record -n 2"
 DRAWN_OF = 20
 PACKAGE = Path(wave64.__file__).parent
 TRITON_OPS = Path(triton_ops.__file__).parent
-#: What all results come of, besides Triton.
-COMMON = ("testing/emulator", "testing/contract.py", "testing/judge.py", "testing/sparse.py", "testing/problems.py",
-          "testing/cost.py", "quant.py")
+#: What all results come of, with what these import of wave64.testing, besides Triton and the emulator's core.
+COMMON = ("testing/emulator/check.py", "testing/cost.py", "testing/problems.py", "quant.py")
 
 
 # ---- what a result came of
@@ -60,46 +59,47 @@ def code_of(text: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        yield from (file for file in sorted(path.rglob("*")) if file.suffix in (".py", ".c", ".h", ".inc"))
-    else:
-        yield path
-
-
 def hash_of(parts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def common() -> str:
     """The mark of what all results come of."""
-    files = [file for name in COMMON for file in _files(PACKAGE / name)] + [Path(__file__).with_name("shrunken.py")]
-    return hash_of([code_of(f.read_text()) if f.suffix == ".py" else f.read_text() for f in files])
+    python = [*(PACKAGE / name for name in COMMON), Path(__file__).with_name("shrunken.py")]
+    core = [file for file in sorted((PACKAGE / "testing/emulator/core").iterdir()) if file.suffix in (".c", ".h")]
+    assert core
+    return hash_of([*_codes(python, {"wave64.testing": PACKAGE / "testing"}), *(file.read_text() for file in core)])
 
 
-def _imported(text: str) -> Iterator[Path]:
-    """The files of wave64.ops and wave64.triton_ops that a file imports."""
-    folders = {"wave64.ops": PACKAGE / "ops", "wave64.triton_ops": TRITON_OPS}
+def _codes(wanted: list[Path], folders: dict[str, Path]) -> list[str]:
+    """The code of these files and of those that they import of the packages in `folders`."""
+    seen: dict[Path, str] = {}
+    while wanted:
+        file = wanted.pop()
+        if file not in seen and file.is_file():
+            text = file.read_text()
+            seen[file] = code_of(text)
+            wanted += _imported(text, folders)
+    return sorted(seen.values())  # wherever the files lie
+
+
+def _imported(text: str, folders: dict[str, Path]) -> Iterator[Path]:
+    """The files of the packages in `folders` that a file imports."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module:
             for name, folder in folders.items():
                 if node.module == name:
                     yield from (folder / f"{alias.name}.py" for alias in node.names)
                 elif node.module.startswith(f"{name}."):
-                    yield folder / (node.module.removeprefix(f"{name}.").replace(".", "/") + ".py")
+                    inner = node.module.removeprefix(f"{name}.").replace(".", "/")
+                    yield from (folder / f"{inner}.py", *(folder / inner / f"{alias.name}.py" for alias in node.names))
 
 
 @functools.cache
 def sources(op: str) -> str:
     """The mark of ops/<op>.py, triton_ops/<op>.py and what they import of these two packages."""
-    wanted, seen = [PACKAGE / "ops" / f"{op}.py", TRITON_OPS / f"{op}.py"], {}
-    while wanted:
-        file = wanted.pop()
-        if file not in seen and file.exists():
-            text = file.read_text()
-            seen[file] = code_of(text)
-            wanted += _imported(text)
-    return hash_of(seen[file] for file in sorted(seen))
+    folders = {"wave64.ops": PACKAGE / "ops", "wave64.triton_ops": TRITON_OPS}
+    return hash_of(_codes([folder / f"{op}.py" for folder in folders.values()], folders))
 
 
 def _described(value: Any) -> str:

@@ -115,6 +115,22 @@ def test_a_mark_tells_launches_apart(compiling):
     assert one != compiling.submit(recorded.mark, "rms_norm", ["5x97-torch.bfloat16"], "gfx942").result()
 
 
+def test_all_results_come_of_the_emulator_and_the_contract(monkeypatch):
+    texts, read = {}, recorded.Path.read_text
+    monkeypatch.setattr(recorded.Path, "read_text", lambda path: texts.setdefault(path, read(path)))
+    before = recorded.common()
+    names = {path.name for path in texts}
+    assert {"run.py", "machine.py", "vector.py", "core.c", "matrix.h", "contract.py", "judge.py", "cost.py", "quant.py",
+            "core.py", "races.py", "shrunken.py", "lower.py"} <= names
+    assert not {"device.py", "step.py", "views.py"} & names
+    for name in ("vector.py", "matrix.h"):
+        changed = next(path for path in texts if path.name == name)
+        kept, texts[changed] = texts[changed], texts[changed] + "\nANOTHER = 1\n"
+        assert recorded.common() != before
+        texts[changed] = kept
+    assert recorded.common() == before
+
+
 def test_what_is_written_is_read(tmp_path, monkeypatch, held):
     monkeypatch.setattr(recorded, "RECORD", tmp_path / "recorded.json")
     forms = {"s_endpgm SOPP": "000081bf", "s_nop SOPP": "000080bf"}
