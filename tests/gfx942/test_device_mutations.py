@@ -9,15 +9,12 @@ REFUSED = {
     "weights_stay_in_the_other_flavor": "operation not permitted when stream is capturing",  # the reference serves
     "a_launch_is_given_other_tensors": "reads",  # memory of none of its tensors
 }
-#: What the suite sees; the others are for `long`.
-SHORT = ("weights_stay_in_the_other_flavor", "a_launch_is_given_other_tensors", "padding_rows_write_to_the_cache")
 CLOSE, FAR = 0.1, 0.3  # of logits in bf16, next to the largest: those that are right, and those that are not
 CASES = [(name, True) for name in device_mutations.OF_FP8] + [
     (name, False) for name in device_mutations.MUTATIONS if name == "none" or name not in device_mutations.OF_FP8]
 
 
-@pytest.mark.parametrize(("name", "is_fp8"), [
-    pytest.param(*case, marks=() if case[0] in SHORT else pytest.mark.long) for case in CASES])
+@pytest.mark.parametrize(("name", "is_fp8"), CASES)
 def test_a_bug_is_caught(name, is_fp8, compiling):
     saw = compiling.submit(device_mutations.answered, name, "gfx942", is_fp8).result()
     if name in REFUSED:
