@@ -74,6 +74,13 @@ def test_a_drawn_result_must_come_out_as_it_was(options, held, noted):
     obtain(record, "a", "1", noted, 7)
 
 
+@pytest.mark.parametrize(("told", "same"), [
+    ({"instructions": 101, "rows": [["a", 1]]}, True), ({"instructions": 103, "rows": [["a", 1]]}, False),
+    ({"instructions": 100, "rows": [["a", 2]]}, False), ({"instructions": 100}, False)])
+def test_only_numbers_may_differ_and_little(told, same):
+    assert recorded._same(told, {"instructions": 100, "rows": [["a", 1]]}) == same
+
+
 def test_a_block_that_fails_keeps_nothing(held, noted):
     record = undrawn(Record(held))
     with pytest.raises(ZeroDivisionError), record.result("b", "1", noted.note):
