@@ -37,7 +37,8 @@ def pytest_terminal_summary(terminalreporter):
 
         for line in summary.lines(told):
             terminalreporter.write_line(line)
-    results = [value for report in terminalreporter.stats.get("passed", ()) if report.when == "call"
+    ended = [report for how in ("passed", "skipped") for report in terminalreporter.stats.get(how, ())]
+    results = [value for report in ended if report.when == "call"
                for name, value in report.user_properties if name == "recorded"]
     if results and terminalreporter.config.getoption("renew_record", default=False):
         import recorded
