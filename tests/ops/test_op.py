@@ -223,6 +223,7 @@ def python(*args, **env):
                           env={**os.environ, **env})
 
 
+@pytest.mark.slow
 def test_environment_override_is_loud():
     done = python("-c", "import wave64", WAVE64_BACKEND="rms_norm=aiter")
     assert done.returncode != 0
@@ -237,6 +238,7 @@ def test_triton_is_not_imported_where_it_cannot_serve(device):
     assert done.stdout.strip() == str(device == "cuda"), done.stderr
 
 
+@pytest.mark.slow
 def test_command_line_prints_the_table_and_checks():
     done = python("-m", "wave64")
     assert done.returncode == 0, done.stderr

@@ -388,6 +388,7 @@ def start(tmp_path):
         each.close()
 
 
+@pytest.mark.slow
 def test_engine_process(start, llama, device, expected):
     engine = start(model_path=str(llama[1]), device=device, dtype="float32")
     ready = engine.receive()
@@ -421,6 +422,7 @@ def test_engine_process(start, llama, device, expected):
     assert engine.process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_engine_process_that_cannot_start(start, tmp_path):
     engine = start(model_path=str(tmp_path / "nowhere"))
     failed = engine.receive()
@@ -447,6 +449,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_engine_process_ends_with_its_parent(llama, tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
