@@ -1,9 +1,7 @@
 """The options that renew golden files and the record, known to pytest where this folder is named on its command line;
 the process in which Triton compiles; and what all tests here have in common."""
 
-import fcntl
 import gc
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
@@ -11,6 +9,7 @@ import compiled
 import launched
 import pytest
 import recorded
+from once import once
 
 
 def pytest_addoption(parser):
@@ -47,11 +46,4 @@ def reports(request, compiling, record, tmp_path_factory) -> dict[str, dict]:
         return compiled.obtain(record, {arch: compiling.submit(launched.mark_compiled, arch).result()
                                         for arch in launched.ARCHS})
 
-    if not hasattr(request.config, "workerinput"):
-        return obtain()
-    shared = tmp_path_factory.getbasetemp().parent / "compiled.json"  # workers of one run have this folder in common
-    with shared.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not shared.exists():
-            shared.write_text(json.dumps(obtain()))
-    return json.loads(shared.read_text())
+    return once(request, tmp_path_factory, "compiled", obtain)

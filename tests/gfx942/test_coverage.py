@@ -5,12 +5,10 @@ HIP kernels, and many of Triton's, are those of small cases. Where only large ca
 configuration, a problem of the same shape with few tiles is executed (shrunken.py); launched.py finds which ones.
 """
 
-import fcntl
-import pickle
-
 import launched
 import pytest
 from launched import ARCHS, hip_launched, hip_symbols, small_cases
+from once import once
 
 from wave64 import OPS
 
@@ -26,14 +24,7 @@ def plans(request, compiling, tmp_path_factory) -> dict[str, launched.Plan]:
     def find() -> dict[str, launched.Plan]:
         return {arch: compiling.submit(launched.plan, arch).result() for arch in ARCHS}
 
-    if not hasattr(request.config, "workerinput"):
-        return find()
-    shared = tmp_path_factory.getbasetemp().parent / "plans.pickle"  # workers of one run have this folder in common
-    with shared.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not shared.exists():
-            shared.write_bytes(pickle.dumps(find()))
-    return pickle.loads(shared.read_bytes())
+    return once(request, tmp_path_factory, "plans", find)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

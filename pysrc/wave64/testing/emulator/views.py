@@ -151,6 +151,7 @@ class World:
         self.order, self.lazy, self.show = order, order.random() < LAZY, show
         self.places = sorted((p for p in places if p.size), key=lambda p: p.start)
         self.starts = np.array([p.start for p in self.places], np.int64)
+        self.stops = np.array([p.end for p in self.places], np.int64)
         first = [p.start // LINE * LINE for p in self.places]
         lines = [(p.end - start + LINE - 1) // LINE for p, start in zip(self.places, first, strict=True)]
         self.shift = np.array(first, np.int64) - LINE * np.concatenate([[0], np.cumsum(lines)[:-1]]).astype(np.int64)
@@ -177,7 +178,7 @@ class World:
         place = np.searchsorted(self.starts, addresses.view(np.int64), side="right") - 1
         inside = place >= 0
         if inside.any():
-            inside &= addresses.view(np.int64) < np.array([p.end for p in self.places])[np.maximum(place, 0)]
+            inside &= addresses.view(np.int64) < self.stops[np.maximum(place, 0)]
         if not inside.all():
             return None
         return (addresses.view(np.int64) - self.shift[place])[:, None] + np.arange(width)
