@@ -138,3 +138,17 @@ def test_decode_steps_of_deepseek_have_a_table(what):
     row = done.stdout.splitlines()[-1].strip("| ").split(" | ")
     assert row[0] == "2"
     assert all(float(cell) > 0 for cell in row)
+
+
+def test_ranks_are_timed_held_to_one_and_killed(tmp_path):
+    """What runs on several GPUs, on a CPU with small sizes."""
+    out = tmp_path / "ranks.json"
+    command = [sys.executable, Path(bench.__file__).with_name("ranks_serving.py"), "--tiny", "--tp", "1", "2",
+               "--batch", "1", "--out", out]
+    hidden = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env={**os.environ, **hidden}, capture_output=True, text=True, timeout=240)
+    report = json.loads(out.read_text())
+    assert done.returncode == 0, report
+    assert [(row["tp"], row["ms"] > 0) for row in report["steps"]] == [(1, True), (2, True)]
+    assert [row["same"] for row in report["tokens"]] == [True]
+    assert [(row["rank"], row["fine"]) for row in report["kills"]] == [(1, True)]
