@@ -2,10 +2,10 @@
 //
 //     launch("rms_norm", x=x, weight=weight, out=out, x_stride=x.stride(0), ..., dtype=x.dtype)
 //
-// names the fields of the op's struct. A pointer field takes a tensor, or None for null; a field for a dtype takes
-// torch's. What a tensor is, and which stream is current, `connect` is told: nothing of torch is included or linked.
-// Status codes become exceptions: ValueError for a refused argument, _hip.Unavailable where nothing can serve,
-// RuntimeError where the GPU runtime failed.
+// names the fields of the op's struct. A pointer field takes a tensor, or None for null, one of several pointers a
+// tuple of addresses; a field for a dtype takes torch's. What a tensor is, and which stream is current, `connect` is
+// told: nothing of torch is included or linked. Status codes become exceptions: ValueError for a refused argument,
+// _hip.Unavailable where nothing can serve, RuntimeError where the GPU runtime failed.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -89,11 +89,25 @@ std::string takes(const Field& field) {
             return "a number";
         case 'P':
             return "a tensor or None";
+        case 'A':
+            return "a tuple of at most 8 addresses";
         case 'q':
             return "a 64-bit integer";
         default:
             return "a 32-bit integer";
     }
+}
+
+// A tuple of addresses, nulls behind it. False, with a Python error set or not, for another value.
+bool put_addresses(char* at, PyObject* value) {
+    Addresses all{};
+    if (!PyTuple_Check(value) || size_t(PyTuple_GET_SIZE(value)) > std::size(all.at)) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); i++) {
+        all.at[i] = PyLong_AsVoidPtr(PyTuple_GET_ITEM(value, i));
+        if (!all.at[i] && PyErr_Occurred()) return false;
+    }
+    put(at, all);
+    return true;
 }
 
 // False, with a Python error set or not, where `value` is not what the field takes. A tensor counts as no number: to
@@ -104,6 +118,7 @@ bool put_field(char* args, const Field& field, PyObject* value) {
         if (is_tensor(value)) return put(at, ask(torch.data_ptr, value)), true;
         return put(at, int64_t(0)), value == Py_None;
     }
+    if (field.kind == 'A') return put_addresses(at, value);
     if (field.is_dtype) {
         value = torch.dtypes ? PyDict_GetItemWithError(torch.dtypes, value) : nullptr;
         if (!value) return false;
@@ -290,7 +305,8 @@ py::dict fields_of_ops() {
     for (const Op& op : ops()) {
         py::list fields;
         for (const Field& field : op.fields)
-            fields.append(py::make_tuple(field.name, std::string(1, field.kind), field.offset));
+            fields.append(
+                py::make_tuple(field.name, field.kind == 'A' ? "8P" : std::string(1, field.kind), field.offset));
         all[op.name] = fields;
     }
     return all;
@@ -348,6 +364,54 @@ PYBIND11_MODULE(_hip, m) {
             return *device;
         },
         py::arg("index"));
+    const auto of_address = [](int32_t (*function)(void*)) {
+        return [function](uintptr_t address) { raise_unless_ok(function(reinterpret_cast<void*>(address))); };
+    };
+    m.def(
+        "allocate_shared",
+        [](size_t bytes) {
+            void* address;
+            raise_unless_ok(allocate_shared(bytes, &address));
+            return reinterpret_cast<uintptr_t>(address);
+        },
+        py::arg("bytes"),
+        "Memory of the current device that other processes can map, uncached and zeroed; its address.");
+    m.def("free_shared", of_address(free_shared), py::arg("address"));
+    m.def(
+        "export_shared",
+        [](uintptr_t address) {
+            std::string handle;
+            raise_unless_ok(export_shared(reinterpret_cast<void*>(address), &handle));
+            return py::bytes(handle);
+        },
+        py::arg("address"), "The handle, 64 bytes, by which another process maps the memory.");
+    m.def(
+        "open_shared",
+        [](const py::bytes& handle) {
+            void* address;
+            raise_unless_ok(open_shared(handle, &address));
+            return reinterpret_cast<uintptr_t>(address);
+        },
+        py::arg("handle"), "Where this process's current device finds the memory that another process has exported.");
+    m.def("close_shared", of_address(close_shared), py::arg("address"));
+    m.def(
+        "can_access_peer",
+        [](int device, int peer) {
+            bool can;
+            raise_unless_ok(can_access_peer(device, peer, &can));
+            return can;
+        },
+        py::arg("device"), py::arg("peer"), "Whether device `device` reaches memory of device `peer`.");
+    m.def(
+        "allocate_mapped",
+        [](size_t bytes) {
+            void *host, *device;
+            raise_unless_ok(allocate_mapped(bytes, &host, &device));
+            return py::make_tuple(reinterpret_cast<uintptr_t>(host), reinterpret_cast<uintptr_t>(device));
+        },
+        py::arg("bytes"),
+        "Memory of the host, zeroed, that kernels can write to: the host's address and the device's.");
+    m.def("free_mapped", of_address(free_mapped), py::arg("host"));
     m.def("code_object_folder", &code_object_folder, "Where <arch>/<op>.co lie.");
     m.def(
         "record_begin",

@@ -35,6 +35,7 @@ thread_local std::optional<Recording> recording;
 struct Driver {
     const char* name;
     std::string library;  // its path
+    void* handle;
     bool is_hip;
     int (*init)(unsigned);
     int (*count)(int*);
@@ -58,11 +59,6 @@ struct Driver {
             cuda_error(code, &text);
         return text ? text : "error " + std::to_string(code);
     }
-};
-
-struct EntryPoint {
-    const char* symbol;
-    void* address;  // of the member that gets it
 };
 
 // A library whose file name begins with `stem` and that the process has loaded, or null. A ROCm torch brings its own
@@ -93,7 +89,8 @@ std::string path_of(void* library, const char* fallback) {
 int32_t find_all(const Driver& driver, void* library, std::initializer_list<EntryPoint> entry_points,
                  const char* needed) {
     std::string missing;
-    for (const auto& [symbol, address] : entry_points) {
+    for (const auto& [hip, cuda, address] : entry_points) {
+        const char* const symbol = driver.is_hip ? hip : cuda;
         void* const found = dlsym(library, symbol);
         if (!found) missing += std::string(missing.empty() ? "" : ", ") + symbol;
         std::memcpy(address, &found, sizeof found);
@@ -104,32 +101,34 @@ int32_t find_all(const Driver& driver, void* library, std::initializer_list<Entr
 
 int32_t open_hip(Driver& driver, void* library) {
     driver.name = "HIP", driver.library = path_of(library, "libamdhip64.so"), driver.is_hip = true;
+    driver.handle = library;
     return find_all(driver, library,
-                    {{"hipInit", &driver.init},
-                     {"hipGetDeviceCount", &driver.count},
-                     {"hipGetDevice", &driver.current},
-                     {"hipModuleLoadData", &driver.load},
-                     {"hipModuleGetFunction", &driver.function},
-                     {"hipThreadExchangeStreamCaptureMode", &driver.exchange_capture_mode},
-                     {"hipModuleLaunchKernel", &driver.launch},
-                     {"hipGetDevicePropertiesR0600", &driver.properties},
-                     {"hipGetErrorString", &driver.hip_error},
-                     {"hipGetLastError", &driver.last_error}},
+                    {{"hipInit", "", &driver.init},
+                     {"hipGetDeviceCount", "", &driver.count},
+                     {"hipGetDevice", "", &driver.current},
+                     {"hipModuleLoadData", "", &driver.load},
+                     {"hipModuleGetFunction", "", &driver.function},
+                     {"hipThreadExchangeStreamCaptureMode", "", &driver.exchange_capture_mode},
+                     {"hipModuleLaunchKernel", "", &driver.launch},
+                     {"hipGetDevicePropertiesR0600", "", &driver.properties},
+                     {"hipGetErrorString", "", &driver.hip_error},
+                     {"hipGetLastError", "", &driver.last_error}},
                     "; ROCm 6.0 or later is needed");
 }
 
 int32_t open_cuda(Driver& driver, void* library) {
     driver.name = "CUDA", driver.library = path_of(library, "libcuda.so.1"), driver.is_hip = false;
+    driver.handle = library;
     return find_all(driver, library,
-                    {{"cuInit", &driver.init},
-                     {"cuDeviceGetCount", &driver.count},
-                     {"cuCtxGetDevice", &driver.current},
-                     {"cuModuleLoadData", &driver.load},
-                     {"cuModuleGetFunction", &driver.function},
-                     {"cuThreadExchangeStreamCaptureMode", &driver.exchange_capture_mode},
-                     {"cuLaunchKernel", &driver.launch},
-                     {"cuDeviceGetAttribute", &driver.attribute},
-                     {"cuGetErrorString", &driver.cuda_error}},
+                    {{"", "cuInit", &driver.init},
+                     {"", "cuDeviceGetCount", &driver.count},
+                     {"", "cuCtxGetDevice", &driver.current},
+                     {"", "cuModuleLoadData", &driver.load},
+                     {"", "cuModuleGetFunction", &driver.function},
+                     {"", "cuThreadExchangeStreamCaptureMode", &driver.exchange_capture_mode},
+                     {"", "cuLaunchKernel", &driver.launch},
+                     {"", "cuDeviceGetAttribute", &driver.attribute},
+                     {"", "cuGetErrorString", &driver.cuda_error}},
                     "");
 }
 
@@ -302,6 +301,19 @@ int32_t open_runtime(const std::vector<std::string>& candidates, bool is_named, 
     if (int32_t status = driver(&opened, candidates, is_named)) return status;
     *path = opened->library;
     return kOk;
+}
+
+int32_t find_entry_points(std::initializer_list<EntryPoint> entry_points, bool* is_hip) {
+    const Driver* opened;
+    if (int32_t status = driver(&opened)) return status;
+    *is_hip = opened->is_hip;
+    return find_all(*opened, opened->handle, entry_points, "");
+}
+
+int32_t check_code(const char* what, int code) {
+    const Driver* opened;
+    if (int32_t status = driver(&opened)) return status;
+    return check(*opened, what, code);
 }
 
 int32_t load(const char* op) {

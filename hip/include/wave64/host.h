@@ -112,17 +112,19 @@ public:
     }
 };
 
-// A field of an op's struct that the caller sets. kind is Python's struct code: P pointer, q int64, i int32, f float.
+// A field of an op's struct that the caller sets. kind is Python's struct code: P pointer, q int64, i int32, f float;
+// A is an array of pointers, Addresses.
 struct Field {
     const char* name;
     char kind;
     bool is_dtype;
-    size_t offset, size;
+    size_t offset, size, alignment;
 };
 
 template <typename T>
 constexpr char kind_of() {
     if constexpr (std::is_pointer_v<T>) return 'P';
+    if constexpr (std::is_same_v<T, Addresses>) return 'A';
     if constexpr (std::is_same_v<T, int64_t>) return 'q';
     if constexpr (std::is_same_v<T, int32_t> || std::is_same_v<T, Dtype>) return 'i';
     if constexpr (std::is_same_v<T, float>) return 'f';
@@ -133,7 +135,7 @@ template <size_t N>
 constexpr bool in_order(const Field (&fields)[N]) {
     size_t end = 0;
     for (const Field& field : fields) {
-        if (field.offset != (end + field.size - 1) / field.size * field.size) return false;
+        if (field.offset != (end + field.alignment - 1) / field.alignment * field.alignment) return false;
         end = field.offset + field.size;
     }
     return true;
@@ -174,10 +176,14 @@ int32_t run_op(const void* args, void* stream) {
 #define WAVE64_EXPAND_1(...) __VA_ARGS__
 #define WAVE64_PARENTHESES ()
 #define WAVE64_FIELDS_AGAIN() WAVE64_NEXT_FIELD
-#define WAVE64_NEXT_FIELD(ARGS, NAME, ...)                                                                             \
-    wave64::Field{#NAME, wave64::kind_of<decltype(ARGS::NAME)>(), std::is_same_v<decltype(ARGS::NAME), wave64::Dtype>, \
-                  offsetof(ARGS, NAME),                                                                                \
-                  sizeof ARGS::NAME} __VA_OPT__(, WAVE64_FIELDS_AGAIN WAVE64_PARENTHESES(ARGS, __VA_ARGS__))
+#define WAVE64_NEXT_FIELD(ARGS, NAME, ...)                             \
+    wave64::Field{#NAME,                                               \
+                  wave64::kind_of<decltype(ARGS::NAME)>(),             \
+                  std::is_same_v<decltype(ARGS::NAME), wave64::Dtype>, \
+                  offsetof(ARGS, NAME),                                \
+                  sizeof ARGS::NAME,                                   \
+                  alignof(decltype(ARGS::NAME))} __VA_OPT__(,          \
+                                                            WAVE64_FIELDS_AGAIN WAVE64_PARENTHESES(ARGS, __VA_ARGS__))
 #define WAVE64_FIELDS(ARGS, ...) WAVE64_EXPAND(WAVE64_NEXT_FIELD(ARGS, __VA_ARGS__))
 
 // Registers the launcher void OP(ARGS, const Call&) of this namespace; then the fields of ARGS that the caller sets, in

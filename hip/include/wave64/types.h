@@ -22,6 +22,11 @@ namespace wave64 {
 // wave64._hip.
 enum Dtype : int32_t { kBf16 = 0, kFp16 = 1, kFp32 = 2, kFp8 = 3 };
 
+// Where each rank of a group has something, by rank; those that the group lacks are null.
+struct Addresses {
+    void* at[8];
+};
+
 // A divisor of integers below 2^31: n / d is n * factor >> shift, since a GPU has no integer division (Granlund and
 // Montgomery 1994).
 struct IntDivider {

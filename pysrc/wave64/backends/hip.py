@@ -163,10 +163,11 @@ def record(arch: str) -> Iterator[list]:
             _hip.record_end()
 
 
-def arguments(launch) -> dict[str, int | float]:
-    """The caller's fields of a recorded launch's struct, by name; addresses for tensors, 0 for None."""
-    return {name: struct.unpack_from(kind, launch.args, offset)[0]
-            for name, kind, offset in _hip.fields()[launch.op]}
+def arguments(launch) -> dict[str, Any]:
+    """The caller's fields of a recorded launch's struct, by name; addresses for tensors, 0 for None, a tuple of 8 for
+    several pointers."""
+    read = {name: struct.unpack_from(kind, launch.args, offset) for name, kind, offset in _hip.fields()[launch.op]}
+    return {name: values[0] if len(values) == 1 else values for name, values in read.items()}
 
 
 def constants(op: str) -> Any:
