@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,9 @@ TINY: dict[str, dict[str, Any]] = {
 #: What is timed for each model: flags behind --tp.
 WAYS: dict[str, list[list[str]]] = {"deepseek-v3-4": [[], ["--enable-dp-attention", "--dp-size", "{tp}"]]}
 
+#: Blocks of its FP8 scales are wider than two ranks' heads.
+TOGETHER = {"demo-deepseek-fp8": ("--enable-dp-attention", "--dp-size", "{tp}")}
+
 
 def main() -> int:
     options = read_options()
@@ -77,7 +80,7 @@ def main() -> int:
         for dtype in ["float32", "auto"][: 1 if demo.endswith("fp8") or options.tiny else None]:
             alone = recited(demo, 1, dtype, options)
             for tp in many:
-                together = recited(demo, tp, dtype, options)
+                together = recited(demo, tp, dtype, options, [each.format(tp=tp) for each in TOGETHER.get(demo, ())])
                 row = {"model": demo, "dtype": dtype, "tp": tp, "same": alone == together and "tokens" in alone,
                        "alone": alone, "together": together}
                 report["tokens"].append(row)
@@ -127,9 +130,9 @@ def steps(model: str, config: dict[str, Any], tp: int, flags: list[str], options
             for batch, ms in made["ms"].items()]
 
 
-def recited(demo: str, tp: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+def recited(demo: str, tp: int, dtype: str, options: argparse.Namespace, flags: Sequence[str] = ()) -> dict[str, Any]:
     """{"tokens": what follows the prompt}, or {"error": ...}."""
-    return run_child({"flags": ["--model-path", demo, "--dtype", dtype, "--tp", str(tp), *options.flag],
+    return run_child({"flags": ["--model-path", demo, "--dtype", dtype, "--tp", str(tp), *flags, *options.flag],
                       "prompt": PROMPT, "tokens": 4 if options.tiny else 60}, options)
 
 
