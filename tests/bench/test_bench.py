@@ -11,6 +11,7 @@ import bench
 import peers
 import pytest
 import torch
+import tp8
 import triton
 
 from wave64 import OPS
@@ -152,3 +153,17 @@ def test_ranks_are_timed_held_to_one_and_killed(tmp_path):
     assert [(row["tp"], row["ms"] > 0) for row in report["steps"]] == [(1, True), (2, True)]
     assert [row["same"] for row in report["tokens"]] == [True]
     assert [(row["rank"], row["fine"]) for row in report["kills"]] == [(1, True)]
+
+
+def test_steps_on_paper_read_all_weights_in_the_end():
+    """Of a batch that chooses every expert: the published numbers of parameters, 70.6 and 671 billion, a byte each,
+    but two for the head; embeddings are looked up."""
+    llama, deepseek = tp8.llama_70b(), tp8.deepseek_v3()
+    assert llama.weights(1) * tp8.TP == pytest.approx(70.55e9, rel=0.002)
+    replicated = 7 * 61 * 7168 * (1536 + 576)  # the projections to latents, in the seven other ranks
+    assert deepseek.weights(10**6) * tp8.TP - replicated == pytest.approx(671.0e9, rel=0.002)
+    assert deepseek.weights(1) - deepseek.dense_bytes == pytest.approx(8 * deepseek.expert_bytes)
+    assert [tp8.interpolate({8: 2.0, 16: 4.0, 32: 12.0}, size) for size in (1, 8, 12, 24, 40)] == [2, 2, 3, 8, 16]
+    rccl, custom = (tp8.step_ms(deepseek, 8, 1500, times) for times in (tp8.RCCL, tp8.CUSTOM))
+    assert rccl["memory"] == custom["memory"]
+    assert rccl["all-reduces"] > custom["all-reduces"]
