@@ -36,9 +36,10 @@ def folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def standin_object() -> Path:
-    built = Path(folder().name, "standin.o")
-    compile_cpp("-Wall", "-Wextra", "-c", "-o", built, STANDIN / "standin_hip.cpp")
+def standin_objects() -> tuple[Path, ...]:
+    built = tuple(Path(folder().name, f"{name}.o") for name in ("standin_hip", "memory"))
+    for made in built:
+        compile_cpp("-Wall", "-Wextra", "-c", "-o", made, STANDIN / f"{made.stem}.cpp")
     return built
 
 
@@ -53,7 +54,7 @@ def link_standin(library: Path, without: tuple[str, ...] = ()) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     script = library.with_name(f"{library.name}.map")
     script.write_text("{ " + (f"local: {'; '.join(without)}; " if without else "") + "};\n")
-    compile_cpp("-shared", f"-Wl,--version-script={script}", "-o", library, standin_object())
+    compile_cpp("-shared", f"-Wl,--version-script={script}", "-o", library, *standin_objects())
     return library
 
 
@@ -63,7 +64,7 @@ def runtime() -> Path:
     built = Path(folder().name, "runtime")
     built.mkdir()
     compile_cpp("-shared", "-I", HIP / "include", "-I", HIP / "src", "-o", built / "runtime.so",
-                HIP / "src" / "runtime.cpp", SOURCES / "probe.cpp", "-ldl")
+                HIP / "src" / "runtime.cpp", HIP / "src" / "shared_memory.cpp", SOURCES / "probe.cpp", "-ldl")
     for arch in ("gfx942", "gfx950"):
         objects = built / "code_objects" / arch
         objects.mkdir(parents=True)

@@ -1,82 +1,13 @@
 #include "standin_hip.h"
 
-#include <unistd.h>
-
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <mutex>
-#include <set>
 #include <sstream>
 
-#include "code_object.h"
 #include "properties.h"
+#include "state.h"
 
 namespace standin {
-
-enum Error {  // hipError_t
-    kSuccess = 0,
-    kInvalidValue = 1,
-    kOutOfMemory = 2,
-    kNotInitialized = 3,
-    kInvalidConfiguration = 9,
-    kInvalidDeviceFunction = 98,
-    kNoDevice = 100,
-    kInvalidDevice = 101,
-    kInvalidImage = 200,
-    kNoBinaryForGpu = 209,
-    kInvalidHandle = 400,
-    kIllegalState = 401,
-    kNotFound = 500,
-    kLaunchOutOfResources = 701,
-    kLaunchFailure = 719,
-    kCaptureUnsupported = 900,
-    kCaptureImplicit = 906,
-    kCapturedEvent = 907,
-};
-
-struct Device {
-    std::string arch, full_name;  // gfx942, gfx942:sramecc+:xnack-
-    unsigned machine;             // EF_AMDGPU_MACH
-    int compute_units, wave_size;
-    size_t lds_bytes;
-};
-
-struct Module {
-    int device;
-    CodeObject code;
-};
-
-struct Function {
-    Module* module;
-    const Kernel* kernel;
-};
-
-struct Stream {
-    int device;
-    int capture_mode = -1;  // of a capture that is going on
-};
-
-struct Event {
-    bool is_captured = false;
-};
-
-struct State {
-    std::mutex mutex;
-    std::vector<Device> devices;
-    pid_t initialized_in = 0;
-    bool capturing = false;
-    unsigned newest_version = 5;
-    std::string calls, told;
-    std::map<std::string, std::pair<int, int>> failures;  // entry point -> (calls to come until then, code)
-    std::vector<std::unique_ptr<Module>> modules;
-    std::set<std::unique_ptr<Function>> functions;
-    std::map<void*, Stream> streams;  // without the default stream, which is null
-    std::map<void*, Event> events;
-    std::set<void*> graphs;
-    std::string device_names;
-    int (*on_launch)(const StandinLaunch*) = nullptr;
-};
 
 State& state() {
     static State state;
@@ -92,8 +23,7 @@ int result(int code) {
     return code;
 }
 
-// Why this call fails at once, or kSuccess. What needs no initialization says so.
-int enter(const char* name, const std::string& details = "", bool needs_init = true) {
+int enter(const char* name, const std::string& details, bool needs_init) {
     State& s = state();
     if (s.calls.size() > kMaxCalls) s.calls.clear();
     s.calls += (s.calls.empty() ? "" : " ") + std::string(name) + details;
@@ -104,10 +34,6 @@ int enter(const char* name, const std::string& details = "", bool needs_init = t
     }
     return needs_init && s.initialized_in != getpid() ? kNotInitialized : kSuccess;
 }
-
-#define ENTRY(NAME, ...)                             \
-    std::lock_guard<std::mutex> lock(state().mutex); \
-    if (const int code = enter(NAME, ##__VA_ARGS__)) return result(code)
 
 bool is_capturing() {
     for (const auto& [handle, stream] : state().streams)
@@ -216,6 +142,8 @@ const char* hipGetErrorString(int code) {
             return "out of resources";
         case kLaunchFailure:
             return failure_text.empty() ? "unspecified launch failure" : failure_text.c_str();
+        case kInvalidContext:
+            return "invalid device context";
         case kIllegalState:
             return "the operation cannot be performed in the present state";
         case kCaptureImplicit:

@@ -5,13 +5,16 @@
 // is checked as the runtime and the hardware would check it (grid, block, LDS, argument bytes, stream, the device that
 // the function was loaded for) and handed, with a copy of its argument segment, to a callback, which runs it on the
 // emulator or, where its stream captures, keeps it. "Device memory" is the process's own. Launches are done when they
-// return, so streams and events order nothing: they are there to refuse what HIP refuses.
+// return, so streams and events order nothing: they are there to refuse what HIP refuses. Memory that the runtime is
+// asked for can be exported to other processes, whose devices then share it.
 //
 //   properties.h     layouts of the two hipDeviceProp_t
 //   code_object.h    what a loader reads from a code object
-//   standin_hip.cpp  state, and the entry points by area: errors, devices, streams, events, modules, launches
+//   state.h          error codes, state, and how an entry point begins
+//   standin_hip.cpp  the entry points by area: errors, devices, streams, events, modules, launches
+//   memory.cpp       those of memory, of handles by which processes share it, and of access between devices
 //
-// To grow it (memory, streams that order, IPC handles): state goes into `State`, an entry point begins with
+// To grow it (streams that order): state goes into `State`, an entry point begins with
 // ENTRY(name), which counts the call, refuses where HIP was not initialized in this process (a fork's child) and makes
 // the failure that a test asked for; every error goes through `result`, which keeps it for hipGetLastError.
 //
@@ -43,6 +46,9 @@ void standin_devices(const char* names);
 
 // What hipGetErrorString says, on this thread, of the next launch whose callback fails: HIP's words, then these.
 void standin_failure_text(const char* text);
+
+// The bytes of the allocation that an address lies in, and where it begins; 0: of none.
+size_t standin_allocation(const void* address, void** begin);
 
 // ---- for tests only
 

@@ -179,6 +179,72 @@ def a_child_that_was_forked_before_the_first_use_has_hip(hip, runtime):
     assert child_count() == 99  # as with HIP: what is initialized does not survive
 
 
+PAGE = 2 << 20  # what memory is exported in
+
+
+@scenario("gfx942,gfx950")
+def processes_share_memory_by_handles(hip, runtime):
+    (theirs, ours), (back, forth) = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        status = 1
+        try:
+            assert runtime.count() == 2
+            address = runtime.open_shared(os.read(theirs, 64))
+            assert ctypes.string_at(address, 5) == b"\0hand"
+            ctypes.memmove(address + PAGE, b"back", 4)
+            os.write(forth, b"!")
+            os.read(theirs, 1)
+            runtime.close_shared(address)
+            assert str(refused(runtime.close_shared, address)) == "HIP: unmapping memory of a peer: invalid argument"
+            status = 0
+        finally:
+            os._exit(status)
+    runtime.count()
+    address = runtime.allocate_shared(2 * PAGE)
+    assert ctypes.string_at(address, 2 * PAGE) == bytes(2 * PAGE)
+    assert "hipExtMallocWithFlags:3" in hip.calls()  # uncached, which is not fine-grained
+    ctypes.memmove(address + 1, b"hand", 4)
+    handle = runtime.export_shared(address)
+    os.write(ours, handle)
+    assert os.read(back, 1) == b"!"
+    assert ctypes.string_at(address + PAGE, 4) == b"back"
+    os.write(ours, b"!")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert hip.allocation(address + 2 * PAGE - 1) == (address, 2 * PAGE)
+    runtime.free_shared(address)
+    assert hip.allocation(address) is None
+
+
+@scenario("gfx942,gfx942")
+def memory_that_cannot_be_shared_is_refused_in_words(hip, runtime):
+    runtime.count()
+    address, small = runtime.allocate_shared(PAGE), runtime.allocate_shared(4096)
+    for words, call, *arguments in (
+            ("HIP: mapping memory of a peer: invalid device context", runtime.open_shared,
+             runtime.export_shared(address)),  # a process's own
+            ("HIP: exporting memory to peers: invalid argument", runtime.export_shared, small),
+            ("HIP: exporting memory to peers: invalid argument", runtime.export_shared, address + 64),
+            ("HIP: asking for peer access: invalid device ordinal", runtime.can_access_peer, 0, 2),
+            ("HIP: freeing memory that peers can map: invalid argument", runtime.free_shared, address + 64),
+            ("handle: expected 64 bytes, got 3", runtime.open_shared, b"abc")):
+        assert str(refused(call, *arguments)) == words
+    assert runtime.can_access_peer(0, 1)
+    for entry_point, what, call, argument in (
+            ("hipExtMallocWithFlags", "allocating memory that peers can map", runtime.allocate_shared, PAGE),
+            ("hipMemset", "zeroing memory that peers can map", runtime.allocate_shared, PAGE),
+            ("hipDeviceSynchronize", "zeroing memory that peers can map", runtime.allocate_shared, PAGE),
+            ("hipIpcGetMemHandle", "exporting memory to peers", runtime.export_shared, address),
+            ("hipHostMalloc", "allocating memory of the host that kernels can write to", runtime.allocate_mapped, 64),
+            ("hipHostGetDevicePointer", "allocating memory of the host that kernels can write to",
+             runtime.allocate_mapped, 64)):
+        hip.fail(entry_point, 2)
+        assert str(refused(call, argument)) == f"HIP: {what}: out of memory"
+    hip.calls()
+    host, device = runtime.allocate_mapped(64)
+    assert (host, ctypes.string_at(device, 64)) == (device, bytes(64))
+    runtime.free_mapped(host)
+
+
 if __name__ == "__main__":
     name, standin, library = sys.argv[1:]
     function, os.environ["STANDIN_HIP"] = SCENARIOS[name]

@@ -74,6 +74,41 @@ class Runtime:
         self._check(self.library.probe_device(-1 if index is None else index, arch, numbers))
         return (arch.value.decode(), *numbers)
 
+    def allocate_shared(self, size: int) -> int:
+        address = ctypes.c_void_p()
+        self._check(self.library.probe_allocate_shared(ctypes.c_size_t(size), ctypes.byref(address)))
+        return address.value or 0
+
+    def free_shared(self, address: int) -> None:
+        self._check(self.library.probe_free_shared(ctypes.c_void_p(address)))
+
+    def export_shared(self, address: int) -> bytes:
+        handle = ctypes.create_string_buffer(64)
+        self._check(self.library.probe_export_shared(ctypes.c_void_p(address), handle))
+        return handle.raw
+
+    def open_shared(self, handle: bytes) -> int:
+        address = ctypes.c_void_p()
+        self._check(self.library.probe_open_shared(handle, ctypes.c_size_t(len(handle)), ctypes.byref(address)))
+        return address.value or 0
+
+    def close_shared(self, address: int) -> None:
+        self._check(self.library.probe_close_shared(ctypes.c_void_p(address)))
+
+    def can_access_peer(self, device: int, peer: int) -> bool:
+        can = ctypes.c_bool()
+        self._check(self.library.probe_can_access_peer(device, peer, ctypes.byref(can)))
+        return can.value
+
+    def allocate_mapped(self, size: int) -> tuple[int, int]:
+        """Where the host finds it, and the device."""
+        addresses = (ctypes.c_void_p * 2)()
+        self._check(self.library.probe_allocate_mapped(ctypes.c_size_t(size), addresses))
+        return addresses[0] or 0, addresses[1] or 0
+
+    def free_mapped(self, host: int) -> None:
+        self._check(self.library.probe_free_mapped(ctypes.c_void_p(host)))
+
     def load(self, op: str) -> None:
         self._check(self.library.probe_load(literal(op)))
 

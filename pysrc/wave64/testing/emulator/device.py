@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import logging
 import math
+import struct
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -57,13 +58,15 @@ class Launch:
     lds_bytes: int
     args: bytes
     tensors: dict[str, Tensor]  # by argument
+    allocations: tuple[Buffer, ...] = ()  # memory of the runtime's own that its arguments point into
 
     def buffers(self) -> list[Buffer]:
-        """The storages of its tensors, each once, named by the arguments that point into it."""
+        """The storages of its tensors, each once, named by the arguments that point into it, and the allocations."""
         addresses = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         storages = (tensor.untyped_storage() for tensor in self.tensors.values())
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
-        return [Buffer(named(addresses, start, size) or "a tensor", start, size) for start, size in sizes.items()]
+        return [*(Buffer(named(addresses, start, size) or "a tensor", start, size) for start, size in sizes.items()),
+                *self.allocations]
 
 
 @functools.cache
@@ -119,8 +122,18 @@ class Device:
         by_address = {tensor.data_ptr(): tensor for tensor in self._thread.given}
         tensors = {name: by_address[address] for name, address in pointers(op, made.args).items()
                    if address in by_address}
-        self._launched(Launch(op, made.kernel, path, made.grid, made.block, made.lds_bytes, made.args, tensors),
-                       made.is_captured)
+        self._launched(Launch(op, made.kernel, path, made.grid, made.block, made.lds_bytes, made.args, tensors,
+                              self._allocations(op, made.args)), made.is_captured)
+
+    def _allocations(self, op: str, args: bytes) -> tuple[Buffer, ...]:
+        """The runtime's memory that fields of the operator's struct point into: the arenas of its ranks."""
+        found = {}
+        for name, kind, offset in _fields(op):
+            if kind in ("8P", "q"):  # arenas; the status record, whose address Python gives as a number
+                for address in struct.unpack_from(kind, args, offset):
+                    if address > 0 and (at := self._driver.allocation(address)):
+                        found[at[0]] = Buffer(name, *at)
+        return tuple(found.values())
 
     # ---- launches of Triton's
 
@@ -203,10 +216,10 @@ def hip_code(arch: str, code: bytes) -> tuple[str, str]:
 
 
 @functools.cache
-def _pointer_fields(op: str) -> tuple[tuple[str, int], ...]:
-    return tuple((name, offset) for name, kind, offset in hip._hip.fields()[op] if kind == "P")
+def _fields(op: str) -> tuple[tuple[str, str, int], ...]:
+    return tuple(hip._hip.fields()[op])
 
 
 def pointers(op: str, args: bytes) -> dict[str, int]:
     """The addresses in an operator's struct, by field."""
-    return {name: int.from_bytes(args[offset:offset + 8], "little") for name, offset in _pointer_fields(op)}
+    return {name: int.from_bytes(args[offset:offset + 8], "little") for name, kind, offset in _fields(op) if kind == "P"}

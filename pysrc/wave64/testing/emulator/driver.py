@@ -38,6 +38,7 @@ class Driver:
     def __init__(self, path: str):
         self.library = ctypes.CDLL(path)
         self.library.standin_calls.restype = self.library.hipGetErrorString.restype = ctypes.c_char_p
+        self.library.standin_allocation.restype = ctypes.c_size_t
         self.errors: list[Exception] = []  # what callbacks raised
 
     def __call__(self, name: str, *arguments) -> None:
@@ -67,6 +68,12 @@ class Driver:
         handle = ctypes.c_void_p()
         self("hipStreamEndCapture", stream, ctypes.byref(handle))
         return handle.value or 0
+
+    def allocation(self, address: int) -> tuple[int, int] | None:
+        """(begin, bytes) of the runtime's memory that an address lies in; None: it is no such memory's."""
+        begin = ctypes.c_void_p()
+        size = self.library.standin_allocation(ctypes.c_void_p(address), ctypes.byref(begin))
+        return (begin.value or 0, size) if size else None
 
     def on_launch(self, run: Callable) -> None:
         """`run` is given every launch: kernel, code_object (bytes), args (bytes), stream, device, is_captured, grid,
