@@ -2,7 +2,7 @@
 
 Both pipes are ipc:// files in a private temporary directory that the api process makes and hands to `run_engine`:
 
-    requests   the engine binds a PULL socket; the api connects a PUSH socket and sends Request and Abort.
+    requests   the engine binds a PULL socket; the api connects a PUSH socket and sends Request, Abort and Vocabulary.
     outputs    the api binds a PULL socket; the engine connects a PUSH socket and sends one Ready or Failed first,
                then Outputs, at most one message per engine step.
 
@@ -45,6 +45,14 @@ class Request(Struct, tag=True):
     params: SamplingParams
     top_logprobs: int = -1  # -1: none; 0: the chosen token's; k: the k most likely ones too
     prompt_logprobs: bool = False
+    grammar: str | None = None  # what the answer has to be, in llguidance's form; a Vocabulary was sent before
+
+
+class Vocabulary(Struct, tag=True):
+    """The tokens' texts, which grammars are made of, and what ends an answer. Sent before the first grammar."""
+
+    tokenizer: str  # as tokenizer.json
+    end_ids: list[int]
 
 
 class Abort(Struct, tag=True):
@@ -67,7 +75,7 @@ class Output(Struct):
     rid: str
     token_ids: list[int]  # new since the last Output; a stop token is included
     finish_reason: str | None = None  # None, "stop", "length", "abort" or "error"
-    matched_stop: int | None = None  # the stop token's id, when finish_reason is "stop"
+    matched_stop: int | None = None  # the stop token's id, when finish_reason is "stop"; None: the grammar's end
     logprobs: list[TokenLogprob] | None = None  # one per new token, when the request asked for them
     prompt_logprobs: list[TokenLogprob | None] | None = None  # once, with the first token; entry 0 is None
     error: str | None = None  # the reason in words, when finish_reason is "error"
@@ -183,16 +191,16 @@ def too_long(limits: Limits, requested: str, shorten: str, param: str) -> BadReq
 
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(Request | Abort)
+_to_engine = msgspec.msgpack.Decoder(Request | Abort | Vocabulary)
 _to_api = msgspec.msgpack.Decoder(Outputs | Ready | Failed | Alive)
 
 
-def encode(message: Request | Abort | Outputs | Ready | Failed | Alive) -> bytes:
+def encode(message: Request | Abort | Vocabulary | Outputs | Ready | Failed | Alive) -> bytes:
     """The msgpack frame of a message."""
     return _encoder.encode(message)
 
 
-def decode_to_engine(frame: bytes) -> Request | Abort:
+def decode_to_engine(frame: bytes) -> Request | Abort | Vocabulary:
     """Read a frame of the `requests` pipe. Raises msgspec.DecodeError or ValidationError when it is not one."""
     return _to_engine.decode(frame)
 

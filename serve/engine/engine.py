@@ -30,6 +30,7 @@ from wave64 import quant
 from wave64.arch import EMULATED
 from wave64.distributed import Store
 from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.engine.grammar import Grammars
 from wave64.serve.engine.memory import pool_pages
 from wave64.serve.engine.pages import PagePool
 from wave64.serve.engine.ranks import join, ranks_of, smallest
@@ -48,6 +49,7 @@ from wave64.serve.messages import (
     Request,
     SamplingParams,
     Statistics,
+    Vocabulary,
     check_params,
     check_request,
     decode_to_engine,
@@ -152,6 +154,7 @@ class Engine:
         self.schedulers = [Scheduler(pool, rank.max_running, self._prefill_budget(args)) for pool in pools]
         self.scheduler, self.pool = self.schedulers[0], pools[0]  # all there is, but with data-parallel attention
         self._eos = frozenset(i for i in self.config.eos_token_ids if i < self.config.vocab_size)
+        self.grammars = Grammars(self.config.vocab_size, self._eos)
         self._seeds = random.Random(args.random_seed)
         self._refused: list[Output] = []
         self._throughput = Throughput()
@@ -178,14 +181,14 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether step() has something to run or to say."""
-        return bool(any(map(len, self.schedulers)) or self._refused)
+        return bool(any(map(len, self.schedulers)) or self._refused or self.grammars)
 
     def add(self, request: Request) -> None:
         """Queue a request. One that cannot be served is answered by the next step(), with finish_reason "error".
 
         Raises ValueError if a live request has the same rid: its answers could not be told apart.
         """
-        if any(request.rid in scheduler for scheduler in self.schedulers):
+        if any(request.rid in live for live in (*self.schedulers, self.grammars)):
             raise ValueError(f"request {request.rid!r} is already there; every live request needs its own rid")
         params = request.params
         try:
@@ -195,10 +198,15 @@ class Engine:
             return
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        min(self.schedulers, key=len).add(Sequence(request, stops, random.Random(seed)))
+        seq = Sequence(request, stops, random.Random(seed))
+        if request.grammar is None:
+            min(self.schedulers, key=len).add(seq)
+        else:
+            self.grammars.attach(request.rid, seq, request.grammar)
 
     def abort(self, rid: str) -> None:
         """Forget a request and free its pages at once; no Output follows. An unknown rid is ignored."""
+        self.grammars.forget(rid)
         for scheduler in self.schedulers:
             scheduler.abort(rid)
 
@@ -206,6 +214,11 @@ class Engine:
         """Run one step, if there is work. What fails in it fails the requests that took part, and no others; among
         several ranks, whose states would differ from there on, it is raised."""
         outputs, self._refused = self._refused, []
+        for rid, seq, wrong in self.grammars.ready(is_idle=not any(map(len, self.schedulers))):
+            if wrong is None:
+                min(self.schedulers, key=len).add(seq)
+            else:
+                outputs.append(Output(rid, [], "error", error=wrong))
         scheduled = [scheduler.schedule() for scheduler in self.schedulers]
         steps, samplings = [step for step, _ in scheduled], [sampling for _, sampling in scheduled]
         if not any(step.rows for step in steps):
@@ -388,6 +401,8 @@ def _receive(engine: Engine, frame: bytes) -> None:
         message = decode_to_engine(frame)
         if isinstance(message, Abort):
             engine.abort(message.rid)
+        elif isinstance(message, Vocabulary):
+            engine.grammars.learn(message)
         else:
             engine.add(message)
     except ValueError:  # of msgspec's or of add(): a defect of the sender, and no reason to fail the others

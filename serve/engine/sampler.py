@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wave64 import ops
+from wave64.serve.engine.grammar import bitmask
 from wave64.serve.engine.schedule import Sampled, Sampling
 from wave64.serve.messages import TokenLogprob
 
@@ -36,12 +37,11 @@ def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor) -> Sampled:
     wanted = [i for i, top in enumerate(sampling.top_logprobs) if top >= 0]
     raw = torch.log_softmax(_pick(logits, wanted), dim=-1) if wanted else None
     _penalize(logits, sampling)
-    if sampling.forbidden:
+    if sampling.grammars:  # the device may still run the model
+        ops.apply_token_bitmask(logits, torch.from_numpy(bitmask(sampling, logits.shape[1])).to(logits.device))
+    elif sampling.forbidden:
         rows, tokens = torch.tensor(sampling.forbidden, device=logits.device).T
         logits[rows, tokens] = -torch.inf
-    if sampling.bitmask is not None:
-        allowed = torch.frombuffer(bytearray(sampling.bitmask), dtype=torch.int32).view(len(logits), -1)
-        ops.apply_token_bitmask(logits, allowed.to(logits.device))
     ids = _choose(logits, sampling)
     last_sampled[torch.tensor(sampling.rows, device=logits.device)] = ids
     sampled.ids = ids.tolist()

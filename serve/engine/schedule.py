@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from wave64.serve.engine.grammar import Grammar
 from wave64.serve.messages import TokenLogprob
 
 LAST_SAMPLED = -1  # in Schedule.tokens: the token that the row sampled last, which only the runner needs to know
@@ -64,8 +65,7 @@ class Sampling:
     penalties: list[Penalties] = field(default_factory=list)  # of the sequences that have any
     forbidden: list[tuple[int, int]] = field(default_factory=list)  # (index, token): stops before min_new_tokens
     scored: list[Scored] = field(default_factory=list)
-    # [S, ceil(vocab_size / 32)] little-endian int32, as ops.apply_token_bitmask takes it: what grammars allow.
-    bitmask: bytes | None = None
+    grammars: list[tuple[int, Grammar]] = field(default_factory=list)  # (index, its state): read between run and choice
 
 
 @dataclass(slots=True)

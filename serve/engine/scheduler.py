@@ -12,6 +12,7 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
+from wave64.serve.engine.grammar import Grammar
 from wave64.serve.engine.pages import PagePool
 from wave64.serve.engine.schedule import Penalties, Sampled, Sampling, Schedule, Scored
 from wave64.serve.messages import Output, Request, TokenLogprob
@@ -33,8 +34,10 @@ class Sequence:
     row: int = -1  # of the runner's page table; -1: waiting
     pages: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # of tokens[:len(...)]
+    grammar: Grammar | None = None  # what the answer has to be, and how far it is
     finish_reason: str | None = None
     matched_stop: int | None = None
+    error: str | None = None  # the reason in words, when finish_reason is "error"
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.input_ids)
@@ -63,6 +66,10 @@ class Sequence:
             self.tokens.append(token)
         if params.max_new_tokens and token in self.stop_ids:
             self.finish_reason, self.matched_stop = "stop", token
+        elif self.grammar is not None and params.max_new_tokens and (wrong := self.grammar.accept(token)):
+            self.finish_reason, self.error = "error", f"the answer left its grammar: {wrong}"
+        elif self.grammar is not None and self.grammar.is_finished:
+            self.finish_reason = "stop"
         elif self.num_generated >= params.max_new_tokens:
             self.finish_reason = "length"
 
@@ -265,6 +272,8 @@ def _add_sampling(sampling: Sampling, seq: Sequence, logit_row: int) -> None:
         prompt, output = seq.tokens[: seq.num_prompt], seq.tokens[seq.num_prompt :]
         sampling.penalties.append(Penalties(index, params.presence_penalty, params.frequency_penalty,
                                             params.repetition_penalty, prompt, output))  # fmt: skip
+    if seq.grammar is not None:
+        sampling.grammars.append((index, seq.grammar))
     if seq.num_generated < params.min_new_tokens:
         sampling.forbidden += [(index, token) for token in seq.stop_ids]
 
@@ -273,7 +282,7 @@ def _output(seq: Sequence, logprob: TokenLogprob | None) -> Output:
     """What the step gave `seq`, whose newest token has this logprob."""
     request = seq.request
     output = Output(request.rid, seq.tokens[-1:] if request.params.max_new_tokens else [], seq.finish_reason,
-                    seq.matched_stop)  # fmt: skip
+                    seq.matched_stop, error=seq.error)  # fmt: skip
     if request.top_logprobs >= 0:
         output.logprobs = [logprob] if output.token_ids and logprob is not None else []
     if request.prompt_logprobs and seq.num_generated <= 1:

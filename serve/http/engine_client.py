@@ -19,7 +19,18 @@ import zmq.asyncio
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.schemas import ApiError
-from wave64.serve.messages import Abort, Alive, Failed, Output, Ready, Request, Statistics, decode_to_api, encode
+from wave64.serve.messages import (
+    Abort,
+    Alive,
+    Failed,
+    Output,
+    Ready,
+    Request,
+    Statistics,
+    Vocabulary,
+    decode_to_api,
+    encode,
+)
 
 log = logging.getLogger("wave64")
 
@@ -160,7 +171,11 @@ class EngineClient:
         """Requests that the engine works on."""
         return len(self._queues)
 
-    def _send(self, message: Request | Abort) -> None:
+    def tell(self, message: Vocabulary) -> None:
+        """Send what is no request, before the requests that follow."""
+        self._send(message)
+
+    def _send(self, message: Request | Abort | Vocabulary) -> None:
         self._requests.send(encode(message))
 
     def kill(self) -> None:

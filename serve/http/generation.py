@@ -11,6 +11,7 @@ from uuid import uuid4
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.detokenizer import Detokenizer, StopStrings
 from wave64.serve.http.engine_client import EngineClient
+from wave64.serve.http.grammar import Grammars
 from wave64.serve.http.replicas import Replicas
 from wave64.serve.http.schemas import MAX_CHOICES, ApiError, Sampling
 from wave64.serve.http.template_process import TemplateProcess
@@ -54,12 +55,12 @@ class Choice:
     """One completion of one prompt: an engine request and what has come of it."""
 
     def __init__(self, index: int, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer,
-                 body: Sampling, top_logprobs: int, prompt_logprobs: bool,
-                 stop_tokens: dict[int, str] | None = None) -> None:  # fmt: skip
+                 body: Sampling, top_logprobs: int, prompt_logprobs: bool, *,
+                 grammar: str | None = None, stop_tokens: dict[int, str] | None = None) -> None:  # fmt: skip
         """stop_tokens: special tokens whose text is among the request's stop strings."""
         self.index = index
         self.prompt_ids = prompt_ids
-        self.request = Request(uuid4().hex, prompt_ids, params, top_logprobs, prompt_logprobs)
+        self.request = Request(uuid4().hex, prompt_ids, params, top_logprobs, prompt_logprobs, grammar)
         self.all = Delta()
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.finish_reason: str | None = None
@@ -81,7 +82,7 @@ class Choice:
             delta.token_ids.append(token)
             if output.logprobs:
                 self._held.append((self._decoded, output.logprobs[i]))
-            is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1
+            is_stop = output.matched_stop is not None and i == len(output.token_ids) - 1
             if not is_stop or self._keep_stop:
                 delta.text += self._show(self._detokenizer.push([token]), len(self.all.token_ids) + i + 1)
             if self._stops.matched:
@@ -132,6 +133,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.templates = TemplateProcess(tokenizer.template_source) if tokenizer.template_source else None
         self.is_serving = False  # after the warm-up
+        self._grammars = Grammars(tokenizer)
+        self._told_vocabulary = False
 
     async def warm_up(self) -> None:
         """Generate one token, and have the chat template's process there. Raises ApiError when the first fails."""
@@ -189,6 +192,15 @@ class Generator:
         except TemplateError as error:
             raise ApiError(f"messages: {error}", "messages", "invalid_value") from None
 
+    async def grammar(self, body: Sampling) -> str | None:
+        """What the answer has to be, for the engine, which knows then what grammars are made of. Raises ApiError."""
+        made = await self._grammars.of(body, self.ready.vocab_size)
+        if made is not None and not self._told_vocabulary:
+            assert self._grammars.vocabulary is not None  # since there is a grammar
+            self.client.tell(self._grammars.vocabulary)
+            self._told_vocabulary = True
+        return made
+
     def check_model(self, name: str | None) -> None:
         """One model is served, under any name; but one that is a single slip away from its own is taken for a slip.
         Raises ApiError (404)."""
@@ -204,7 +216,8 @@ class Generator:
         return left if default is None else min(default, left)
 
     def choices(self, prompt_ids: list[int], body: Sampling, max_new_tokens: int, names: tuple[str, str],
-                first_index: int = 0, top_logprobs: int = -1, prompt_logprobs: bool = False) -> list[Choice]:
+                first_index: int = 0, top_logprobs: int = -1, prompt_logprobs: bool = False, *,
+                grammar: str | None = None) -> list[Choice]:
         """`body.n` choices of one prompt, each with a seed of its own.
 
         names   the fields that the prompt and max_new_tokens came in
@@ -227,7 +240,7 @@ class Generator:
             if params.seed is not None:
                 params.seed += i
             choice = Choice(first_index + i, prompt_ids, params, self.tokenizer, body, top_logprobs, prompt_logprobs,
-                            named)  # fmt: skip
+                            grammar=grammar, stop_tokens=named)  # fmt: skip
             made.append(choice)
         return made
 

@@ -46,7 +46,8 @@ class Generate:
             scored = wanted[i] and starts[i] == 0
             top = tops[i] if wanted[i] else -1
             made = self.generator.choices(
-                ids, sampling, new, (names[i], "max_new_tokens"), len(self.choices), top, scored
+                ids, sampling, new, (names[i], "max_new_tokens"), len(self.choices), top, scored,
+                grammar=await self.generator.grammar(sampling),
             )
             self.choices += made
             self._has_logprobs += [wanted[i]] * len(made)

@@ -14,7 +14,7 @@ WITHOUT_EFFECT = frozenset((
     "return_text_in_logprobs", "return_flat_raw_top_logprobs_b64", "cache_salt", "extra_key", "session_id",
     "conversation_id", "routing_key", "custom_labels", "cache_prompt", "length_penalty", "early_stopping",
     "mm_processor_kwargs", "mm_hashes", "max_dynamic_patch", "min_dynamic_patch", "images_config", "video_config",
-    "use_audio_in_video",
+    "use_audio_in_video", "guided_decoding_backend",
 ))  # fmt: skip
 
 # On unless switched off: here false asks for another answer. Each with what to do instead.
@@ -46,18 +46,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (),
     "require_reasoning": (),
     "repetition_detection": (),
-    # its form
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
     # tools and other media
     "tools": (),
@@ -125,7 +113,7 @@ def asks_for_nothing(name: str, value: Any) -> bool:
         return True
     if isinstance(value, bool):  # True == 1
         return False
-    if isinstance(value, list) and name not in ("modalities", "response_format"):  # /generate: an entry per prompt
+    if isinstance(value, list) and name != "modalities":  # /generate: an entry per prompt
         return all(asks_for_nothing(name, entry) for entry in value)
     return value in NOT_SERVED.get(name, ())
 

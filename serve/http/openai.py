@@ -66,10 +66,12 @@ class Completion(Job[CompletionRequest]):
         names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
         top = -1 if body.logprobs is None else body.logprobs
         scored = bool(body.echo and top >= 0)
+        grammar = await self.generator.grammar(body)
         encoded = await self.generator.encode(prompts, names, body.add_special_tokens is not False)
         for ids, name in zip(encoded, names, strict=True):
             new = self.generator.new_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS)
-            self.choices += self.generator.choices(ids, body, new, (name, "max_tokens"), len(self.choices), top, scored)
+            self.choices += self.generator.choices(ids, body, new, (name, "max_tokens"), len(self.choices), top, scored,
+                                                   grammar=grammar)  # fmt: skip
         if body.echo:
             self._echoes = await asyncio.to_thread(lambda: [self._text(prompt) for prompt in prompts])
         if scored:
@@ -129,6 +131,7 @@ class Chat(Job[ChatRequest]):
 
     async def prepare(self) -> None:
         body = self.body
+        grammar = await self.generator.grammar(body)
         begin = body.add_generation_prompt is not False
         variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": begin}
         text = await self.generator.render([message.on_the_wire() for message in body.messages], variables)
@@ -136,7 +139,7 @@ class Chat(Job[ChatRequest]):
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         new = self.generator.new_tokens(len(ids), getattr(body, name))
         top = (body.top_logprobs or 0) if body.logprobs else -1
-        self.choices = self.generator.choices(ids, body, new, ("messages", name), top_logprobs=top)
+        self.choices = self.generator.choices(ids, body, new, ("messages", name), top_logprobs=top, grammar=grammar)
 
     def whole(self, choice: Choice) -> Json:
         message = {"role": "assistant", "content": choice.all.text}

@@ -15,7 +15,7 @@ import msgspec
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.engine_client import EngineClient
-from wave64.serve.messages import Output, Ready, Request, Statistics
+from wave64.serve.messages import Output, Ready, Request, Statistics, Vocabulary
 
 
 def engines(args: ServerArgs, torchrun: str | None = None) -> EngineClient | Replicas:
@@ -82,6 +82,11 @@ class Replicas:
         async with aclosing(client.stream(requests)) as outputs:
             async for output in outputs:
                 yield output
+
+    def tell(self, message: Vocabulary) -> None:
+        """As EngineClient.tell, to every engine."""
+        for client in self._clients:
+            client.tell(message)
 
     def abort(self, rid: str) -> None:
         """End one request of a stream; the stream takes it as finished."""

@@ -118,6 +118,11 @@ class Sampling(Body):
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     no_stop_trim: Flag | None = None
+    # the form of the answer: serve.http.grammar
+    json_schema: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_stop(self) -> Any:
@@ -163,6 +168,12 @@ class _OpenAI(Sampling):
     max_tokens: Count | None = None
     min_tokens: Count | None = None
     seed: Seed | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None  # vLLM's, as are the next
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Any:

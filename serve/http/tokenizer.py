@@ -88,6 +88,11 @@ class Tokenizer:
             before = []
         return before + ids + self._after
 
+    @property
+    def definition(self) -> str:
+        """It all, as in a tokenizer.json."""
+        return self._backend.to_str()
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids; an incomplete UTF-8 character becomes U+FFFD, an id without a token nothing."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

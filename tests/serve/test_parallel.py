@@ -218,7 +218,9 @@ def test_the_server_recites(tmp_path, name, flags):
     beginning = "Four score and seven years ago"
     with serve(name, tmp_path / "log", *flags.split()) as server:
         answer = server.complete(prompt=beginning, max_tokens=8 if "gfx942" in flags else 1000)
+        form = server.complete(prompt=beginning, regex=" [0-9]{3}")["choices"][0]
         assert server.stop() == 0
+    assert re.fullmatch(" [0-9]{3}", form["text"])
     text = beginning + answer["choices"][0]["text"]
     assert TEXT.startswith(text) if "gfx942" in flags else text == TEXT
 

@@ -3,10 +3,12 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from wave64.serve.engine import sampler
+from wave64.serve.engine.grammar import Grammar
 from wave64.serve.engine.schedule import Penalties, Sampling
 from wave64.serve.engine.scheduler import Sequence
 from wave64.serve.messages import BadRequest, Request, SamplingParams, check_params
@@ -24,15 +26,15 @@ def test_the_number_a_token_is_drawn_by_is_less_than_one(monkeypatch):
     assert seen[0].tolist() == [1 - 2**-24, 0.25]
 
 
-def test_a_bitmask_leaves_what_it_allows():
+def test_a_bitmask_leaves_what_it_allows(monkeypatch):
     """Logprobs are of the logits before it; the tokens are noted at their rows."""
     logits = torch.linspace(0, 4, 2 * 40).view(2, 40)
     raw = torch.log_softmax(logits, dim=-1)
     words = [[1 << 7, 0], [0, 1 << 2]]  # token 7, and token 34
-    mask = b"".join(word.to_bytes(4, "little") for row in words for word in row)
+    monkeypatch.setattr(sampler, "bitmask", lambda sampling, vocab: np.array(words, dtype=np.int32))
     last = torch.zeros(4, dtype=torch.int64)
     for temperature in (0.0, 5.0):
-        asked = replace(HOT, temperature=[temperature] * 2, top_logprobs=[-1, 0], bitmask=mask)
+        asked = replace(HOT, temperature=[temperature] * 2, top_logprobs=[-1, 0], grammars=[(0, Grammar(None))])
         got = sampler.sample(logits.clone(), asked, last)
         assert got.ids == [7, 34]
         assert got.logprobs[0] is None

@@ -1,0 +1,24 @@
+"""Grammars are compiled in both processes: the api process refuses what is none, the engine follows what it is sent."""
+
+from collections.abc import Callable
+from typing import Any
+
+from wave64.serve.messages import Vocabulary
+
+
+def compiler(vocabulary: Vocabulary, vocab_size: int, end_ids: frozenset[int] = frozenset()) -> Callable[[str], Any]:
+    """A function that compiles a grammar for this vocabulary, or raises ValueError with the reason why it cannot. To
+    make it takes a second for a large vocabulary."""
+    try:
+        from llguidance import LLMatcher, LLTokenizer
+    except ImportError:
+        raise ValueError("llguidance is not installed on the server: pip install llguidance") from None
+    tokenizer = LLTokenizer(vocabulary.tokenizer, n_vocab=vocab_size, eos_token=sorted({*vocabulary.end_ids, *end_ids}))
+
+    def compiled(source: str) -> LLMatcher:
+        matcher = LLMatcher(tokenizer, source, log_level=0)
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        return matcher
+
+    return compiled
