@@ -1,6 +1,8 @@
 """Tiny Llama checkpoints in Hugging Face format, the answers transformers gives for them, and a small paged driver
 that puts wave64's model through the same tokens."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -83,14 +85,23 @@ class NearTie(AssertionError):
     """Logits so near to each other that right ones may choose another token."""
 
 
+@functools.lru_cache(maxsize=2)
+def in_fp64(model: torch.nn.Module) -> Any:
+    """A copy of transformers' model with weights and products in fp64 (its norms and RoPE stay in fp32): in fp32 its
+    own logits are up to 4e-5 from these."""
+    wide: Any = copy.deepcopy(model).double()
+    wide.set_experts_implementation("eager")  # the grouped product knows no fp64
+    return wide
+
+
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], steps: int) -> tuple[list[int], Tensor]:
-    """transformers' greedy tokens after `prompt`, and the logits [steps, vocab] each was chosen from. Refuses a prompt
-    where logits equal to 1e-4 may still choose another token."""
+    """transformers' greedy tokens after `prompt`, and the logits [steps, vocab] each was chosen from, in fp64. Refuses
+    a prompt where logits equal to 1e-4 may still choose another token."""
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False,
+    out = in_fp64(model).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False,
                          output_logits=True, return_dict_in_generate=True, pad_token_id=0)
-    logits = torch.cat(out.logits)
+    logits = torch.cat(out.logits).float()
     best = logits.topk(2).values
     if (best[:, 0] - best[:, 1]).min() <= 2e-4:
         raise NearTie(f"near tie after {prompt}: choose another prompt")
