@@ -36,12 +36,14 @@ class Deadlock(EmulationError):
 
 
 def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 0, *,
-                     devices: Sequence[int] | None = None, patience: int = PATIENCE,
+                     devices: Sequence[int] | None = None, streams: Sequence[int] | None = None,
+                     patience: int = PATIENCE,
                      checks: tuple[type, ...] = (*ALL, Unordered), seconds: float = SECONDS,
                      show: Callable[[str], None] | None = None) -> Counts:
     """Makes recorded launches at the same time, all their workgroups resident. `buffers` is all memory that they may
     touch, and share, besides their arguments and code objects; a `Place` says whose memory it is in, and of which kind.
-    devices: that of each launch; none: each has its own. show: takes the schedule, a line for what each wave stores and
+    devices: that of each launch; none: each has its own. streams: that of each launch; one begins when those before it
+    in its stream have ended; none: all begin at once. show: takes the schedule, a line for what each wave stores and
     finds and for when stores are seen; of a seed that failed, `show=print` tells how.
 
     Raises Deadlock, which says where each launch's waves are, once every wave that has not ended waits at a barrier or
@@ -63,7 +65,8 @@ def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 
                 device = devices[i] if devices else i
                 for wave in range(machine.count):
                     world.waves[i, wave] = Wave(i, wave, int(machine.group[wave]), device)
-            _interleave(machines, world, order, patience, began + seconds)
+            _interleave(machines, world, shadow, _Streams(streams or range(len(machines))), order, patience,
+                        began + seconds)
         for machine, p in zip(machines, prepared, strict=True):
             p.note(counts)
             counts.add(machine, machine.count)
@@ -74,15 +77,50 @@ def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 
     return counts
 
 
-def _interleave(machines: list[Machine], world: World, order: random.Random, patience: int, until: float) -> None:
+class _Streams:
+    """Which launches run: of each stream the first that has not ended."""
+
+    def __init__(self, streams: Iterable[int]):
+        self.queues: dict[int, list[int]] = {}
+        for launch, stream in enumerate(streams):
+            self.queues.setdefault(stream, []).append(launch)
+        self.running = {queue[0] for queue in self.queues.values()}
+
+    @property
+    def waiting(self) -> bool:
+        return any(len(queue) > 1 for queue in self.queues.values())
+
+    def ended(self, launch: int, world: World, shadow: Shadow) -> None:
+        """The next of its stream begins, and finds what the launch has done."""
+        self.running.discard(launch)
+        queue = next(queue for queue in self.queues.values() if queue[0] == launch)
+        shadow.ended(launch)
+        if len(queue) > 1:
+            queue.pop(0)
+            self.running.add(queue[0])
+            world.begin(queue[0])
+            shadow.began(queue[0])
+
+
+def _interleave(machines: list[Machine], world: World, shadow: Shadow, streams: _Streams, order: random.Random,
+                patience: int, until: float) -> None:
     idle = [np.zeros(machine.count, np.int64) for machine in machines]  # instructions since anything last changed
-    running, settled = set(range(len(machines))), False
+    running, settled = streams.running, False
     late = order.randrange(LATE) == 0
     held = {wave: order.choice(HELD) * len(world.waves) for wave in world.waves if late and order.randrange(2)}
-    while ready := [(i, int(wave)) for i in sorted(running) for wave in np.flatnonzero(machines[i].states == READY)]:
-        free = [each for each in ready if held.get(each, 0) <= 0]
+
+    def ready() -> list[tuple[int, int]]:
+        return [(i, int(wave)) for i in sorted(running) for wave in np.flatnonzero(machines[i].states == READY)]
+
+    while (able := ready()) or streams.waiting:
+        if not able:  # all that runs has ended, but for what is on its way
+            for number in list(running):
+                world.end(number)
+                streams.ended(number, world, shadow)
+            continue
+        free = [each for each in able if held.get(each, 0) <= 0]
         held = {each: turns - 1 for each, turns in held.items() if turns > 1}
-        i, wave = order.choice(free or ready)
+        i, wave = order.choice(free or able)
         machine, now = machines[i], world.waves[i, wave]
         before = (world.changes, machine.lds.changes, world.stores)
         world.now = now
@@ -93,10 +131,10 @@ def _interleave(machines: list[Machine], world: World, order: random.Random, pat
         except (EmulationError, NotImplementedError) as e:
             raise type(e)(f"launch {i}: {e}") from None
         if world.stores != before[2]:
-            held[i, wave] = order.choice(HELD) * len(ready)
+            held[i, wave] = order.choice(HELD) * len(able)
         for number in list(running):
             if (machines[number].states == ENDED).all() and world.ends(number):
-                running.discard(number)
+                streams.ended(number, world, shadow)
         world.pass_time(lambda wave: machines[wave.launch].states[wave.number] == ENDED)
         if (world.changes, machine.lds.changes) != before[:2]:
             settled = False

@@ -34,7 +34,7 @@ class Page:
     def __init__(self) -> None:
         self.who = {kind: np.zeros(PAGE, np.int32) for kind in (READ, WRITE, ATOMIC)}
         self.when = {kind: np.zeros(PAGE, np.int64) for kind in (READ, WRITE, ATOMIC)}
-        self.other_reader = np.zeros(PAGE, np.int32)
+        self.other_reader, self.other_read = np.zeros(PAGE, np.int32), np.zeros(PAGE, np.int64)
 
 
 @dataclass
@@ -49,12 +49,27 @@ class Shadow:
     waited: Times = field(default_factory=lambda: defaultdict(list))    # for all that it had stored
     acquired: Times = field(default_factory=lambda: defaultdict(list))  # and acquired
     writing_back: set[int] = field(default_factory=set)                 # workgroups that have not waited for it yet
+    begun: dict[int, int] = field(default_factory=dict)                 # launches that began behind another, and when
     now: int = 0
+
+    def ended(self, launch: int) -> None:
+        """All that its workgroups did is released."""
+        self.now += 1
+        for (of, _), number in self.numbers.items():
+            if of == launch:
+                self.released[number].append(self.now)
+
+    def began(self, launch: int) -> None:
+        """Behind another of its stream: its workgroups, numbered from here on, have acquired what that released."""
+        self.now += 1
+        self.begun[launch] = self.now
 
     def number(self, key: tuple, name: str) -> int:
         if key not in self.numbers:
             self.numbers[key] = len(self.names)
             self.names.append(name)
+            if key[0] in self.begun:
+                self.acquired[self.numbers[key]].append(self.begun[key[0]])
         return self.numbers[key]
 
     def ordered(self, first: int, when: int, kind: int, second: int, now: int) -> bool:
@@ -78,6 +93,7 @@ class Shadow:
             if kind == READ:
                 moved = (shadow.who[READ][at] != by) & (shadow.who[READ][at] != 0)
                 shadow.other_reader[at[moved]] = shadow.who[READ][at[moved]]
+                shadow.other_read[at[moved]] = shadow.when[READ][at[moved]]
             shadow.who[kind][at], shadow.when[kind][at] = by, self.now
             if kind == WRITE and found is None and (lost := np.flatnonzero(shadow.who[kind][at] != by)).size:
                 found = int(here[lost[0]]), kind, int(shadow.who[kind][at[lost[0]]])
@@ -85,9 +101,12 @@ class Shadow:
 
     def _race(self, page: Page, at: np.ndarray, by: np.ndarray, kind: int) -> tuple[int, int, int] | None:
         for earlier in {READ: (WRITE, ATOMIC), WRITE: (WRITE, ATOMIC, READ), ATOMIC: (WRITE, READ)}[kind]:
-            for others in [page.who[earlier][at]] + [page.other_reader[at]] * (earlier == READ):
+            accesses = [(page.who[earlier][at], page.when[earlier][at])]
+            if earlier == READ:
+                accesses.append((page.other_reader[at], page.other_read[at]))
+            for others, times in accesses:
                 for place in np.flatnonzero((others != 0) & (others != by)):
-                    first, when = int(others[place]), int(page.when[earlier][at[place]])
+                    first, when = int(others[place]), int(times[place])
                     if not self.ordered(first, when, earlier, int(by[place]), kind):
                         return int(place), earlier, first
         return None

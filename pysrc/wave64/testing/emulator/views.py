@@ -17,6 +17,9 @@ device's stay. Uncached memory is written through at home and read past the cach
 make no view equal to another. Nothing is ever late for the wave that stored it. (AMDGPU usage guide, "Memory Model
 gfx942"; AMD's MI300 ISA manual, chapter 9.)
 
+A store arrives in pieces: of a line that one instruction writes whole, its 128 bytes at once, of others aligned 8
+bytes. (The first is what LL128 protocols rest on, RCCL's too, on gfx942 within a node.)
+
 When what need not happen happens is drawn: stores on their way arrive in any order, lines are written back or dropped,
 or, in most schedules, not until something asks for it. So a protocol that owes something to this model is seen to fail
 in most schedules, and one that owes nothing never fails. Loads, too, may look later than where they stand, until a wait
@@ -36,6 +39,8 @@ from wave64.testing.emulator.memory import Buffer
 
 LINE = 128   # bytes of a line
 DIES = 8     # of a device: workgroups go to them in turn
+PIECE = 8    # bytes of a store that are never torn
+TORN = 1 / 4  # of stores of several pieces, those that arrive in two parts
 LAZY = 0.98  # of schedules, those in which nothing happens before it must
 NOWHERE = np.zeros(0, np.int64)
 SYSTEM, DEVICE, DIE = "system", "device", "die"
@@ -320,13 +325,29 @@ class World:
     def finish(self, wave: Wave, entry: UnderWay) -> None:
         """What is under way ends."""
         if isinstance(entry, Stored):
-            self._say(wave, f"has its store seen by the {entry.scope}:", entry.at)
-            self._reach(wave, entry.at.reshape(-1), entry.octets.reshape(-1), entry.scope)
+            at, octets = entry.at.reshape(-1), entry.octets.reshape(-1)
+            now = self._arriving(at)
+            self._say(wave, f"has its store seen by the {entry.scope}:", at[now])
+            self._reach(wave, at[now], octets[now], entry.scope)
+            if not now.all():
+                entry.at, entry.octets = at[~now], octets[~now]
+                return
         elif isinstance(entry, WriteBack):
             self.write_back(wave, entry.scope)
         elif isinstance(entry, Loaded):
             entry.look(entry)
         wave.under_way.remove(entry)
+
+    def _arriving(self, at: np.ndarray) -> np.ndarray:
+        """Which bytes of a store arrive: all, or those of some of its pieces."""
+        everything = np.ones(len(at), bool)
+        if len(at) <= PIECE or self.order.random() >= TORN:
+            return everything
+        _, line, sizes = np.unique(at // LINE, return_inverse=True, return_counts=True)
+        pieces, piece = np.unique(np.where(sizes[line] == LINE, at // LINE * LINE, at // PIECE * PIECE),
+                                  return_inverse=True)
+        some = np.array([self.order.randrange(2) for _ in pieces], bool)[piece]
+        return some if some.any() else everything
 
     def wait(self, wave: Wave, count: int) -> bool:
         """For all but the last `count` accesses that the wave issued; False: not yet, one more store has arrived, which
@@ -376,6 +397,17 @@ class World:
             for view in views.values():
                 view.drop(np.arange(self.lines))
         return self.changes != before
+
+    def begin(self, launch: int) -> None:
+        """A launch behind another: its device drops what it may have stale."""
+        for wave in {wave.die: wave for wave in self.waves.values() if wave.launch == launch}.values():
+            self.invalidate(wave, True, True)
+
+    def end(self, launch: int) -> None:
+        """Of a launch whose waves have ended, all stores arrive, and its device writes back."""
+        for wave in [wave for wave in self.waves.values() if wave.launch == launch]:
+            self._all(wave)
+            self.write_back(wave, SYSTEM)
 
     def ends(self, launch: int) -> bool:
         """Of a launch whose waves have ended: whether its stores have arrived, and its device has written back."""

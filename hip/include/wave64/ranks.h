@@ -1,0 +1,309 @@
+// What the ranks of a group exchange through: an arena of each rank's memory that all ranks map, and how kernels write
+// to those of the others and wait in their own.
+//
+// The trick: data is pushed, and says itself that it has come. An arena belongs to blocks: block b of every rank uses
+// block b's slots alone, and counts its rounds there, so graphs replay and no block waits for another. Slots alternate
+// between two halves: round n writes where round n - 2 wrote, and a block that has received what its peers sent in round
+// n - 1 knows that they have read what it sent in round n - 2. So nothing is ever acknowledged, reset or cleared; a
+// block of more rounds than one has a barrier between them, so that this holds for all its lanes.
+//
+// Arenas are uncached memory (hipExtMallocWithFlags 0x3): another kind of memory keeps stale lines of a peer's.
+#pragma once
+
+#include "wave64/types.h"
+
+namespace wave64 {
+
+constexpr int kMaxRanks = 8;
+constexpr int kRankBlocks = 128;  // of a launch, at most
+constexpr int kRankLanes = 512;   // of a block, at most
+constexpr int kLowLatencyBlocks = 64;
+constexpr int kLowLatencyPacks = 2;  // of 16 bytes, that a lane sends at once
+
+// Offsets in an arena, in bytes. A line of 128 bytes of its own for what different ranks or blocks write.
+constexpr int kLine = 128;
+constexpr int kBrokenAt = kRankBlocks * kLine;  // behind the counters of rounds: set when a wait timed out
+constexpr int kFlagsAt = 1 << 16;               // [2 uses][block][source] lines
+constexpr int kFlagsBytes = 2 * kRankBlocks * kMaxRanks * kLine;
+constexpr int kLowLatencyAt = 1 << 20;  // [block][half][source][pack][2 lines of 16 bytes][lane]
+constexpr int kLowLatencyHalf = kMaxRanks * kLowLatencyPacks * 2 * 16 * kRankLanes;
+constexpr int kLow128At = kLowLatencyAt + 2 * kLowLatencyBlocks * kLowLatencyHalf;  // [block][half][source] lines
+constexpr int kSlotHalf = 1 << 17;
+constexpr int kDataAt = kLow128At + 2 * kRankBlocks * kSlotHalf;  // [block][half][source] packs
+constexpr int kArenaEnd = kDataAt + 2 * kRankBlocks * kSlotHalf;
+// IPC shares memory in pieces of 2 MiB.
+constexpr int kArenaBytes = (kArenaEnd + (2 << 20) - 1) >> 21 << 21;
+static_assert(kBrokenAt + kLine <= kFlagsAt && kFlagsAt + kFlagsBytes <= kLowLatencyAt);
+
+enum Protocol : int32_t {
+    kLowLatency = 0,  // LL: 4 bytes of data and 4 of a tag, stored as one
+    kLow128 = 1,      // LL128: 120 bytes of data and 8 of a tag, a line that a store of 8 lanes writes as one
+    kOneShot = 2,     // all data to all ranks, then a flag
+    kTwoShot = 3      // each rank adds up its part, and sends the sums to all
+};
+
+// As a status record names the operators.
+enum RankOp : int32_t { kOpAllReduce = 1, kOpFusedAllReduceRmsNorm = 2, kOpAllGather = 3, kOpReduceScatter = 4 };
+
+}  // namespace wave64
+
+#ifdef WAVE64_DEVICE_CODE
+#include "wave64/device.h"
+
+namespace wave64 {
+
+// Memory that other devices write or read: loads and stores pass all caches, and 8 aligned bytes are never torn. `at`
+// is the same in all lanes.
+#if defined(WAVE64_CPU)
+class Shared {
+    char* base;
+
+public:
+    WAVE64_DEVICE explicit Shared(const void* base) : base(static_cast<char*>(const_cast<void*>(base))) {}
+    template <typename Bits>
+    WAVE64_DEVICE Bits load(int at, int lane_at = 0) const {
+        Bits bits;
+        __builtin_memcpy(&bits, base + at + lane_at, sizeof bits);
+        return bits;
+    }
+    template <typename Bits>
+    WAVE64_DEVICE void store(Bits bits, int at, int lane_at = 0) const {
+        __builtin_memcpy(base + at + lane_at, &bits, sizeof bits);
+    }
+};
+WAVE64_DEVICE void wait_for_stores() {}
+WAVE64_DEVICE void look_again() {}
+WAVE64_DEVICE uint64_t steady_clock() { return 0; }
+WAVE64_DEVICE uint32_t load_counter(const uint32_t* at) { return *at; }
+
+#elif defined(__HIP__)
+class Shared {
+#if defined(__gfx942__) || defined(__gfx950__)
+    static constexpr int kSystem = 1 | 16;  // sc0 sc1: without sc1 a store stays in this die's cache
+#else
+    static constexpr int kSystem = 1;  // compiled, not launched: see plan_ranks
+#endif
+    __amdgpu_buffer_rsrc_t resource;
+
+public:
+    WAVE64_DEVICE explicit Shared(const void* base)
+        : resource(__builtin_amdgcn_make_buffer_rsrc(const_cast<void*>(base), 0, kArenaBytes, 0x00027000)) {}
+    template <typename Bits>
+    WAVE64_DEVICE Bits load(int at, int lane_at = 0) const {
+        if constexpr (sizeof(Bits) == 4) return __builtin_amdgcn_raw_buffer_load_b32(resource, lane_at, at, kSystem);
+        if constexpr (sizeof(Bits) == 16) return __builtin_amdgcn_raw_buffer_load_b128(resource, lane_at, at, kSystem);
+    }
+    template <typename Bits>
+    WAVE64_DEVICE void store(Bits bits, int at, int lane_at = 0) const {
+        if constexpr (sizeof(Bits) == 4) __builtin_amdgcn_raw_buffer_store_b32(bits, resource, lane_at, at, kSystem);
+        if constexpr (sizeof(Bits) == 16) __builtin_amdgcn_raw_buffer_store_b128(bits, resource, lane_at, at, kSystem);
+    }
+};
+// Waits until every rank sees this wave's stores; that they pass the caches spares writing those back.
+WAVE64_DEVICE void wait_for_stores() {
+#if defined(__gfx942__) || defined(__gfx950__)
+    asm volatile("" ::: "memory");
+    __builtin_amdgcn_s_waitcnt(0x0f70);  // vmcnt(0)
+    asm volatile("" ::: "memory");
+#else
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "");
+#endif
+}
+// Loads after this point are not taken from before it.
+WAVE64_DEVICE void look_again() { asm volatile("" ::: "memory"); }
+WAVE64_DEVICE uint64_t steady_clock() { return __builtin_readsteadycounter(); }
+WAVE64_DEVICE uint32_t load_counter(const uint32_t* at) { return load_uniform(reinterpret_cast<const int32_t*>(at)); }
+
+#else
+class Shared {
+    char* base;
+
+public:
+    WAVE64_DEVICE explicit Shared(const void* base) : base(static_cast<char*>(const_cast<void*>(base))) {}
+    template <typename Bits>
+    WAVE64_DEVICE Bits load(int at, int lane_at = 0) const {
+        Bits bits;
+        if constexpr (sizeof(Bits) == 4)
+            asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(bits) : "l"(base + at + lane_at) : "memory");
+        else
+            asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                         : "l"(base + at + lane_at)
+                         : "memory");
+        return bits;
+    }
+    template <typename Bits>
+    WAVE64_DEVICE void store(Bits bits, int at, int lane_at = 0) const {
+        if constexpr (sizeof(Bits) == 4)
+            asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(base + at + lane_at), "r"(bits) : "memory");
+        else
+            asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(base + at + lane_at), "r"(bits.x),
+                         "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                         : "memory");
+    }
+};
+WAVE64_DEVICE void wait_for_stores() { __threadfence_system(); }
+WAVE64_DEVICE void look_again() {}
+WAVE64_DEVICE uint64_t steady_clock() {
+    uint64_t ns;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+    return ns;
+}
+WAVE64_DEVICE uint32_t load_counter(const uint32_t* at) { return *static_cast<const volatile uint32_t*>(at); }
+#endif
+
+struct Words {
+    Bits32 at[4];
+
+    WAVE64_DEVICE static Words of(const Bits128& bits) { return __builtin_bit_cast(Words, bits); }
+    WAVE64_DEVICE Bits128 bits() const { return __builtin_bit_cast(Bits128, *this); }
+};
+
+// This rank's block in the group: which round it is in, and what waits say when they time out.
+template <typename Args>
+struct RankBlock {
+    const Args& args;
+    const RankOp op;
+    const Shared own;
+    uint32_t round;
+
+    WAVE64_DEVICE RankBlock(const Args& args, RankOp op)
+        : args(args), op(op), own(args.peers.at[0]), round(load_counter(counter())) {}
+
+    // Behind another round of this launch, all lanes have read what came in that one before any sends anew.
+    WAVE64_DEVICE void next_round(bool behind_another) {
+        if (behind_another) block_barrier();
+        round++;
+    }
+
+    WAVE64_DEVICE uint32_t* counter() const {
+        return reinterpret_cast<uint32_t*>(static_cast<char*>(args.peers.at[0]) + block_id() * kLine);
+    }
+    // Counted only when all waves have read how many there were.
+    WAVE64_DEVICE void end() const {
+        block_barrier();
+        if (lane_in_block() == 0) *counter() = round;
+    }
+
+    // Where source's slots of this block and round begin.
+    WAVE64_DEVICE int slot(int region, int half_bytes, int source, int source_bytes) const {
+        return region + (block_id() * 2 + int(round & 1)) * half_bytes + source * source_bytes;
+    }
+
+    // Says once which rank was waited for in vain; later waits, in later launches too, then end at once.
+    WAVE64_DEVICE void give_up(int rank) const {
+        int* const broken = reinterpret_cast<int*>(static_cast<char*>(args.peers.at[0]) + kBrokenAt);
+        if (lane_in_block() % wave_size() || atomic_swap_if(broken, 0, 1)) return;
+        volatile int* const status = reinterpret_cast<volatile int*>(args.status);
+        const int words[] = {int(op), int(round), block_id(), rank};
+        for (int i = 0; i < 4; i++) status[i + 1] = words[i];
+        wait_for_stores();
+        status[0] = 1;
+    }
+};
+
+// Bounds a wait: the clock is read at every 64th look only.
+class Patience {
+    unsigned looks = 0;
+    uint64_t since = 0;
+
+public:
+    template <typename Args>
+    WAVE64_DEVICE bool ends(const RankBlock<Args>& block) {
+        if (++looks % 64 || block.args.timeout == 0) return false;
+        const uint64_t now = steady_clock();
+        if (looks == 64) since = now;
+        return now - since >= uint64_t(block.args.timeout) || block.own.template load<Bits32>(kBrokenAt);
+    }
+};
+
+// Packs of 16 bytes of a tensor of `bytes` bytes: zeros behind its end. An odd end, and a tensor that does not begin at
+// a multiple of 16 bytes, are accessed 2 bytes at a time.
+class Packs {
+    Bounded memory;
+    int bytes;
+    bool aligned;
+
+    WAVE64_DEVICE bool is_whole(int at) const { return aligned && (at + 16 <= bytes || at >= bytes); }
+
+public:
+    WAVE64_DEVICE Packs(const void* base, int bytes)
+        : memory(base, bytes), bytes(bytes), aligned(reinterpret_cast<uint64_t>(base) % 16 == 0) {}
+    WAVE64_DEVICE Bits128 load(int i) const {
+        const int at = i * 16;
+        if (is_whole(at)) return memory.template load<Bits128>(at);
+        Words words;
+        for (int j = 0; j < 4; j++)
+            words.at[j] = memory.template load<Bits16>(at + 4 * j) |
+                          Bits32(memory.template load<Bits16>(at + 4 * j + 2)) << 16;
+        return words.bits();
+    }
+    WAVE64_DEVICE void store(int i, const Bits128& pack) const {
+        const int at = i * 16;
+        if (is_whole(at)) return memory.store(at, pack);
+        const Words words = Words::of(pack);
+        for (int j = 0; j < 4; j++) {
+            memory.store(at + 4 * j, Bits16(words.at[j]));
+            memory.store(at + 4 * j + 2, Bits16(words.at[j] >> 16));
+        }
+    }
+};
+
+// The sum of a pack of every rank, in the order of the ranks, in fp32, rounded once: the same bits on every rank.
+template <typename T, int WORLD>
+WAVE64_DEVICE Bits128 sum_of(const Bits128 (&packs)[WORLD], int world) {
+    constexpr int N = 16 / sizeof(T);
+    float sum[N];
+#pragma unroll
+    for (int rank = 0; rank < WORLD; rank++) {
+        if (WORLD == kMaxRanks && rank > 0 && rank >= world) break;
+        const auto values = Pack<T, N>{packs[rank]}.values();
+        for (int i = 0; i < N; i++) sum[i] = rank ? sum[i] + float(values.at[i]) : float(values.at[i]);
+    }
+    return Pack<T, N>::rounded(sum).bits;
+}
+template <int WORLD>
+WAVE64_DEVICE Bits128 sum_of(const Bits128 (&packs)[WORLD], int world, Dtype dtype) {
+    if (dtype == kBf16) return sum_of<bf16>(packs, world);
+    if (dtype == kFp16) return sum_of<fp16>(packs, world);
+    return sum_of<float>(packs, world);
+}
+
+}  // namespace wave64
+
+#else
+#include "wave64/host.h"
+
+namespace wave64 {
+
+// Checks what every collective is given, and sets args.peers: the arenas from this rank's own on, which spreads what
+// ranks send at the same time over all of them.
+template <typename Args>
+void plan_ranks(const Call& call, Args& args) {
+    call.expect(call.device.is_nvidia() || call.device.arch == "gfx942" || call.device.arch == "gfx950", "device",
+                "gfx942, gfx950 or an NVIDIA GPU, for development", call.device.arch);
+    call.expect_range("world", args.world, 1, kMaxRanks);
+    call.expect_range("rank", args.rank, 0, args.world - 1);
+    call.expect_min("timeout", args.timeout, 0);
+    call.expect(args.timeout == 0 || args.status, "status", "an address, with a timeout", "0");
+    args.peers = {};
+    for (int32_t i = 0; i < args.world; i++) {
+        void* const arena = args.arenas.at[(args.rank + i) % args.world];
+        call.expect(arena && reinterpret_cast<uintptr_t>(arena) % kLine == 0, "arenas",
+                    "an address that 128 divides, of each rank", int64_t(reinterpret_cast<uintptr_t>(arena)));
+        args.peers.at[i] = arena;
+    }
+}
+
+// What Python needs of the above: the runtime the size, tests the layout.
+#define WAVE64_RANK_CONSTANTS                                                                                     \
+    {"ARENA_BYTES", kArenaBytes}, {"MAX_RANKS", kMaxRanks}, {"LINE", kLine}, {"LANES", kRankLanes},               \
+        {"BROKEN_AT", kBrokenAt}, {"FLAGS_AT", kFlagsAt}, {"BLOCKS", kRankBlocks}, {"LL_AT", kLowLatencyAt},      \
+        {"LL_HALF", kLowLatencyHalf}, {"LL_PACKS", kLowLatencyPacks}, {"LL128_AT", kLow128At}, {"DATA_AT", kDataAt}, \
+        {"SLOT_HALF", kSlotHalf}
+
+// Kernels are compiled for 2, 4 and any number of ranks.
+inline int world_kernel(int32_t world) { return world == 2 ? 0 : world == 4 ? 1 : 2; }
+
+}  // namespace wave64
+#endif
