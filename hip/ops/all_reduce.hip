@@ -17,7 +17,7 @@ struct AllReduceArgs {
     const void* x;    // [count]
     void* out;        // [count]
     int64_t count;
-    Dtype dtype;  // of x and out
+    Dtype dtype;       // of x and out
     int32_t protocol;  // a Protocol
     // set by the launcher
     Addresses peers;  // arenas, from this rank's own on
@@ -48,15 +48,15 @@ WAVE64_DEVICE void all_reduce_ll(const AllReduceArgs& args) {
 
 }  // namespace wave64
 
-#define WAVE64_ALL_REDUCE(PROTOCOL)                                                      \
+#define WAVE64_ALL_REDUCE(PROTOCOL)                                                           \
     WAVE64_KERNEL(wave64::kRankLanes) all_reduce_##PROTOCOL##_2(wave64::AllReduceArgs args) { \
-        wave64::all_reduce_##PROTOCOL<2>(args);                                          \
-    }                                                                                    \
+        wave64::all_reduce_##PROTOCOL<2>(args);                                               \
+    }                                                                                         \
     WAVE64_KERNEL(wave64::kRankLanes) all_reduce_##PROTOCOL##_4(wave64::AllReduceArgs args) { \
-        wave64::all_reduce_##PROTOCOL<4>(args);                                          \
-    }                                                                                    \
+        wave64::all_reduce_##PROTOCOL<4>(args);                                               \
+    }                                                                                         \
     WAVE64_KERNEL(wave64::kRankLanes) all_reduce_##PROTOCOL##_8(wave64::AllReduceArgs args) { \
-        wave64::all_reduce_##PROTOCOL<8>(args);                                          \
+        wave64::all_reduce_##PROTOCOL<8>(args);                                               \
     }
 WAVE64_ALL_REDUCE(ll)
 
@@ -82,9 +82,8 @@ void all_reduce(AllReduceArgs args, const Call& call) {
     call.launch(kKernels[args.protocol][world_kernel(args.world)], {args.grid}, args.block, args);
 }
 
-WAVE64_OP_AND_CONSTANTS(all_reduce, AllReduceArgs,
-                        ({WAVE64_RANK_CONSTANTS, {"MAX_BYTES", kMaxBytes}}), arenas, rank, world, status, timeout, x,
-                        out, count, dtype, protocol)
+WAVE64_OP_AND_CONSTANTS(all_reduce, AllReduceArgs, ({WAVE64_RANK_CONSTANTS, {"MAX_BYTES", kMaxBytes}}), arenas, rank,
+                        world, status, timeout, x, out, count, dtype, protocol)
 
 }  // namespace
 }  // namespace wave64

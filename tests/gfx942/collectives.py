@@ -1,5 +1,5 @@
-"""Ranks of a group on the emulator: their arenas, the launches of a collective as each rank makes them, and what must come
-of it. Launches of all ranks run side by side (execute_together), those of a rank one behind the other."""
+"""Ranks of a group on the emulator: their arenas, the launches of a collective as each rank makes them, and what must
+come of it. Launches of all ranks run side by side (execute_together), those of a rank one behind the other."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from wave64.backends import hip
-from wave64.testing.emulator import Buffer, Counts, Place, execute_together
+from wave64.testing.emulator import Counts, Place, execute_together
 
 LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
-#: bytes of what a rank sends to another in a round, at most: `used` finds the slots by them
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -108,6 +107,3 @@ def run(calls: Sequence[Call], arch: str, seed: int, arenas: Arenas | None = Non
                 if x.numel():
                     buffers.append(Place(f"{name} of rank {rank} in call {number}", x.data_ptr(), x.nbytes, rank))
     return execute_together(launches, buffers, seed, devices=ranks, streams=ranks, **options)
-
-
-__all__ = ["Buffer", "Arenas", "Call", "run"]

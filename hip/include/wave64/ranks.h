@@ -3,9 +3,9 @@
 //
 // The trick: data is pushed, and says itself that it has come. An arena belongs to blocks: block b of every rank uses
 // block b's slots alone, and counts its rounds there, so graphs replay and no block waits for another. Slots alternate
-// between two halves: round n writes where round n - 2 wrote, and a block that has received what its peers sent in round
-// n - 1 knows that they have read what it sent in round n - 2. So nothing is ever acknowledged, reset or cleared; a
-// block of more rounds than one has a barrier between them, so that this holds for all its lanes.
+// between two halves: round n writes where round n - 2 wrote, and a block that has received what its peers sent in
+// round n - 1 knows that they have read what it sent in round n - 2. So nothing is ever acknowledged, reset or cleared;
+// a block of more rounds than one has a barrier between them, so that this holds for all its lanes.
 //
 // Arenas are uncached memory (hipExtMallocWithFlags 0x3): another kind of memory keeps stale lines of a peer's.
 #pragma once
@@ -234,8 +234,8 @@ public:
         if (is_whole(at)) return memory.template load<Bits128>(at);
         Words words;
         for (int j = 0; j < 4; j++)
-            words.at[j] = memory.template load<Bits16>(at + 4 * j) |
-                          Bits32(memory.template load<Bits16>(at + 4 * j + 2)) << 16;
+            words.at[j] =
+                memory.template load<Bits16>(at + 4 * j) | Bits32(memory.template load<Bits16>(at + 4 * j + 2)) << 16;
         return words.bits();
     }
     WAVE64_DEVICE void store(int i, const Bits128& pack) const {
@@ -296,11 +296,12 @@ void plan_ranks(const Call& call, Args& args) {
 }
 
 // What Python needs of the above: the runtime the size, tests the layout.
-#define WAVE64_RANK_CONSTANTS                                                                                     \
-    {"ARENA_BYTES", kArenaBytes}, {"MAX_RANKS", kMaxRanks}, {"LINE", kLine}, {"LANES", kRankLanes},               \
-        {"BROKEN_AT", kBrokenAt}, {"FLAGS_AT", kFlagsAt}, {"BLOCKS", kRankBlocks}, {"LL_AT", kLowLatencyAt},      \
-        {"LL_HALF", kLowLatencyHalf}, {"LL_PACKS", kLowLatencyPacks}, {"LL128_AT", kLow128At}, {"DATA_AT", kDataAt}, \
-        {"SLOT_HALF", kSlotHalf}
+#define WAVE64_RANK_CONSTANTS                                                                                          \
+    {"ARENA_BYTES", kArenaBytes}, {"MAX_RANKS", kMaxRanks}, {"LINE", kLine}, {"LANES", kRankLanes},                    \
+        {"BROKEN_AT", kBrokenAt}, {"FLAGS_AT", kFlagsAt}, {"BLOCKS", kRankBlocks}, {"LL_AT", kLowLatencyAt},           \
+        {"LL_HALF", kLowLatencyHalf}, {"LL_PACKS", kLowLatencyPacks}, {"LL128_AT", kLow128At}, {"DATA_AT", kDataAt}, { \
+        "SLOT_HALF", kSlotHalf                                                                                         \
+    }
 
 // Kernels are compiled for 2, 4 and any number of ranks.
 inline int world_kernel(int32_t world) { return world == 2 ? 0 : world == 4 ? 1 : 2; }

@@ -88,6 +88,13 @@ class UnderWay:
     number: int  # of the wave's accesses, in the order of issue
     at: np.ndarray
 
+    def __post_init__(self) -> None:
+        self.first, self.last = (int(self.at.min()), int(self.at.max())) if self.at.size else (0, -1)
+
+    def meets(self, at: np.ndarray, first: int, last: int) -> bool:
+        """Whether it accesses one of these places, which are first to last."""
+        return self.first <= last and first <= self.last and bool(np.isin(self.at, at).any())
+
 
 @dataclass(eq=False)
 class Stored(UnderWay):
@@ -136,7 +143,7 @@ class Wave:
             elif isinstance(entry, WriteBack):
                 if isinstance(older, Stored):
                     return False
-            elif not isinstance(older, WriteBack) and np.isin(older.at, entry.at).any():
+            elif not isinstance(older, WriteBack) and older.meets(entry.at, entry.first, entry.last):
                 return False
         raise LookupError(entry)
 
@@ -218,10 +225,11 @@ class World:
             self._fetch(unit, lines, np.zeros(len(lines), bool), lambda wanted: die.data[wanted])
             view = unit
         octets = view.data.reshape(-1)[at]  # a copy
+        first, last = (int(at.min()), int(at.max())) if wave.under_way else (0, -1)
         for older in wave.under_way:
             if older is entry:
                 break
-            if isinstance(older, Stored):
+            if isinstance(older, Stored) and older.meets(at, first, last):
                 self._overlay(octets, at, older)
         self._say(wave, "finds later" if entry else "finds", at, octets)
         return octets
@@ -237,9 +245,8 @@ class World:
     @staticmethod
     def _overlay(octets: np.ndarray, at: np.ndarray, entry: Stored) -> None:
         known = dict(zip(entry.at.reshape(-1).tolist(), entry.octets.reshape(-1).tolist(), strict=True))
-        if not known.keys().isdisjoint(at.reshape(-1).tolist()):
-            octets[...] = [[known.get(a, o) for a, o in zip(*rows, strict=True)]
-                           for rows in zip(at.tolist(), octets.tolist(), strict=True)]
+        octets[...] = [[known.get(a, o) for a, o in zip(*rows, strict=True)]
+                       for rows in zip(at.tolist(), octets.tolist(), strict=True)]
 
     def _memory(self, lines: np.ndarray) -> np.ndarray:
         return self.memory[(self.addresses[lines] - self.base)[:, None] + np.arange(LINE)]
