@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import formats
-from formats import BY_WIDTH, Format, Number, over, plus, times
+from formats import BY_WIDTH, FP4, Format, Number, over, plus, times
 
 TYPE = re.compile(r"(u|i|b|f|bf|fp)(\d+)$")
 
@@ -233,6 +233,9 @@ def _conversion(source: str, target: str, values: list[Value], arch: str) -> Val
     if target in ("fp8", "bf8"):
         form = format_of("fp" if target == "fp8" else "bf", 8, arch)
         return Value(form.bits(number), 8, "b")
+    if target == "fp4":  # which has neither infinity nor NaN
+        size = FP4.largest if number != number else FP4.bits(number) & FP4.largest
+        return Value(size | value.bits >> value.width - 1 << 3, 4, "b")
     if target in ("snorm", "unorm"):
         limit = 32767 if target == "snorm" else 65535
         number = 0.0 if number != number else max(-1 if target == "snorm" else 0, min(1, number))

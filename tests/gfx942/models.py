@@ -9,6 +9,7 @@ from functools import cached_property
 
 import formats
 import numpy as np
+from amended import AMENDED, PLAIN
 from bitvectors import Value
 from operands import Bytes, Registers, dpp_source, placed, selected
 from pseudocode import Array, Attributes, Cell, published, run
@@ -17,38 +18,6 @@ from world import AGPRS, LANES, MIDDLE, PLACE, RECORDS, WAVES, Trial, World
 from wave64.testing.emulator.decode import EXEC, M0, VCC
 
 U32, U64 = np.uint32, np.uint64
-#: where the CDNA manual's text is not what the hardware does, by other sources
-AMENDED = {
-    # LLVM (FeatureFmaMixInsts): gfx906 and later fuse
-    **{name: published()[name].replace("in[0] * in[1] + in[2]", "fma(in[0], in[1], in[2])")
-       for name in ("v_mad_mix_f32", "v_mad_mixlo_f16", "v_mad_mixhi_f16")},
-    # VCC is a mask of lanes. Where 1 / d is denormal, scaling d up, as printed, would overflow: the compilers' division
-    # (which test_instructions.py holds to correct rounding) needs it scaled down
-    "v_div_scale_f32": """
-VCC.u64[laneId] = 1'0U; D0.f32 = S0.f32;
-if ((S2.f32 == 0.0F) || (S1.f32 == 0.0F)) then D0.f32 = NAN.f32
-elsif exponent(S2.f32) - exponent(S1.f32) >= 96 then
-VCC.u64[laneId] = 1'1U; if S0.u32 == S1.u32 then D0.f32 = ldexp(S0.f32, 64) endif
-elsif S1.f32 == DENORM.f32 then D0.f32 = ldexp(S0.f32, 64)
-elsif ((exponent(S1.f32) >= 253) && (exponent(S1.f32) < 255) && (S2.f32 / S1.f32 == DENORM.f32)) then
-VCC.u64[laneId] = 1'1U; if S0.u32 == S1.u32 then D0.f32 = ldexp(S0.f32, -64) endif
-elsif ((exponent(S1.f32) >= 253) && (exponent(S1.f32) < 255)) then D0.f32 = ldexp(S0.f32, -64)
-elsif S2.f32 / S1.f32 == DENORM.f32 then
-VCC.u64[laneId] = 1'1U; if S0.u32 == S2.u32 then D0.f32 = ldexp(S0.f32, 64) endif
-elsif exponent(S2.f32) <= 23 then D0.f32 = ldexp(S0.f32, 64)
-endif""",
-    # the scale taken back is v_div_scale_f32's: 2 ** 64, of the denominator of large quotients, the numerator of small
-    "v_div_fmas_f32": """
-tmp = fma(64'F(S0.f32), 64'F(S1.f32), 64'F(S2.f32));
-if VCC.u64[laneId] then D0.f32 = abs(tmp) >= 1.0 ? ldexp(tmp, 64) : ldexp(tmp, -64)
-else D0.f32 = fma(S0.f32, S1.f32, S2.f32)
-endif""",
-    # as printed, too large a quotient is told by a condition that cannot hold there; the compilers' steps give NaN
-    "v_div_fixup_f32": published()["v_div_fixup_f32"].replace(
-        "exponent(S1.f32) == 255", "exponent(S2.f32) - exponent(S1.f32) > 128").replace("OVERFLOW_F32", "INF.f32"),
-    # 2 ** S1 need be no fp32 number
-    "v_ldexp_f32": "D0.f32 = ldexp(S0.f32, S1.i32)",
-}
 #: transcendental functions of fp32: units in the last place that the manual allows, denormals taken and given as zeros
 ULPS = {"v_exp_f32": 1, "v_log_f32": 1, "v_rcp_f32": 1, "v_rcp_iflag_f32": 1, "v_rsq_f32": 1, "v_sqrt_f32": 1}
 #: 16-bit results that leave the rest of their register alone; others make it zero (LLVM: zeroesHigh16BitsOfDest)
@@ -59,8 +28,6 @@ SOURCES = (("src0", "vsrc0"), ("src1", "vsrc1"), ("src2",))
 
 #: what changes nothing that a World shows
 NOTHING = ("s_barrier", "s_endpgm", "s_nop", "s_setprio", "s_waitcnt", "s_setreg_imm32_b32", "s_sleep")
-#: instructions of which the manual has no pseudo-code
-PLAIN = {"v_accvgpr_read": "D0.b32 = S0.b32", "v_accvgpr_write": "D0.b32 = S0.b32"}
 INLINE = {240: 0.5, 241: -0.5, 242: 1.0, 243: -1.0, 244: 2.0, 245: -2.0, 246: 4.0, 247: -4.0}
 INV_2PI = {16: 0x3118, 32: 0x3E22F983, 64: 0x3FC45F306DC9C882}
 
@@ -109,8 +76,9 @@ class Model:
                   "SIMM32": self.instruction.literal or 0}
         parts = {name: Cell(getattr(fields, name.lower(), 0), width)
                  for name, width in (("OMOD", 2), ("ABS", 3), ("NEG", 3))}
+        mode = Attributes(IEEE=Cell(int(self.trial.kernel.ieee), 1))
         return {name: Cell(value, 32, "u") for name, value in values.items()} | {
-            "ARCH": self.arch, "INST": Attributes(**parts), "WAVE_MODE": Attributes(IEEE=Cell(1, 1))}
+            "ARCH": self.arch, "INST": Attributes(**parts), "WAVE_MODE": mode}
 
     def scope(self, wave: int) -> dict:
         exec_mask, vcc = (int(self.before.s.view(U64)[wave, code // 2]) for code in (EXEC, VCC))
@@ -315,11 +283,15 @@ class Model:
             return bits >> 16 if fields.opsel >> position & 1 else bits
         else:
             negative = absolute = 0
-        if self.name in ULPS and bits & 0x7F800000 == 0:
-            bits &= 0x80000000
+        if self.name in ULPS or kind == "f" and "class" not in self.name:
+            bits = self._flushed(bits, self.name in ULPS)
         top = 1 << (16 if kind == "h" else 64 if kind == "d" else 32) - 1
         bits = bits & ~top if absolute else bits
         return bits ^ top if negative else bits
+
+    def _flushed(self, bits: int, always: bool = False) -> int:
+        """An fp32 number, where MODE flushes denormals."""
+        return bits & 0x80000000 if (always or self.trial.kernel.flushes) and bits & 0x7F800000 == 0 else bits
 
     def _packed_sources(self, scope: dict, raw: list) -> None:
         fields = self.fields
@@ -328,6 +300,7 @@ class Model:
             cells = []
             for i, (bits, _, _) in enumerate(raw):
                 top = 1 << (31 if not high_select >> i & 1 or fields.opsel >> i & 1 else 15)
+                bits = bits if high_select >> i & 1 else self._flushed(bits)
                 bits = bits & ~top if fields.neg_hi >> i & 1 else bits
                 cells.append(Cell(bits ^ top if fields.neg >> i & 1 else bits, 32))
             scope["S"] = Array(cells)
@@ -340,6 +313,7 @@ class Model:
             parts = []
             for select, negate in ((fields.opsel, fields.neg), (high_select, fields.neg_hi)):
                 part = bits >> (width if select >> i & 1 else 0) & (1 << width) - 1
+                part = self._flushed(part) if width == 32 else part
                 parts.append(part ^ 1 << width - 1 if negate >> i & 1 else part)
             scope[f"S{i}"] = Cell(parts[0] | parts[1] << width)
 
@@ -347,6 +321,8 @@ class Model:
         fields, bits, written = self.fields, scope["D0"].bits, scope["D0"].written
         kind = self.trial.kind("vdst")
         bits = self._clamped(bits, kind, scope)
+        if kind == "f" and written != 16:
+            bits = self._flushed(bits & 0xFFFFFFFF) | self._flushed(bits >> 32) << 32
         to = self.after.v[:, wave, lane]
         if "SDWA" in self.family:
             to[register:register + max(1, written // 32)] = placed(
@@ -374,7 +350,9 @@ class Model:
             return max(0, one - other)
         form = formats.F32 if kind == "f" else formats.F16
         number = form.number(bits & (1 << form.width) - 1)
-        return 0 if number != number else form.bits(min(max(number, 0.0), 1.0) if number not in (0, 1) else number)
+        if number != number:
+            return 0
+        return form.bits(min(max(number, Fraction(0)), Fraction(1)) if number not in (0, 1) else number)
 
     # ---- memory
 
@@ -486,14 +464,18 @@ class Model:
         base = self.before.s[wave, fields.sbase.offset:fields.sbase.offset + 2].tolist()
         address = (base[0] | base[1] << 32) + (fields.offset if fields.imm else 0)
         if fields.soffset_en or not fields.imm:
-            address += int(self.before.s[wave, fields.soffset.offset])
-        scope = self.scope(wave) | {"SDATA": Cell(0, 512), "MEM": Bytes(
-            self.after.memory, self.trial.middle - MIDDLE, len(self.after.memory))}
+            address += int(self.before.s[wave, fields.soffset.offset if fields.soffset_en else fields.offset & 0x7F])
+        given = [int(word) << 32 * i for i, word in enumerate(self.before.s[wave, fields.sdata.offset:][:4])]
+        data = Cell(sum(given), 128)
+        memory = Bytes(self.after.memory, self.trial.middle - MIDDLE, len(self.after.memory))
+        scope = self.scope(wave) | {"SDATA": Cell(0, 512) if "_load_" in self.name else data, "DATA": data,
+                                    "MEM": memory, "RETURN_DATA": Cell()}
         scope |= dict.fromkeys(("SBASE", "SOFFSET", "OFFSET"), Cell())
         scope["CalcScalarGlobalAddr"] = lambda inner, values: Value(address, 64, "u")
         run(self.text, scope)
-        for i in range(scope["SDATA"].written // 32):
-            self.after.s[wave, fields.sdata.offset + i] = scope["SDATA"].bits >> 32 * i & 0xFFFFFFFF
+        result = scope["RETURN_DATA"] if fields.glc and "_atomic_" in self.name else scope["SDATA"]
+        for i in range(result.written // 32):
+            self.after.s[wave, fields.sdata.offset + i] = result.bits >> 32 * i & 0xFFFFFFFF
 
 
 def register_is_mask(family: str) -> bool:

@@ -30,7 +30,7 @@ ALL_LANES = ("ds_read_b64_tr", "ds_read_b96_tr", "v_permlane16_swap_b32", "v_per
 GROUPS = {"scalar": r"s_", "compare": r"v_cmp", "convert": r"v_cvt", "packed": r"v_(pk|mad_mix)", "lds": r"ds_",
           "memory": r"(global|flat|buffer|scratch)_", "matrix": r"v_mfma", "vector": r"v_"}
 #: what the core leaves to NumPy
-LEFT = re.compile(r"\w+_atomic_|ds_(add|cmpst)_|ds_read_b96_tr_|v_cvt_scalef32_|s_setreg_")
+LEFT = re.compile(r"\w+_atomic_|ds_(add|cmpst)_|ds_read_b96_tr_|v_cvt_scalef32_|s_(setreg|store|atomic)_")
 Forms = dict[str, dict[str, str]]
 
 

@@ -52,13 +52,13 @@ class World:
 
 
 class Trial:
-    """One instruction, before and after. part: with some lanes off."""
+    """One instruction, before and after. part: with some lanes off. mode, ieee: what the kernel starts with."""
 
-    def __init__(self, code: bytes, arch: str, seed: int, part: bool):
+    def __init__(self, code: bytes, arch: str, seed: int, part: bool, mode: int = 0xF0, ieee: bool = True):
         text = np.full(2 * PLACE * 4, 0, U8)
         text[PLACE * 4:PLACE * 4 + len(code)] = np.frombuffer(code, U8)
         loaded = SimpleNamespace(image=text, text=(0, len(text)), arch=arch)
-        kernel = Kernel("one", 0, 512, AGPRS, LDS, 16, 0, (), (0, 0), (), 0, 0xF0, True, True, False, ())
+        kernel = Kernel("one", 0, 512, AGPRS, LDS, 16, 0, (), (0, 0), (), 0, mode, ieee, True, False, ())
         self.arch, self.part = arch, part
         self.program, self.kernel = Program(loaded), kernel
         self.machine = Machine(self.program, kernel, Shape(1, WAVES, LDS), core="numpy")
@@ -89,6 +89,9 @@ class Trial:
                 self._fill(world, getattr(self.instruction.fields, name).offset, self.kind(name))
         if hasattr(self.instruction.fields, "vdst") and self.instruction.family.startswith("VOP"):
             self._fill(world, self.instruction.fields.vdst.offset, self.kind("vdst"))  # fmac reads it
+        if "scalef32" in self.instruction.name and self.instruction.fields.src2.offset >= 256:  # by no infinity, no NaN
+            scale = world.v[self.instruction.fields.src2.offset - 256]
+            scale[(scale & 0x7F800000) == 0x7F800000] ^= 0x00800000
         if self.instruction.family in ("SOP2", "SOPC"):
             self._alike(world)
         lanes = random.random((WAVES, LANES)) < (0.6 if self.part else 1)
@@ -161,7 +164,7 @@ class Trial:
             low, high = self.middle & 0xFFFFFFFF, self.middle >> 32
             world.s[:, fields.sbase.offset], world.s[:, fields.sbase.offset + 1] = low, high
             if not fields.imm or fields.soffset_en:
-                world.s[:, fields.soffset.offset] = 64
+                world.s[:, fields.soffset.offset if fields.soffset_en else fields.offset & 0x7F] = 64
         elif family == "DS" and not name.startswith(("ds_bpermute", "ds_permute", "ds_swizzle")):
             world.v[fields.addr.offset - 256] = self._lds_addresses(world)
         elif family in ("GLOBAL", "FLAT"):

@@ -20,6 +20,7 @@ from wave64 import arch as archs
 # ---- the code object
 
 NT_AMDGPU_METADATA = 32
+MACHINES = {0x3F: "gfx90a", 0x4C: "gfx942", 0x4F: "gfx950"}  # of e_flags, for notes that name no target
 SHT_SYMTAB_KINDS = (2, 11)   # .symtab, .dynsym
 SHT_NOTE = 7
 
@@ -47,7 +48,7 @@ class Resources:
         return cls(
             name=kernel[".name"], arch=target, vgpr=kernel[".vgpr_count"], agpr=kernel.get(".agpr_count", 0),
             vgpr_allocated=(granules + 1) * 8, sgpr=kernel[".sgpr_count"],
-            spills=kernel[".vgpr_spill_count"], sgpr_spills=kernel[".sgpr_spill_count"],
+            spills=kernel.get(".vgpr_spill_count", 0), sgpr_spills=kernel.get(".sgpr_spill_count", 0),
             scratch_bytes=kernel[".private_segment_fixed_size"], lds_bytes=kernel[".group_segment_fixed_size"],
             max_block=kernel[".max_flat_workgroup_size"],
             argument_bytes=sum(argument[".size"] for argument in kernel.get(".args", ())
@@ -74,14 +75,16 @@ def read_elf(code: bytes) -> list[Resources]:
 
 
 def metadata(code: bytes) -> dict[str, Any]:
-    """The AMDGPU metadata note of a code object. Raises ValueError where `code` is none."""
+    """The AMDGPU metadata note of a code object. Raises ValueError where `code` is none. Notes of version 3 name no
+    target; then the ELF header's flags do."""
     if code[:6] != b"\x7fELF\x02\x01":
         raise ValueError(f"expected a little-endian 64-bit ELF code object, got {code[:8]!r}")
     for kind, offset, _, size, _ in sections(code):
         if kind == SHT_NOTE:
             for note_type, payload in _notes(code[offset:offset + size]):
                 if note_type == NT_AMDGPU_METADATA:
-                    return unpack(payload)
+                    machine = MACHINES.get(struct.unpack_from("<I", code, 48)[0] & 0xFF, "unknown")
+                    return {"amdhsa.target": f"amdgcn-amd-amdhsa--{machine}", **unpack(payload)}
     raise ValueError("expected an AMDGPU code object, got an ELF file without AMDGPU kernel metadata")
 
 

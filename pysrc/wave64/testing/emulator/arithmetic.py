@@ -59,6 +59,16 @@ def _quiet(a: np.ndarray, b: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return chosen
 
 
+def without_denormals(x: np.ndarray) -> np.ndarray:
+    """fp32 denormals as zeros of their sign."""
+    return np.where(np.abs(x) < F32(2.0**-126), np.copysign(F32(0), x), x)
+
+
+def quieted(x: np.ndarray) -> np.ndarray:
+    """Signalling NaNs made quiet ones."""
+    return np.where(is_signalling(x), x + x, x) if np.isnan(x).any() else x
+
+
 def is_signalling(x: np.ndarray) -> np.ndarray:
     quiet = {2: 1 << 9, 4: 1 << 22, 8: 1 << 51}[x.dtype.itemsize]
     bits = x.view(f"u{x.dtype.itemsize}")
@@ -77,9 +87,8 @@ def flushed(function):
     """A transcendental of fp32, computed in fp64 and rounded once, better than hardware's last bit. It takes
     denormal arguments, and gives denormal results, as zeros of their sign: the compilers' expansions allow for it."""
     def run(x: np.ndarray) -> np.ndarray:
-        x = np.where(np.abs(x) < 2.0**-126, np.copysign(F32(0), x), x)
-        y = function(x.astype(F64)).astype(F32)
-        return np.where(np.abs(y) < 2.0**-126, np.copysign(F32(0), y), y)
+        x = without_denormals(x)
+        return without_denormals(function(x.astype(F64)).astype(F32))
     return run
 
 
@@ -200,6 +209,19 @@ def small(name: str, arch: str) -> Small:
     if name == "fp8":
         return Small(3, 8, 128, True) if fnuz else Small(3, 7, 127, False)
     return Small(2, 16, 128, True) if fnuz else Small(2, 15, 124, False)
+
+
+#: by code, from where on a size is nearer to the next one of e2m1's 0, 0.5, 1, 1.5, 2, 3, 4, 6; ties go to even codes
+_E2M1_MIDDLES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+
+
+def e2m1(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+    """The codes of x / 2 ** (exponent - 127), to nearest, as uint32. There is neither infinity nor NaN: both, and what
+    is too large, give the largest number, as AMD's libraries have it."""
+    size = np.ldexp(np.abs(x).astype(F64), 127 - exponent.astype(np.int32))
+    below = np.where(np.arange(7) % 2, np.nextafter(_E2M1_MIDDLES, 0), _E2M1_MIDDLES)
+    codes = np.searchsorted(below, size)  # NaN lies behind all
+    return codes.astype(U32) | np.signbit(x).astype(U32) << U32(3)
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from wave64.testing.emulator import arithmetic
 from wave64.testing.emulator.decode import EXEC, EXECZ, LITERAL, M0, SCC, VCC, VCCZ, VGPR0, Instruction
 
 KINDS = {"f": np.float32, "h": np.float16, "d": np.float64, "u": np.uint32, "w": np.uint16, "U": np.uint64,
@@ -18,6 +19,10 @@ FLOATS = "fhd"
 END, BARRIER = "end", "barrier"  # what s_endpgm and s_barrier give instead of a pc to go on from
 CONSTANTS = {240: 0.5, 241: -0.5, 242: 1.0, 243: -1.0, 244: 2.0, 245: -2.0, 246: 4.0, 247: -4.0,
              248: 0.15915494309189532}
+#: what looks at the bits of floats whatever MODE says; and what the manuals do not say of flushed denormals
+BITWISE, DENORMALS_MATTER = ("v_cmp_class", "v_cmpx_class", "v_cndmask"), ("v_frexp", "v_div_", "v_dot")
+#: SHARED_BASE and SHARED_LIMIT, PRIVATE_BASE and PRIVATE_LIMIT: as Linux's kfd lays them out on gfx9, and of 64 bits
+APERTURES = {235: 1 << 48, 236: 1 << 48 | 0xFFFFFFFF, 237: 2 << 48, 238: 2 << 48 | 0xFFFFFFFF}
 Source = Callable[[], np.ndarray]
 #: known(i) gives, of the registers of reads[i], in which lanes somebody wrote them: [waves, 64] each, of scalar ones
 #: [waves, 1]
@@ -88,6 +93,23 @@ class Binding:
             return _always(file[register].view(KINDS[kind])[:, int(high)::2])
         return _always(file[register].view(KINDS[kind]))
 
+    def canonical(self, get: Source, kind: str) -> Source:
+        """A floating-point source as the kernel's MODE has arithmetic take it."""
+        kernel = self.machine.kernel
+        if kind not in FLOATS or self.instruction.name.startswith(BITWISE):
+            return get
+        if kernel.flushes and self.instruction.name.startswith(DENORMALS_MATTER):
+            raise NotImplementedError(f"{self.instruction.name} while fp32 denormals are flushed")
+        if not kernel.ieee:
+            get = _then(arithmetic.quieted, get)
+        return _then(arithmetic.without_denormals, get) if kind == "f" and kernel.flushes else get
+
+    def flushing(self, write: Callable[[np.ndarray], None], kind: str) -> Callable[[np.ndarray], None]:
+        """What writes a result of `kind` as the kernel's MODE has it."""
+        if kind != "f" or not self.machine.kernel.flushes:
+            return write
+        return lambda value: write(arithmetic.without_denormals(value))
+
     def words(self, register: int, count: int, agpr=False) -> list[np.ndarray]:
         """Views [waves, 64] uint32 of consecutive vector registers that are read."""
         self.note(self.reads, register, count, agpr)
@@ -115,10 +137,10 @@ class Binding:
                 return np.uint64(value << 32).view(np.float64)
             if kind == "I":
                 return np.int64(value - (value >> 31 << 32))
-            if kind == "U" and value >> 31:
-                raise NotImplementedError("a literal with its top bit set for a 64-bit operand")
             unsigned = np.dtype(f"u{size}").type(value & (1 << 8 * size) - 1)
             return unsigned.view(dtype)
+        if code in APERTURES and size == 8:
+            return np.uint64(APERTURES[code]).view(dtype)
         if code in CONSTANTS:
             if kind in "wus" and size == 2:
                 return np.float16(CONSTANTS[code]).view(dtype)

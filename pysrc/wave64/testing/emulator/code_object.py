@@ -42,6 +42,11 @@ class Kernel:
     hidden: tuple[tuple[str, int, int], ...]  # (value kind, offset, size) of arguments that the runtime fills
     sgprs: int = 0         # in use
 
+    @property
+    def flushes(self) -> bool:
+        """Whether MODE has fp32 denormals taken and given as zeros."""
+        return not self.mode & 0x30
+
 
 class CodeObject:
     """Its memory image, and its kernels by name."""

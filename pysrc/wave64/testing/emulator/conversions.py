@@ -22,6 +22,9 @@ CONVERSIONS: dict[str, Row] = {
     "v_cvt_rpi_i32_f32": ("i=f", lambda x: ar.integer(np.floor(x.astype(F64) + 0.5), I32)),
     "v_cvt_flr_i32_f32": ("i=f", lambda x: ar.integer(np.floor(x), I32)),
     **{f"v_cvt_f32_ubyte{i}": ("f=u", lambda x, i=i: (x >> U32(8 * i) & U32(255)).astype(F32)) for i in range(4)},
+    "v_cvt_off_f32_i4": ("f=u", lambda x: (x << U32(28)).view(I32).astype(F32) * F32(2.0**-32)),
+    "v_cvt_pk_u8_f32": ("u=fuu", lambda x, i, rest: rest & ~(U32(255) << (i & U32(3)) * U32(8))
+                        | ar.integer(x, np.uint8).astype(U32) << (i & U32(3)) * U32(8)),
     "v_cvt_pkrtz_f16_f32": ("u=ff", pk_f16),
     "v_cvt_pknorm_i16_f32": ("u=ff", normalized(np.int16, 32767)),
     "v_cvt_pknorm_u16_f32": ("u=ff", normalized(U16, 65535)),

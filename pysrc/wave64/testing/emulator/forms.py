@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from wave64.testing.emulator import lds, matrix, packed, scalar, vector, vmem
+from wave64.testing.emulator import lds, matrix, modes, packed, scalar, vector, vmem
 from wave64.testing.emulator.decode import Instruction
 
-FORMS: dict[str, Callable] = scalar.FORMS | vmem.FORMS | lds.FORMS | vector.FORMS | packed.FORMS
+FORMS: dict[str, Callable] = scalar.FORMS | modes.FORMS | vmem.FORMS | lds.FORMS | vector.FORMS | packed.FORMS
 
 
 def lookup(instruction: Instruction) -> Callable:

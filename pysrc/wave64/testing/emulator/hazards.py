@@ -79,6 +79,12 @@ class Step:
     kin: str = ""                      # what forwards to it without a wait
     addend: frozenset[int] = NONE      # the C of a matrix instruction or dot product
 
+    def joined(self, other: "Step") -> "Step":
+        """One that may be either: the same instruction with other registers."""
+        uses = {use: self.uses[use] | other.uses[use] for use in self.uses}
+        windows = tuple(dict.fromkeys(self.windows + other.windows))
+        return replace(self, writes=self.writes & other.writes, windows=windows, uses=uses, addend=NONE)
+
     @cached_property
     def touched(self) -> frozenset[int]:
         return frozenset().union(*self.uses.values())
@@ -313,6 +319,13 @@ class Hazards(Check):
             self.taken.horizon = max([self.taken.horizon, *(window.states for window in step.windows)])
             self._look_back(pc)
             if not jumps and not name.startswith(_ENDS):
+                self._take(pc, following)
+        elif b.instruction is not self.machine.program.at(pc):  # with registers relative to M0
+            step = self.steps[pc].joined(step_of(b))
+            if step != self.steps[pc]:
+                self.steps[pc] = step
+                self.taken.horizon = max([self.taken.horizon, *(window.states for window in step.windows)])
+                self._look_back(pc)
                 self._take(pc, following)
         if not jumps:
             return execute

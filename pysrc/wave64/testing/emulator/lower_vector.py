@@ -95,7 +95,7 @@ def _selected(low: Lowered, position: int, kind: str, modifiers: int) -> None:
     shift, width = (8 * select, 8) if select < 4 else (16 * (select - 4), 16) if select < 6 else (0, 32)
     low.source(code, "u", 0, select=(shift, width, extend))
     last = low.src[-1]
-    low.src[-1] = (last[0], modifiers, *last[2:])
+    low.src[-1] = (last[0], modifiers | low.by_mode(kind), *last[2:])
 
 
 def _moved(low: Lowered, kind: str, modifiers: int) -> None:
@@ -113,6 +113,7 @@ def _moved(low: Lowered, kind: str, modifiers: int) -> None:
 def _result(low: Lowered, kind: str, keep: bool, three: bool, sdwa: bool) -> None:
     fields, family = low.fields, low.instruction.family
     low.omod, low.clamp = (fields.omod, fields.clmp) if three or sdwa else (0, 0)
+    low.flush = int(kind == "f" and low.kernel.flushes)
     if low.clamp and not low.omod and low.instruction.name in operations.SATURATING and family == "VOP3":
         low.clamp, low.suffix = 0, "_clamped"
     if (low.omod or low.clamp) and kind not in FLOATS or low.clamp and not low.kernel.dx10_clamp:
@@ -170,6 +171,7 @@ def pair(low: Lowered, kind: str, count: int) -> str:
             _half(low, i, kind, high)
         low.src += [NO_SOURCE] * (3 - count)
     if kind == "f":
+        low.flush = int(low.kernel.flushes)
         register = low.number("vdst")
         low.vector_result(register + 1)
         low.vector_result(register)
@@ -202,6 +204,7 @@ def mix(low: Lowered) -> str:
         low.source(getattr(fields, f"src{i}").offset, "h" if small else "f",
                    modifiers | (HIGH * (fields.opsel >> i & 1) if small else 0))
     low.place = LOW_KEPT if "mixlo" in name else HIGH_KEPT if "mixhi" in name else PLAIN
+    low.flush = int(low.place == PLAIN and low.kernel.flushes)
     low.vector_result(low.number("vdst"))
     return name
 

@@ -4,12 +4,13 @@ What is read and written is noted as a binding notes it, so that the checks need
 """
 
 import functools
+import re
 import struct
 from typing import Any
 
 import numpy as np
 
-from wave64.testing.emulator.binding import FLOATS, SIZES, Binding
+from wave64.testing.emulator.binding import BITWISE, DENORMALS_MATTER, FLOATS, SIZES, Binding
 from wave64.testing.emulator.code_object import Kernel
 from wave64.testing.emulator.decode import EXEC, EXECZ, LITERAL, M0, SCC, VCCZ, VGPR0, Instruction
 from wave64.testing.emulator.waits import Waits
@@ -17,15 +18,16 @@ from wave64.testing.emulator.watch import SCALAR, registers
 
 # as core.h has them
 NONE, VECTOR, ONE, CONSTANT, SCC_BIT, VCCZ_BIT, EXECZ_BIT = range(7)
-NEGATE, ABSOLUTE, HIGH = 1, 2, 4
+NEGATE, ABSOLUTE, HIGH, FLUSH, QUIET = 1, 2, 4, 8, 16
 PLAIN, LOW_KEPT, HIGH_KEPT = range(3)
 DPP, SDWA, CMPX = 1, 2, 4
 BY_LANE, BY_ALL, MATTERS, FROM_MEMORY, CHOSEN, OWN, UNSEEN = range(7)
 VM, LGKM, UNORDERED = 1, 2, 4
 SIGNED, LOW_HALF, HIGH_HALF = 32, 64, 128
 SOURCES, READS, WRITES, WATCHED = 6, 8, 3, 9
-LAYOUT = struct.Struct("<Q3i2H12B4x" + SOURCES * "2BH4B2I" + (READS + WRITES + WATCHED) * "2H")
+LAYOUT = struct.Struct("<Q3i2H13B3x" + SOURCES * "2BH4B2I" + (READS + WRITES + WATCHED) * "2H")
 NO_SOURCE = (0,) * 9
+CHOOSES = re.compile(r"v_(pk_)?(max|min|med)")  # to which signalling NaNs are not as others
 
 
 class Unknown(Exception):
@@ -52,6 +54,8 @@ class Lowered:
         self.handler = self.suffix = ""
         self.imm = self.more = self.jump = self.dst = self.mask = self.modifier = self.place = self.omod = 0
         self.clamp = self.select = self.unused = 0
+        self.flush = 0  # of a result of fp32
+        self.canonical = FLUSH * kernel.flushes | QUIET * (not kernel.ieee)  # of sources of fp32
         self.rule = BY_LANE
         self.machine: Any = None  # this and the next as a binding has them, while a check looks at it
         self.pc = 0
@@ -76,6 +80,7 @@ class Lowered:
 
     def source(self, code: int, kind: str, modifiers: int = 0, agpr: bool = False, select: tuple = (0, 0, 0)) -> None:
         size = SIZES[kind]
+        modifiers |= self.by_mode(kind)
         if modifiers & (NEGATE | ABSOLUTE) and kind not in FLOATS:
             raise Unknown
         if code >= VGPR0:
@@ -91,13 +96,20 @@ class Lowered:
         else:
             raise Unknown
 
+    def by_mode(self, kind: str) -> int:
+        """What the kernel's MODE does to a source. Raises Unknown where NumPy has to see to it."""
+        name = self.instruction.name
+        if kind not in FLOATS or not self.canonical or name.startswith(BITWISE):
+            return 0
+        if self.kernel.flushes and name.startswith(DENORMALS_MATTER) or kind != "f" and CHOOSES.match(name):
+            raise Unknown
+        return self.canonical if kind == "f" else 0
+
     constant = Binding.constant
 
     def _constant(self, code: int, kind: str, modifiers: int, select: tuple) -> tuple:
         size = SIZES[kind]
         if code == LITERAL:
-            if kind == "U" and self.literal() >> 31:
-                raise Unknown
             value = _bits(self.constant(code, kind))
             if modifiers & HIGH and size == 2:
                 value = self.literal() >> 16
@@ -160,7 +172,7 @@ class Lowered:
             flat += [0] * (2 * (room - len(ranges)))
         return LAYOUT.pack(address, self.imm, more, self.jump, self.dst, self.mask, self.instruction.words, self.rule,
                            counter, self.modifier, self.place, self.omod, self.clamp, self.select, self.unused,
-                           len(reads), len(writes), len(watched), *flat)
+                           len(reads), len(writes), len(watched), self.flush, *flat)
 
 
 def _ranges(noted: list[tuple[str, int, int]]) -> list[tuple[int, int]]:

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wave64.testing.emulator import forms
+from wave64.testing.emulator import forms, modes
 from wave64.testing.emulator.binding import BARRIER, END, Binding, lanes_of
 from wave64.testing.emulator.code_object import CodeObject, Kernel
-from wave64.testing.emulator.decode import EXEC, Instruction, decode
+from wave64.testing.emulator.decode import EXEC, M0, Instruction, decode
 from wave64.testing.emulator.memory import EmulationError, Memory, OutOfBounds, Space
 
 ARCHS = ("gfx942", "gfx950")
-NEAREST_WITH_DENORMALS = 0xF0  # MODE as compilers of the operators have it: what arithmetic here computes
+#: MODE that arithmetic here computes: to nearest, fp16 and fp64 with denormals; fp32 with them, as compilers have it,
+#: or without, as much assembly does
+MODES = (0xF0, 0xC0)
 LANES = 64
 SGPRS = 128            # the whole scalar space: registers, VCC, M0, EXEC
 PATIENCE = 20_000      # steps of one party after which others get their turn, for they may be what it waits for
@@ -70,13 +72,15 @@ class Machine:
         self.arch = program.code.arch
         if self.arch not in ARCHS:
             raise NotImplementedError(f"{kernel.name}: code for {self.arch}, expected {' or '.join(ARCHS)}")
-        if kernel.mode != NEAREST_WITH_DENORMALS or not kernel.ieee:
-            raise NotImplementedError(f"{kernel.name}: starts with MODE 0x{kernel.mode:02x}, IEEE {kernel.ieee}; "
-                                      f"expected 0x{NEAREST_WITH_DENORMALS:02x}, IEEE True")
+        if kernel.mode not in MODES:
+            raise NotImplementedError(f"{kernel.name}: starts with MODE 0x{kernel.mode:02x}, expected "
+                                      + " or ".join(f"0x{mode:02x}" for mode in MODES))
         self.vgprs = np.zeros((kernel.vgprs, n, LANES), np.uint32)
         self.sgprs = np.zeros((n, SGPRS), np.uint32)
         self.scc = np.zeros(n, bool)
         self.fp16_overflow = np.zeros(n, bool)  # of MODE, the one bit that kernels change
+        self.skips, self.indexed = np.zeros(n, bool), np.zeros(n, bool)  # of MODE, too: see modes.py
+        self.moded = False                                               # one of these is set for some wave
         self.pcs = np.zeros(n, np.int64)
         self.states = np.zeros(n, np.uint8)
         self.group = np.arange(n) // shape.waves
@@ -100,7 +104,7 @@ class Machine:
         self.states[:waves], self.states[waves:] = READY, ENDED
         for unwritten in (self.vgprs, self.sgprs, self.lds.u32, self.scratch.u32):
             unwritten.fill(0xFFFFFFFF)
-        self.scc[:] = False
+        self.scc[:] = self.skips[:] = self.indexed[:] = self.moded = False
         self.fp16_overflow[:] = self.kernel.fp16_overflow
         for check in self.checks:
             check.start()
@@ -142,10 +146,14 @@ class Machine:
         pc = int(self.pcs[wave])
         return steps - self.party(wave, wave + 1, 1).run(pc, self.program.length, steps)
 
+    def modes_changed(self) -> None:
+        self.moded = bool(self.skips.any() or self.indexed.any())
+
     def release(self) -> None:
         """Ends the machine's use. Its parts refer to each other, and would stay until garbage is looked for."""
         for party in self._parties.values():
             party.bound.clear()
+            party.relative.clear()
         self._parties.clear()
         self.checks.clear()
         self.core = None
@@ -229,6 +237,8 @@ class Party:
         self.exec = self.S64[:, EXEC // 2]
         self.bound: dict[int, Callable] = {}
         self.following: dict[int, int] = {}
+        self.skips, self.indexed = machine.skips[waves], machine.indexed[waves]
+        self.relative: dict[tuple[int, int], Callable] = {}  # bound with registers relative to M0: by pc and key
         self.mask = np.ones((self.count, LANES), bool)
         self.full = True
 
@@ -245,7 +255,7 @@ class Party:
         left, at = patience, pc
         try:
             while left > 0:
-                if core is not None:
+                if core is not None and not (machine.moded and (self.skips.any() or self.indexed.any())):
                     outcome, at, left = core.run(self, pc, limit, left)
                     if outcome == core.END:
                         machine.states[self.waves] = ENDED
@@ -256,6 +266,7 @@ class Party:
                         machine.pcs[self.waves] = at
                         return left
                     self.exec_changed()
+                if core is not None:
                     machine.by_numpy[machine.program.at(at).name] += self.count
                 left -= 1
                 on = self._execute(at)
@@ -276,6 +287,8 @@ class Party:
     def _execute(self, pc: int) -> int | None:
         """One instruction, by NumPy. Gives the next one's pc; None where the waves end, wait or part."""
         machine = self.machine
+        if machine.moded and modes.is_vector(machine.program.at(pc)):
+            return self._by_modes(pc)
         outcome = (self.bound.get(pc) or self._bind(pc))()
         machine.counts[pc] += self.count
         if machine.core is not None:
@@ -293,12 +306,34 @@ class Party:
         machine.pcs[self.waves] = outcome
         return None
 
-    def _bind(self, pc: int) -> Callable:
+    def _by_modes(self, pc: int) -> int:
+        """A vector instruction that some waves skip, or take with other registers."""
+        machine, instruction = self.machine, self.machine.program.at(pc)
+        if not self.indexed.any() and pc not in self.bound:
+            self._bind(pc)  # the checks see it, whoever skips it
+        awake = self.numbers[~self.skips]
+        keys = modes.keys(machine.sgprs[awake, M0], machine.indexed[awake])
+        for key in np.unique(keys).tolist():
+            for piece in progressions(awake[keys == key]):
+                party = machine.party(*piece)
+                party.exec_changed()
+                execute = party.relative.get((pc, key)) if key else party.bound.get(pc)
+                (execute or party._bind(pc, key))()
+        machine.counts[pc] += len(awake)
+        self.exec_changed()
+        return pc + instruction.words
+
+    def _bind(self, pc: int, key: int = 0) -> Callable:
         instruction = self.machine.program.at(pc)
+        if key:
+            instruction = modes.relative(instruction, key)
         binding = Binding(self, instruction, pc)
         execute = forms.lookup(instruction)(binding)
         for check in self.machine.checks:
             execute = check.wrap(binding, execute)
+        if key:
+            self.relative[pc, key] = execute
+            return execute
         self.following[pc] = pc + instruction.words
         self.bound[pc] = execute
         return execute

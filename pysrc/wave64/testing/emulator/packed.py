@@ -34,6 +34,7 @@ def _halves(b: Binding, kind: str, high_result: bool, count: int) -> list[Source
             get = b.source(code, "w" if kind == "b" else kind, high=high)
         if negative and kind not in FLOATS:
             raise NotImplementedError("a sign modifier on an integer")
+        get = b.canonical(get, kind)
         gets.append((lambda get=get: np.negative(get())) if negative else get)
     return gets
 
@@ -102,7 +103,7 @@ def _pair32(function: Callable, count: int) -> Callable:
 def _sinks(b: Binding, kind: str, between: int) -> tuple[Callable, Callable]:
     """What writes the two results, each of which depends on its own sources: those read before `between`, or after."""
     register = b.number("vdst")
-    sinks = b.sink(register, kind), b.sink(register + 1, kind)
+    sinks = b.flushing(b.sink(register, kind), kind), b.flushing(b.sink(register + 1, kind), kind)
     b.parts = [(b.reads[:between], b.writes[:1]), (b.reads[between:], b.writes[1:])]
     return sinks
 
@@ -132,10 +133,12 @@ def _mix(half: int | None) -> Callable:
             kind = "h" if small >> i & 1 else "f"
             get = b.source(code, kind, high=kind == "h" and bool(fields.opsel >> i & 1),
                            absolute=bool(fields.neg_hi >> i & 1), negative=bool(fields.neg >> i & 1))
+            get = b.canonical(get, kind)
             gets.append((lambda get=get: get().astype(F32)) if kind == "h" else get)
         one, two, three = gets
         clamp = bool(fields.clmp)
-        write = b.sink(b.number("vdst"), "f" if half is None else "h", high=None if half is None else bool(half))
+        kind = "f" if half is None else "h"
+        write = b.flushing(b.sink(b.number("vdst"), kind, high=None if half is None else bool(half)), kind)
 
         def run() -> None:
             value = ar.fma32(one(), two(), three())
@@ -154,7 +157,7 @@ def _dot2(kind: str) -> Callable:
         low, high = (_halves(b, kind, i, 2) for i in (False, True))
         if b.fields.neg & 3 or b.fields.neg_hi & 3 or b.fields.clmp:
             raise NotImplementedError("modifiers of a dot product")
-        addend = b.source(b.fields.src2.offset, "f", negative=bool(b.fields.neg & 4))
+        addend = b.canonical(b.source(b.fields.src2.offset, "f", negative=bool(b.fields.neg & 4)), "f")
         write = b.sink(b.number("vdst"), "f")
 
         def run() -> None:

@@ -155,7 +155,8 @@ def without_collection() -> Iterator[None]:
 
 def _arguments(launch, kernel: code_object.Kernel) -> np.ndarray:
     """The kernarg segment: the launch's bytes, and what the runtime fills."""
-    segment = np.zeros(max(64, -(-kernel.kernarg_bytes // 64) * 64), np.uint8)
+    size = max(kernel.kernarg_bytes, len(launch.args))  # assembly may declare none, and take what the caller gives
+    segment = np.zeros(max(64, -(-size // 64) * 64), np.uint8)
     segment[:len(launch.args)] = np.frombuffer(launch.args, np.uint8)
     values = {f"hidden_block_count_{axis}": launch.grid[i] for i, axis in enumerate("xyz")}
     values |= {f"hidden_group_size_{axis}": launch.block[i] for i, axis in enumerate("xyz")}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wave64.testing.emulator import conversions, operations
+from wave64.testing.emulator import arithmetic, conversions, operations
 from wave64.testing.emulator.binding import FLOATS, KINDS, SIZES, Binding, Follow, Known, Source
 from wave64.testing.emulator.decode import EXEC, VCC, VGPR0
 from wave64.testing.emulator.memory import EmulationError
@@ -112,14 +112,13 @@ def _sources(b: Binding, kinds: str, result: str) -> tuple[list[Source], Moved |
     gets, ends, moved, position = [], [], None, 0
     for kind in kinds:
         if kind == "K":
-            constant = b.source(255, result)
-            gets.append(constant)
+            gets.append(b.canonical(b.source(255, result), result))
         elif kind == "v":
             gets.append(b.lane_mask(VCC))
         elif kind == "m":
             gets.append(b.lane_mask(fields.src2.offset if hasattr(fields, "src2") else VCC))
         elif kind == "D":
-            gets.append(b.vector(b.number("vdst"), result))
+            gets.append(b.canonical(b.vector(b.number("vdst"), result), result))
         else:
             negative, positive = bool(neg >> position & 1), bool(absolute >> position & 1)
             bits_only = (negative or positive) and kind == "u"  # v_cndmask_b32, whose operands may be floats
@@ -131,6 +130,7 @@ def _sources(b: Binding, kinds: str, result: str) -> tuple[list[Source], Moved |
                 get = moved.get
             else:
                 get = b.source(getattr(fields, names[position]).offset, plain, high=bool(opsel >> position & 1))
+            get = b.canonical(get, kind)
             if positive:
                 get = _then(np.abs, get)
             if negative:
@@ -243,6 +243,8 @@ def _result(b: Binding, kind: str, keep: bool, enabled: Callable | None) -> Call
         elif keep:
             high = False
         write = b.sink(b.number("vdst"), kind, high=high)
+    if enabled is None:
+        write = b.flushing(write, kind)
     if omod or clamp:
         scale = KINDS[kind]((1, 2, 4, 0.5)[omod])
         plain, one = write, KINDS[kind](1)
@@ -259,7 +261,7 @@ def _result(b: Binding, kind: str, keep: bool, enabled: Callable | None) -> Call
     if SIZES[kind] != 4:
         raise NotImplementedError("DPP with a result of other than 32 bits")
     old, inner = b.vector(b.number("vdst"), kind)(), write
-    return lambda value: inner(np.where(enabled(), value, old))
+    return b.flushing(lambda value: inner(np.where(enabled(), value, old)), kind)
 
 
 def _no_overflow(b: Binding, write: Callable) -> Callable[[np.ndarray], None]:
@@ -453,6 +455,22 @@ def _bitop3(kind: str) -> Callable:
     return bind
 
 
+def _to_e2m1(b: Binding) -> Callable:
+    """Two floats over a power of two, to a byte of the destination, the others kept."""
+    gets, _, _ = _sources(b, "fff", "u")
+    register, shift = b.number("vdst"), U32(8 * (b.fields.opsel >> 2))
+    write, old = b.sink(register, "u"), b.party.V[register]
+
+    def run() -> None:
+        low, high, scale = (get() for get in gets)
+        exponent = arithmetic.exponents(scale)
+        if (np.broadcast_to(exponent == 255, b.party.mask.shape) & b.party.mask).any():
+            raise NotImplementedError("a conversion with a scale of infinity or NaN")
+        codes = arithmetic.e2m1(low, exponent) | arithmetic.e2m1(high, exponent) << U32(4)
+        write(old & ~(U32(255) << shift) | codes << shift)
+    return run
+
+
 TABLES = (operations.MOVES, operations.INTEGERS, operations.SHORTS, operations.FLOATS, conversions.CONVERSIONS,
           conversions.COMPARISONS)
 FORMS: dict[str, Callable] = {name: alu(*row) for table in TABLES for name, row in table.items()}
@@ -464,6 +482,7 @@ FORMS |= {
     "v_writelane_b32": _write_lane, "v_accvgpr_read": _acc_read, "v_accvgpr_write": _acc_write,
     "v_accvgpr_read_b32": _acc_read, "v_accvgpr_write_b32": _acc_write, "v_swap_b32": _swap,
     "v_accvgpr_mov_b32": _acc_move,
+    "v_cvt_scalef32_pk_fp4_f32": _gfx950(_to_e2m1),
     "v_bitop3_b32": _gfx950(_bitop3("u")), "v_bitop3_b16": _gfx950(_bitop3("w")),
     "v_permlane16_swap_b32": _gfx950(_permlane_swap(16)), "v_permlane32_swap_b32": _gfx950(_permlane_swap(32)),
 }

@@ -24,22 +24,28 @@ Where = Callable[..., np.ndarray]  # (bytes of an access, whether it writes) -> 
 
 # ---- SMEM
 
+def _scalar_offset(b: Binding) -> Callable[[], np.ndarray]:
+    """What an SMEM instruction adds to its base: [waves]."""
+    fields, party = b.fields, b.party
+    immediate = ((fields.offset ^ 0x100000) - 0x100000) if fields.imm else 0
+    more = b.scalar(fields.soffset.offset, "u") if fields.soffset_en else None
+    if not fields.imm and more is None:
+        more = b.scalar(fields.offset & 0x7F, "u")
+    constant = np.full(party.count, immediate, I64)
+    return lambda: constant if more is None else constant + more()
+
+
 def _smem(dwords: int, buffer: bool) -> Callable:
     def bind(b: Binding) -> Callable:
         fields, party, memory = b.fields, b.party, b.machine.memory
-        immediate = ((fields.offset ^ 0x100000) - 0x100000) if fields.imm else 0
-        more = b.scalar(fields.soffset.offset, "u") if fields.soffset_en else None
-        if not fields.imm and more is None:
-            more = b.scalar(fields.offset & 0x7F, "u")
+        further = _scalar_offset(b)
         base, first = fields.sbase.offset, fields.sdata.offset
         b.reads.append(("s", base, 4 if buffer else 2))
         b.writes.append(("s", first, dwords))
         to, column, steps = party.S[:, first:first + dwords], party.S64[:, base // 2], np.arange(dwords)
 
         def run() -> None:
-            offset = np.full(party.count, immediate, I64)
-            if more is not None:
-                offset = offset + more()
+            offset = further()
             if not buffer:
                 at = memory.locate((column + offset.view(U64)) & U64(2**64 - 4), 4 * dwords)
                 to[...] = memory.u32[(at >> 2)[:, None] + steps]
@@ -51,6 +57,43 @@ def _smem(dwords: int, buffer: bool) -> Callable:
             words = np.zeros(inside.shape, U32)
             words[inside] = memory.u32[memory.locate(at[inside], 4, which=inside) >> 2]
             to[...] = words
+        return run
+    return bind
+
+
+def _scalar_words(b: Binding, count: int) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+    """The scalar registers that a store or an atomic of SMEM has for data: [waves, count]; and what gives where it
+    goes, for accesses of some bytes."""
+    base, first, memory = b.fields.sbase.offset, b.fields.sdata.offset, b.machine.memory
+    further, column = _scalar_offset(b), b.party.S64[:, b.fields.sbase.offset // 2]
+    b.reads += [("s", base, 2), ("s", first, count)]
+
+    def where(size: int) -> np.ndarray:
+        return memory.locate((column + further().view(U64)) & U64(2**64 - 4), size, True)
+    return b.party.S[:, first:first + count], where
+
+
+def _scalar_store(dwords: int) -> Callable:
+    def bind(b: Binding) -> Callable:
+        words, where = _scalar_words(b, dwords)
+        return lambda: b.machine.memory.store(where(4 * dwords), 4 * dwords, words)
+    return bind
+
+
+def _scalar_atomic(kind: type, change: Callable, compare: bool) -> Callable:
+    size = np.dtype(kind).itemsize
+
+    def bind(b: Binding) -> Callable:
+        words, where = _scalar_words(b, size // 4 * (1 + compare))
+        returns, memory = bool(b.fields.glc), b.machine.memory
+        if returns:
+            b.writes.append(("s", b.fields.sdata.offset, size // 4))
+
+        def run() -> None:
+            operands = [np.ascontiguousarray(part) for part in np.split(words, 1 + compare, axis=1)]
+            old = atomics.apply(memory, where(size), kind, change, operands, returns)
+            if returns:
+                words[:, :size // 4] = cast(np.ndarray, old)
         return run
     return bind
 
@@ -308,8 +351,12 @@ def _forms() -> dict[str, Callable]:
     for name in atomics.INTEGER:
         plain = {"min_i": "smin", "min_u": "umin", "max_i": "smax", "max_u": "umax"}.get(name, name)
         kinds += [(*atomics.integer(name, size), plain + suffix) for size, suffix in ((4, ""), (8, "_x2"))]
+    for dwords, suffix in ((1, ""), (2, "x2"), (4, "x4")):
+        forms[f"s_store_dword{suffix}"] = _scalar_store(dwords)
     for kind, change, name in kinds:
         compare = name.startswith("cmpswap")
+        if issubclass(kind, np.integer) and not name.startswith("pk_"):
+            forms[f"s_atomic_{name}"] = _scalar_atomic(kind, change, compare)
         for space, address_of in (("global", _global), ("flat", _global)):
             forms[f"{space}_atomic_{name}"] = _atomic(address_of, kind, change, compare)
         forms[f"buffer_atomic_{name}"] = _buffer_atomic(kind, change, compare)

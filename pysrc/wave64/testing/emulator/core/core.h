@@ -27,7 +27,7 @@ typedef i64 k_I;
 enum { LANES = 64, SGPRS = 128, VCC = 106, M0 = 124, EXEC = 126, SCALAR = 1000, SCC = 253 };
 enum { FULL_WORD = 6 };                                              // SDWA: all of a register
 enum { NONE, VECTOR, ONE, CONSTANT, SCC_BIT, VCCZ_BIT, EXECZ_BIT };  // what a source is
-enum { NEGATE = 1, ABSOLUTE = 2, HIGH = 4 };                         // how it is modified
+enum { NEGATE = 1, ABSOLUTE = 2, HIGH = 4, FLUSH = 8, QUIET = 16 };  // how it is modified; the last two: by MODE
 enum { PLAIN, LOW_KEPT, HIGH_KEPT };                                 // where 16-bit results go
 enum { DPP = 1, SDWA, CMPX = 4 };
 enum { OK, NUMPY, JUMP, END, BARRIER, PART };                         // what a handler returns
@@ -51,7 +51,7 @@ struct Op {
     int (*run)(Core*, const Op*);  // NULL: NumPy executes it
     i32 imm, more, jump;           // jump: dwords from here to the target
     u16 dst, mask;                 // vector or scalar register; scalar pair
-    u8 words, rule, counter, modifier, place, omod, clamp, select, unused, reads, writes, watched, spare[4];
+    u8 words, rule, counter, modifier, place, omod, clamp, select, unused, reads, writes, watched, flush, spare[3];
     Source src[6];
     Range read[8], write[3], watch[9];
 };
@@ -203,6 +203,14 @@ SLOW const u32* fetch4(Core* c, const Op* o, int k, i64 w, i64 p, u32* buffer) {
         for (int i = 0; i < LANES; i++) buffer[i] = from[i] ^ 0x80000000;
         from = buffer;
     }
+    if (s->modifiers & FLUSH) {
+        for (int i = 0; i < LANES; i++) buffer[i] = from[i] & 0x7F800000 ? from[i] : from[i] & 0x80000000;
+        from = buffer;
+    }
+    if (s->modifiers & QUIET) {
+        for (int i = 0; i < LANES; i++) buffer[i] = from[i] | ((from[i] & 0x7FFFFFFF) > 0x7F800000) << 22;
+        from = buffer;
+    }
     return from;
 }
 SLOW const u16* fetch2(Core* c, const Op* o, int k, i64 w, i64 p, u16* to) {
@@ -299,12 +307,13 @@ SLOW void put8(Core* c, const Op* o, i64 w, i64 p, const u64* from) {
     }
 }
 // what is told from NaN is 0, as the kernels' DX10_CLAMP has it
-#define SCALED(T, scale)                                            \
-    T k = ((T[]){(T)1, (T)2, (T)4, (T)0.5})[o->omod];               \
-    for (int i = 0; i < LANES; i++) {                               \
-        T x = r[i] * k;                                             \
-        if (o->clamp) x = !(x > (T)0) ? (T)0 : x < (T)1 ? x : (T)1; \
-        r[i] = x;                                                   \
+#define SCALED(T, scale)                                                                                \
+    T k = ((T[]){(T)1, (T)2, (T)4, (T)0.5})[o->omod];                                                   \
+    for (int i = 0; i < LANES; i++) {                                                                   \
+        T x = r[i] * k;                                                                                 \
+        if (o->clamp) x = !(x > (T)0) ? (T)0 : x < (T)1 ? x : (T)1;                                     \
+        if (o->flush && __builtin_fabsf((float)x) < 0x1p-126f) x = (T)__builtin_copysignf(0, (float)x); \
+        r[i] = x;                                                                                       \
     }
 SLOW void scaled4(const Op* o, float* r){SCALED(float, 1)} SLOW
     void scaled2(const Op* o, _Float16* r){SCALED(_Float16, 1)} SLOW
@@ -315,15 +324,15 @@ INLINE int overflows(const Core* c) {
     return 0;
 }
 INLINE int direct(const Core* c, const Op* o, i64 w) {
-    return !o->modifier && !o->omod && !o->clamp && exec_of(c, w) == ALL;
+    return !o->modifier && !o->omod && !o->clamp && !o->flush && exec_of(c, w) == ALL;
 }
 #define out4(r) (direct(c, o, w) ? vector(c, o->dst, w) : (u32*)(r))
 #define out2(r) (r)
 #define out8(r) (r)
-#define finish4(r, scaling)                  \
-    if ((u32*)(r) != vector(c, o->dst, w)) { \
-        if (o->omod | o->clamp) scaling;     \
-        put4(c, o, w, p, (const u32*)(r));   \
+#define finish4(r, scaling)                         \
+    if ((u32*)(r) != vector(c, o->dst, w)) {        \
+        if (o->omod | o->clamp | o->flush) scaling; \
+        put4(c, o, w, p, (const u32*)(r));          \
     }
 #define finish_f(r) finish4(r, scaled4(o, r))
 #define finish_u(r) finish4(r, (void)0)

@@ -56,7 +56,7 @@ P2(v_pk_ashrrev_i16, s, b >> (a & 15))
                 LOOP { TAKEN r[i] = (__VA_ARGS__); }                       \
             }                                                              \
             for (int half = 0; half < 2; half++) {                         \
-                if (o->clamp) scaled4(o, (float *)part[half]);             \
+                if (o->clamp | o->flush) scaled4(o, (float *)part[half]);  \
                 blend(vector(c, o->dst + half, w), (const u32 *)part[half], exec_of(c, w)); \
             }                                                              \
         }                                                                  \
@@ -84,7 +84,7 @@ WORDS(v_pk_mov_b32, u, IN(u, x, first), u32 a = xs[i];, a)
             MIXED_SOURCES                                                  \
             Lanes made; k_##R *r = (k_##R *)&made; float sum[LANES];       \
             LOOP sum[i] = fma_f(x[0][i], x[1][i], x[2][i]);                \
-            if (o->clamp) scaled4(o, sum);                                 \
+            if (o->clamp | o->flush) scaled4(o, sum);                      \
             LOOP r[i] = (k_##R)sum[i];                                     \
             if (#R[0] == 'h') put2(c, o, w, p, made.w); else put4(c, o, w, p, made.u); \
         }                                                                  \
