@@ -13,6 +13,7 @@ from pathlib import Path
 import ninja
 import pybind11
 import pytest
+from once import once
 
 from wave64 import doctor
 from wave64.__main__ import main
@@ -38,14 +39,17 @@ def configure(source: Path, build: Path, *settings: str, env: dict | None = None
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory) -> Path:
+def elsewhere(request, tmp_path_factory) -> Path:
     """The code objects of gfx942 and gfx950, compiled once more from a copy of the sources at another place."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    source = folder / "sources"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
-        ".git", ".venv", "build", "dist", "__pycache__", "code_objects", "*.so", "tests", "serve", "triton_ops"))
-    configure(source, folder / "build", "-DWAVE64_ARCHS=gfx942;gfx950")
-    return folder / "build" / "code_objects"
+    def compile_again() -> Path:
+        folder = tmp_path_factory.mktemp("elsewhere")
+        source = folder / "sources"
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
+            ".git", ".venv", "build", "dist", "__pycache__", "code_objects", "*.so", "tests", "serve", "triton_ops"))
+        configure(source, folder / "build", "-DWAVE64_ARCHS=gfx942;gfx950")
+        return folder / "build" / "code_objects"
+
+    return once(request, tmp_path_factory, "elsewhere", compile_again)
 
 
 @pytest.mark.parametrize("library", [hip._hip.__file__, hip.standin()], ids=["extension", "standin"])

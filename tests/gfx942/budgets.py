@@ -50,21 +50,21 @@ def run_each(commands: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def compile_all(*arguments: str) -> dict[str, dict[str, Any]]:
-    """arch -> what `python -m wave64.testing.compile <arch> <arguments>` reports. Quick once
-    Triton's cache holds the kernels."""
-    return compile_each(dict.fromkeys(ARCHS, arguments))
-
-
-def compile_each(arguments: dict[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
-    """The same with arguments of each architecture."""
-    reports = run_each({arch: ["-m", "wave64.testing.compile", arch, *words] for arch, words in arguments.items()})
+    """arch -> what `python -m wave64.testing.compile <arch> <arguments>` reports, with what is seen in the assembly of
+    HIP kernels. Quick once Triton's cache holds the kernels."""
+    reports = compile_each(dict.fromkeys(ARCHS, arguments))
     if importlib.util.find_spec("ziglang"):
         for arch, report in reports.items():
-            report["hip"] = {op: _with_instructions(rows, op, arch) for op, rows in report["hip"].items()}
+            report["hip"] = {op: with_instructions(rows, op, arch) for op, rows in report["hip"].items()}
     return reports
 
 
-def _with_instructions(rows: Rows | str, op: str, arch: str) -> Rows | str:
+def compile_each(arguments: dict[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """The same without assembly, with arguments of each architecture."""
+    return run_each({arch: ["-m", "wave64.testing.compile", arch, *words] for arch, words in arguments.items()})
+
+
+def with_instructions(rows: Rows | str, op: str, arch: str) -> Rows | str:
     """Adds to the figures of a code object those of its assembly text, which the package does not hold: from hip/ops.
     Where that source does not compile, or no longer gives the code object's registers, it gives the reason instead."""
     if isinstance(rows, str):

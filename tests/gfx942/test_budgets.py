@@ -12,8 +12,6 @@ import wave64
 KERNELS = [(kind, op.name) for op in wave64.OPS.values() for kind in KINDS if kind in op.backends]
 
 
-
-
 @pytest.fixture(scope="session")
 def golden(reports, request):
     if request.config.getoption("renew_golden", default=False):
@@ -34,9 +32,9 @@ def test_kernels_compile_within_limits(kind, op, arch, reports, record, record_p
     assert watched(rows), f"{op}: no large case reaches its {kind} kernel; give ops/{op}.py one: Case(..., large=True)"
     found = [f"{name}: {text}" for name, row in rows.items() for text in budgets.over_limits(row, arch, kind, op)]
     assert not found, "\n".join(found)
-    if kind == "triton":
-        with record.result(compiled.key(op, arch), reports[arch]["marks"][op], record_property) as entry:
-            entry.told = reports[arch]["told"][op]
+    if op in reports[arch]["marks"][kind]:
+        with record.result(compiled.key(op, arch, kind), reports[arch]["marks"][kind][op], record_property) as entry:
+            entry.told = reports[arch]["told"][kind][op]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -1,4 +1,5 @@
-"""What holds for every model: logits in fp32 equal transformers' in fp64 to 1e-4, however the tokens are cut into batches."""
+"""What holds for every model: logits in fp32 equal transformers' in fp64 to 1e-4, however the tokens are cut into
+batches."""
 
 import pytest
 import torch

@@ -222,4 +222,5 @@ def _fields(op: str) -> tuple[tuple[str, str, int], ...]:
 
 def pointers(op: str, args: bytes) -> dict[str, int]:
     """The addresses in an operator's struct, by field."""
-    return {name: int.from_bytes(args[offset:offset + 8], "little") for name, kind, offset in _fields(op) if kind == "P"}
+    return {name: int.from_bytes(args[offset:offset + 8], "little")
+            for name, kind, offset in _fields(op) if kind == "P"}
