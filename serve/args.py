@@ -82,6 +82,7 @@ class ServerArgs:
     max_prefill_tokens: int = _flag(16384, "prompt tokens of all requests per step")
     schedule_policy: str = _flag("fcfs", "order of waiting requests", choices=("fcfs",))
     disable_cuda_graph: bool = _flag(False, "launch every decode step kernel by kernel")
+    disable_custom_all_reduce: bool = _flag(False, "let torch.distributed (RCCL) exchange all that ranks exchange")
 
     random_seed: int | None = _flag(None, "seed of requests that bring none; default: from the clock", kind=int)
     stream_interval: int = _flag(1, "tokens per streamed event")
@@ -200,10 +201,10 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--triton-attention-num-kv-splits": (int, "the tuned tables say how often a sequence is split"),
     "--triton-attention-reduce-in-fp32": (None, "sums are in fp32 anyway"),
     "--disable-shared-experts-fusion": (None, "the sum is the same"),
-    "--disable-custom-all-reduce": (None, "ranks exchange tensors through RCCL"),
-    "--enable-mscclpp": (None, "ranks exchange tensors through RCCL"),
-    "--enable-aiter-allreduce-fusion": (None, "ranks exchange tensors through RCCL"),
-    "--enable-p2p-check": (None, "RCCL finds out which GPUs reach each other"),
+    "--enable-mscclpp": (None, "wave64's kernels exchange small messages, RCCL large ones; the package mscclpp " + (
+        "takes no part" if find_spec("mscclpp") else "is missing")),
+    "--enable-aiter-allreduce-fusion": (None, "a sum over ranks and the norm of it are one kernel anyway"),
+    "--enable-p2p-check": (None, "ranks find out at the start whether they reach each other's memory"),
     "--decode-log-interval": (int, "a busy engine logs its throughput every few seconds"),
 }
 #: Flags that are taken with one value.

@@ -28,6 +28,7 @@ import zmq
 import wave64
 from wave64 import quant
 from wave64.arch import EMULATED
+from wave64.backends import peers
 from wave64.distributed import Store
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.grammar import Grammars
@@ -229,6 +230,7 @@ class Engine:
             if self.team is not None:
                 self.team.begin(self._steps, steps)
             sampled = self.runner.run_groups(steps, samplings)
+            peers.check()
         except Exception as error:
             if self.team is not None:
                 raise

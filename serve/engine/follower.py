@@ -153,6 +153,7 @@ def _open(where: tuple[str, int], introduction: Hello) -> Channel:
 
 def _serve(args: ServerArgs, place: Place, store: tuple[str, int], steps: Channel, status: Status) -> None:
     from wave64 import distributed
+    from wave64.backends import peers
     from wave64.serve.engine.engine import Rank, emulation, set_threads, use_interface
 
     use_interface(steps.own_address)
@@ -168,4 +169,5 @@ def _serve(args: ServerArgs, place: Place, store: tuple[str, int], steps: Channe
             number += 1
             status.doing = f"step {number}"
             rank.runner.forward(*message.schedules)
+            peers.check()
             status.doing = WAITING

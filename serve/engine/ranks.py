@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from wave64 import distributed
+from wave64 import distributed, platform
+from wave64.backends import peers
 from wave64.distributed import ALONE, Group, Store
 from wave64.serve.args import ServerArgs
 from wave64.serve.model.parallel import Ranks
+
+log = logging.getLogger("wave64")
 
 TIMEOUT_S = 24 * 3600.0  # of a collective: rank 0 notices sooner which rank is to blame (team.py)
 
@@ -29,7 +34,22 @@ def join(args: ServerArgs, rank: int, store: Store, device: torch.device) -> Ran
     if args.groups > 1:
         for name, groups in zip(("attention", "data"), _groups(args), strict=True):
             distributed.partition(name, groups)
+    if device.type == "cuda" or platform.emulated() is not None:
+        for group in {each.name: each for each in (ranks.world, ranks.attention, ranks.data)}.values():
+            _connect(args, group, device)
     return ranks
+
+
+def _connect(args: ServerArgs, group: Group, device: torch.device) -> None:
+    """Let kernels exchange what the ranks of a group have, or say why torch.distributed does."""
+    if group.size == 1:
+        return
+    if args.disable_custom_all_reduce:
+        peers.disconnect(group.name, why := "--disable-custom-all-reduce")
+    else:
+        why = peers.connect(group.name, device)
+    if why is not None and group.rank == 0:
+        log.warning("group %s: torch.distributed exchanges its tensors: %s", group.name, why)
 
 
 def _groups(args: ServerArgs) -> tuple[list[list[int]], list[list[int]]]:

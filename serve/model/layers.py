@@ -140,6 +140,12 @@ class RMSNorm(Layer):
         ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
         return x
 
+    def of_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor:
+        """As forward, of what the ranks of an attention group have computed each a part of."""
+        if ranks.attention.size == 1:
+            return self(x, residual)
+        return ranks.norm_of_sum(x, residual, self.weight, self.eps)
+
     def alone(self, x: Tensor) -> Tensor:
         """The norm of x [num_tokens, hidden] or [num_tokens, num_heads, hidden], strided or not; x does not change."""
         return ops.rms_norm(x, self.weight, self.eps)
@@ -259,9 +265,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         """x: the output of the previous block, not yet added to the residual stream; returns that of this block."""
-        x = self.ranks.sum_attention(self.self_attn(self.input_layernorm(x, residual), batch, kv_cache))
-        x = self.ranks.gather(self.post_attention_layernorm(x, residual), batch.gathered_tokens)
-        return self.ranks.sum_mlp(self.mlp(x), residual.shape[0])
+        x = self.self_attn(self.input_layernorm(x, residual), batch, kv_cache)
+        x = self.post_attention_layernorm.of_sum(x, residual, self.ranks)
+        return self.ranks.sum_mlp(self.mlp(self.ranks.gather(x, batch.gathered_tokens)), residual.shape[0])
 
 
 class Decoder(nn.Module):

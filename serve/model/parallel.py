@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from wave64.distributed import ALONE, Group, all_gather, all_reduce, reduce_scatter
+from wave64.distributed import ALONE, Group
+from wave64.ops import all_gather, all_reduce, fused_all_reduce_rms_norm, reduce_scatter
 from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ConfigError
 
@@ -121,6 +122,10 @@ class Ranks:
     def sum_attention(self, x: Tensor) -> Tensor:
         """Adds up what the ranks of an attention group have computed of the same tokens."""
         return x if self.attention.size == 1 else all_reduce(x, self.attention.name)
+
+    def norm_of_sum(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Adds up as `sum_attention`, adds that to the residual stream, in place, and returns the norm of the sum."""
+        return fused_all_reduce_rms_norm(x, residual, weight, eps, self.attention.name)
 
     def gather(self, x: Tensor, rows: int) -> Tensor:
         """x [num_tokens, ...] of each attention group, padded with zeros to `rows`, below each other; x itself if there

@@ -188,6 +188,7 @@ def processes_share_memory_by_handles(hip, runtime):
     if not (child := os.fork()):
         status = 1
         try:
+            os.close(ours)  # so that the end of the other process is seen
             assert runtime.count() == 2
             address = runtime.open_shared(os.read(theirs, 64))
             assert ctypes.string_at(address, 5) == b"\0hand"

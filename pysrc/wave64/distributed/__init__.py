@@ -1,7 +1,20 @@
 """Groups of processes that compute one model together, and what they exchange: below the operators, above nothing."""
 
 from wave64.distributed.collectives import all_gather, all_reduce, reduce_scatter
-from wave64.distributed.groups import ALONE, Group, Store, join, leave, meet, partition
+from wave64.distributed.groups import (
+    ALONE,
+    Group,
+    Store,
+    at_leave,
+    join,
+    leave,
+    meet,
+    member,
+    names,
+    partition,
+    register,
+    registered,
+)
 
-__all__ = ["ALONE", "Group", "Store", "all_gather", "all_reduce", "join", "leave", "meet", "partition",
-           "reduce_scatter"]
+__all__ = ["ALONE", "Group", "Store", "all_gather", "all_reduce", "at_leave", "join", "leave", "meet", "member",
+           "names", "partition", "reduce_scatter", "register", "registered"]

@@ -5,7 +5,7 @@ A process joins a world once, then partitions it into smaller groups. Every rank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,9 +13,6 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 WORLD = "world"
-
-#: what torch calls each group that this process is a member of, by our name
-_REGISTERED: dict[str, dist.ProcessGroup] = {}
 
 
 @dataclass(frozen=True)
@@ -28,6 +25,10 @@ class Group:
 
 
 ALONE = Group("alone", 0, 1)
+
+#: by name: where this process stands, and what torch has for the group; None: nothing
+_REGISTERED: dict[str, tuple[Group, dist.ProcessGroup | None]] = {ALONE.name: (ALONE, None)}
+_AT_LEAVE: list[Callable[[], None]] = []
 
 
 def meet(host: str, port: int, first: bool = False) -> TCPStore:
@@ -45,8 +46,7 @@ def join(store: Store, rank: int, size: int, backend: str, timeout_s: float) -> 
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     world = dist.group.WORLD
     assert world is not None
-    _REGISTERED[WORLD] = world
-    return Group(WORLD, rank, size)
+    return register(Group(WORLD, rank, size), world)
 
 
 def partition(name: str, groups: Sequence[Sequence[int]]) -> Group:
@@ -60,20 +60,49 @@ def partition(name: str, groups: Sequence[Sequence[int]]) -> Group:
         made = dist.new_group(list(group))
         if rank in group:
             assert isinstance(made, dist.ProcessGroup)
-            _REGISTERED[name] = made
-            mine = Group(name, list(group).index(rank), len(group))
+            mine = register(Group(name, list(group).index(rank), len(group)), made)
     return mine
+
+
+def register(group: Group, made: dist.ProcessGroup | None = None) -> Group:
+    """Make a group known by its name. made: torch's; None: torch has none, so that only operators whose kernels reach
+    the other ranks serve it."""
+    _REGISTERED[group.name] = group, made
+    return group
+
+
+def at_leave(run: Callable[[], None]) -> None:
+    """`run` is called once, when this process leaves its groups."""
+    _AT_LEAVE.append(run)
 
 
 def leave() -> None:
     """Forget all groups of this process."""
+    while _AT_LEAVE:
+        _AT_LEAVE.pop()()
     _REGISTERED.clear()
-    dist.destroy_process_group()
+    register(ALONE)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def names() -> list[str]:
+    """All that is registered."""
+    return list(_REGISTERED)
+
+
+def member(name: str) -> Group:
+    """Where this process stands in a group. Raises ValueError for a name that is not registered."""
+    if name not in _REGISTERED:
+        raise ValueError(f"group: expected one of {', '.join(_REGISTERED)}, which are registered, got {name!r}; join() "
+                         "a world or partition() it first")
+    return _REGISTERED[name][0]
 
 
 def registered(name: str) -> dist.ProcessGroup:
-    """torch's object for a group. Raises ValueError for a name that is not registered."""
-    if name not in _REGISTERED:
-        raise ValueError(f"group: expected one of {', '.join(_REGISTERED) or 'none'}, which are registered, got "
-                         f"{name!r}; join() a world or partition() it first")
-    return _REGISTERED[name]
+    """torch's object for a group. Raises ValueError for a name that is not registered, or that torch does not know."""
+    member(name)
+    made = _REGISTERED[name][1]
+    if made is None:
+        raise ValueError(f"group: expected one that torch.distributed serves, got {name!r}, whose ranks have none")
+    return made

@@ -1,0 +1,15 @@
+import torch
+from torch import Tensor
+
+from wave64 import ops
+from wave64.backends import peers
+from wave64.backends.hip import bind, launch
+
+
+@bind(ops.fused_all_reduce_rms_norm, supports=lambda x, residual, weight, eps, group: peers.too_large(group, x))
+def fused_all_reduce_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> Tensor:
+    ranks = peers.of(group)
+    (num_tokens, hidden), out = x.shape, torch.empty_like(x)
+    launch("fused_all_reduce_rms_norm", **ranks.fields, x=x, residual=residual, weight=weight, out=out,
+           num_tokens=num_tokens, hidden=hidden, eps=eps, dtype=x.dtype, protocol=ranks.protocol(x.nbytes))
+    return out

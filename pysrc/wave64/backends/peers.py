@@ -1,0 +1,327 @@
+"""The memory through which the hip backend's collectives exchange: an arena of each rank, which all ranks of a group
+map.
+
+`connect(group)` allocates this rank's, exchanges handles through torch.distributed, maps the others' and lets every
+protocol add something up. Where that is not possible it says why, on every rank alike, and torch.distributed serves the
+group. `local` makes all ranks of a group in one process, streams of one GPU: for development.
+
+A wait that times out in a kernel leaves a record in the host's memory; `check()` raises WaitTimeout with its words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from wave64 import distributed, platform
+from wave64.backends import hip
+from wave64.distributed import Group
+
+log = logging.getLogger("wave64")
+
+TIMEOUT_S = 60.0     # of a wait in a kernel
+SELF_TEST_S = 0.4    # of a wait, for each protocol: 2 s for all
+EMULATED_S = 300.0   # the same on an emulated device, which takes its time
+MAX_RANKS = 8
+STATUS_BYTES = 64
+LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
+PROTOCOLS = {LL: "LL", LL128: "LL128", ONE_SHOT: "one-shot", TWO_SHOT: "two-shot"}
+#: operators as a status record numbers them (ranks.h)
+OPS = {1: "all_reduce", 2: "fused_all_reduce_rms_norm", 3: "all_gather", 4: "reduce_scatter"}
+#: ranks at most -> (bytes at most, protocol): the first row that fits. Larger messages are torch.distributed's.
+CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
+    2: ((1 << 16, LL), (1 << 30, LL)),
+    8: ((1 << 16, LL), (1 << 30, LL)),
+}
+
+
+class WaitTimeout(RuntimeError):
+    """A rank waited in vain for another one in a kernel; what the kernels of this process exchanged since is void."""
+
+
+@dataclass
+class Peers:
+    """A group whose ranks reach each other's memory."""
+
+    group: Group
+    arenas: tuple[int, ...]  # of all ranks, as this process maps them
+    record: tuple[int, int]  # the status record, as the host finds it and the device
+    timeout_s: float
+    release: list[Callable[[], object]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rows = next(CHOICE[size] for size in sorted(CHOICE) if self.group.size <= size)
+        self._rows = rows
+        self.max_bytes = rows[-1][0]
+        self.wait_at_most(self.timeout_s)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Bounds waits in kernels that are launched from here on; graphs keep what they captured."""
+        arch = platform.arch()
+        per_second = 100e6 if arch is not None and arch.name.startswith("gfx") else 1e9
+        self.timeout_s = seconds
+        self.fields = {"arenas": self.arenas, "rank": self.group.rank, "world": self.group.size,
+                       "status": self.record[1], "timeout": int(seconds * per_second)}
+
+    def protocol(self, size: int) -> int:
+        """How to exchange messages of `size` bytes."""
+        return next(protocol for most, protocol in self._rows if size <= most)
+
+    def check(self) -> None:
+        """Raises WaitTimeout if a wait of a kernel that has ended timed out."""
+        broken, op, number, block, rank = struct.unpack("5i", ctypes.string_at(self.record[0], 20))
+        if broken:
+            raise WaitTimeout(f"rank {self.group.rank} waited {self.timeout_s:g} s for rank {rank} of group "
+                              f"{self.group.name} in {OPS.get(op, op)}, round {number} of block {block}")
+
+    def close(self) -> None:
+        """Unmap and free."""
+        while self.release:
+            self.release.pop()()
+
+
+#: by group: its peers, or why torch.distributed serves it
+_KNOWN: dict[str, Peers | str] = {}
+
+
+def of(group: str) -> Peers:
+    """A connected group's. Raises KeyError for another."""
+    found = _KNOWN[group]
+    if isinstance(found, str):
+        raise KeyError(f"{group}: {found}")
+    return found
+
+
+def reason(group: str) -> str | None:
+    """None, or why kernels cannot serve a group."""
+    found = _KNOWN.get(group)
+    if found is None:
+        size = distributed.member(group).size
+        return "a rank alone exchanges nothing" if size == 1 else f"group {group} is not connected"
+    return found if isinstance(found, str) else None
+
+
+def too_large(group: str, x: Tensor) -> str | None:
+    """None, or why kernels cannot serve `x` in a group."""
+    why = reason(group)
+    if why is None and x.nbytes > (most := of(group).max_bytes):
+        why = f"torch.distributed exchanges messages of more than {most >> 20} MiB"
+    return why
+
+
+def check() -> None:
+    """Raises WaitTimeout if a wait of any kernel that has ended timed out. Costs nothing but a look at memory."""
+    for each in _KNOWN.values():
+        if isinstance(each, Peers):
+            each.check()
+
+
+def disconnect(group: str, why: str) -> None:
+    """Let torch.distributed serve a group, for this reason."""
+    found, _KNOWN[group] = _KNOWN.get(group), why
+    if isinstance(found, Peers):
+        found.close()
+
+
+def connect(group: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> str | None:
+    """Let the kernels of this group's ranks reach each other's memory. Every rank calls it, outside of captures.
+
+    group      a registered name
+    device     whose memory this rank's is; of an emulated device, the CPU
+    timeout_s  how long a kernel waits for another rank
+    returns    None, or why that cannot be and torch.distributed serves the group: the same words on every rank
+    """
+    began = time.monotonic()
+    disconnect(group, "is being connected")
+    why = _refused(group) or _connect(group, device)
+    if why is None:
+        found = of(group)
+        why = _agree(group, _self_test(found, device))
+        found.wait_at_most(timeout_s)
+    if why is not None:
+        disconnect(group, why)
+        return why
+    distributed.at_leave(lambda: disconnect(group, "has been left"))
+    found = of(group)
+    log.info("group %s: %d ranks reach each other's memory, %d MiB of each (%.1f s)", group, found.group.size,
+             _arena_bytes() >> 20, time.monotonic() - began)
+    return None
+
+
+def local(name: str, size: int, device: torch.device, timeout_s: float = TIMEOUT_S) -> list[str]:
+    """For development: all ranks of a group in this process, on one GPU, each under a name of its own, which are
+    returned in the order of the ranks. Each rank's calls have to be made on a stream of its own."""
+    with _on(device):
+        arenas = tuple(hip._hip.allocate_shared(_arena_bytes()) for _ in range(size))
+        groups = [distributed.register(Group(f"{name}.{rank}", rank, size)) for rank in range(size)]
+        for arena, group in zip(arenas, groups, strict=True):
+            record = hip._hip.allocate_mapped(STATUS_BYTES)
+            release = [lambda at=arena: hip._hip.free_shared(at), lambda at=record[0]: hip._hip.free_mapped(at)]
+            _KNOWN[group.name] = Peers(group, arenas, record, timeout_s, release)
+            distributed.at_leave(lambda name=group.name: disconnect(name, "has been left"))
+    return [group.name for group in groups]
+
+
+def _arena_bytes() -> int:
+    return hip.constants("all_reduce").ARENA_BYTES
+
+
+def _on(device: torch.device) -> Any:
+    """The runtime's calls inside are this device's, which torch has made ready."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()  # an emulated device, which is in use
+    torch.zeros(1, device=device)
+    return torch.cuda.device(device)
+
+
+def _all(group: str, mine: Any) -> list[Any]:
+    """What each rank says."""
+    said: list[Any] = [None] * distributed.member(group).size
+    dist.all_gather_object(said, mine, group=distributed.registered(group))
+    return said
+
+
+def _agree(group: str, mine: str | None) -> str | None:
+    """The first rank's reason, where any has one; it is the same on all."""
+    said = _all(group, mine)
+    return next((f"rank {rank}: {why}" for rank, why in enumerate(said) if why), None)
+
+
+def _refused(group: str) -> str | None:
+    """Why this cannot be, as every rank sees it without asking the others."""
+    size = distributed.member(group).size
+    if not 2 <= size <= MAX_RANKS:
+        return f"a group of {size} ranks; kernels are for 2 to {MAX_RANKS}"
+    return None
+
+
+def _missing(device: torch.device) -> str | None:
+    """Why this rank has no such kernels."""
+    emulated = platform.emulated()
+    why = hip.reason(device.type) if emulated is None else hip.emulated_reason(emulated.arch.name)
+    return why or (None if hip.constants("all_reduce") else "this build has no kernel of all_reduce")
+
+
+def _identity(device: torch.device) -> tuple[str, str]:
+    """Which host, and which device of it."""
+    host = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    if device.type != "cuda":
+        return host, f"{platform.device_name()} of process {os.getpid()}"
+    return host, str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _connect(group: str, device: torch.device) -> str | None:
+    """Makes the group known as `Peers`, not yet tested; or why not."""
+    made = _Made(distributed.member(group))
+    why = _agree(group, made.attempt(lambda: made.allocate(device)))
+    if why is None:
+        said = _all(group, (*_identity(device), made.handle))
+        why = _apart(said) or _agree(group, made.attempt(lambda: _unreachable(said, device)))
+        if why is None:
+            why = _agree(group, made.attempt(lambda: made.map([handle for *_, handle in said], device)))
+    if why is not None:
+        made.undo()
+        return why
+    _KNOWN[group] = Peers(made.group, tuple(made.arenas), made.record, _self_test_s(), made.release)
+    return None
+
+
+class _Made:
+    """What a rank has so far."""
+
+    def __init__(self, group: Group):
+        self.group, self.arenas, self.handle, self.record = group, [0] * group.size, b"", (0, 0)
+        self.release: list[Callable[[], object]] = []
+
+    def attempt(self, act: Callable[[], str | None]) -> str | None:
+        """What `act` says, or what it raises: the other ranks wait to hear it."""
+        try:
+            return act()
+        except Exception as error:
+            return " ".join(str(error).split())
+
+    def allocate(self, device: torch.device) -> str | None:
+        if why := _missing(device):
+            return why
+        with _on(device):
+            mine = hip._hip.allocate_shared(_arena_bytes())
+            self.release.append(lambda: hip._hip.free_shared(mine))
+            self.arenas[self.group.rank] = mine
+            self.handle = hip._hip.export_shared(mine)
+            self.record = hip._hip.allocate_mapped(STATUS_BYTES)
+            self.release.append(lambda: hip._hip.free_mapped(self.record[0]))
+        return None
+
+    def map(self, handles: list[bytes], device: torch.device) -> None:
+        with _on(device):
+            for rank, handle in enumerate(handles):
+                if rank != self.group.rank:
+                    self.arenas[rank] = at = hip._hip.open_shared(handle)
+                    self.release.append(lambda at=at: hip._hip.close_shared(at))
+
+    def undo(self) -> None:
+        while self.release:
+            self.release.pop()()
+
+
+def _apart(said: list[tuple[str, str, bytes]]) -> str | None:
+    """Why ranks that say this cannot share memory."""
+    if len({host for host, *_ in said}) > 1:
+        return "its ranks are on several hosts"
+    devices = [device for _, device, _ in said]
+    for rank, device in enumerate(devices):
+        if device in devices[:rank]:
+            return f"ranks {devices.index(device)} and {rank} have the same GPU"
+    return None
+
+
+def _unreachable(said: list[tuple[str, str, bytes]], device: torch.device) -> str | None:
+    """Which GPU this one's memory is out of reach of; None where all reach it, or this process does not see them."""
+    if device.type != "cuda":
+        return None
+    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    mine = visible[_identity(device)[1]]
+    for rank, (_, uuid, _) in enumerate(said):
+        if (other := visible.get(uuid, mine)) != mine and not hip._hip.can_access_peer(mine, other):
+            return f"GPU {mine} does not reach memory of rank {rank}'s GPU {other}"
+    return None
+
+
+def _self_test_s() -> float:
+    return SELF_TEST_S if platform.emulated() is None else EMULATED_S
+
+
+def _self_test(peers: Peers, device: torch.device) -> str | None:
+    """Add something up by each protocol of the group's table; None, or what is wrong."""
+    rank, size = peers.group.rank, peers.group.size
+    try:
+        for protocol in dict.fromkeys(protocol for _, protocol in peers._rows):
+            x = torch.arange(517, device=device, dtype=torch.float32).add_(rank)
+            out = torch.full_like(x, float("nan"))
+            launch_all_reduce(peers, x, out, protocol)
+            wanted = torch.arange(517, dtype=torch.float32).mul_(size).add_(size * (size - 1) // 2)
+            got = out.cpu()
+            peers.check()
+            if not torch.equal(got, wanted):
+                wrong = int((got != wanted).sum())
+                return f"the self-test of {PROTOCOLS[protocol]}: {wrong} of {got.numel()} sums are wrong"
+    except (RuntimeError, ValueError) as error:
+        return f"the self-test: {' '.join(str(error).split())}"
+    return None
+
+
+def launch_all_reduce(peers: Peers, x: Tensor, out: Tensor, protocol: int) -> None:
+    """out = the sum of x over the ranks, by this protocol. out may be x."""
+    hip.launch("all_reduce", **peers.fields, x=x, out=out, count=x.numel(), dtype=x.dtype, protocol=protocol)
