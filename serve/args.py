@@ -90,7 +90,10 @@ class ServerArgs:
     log_level: str = _flag("info", "lowest level that is logged", choices=LEVELS)
     log_level_http: str | None = _flag(None, "the same, of the access log; warning: none; default: --log-level",
                                        choices=LEVELS, kind=str)  # fmt: skip
-    watchdog_timeout: float = _flag(8.0, "seconds that a rank of several may be silent; then the server ends")
+    watchdog_timeout: float | None = _flag(
+        None, "seconds that a step may take, besides compiling; then stacks are logged and the server ends; default: "
+              "300, on an emulated device for ever", kind=float)  # fmt: skip
+    rank_timeout: float = _flag(8.0, "seconds that a rank of several may be silent; then the server ends")
     timeout_keep_alive: int = _flag(75, "seconds that an idle connection is kept open for its client's next request")
 
     def __post_init__(self) -> None:
@@ -107,8 +110,10 @@ class ServerArgs:
             "page_size", "max_prefill_tokens", "stream_interval", "timeout_keep_alive",
         ):  # fmt: skip
             self._at_least_one(name)
-        if not self.watchdog_timeout > 0:
-            raise ArgsError(f"--watchdog-timeout: expected more than 0, got {self.watchdog_timeout}")
+        for name in ("watchdog_timeout", "rank_timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ArgsError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
         if self.replicas > 1 and self.dist_init_addr is not None:
             raise ArgsError("--dp-size: expected 1 or --enable-dp-attention where hosts are several, or torchrun's, "
                             f"got {self.dp_size}; a router serves several servers as one")  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import random
 import signal
@@ -38,6 +39,7 @@ from wave64.serve.engine.ranks import join, ranks_of, smallest
 from wave64.serve.engine.runner import Runner
 from wave64.serve.engine.scheduler import Scheduler, Sequence
 from wave64.serve.engine.team import RankLost, Team
+from wave64.serve.engine.watchdog import CHECK_S, Watchdog
 from wave64.serve.messages import (
     Abort,
     Alive,
@@ -67,6 +69,7 @@ log = logging.getLogger("wave64")
 SIOCGIFADDR = 0x8915  # ioctl: the address of a network interface
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
+STEP_S = 300.0  # how long a step may take, besides compiling
 REPORT_S = 5.0  # a busy engine says how fast it is this often, at most
 PREFILL_CHUNK = {"cpu": 256, "cuda": 8192}
 SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, RankLost, wave64.NotSupported)  # worded for the operator
@@ -336,7 +339,7 @@ def run_engine(args: ServerArgs, requests: str, outputs: str, torchrun: str | No
             engine = Engine(args, team)
             threads(engine.runner.weight_bytes)
             outbox.send(encode(engine.ready()))
-            _serve(engine, inbox, outbox, parent)
+            _serve(engine, inbox, outbox, parent, _watchdog(args, team, _telling(outputs)))
         except Exception as error:
             log.debug("the engine ends", exc_info=True)
             outbox.send(encode(Failed(one_line(error) if team is None else team.blame(one_line(error)))))
@@ -376,6 +379,13 @@ def use_interface(address: str) -> None:
 def _team(args: ServerArgs, outputs: str, torchrun: str | None) -> Team:
     """The other ranks, once it is known that the model can be split over them. Their thread has a pipe of its own."""
     folder = refuse(args)
+    team = Team(args, folder, _telling(outputs), torchrun)
+    use_interface(team.address)
+    return team
+
+
+def _telling(outputs: str) -> Callable[[Alive | Failed], None]:
+    """Says something to the api process from a thread that is not the main one: over a pipe of its own."""
     pipe: list[zmq.Socket] = []
 
     def tell(message: Alive | Failed) -> None:
@@ -384,16 +394,29 @@ def _team(args: ServerArgs, outputs: str, torchrun: str | None) -> Team:
             pipe[0].connect(outputs)
         pipe[0].send(encode(message))
 
-    team = Team(args, folder, tell, torchrun)
-    use_interface(team.address)
-    return team
+    return tell
 
 
-def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int) -> None:
+def _watchdog(args: ServerArgs, team: Team | None, tell: Callable[[Failed], None]) -> Watchdog:
+    """Ends this process when a step takes too long."""
+    timeout = args.watchdog_timeout or (math.inf if args.device in EMULATED else STEP_S)
+
+    def expire(seconds: float) -> None:
+        why = f"a step has not ended for {seconds:.0f} s (--watchdog-timeout); stacks are in the log"
+        tell(Failed(why if team is None else team.stuck(why)))
+        zmq.Context.instance().destroy(linger=1000)
+        os._exit(1)
+
+    return Watchdog(timeout, expire, min(CHECK_S, timeout / 4))
+
+
+def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int, watchdog: Watchdog) -> None:
     while os.getppid() == parent:
         while inbox.poll(0 if engine.has_work else IDLE_POLL_MS):
             _receive(engine, inbox.recv())
-        if outputs := engine.step():
+        with watchdog.watching():
+            outputs = engine.step()
+        if outputs:
             outbox.send(encode(Outputs(outputs, engine.statistics())))
     log.info("the api process is gone; the engine ends")
 

@@ -100,7 +100,7 @@ def follow(args: ServerArgs, place: Place, end: Callable[[int], object] = os._ex
     if not isinstance(said, Welcome):
         log.error("%s", said.error if isinstance(said, Refused) else f"rank 0 said {said}")
         return 1
-    status = Status(watch, args.watchdog_timeout, end)
+    status = Status(watch, args.rank_timeout, end)
     try:
         _serve(args, place, (said.host, said.port), steps, status)
     except EOFError:

@@ -11,11 +11,13 @@ import zmq
 
 from wave64.serve.args import LOG_FORMAT, ServerArgs
 from wave64.serve.engine.follower import Place, end_with, follow
+from wave64.serve.engine.watchdog import dump_stacks_on_signal
 from wave64.serve.messages import Failed, encode
 
 
 def main() -> None:
     """Run the engine until it is told to end, or its parent is gone."""
+    dump_stacks_on_signal()
     settings = json.loads(sys.stdin.readline())
     args = ServerArgs(**settings["args"])
     end_with(settings["parent"])

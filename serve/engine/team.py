@@ -150,6 +150,16 @@ class Team:
         time.sleep(2 * BLAME_S)
         return f"{self} failed while {self.doing}: {error}"
 
+    def stuck(self, error: str) -> str:
+        """A step does not end: the line that says where all ranks are; those of this host log their stacks, and end."""
+        for member in self.members.values():
+            if member.process is not None:
+                member.process.send_signal(signal.SIGUSR1)
+        time.sleep(BLAME_S)
+        line = "; ".join([f"{self}: {self.doing}", *(f"{m}: {m.doing}" for m in self.members.values())])
+        self.close()
+        return f"{error}: {line}"
+
     def __str__(self) -> str:
         return f"rank 0 (host {self._me.host}, {self.device}, process {self._me.pid})"
 
@@ -262,12 +272,12 @@ class Team:
             return f"{member} failed while {doing}: {member.error}"
         if member.gone:
             return f"{member} {_ended(member.process)} while {doing}"
-        return f"{member} has not answered for {now - member.heard:.0f} s (--watchdog-timeout) while {doing}"
+        return f"{member} has not answered for {now - member.heard:.0f} s (--rank-timeout) while {doing}"
 
     def _hangs(self, member: Member, now: float) -> bool:
         """A rank of this host that someone has stopped is not waited for, whatever it is doing."""
         silence = now - member.heard
-        return silence > member.patience or silence > self._args.watchdog_timeout and _is_stopped(member.process)
+        return silence > member.patience or silence > self._args.rank_timeout and _is_stopped(member.process)
 
 
 def _listen(args: ServerArgs, torchrun: str | None) -> socket.socket:

@@ -118,13 +118,13 @@ class EngineClient:
     async def _silence(self) -> str:
         """Wait until rank 0 of several, which says once a second that it lives, has not for too long; the reason. The
         process is ended: it may be stopped, and would take no other signal."""
-        limit = self._args.watchdog_timeout
+        limit = self._args.rank_timeout
         while self._doing is None or time.monotonic() - self._heard < limit:
             await asyncio.sleep(SILENCE_S)
         assert self._process is not None
         self._process.kill()
         rank, _, doing = self._doing.partition(": ")
-        return f"{rank} has not answered for {limit:.0f} s (--watchdog-timeout) while {doing}"
+        return f"{rank} has not answered for {limit:.0f} s (--rank-timeout) while {doing}"
 
     async def stream(self, requests: list[Request]) -> AsyncGenerator[Output, None]:
         """The outputs of some requests as they come, until each has finished. Raises ApiError (5xx) when one cannot go

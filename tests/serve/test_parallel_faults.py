@@ -1,12 +1,14 @@
 """A rank of two that is killed or stopped: the server ends within seconds with one line that says which, clients get an
 error, and no process is left."""
 
+import ctypes
 import json
 import os
 import random
 import re
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,10 +16,11 @@ import httpx
 import pytest
 from helpers_server import Server, eventually, is_alive, serve
 
-FLAGS = ("--tp-size", "2", "--watchdog-timeout", "3", "--max-total-tokens", "2048")
+FLAGS = ("--tp-size", "2", "--rank-timeout", "3", "--max-total-tokens", "2048")
 LONG = {"prompt": "Four score and seven years ago", "max_tokens": 1500, "temperature": 0, "ignore_eos": True,
         "stream": True}
 WITHIN_S = 10
+PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000
 
 
 def children(pid: int) -> list[int]:
@@ -115,3 +118,49 @@ def test_a_rank_without_memory_says_so(tmp_path):
     last = server.log.read_text().splitlines()[-1]
     assert re.search(rf"error: rank 1 \(host .*, cpu, process {pids['rank 1']}\) failed while step \d+ \(sequences: 1, "
                      r"tokens: 2000\): .*(memory|Memory|alloc)", last), last
+
+
+def test_a_full_disk_under_the_log_changes_no_answer(tmp_path):
+    """No process may make a file longer, which is how a disk that is full looks."""
+    with serve("demo-llama", tmp_path / "log", *FLAGS) as server:
+        before = server.complete(prompt="Four score and")
+        size = server.log.stat().st_size
+        for pid in processes(server).values():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
+        after = server.complete(prompt="Four score and")
+        assert after["choices"] == before["choices"]
+        assert server.log.stat().st_size == size
+        assert server.stop() == 0
+
+
+def stop_main_thread(pid: int) -> None:
+    """From now on the main thread of a descendant stands still, and its others run, until the process is killed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    standing = threading.Event()
+
+    def trace() -> None:  # one thread is the tracer, and has to learn of the end
+        for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+            if libc.ptrace(request, pid, None, None) != 0:
+                return
+        os.waitpid(pid, WALL)
+        standing.set()
+        os.waitpid(pid, WALL)
+
+    threading.Thread(target=trace, daemon=True).start()
+    if not standing.wait(10):
+        pytest.skip("processes may not be traced here")
+
+
+def test_a_rank_that_stands_still_while_it_says_that_it_lives(tmp_path):
+    with serve("demo-llama", tmp_path / "log", *FLAGS, "--watchdog-timeout", "1") as server:
+        pids = processes(server)
+        stop_main_thread(pids["rank 1"])
+        answer = server.post("/v1/completions", prompt="Four score and", max_tokens=4)
+        assert answer.status_code == 503
+        assert server.process.wait(WITHIN_S) == 1
+        assert eventually(lambda: not any(map(is_alive, pids.values())))
+        log = server.log.read_text()
+    last = log.splitlines()[-1]
+    assert "error: a step has not ended for " in last
+    assert re.search(rf"rank 0 \(host .*\): step \d+ .*; rank 1 \(host .*process {pids['rank 1']}\): ", last), last
+    assert re.search(r'File ".*", line \d+ in all_reduce', log), "no stack of what rank 0 waits in"

@@ -1,0 +1,73 @@
+"""A step that does not end is noticed, with stacks and words; one that ends, or compiles, is left alone."""
+
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import zmq
+
+from wave64.serve.engine.watchdog import COMPILERS, Watchdog
+from wave64.serve.messages import Failed, Ready, decode_to_api
+
+ENGINE = """
+import sys, time
+from wave64.serve.args import ServerArgs
+from wave64.serve.engine import engine
+from wave64.serve.engine.watchdog import dump_stacks_on_signal
+
+def never_ends(self):
+    time.sleep(1000)
+
+engine.Engine.step = never_ends
+dump_stacks_on_signal()
+engine.run_engine(ServerArgs("demo-llama", max_total_tokens=512, watchdog_timeout=0.5), *sys.argv[1:])
+"""
+
+
+class Expired(threading.Event):
+    def __call__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.set()
+
+
+def test_short_steps_are_left_alone_and_a_long_one_is_not(capfd):
+    expired = Expired()
+    watchdog = Watchdog(0.2, expired, check_s=0.02)
+    for _ in range(8):
+        with watchdog.watching():
+            time.sleep(0.05)
+    assert not expired.is_set()
+    with watchdog.watching():
+        assert expired.wait(10)
+    assert 0.2 <= expired.seconds < 10
+    assert "test_short_steps_are_left_alone_and_a_long_one_is_not" in capfd.readouterr().err
+
+
+def test_compiling_does_not_count():
+    expired = Expired()
+    module = types.ModuleType(f"{COMPILERS[0]}.compiler")
+    exec("def compile(wait): return wait()", module.__dict__)
+    watchdog = Watchdog(0.1, expired, check_s=0.01)
+    with watchdog.watching():
+        module.compile(lambda: time.sleep(0.5))
+        assert not expired.is_set()
+        assert expired.wait(10)  # what it does afterwards counts
+
+
+def test_an_engine_that_stands_still_ends_and_says_so(tmp_path):
+    ends = [f"ipc://{tmp_path}/{name}" for name in ("requests", "outputs")]
+    with zmq.Context() as context, context.socket(zmq.PULL) as outputs:
+        outputs.bind(ends[1])
+        with subprocess.Popen([sys.executable, "-c", ENGINE, *ends], stderr=subprocess.PIPE, text=True) as engine:
+            said = []
+            while not (said and isinstance(said[-1], Failed)) and outputs.poll(60_000):
+                said.append(decode_to_api(outputs.recv()))
+            _, stacks = engine.communicate(timeout=60)
+    assert isinstance(said[0], Ready)
+    assert isinstance(said[-1], Failed)
+    assert said[-1].error.startswith("a step has not ended for ")
+    assert "(--watchdog-timeout)" in said[-1].error
+    assert "in never_ends" in stacks
+    assert engine.returncode == 1
