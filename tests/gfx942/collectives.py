@@ -2,8 +2,10 @@
 come of it. Launches of all ranks run side by side (execute_together), those of a rank one behind the other."""
 
 import functools
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -40,6 +42,10 @@ class Arenas:
         line = 16 * at.LANES
         ranges += [(at.LL_AT + (2 * block + half) * at.LL_HALF + (source * 2 * at.LL_PACKS + i) * line, 16 * lanes)
                    for block, half in halves for source in sources for i in range(2 * at.LL_PACKS)]
+        for region in (at.LL128_AT, at.DATA_AT):
+            slot = at.SLOT_HALF // (2 if self.world == 2 else 4 if self.world == 4 else 8)
+            ranges += [(region + (2 * block + half) * at.SLOT_HALF + source * slot + i * line, 16 * lanes)
+                       for block, half in halves for source in sources for i in range(slot // line)]
         for rank, base in enumerate(self.addresses):
             yield from (Place(f"arena {rank}", base + start, size, rank, self.uncached) for start, size in ranges)
 
@@ -86,6 +92,26 @@ def _aligned(count: int, dtype: torch.dtype, offset: int) -> Tensor:
     bytes_ = torch.zeros((count + offset) * dtype.itemsize + 16, dtype=torch.uint8)
     start = -bytes_.data_ptr() % 16 + offset * dtype.itemsize
     return bytes_[start:start + count * dtype.itemsize].view(dtype)
+
+
+def in_rounds(launches: list, number: int, rank: int) -> list:
+    """The launches with one wave, which does in rounds what their blocks were to do."""
+    return [planned(launch, block=64, grid=1, lines=min(2, launch_plan(launch)["lines"])) for launch in launches]
+
+
+#: what the launcher sets: the struct's last fields
+PLAN = ("block", "grid", "lines")
+
+
+def launch_plan(launch) -> dict[str, int]:
+    return dict(zip(PLAN, struct.unpack("3i", launch.args[-12:]), strict=True))
+
+
+def planned(launch, **plan: int) -> SimpleNamespace:
+    plan = launch_plan(launch) | plan
+    return SimpleNamespace(op=launch.op, kernel=launch.kernel, code_object=launch.code_object, lds_bytes=0,
+                           grid=(plan["grid"], 1, 1), block=(plan["block"], 1, 1), tensors=launch.tensors,
+                           args=launch.args[:-12] + struct.pack("3i", *(plan[name] for name in PLAN)))
 
 
 def run(calls: Sequence[Call], arch: str, seed: int, arenas: Arenas | None = None,

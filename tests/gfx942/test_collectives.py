@@ -1,25 +1,50 @@
 """Collectives of HIP, the machine code of all ranks side by side under the memory model: every rank has the bits of the
 sum in the order of the ranks, whatever the schedule, from call to call on the same arenas."""
 
+import random
+
 import pytest
 import torch
-from collectives import LL, Call, run
+from collectives import LL, LL128, ONE_SHOT, TWO_SHOT, Call, in_rounds, run
 
 ARCHS = ("gfx942", "gfx950")
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-#: (elements, dtype, protocol, elements from a multiple of 16 bytes on): calls one after another
-CALLS = [(97, BF16, LL, 0), (1, FP32, LL, 0), (331, FP16, LL, 1), (64, FP32, LL, 3)]
+BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PROTOCOLS = (LL, LL128, ONE_SHOT, TWO_SHOT)
+SIZES = (1, 2, 7, 8, 31, 97, 120, 121, 240, 331)
 
 
-def drawn(world: int, calls=CALLS, seed: int = 0) -> list[Call]:
-    return [Call.drawn(world, count, dtype, protocol, 100 * seed + i, offset)
-            for i, (count, dtype, protocol, offset) in enumerate(calls)]
+def drawn(world: int, seed: int, number: int) -> list[Call]:
+    """Calls of changing protocol, size, dtype and alignment, one after another."""
+    order = random.Random(seed)
+    protocols = [p for _ in range(number) for p in order.sample(PROTOCOLS, 4)][:number]
+    return [Call.drawn(world, order.choice(SIZES), order.choice(DTYPES), protocol, 100 * seed + i,
+                       order.choice((0, 0, 1, 3)))
+            for i, protocol in enumerate(protocols)]
 
 
-@pytest.mark.parametrize(("world", "seed"), [*((2, seed) for seed in range(4)), (4, 0), (3, 1), (8, 0)])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_all_reduce(arch, world, seed):
-    calls = drawn(world, CALLS if world < 8 else CALLS[:2], seed)
-    run(calls, arch, seed)
+def held(calls: list[Call], arch: str, seed: int, **options) -> None:
+    run(calls, arch, seed, **options)
     for call in calls:
         call.verify()
+
+
+@pytest.mark.parametrize(("world", "seed", "number"), [(2, 0, 8), (2, 1, 8), (3, 2, 4), (4, 3, 4), (8, 4, 2)])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_all_reduce(arch, world, seed, number):
+    seed += 10 * ARCHS.index(arch)
+    held(drawn(world, seed, number), arch, seed)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_rounds_of_a_call(protocol):
+    """One block has to come back for what more would have done; then the next call's rounds go on."""
+    calls = [Call.drawn(2, count, BF16, protocol, count) for count in (5000, 300)]
+    held(calls, "gfx942", 5, change=in_rounds)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_all_reduce_in_many_schedules(arch, world, seed):
+    held(drawn(world, 1000 + seed, 4), arch, seed)

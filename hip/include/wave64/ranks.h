@@ -28,8 +28,8 @@ constexpr int kFlagsBytes = 2 * kRankBlocks * kMaxRanks * kLine;
 constexpr int kLowLatencyAt = 1 << 20;  // [block][half][source][pack][2 lines of 16 bytes][lane]
 constexpr int kLowLatencyHalf = kMaxRanks * kLowLatencyPacks * 2 * 16 * kRankLanes;
 constexpr int kLow128At = kLowLatencyAt + 2 * kLowLatencyBlocks * kLowLatencyHalf;  // [block][half][source] lines
-constexpr int kSlotHalf = 1 << 17;
-constexpr int kDataAt = kLow128At + 2 * kRankBlocks * kSlotHalf;  // [block][half][source] packs
+constexpr int kSlotHalf = 1 << 17;                                                  // split over the sources
+constexpr int kDataAt = kLow128At + 2 * kRankBlocks * kSlotHalf;                    // [block][half][source] packs
 constexpr int kArenaEnd = kDataAt + 2 * kRankBlocks * kSlotHalf;
 // IPC shares memory in pieces of 2 MiB.
 constexpr int kArenaBytes = (kArenaEnd + (2 << 20) - 1) >> 21 << 21;
@@ -53,7 +53,7 @@ enum RankOp : int32_t { kOpAllReduce = 1, kOpFusedAllReduceRmsNorm = 2, kOpAllGa
 namespace wave64 {
 
 // Memory that other devices write or read: loads and stores pass all caches, and 8 aligned bytes are never torn. `at`
-// is the same in all lanes.
+// is the same in all lanes. 4 bytes are a flag.
 #if defined(WAVE64_CPU)
 class Shared {
     char* base;
@@ -71,7 +71,8 @@ public:
         __builtin_memcpy(base + at + lane_at, &bits, sizeof bits);
     }
 };
-WAVE64_DEVICE void wait_for_stores() {}
+WAVE64_DEVICE void finish_stores() {}
+WAVE64_DEVICE void system_fence() {}
 WAVE64_DEVICE void look_again() {}
 WAVE64_DEVICE uint64_t steady_clock() { return 0; }
 WAVE64_DEVICE uint32_t load_counter(const uint32_t* at) { return *at; }
@@ -99,8 +100,9 @@ public:
         if constexpr (sizeof(Bits) == 16) __builtin_amdgcn_raw_buffer_store_b128(bits, resource, lane_at, at, kSystem);
     }
 };
-// Waits until every rank sees this wave's stores; that they pass the caches spares writing those back.
-WAVE64_DEVICE void wait_for_stores() {
+// Waits until every rank sees this wave's stores; that they pass the caches spares writing those back. Without it, a
+// flag that another wave sets overtakes them.
+WAVE64_DEVICE void finish_stores() {
 #if defined(__gfx942__) || defined(__gfx950__)
     asm volatile("" ::: "memory");
     __builtin_amdgcn_s_waitcnt(0x0f70);  // vmcnt(0)
@@ -109,6 +111,7 @@ WAVE64_DEVICE void wait_for_stores() {
     __builtin_amdgcn_fence(__ATOMIC_RELEASE, "");
 #endif
 }
+WAVE64_DEVICE void system_fence() { finish_stores(); }
 // Loads after this point are not taken from before it.
 WAVE64_DEVICE void look_again() { asm volatile("" ::: "memory"); }
 WAVE64_DEVICE uint64_t steady_clock() { return __builtin_readsteadycounter(); }
@@ -124,7 +127,7 @@ public:
     WAVE64_DEVICE Bits load(int at, int lane_at = 0) const {
         Bits bits;
         if constexpr (sizeof(Bits) == 4)
-            asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(bits) : "l"(base + at + lane_at) : "memory");
+            asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(bits) : "l"(base + at + lane_at) : "memory");
         else
             asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                          : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
@@ -135,14 +138,15 @@ public:
     template <typename Bits>
     WAVE64_DEVICE void store(Bits bits, int at, int lane_at = 0) const {
         if constexpr (sizeof(Bits) == 4)
-            asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(base + at + lane_at), "r"(bits) : "memory");
+            asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(base + at + lane_at), "r"(bits) : "memory");
         else
             asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(base + at + lane_at), "r"(bits.x),
                          "r"(bits.y), "r"(bits.z), "r"(bits.w)
                          : "memory");
     }
 };
-WAVE64_DEVICE void wait_for_stores() { __threadfence_system(); }
+WAVE64_DEVICE void finish_stores() {}  // the flag's release is of all that its block has stored
+WAVE64_DEVICE void system_fence() { __threadfence_system(); }
 WAVE64_DEVICE void look_again() {}
 WAVE64_DEVICE uint64_t steady_clock() {
     uint64_t ns;
@@ -190,6 +194,9 @@ struct RankBlock {
         return region + (block_id() * 2 + int(round & 1)) * half_bytes + source * source_bytes;
     }
 
+    // Where the flags of this block are, a line for each source.
+    WAVE64_DEVICE int flag(int use) const { return kFlagsAt + (use * kRankBlocks + block_id()) * kMaxRanks * kLine; }
+
     // Says once which rank was waited for in vain; later waits, in later launches too, then end at once.
     WAVE64_DEVICE void give_up(int rank) const {
         int* const broken = reinterpret_cast<int*>(static_cast<char*>(args.peers.at[0]) + kBrokenAt);
@@ -197,7 +204,7 @@ struct RankBlock {
         volatile int* const status = reinterpret_cast<volatile int*>(args.status);
         const int words[] = {int(op), int(round), block_id(), rank};
         for (int i = 0; i < 4; i++) status[i + 1] = words[i];
-        wait_for_stores();
+        system_fence();
         status[0] = 1;
     }
 };
@@ -293,6 +300,24 @@ void plan_ranks(const Call& call, Args& args) {
                     "an address that 128 divides, of each rank", int64_t(reinterpret_cast<uintptr_t>(arena)));
         args.peers.at[i] = arena;
     }
+}
+
+// Sets args.block, lines and grid for `packs` packs of 16 bytes: first more blocks, then more lanes, then more lines at
+// once. All ranks must come to the same, so nothing but the device's kind and the size may matter.
+template <typename Args>
+void plan_blocks(const Call& call, Args& args, int64_t packs) {
+    const int64_t slot_lines = kSlotHalf / (16 * kRankLanes) / (args.world <= 2 ? 2 : args.world <= 4 ? 4 : 8);
+    const bool pairs = args.protocol == kLow128, two_shot = args.protocol == kTwoShot;
+    // Packs that 8 lanes have in a round with one line, or with one pair of them.
+    const int64_t of_8 = pairs ? 15 : two_shot ? 8 * args.world : 8;
+    const int64_t max_units = args.protocol == kLowLatency ? 1 : pairs || two_shot ? slot_lines / 2 : slot_lines;
+    const int64_t max_blocks = args.protocol == kLowLatency ? kLowLatencyBlocks : kRankBlocks;
+    const auto blocks = [&](int64_t units) { return ceil_div(packs, args.block / 8 * of_8 * units); };
+    args.block = int32_t(std::min<int64_t>(round_up(ceil_div(packs * 8, of_8), call.device.wave_size), kRankLanes / 2));
+    if (blocks(1) > max_blocks) args.block = kRankLanes;
+    const int64_t units = std::min(max_units, ceil_div(blocks(1), max_blocks));
+    args.lines = int32_t(pairs ? 2 * units : units);
+    args.grid = int32_t(std::min(blocks(units), max_blocks));
 }
 
 // What Python needs of the above: the runtime the size, tests the layout.
