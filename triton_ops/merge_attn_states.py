@@ -1,7 +1,6 @@
-"""Merge of two attention states: token and head are one row, a block takes as many rows as make a full tile.
+"""Merge two attention states: each (token, head) is a row, and a block takes as many rows as fill a tile.
 
-Bound by memory: two tiles in, one out. An absent side is read and dropped rather than not read: the loads need not wait
-for its logarithm.
+Bound by memory: two tiles in, one out. A state with lse -inf is read and dropped, so that loads do not wait for lse.
 """
 
 import torch
@@ -13,9 +12,9 @@ from wave64.ops import merge_attn_states
 from wave64.triton_ops.attention import is_wide, unit_of
 from wave64.triton_ops.geometry import num_warps
 
-#: Numbers per block: 16 bytes of either side for each lane of four CDNA waves.
+#: Elements per block: 16 bytes of each state for each lane of four CDNA waves.
 BLOCK = 2048
-#: Known well enough through UNIT, or varying from step to step: none is worth another compilation.
+#: Not specialized: strides are in units of UNIT, and the number of rows changes from step to step.
 RUNTIME = ["rows", "stride_at", "stride_ah", "stride_bt", "stride_bh", "lse_stride_at", "lse_stride_ah",
            "lse_stride_bt", "lse_stride_bh"]
 
@@ -27,9 +26,9 @@ def _load_lse(lse_ptr, offs, mask):
 
 
 @triton.jit
-def _load_part(out_ptr, offs, mask, present):
-    """Zeros in rows that are not present: their weight is 0, and 0 times NaN would be NaN."""
-    return tl.where(present[:, None], tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32), 0.0)
+def _load_part(out_ptr, offs, mask, is_present):
+    """Rows that are not present become zeros: their weight is 0, and 0 times NaN would be NaN."""
+    return tl.where(is_present[:, None], tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32), 0.0)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -51,14 +50,14 @@ def _merge_attn_states_kernel(out_ptr, lse_ptr, out_a_ptr, lse_a_ptr, out_b_ptr,
     b = _load_part(out_b_ptr, ((token * stride_bt + head * stride_bh) * UNIT)[:, None] + offs_d, mask,
                    lse_b != float("-inf"))
 
-    peak = tl.maximum(lse_a, lse_b)
-    base = tl.where(peak == float("-inf"), 0.0, peak)  # neither side: exp(-inf - 0) = 0, not NaN
+    lse_max = tl.maximum(lse_a, lse_b)
+    base = tl.where(lse_max == float("-inf"), 0.0, lse_max)  # neither state: exp(-inf - 0) = 0, not NaN
     weight_a, weight_b = tl.exp(lse_a - base), tl.exp(lse_b - base)
-    total = weight_a + weight_b
-    total = tl.where(total == 0.0, 1.0, total)
-    mixed = a * (weight_a / total)[:, None] + b * (weight_b / total)[:, None]
-    tl.store(out_ptr + row[:, None] * HEAD_DIM + offs_d, mixed.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + row, peak + tl.log(total), mask=mask_r)
+    weight_sum = weight_a + weight_b
+    weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)
+    out = a * (weight_a / weight_sum)[:, None] + b * (weight_b / weight_sum)[:, None]
+    tl.store(out_ptr + row[:, None] * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + row, lse_max + tl.log(weight_sum), mask=mask_r)
 
 
 @merge_attn_states.backend("triton")

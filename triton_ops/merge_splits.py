@@ -1,8 +1,8 @@
-"""Merges what the splits of a sequence found: the second launch of the decode attentions.
+"""Merge the partial results of a sequence's splits: the second launch of decode attention.
 
-The trick: as many programs as the GPU holds at a time, each taking several pieces of rows, so that all of them run
-before the splits are done (on Hopper they are launched early and wait), and a batch that was not split costs one look
-at its lengths.
+The trick: as many programs as the GPU holds at a time, each of which merges several pieces of rows. All of them are
+resident before the splits are done (on Hopper they are launched early and wait), and a batch without splits costs one
+read of its lengths.
 Bound by: reading the partial results, from L2.
 """
 
@@ -18,14 +18,14 @@ from wave64.triton_ops.splits import SPLIT, Split, keys_of, length_blocks, split
 
 @triton.jit(do_not_specialize=[*SPLIT, "rows", "pieces"])
 def _merge_splits_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, seq_lens_ptr, sinks_ptr, num_seqs, capacity,
-                         window, programs, min_keys, rows, pieces, APART: tl.constexpr, WIDTH: tl.constexpr,
+                         window, programs, min_keys, rows, pieces, UNSPLIT: tl.constexpr, WIDTH: tl.constexpr,
                          OVERLAP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program: every num_programs-th piece, which is BLOCK_D columns of one row of one sequence. APART: newest
-    tokens that are not among the keys that were split."""
+    """One program: every num_programs-th piece, which is BLOCK_D columns of one row of one sequence. UNSPLIT: newest
+    tokens of a sequence that are not among the keys that were split."""
     offs_b = tl.arange(0, BLOCK_B)
-    total_keys, before_seq, before = 0, 0, 0
+    total_keys, before_seq, first_item = 0, 0, 0
     for start in range(0, num_seqs, BLOCK_B):
-        total_keys += tl.sum(keys_of(seq_lens_ptr, start + offs_b, num_seqs, capacity, window, APART))
+        total_keys += tl.sum(keys_of(seq_lens_ptr, start + offs_b, num_seqs, capacity, window, UNSPLIT))
     keys_per_split = tl.maximum(min_keys, tl.cdiv(total_keys, programs))
     if OVERLAP:
         gdc_wait()
@@ -33,12 +33,12 @@ def _merge_splits_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, seq_lens_ptr,
     for piece in range(tl.program_id(0), num_seqs * pieces, tl.num_programs(0)):
         seq, row = piece // pieces, piece % pieces // columns
         offs_d = piece % columns * BLOCK_D + tl.arange(0, BLOCK_D)
-        num_splits = splits_of(keys_of(seq_lens_ptr, seq, num_seqs, capacity, window, APART), keys_per_split)
+        num_splits = splits_of(keys_of(seq_lens_ptr, seq, num_seqs, capacity, window, UNSPLIT), keys_per_split)
         if num_splits > 1:
-            for start in range(before_seq // BLOCK_B * BLOCK_B, seq, BLOCK_B):  # splits of the sequences since
-                passed = (start + offs_b >= before_seq) & (start + offs_b < seq)
-                keys = keys_of(seq_lens_ptr, start + offs_b, num_seqs, capacity, window, APART)
-                before += tl.sum(tl.where(passed, splits_of(keys, keys_per_split), 0))
+            for start in range(before_seq // BLOCK_B * BLOCK_B, seq, BLOCK_B):  # splits of those in between
+                skipped = (start + offs_b >= before_seq) & (start + offs_b < seq)
+                keys = keys_of(seq_lens_ptr, start + offs_b, num_seqs, capacity, window, UNSPLIT)
+                first_item += tl.sum(tl.where(skipped, splits_of(keys, keys_per_split), 0))
             before_seq = seq
             mask_d = offs_d < WIDTH
             row_max, row_sum = tl.full([], LOWEST, tl.float32), 0.0
@@ -46,19 +46,19 @@ def _merge_splits_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, seq_lens_ptr,
             for first in range(0, num_splits, BLOCK_S):
                 offs_s = first + tl.arange(0, BLOCK_S)
                 mask_s = offs_s < num_splits
-                line = (before + offs_s).to(tl.int64) * rows + row
-                maxima = tl.load(stats_ptr + line * 2, mask=mask_s, other=float("-inf"))
-                sums = tl.load(stats_ptr + line * 2 + 1, mask=mask_s, other=0.0)
-                partial = tl.load(partial_ptr + line[:, None] * WIDTH + offs_d, mask=mask_s[:, None] & mask_d,
+                item = (first_item + offs_s).to(tl.int64) * rows + row
+                maxima = tl.load(stats_ptr + item * 2, mask=mask_s, other=float("-inf"))
+                sums = tl.load(stats_ptr + item * 2 + 1, mask=mask_s, other=0.0)
+                partial = tl.load(partial_ptr + item[:, None] * WIDTH + offs_d, mask=mask_s[:, None] & mask_d,
                                   other=0.0)
-                last, row_max = row_max, tl.maximum(row_max, tl.max(maxima, 0))
+                old_max, row_max = row_max, tl.maximum(row_max, tl.max(maxima, 0))
                 weights = tl.exp2(maxima - row_max)
-                shrink = tl.exp2(last - row_max)
-                row_sum = row_sum * shrink + tl.sum(weights * sums, 0)
-                acc = acc * shrink + tl.sum(weights[:, None] * partial, 0)
+                rescale = tl.exp2(old_max - row_max)
+                row_sum = row_sum * rescale + tl.sum(weights * sums, 0)
+                acc = acc * rescale + tl.sum(weights[:, None] * partial, 0)
             if sinks_ptr is not None:
-                row_max, row_sum, shrink = add_sink(tl.load(sinks_ptr + row), row_max, row_sum)
-                acc *= shrink
+                row_max, row_sum, rescale = add_sink(tl.load(sinks_ptr + row), row_max, row_sum)
+                acc *= rescale
             divisor = tl.where(row_sum > 0, row_sum, 1.0)
             offs_row = seq.to(tl.int64) * rows + row
             tl.store(out_ptr + offs_row * WIDTH + offs_d, (acc / divisor).to(out_ptr.dtype.element_ty), mask=mask_d)
@@ -69,19 +69,20 @@ def _merge_splits_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, seq_lens_ptr,
 
 
 def launch(out: Tensor, lse: Tensor | None, partial: Tensor, stats: Tensor, seq_lens: Tensor, sinks: Tensor | None,
-           split: Split, apart: int) -> None:
-    """partial [items, rows, width] and stats [items, rows, 2] (row_max in base 2, row_sum) of the splits of a batch
-    -> out [num_seqs, rows, width] and lse [num_seqs, rows]. Sequences of one split stay as they are.
+           split: Split, unsplit: int) -> None:
+    """Merge partial [items, rows, width] and stats [items, rows, 2] (row_max in base 2, row_sum), one item per split,
+    into out [num_seqs, rows, width] and lse [num_seqs, rows]. Sequences with one split do not change.
 
-    apart: newest tokens of a sequence that are not among the keys that were split."""
+    unsplit: newest tokens of a sequence that are not among the keys that were split.
+    """
     _, rows, width = partial.shape
-    # Splits read at a time: as many as each sequence has if all are of one length, which is a guess only of speed.
-    each = split.programs // split.num_seqs + 1
-    block_s = max(2, min(64, triton.next_power_of_2(min(split.max_splits, each))))
+    # Splits read at a time: the average number per sequence, which is optimal where all lengths are equal.
+    average = split.programs // split.num_seqs + 1
+    block_s = max(2, min(64, triton.next_power_of_2(min(split.max_splits, average))))
     block_d = min(triton.next_power_of_2(width), max(16, 2048 // block_s))
     pieces = rows * triton.cdiv(width, block_d)
     grid = min(split.num_seqs * pieces, 32 * platform.compute_units())
     _merge_splits_kernel[grid,](
-        out, lse, partial, stats, seq_lens, sinks, *split, rows, pieces, APART=apart, WIDTH=width,
+        out, lse, partial, stats, seq_lens, sinks, *split, rows, pieces, UNSPLIT=unsplit, WIDTH=width,
         OVERLAP=split.overlap, BLOCK_B=length_blocks(split.num_seqs).BLOCK_B, BLOCK_S=block_s, BLOCK_D=block_d,
-        num_warps=2, **({"launch_pdl": True} if split.overlap else {}))  # an option that other compilers do not know
+        num_warps=2, **({"launch_pdl": True} if split.overlap else {}))  # only NVIDIA's compiler has this option

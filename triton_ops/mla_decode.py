@@ -1,8 +1,8 @@
-"""MLA decode: attention to a paged latent cache, split along the keys. mla_decode_rope launches the same kernels.
+"""MLA decode: attention over a paged latent cache, split along the keys. mla_decode_rope launches the same kernels.
 
-Planning and dispatch: the kernels are in mla_decode_cdna.py and mla_decode_portable.py, and either is followed by
-merge_splits.py where sequences can have several splits. New tokens come from registers, so no program waits until they
-are in the cache.
+Planning and dispatch. The kernels are in mla_decode_cdna.py and mla_decode_portable.py; merge_splits.py runs after
+either where sequences can have several splits. The kernels take new tokens from registers, so no program waits until
+they are in the cache.
 """
 
 from collections.abc import Iterator
@@ -33,13 +33,13 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
-    programs: int       # that a compute unit holds at a time
-    min_keys: int       # that a sequence is split for
+    programs: int       # per compute unit at a time
+    min_keys: int       # per split, at least
     swap: bool = False  # portable kernel: keys, not heads, are the rows of the matrix products
-    bands: int = 0      # CDNA's kernel: bands that latent columns lie in, as many as waves; 0: the portable kernel
-    half_up: bool = False  # round weights to bf16 with two instructions, where the architecture has none for it
-    xcds: int = 1       # CDNA's kernel: chiplets, each with a cache of its own, that programs go to in turn
-    block_b: int = 0    # lengths read at a time; 0: as suits the batch
+    bands: int = 0      # CDNA's kernel: bands of latent columns, one per wave; 0: the portable kernel
+    half_up: bool = False  # see attention.round_weights
+    xcds: int = 1       # CDNA's kernel: chiplets, each with an L2, that programs are assigned to round robin
+    block_b: int = 0    # lengths read at a time; 0: chosen by batch size
     options: dict = field(default_factory=dict)
 
 
@@ -56,19 +56,19 @@ def key(q: Tensor, kv_cache: Tensor, **others) -> dict[str, int | bool]:
 
 
 def work(config: Config, rows: int, **others) -> int:
-    """Pairs of row and key that a block takes at a time; rows beyond the last do not count."""
+    """(row, key) pairs that a block processes at a time, without rows beyond the last."""
     return min(config.block_h, rows) * config.block_n
 
 
 def candidates(arch: Arch, rows: int, fp32: bool, **others) -> Iterator[Config]:
     """What the tuner tries."""
-    block_h = 32 if rows <= 32 else 64  # a launch takes no more than there are rows
+    block_h = 32 if rows <= 32 else 64  # a launch uses at most the number of rows
     if arch.matrix == "mfma":
-        narrows = arch.name == "gfx950"  # has conversions to bf16, and reads from LDS that transpose
+        converts = arch.name == "gfx950"  # has conversions to bf16, and LDS reads that transpose
         for cdna_h in (16,) if rows <= 16 else (32, 16):
             for waves, block_n, stages in ((4, 16, 2), (4, 32, 2), (4, 16, 1), (4, 32, 1), (4, 64, 1), (8, 16, 2),
                                            (8, 32, 2), (8, 32, 1), (8, 64, 1), (2, 16, 1)):
-                yield Config(cdna_h, block_n, waves, stages, programs=2, min_keys=64, bands=waves, half_up=not narrows,
+                yield Config(cdna_h, block_n, waves, stages, programs=2, min_keys=64, bands=waves, half_up=not converts,
                              xcds=arch.xcds, options=matrix_options(arch, 16))
         return
     if arch.matrix == "wgmma" and not fp32:
@@ -84,13 +84,13 @@ def candidates(arch: Arch, rows: int, fp32: bool, **others) -> Iterator[Config]:
             yield Config(block_h, block_n, waves, 1, programs=1, min_keys=64, swap=swap)
 
 
-#: Also mla_decode_rope's table: it launches the same kernels. Few sequences are all split, hence the bound of num_seqs.
+#: mla_decode_rope uses this table, too. With few sequences all are split, hence the bucket of num_seqs.
 TUNING = Tuning("mla_decode", config=Config, key=key, buckets={"rows": (16, 32, 64), "num_seqs": (16,)},
                 candidates=candidates, work=work)
 
 
 def unsupported(q: Tensor, kv_cache: Tensor, rank: int, new: int = 0) -> str | None:
-    """Why Triton cannot attend with these, or None; new: tokens per sequence that are appended first."""
+    """The reason why the Triton kernels do not support these arguments, or None. new: tokens to append per sequence."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"has no {q.dtype} attention"
     if rank > 512:
@@ -104,7 +104,7 @@ def unsupported(q: Tensor, kv_cache: Tensor, rank: int, new: int = 0) -> str | N
 
 
 def launch(call: Call, out: Tensor, lse: Tensor | None, config: Config, keys_per_split: int = 0) -> None:
-    """Writes out, and lse where it is wanted. keys_per_split: see splits.plan_splits."""
+    """Compute out, and lse unless it is None. keys_per_split: see splits.plan_splits."""
     num_seqs, new, heads, rank = call.shape
     if out.numel() == 0:
         return
@@ -128,20 +128,20 @@ def launch(call: Call, out: Tensor, lse: Tensor | None, config: Config, keys_per
 
 
 def with_queries(x: Tensor, ndim: int) -> Tensor:
-    """x with a dimension for new tokens after the first, where it has none."""
+    """x with a dimension of new tokens after the first; added here if x has fewer than `ndim` dimensions."""
     return x if x.ndim == ndim else x.unsqueeze(1)
 
 
 def call_of(q: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float, kv_lora_rank: int,
             kv_scale: Tensor | None = None) -> Call:
-    """mla_decode's arguments as the kernels take them."""
+    """mla_decode's arguments in the form that the kernels take."""
     q = with_queries(q, 4)
     return Call(Queries(q[..., :kv_lora_rank], q[..., kv_lora_rank:]), Cache(kv_cache, page_table, seq_lens, kv_scale),
                 None, scale, False)
 
 
 def results(q: Tensor, kv_lora_rank: int) -> tuple[Tensor, Tensor]:
-    """(out, lse) for mla_decode's queries, not written yet."""
+    """Allocate (out, lse) for mla_decode's queries."""
     return (torch.empty((*q.shape[:-1], kv_lora_rank), dtype=q.dtype, device=q.device),
             torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
 

@@ -1,8 +1,8 @@
-"""MLA decode of new tokens: mla_decode's kernels also rotate the queries, and rotate and store the new latents.
+"""MLA decode with RoPE and cache write: mla_decode's kernels also rotate q_pe and k_pe and write the new latents.
 
-The trick: one launch, since the program that attends to the newest keys has the new tokens in registers. They are never
-read back from the cache, so no program waits for another.
-Bound by: as mla_decode.
+The trick: one launch. The program that attends to the newest keys has the new tokens in registers and does not read
+them back from the cache, so no program waits for another.
+Bound by: the same as mla_decode.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ TUNING = dataclasses.replace(mla_decode.TUNING, key=key)
 def call_of(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapping: Tensor,
             page_table: Tensor, seq_lens: Tensor, positions: Tensor, cos_sin_cache: Tensor, scale: float,
             is_neox: bool = False, kv_scale: Tensor | None = None) -> Call:
-    """The operator's arguments as the kernels take them."""
+    """The operator's arguments in the form that the kernels take."""
     return Call(Queries(with_queries(q_nope, 4), with_queries(q_pe, 4)),
                 Cache(kv_cache, page_table, seq_lens, kv_scale),
                 NewTokens(with_queries(kv_c, 3), with_queries(k_pe, 3), slot_mapping, positions, cos_sin_cache),

@@ -1,11 +1,11 @@
 """Decode attention over a paged cache, split along the keys.
 
-The trick: the heads that share a key head form one tile, so keys are read once, and the batch's keys are split evenly
-among programs, each of which works out its split from the lengths (splits.py): a long sequence gets many programs, a
-short one gets one, and the host need not know which. A second kernel merges the splits of a sequence.
-On CDNA a program is one wave: with several, each would repeat the whole of Q K' and wait for the others at barriers;
-four of them on a SIMD (118 registers, 4 KiB of LDS each) hide each other's loads. That is 15 instructions per key on
-gfx942 and 13 on gfx950, with FP8 20 and 15, where SGLang's four waves take 36 and 27.
+The trick: the query heads of one KV head form one tile, so keys are read once, and the batch's keys are split evenly
+among programs, each of which computes its split from the lengths (splits.py): a long sequence gets many programs, a
+short one gets one, and the host does not have to know the lengths. A second kernel merges the splits of a sequence.
+On CDNA a program is one wave: with several, each would repeat all of Q K^T and wait for the others at barriers. Four
+programs per SIMD (118 registers, 4 KiB of LDS each) hide each other's loads. A key takes 15 instructions on gfx942 and
+13 on gfx950, with an FP8 cache 20 and 15, where SGLang's four waves take 36 and 27.
 Bound by: reading keys and values.
 """
 
@@ -30,16 +30,16 @@ from wave64.triton_ops.attention import (
     is_wide,
     load_pages,
     load_rows,
-    narrow,
+    round_weights,
     tile_width,
     unit_of,
     unsupported,
 )
 from wave64.triton_ops.geometry import matrix_options
-from wave64.triton_ops.splits import SPLIT, find_split, length_blocks, plan_splits, split_range, uniform, upcast
+from wave64.triton_ops.splits import SPLIT, find_split, length_blocks, plan_splits, split_range, upcast
 from wave64.tuning import Tuning
 
-#: In units of UNIT elements, which says all that a kernel can know of them.
+#: In units of UNIT elements, so that kernels need not be specialized on their values.
 STRIDES = ["stride_qb", "stride_qh", "stride_kp", "stride_kn", "stride_kh", "stride_vp", "stride_vn", "stride_vh",
            "stride_tb"]
 
@@ -56,9 +56,7 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
     """One program: BLOCK_H heads of one group, one split of one sequence's keys."""
     item = tl.program_id(1)
     seq, first_item, keys, num_splits = find_split(item, seq_lens_ptr, num_seqs, capacity, window, programs, min_keys,
-                                                   0, BLOCK_B, ONE_BLOCK_B)
-    seq, first_item = uniform(seq, CDNA), uniform(first_item, CDNA)
-    keys, num_splits = uniform(keys, CDNA), uniform(num_splits, CDNA)
+                                                   0, BLOCK_B, ONE_BLOCK_B, CDNA)
     if OVERLAP:
         gdc_launch_dependents()
     if seq >= num_seqs:
@@ -103,27 +101,27 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
         k, v = upcast(k, q.dtype, HALF_UP and FP8_CACHE), upcast(v, q.dtype, HALF_UP and FP8_CACHE)
         s = base2_logits(dot(q, tl.trans(k)), scale, logit_cap, CAPPED)
         s = tl.where(mask_n, s, float("-inf"))
-        before, row_max = row_max, tl.maximum(row_max, tl.max(s, 1))
+        old_max, row_max = row_max, tl.maximum(row_max, tl.max(s, 1))
         p = tl.exp2(s - row_max[:, None])
-        shrink = tl.exp2(before - row_max)
-        row_sum = row_sum * shrink + tl.sum(p, 1)
-        acc = dot(narrow(p, v.dtype, HALF_UP), v, acc * shrink[:, None])
+        rescale = tl.exp2(old_max - row_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = dot(round_weights(p, v.dtype, HALF_UP), v, acc * rescale[:, None])
     if v_scale_ptr is not None:
         acc *= tl.load(v_scale_ptr)
 
     if num_splits == 1:
         if sinks_ptr is not None:
             sink = tl.load(sinks_ptr + offs_h, mask=mask_h, other=0.0)
-            row_max, row_sum, shrink = add_sink(sink, row_max, row_sum)
-            acc *= shrink[:, None]
+            row_max, row_sum, rescale = add_sink(sink, row_max, row_sum)
+            acc *= rescale[:, None]
         acc /= tl.where(row_sum > 0, row_sum, 1)[:, None]
-        line = seq * heads + offs_h
-        tl.store(out_ptr + line[:, None] * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_hd)
+        row_out = seq * heads + offs_h
+        tl.store(out_ptr + row_out[:, None] * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_hd)
     else:
-        line = item.to(tl.int64) * heads + offs_h
-        tl.store(partial_ptr + line[:, None] * HEAD_DIM + offs_d, acc, mask=mask_hd)
-        tl.store(stats_ptr + line * 2, row_max, mask=mask_h)
-        tl.store(stats_ptr + line * 2 + 1, row_sum, mask=mask_h)
+        row_out = item.to(tl.int64) * heads + offs_h
+        tl.store(partial_ptr + row_out[:, None] * HEAD_DIM + offs_d, acc, mask=mask_hd)
+        tl.store(stats_ptr + row_out * 2, row_max, mask=mask_h)
+        tl.store(stats_ptr + row_out * 2 + 1, row_sum, mask=mask_h)
 
 
 @dataclass(frozen=True)
@@ -134,11 +132,11 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
-    programs: int       # that a compute unit holds at a time
-    min_keys: int       # that a sequence is split for
-    cdna: bool = False  # scalars kept in scalar registers
-    half_up: bool = False  # round weights to bf16 with two instructions, where the architecture has none for it
-    block_b: int = 0    # lengths read at a time; 0: as suits the batch
+    programs: int       # per compute unit at a time
+    min_keys: int       # per split, at least
+    cdna: bool = False  # keep uniform values in scalar registers
+    half_up: bool = False  # see attention.round_weights
+    block_b: int = 0    # lengths read at a time; 0: chosen by batch size
     options: dict = field(default_factory=dict)
 
 
@@ -150,7 +148,7 @@ def key(query: Tensor, key_cache: Tensor, **others) -> dict[str, int | bool]:
 
 
 def work(config: Config, group: int, **others) -> int:
-    """Pairs of query head and key that a block takes at a time; rows beyond the group's heads do not count."""
+    """(query head, key) pairs that a block processes at a time, without rows beyond the group's heads."""
     return min(config.block_h, group) * config.block_n
 
 
@@ -164,19 +162,20 @@ def candidates(arch: Arch, head_dim: int, fp32: bool, **others) -> Iterator[Conf
         return
     hopper = arch.matrix == "wgmma" and not fp32
     if hopper:
-        # A block's keys wait for its page numbers, so that five stages are two blocks of keys under way, seven three.
+        # The keys of a block wait for its page numbers: with five stages, loads of two blocks of keys are in flight,
+        # with seven, of three.
         shapes = [(32, 1, 5), (32, 2, 5), (64, 2, 5), (64, 4, 3), (64, 4, 5), (64, 2, 7), (128, 4, 3)]
     else:
         shapes = [(n, waves, stages) for n in (16, 32, 64) for waves in (2, 4) for stages in (1, 2)]
     for block_n, num_warps, num_stages in shapes:
         lds_bytes = (num_stages + 1) * block_n * triton.next_power_of_2(head_dim) * (4 if fp32 else 2)
         if lds_bytes <= arch.lds_bytes:
-            # As many as fit, so that all run at once; or more, shorter ones, whose ends leave less idle.
+            # As many as fit, so that all run at once; or more and shorter ones, so that less is idle at the end.
             for programs in (2, 4, 8) if hopper else sorted({min(8, arch.lds_bytes // lds_bytes), 8}):
                 yield Config(32, block_n, num_warps, num_stages, programs, min_keys=128)
 
 
-#: Few sequences are all split, hence the bounds of num_seqs.
+#: With few sequences all are split, hence the buckets of num_seqs.
 TUNING = Tuning("paged_attention", config=Config, key=key, candidates=candidates, work=work,
                 buckets={"head_dim": (64, 128, 192), "group": (16,), "num_seqs": (16, 64)})
 

@@ -1,9 +1,9 @@
 """Prefill attention over a paged cache: the newest tokens of each sequence against all of its keys.
 
-The trick: a running maximum and sum per query, so that scores never leave the registers, and separate loops, so that
-only blocks on an edge (a window's start, the diagonal, the sequence's end) pay for masks. A score costs a maximum, a
-fused multiply-add, an exponential, a sum and half a conversion; page numbers are read a block ahead.
-Bound by: the matrix units for prompts; by reading keys and values for a few new tokens behind a long prefix.
+The trick: online softmax, so that scores never leave the registers, and separate loops, so that only blocks at a
+window's start, on the diagonal or at the sequence's end pay for masks. A score costs a maximum, a fused multiply-add,
+an exponential, an add and half a conversion; page numbers are read a block ahead.
+Bound by: the matrix units for prompts; by reading keys and values for a few new tokens after a long prefix.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from wave64.arch import Arch
 from wave64.ops import prefill_attention
 from wave64.triton_ops.attention import (
     add_sink,
+    assign_heads,
     attend_to_all,
-    deal_heads,
     is_wide,
     load_query,
     split_width,
@@ -32,25 +32,25 @@ from wave64.triton_ops.geometry import matrix_options
 from wave64.tuning import Tuning
 
 
-@triton.jit(do_not_specialize=["window", "room", "stride_qt", "stride_qh", "stride_kp", "stride_kn", "stride_kh",
+@triton.jit(do_not_specialize=["window", "capacity", "stride_qt", "stride_qh", "stride_kp", "stride_kn", "stride_kh",
                                "stride_vp", "stride_vn", "stride_vh", "stride_tb"])
 def _prefill_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, seq_lens_ptr, sinks_ptr,
-                              k_scale_ptr, v_scale_ptr, scale, logit_cap, window, room, stride_qt, stride_qh, stride_kp,
-                              stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_tb, UNIT: tl.constexpr,
-                              GROUP: tl.constexpr, FLIPPED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-                              CAPPED: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, HALF_UP: tl.constexpr,
-                              HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-                              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-                              BLOCK_V: tl.constexpr):
+                              k_scale_ptr, v_scale_ptr, scale, logit_cap, window, capacity, stride_qt, stride_qh,
+                              stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_tb,
+                              UNIT: tl.constexpr, GROUP: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
+                              CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
+                              SAME_STRIDES: tl.constexpr, HALF_UP: tl.constexpr, HEAD_DIM: tl.constexpr,
+                              PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                              BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
     """One program: BLOCK_M new tokens of one sequence, one head."""
     seq, heads = tl.program_id(2), tl.num_programs(0)
-    head, kv_head = deal_heads(tl.program_id(0), heads, GROUP)
+    head, kv_head = assign_heads(tl.program_id(0), heads, GROUP)
     start = tl.load(starts_ptr + seq)
     new = tl.load(starts_ptr + seq + 1) - start
-    row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # those with most keys to see begin first
+    row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the queries with the most keys start first
     if row >= new:
         return
-    length = tl.minimum(tl.load(seq_lens_ptr + seq), room)
+    length = tl.minimum(tl.load(seq_lens_ptr + seq), capacity)
     mask_m = row + tl.arange(0, BLOCK_M) < new
     token = (start + row).to(tl.int64)
     q, q_rest = load_query(q_ptr + (token * stride_qt + head * stride_qh) * UNIT, stride_qt * UNIT, mask_m, HEAD_DIM,
@@ -60,16 +60,16 @@ def _prefill_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, 
     kv_head = kv_head.to(tl.int64) * UNIT
     keys = (k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, table_ptr + seq.to(tl.int64) * stride_tb,
             stride_kp, stride_kn, stride_vp, stride_vn)
-    peak, total, mixed = attend_to_all(
-        q, q_rest, row, new, length, window, scale, logit_cap, keys, FLIPPED, CAUSAL, WINDOWED, CAPPED, WIDE, ALIKE,
-        HALF_UP, UNIT, HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_V)
+    row_max, row_sum, acc = attend_to_all(
+        q, q_rest, row, new, length, window, scale, logit_cap, keys, NEGATIVE_SCALE, CAUSAL, WINDOWED, CAPPED, WIDE,
+        SAME_STRIDES, HALF_UP, UNIT, HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_V)
     if v_scale_ptr is not None:
-        mixed *= tl.load(v_scale_ptr)
+        acc *= tl.load(v_scale_ptr)
     if sinks_ptr is not None:
-        peak, total, shrink = add_sink(tl.load(sinks_ptr + head), peak, total)
-        mixed *= shrink[:, None]
-    place = token * heads + head
-    store_rows(out_ptr + place * HEAD_DIM, lse_ptr + place, heads, mask_m, peak, total, mixed, HEAD_DIM, BLOCK_M,
+        row_max, row_sum, rescale = add_sink(tl.load(sinks_ptr + head), row_max, row_sum)
+        acc *= rescale[:, None]
+    row_out = token * heads + head
+    store_rows(out_ptr + row_out * HEAD_DIM, lse_ptr + row_out, heads, mask_m, row_max, row_sum, acc, HEAD_DIM, BLOCK_M,
                BLOCK_V)
 
 
@@ -81,7 +81,7 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
-    half_up: bool = False  # round weights to bf16 with two instructions, without one for it
+    half_up: bool = False  # see attention.round_weights
     options: dict = field(default_factory=dict)
 
 
@@ -92,21 +92,21 @@ def key(query: Tensor, max_seqlen_q: int, logit_cap: float = 0.0, **others) -> d
 
 
 def work(config: Config, max_seqlen_q: int, **others) -> int:
-    """Pairs of query and key that a block takes at a time; rows beyond the last query do not count."""
+    """(query, key) pairs that a block processes at a time, without rows beyond the last query."""
     return min(config.block_m, max_seqlen_q) * config.block_n
 
 
 def blocks(arch: Arch, fp32: bool, max_seqlen_q: int, width: int, v_width: int) -> Iterator[Config]:
-    """Candidates for queries and keys of `width` columns and values of `v_width`: no rows that no query needs, and no
-    more LDS than there is, as far as that is known beforehand."""
+    """Candidates for queries and keys of `width` columns and values of `v_width`: block_m at most max_seqlen_q, and
+    tiles that fit the LDS, as far as that is known before compiling."""
     if arch.matrix == "mfma":
         yield from _cdna_blocks(arch, fp32, max_seqlen_q)
         return
     if arch.matrix == "wgmma" and not fp32:
-        # Two teams of four waves, each with a product of 64 queries under way; one, so that several blocks share a
-        # multiprocessor; four, with fewer registers each. Fewer keys at a time leave registers for a second block.
+        # Two warpgroups of four waves, each with a product of 64 queries in flight; one, so that a multiprocessor runs
+        # several blocks; four, with fewer registers each. Fewer keys at a time leave registers for a second block.
         shapes = [(128, 8, (128, 64, 32)), (64, 4, (128, 64, 32)), (256, 16, (32,))]
-        if max_seqlen_q <= 64:  # below 64 queries the products are those of single waves, which share the keys out
+        if max_seqlen_q <= 64:  # below 64 queries the instructions are those of single waves, which split the keys
             shapes = [(64, 4, (128, 64, 32)), (32, 4, (128, 64)), (16, 4, (128, 64, 32)), (16, 2, (64, 32))]
             shapes = shapes[:2] if max_seqlen_q > 16 else shapes[2:] + shapes[:1]
         found = [(m, n, waves, stages) for m, waves, widths in shapes for n in widths for stages in (2, 3, 4)
@@ -123,7 +123,7 @@ def blocks(arch: Arch, fp32: bool, max_seqlen_q: int, width: int, v_width: int) 
 
 
 def _cdna_blocks(arch: Arch, fp32: bool, max_seqlen_q: int) -> Iterator[Config]:
-    """(block_m, waves, queries of one matrix instruction), each with keys at a time and stages."""
+    """Candidates for CDNA: (block_m, waves, queries of a matrix instruction) times (block_n, stages)."""
     if fp32:
         shapes = [(64, 4, 16), (32, 4, 16), (32, 8, 16), (16, 4, 16)]
     elif max_seqlen_q <= 16:
@@ -165,12 +165,11 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
         out, lse, query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, sinks, k_scale, v_scale,
         float(scale), float(logit_cap), sliding_window, page_table.shape[1] * page_size, *(s // unit for s in strides),
         page_table.stride(0), UNIT=unit, GROUP=heads // kv_heads,
-        FLIPPED=logit_cap <= 0 and (scale < 0 or k_scale is not None), CAUSAL=causal, WINDOWED=sliding_window > 0,
-        CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
-        ALIKE=key_cache.stride()[:2] == value_cache.stride()[:2], HALF_UP=config.half_up, HEAD_DIM=head_dim,
+        NEGATIVE_SCALE=logit_cap <= 0 and (scale < 0 or k_scale is not None), CAUSAL=causal,
+        WINDOWED=sliding_window > 0, CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
+        SAME_STRIDES=key_cache.stride()[:2] == value_cache.stride()[:2], HALF_UP=config.half_up, HEAD_DIM=head_dim,
         PAGE_SIZE=page_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_R=block_r,
-        BLOCK_V=tile_width(head_dim), num_warps=config.num_warps, num_stages=config.num_stages,
-        **config.options)
+        BLOCK_V=tile_width(head_dim), num_warps=config.num_warps, num_stages=config.num_stages, **config.options)
     return out, lse
 
 

@@ -1,6 +1,6 @@
-"""Ragged attention over keys and values that lie one after another, without pages: prefill_attention's loop.
+"""Ragged attention: keys and values of all sequences are concatenated, without pages. The loop of prefill_attention.
 
-The trick: heads whose width is no power of two (192 = 128 + 64, MLA's) are multiplied as two tiles, without padding.
+The trick: a head_dim that is not a power of two (MLA's 192 = 128 + 64) is multiplied as two tiles, without padding.
 Bound by: the matrix units.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from wave64.arch import Arch
 from wave64.ops import varlen_attention
 from wave64.triton_ops.attention import (
+    assign_heads,
     attend_to_all,
-    deal_heads,
     is_wide,
     load_query,
     split_width,
@@ -30,16 +30,16 @@ from wave64.tuning import Tuning
 @triton.jit(do_not_specialize=["stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_vt", "stride_vh"])
 def _varlen_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, starts_q_ptr, starts_k_ptr, scale, stride_qt,
                              stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, UNIT: tl.constexpr,
-                             GROUP: tl.constexpr, FLIPPED: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
-                             ALIKE: tl.constexpr, HALF_UP: tl.constexpr, QK_DIM: tl.constexpr, V_DIM: tl.constexpr,
-                             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                             BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
+                             GROUP: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, CAUSAL: tl.constexpr,
+                             WIDE: tl.constexpr, SAME_STRIDES: tl.constexpr, HALF_UP: tl.constexpr,
+                             QK_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                             BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
     """One program: BLOCK_M queries of one sequence, one head."""
     seq, heads = tl.program_id(2), tl.num_programs(0)
-    head, kv_head = deal_heads(tl.program_id(0), heads, GROUP)
+    head, kv_head = assign_heads(tl.program_id(0), heads, GROUP)
     start = tl.load(starts_q_ptr + seq)
     new = tl.load(starts_q_ptr + seq + 1) - start
-    row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # those with most keys to see begin first
+    row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the queries with the most keys start first
     if row >= new:
         return
     first_key = tl.load(starts_k_ptr + seq)
@@ -50,22 +50,22 @@ def _varlen_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, starts_q_ptr
                            BLOCK_M, BLOCK_D, BLOCK_R)
     keys = (k_ptr + (first_key * stride_kt + kv_head * stride_kh) * UNIT,
             v_ptr + (first_key * stride_vt + kv_head * stride_vh) * UNIT, None, 0, stride_kt, 0, stride_vt)
-    peak, total, mixed = attend_to_all(
-        q, q_rest, row, new, length, 0, scale, 0.0, keys, FLIPPED, CAUSAL, False, False, WIDE, ALIKE, HALF_UP, UNIT,
-        QK_DIM, V_DIM, 0, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_V)
-    place = token * heads + head
-    store_rows(out_ptr + place * V_DIM, lse_ptr + place, heads, mask_m, peak, total, mixed, V_DIM, BLOCK_M, BLOCK_V)
+    row_max, row_sum, acc = attend_to_all(
+        q, q_rest, row, new, length, 0, scale, 0.0, keys, NEGATIVE_SCALE, CAUSAL, False, False, WIDE, SAME_STRIDES,
+        HALF_UP, UNIT, QK_DIM, V_DIM, 0, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_V)
+    row_out = token * heads + head
+    store_rows(out_ptr + row_out * V_DIM, lse_ptr + row_out, heads, mask_m, row_max, row_sum, acc, V_DIM, BLOCK_M,
+               BLOCK_V)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> str | None:
-    """Why Triton cannot attend with these, or None."""
+    """The reason why the Triton kernel does not support these arguments, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"has no {q.dtype} attention"
     widest = max(q.shape[2], v.shape[2])
     return f"keeps heads of at most 256 in registers, these have {widest}" if widest > 256 else None
 
 
-#: As prefill_attention's.
 def key(q: Tensor, v: Tensor, max_seqlen_q: int, **others) -> dict[str, int | bool]:
     """The tuning key of a call."""
     return {"qk_dim": q.shape[2], "v_dim": v.shape[2], "fp32": q.dtype == torch.float32, "max_seqlen_q": max_seqlen_q}
@@ -94,9 +94,9 @@ def launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
     block_d, block_r = split_width(qk_dim)
     _varlen_attention_kernel[grid](
         out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, float(scale), *(s // unit for s in strides), UNIT=unit,
-        GROUP=heads // k.shape[1], FLIPPED=scale < 0, CAUSAL=causal, WIDE=is_wide(k, v),
-        ALIKE=k.stride(0) == v.stride(0), HALF_UP=config.half_up, QK_DIM=qk_dim, V_DIM=v_dim, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_V=tile_width(v_dim),
+        GROUP=heads // k.shape[1], NEGATIVE_SCALE=scale < 0, CAUSAL=causal, WIDE=is_wide(k, v),
+        SAME_STRIDES=k.stride(0) == v.stride(0), HALF_UP=config.half_up, QK_DIM=qk_dim, V_DIM=v_dim,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_V=tile_width(v_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **config.options)
     return out, lse
 

@@ -46,7 +46,7 @@ BUGS = {
     "wrong stride of heads": (
         "reshape_and_cache", "reshape_and_cache", "offs_h * head_stride", "offs_h * head_dim", FAR),
     "absent side weighed": (
-        "merge_attn_states", "merge_attn_states", "tl.where(peak == float(\"-inf\"), 0.0, peak)", "peak",
+        "merge_attn_states", "merge_attn_states", "tl.where(lse_max == float(\"-inf\"), 0.0, lse_max)", "lse_max",
         "ContractError: .* error inf against fp64"),
     "bits of the next group": (
         "apply_token_bitmask", "apply_token_bitmask", "offs_g // 32", "(offs_g + N) // 32",
@@ -57,7 +57,7 @@ BUGS = {
     "one round too few": ("topk_softmax", "topk", "for j in range(TOP_K):", "for j in range(TOP_K - 1):", FAR),
     "gate read twice": ("silu_and_mul", "gated", "x_ptr + d + offs", "x_ptr + offs", FAR),
     "last key counted twice": ("paged_attention", "paged_attention", "(offs_n < end)", "(offs_n <= end)", FAR),
-    "earlier keys not shrunk": ("paged_attention", "paged_attention", "acc * shrink[:, None])", "acc)", FAR),
+    "earlier keys not rescaled": ("paged_attention", "paged_attention", "acc * rescale[:, None])", "acc)", FAR),
     "columns beyond the last": (
         "fp8_scaled_mm", "fp8_mm", "mask=offs_k < K - first", "mask=offs_k <= K - first",
         OUTSIDE.format("load", "[ab]_ptr")),

@@ -212,8 +212,8 @@ def _moe_product_hopper_kernel(y_ptr, x_ptr, x_scale_ptr, w_desc, w_scale_ptr, w
 
 
 def product(y: Tensor, x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, weights: Tensor | None,
-           sorted_ids: Tensor, expert_ids: Tensor, end: Tensor, top_k: int, parts: int,
-           block_shape: list[int] | None) -> None:
+            sorted_ids: Tensor, expert_ids: Tensor, end: Tensor, top_k: int, parts: int,
+            block_shape: list[int] | None) -> None:
     """y [pairs, n] of pairs sorted in blocks of 128; parts: 2 for w13, 1 for w2, whose x has a row per pair."""
     experts, rows, columns = w.shape
     block_k = 128 // w.itemsize

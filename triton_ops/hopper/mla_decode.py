@@ -1,14 +1,15 @@
-"""mla_decode's kernel for Hopper, where the order of copies and matrix products decides: explicit, in Gluon.
+"""mla_decode's kernel for Hopper, in Gluon, which makes the order of copies and matrix products explicit.
 mla_decode_rope launches it, too.
 
-The trick: two blocks of latents on chip, and the copy of the next begins before the products of this one, so that it
-has their whole time to arrive. Triton's pipeliner begins it after them, and a third block does not fit. New tokens join
-the others by where the copy reads from: kv_c itself, and k_pe where this program has just put it, rotated.
-Bound by: as mla_decode. The split of keys, partial results and their merge are mla_decode's.
+The trick: two blocks of latents are in shared memory, and the copy of the next block starts before the products of this
+one, so that it overlaps with all of them. Triton's pipeliner starts it after them, and a third block does not fit. New
+tokens come in through the same copy, which reads kv_c itself, and k_pe from where this program has stored it, rotated.
+Bound by: the same as mla_decode. The split plan, the partial results and their merge are those of mla_decode.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,7 +29,7 @@ from wave64.ops import mla_decode
 from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import is_wide
 from wave64.triton_ops.mla_decode import call_of, results, with_queries
-from wave64.triton_ops.mla_decode_common import Call
+from wave64.triton_ops.mla_decode_common import Call, Outputs, Shape, rotated
 from wave64.triton_ops.splits import plan_splits
 from wave64.tuning import Tuning
 
@@ -48,10 +49,10 @@ def _add(a, b):
 
 @gluon.jit
 def _find_split(item, seq_lens_ptr, positions_ptr, num_seqs, capacity, programs, min_keys, BLOCK_B: gl.constexpr):
-    """(seq, first, keys, num_splits) as splits.find_split has them, in Gluon's layouts, for batches that fit BLOCK_B;
-    and the sequence's position, if there is one for each: angles wait for it, so all are loaded at once."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    offs_b = gl.arange(0, BLOCK_B, one)
+    """splits.find_split in Gluon's layouts, for at most BLOCK_B sequences: (seq, first, keys, num_splits), and the
+    sequence's position unless positions_ptr is None. RoPE waits for the position, so all are loaded at once."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    offs_b = gl.arange(0, BLOCK_B, layout)
     if positions_ptr is not None:
         at = gl.load(positions_ptr + offs_b, mask=offs_b < num_seqs, other=0).to(gl.int32)
     keys = gl.minimum(gl.load(seq_lens_ptr + offs_b, mask=offs_b < num_seqs, other=0), capacity)
@@ -71,7 +72,8 @@ def _find_split(item, seq_lens_ptr, positions_ptr, num_seqs, capacity, programs,
 
 @gluon.jit
 def _pages(table_ptr, block, end, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """Page of a block that lies inside one; else of each position, from `end` on that of the last."""
+    """Load the page numbers of a block of keys: one number where pages hold whole blocks, else one per position,
+    clamped to the last position before `end`."""
     if PAGE_SIZE % BLOCK_N == 0:
         pages = gl.load(table_ptr + gl.minimum(block, gl.maximum(end - 1, 0)) // PAGE_SIZE, mask=end > 0, other=0)
     else:
@@ -84,7 +86,7 @@ def _pages(table_ptr, block, end, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr
 def _copy(lds, kv_ptr, new_ptr, pages, block, end, first_new, stride_kp, STRIDE_KN: gl.constexpr, stride_new,
           FUSED: gl.constexpr, WIDTH: gl.constexpr, PAGE_SIZE: gl.constexpr, WIDE: gl.constexpr, BLOCK_N: gl.constexpr,
           layout: gl.constexpr):
-    """Begins to copy WIDTH columns of a block: rows of new tokens from new_ptr, zeros from `end` on."""
+    """Start to copy WIDTH columns of a block of keys to `lds`: new tokens from new_ptr, zeros from `end` on."""
     offs_n = block + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
     offs_d = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     if WIDE:
@@ -100,61 +102,66 @@ def _copy(lds, kv_ptr, new_ptr, pages, block, end, first_new, stride_kp, STRIDE_
     begin_copy(lds, ptrs, mask=(offs_n < end)[:, None])
 
 
-@gluon.jit
-def _rotated(rows, offs, mask, angles, NEOX: gl.constexpr, ROPE: gl.constexpr):
-    """Columns offs of rows, rotated by the angles at `angles`, in fp32."""
-    half: gl.constexpr = ROPE // 2
-    if NEOX:
-        first = offs < half
-        partner = gl.where(first, offs + half, offs - half)
-        pair = gl.where(first, offs, offs - half)
-    else:
-        first = offs % 2 == 0
-        partner = offs ^ 1
-        pair = offs // 2
-    x = gl.load(rows + offs, mask=mask, other=0.0).to(gl.float32)
-    y = gl.load(rows + partner, mask=mask, other=0.0).to(gl.float32)
-    cos = gl.load(angles + pair, mask=mask, other=0.0).to(gl.float32)
-    sin = gl.load(angles + half + pair, mask=mask, other=0.0).to(gl.float32)
-    return x * cos + gl.where(first, -y, y) * sin
+class Tile(NamedTuple):
+    """Compile-time constants of the tiling."""
+
+    BLOCK_B: int
+    BLOCK_H: int
+    BLOCK_N: int
+    SWAP: bool
+    STRIDE_KN: int
 
 
 @gluon.jit
-def _keep_new(kv_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_ptr, angles_ptr, stride_kp,
-              STRIDE_KN: gl.constexpr, stride_ct, stride_rt, NEW: gl.constexpr, RANK: gl.constexpr, ROPE: gl.constexpr,
-              PAGE_SIZE: gl.constexpr, NEOX: gl.constexpr, c_layout: gl.constexpr, r_layout: gl.constexpr):
-    """Rotates the new tokens' k_pe into rotated_ptr; the program of the first tile puts them into the cache."""
+def _append_new(kv_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_ptr, angles_ptr, stride_kp,
+                STRIDE_KN: gl.constexpr, stride_ct, stride_rt, SHAPE: gl.constexpr, c_layout: gl.constexpr,
+                r_layout: gl.constexpr):
+    """Apply RoPE to the new tokens' k_pe and store it in rotated_ptr; the program of tile 0 also writes [kv_c, k_pe] to
+    the cache."""
+    RANK: gl.constexpr = SHAPE.RANK
+    ROPE: gl.constexpr = SHAPE.ROPE
     new = gl.arange(0, 4 * gl.num_warps(), gl.SliceLayout(1, r_layout))
     offs_r = gl.arange(0, ROPE, gl.SliceLayout(0, r_layout))
-    is_new = new < NEW
-    at = gl.load(positions_ptr + new, mask=is_new, other=0).to(gl.int64)
-    r = _rotated((k_pe_ptr + new * stride_rt)[:, None], offs_r[None, :], is_new[:, None],
-                 (angles_ptr + at * ROPE)[:, None], NEOX, ROPE).to(kv_ptr.dtype.element_ty)
+    is_new = new < SHAPE.NEW
+    position = gl.load(positions_ptr + new, mask=is_new, other=0).to(gl.int64)
+    r = rotated((k_pe_ptr + new * stride_rt)[:, None], offs_r[None, :], is_new[:, None],
+                (angles_ptr + position * ROPE)[:, None], is_new[:, None], SHAPE.NEOX, ROPE).to(kv_ptr.dtype.element_ty)
     gl.store(rotated_ptr + new[:, None] * ROPE + offs_r[None, :], r, mask=is_new[:, None])
     if gl.program_id(0) == 0:
         slot = gl.load(slots_ptr + new, mask=is_new, other=-1)
-        lines = kv_ptr + RANK + (slot // PAGE_SIZE * stride_kp + slot % PAGE_SIZE * STRIDE_KN)
-        gl.store(lines[:, None] + offs_r[None, :], r, mask=(slot >= 0)[:, None])
+        rows = kv_ptr + RANK + (slot // SHAPE.PAGE_SIZE * stride_kp + slot % SHAPE.PAGE_SIZE * STRIDE_KN)
+        gl.store(rows[:, None] + offs_r[None, :], r, mask=(slot >= 0)[:, None])
         new_c = gl.arange(0, MAX_NEW, gl.SliceLayout(1, c_layout))
         offs_c = gl.arange(0, RANK, gl.SliceLayout(0, c_layout))
-        slot_c = gl.load(slots_ptr + new_c, mask=new_c < NEW, other=-1)
+        slot_c = gl.load(slots_ptr + new_c, mask=new_c < SHAPE.NEW, other=-1)
         c = gl.load((kv_c_ptr + new_c * stride_ct)[:, None] + offs_c[None, :], mask=(slot_c >= 0)[:, None], other=0.0)
-        lines_c = kv_ptr + (slot_c // PAGE_SIZE * stride_kp + slot_c % PAGE_SIZE * STRIDE_KN)
-        gl.store(lines_c[:, None] + offs_c[None, :], c, mask=(slot_c >= 0)[:, None])
+        rows_c = kv_ptr + (slot_c // SHAPE.PAGE_SIZE * stride_kp + slot_c % SHAPE.PAGE_SIZE * STRIDE_KN)
+        gl.store(rows_c[:, None] + offs_c[None, :], c, mask=(slot_c >= 0)[:, None])
 
 
 @gluon.jit(do_not_specialize=["num_seqs", "capacity", "programs", "min_keys", "stride_qb", "stride_qt", "stride_qh",
                               "stride_pb", "stride_pt", "stride_ph", "stride_rb", "stride_rt", "stride_tb"])
-def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q_pe_ptr, kv_ptr, table_ptr,
-                              seq_lens_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_ptr, angles_ptr,
-                              scale, num_seqs, capacity, programs, min_keys, stride_qb, stride_qt, stride_qh, stride_pb,
-                              stride_pt, stride_ph, stride_kp, STRIDE_KN: gl.constexpr, stride_cb, stride_ct,
-                              stride_rb, stride_rt, stride_tb, HEADS: gl.constexpr, NEW: gl.constexpr,
-                              RANK: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr, FUSED: gl.constexpr,
-                              NEOX: gl.constexpr, WIDE: gl.constexpr, SWAP: gl.constexpr, BLOCK_B: gl.constexpr,
-                              BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr):
-    """One program: BLOCK_H rows (heads of new tokens) of one sequence, one split of its keys."""
+def _mla_decode_hopper_kernel(outputs, queries, cache, new, rotated_ptr, scale, num_seqs, capacity, programs, min_keys,
+                              stride_qb, stride_qt, stride_qh, stride_pb, stride_pt, stride_ph, stride_kp, stride_cb,
+                              stride_ct, stride_rb, stride_rt, stride_tb, SHAPE: gl.constexpr, TILE: gl.constexpr):
+    """One program: BLOCK_H rows (heads of new tokens) of one sequence, one split of its keys.
+
+    new: None, or the newest NEW tokens of each sequence. Then the kernel also applies RoPE to q_pe and k_pe and writes
+    the new tokens to the cache.
+    """
+    FUSED: gl.constexpr = new is not None
+    HEADS: gl.constexpr = SHAPE.HEADS
+    NEW: gl.constexpr = SHAPE.NEW
+    RANK: gl.constexpr = SHAPE.RANK
+    ROPE: gl.constexpr = SHAPE.ROPE
+    PAGE_SIZE: gl.constexpr = SHAPE.PAGE_SIZE
+    WIDE: gl.constexpr = SHAPE.WIDE
+    BLOCK_H: gl.constexpr = TILE.BLOCK_H
+    BLOCK_N: gl.constexpr = TILE.BLOCK_N
+    SWAP: gl.constexpr = TILE.SWAP
+    STRIDE_KN: gl.constexpr = TILE.STRIDE_KN
     NW: gl.constexpr = gl.num_warps()
+    kv_ptr = cache.kv_ptr
     dtype: gl.constexpr = kv_ptr.dtype.element_ty
     c_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [NW, 1], [1, 0])
     r_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [NW, 1], [1, 0])
@@ -176,7 +183,8 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
     item = gl.program_id(1)
     ONE: gl.constexpr = FUSED and NEW == 1
     seq, first_item, keys, num_splits, position = _find_split(
-        item, seq_lens_ptr, positions_ptr if ONE else None, num_seqs, capacity, programs, min_keys, BLOCK_B)
+        item, cache.seq_lens_ptr, new.positions_ptr if ONE else None, num_seqs, capacity, programs, min_keys,
+        TILE.BLOCK_B)
     if seq >= num_seqs:
         return
     split = item - first_item
@@ -185,40 +193,39 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
     end = start + (blocks // num_splits + (split < blocks % num_splits).to(gl.int32)) * BLOCK_N
     end = gl.minimum(end, keys)
     seq = seq.to(gl.int64)
-    table_ptr += seq * stride_tb
-    if FUSED:
-        kv_c_ptr += seq * stride_cb
+    table_ptr = cache.table_ptr + seq * stride_tb
+    kv_c_ptr = new.kv_c_ptr + seq * stride_cb if FUSED else None
 
     first_new = keys - NEW
     pages_c = _pages(table_ptr, start, end, PAGE_SIZE, BLOCK_N, gl.SliceLayout(1, c_layout))
     pages_r = _pages(table_ptr, start, end, PAGE_SIZE, BLOCK_N, gl.SliceLayout(1, r_layout))
 
-    # Queries: rotated in registers, then both of their parts on chip.
+    # Load the queries; q_pe is rotated in registers.
     row0 = gl.program_id(0) * BLOCK_H
     row = row0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, c_layout))
     offs_c = gl.arange(0, RANK, gl.SliceLayout(0, c_layout))
-    q_rows = q_ptr + (seq * stride_qb + row // HEADS * stride_qt + row % HEADS * stride_qh)
+    q_rows = queries.q_ptr + (seq * stride_qb + row // HEADS * stride_qt + row % HEADS * stride_qh)
     q_c = gl.load(q_rows[:, None] + offs_c[None, :], mask=(row < HEADS * NEW)[:, None], other=0.0)
     row = row0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, r_layout))
     offs_r = gl.arange(0, ROPE, gl.SliceLayout(0, r_layout))
-    pe_rows = q_pe_ptr + (seq * stride_pb + row // HEADS * stride_pt + row % HEADS * stride_ph)
+    pe_rows = queries.q_pe_ptr + (seq * stride_pb + row // HEADS * stride_pt + row % HEADS * stride_ph)
     mask_h = row < HEADS * NEW
     if FUSED:
-        positions_ptr += seq * NEW
+        positions_ptr = new.positions_ptr + seq * NEW
         rotated_ptr += seq * NEW * ROPE
         if ONE:
             at = gl.full([BLOCK_H], 0, gl.int64, gl.SliceLayout(1, r_layout)) + position
         else:
             at = gl.load(positions_ptr + row // HEADS, mask=mask_h, other=0).to(gl.int64)
-        q_r = _rotated(pe_rows[:, None], offs_r[None, :], mask_h[:, None], (angles_ptr + at * ROPE)[:, None], NEOX,
-                       ROPE).to(dtype)
-        # New tokens among this program's keys are rotated once more for itself, and kept by the first tile. Several of
-        # one sequence can lie in two splits, which then write the same.
+        q_r = rotated(pe_rows[:, None], offs_r[None, :], mask_h[:, None], (new.angles_ptr + at * ROPE)[:, None],
+                      mask_h[:, None], SHAPE.NEOX, ROPE).to(dtype)
+        # Every program with new tokens among its keys rotates them for itself. The new tokens of a sequence can lie in
+        # two splits, which then write the same values.
         if end > first_new:
-            _keep_new(kv_ptr, kv_c_ptr, k_pe_ptr + seq * stride_rb, rotated_ptr, slots_ptr + seq * NEW, positions_ptr,
-                      angles_ptr, stride_kp, STRIDE_KN, stride_ct, stride_rt, NEW, RANK, ROPE, PAGE_SIZE, NEOX,
-                      c_layout, r_layout)
-            barrier()  # what was rotated is copied from memory, by other lanes
+            _append_new(kv_ptr, kv_c_ptr, new.k_pe_ptr + seq * stride_rb, rotated_ptr, new.slots_ptr + seq * NEW,
+                        positions_ptr, new.angles_ptr, stride_kp, STRIDE_KN, stride_ct, stride_rt, SHAPE, c_layout,
+                        r_layout)
+            barrier()  # other lanes copy the rotated k_pe from memory
     else:
         q_r = gl.load(pe_rows[:, None] + offs_r[None, :], mask=mask_h[:, None], other=0.0)
     c_lds = gl.allocate_shared_memory(dtype, [2, BLOCK_N, RANK], shared)
@@ -260,7 +267,7 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
             s = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, s_layout)
             s = warpgroup_mma(qr_lds, r.permute([1, 0]), s, use_acc=False, is_async=True)
             s = warpgroup_mma(qc_lds, c.permute([1, 0]), s, is_async=True)
-        # Beyond the end it copies nothing, but without a branch, at which the compiler would wait for the products.
+        # From `end` on nothing is copied, yet without a branch, at which the compiler would wait for the products.
         _copy(c_lds.index(1 - buffer), kv_ptr, kv_c_ptr, pages_c, block + BLOCK_N, end, first_new, stride_kp,
               STRIDE_KN, stride_ct, FUSED, RANK, PAGE_SIZE, WIDE, BLOCK_N, c_layout)
         _copy(r_lds.index(1 - buffer), kv_ptr + RANK, rotated_ptr, pages_r, block + BLOCK_N, end, first_new,
@@ -271,13 +278,13 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
         s = warpgroup_mma_wait(0, deps=[s])
         at_n = gl.expand_dims(block + offs_s, 1 - S_H)
         s = gl.where(at_n < gl.expand_dims(limit, S_H), s * scale, float("-inf"))
-        before = row_max
+        old_max = row_max
         row_max = gl.maximum(row_max, gl.max(s, S_H))
         p = gl.exp2(s - gl.expand_dims(row_max, S_H))
-        shrink = gl.exp2(before - row_max)
-        row_sums = row_sums * gl.expand_dims(shrink, S_H) + p
+        rescale = gl.exp2(old_max - row_max)
+        row_sums = row_sums * gl.expand_dims(rescale, S_H) + p
         p_lds.store(p.to(dtype))
-        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_h), S_H)
+        acc = acc * gl.expand_dims(gl.convert_layout(rescale, o_h), S_H)
         fence_async_shared()
         barrier()
         if SWAP:
@@ -296,17 +303,17 @@ def _mla_decode_hopper_kernel(out_ptr, lse_ptr, partial_ptr, stats_ptr, q_ptr, q
     if num_splits == 1:
         divisor = gl.where(row_sum > 0, row_sum, 1.0)
         acc = acc / gl.expand_dims(gl.convert_layout(divisor, o_h), S_H)
-        place = gl.expand_dims((seq * rows + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
-        gl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
-        if lse_ptr is not None:
+        offs = gl.expand_dims((seq * rows + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
+        gl.store(outputs.out_ptr + offs, acc.to(outputs.out_ptr.dtype.element_ty), mask=inside)
+        if outputs.lse_ptr is not None:
             lse = gl.where(row_sum > 0, (row_max + gl.log2(divisor)) * LN_2, float("-inf"))
-            gl.store(lse_ptr + seq * rows + row_s, lse, mask=row_s < rows)
+            gl.store(outputs.lse_ptr + seq * rows + row_s, lse, mask=row_s < rows)
     else:
-        line = item.to(gl.int64) * rows
-        place = gl.expand_dims((line + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
-        gl.store(partial_ptr + place, acc, mask=inside)
-        gl.store(stats_ptr + (line + row_s) * 2, row_max, mask=row_s < rows)
-        gl.store(stats_ptr + (line + row_s) * 2 + 1, row_sum, mask=row_s < rows)
+        first_row = item.to(gl.int64) * rows
+        offs = gl.expand_dims((first_row + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
+        gl.store(outputs.partial_ptr + offs, acc, mask=inside)
+        gl.store(outputs.stats_ptr + (first_row + row_s) * 2, row_max, mask=row_s < rows)
+        gl.store(outputs.stats_ptr + (first_row + row_s) * 2 + 1, row_sum, mask=row_s < rows)
 
 
 @dataclass(frozen=True)
@@ -315,13 +322,13 @@ class Config:
 
     block_h: int        # at most
     num_warps: int
-    programs: int       # that a compute unit holds at a time
-    min_keys: int       # that a sequence is split for
+    programs: int       # per compute unit at a time
+    min_keys: int       # per split, at least
     swap: bool          # keys, not heads, are the rows of the matrix products
 
 
 def candidates(arch: Arch, rows: int, **others) -> Iterator[Config]:
-    """What the tuner tries: two blocks of keys fill the memory on chip, and the layouts are for 64 of them."""
+    """What the tuner tries. Two blocks of 64 keys, for which the layouts are made, fill the shared memory."""
     for block_h, waves, swap in ((32, 4, True), (32, 8, True), (64, 8, True), (64, 8, False)):
         if rows > 32 or block_h == 32:
             for programs, min_keys in ((1, 64), (1, 128), (2, 64)):
@@ -329,7 +336,7 @@ def candidates(arch: Arch, rows: int, **others) -> Iterator[Config]:
 
 
 def work(config: Config, rows: int, **others) -> int:
-    """Pairs of row and key that a block takes at a time."""
+    """(row, key) pairs that a block processes at a time."""
     return min(config.block_h, rows) * 64
 
 
@@ -348,8 +355,8 @@ TUNING = Tuning("mla_decode", config=Config, key=key, buckets={"rows": (16, 32, 
 
 
 def unsupported(call: Call) -> str | None:
-    """Why this kernel cannot attend with these, or None: it has layouts for one width, copies rows 16 bytes at a time,
-    and reads all lengths of a batch at once."""
+    """The reason why this kernel does not support these arguments, or None. It has layouts for one width, copies rows
+    16 bytes at a time, and reads all lengths of a batch at once."""
     q, q_pe, kv = *call.queries, call.cache.kv_ptr
     if q.dtype not in (torch.bfloat16, torch.float16) or kv.dtype != q.dtype:
         return f"attends in bf16 or fp16 to a cache of the same dtype, not with {q.dtype} to {kv.dtype}"
@@ -364,7 +371,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def launch(call: Call, out: Tensor, lse: Tensor | None, config: Config, keys_per_split: int = 0) -> None:
-    """Writes out, and lse where it is wanted. keys_per_split: see splits.plan_splits."""
+    """Compute out, and lse unless it is None. keys_per_split: see splits.plan_splits."""
     (num_seqs, new, heads, rank), cache = call.shape, call.cache
     if out.numel() == 0:
         return
@@ -374,14 +381,16 @@ def launch(call: Call, out: Tensor, lse: Tensor | None, config: Config, keys_per
     split = plan_splits(cache.table_ptr, page_size, tiles, config.programs, config.min_keys,
                         keys_per_split=keys_per_split)
     partial, stats = split.partials(rows, rank, out)
-    kv_c, k_pe, slots, positions, angles = call.new or (None,) * 5
-    rotated = torch.empty((num_seqs, new, rope), dtype=k_pe.dtype, device=k_pe.device) if k_pe is not None else None
+    rotated_k_pe = None
+    if call.new:
+        rotated_k_pe = torch.empty((num_seqs, new, rope), dtype=call.new.k_pe_ptr.dtype, device=out.device)
+    *strides, stride_kp, stride_kn, stride_cb, stride_ct, stride_rb, stride_rt = call.strides()
+    shape = Shape(heads, new, rank, rope, page_size, UNIT=1, WIDE=is_wide(cache.kv_ptr), NEOX=call.is_neox, LIMIT=0.0)
+    tile = Tile(max(32, triton.next_power_of_2(num_seqs)), block_h, 64, config.swap, stride_kn)
     _mla_decode_hopper_kernel[tiles, split.num_items](
-        out, lse, partial, stats, *call.queries, cache.kv_ptr, cache.table_ptr, cache.seq_lens_ptr, kv_c, k_pe, rotated,
-        slots, positions, angles, call.scale, num_seqs, split.capacity, split.programs, split.min_keys,
-        *call.strides(), cache.table_ptr.stride(0), HEADS=heads, NEW=new, RANK=rank, ROPE=rope, PAGE_SIZE=page_size,
-        FUSED=call.new is not None, NEOX=call.is_neox, WIDE=is_wide(cache.kv_ptr), SWAP=config.swap,
-        BLOCK_B=max(32, triton.next_power_of_2(num_seqs)), BLOCK_H=block_h, BLOCK_N=64, num_warps=config.num_warps)
+        Outputs(out, lse, partial, stats), call.queries, cache, call.new, rotated_k_pe, call.scale, num_seqs,
+        split.capacity, split.programs, split.min_keys, *strides, stride_kp, stride_cb, stride_ct, stride_rb, stride_rt,
+        cache.table_ptr.stride(0), shape, tile, num_warps=config.num_warps)
     if split.max_splits > 1:
         merge_splits.launch(out.view(num_seqs, rows, rank), lse, partial, stats, cache.seq_lens_ptr, None, split, 0)
 

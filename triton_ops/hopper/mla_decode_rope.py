@@ -1,6 +1,6 @@
-"""MLA decode of new tokens on Hopper: hopper/mla_decode.py also rotates and stores.
+"""MLA decode with RoPE and cache write on Hopper, by the kernel of hopper/mla_decode.py.
 
-Bound by: as mla_decode. The two have a table each: what was measured best differs.
+Bound by: the same as mla_decode. The two operators have separate tables, since their best configurations differ.
 """
 
 import dataclasses
