@@ -84,6 +84,12 @@ class ServerArgs:
     disable_cuda_graph: bool = _flag(False, "launch every decode step kernel by kernel")
     disable_custom_all_reduce: bool = _flag(False, "let torch.distributed (RCCL) exchange all that ranks exchange")
 
+    tool_call_parser: str | None = _flag(
+        None, "how the model writes tool calls; default: what its chat template teaches", kind=str,
+        choices=("llama3", "pythonic", "deepseekv3", "deepseekv31", "qwen25"))  # fmt: skip
+    reasoning_parser: str | None = _flag(
+        None, "how the model marks what it thinks, which is given apart from the answer; default: as part of it",
+        choices=("deepseek-r1", "deepseek-v3", "qwen3", "qwen3-thinking", "kimi"), kind=str)  # fmt: skip
     random_seed: int | None = _flag(None, "seed of requests that bring none; default: from the clock", kind=int)
     stream_interval: int = _flag(1, "tokens per streamed event")
     skip_server_warmup: bool = _flag(False, "be ready without having generated one token first")

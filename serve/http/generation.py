@@ -12,11 +12,13 @@ from wave64.serve.args import ServerArgs
 from wave64.serve.http.detokenizer import Detokenizer, StopStrings
 from wave64.serve.http.engine_client import EngineClient
 from wave64.serve.http.grammar import Grammars
+from wave64.serve.http.reasoning import PARSERS as REASONING_PARSERS
 from wave64.serve.http.replicas import Replicas
 from wave64.serve.http.schemas import MAX_CHOICES, ApiError, Sampling
 from wave64.serve.http.template_process import TemplateProcess
 from wave64.serve.http.templates import TemplateError
 from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
+from wave64.serve.http.tools import parser_of
 from wave64.serve.messages import (
     BadRequest,
     Output,
@@ -56,8 +58,10 @@ class Choice:
 
     def __init__(self, index: int, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer,
                  body: Sampling, top_logprobs: int, prompt_logprobs: bool, *,
-                 grammar: str | None = None, stop_tokens: dict[int, str] | None = None) -> None:  # fmt: skip
-        """stop_tokens: special tokens whose text is among the request's stop strings."""
+                 grammar: str | None = None, is_marked: bool = False,
+                 stop_tokens: dict[int, str] | None = None) -> None:  # fmt: skip
+        """is_marked: special tokens may mark calls and thoughts. stop_tokens: special tokens whose text is among the
+        request's stop strings."""
         self.index = index
         self.prompt_ids = prompt_ids
         self.request = Request(uuid4().hex, prompt_ids, params, top_logprobs, prompt_logprobs, grammar)
@@ -66,11 +70,11 @@ class Choice:
         self.finish_reason: str | None = None
         self.matched: int | str | None = None  # the stop token or stop string that ended it
         self.new = Delta()  # not yet streamed
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids, body.skip_special_tokens is not False)
+        self._skips_special = body.skip_special_tokens is not False and not is_marked
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids, self._skips_special)
         self._stops = StopStrings(body.stop_strings, keep=bool(body.no_stop_trim))
         self._keep_stop = bool(body.no_stop_trim)
         self._stop_tokens = stop_tokens or {}
-        self._skips_special = body.skip_special_tokens is not False
         self._decoded = 0  # characters so far, those held back by the stop strings among them
         self._held: list[tuple[int, TokenLogprob]] = []  # logprobs of tokens whose text is held back
 
@@ -133,8 +137,9 @@ class Generator:
         self.tokenizer = tokenizer
         self.templates = TemplateProcess(tokenizer.template_source) if tokenizer.template_source else None
         self.is_serving = False  # after the warm-up
-        self._grammars = Grammars(tokenizer)
-        self._told_vocabulary = False
+        self._grammars = Grammars(tokenizer, client.tell)
+        self.tool_parser = args.tool_call_parser or parser_of(tokenizer.template_source)
+        self.reasoning = REASONING_PARSERS[args.reasoning_parser] if args.reasoning_parser else None
 
     async def warm_up(self) -> None:
         """Generate one token, and have the chat template's process there. Raises ApiError when the first fails."""
@@ -143,6 +148,10 @@ class Generator:
                 await self.templates.start()
             except TemplateError as error:
                 log.warning("%s", error)
+        try:
+            await self._grammars.learn(self.ready.vocab_size)
+        except ApiError as error:
+            log.warning("%s", error)
         request = Request(uuid4().hex, [0], SamplingParams(max_new_tokens=1, temperature=0.0))
         async for _ in self.client.stream([request]):
             pass
@@ -192,14 +201,10 @@ class Generator:
         except TemplateError as error:
             raise ApiError(f"messages: {error}", "messages", "invalid_value") from None
 
-    async def grammar(self, body: Sampling) -> str | None:
-        """What the answer has to be, for the engine, which knows then what grammars are made of. Raises ApiError."""
-        made = await self._grammars.of(body, self.ready.vocab_size)
-        if made is not None and not self._told_vocabulary:
-            assert self._grammars.vocabulary is not None  # since there is a grammar
-            self.client.tell(self._grammars.vocabulary)
-            self._told_vocabulary = True
-        return made
+    async def grammar(self, body: Sampling, forced: str | None = None) -> str | None:
+        """What the answer has to be, for the engine, which knows then what grammars are made of. forced: what it has to
+        be for another reason than the form that `body` asks for. Raises ApiError."""
+        return await self._grammars.of(body, self.ready.vocab_size, forced)
 
     def check_model(self, name: str | None) -> None:
         """One model is served, under any name; but one that is a single slip away from its own is taken for a slip.
@@ -217,7 +222,7 @@ class Generator:
 
     def choices(self, prompt_ids: list[int], body: Sampling, max_new_tokens: int, names: tuple[str, str],
                 first_index: int = 0, top_logprobs: int = -1, prompt_logprobs: bool = False, *,
-                grammar: str | None = None) -> list[Choice]:
+                grammar: str | None = None, is_marked: bool = False) -> list[Choice]:
         """`body.n` choices of one prompt, each with a seed of its own.
 
         names   the fields that the prompt and max_new_tokens came in
@@ -240,7 +245,7 @@ class Generator:
             if params.seed is not None:
                 params.seed += i
             choice = Choice(first_index + i, prompt_ids, params, self.tokenizer, body, top_logprobs, prompt_logprobs,
-                            grammar=grammar, stop_tokens=named)  # fmt: skip
+                            grammar=grammar, is_marked=is_marked, stop_tokens=named)  # fmt: skip
             made.append(choice)
         return made
 

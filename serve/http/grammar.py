@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from wave64.serve.grammar import compiler
-from wave64.serve.http.schemas import ApiError, Sampling
+from wave64.serve.http.schemas import SPACES, ApiError, Sampling
 from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Vocabulary
 
 KEPT = 256  # grammars that are known to be one
 MAX_LENGTH = 1 << 18  # characters of one
-SPACES = r"[\x20\x0A\x0D\x09]{1,32}"  # between JSON's parts: a model must not go on with spaces for ever
 ANY_TEXT = r"(.|\n)*"
 OF_FIELD = {"json_schema": "json", "guided_json": "json", "regex": "regex", "guided_regex": "regex", "ebnf": "grammar",
             "guided_grammar": "grammar", "guided_choice": "choice", "structural_tag": "tags"}  # fmt: skip
@@ -27,43 +26,57 @@ Json = dict[str, Any]
 class Grammars:
     """Makes grammars of what requests ask for, and refuses what cannot be compiled."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.vocabulary: Vocabulary | None = None  # once a grammar was compiled
+    def __init__(self, tokenizer: Tokenizer, tell: Callable[[Vocabulary], None]) -> None:
+        """tell: sends the vocabulary to the engine."""
+        self.tokenizer, self._tell = tokenizer, tell
         self._compile: Callable[[str], Any] | None = None
         self._known: OrderedDict[tuple[str, str], str] = OrderedDict()  # kind and text -> grammar
         self._lock = asyncio.Lock()
 
-    async def of(self, body: Sampling, vocab_size: int) -> str | None:
-        """The grammar that `body` asks for, in the engine's form; None if it asks for none. Raises ApiError."""
-        asked = [(name, kind, value) for name, kind, value in _asked(body) if value not in (None, False, "")]
+    async def learn(self, vocab_size: int) -> None:
+        """Make both processes able to compile, which takes seconds for a large vocabulary. Raises ApiError when they
+        cannot."""
+        async with self._lock:
+            if self._compile is not None:
+                return
+            ends = sorted(i for i in self.tokenizer.end_ids if i < vocab_size)
+            vocabulary = Vocabulary(await asyncio.to_thread(lambda: self.tokenizer.definition), ends)
+            try:
+                self._compile = await asyncio.to_thread(compiler, vocabulary, vocab_size)
+            except ValueError as error:
+                raise ApiError(f"structured output: {error}", status=501) from None
+            self._tell(vocabulary)
+
+    async def of(self, body: Sampling, vocab_size: int, forced: str | None = None) -> str | None:
+        """The grammar that `body` asks for, in the engine's form; None if it asks for none. forced: what its
+        tool_choice needs. Raises ApiError."""
+        asked = [("tool_choice", "lark", forced)] if forced else []
+        asked += [(name, kind, value) for name, kind, value in _asked(body) if value not in (None, False, "")]
         if not asked:
             return None
         if len(asked) > 1:
             names = " and ".join(name for name, _, _ in asked)
             raise ApiError(f"{names}: expected one of them, as an answer has one form", asked[0][0].partition(".")[0])
-        return await self.compiled(*asked[0], vocab_size)
+        await self.learn(vocab_size)
+        return await self._compiled(*asked[0])
 
-    async def compiled(self, field: str, kind: str, value: Any, vocab_size: int) -> str:
-        """The grammar of a kind ("json", "regex", "choice", "grammar", "tags"), in the engine's form. field: what the
-        client called it. Raises ApiError with the reason for one that cannot be compiled."""
+    async def _compiled(self, field: str, kind: str, value: Any) -> str:
+        """The grammar of a kind ("json", "regex", "choice", "grammar", "lark", "tags") in the engine's form.
+        field: what the client called it. Raises ApiError with the reason for one that cannot be compiled."""
         if isinstance(value, str) and len(value) > MAX_LENGTH:
             raise _refused(field, f"expected at most {MAX_LENGTH} characters, got {len(value)}")
         key = (kind, value if isinstance(value, str) else json.dumps(value))
         async with self._lock:  # one after the other: a grammar may take all of a core
             if key not in self._known:
-                self._known[key] = await asyncio.to_thread(self._checked, field, kind, value, vocab_size)
+                self._known[key] = await asyncio.to_thread(self._checked, field, kind, value)
             self._known.move_to_end(key)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
             return self._known[key]
 
-    def _checked(self, field: str, kind: str, value: Any, vocab_size: int) -> str:
+    def _checked(self, field: str, kind: str, value: Any) -> str:
+        assert self._compile is not None  # since learn()
         try:
-            if self._compile is None:
-                ends = sorted(i for i in self.tokenizer.end_ids if i < vocab_size)
-                self.vocabulary = Vocabulary(self.tokenizer.definition, ends)
-                self._compile = compiler(self.vocabulary, vocab_size)
             grammar = self._translated(kind, value)
             self._compile(grammar)
         except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
@@ -71,7 +84,7 @@ class Grammars:
             raise _refused(field, f"cannot be compiled: {reason}") from None
         return grammar
 
-    def _translated(self, kind: str, value: Any) -> str:
+    def _translated(self, kind: Any, value: Any) -> str:
         from llguidance import LLMatcher, grammar_from
 
         if kind in ("json", "json_object"):
@@ -83,7 +96,7 @@ class Grammars:
             return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
         if kind == "tags":
             return self._of_tags(json.loads(value) if isinstance(value, str) else value)
-        return grammar_from("regex" if kind == "regex" else "grammar", value)
+        return grammar_from(kind, value)
 
     def _of_tags(self, value: Json) -> str:
         """Free text, in which one of the `triggers` begins a structure: {begin, schema, end}."""

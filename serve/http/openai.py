@@ -7,8 +7,11 @@ from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
+from wave64.serve.http import tools
 from wave64.serve.http.detokenizer import Detokenizer
 from wave64.serve.http.generation import Choice, Delta, Generator, Prompt
+from wave64.serve.http.message import Message
+from wave64.serve.http.reasoning import Thoughts, begins_in_thought, grammar_behind
 from wave64.serve.http.schemas import ChatRequest, CompletionRequest
 from wave64.serve.messages import TokenLogprob
 
@@ -49,6 +52,10 @@ class Job(Generic[B]):
     def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
         """The part of a choice that is in `delta`."""
         raise NotImplementedError
+
+    def finish_reason(self, choice: Choice) -> str | None:
+        """Why a choice has ended."""
+        return choice.finish_reason
 
 
 class Completion(Job[CompletionRequest]):
@@ -129,24 +136,44 @@ class Chat(Job[ChatRequest]):
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, body: ChatRequest, generator: Generator) -> None:
+        super().__init__(body, generator)
+        self._messages: list[Message] = []  # of the choices
+
     async def prepare(self) -> None:
         body = self.body
-        grammar = await self.generator.grammar(body)
         begin = body.add_generation_prompt is not False
         variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": begin}
+        if body.usable_tools:
+            variables["tools"] = [tool.model_dump(exclude_unset=True) for tool in body.usable_tools]
         text = await self.generator.render([message.on_the_wire() for message in body.messages], variables)
+        marks, parser = self.generator.reasoning, self.generator.tool_parser
+        in_thought = marks is not None and begins_in_thought(marks, text)
+        grammar = await self.generator.grammar(body, tools.forced(body))
+        if grammar is not None and marks is not None:
+            grammar = grammar_behind(marks, in_thought, grammar)
         (ids,) = await self.generator.encode([text], ["messages"], bool(body.add_special_tokens))
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         new = self.generator.new_tokens(len(ids), getattr(body, name))
         top = (body.top_logprobs or 0) if body.logprobs else -1
-        self.choices = self.generator.choices(ids, body, new, ("messages", name), top_logprobs=top, grammar=grammar)
+        is_marked = marks is not None or (bool(body.usable_tools) and parser is not None)
+        self.choices = self.generator.choices(ids, body, new, ("messages", name), top_logprobs=top, grammar=grammar,
+                                              is_marked=is_marked)  # fmt: skip
+        separate = marks if body.separate_reasoning is not False else None
+        for _ in self.choices:
+            thoughts = Thoughts(separate, in_thought) if separate is not None else None
+            self._messages.append(Message(thoughts, tools.reader(body, parser)))
 
     def whole(self, choice: Choice) -> Json:
-        message = {"role": "assistant", "content": choice.all.text}
-        return {"message": message, "logprobs": self._logprobs(choice.all)}
+        return {"message": self._messages[choice.index].whole(choice.all.text), "logprobs": self._logprobs(choice.all)}
 
     def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
-        return {"delta": {"content": delta.text} if delta.text else {}, "logprobs": self._logprobs(delta)}
+        said = self._messages[choice.index].delta(delta.text, choice.finish_reason is not None)
+        return {"delta": said, "logprobs": self._logprobs(delta)}
+
+    def finish_reason(self, choice: Choice) -> str | None:
+        has_called = choice.finish_reason == "stop" and self._messages[choice.index].has_called
+        return "tool_calls" if has_called else choice.finish_reason
 
     def opening(self, choice: Choice) -> Json | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
@@ -173,7 +200,7 @@ async def answer(job: Job) -> Json:
     """The whole answer."""
     async for _ in job.generator.run(job.choices):
         pass
-    done = [_with_end(job.whole(choice), choice) for choice in job.choices]
+    done = [_with_end(job, job.whole(choice), choice) for choice in job.choices]
     return _envelope(job, job.kind) | {"choices": done, "usage": usage(job.choices, job.body.n or 1)}
 
 
@@ -196,8 +223,8 @@ async def stream(job: Job) -> AsyncGenerator[Json, None]:
             if is_first and (opening := job.opening(choice)):
                 yield event({"index": choice.index, **opening, "finish_reason": None})
             part = job.part(choice, delta := choice.take_new(), is_first)
-            if delta.text or delta.logprobs or part.get("text") or choice.finish_reason:
-                yield event(_with_end(part, choice))
+            if part.get("delta") or part.get("text") or delta.logprobs or choice.finish_reason:
+                yield event(_with_end(job, part, choice))
     if at_the_end:
         yield envelope | {"choices": [], "usage": usage(job.choices, count)}
 
@@ -214,6 +241,6 @@ def _envelope(job: Job, kind: str) -> Json:
     return {"id": f"{job.id_prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
 
-def _with_end(part: Json, choice: Choice) -> Json:
+def _with_end(job: Job, part: Json, choice: Choice) -> Json:
     """The part with its choice's index and, once it has ended, why."""
-    return {"index": choice.index, **part, "finish_reason": choice.finish_reason, "matched_stop": choice.matched}
+    return {"index": choice.index, **part, "finish_reason": job.finish_reason(choice), "matched_stop": choice.matched}

@@ -18,11 +18,13 @@ MAX_PARTS = 1 << 17  # strings, lists and objects of a body
 MAX_VALUES = 1 << 21  # of a body, token ids among them
 MAX_CHOICES = 4096  # prompts times n in one request
 MAX_MESSAGES = 1 << 14
+MAX_TOOLS = 1024
 MAX_STOPS = 1024  # each is looked for at every token
 MAX_STOP_LENGTH = 1 << 14  # characters of all stop strings together, for the same reason
 MAX_SAID = 2000  # characters of an error message, which may quote the request
 MAX_GUESSED = 64  # characters of an unknown name that may be a slip
 MAX_TOP_LOGPROBS = 20
+SPACES = r"[\x20\x0A\x0D\x09]{1,32}"  # of JSON in a prescribed form: a model must not go on with spaces for ever
 GREEDY_BELOW = 1e-6  # a temperature that is none
 
 # What the server itself hands to a chat template or to its renderer, as it does bos_token and the like.
@@ -231,6 +233,43 @@ class Message(BaseModel):
         return {**(self.model_extra or {}), "role": self.role, "content": content}
 
 
+class Function(BaseModel):
+    """What a model may call."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """OpenAI's envelope of a function."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    """Of the function that has to be called."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """The tool that has to be called."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(_OpenAI):
     """POST /v1/chat/completions"""
 
@@ -241,6 +280,33 @@ class ChatRequest(_OpenAI):
     add_generation_prompt: Flag | None = None
     add_special_tokens: Flag | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), First] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: Flag | None = None
+    separate_reasoning: Flag | None = None
+
+    @model_validator(mode="after")
+    def _check_tool_choice(self) -> Any:
+        if self.forces_call and not self.usable_tools:
+            if isinstance(self.tool_choice, NamedTool) and self.tools:
+                wanted, names = self.tool_choice.function.name, [tool.function.name for tool in self.tools]
+                raise ApiError(f"tool_choice: expected one of the tools, {', '.join(names)}, got {wanted}",
+                               "tool_choice", "invalid_value")  # fmt: skip
+            raise ApiError("tool_choice: allowed only with tools", "tool_choice", "invalid_value")
+        return self
+
+    @property
+    def forces_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @cached_property
+    def usable_tools(self) -> list[Tool]:
+        """The tools that may be called."""
+        choice = self.tool_choice
+        tools = [] if choice == "none" else self.tools or []
+        name = choice.function.name if isinstance(choice, NamedTool) else None
+        return [tool for tool in tools if name in (None, tool.function.name)]
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> Any:

@@ -98,8 +98,11 @@ class Template:
         if prepared["role"] == "developer" and not self._names_developer:
             prepared["role"] = "system"
         is_assistant = prepared["role"] == "assistant"
-        prepared["content"] = self._content(message.get("content"), is_assistant)
         calls = prepared.pop("tool_calls", [])
+        content = message.get("content")
+        if calls and content == "":
+            content = None  # which is how templates know that there are only calls
+        prepared["content"] = self._content(content, is_assistant)
         if not isinstance(calls, list):
             raise TemplateError(f"{where}.tool_calls: expected a list, got {json.dumps(calls)[:60]}")
         if calls:

@@ -15,7 +15,7 @@ CONTEXT = 2048
 
 
 class SameAnswer:
-    """Stands in for EngineClient: every request gets `tokens`, one by one, then ends by length."""
+    """Stands in for EngineClient: every request gets `tokens`, one by one, then its `end`."""
 
     def __init__(self, tokens: list[int], vocab_size: int) -> None:
         self.tokens = tokens
@@ -24,6 +24,7 @@ class SameAnswer:
         self.num_live = 0
         self.statistics = None
         self.requests = []
+        self.end = "length"
 
     async def stream(self, requests):
         self.requests += requests
@@ -34,10 +35,13 @@ class SameAnswer:
                 prompt = [None, *(TokenLogprob(i, -1.0) for i in request.input_ids[1:])]
             for i, token in enumerate(tokens):
                 logprobs = [TokenLogprob(token, -1.0)] if request.top_logprobs >= 0 else None
-                end = "length" if i == len(tokens) - 1 else None
+                end = self.end if i == len(tokens) - 1 else None
                 yield Output(request.rid, [token], end, logprobs=logprobs, prompt_logprobs=prompt if i == 0 else None)
             if not tokens:
                 yield Output(request.rid, [], "length", prompt_logprobs=prompt)
+
+    def tell(self, message) -> None:
+        self.told = message
 
     def abort(self, rid: str) -> None:
         raise AssertionError(f"{rid} was aborted")
