@@ -80,7 +80,9 @@ class ServerArgs:
         None, "prompt tokens per step; -1: whole prompts; default: 256 on a CPU, 8192 on a GPU", kind=int
     )
     max_prefill_tokens: int = _flag(16384, "prompt tokens of all requests per step")
-    schedule_policy: str = _flag("fcfs", "order of waiting requests", choices=("fcfs",))
+    schedule_policy: str = _flag("fcfs", "order of waiting requests; lpm: longest match with the prefix cache first",
+                                 choices=("fcfs", "lpm"))  # fmt: skip
+    disable_radix_cache: bool = _flag(False, "compute every prompt whole, whatever was computed before")
     disable_cuda_graph: bool = _flag(False, "launch every decode step kernel by kernel")
     disable_custom_all_reduce: bool = _flag(False, "let torch.distributed (RCCL) exchange all that ranks exchange")
 
@@ -195,7 +197,6 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--trust-remote-code": (None, "the code of a checkpoint is never run"),
     "--enable-torch-compile": (None, "the operators are compiled already"),
     "--torch-compile-max-bs": (int, "the operators are compiled already"),
-    "--disable-radix-cache": (None, "there is no prefix cache"),
     "--disable-overlap-schedule": (None, "a step is scheduled when the one before has ended"),
     "--enable-mixed-chunk": (None, "prompts and decodes share steps anyway"),
     "--num-continuous-decode-steps": (int, "every step is scheduled"),

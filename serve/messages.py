@@ -2,9 +2,10 @@
 
 Both pipes are ipc:// files in a private temporary directory that the api process makes and hands to `run_engine`:
 
-    requests   the engine binds a PULL socket; the api connects a PUSH socket and sends Request, Abort and Vocabulary.
+    requests   the engine binds a PULL socket; the api connects a PUSH socket and sends Request, Abort, FlushCache and
+               Vocabulary.
     outputs    the api binds a PULL socket; the engine connects a PUSH socket and sends one Ready or Failed first,
-               then Outputs, at most one message per engine step.
+               then Outputs, at most one message per engine step, and Flushed.
 
 Every message is one msgpack frame, made by `encode` and read by `decode_to_engine` or `decode_to_api`.
 Stop strings, `n`, text and chat templates belong to the api process and never appear here. `check_request` is the one
@@ -61,6 +62,10 @@ class Abort(Struct, tag=True):
     rid: str
 
 
+class FlushCache(Struct, tag=True):
+    """Empty the prefix cache. `Flushed` answers it."""
+
+
 class TokenLogprob(Struct, array_like=True):
     """log_softmax of the raw logits (before penalties and temperature): of token `id`, and of the `top` best."""
 
@@ -79,6 +84,7 @@ class Output(Struct):
     logprobs: list[TokenLogprob] | None = None  # one per new token, when the request asked for them
     prompt_logprobs: list[TokenLogprob | None] | None = None  # once, with the first token; entry 0 is None
     error: str | None = None  # the reason in words, when finish_reason is "error"
+    cached_tokens: int = 0  # once, with the first token: of the prompt, how many the prefix cache had
 
 
 class Statistics(Struct):
@@ -86,11 +92,13 @@ class Statistics(Struct):
 
     running: int = 0  # requests that hold KV pages
     waiting: int = 0  # requests that hold none yet, or lost theirs to preemption
-    pages_used: int = 0
+    pages_used: int = 0  # by requests; those that only the prefix cache holds are free to be used
     pages_total: int = 0
     prompt_tokens: int = 0  # total computed; tokens that were preempted count again
     generated_tokens: int = 0  # total
     preemptions: int = 0  # total
+    cached_tokens: int = 0  # total of prompts' tokens that the prefix cache had
+    pages_cached: int = 0  # of the prefix cache, used by requests or not
 
 
 class Outputs(Struct, tag=True):
@@ -98,6 +106,12 @@ class Outputs(Struct, tag=True):
 
     outputs: list[Output]
     statistics: Statistics | None = None
+
+
+class Flushed(Struct, tag=True):
+    """Answers FlushCache; not done: requests run or wait."""
+
+    done: bool
 
 
 class Limits(Struct):
@@ -191,20 +205,20 @@ def too_long(limits: Limits, requested: str, shorten: str, param: str) -> BadReq
 
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(Request | Abort | Vocabulary)
-_to_api = msgspec.msgpack.Decoder(Outputs | Ready | Failed | Alive)
+_to_engine = msgspec.msgpack.Decoder(Request | Abort | FlushCache | Vocabulary)
+_to_api = msgspec.msgpack.Decoder(Outputs | Ready | Failed | Alive | Flushed)
 
 
-def encode(message: Request | Abort | Vocabulary | Outputs | Ready | Failed | Alive) -> bytes:
+def encode(message: Request | Abort | FlushCache | Vocabulary | Outputs | Ready | Failed | Alive | Flushed) -> bytes:
     """The msgpack frame of a message."""
     return _encoder.encode(message)
 
 
-def decode_to_engine(frame: bytes) -> Request | Abort | Vocabulary:
+def decode_to_engine(frame: bytes) -> Request | Abort | FlushCache | Vocabulary:
     """Read a frame of the `requests` pipe. Raises msgspec.DecodeError or ValidationError when it is not one."""
     return _to_engine.decode(frame)
 
 
-def decode_to_api(frame: bytes) -> Outputs | Ready | Failed | Alive:
+def decode_to_api(frame: bytes) -> Outputs | Ready | Failed | Alive | Flushed:
     """Read a frame of the `outputs` pipe. Raises msgspec.DecodeError or ValidationError when it is not one."""
     return _to_api.decode(frame)

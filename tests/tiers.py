@@ -43,10 +43,16 @@ def select(items: Iterable[pytest.Item], tier: str) -> tuple[list[pytest.Item], 
 
 def draw(items: Iterable[pytest.Function], times: float, anew: bool) -> None:
     """Hypothesis tests get `times` as many examples; anew: other ones at each run. A failure prints its example."""
-    for test in {item.function for item in items if getattr(item.function, "is_hypothesis_test", False)}:
-        given = test._hypothesis_internal_use_settings
-        test._hypothesis_internal_use_settings = settings(
-            given, max_examples=max(1, int(times * given.max_examples)), derandomize=not anew, database=None)
+    def drawn(given: settings) -> settings:
+        count = max(1, int(times * given.max_examples))
+        return settings(given, max_examples=count, derandomize=not anew, database=None)
+
+    tests = [item for item in items if getattr(item.function, "is_hypothesis_test", False)]
+    machines = {item.cls for item in tests if hasattr(getattr(item, "cls", None), "settings")}
+    for test in {item.function for item in tests if getattr(item, "cls", None) not in machines}:
+        test._hypothesis_internal_use_settings = drawn(test._hypothesis_internal_use_settings)
+    for machine in machines:
+        machine.settings = drawn(machine.settings)
 
 
 def _is_slow(item: pytest.Item) -> bool:

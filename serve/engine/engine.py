@@ -45,6 +45,8 @@ from wave64.serve.messages import (
     Alive,
     BadRequest,
     Failed,
+    FlushCache,
+    Flushed,
     Limits,
     Output,
     Outputs,
@@ -155,7 +157,8 @@ class Engine:
         self._backends, self.is_gpu = rank.backends, rank.is_gpu
         pools = [PagePool(rank.num_pages, args.page_size) for _ in range(args.groups)]
         self.limits = Limits(self.config.context_length, pools[0].num_tokens, self.config.vocab_size)
-        self.schedulers = [Scheduler(pool, rank.max_running, self._prefill_budget(args)) for pool in pools]
+        self.schedulers = [Scheduler(pool, rank.max_running, self._prefill_budget(args), policy=args.schedule_policy,
+                                     reuse_prefixes=not args.disable_radix_cache) for pool in pools]  # fmt: skip
         self.scheduler, self.pool = self.schedulers[0], pools[0]  # all there is, but with data-parallel attention
         self._eos = frozenset(i for i in self.config.eos_token_ids if i < self.config.vocab_size)
         self.grammars = Grammars(self.config.vocab_size, self._eos)
@@ -214,6 +217,10 @@ class Engine:
         for scheduler in self.schedulers:
             scheduler.abort(rid)
 
+    def flush(self) -> bool:
+        """Empty the prefix cache, if no request is there; whether it was done."""
+        return not self.has_work and all([scheduler.flush() for scheduler in self.schedulers])
+
     def step(self) -> list[Output]:
         """Run one step, if there is work. What fails in it fails the requests that took part, and no others; among
         several ranks, whose states would differ from there on, it is raised."""
@@ -223,16 +230,17 @@ class Engine:
                 min(self.schedulers, key=len).add(seq)
             else:
                 outputs.append(Output(rid, [], "error", error=wrong))
-        scheduled = [scheduler.schedule() for scheduler in self.schedulers]
-        steps, samplings = [step for step, _ in scheduled], [sampling for _, sampling in scheduled]
+        steps = [scheduler.schedule() for scheduler in self.schedulers]
         if not any(step.rows for step in steps):
+            for scheduler in self.schedulers:
+                scheduler.drop()
             return outputs
         self._throughput.begin()
         self._steps += 1
         try:
             if self.team is not None:
                 self.team.begin(self._steps, steps)
-            sampled = self.runner.run_groups(steps, samplings)
+            sampled = self.runner.run_groups(steps, [scheduler.sampling() for scheduler in self.schedulers])
             peers.check()
         except Exception as error:
             if self.team is not None:
@@ -257,10 +265,10 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """The state of the engine between two steps."""
-        each = [(len(s.running), len(s.waiting), s.pool.num_pages - s.pool.num_free, s.pool.num_pages, s.preemptions)
-                for s in self.schedulers]  # fmt: skip
-        running, waiting, used, pages, preemptions = map(sum, zip(*each, strict=True))
-        return Statistics(running, waiting, used, pages, *self._totals, preemptions)
+        each = [(len(s.running), len(s.waiting), s.pool.num_pages - s.cache.num_available, s.pool.num_pages,
+                 s.preemptions, s.cached_tokens, s.cache.num_pages) for s in self.schedulers]  # fmt: skip
+        running, waiting, used, pages, *totals = map(sum, zip(*each, strict=True))
+        return Statistics(running, waiting, used, pages, *self._totals, *totals)
 
 
 def _config(folder: Path, args: ServerArgs) -> ModelConfig:
@@ -413,7 +421,8 @@ def _watchdog(args: ServerArgs, team: Team | None, tell: Callable[[Failed], None
 def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int, watchdog: Watchdog) -> None:
     while os.getppid() == parent:
         while inbox.poll(0 if engine.has_work else IDLE_POLL_MS):
-            _receive(engine, inbox.recv())
+            if answer := _receive(engine, inbox.recv()):
+                outbox.send(encode(answer))
         with watchdog.watching():
             outputs = engine.step()
         if outputs:
@@ -421,9 +430,12 @@ def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int, w
     log.info("the api process is gone; the engine ends")
 
 
-def _receive(engine: Engine, frame: bytes) -> None:
+def _receive(engine: Engine, frame: bytes) -> Flushed | None:
+    """Do what a message says; what is to be answered at once."""
     try:
         message = decode_to_engine(frame)
+        if isinstance(message, FlushCache):
+            return Flushed(engine.flush())
         if isinstance(message, Abort):
             engine.abort(message.rid)
         elif isinstance(message, Vocabulary):
@@ -432,6 +444,7 @@ def _receive(engine: Engine, frame: bytes) -> None:
             engine.add(message)
     except ValueError:  # of msgspec's or of add(): a defect of the sender, and no reason to fail the others
         log.exception("a message to the engine was dropped")
+    return None
 
 
 def emulation(args: ServerArgs) -> contextlib.AbstractContextManager[Any]:

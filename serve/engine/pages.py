@@ -1,22 +1,23 @@
-"""The page allocator: how many sequences hold each page of the KV pool. Pure Python: page numbers, no tensors."""
+"""The page allocator: which pages of the KV pool are free. Pure Python: page numbers, no tensors."""
 
 from __future__ import annotations
 
 
 class PagePool:
-    """Pages 0 .. num_pages - 1 of `page_size` tokens each. A page is free when nothing holds a reference to it."""
+    """Pages 0 .. num_pages - 1 of `page_size` tokens each. A page has one owner, a sequence or the prefix cache, or it
+    is free."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"PagePool: expected at least one page of one token, got {num_pages} of {page_size}")
         self.num_pages = num_pages
         self.page_size = page_size
-        self._references = [0] * num_pages
+        self._is_free = [True] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is likely still in cache
 
     @property
     def num_free(self) -> int:
-        """Pages without a reference."""
+        """Pages without an owner."""
         return len(self._free)
 
     @property
@@ -29,28 +30,18 @@ class PagePool:
         return -(-num_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free pages, with one reference each. Raises RuntimeError when fewer than that are free."""
+        """Take `count` free pages. Raises RuntimeError when fewer than that are free."""
         if count > len(self._free):
             raise RuntimeError(f"PagePool: {count} pages wanted, {len(self._free)} of {self.num_pages} free")
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
-            self._references[page] = 1
+            self._is_free[page] = False
         return pages
 
-    def retain(self, pages: list[int]) -> None:
-        """Add a reference to each of the pages, which another sequence holds. Raises RuntimeError at a free one."""
-        for page in pages:
-            self._check_held(page)
-            self._references[page] += 1
-
     def free(self, pages: list[int]) -> None:
-        """Drop one reference to each of the pages; a page without any is free. Raises RuntimeError at a free one."""
+        """Give pages back. Raises RuntimeError at one that is free already."""
         for page in pages:
-            self._check_held(page)
-            self._references[page] -= 1
-            if not self._references[page]:
-                self._free.append(page)
-
-    def _check_held(self, page: int) -> None:
-        if not self._references[page]:
-            raise RuntimeError(f"PagePool: expected a page that a sequence holds, got page {page}, which is free")
+            if self._is_free[page]:
+                raise RuntimeError(f"PagePool: expected a page that has an owner, got page {page}, which is free")
+            self._is_free[page] = True
+            self._free.append(page)

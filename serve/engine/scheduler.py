@@ -1,24 +1,32 @@
 """Which sequences take part in the next step, and with how many tokens. Pure Python: ints in, ints out.
 
-First come, first served. A step holds one token of every sequence that decodes, then prompt chunks up to a budget,
-the oldest prompt first; a prompt that does not finish within the budget ends the step, so first tokens leave in the
-order of arrival. When pages run out, the latest arrival that runs is preempted: its pages are freed and it goes back
-to the head of the queue, and what it has generated is recomputed as part of its prompt.
+A step holds one token of every sequence that decodes, then prompt chunks up to a budget, the oldest prompt first; a
+prompt that does not finish within the budget ends the step. Waiting sequences are let in first come, first served, or
+by how much of them the prefix cache has. When pages run out, the latest arrival that runs is preempted: it waits again,
+and what the prefix cache has not kept of its pages is recomputed, what it has generated as part of its prompt.
+
+Up to two steps may be on their way: the one that runs and the one scheduled behind it. What the first samples is not
+known yet when the second is scheduled; `Sequence.pending` counts it.
 """
 
 from __future__ import annotations
 
 import random
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from wave64.serve.engine.grammar import Grammar
 from wave64.serve.engine.pages import PagePool
-from wave64.serve.engine.schedule import Penalties, Sampled, Sampling, Schedule, Scored
+from wave64.serve.engine.prefix_cache import Node, PrefixCache
+from wave64.serve.engine.schedule import LAST_SAMPLED, Penalties, Sampled, Sampling, Schedule, Scored
 from wave64.serve.messages import Output, Request, TokenLogprob
 
 # A row of logits of a large vocabulary is half a megabyte: prompts whose logprobs are wanted go in small chunks.
 PROMPT_LOGITS_PER_STEP = 128
+LPM_WINDOW = 128  # so many of the oldest that wait are looked at for what the prefix cache has of them,
+MAX_OVERTAKES = 64  # and so many younger ones are let in before the oldest
 
 
 @dataclass(slots=True, eq=False)
@@ -30,9 +38,14 @@ class Sequence:
     random: random.Random  # its own stream, one number per sampled token
     tokens: list[int] = field(init=False)  # prompt and what was generated
     num_prompt: int = field(init=False)
-    computed: int = 0  # tokens whose keys and values are in the pool
+    max_tokens: int = field(init=False)  # prompt and all that it may generate; one is sampled even where none is wanted
+    arrival: int = -1  # its number among all that were added
+    computed: int = 0  # tokens whose keys and values the scheduled steps leave in its pages
+    pending: int = 0  # tokens that the scheduled steps sample, and which are not in `tokens` yet
     row: int = -1  # of the runner's page table; -1: waiting
     pages: list[int] = field(default_factory=list)
+    path: list[Node] = field(default_factory=list)  # its first pages, in the prefix cache; while it waits, a guess
+    cached_tokens: int = -1  # that it found in the prefix cache when it was first let in
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # of tokens[:len(...)]
     grammar: Grammar | None = None  # what the answer has to be, and how far it is
     finish_reason: str | None = None
@@ -42,6 +55,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.input_ids)
         self.num_prompt = len(self.tokens)
+        self.max_tokens = self.num_prompt + max(self.request.params.max_new_tokens, 1)
 
     @property
     def num_generated(self) -> int:
@@ -59,9 +73,16 @@ class Sequence:
         params = self.request.params
         return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
+    @property
+    def reusable(self) -> int:
+        """How many of its first tokens need not be computed if the prefix cache has them: logits are of what is."""
+        known = len(self.tokens) - 1
+        return min(known, len(self.prompt_logprobs) - 1) if self.scores_prompt else known
+
     def append(self, token: int) -> None:
         """Take the sampled token and see whether it is the last."""
         params = self.request.params
+        self.pending -= 1
         if params.max_new_tokens:
             self.tokens.append(token)
         if params.max_new_tokens and token in self.stop_ids:
@@ -74,22 +95,40 @@ class Sequence:
             self.finish_reason = "length"
 
 
-class Scheduler:
-    """schedule() -> (the runner runs) -> commit(sampled), again and again; add() and abort() in between.
+@dataclass(slots=True)
+class _Step:
+    """A step on its way: the sequences that take part, in its order, and how their tokens are chosen."""
 
-    Every sequence fits into the pool alone (add() refuses others), so the oldest one always makes progress, and no
-    sequence waits forever. Only commit() writes the results of a step to the sequences.
+    schedule: Schedule = field(default_factory=Schedule)
+    batch: list[Sequence] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    sampled: list[Sequence] = field(default_factory=list)  # in the order of `sampling`
+
+
+class Scheduler:
+    """schedule() -> the runner computes logits -> sampling() -> the runner samples -> commit(sampled), for one step
+    after another; schedule() may be called for the next one before this one's commit(), and add() and abort() at any
+    time.
+
+    Every sequence fits into the pool alone (add() refuses others), so the oldest one always makes progress once it
+    runs; while it waits, at most MAX_OVERTAKES others are let in before it. So no sequence waits forever. Only commit()
+    writes the results of a step to the sequences.
     """
 
-    def __init__(self, pool: PagePool, max_running: int, prefill_budget: int) -> None:
+    def __init__(self, pool: PagePool, max_running: int, prefill_budget: int, *, policy: str = "fcfs",
+                 reuse_prefixes: bool = True) -> None:  # fmt: skip
+        """policy: "fcfs", or "lpm": the longest prefix match goes first."""
         self.pool = pool
+        self.cache = PrefixCache(pool, reuse_prefixes)
         self.prefill_budget = prefill_budget  # prompt tokens per step
-        self.waiting: deque[Sequence] = deque()  # oldest first; all arrived later than all that run
+        self.waiting: deque[Sequence] = deque()  # oldest first
         self.running: list[Sequence] = []  # oldest first
-        self.preemptions = 0  # so far
-        self._step, self._sampling = Schedule(), Sampling()
-        self._batch: list[Sequence] = []  # of the scheduled step, in its order
-        self._sampled: list[Sequence] = []  # those of them that sample a token in it
+        self.preemptions = self.cached_tokens = 0  # so far
+        self._policy = policy
+        self._arrivals = 0
+        self._overtakes = 0  # sequences let in before the oldest that waits, since the last time that it was let in
+        self._steps: deque[_Step] = deque()  # on their way, oldest first
+        self._moved: list[tuple[int, int, list[int]]] = []  # entries of page tables for the next step to change
         self._live: dict[str, Sequence] = {}
         self._free_rows = list(range(max_running - 1, -1, -1))
 
@@ -108,35 +147,69 @@ class Scheduler:
             pool = self.pool.num_tokens
             raise ValueError(f"request {seq.request.rid!r}: {max_tokens} tokens do not fit a pool of {pool}")
         self._live[seq.request.rid] = seq
+        seq.arrival = self._arrivals
+        self._arrivals += 1
         self.waiting.append(seq)
 
     def abort(self, rid: str) -> Sequence | None:
         """Forget a request at once; None if there is none of that name."""
         seq = self._live.get(rid)
         if seq is not None:
+            seq.finish_reason = "abort"
             self._remove(seq)
         return seq
 
-    def schedule(self) -> tuple[Schedule, Sampling]:
-        """The next step, and how its tokens are chosen; a step without rows if there is nothing to do."""
-        self._step = step = Schedule()
-        self._batch, self._sampled = [], []
+    def flush(self) -> bool:
+        """Empty the prefix cache, if no request is there; whether it was done."""
+        if self._live:
+            return False
+        self.cache.clear()
+        return True
+
+    def schedule(self) -> Schedule:
+        """The next step; without rows if there is nothing to do. sampling() and commit(), or drop(), follow."""
+        self._steps.append(step := _Step())
+        step.schedule.pages, self._moved = self._moved, []
+        preemptions = self.preemptions
         self._add_decodes(step)
-        self._add_prompts(step)
-        self._sampling = self._sampling_of(step)
-        return step, self._sampling
+        self._add_prompts(step, can_admit=self.preemptions == preemptions)
+        return step.schedule
+
+    def sampling(self) -> Sampling:
+        """How the tokens of the step scheduled last are chosen: of its sequences that have not ended meanwhile. Every
+        step before it is committed."""
+        step = self._steps[-1]
+        sampling, end = step.sampling, 0
+        for i, (seq, start, count, wanted) in enumerate(
+            zip(step.batch, step.schedule.starts, step.schedule.counts, step.schedule.logits, strict=True)
+        ):
+            first, end = end, end + wanted
+            if not wanted or seq.finish_reason is not None:
+                continue
+            samples = start + count == len(seq.tokens)
+            if scored := wanted - samples:
+                known = len(seq.prompt_logprobs)
+                sampling.scored.append(
+                    Scored(i, first, seq.tokens[known : known + scored], max(seq.request.top_logprobs, 0)))
+            if samples:
+                step.sampled.append(seq)
+                _add_sampling(sampling, seq, end - 1)
+        return sampling
 
     def commit(self, sampled: Sampled) -> list[Output]:
-        """Write the results of the scheduled step to its sequences.
+        """Write the results of the oldest step on its way to its sequences, and hand full pages to the prefix cache.
 
         Returns what each sequence that sampled is answered; one that has a finish_reason now is already forgotten.
         """
-        for seq, count in zip(self._batch, self._step.counts, strict=True):
-            seq.computed += count
-        for run, entries in zip(self._sampling.scored, sampled.prompt_logprobs, strict=True):
-            self._batch[run.index].prompt_logprobs += entries
+        step = self._steps.popleft()
+        if self.cache.enabled:
+            self._keep_full_pages(step)
+        for run, entries in zip(step.sampling.scored, sampled.prompt_logprobs, strict=True):
+            step.batch[run.index].prompt_logprobs += entries
         outputs = []
-        for seq, token, logprob in zip(self._sampled, sampled.ids, sampled.logprobs, strict=True):
+        for seq, token, logprob in zip(step.sampled, sampled.ids, sampled.logprobs, strict=True):
+            if seq.finish_reason is not None:  # aborted
+                continue
             seq.append(token)
             if seq.finish_reason is not None:
                 self._remove(seq)
@@ -144,30 +217,42 @@ class Scheduler:
         return outputs
 
     def drop(self) -> list[Sequence]:
-        """The scheduled step failed: forget the sequences that took part in it, and return them."""
-        for seq in self._batch:
+        """The step scheduled last has failed, or is not run: forget the sequences that take part in it, and return
+        them."""
+        failed = [seq for seq in self._steps.pop().batch if seq.finish_reason is None]
+        for seq in failed:
+            seq.finish_reason = "error"
             self._remove(seq)
-        return self._batch
+        return failed
 
-    def _add_decodes(self, step: Schedule) -> None:
+    def _add_decodes(self, step: _Step) -> None:
+        batch, schedule = step.batch, step.schedule
         for seq in list(self.running):
             if seq.row < 0:
                 break  # preempted below, as everything younger was
-            if len(seq.tokens) - seq.computed == 1 and self._grow(seq, step):
-                self._batch.append(seq)
-        self._sampled = list(self._batch)
-        step.num_decodes = len(self._batch)
-        step.rows = [seq.row for seq in self._batch]
-        step.starts = [seq.computed for seq in self._batch]
-        step.tokens = [seq.tokens[-1] for seq in self._batch]
-        step.counts = [1] * len(self._batch)
-        step.logits = [1] * len(self._batch)
+            length = len(seq.tokens) + seq.pending
+            if length - seq.computed == 1 and length < seq.max_tokens and self._grow(seq, length, schedule):
+                batch.append(seq)
+        schedule.num_decodes = len(batch)
+        schedule.rows = [seq.row for seq in batch]
+        schedule.starts = [seq.computed for seq in batch]
+        schedule.tokens = [LAST_SAMPLED if seq.pending else seq.tokens[-1] for seq in batch]
+        schedule.counts = [1] * len(batch)
+        schedule.logits = [1] * len(batch)
+        for seq in batch:
+            seq.computed += 1
+            seq.pending += 1
 
-    def _add_prompts(self, step: Schedule) -> None:
+    def _add_prompts(self, step: _Step, can_admit: bool) -> None:
+        """can_admit: not where pages have run out in this step. So what is preempted waits until the step that runs is
+        committed."""
         budget, scored_budget = self.prefill_budget, PROMPT_LOGITS_PER_STEP
+        if self._policy == "lpm" and self._free_rows:
+            for seq in islice(self.waiting, LPM_WINDOW):
+                self.cache.match(seq.path, seq.tokens, seq.reusable)
         unfinished = [seq for seq in self.running if len(seq.tokens) - seq.computed > 1]
         while budget:
-            seq = unfinished.pop(0) if unfinished else self._admit(step)
+            seq = unfinished.pop(0) if unfinished else self._admit(step.schedule) if can_admit else None
             if seq is None:
                 return
             count = min(len(seq.tokens) - seq.computed, budget)
@@ -177,70 +262,95 @@ class Scheduler:
             if count:
                 self._take(seq, count, step)
                 budget -= count
-            if seq.computed + count < len(seq.tokens):
+            if seq.computed < len(seq.tokens):
                 return  # a younger one must not overtake it
 
-    def _take(self, seq: Sequence, count: int, step: Schedule) -> None:
+    def _take(self, seq: Sequence, count: int, step: _Step) -> None:
         """Put the next `count` tokens of a prompt into the step; their pages are there."""
         start, end = seq.computed, seq.computed + count
         samples = end == len(seq.tokens)
         logits = int(samples)
         if seq.scores_prompt:  # the logits at p give the logprob of token p + 1
             logits += max(0, min(end, seq.num_prompt - 1) - max(start, len(seq.prompt_logprobs) - 1))
-        step.rows.append(seq.row)
-        step.starts.append(start)
-        step.counts.append(count)
-        step.logits.append(logits)
-        step.tokens += seq.tokens[start:end]
-        self._batch.append(seq)
-        if samples:
-            self._sampled.append(seq)
+        schedule = step.schedule
+        schedule.rows.append(seq.row)
+        schedule.starts.append(start)
+        schedule.counts.append(count)
+        schedule.logits.append(logits)
+        schedule.tokens += seq.tokens[start:end]
+        step.batch.append(seq)
+        seq.computed = end
+        seq.pending += samples
 
-    def _sampling_of(self, step: Schedule) -> Sampling:
-        sampling, end = Sampling(), 0
-        for i, (seq, start, count, wanted) in enumerate(
-            zip(self._batch, step.starts, step.counts, step.logits, strict=True)
+    def _keep_full_pages(self, step: _Step) -> None:
+        size = self.pool.page_size
+        for seq, row, start, count in zip(
+            step.batch, step.schedule.rows, step.schedule.starts, step.schedule.counts, strict=True
         ):
-            first, end = end, end + wanted
-            samples = start + count == len(seq.tokens)
-            top = seq.request.top_logprobs
-            if scored := wanted - samples:
-                known = len(seq.prompt_logprobs)
-                sampling.scored.append(Scored(i, first, seq.tokens[known : known + scored], max(top, 0)))
-            if samples:
-                _add_sampling(sampling, seq, end - 1)
-        return sampling
+            full = (start + count) // size
+            if seq.row != row or full <= len(seq.path):  # it has ended or was preempted; or nothing is new
+                continue
+            for i in range(len(seq.path), full):
+                page = self.cache.insert(seq.path, tuple(seq.tokens[i * size : (i + 1) * size]), seq.pages[i])
+                if page != seq.pages[i]:
+                    seq.pages[i] = page
+                    self._moved.append((row, i, [page]))
 
-    def _grow(self, seq: Sequence, step: Schedule) -> bool:
+    def _grow(self, seq: Sequence, length: int, schedule: Schedule) -> bool:
         """Allocate the page that the newest token of `seq` needs, preempting the youngest; False if that was `seq`."""
-        if len(seq.tokens) <= len(seq.pages) * self.pool.page_size:
+        if length <= len(seq.pages) * self.pool.page_size:
             return True
-        while not self.pool.num_free:
+        while not self.cache.num_available:
             victim = self.running.pop()
             self.preemptions += 1
             self._release(victim)
             victim.computed = 0
-            self.waiting.appendleft(victim)
+            self._wait_again(victim)
             if victim is seq:
                 return False
-        step.pages.append((seq.row, len(seq.pages), new := self.pool.allocate(1)))
+        schedule.pages.append((seq.row, len(seq.pages), new := self.cache.allocate(1)))
         seq.pages += new
         return True
 
-    def _admit(self, step: Schedule) -> Sequence | None:
-        """Let the oldest waiting sequence run, with pages for all it has; None if it must wait."""
+    def _wait_again(self, victim: Sequence) -> None:
+        """Queue it before those that arrived later."""
+        place = 0
+        while place < len(self.waiting) and self.waiting[place].arrival < victim.arrival:
+            place += 1
+        self.waiting.insert(place, victim)
+
+    def _admit(self, schedule: Schedule) -> Sequence | None:
+        """Let the next waiting sequence run, with pages for all it has; None if it must wait."""
         if not self.waiting or not self._free_rows:
             return None
-        seq = self.waiting[0]
-        pages = self.pool.pages_for(len(seq.tokens))
+        seq = self._next()
+        self.cache.match(seq.path, seq.tokens, seq.reusable)
+        missing = self.pool.pages_for(len(seq.tokens)) - len(seq.path)
         # A page is left for each that runs, else the newcomer would be preempted as soon as they grow.
-        if pages + len(self.running) > self.pool.num_free:
+        wanted = missing + len(self.running)
+        if wanted > self.cache.num_available:
             return None
-        self.running.append(self.waiting.popleft())
+        self.cache.use(seq.path)
+        if wanted > self.cache.num_available:  # its own prefix was among what could have been evicted
+            self.cache.release(seq.path)
+            return None
+        self._overtakes = 0 if seq is self.waiting[0] else self._overtakes + 1
+        self.waiting.remove(seq)
+        insort(self.running, seq, key=lambda each: each.arrival)
         seq.row = self._free_rows.pop()
-        seq.pages = self.pool.allocate(pages)
-        step.pages.append((seq.row, 0, list(seq.pages)))
+        seq.pages = [node.page for node in seq.path] + self.cache.allocate(missing)
+        seq.computed = len(seq.path) * self.pool.page_size
+        if seq.cached_tokens < 0:
+            seq.cached_tokens = seq.computed
+            self.cached_tokens += seq.computed
+        schedule.pages.append((seq.row, 0, list(seq.pages)))
         return seq
+
+    def _next(self) -> Sequence:
+        """Which of the waiting sequences is let in next."""
+        if self._policy == "fcfs" or self._overtakes >= MAX_OVERTAKES:
+            return self.waiting[0]
+        return max(islice(self.waiting, LPM_WINDOW), key=lambda seq: len(seq.path))  # the oldest of several
 
     def _remove(self, seq: Sequence) -> None:
         del self._live[seq.request.rid]
@@ -252,7 +362,8 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         """Take back its pages and its row."""
-        self.pool.free(seq.pages)
+        self.pool.free(seq.pages[len(seq.path) :])
+        self.cache.release(seq.path)
         self._free_rows.append(seq.row)
         seq.pages, seq.row = [], -1
 
@@ -287,4 +398,6 @@ def _output(seq: Sequence, logprob: TokenLogprob | None) -> Output:
         output.logprobs = [logprob] if output.token_ids and logprob is not None else []
     if request.prompt_logprobs and seq.num_generated <= 1:
         output.prompt_logprobs = seq.prompt_logprobs
+    if seq.num_generated <= 1:
+        output.cached_tokens = seq.cached_tokens
     return output

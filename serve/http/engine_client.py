@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 
@@ -23,6 +24,8 @@ from wave64.serve.messages import (
     Abort,
     Alive,
     Failed,
+    FlushCache,
+    Flushed,
     Output,
     Ready,
     Request,
@@ -52,6 +55,7 @@ class EngineClient:
         self._heard = 0.0  # when the engine last spoke
         self._doing: str | None = None  # what rank 0 of several says of itself
         self._queues: dict[str, asyncio.Queue[Output | ApiError]] = {}  # by rid, one for all rids of a stream
+        self._flushes: deque[asyncio.Future[bool]] = deque()  # oldest first
         self._folder = tempfile.TemporaryDirectory(prefix="wave64-")
         self._context = zmq.Context()
         self._outputs = zmq.asyncio.Socket(  # pyright: ignore[reportGeneralTypeIssues]: pyzmq types `self` otherwise
@@ -110,6 +114,10 @@ class EngineClient:
                 self.ready = message
                 self.is_ready.set()
                 continue
+            if isinstance(message, Flushed):
+                if not (flush := self._flushes.popleft()).done():  # else its client has gone
+                    flush.set_result(message.done)
+                continue
             self.statistics = message.statistics or self.statistics
             for output in message.outputs:
                 if queue := self._queues.get(output.rid):  # else it was aborted meanwhile
@@ -161,8 +169,19 @@ class EngineClient:
             self._send(Abort(rid))
             queue.put_nowait(Output(rid, [], "abort"))
 
+    async def flush_cache(self) -> bool:
+        """Empty the engine's prefix cache; False where requests run or wait. Raises ApiError (503) as stream()."""
+        if self.lost is not None or self.ready is None:
+            raise ApiError("there is no engine", status=503)
+        self._flushes.append(answer := asyncio.get_running_loop().create_future())
+        self._send(FlushCache())
+        return await answer
+
     def fail_all(self, why: str) -> None:
         """End every stream with an error of status 503."""
+        for flush in self._flushes:
+            if not flush.done():
+                flush.set_exception(ApiError(why, status=503))
         for queue in set(self._queues.values()):
             queue.put_nowait(ApiError(why, status=503))
 
@@ -175,7 +194,7 @@ class EngineClient:
         """Send what is no request, before the requests that follow."""
         self._send(message)
 
-    def _send(self, message: Request | Abort | Vocabulary) -> None:
+    def _send(self, message: Request | Abort | FlushCache | Vocabulary) -> None:
         self._requests.send(encode(message))
 
     def kill(self) -> None:

@@ -67,6 +67,7 @@ class Choice:
         self.request = Request(uuid4().hex, prompt_ids, params, top_logprobs, prompt_logprobs, grammar)
         self.all = Delta()
         self.prompt_logprobs: list[TokenLogprob | None] = []
+        self.cached_tokens = 0  # of the prompt, in the engine's prefix cache
         self.finish_reason: str | None = None
         self.matched: int | str | None = None  # the stop token or stop string that ended it
         self.new = Delta()  # not yet streamed
@@ -82,6 +83,7 @@ class Choice:
         """Take what a step of the engine gave."""
         delta = Delta()
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        self.cached_tokens += output.cached_tokens
         for i, token in enumerate(output.token_ids):
             delta.token_ids.append(token)
             if output.logprobs:

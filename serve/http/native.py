@@ -78,7 +78,7 @@ class Generate:
             "finish_reason": _finish(choice),
             "prompt_tokens": len(choice.prompt_ids),
             "completion_tokens": len(choice.all.token_ids),
-            "cached_tokens": 0,  # there is no prefix cache
+            "cached_tokens": choice.cached_tokens,
             "e2e_latency": time.perf_counter() - self._started,
         }
         if self._has_logprobs[choice.index]:

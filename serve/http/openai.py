@@ -233,7 +233,8 @@ def usage(choices: list[Choice], n: int) -> Json:
     """Tokens of the prompts, each counted once, and of all choices so far."""
     prompt = sum(len(choice.prompt_ids) for choice in choices[::n])
     completion = sum(len(choice.all.token_ids) for choice in choices)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in choices[::n])}}
 
 
 def _envelope(job: Job, kind: str) -> Json:

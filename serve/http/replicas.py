@@ -93,6 +93,10 @@ class Replicas:
         for client in self._clients:
             client.abort(rid)
 
+    async def flush_cache(self) -> bool:
+        """As EngineClient.flush_cache, of every engine; whether all did."""
+        return all(await asyncio.gather(*(client.flush_cache() for client in self._clients)))
+
     def fail_all(self, why: str) -> None:
         """End every stream with an error of status 503."""
         for client in self._clients:

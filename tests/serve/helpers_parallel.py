@@ -25,7 +25,8 @@ def collect(engine: Any, *requests: Request) -> dict[str, Output]:
             joined.prompt_logprobs = joined.prompt_logprobs or output.prompt_logprobs
             joined.finish_reason, joined.matched_stop = output.finish_reason, output.matched_stop
             joined.error = output.error
-    assert engine.pool.num_free == engine.pool.num_pages
+            joined.cached_tokens += output.cached_tokens
+    assert engine.scheduler.cache.num_available == engine.pool.num_pages
     return whole
 
 

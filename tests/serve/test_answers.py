@@ -83,10 +83,11 @@ def test_each_choice_echoes_its_own_prompt_and_usage_counts_it_once(tokenizer):
 
 
 def test_usage_of_a_stream_that_has_only_begun():
-    choices = [SimpleNamespace(prompt_ids=[1] * n, all=SimpleNamespace(token_ids=[2] * k))
+    choices = [SimpleNamespace(prompt_ids=[1] * n, all=SimpleNamespace(token_ids=[2] * k), cached_tokens=n - 1)
                for n, k in ((3, 1), (3, 0), (5, 4), (5, 2))]  # fmt: skip
     told = usage(choices, 2)
     assert (told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]) == (8, 7, 15)
+    assert told["prompt_tokens_details"] == {"cached_tokens": 6}
 
 
 def test_a_logprob_of_minus_infinity_is_json(tokenizer):

@@ -65,7 +65,7 @@ def test_a_bad_flag_is_one_line(argv, words, capsys):
     assert said.count("\n") == 1
 
 
-RECIPE = ["--trust-remote-code", "--enable-torch-compile", "--torch-compile-max-bs", "8", "--disable-radix-cache",
+RECIPE = ["--trust-remote-code", "--enable-torch-compile", "--torch-compile-max-bs", "8", "--enable-mixed-chunk",
           "--nnodes", "1", "--node-rank", "0", "--attention-backend=aiter", "--page-size", "32",
           "--schedule-conservativeness", "0.3"]  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_flags_of_recipes_that_change_nothing_are_taken_and_named():
     said = without_effect(RECIPE)
     assert "--trust-remote-code: changes nothing here, the code of a checkpoint is never run" in said
     assert {line.split(":")[0] for line in said} == {
-        "--trust-remote-code", "--enable-torch-compile", "--torch-compile-max-bs", "--disable-radix-cache",
+        "--trust-remote-code", "--enable-torch-compile", "--torch-compile-max-bs", "--enable-mixed-chunk",
         "--attention-backend", "--schedule-conservativeness"}  # fmt: skip
     assert without_effect(["--page-size", "32"]) == []
 
@@ -101,5 +101,5 @@ def test_a_repeatable_flag_keeps_all_its_values():
 def test_python_gets_the_same_checks():
     with pytest.raises(ArgsError, match="--dtype: expected one of"):
         ServerArgs(dtype="int8")
-    with pytest.raises(ArgsError, match="--schedule-policy: expected one of fcfs, got 'lpm'"):
-        ServerArgs(schedule_policy="lpm")
+    with pytest.raises(ArgsError, match="--schedule-policy: expected one of fcfs, lpm, got 'dfs'"):
+        ServerArgs(schedule_policy="dfs")

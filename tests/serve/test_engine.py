@@ -21,6 +21,8 @@ from wave64.serve.messages import (
     Abort,
     Alive,
     Failed,
+    FlushCache,
+    Flushed,
     Outputs,
     Ready,
     Request,
@@ -365,7 +367,7 @@ class Process:
         self.process = multiprocessing.get_context("spawn").Process(target=run_engine, args=(args, *ends), daemon=True)
         self.process.start()
 
-    def receive(self) -> Outputs | Ready | Failed | Alive:
+    def receive(self) -> Outputs | Ready | Failed | Alive | Flushed:
         assert self.outputs.poll(60_000), "the engine process said nothing for a minute"
         return decode_to_api(self.outputs.recv())
 
@@ -417,6 +419,14 @@ def test_engine_process(start, llama, device, expected):
     assert last.prompt_tokens >= sum(map(len, PROMPTS))
     assert last.generated_tokens >= 64 * len(PROMPTS)
     assert statistics == sorted(statistics, key=lambda each: each.generated_tokens)
+    assert last.pages_cached > 0
+    engine.requests.send(encode(FlushCache()))
+    assert engine.receive() == Flushed(True)
+    engine.requests.send(encode(request("runs", [1])))
+    engine.requests.send(encode(FlushCache()))
+    while not isinstance(flushed := engine.receive(), Flushed):
+        pass
+    assert not flushed.done
     engine.process.terminate()
     engine.process.join(30)
     assert engine.process.exitcode == 0

@@ -1,4 +1,4 @@
-"""The page allocator: a page is free when the last sequence that holds it lets it go."""
+"""The page allocator: a page has one owner, or is free."""
 
 import pytest
 from hypothesis import given
@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from wave64.serve.engine.pages import PagePool
 
 
-@given(st.integers(1, 40), st.lists(st.tuples(st.sampled_from(["allocate", "retain", "free"]), st.integers(0, 12))))
-def test_a_page_is_free_when_its_last_holder_lets_it_go(num_pages, actions):
+@given(st.integers(1, 40), st.lists(st.tuples(st.sampled_from(["allocate", "free"]), st.integers(0, 12))))
+def test_a_page_has_one_owner_or_is_free(num_pages, actions):
     pool, held = PagePool(num_pages, 4), []
     for action, number in actions:
         if action == "allocate" and number <= pool.num_free:
@@ -16,10 +16,6 @@ def test_a_page_is_free_when_its_last_holder_lets_it_go(num_pages, actions):
             assert len(new) == number
             assert not {*new} & {page for pages in held for page in pages}, "nothing held a new page"
             held.append(new)
-        elif action == "retain" and held:  # a sequence that begins as another one does
-            prefix = held[number % len(held)][: number + 1]
-            pool.retain(prefix)
-            held.append(prefix)
         elif action == "free" and held:
             pool.free(held.pop(number % len(held)))
         pages = {page for pages in held for page in pages}
@@ -27,13 +23,12 @@ def test_a_page_is_free_when_its_last_holder_lets_it_go(num_pages, actions):
         assert pool.num_free == num_pages - len(pages)
 
 
-def test_a_free_page_is_neither_freed_nor_retained():
+def test_a_free_page_is_not_freed():
     pool = PagePool(3, 16)
     pages = pool.allocate(2)
     pool.free(pages)
-    for verb in (pool.free, pool.retain):
-        with pytest.raises(RuntimeError, match=f"got page {pages[0]}, which is free"):
-            verb(pages)
+    with pytest.raises(RuntimeError, match=f"got page {pages[0]}, which is free"):
+        pool.free(pages)
     assert pool.num_free == 3
 
 

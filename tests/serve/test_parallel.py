@@ -145,6 +145,19 @@ def test_so_do_two_groups_that_attend_to_requests_of_their_own(pool, folders, al
     assert answers["0"].token_ids == alone(name)["0"].token_ids
 
 
+def test_each_group_of_ranks_has_a_prefix_cache_of_its_own(pool, folders):
+    """Eight requests begin alike. Each group computes their first two pages once: of the four that it serves one after
+    the other, three find them."""
+    flags = TINY | dict(model_path=folders("deepseek-v3"), max_total_tokens=64)
+    asked = [Request(f"{i}", [*PROMPTS[2][:9], i], SamplingParams(**GREEDY)) for i in range(8)]
+    split = dict(tp_size=2, dp_size=2, enable_dp_attention=True, max_running_requests=2)
+    answers, statistics = pool.run(flags | split, asked)
+    assert statistics.cached_tokens == 2 * 3 * 8
+    expected, fresh = pool.run(flags | dict(disable_radix_cache=True), asked)
+    assert fresh.cached_tokens == 0
+    same(answers, expected)
+
+
 @pytest.mark.parametrize(("name", "flags", "words"), [
     ("llama-gqa", dict(tp_size=3), "--tp-size: num_attention_heads, 4, can be split over 1, 2, 4 ranks, got 3"),
     ("llama-kv6", dict(tp_size=4), "--tp-size: num_key_value_heads, 6, can be split over 1, 2, 3, 6 ranks, got 4"),

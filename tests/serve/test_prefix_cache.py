@@ -1,0 +1,249 @@
+"""The prefix cache: a state machine over scheduler, pages and tree; what is shared, evicted and said; and models."""
+
+import pytest
+from helpers_scheduler import PAGE, World, alone, nodes_of
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from wave64.serve.engine import scheduler as scheduler_module
+from wave64.serve.engine.pages import PagePool
+from wave64.serve.engine.prefix_cache import PrefixCache
+
+OVERTAKES = 3
+
+
+class Engine(RuleBasedStateMachine):
+    """Requests come, go on where an earlier one ended, and are aborted; steps run, overlap and fail. At the end all
+    have said what they say alone."""
+
+    @initialize(num_pages=st.integers(10, 20), max_running=st.integers(1, 5), budget=st.integers(1, 30),
+                overlap=st.booleans(), policy=st.sampled_from(["fcfs", "lpm"]),
+                reuse=st.sampled_from([True] * 3 + [False]))  # fmt: skip
+    def start(self, num_pages, max_running, budget, overlap, policy, reuse):
+        self.world = World(num_pages, max_running, budget, overlap, policy, reuse)
+        self.asked, self.ended = {}, set()
+
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=18), max_new=st.integers(0, 20), scored=st.booleans())
+    def add(self, prompt, max_new, scored):
+        rid = f"r{len(self.asked)}"
+        self.asked[rid] = prompt, max_new, scored
+        self.world.add(rid, prompt, max_new, scored)
+
+    @precondition(lambda self: any(len(prompt) + len(self.world.generated.get(rid, ())) < 18
+                                   for rid, (prompt, *_) in self.asked.items()))
+    @rule(data=st.data(), new=st.integers(1, 3), max_new=st.integers(0, 16))
+    def go_on(self, data, new, max_new):
+        """The next turn of a chat."""
+        texts = [[*prompt, *self.world.generated.get(rid, ())] for rid, (prompt, *_) in self.asked.items()]
+        text = data.draw(st.sampled_from([text for text in texts if len(text) < 18]))
+        self.add(text + [1] * new, max_new, False)
+
+    @rule(times=st.integers(1, 8))
+    def step(self, times):
+        for _ in range(times):
+            self.world.step()
+
+    @precondition(lambda self: len(self.world.scheduler))
+    @rule(data=st.data())
+    def abort(self, data):
+        rid = data.draw(st.sampled_from(sorted(self.world.scheduler._live)))
+        self.world.scheduler.abort(rid)
+        self.ended.add(rid)
+
+    @precondition(lambda self: len(self.world.scheduler))
+    @rule()
+    def fail(self):
+        """The next step raises, once it has changed the page tables."""
+        step = self.world.scheduler.schedule()
+        self.world._forward(step)
+        self.world._commit()
+        self.ended |= {seq.request.rid for seq in self.world.scheduler.drop()}
+
+    @rule()
+    def flush(self):
+        done = self.world.scheduler.flush()
+        assert done == (not len(self.world.scheduler))
+        assert not done or self.world.scheduler.cache.num_pages == 0
+
+    @invariant()
+    def pages_are_accounted_for(self):
+        if hasattr(self, "world"):
+            self.world.check_pages()
+
+    def teardown(self):
+        if not hasattr(self, "world"):
+            return
+        for _ in range(2000):
+            if not self.world.has_work:
+                break
+            self.step(1)
+        self.world.check_end()
+        passed = 0
+        for rid, oldest in self.world.let_in:
+            passed = 0 if rid == oldest else passed + 1
+            assert passed <= OVERTAKES, "the oldest would wait for ever"
+        for rid, (prompt, max_new, scored) in self.asked.items():
+            got, expected = self.world.generated.get(rid, []), alone(prompt, max_new)
+            assert got == expected[: len(got)]
+            if rid not in self.ended:
+                assert got == expected
+                assert not scored or self.world.prompt_scores[rid] == [None, *prompt[1:]]
+
+
+@pytest.fixture(autouse=True)
+def few_overtakes(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "MAX_OVERTAKES", OVERTAKES)
+
+
+class TestEngine(Engine.TestCase):
+    settings = settings(deadline=None, max_examples=60, stateful_step_count=25)
+
+
+def chat(world: World, rid: str, prompt: list[int], max_new: int = 4) -> list[int]:
+    """Run one request alone; prompt and answer."""
+    world.add(rid, prompt, max_new)
+    world.run()
+    return prompt + world.generated[rid]
+
+
+def prompt_without_stop(length: int, max_new: int = 4, first: int = 0) -> list[int]:
+    """One whose answer has max_new tokens."""
+    return next(text for start in range(first, first + 900, 100)
+                if len(alone(text := list(range(start, start + length)), max_new)) == max_new)
+
+
+def test_a_second_turn_computes_only_what_is_new():
+    """Answers are kept, too: of 13 + 4 tokens 16 have keys, four full pages."""
+    world = World(num_pages=50, max_running=4, budget=100)
+    text = chat(world, "a", prompt_without_stop(13))
+    assert len(text) == 17
+    assert world.cached["a"] == 0
+    before = world.computed
+    chat(world, "b", [*text, 3, 3], 1)
+    assert (world.cached["b"], world.computed - before) == (16, 3)
+    chat(world, "c", [*text[:11], 99], 1)
+    assert world.cached["c"] == 8, "whole pages, up to the first token that differs"
+    assert world.scheduler.cached_tokens == 24
+
+
+def test_the_last_token_is_always_computed():
+    """Its logits are wanted."""
+    world = World(num_pages=50, max_running=4, budget=100)
+    for rid, cached in (("a", 0), ("b", 4), ("c", 4)):
+        chat(world, rid, list(range(8)), 1)
+        assert world.cached[rid] == cached
+
+
+def test_prompt_logprobs_are_computed_of_cached_prompts_too():
+    world = World(num_pages=50, max_running=4, budget=100)
+    chat(world, "a", list(range(12)))
+    world.add("b", list(range(12)), 1, scored=True)
+    world.run()
+    assert (world.cached["b"], world.prompt_scores["b"]) == (0, [None, *range(1, 12)])
+
+
+def test_what_was_used_last_is_evicted_last_and_leaves_first():
+    pool = PagePool(6, PAGE)
+    cache = PrefixCache(pool)
+
+    def insert(*keys: int) -> list:
+        path = []
+        cache.match(path, [token for key in keys for token in [key] * PAGE], len(keys) * PAGE)
+        cache.use(path)
+        for key in keys[len(path) :]:
+            cache.insert(path, (key,) * PAGE, cache.allocate(1)[0])
+        cache.release(path)
+        return path
+
+    old, new = insert(1, 2, 3), insert(1, 4)
+    assert (cache.num_pages, cache.num_available) == (4, 6)
+    insert(1, 2)  # younger than 4 now; 3 is the oldest
+    evicted = []
+    while cache.num_unused:
+        cache.allocate(pool.num_free + 1)
+        evicted += [node.key[0] for node in (*old, new[-1]) if node.page < 0 and node.key[0] not in evicted]
+    assert evicted == [3, 4, 2, 1]
+    with pytest.raises(RuntimeError, match="1 pages wanted, 0 available"):
+        cache.allocate(1)
+
+
+def test_tokens_of_equal_hash_are_not_taken_for_each_other():
+    """hash(-1) == hash(-2) in CPython, so do the tuples of them."""
+    pool = PagePool(4, 2)
+    cache = PrefixCache(pool)
+    assert hash((-1, 5)) == hash((-2, 5))
+    cache.insert([], (-1, 5), pool.allocate(1)[0])
+    cache.match(path := [], [-2, 5, 0], 2)
+    assert path == []
+    cache.match(path, [-1, 5, 0], 2)
+    assert len(path) == 1
+
+
+def test_pages_in_use_are_not_evicted():
+    world = World(num_pages=8, max_running=4, budget=100)
+    chat(world, "a", list(range(12)), 0)
+    world.add("b", [*range(12), 1], 0)  # uses three pages of the tree, and one more
+    world.scheduler.schedule()
+    cache = world.scheduler.cache
+    assert (cache.num_unused, cache.num_available) == (0, 4)
+    with pytest.raises(RuntimeError, match="5 pages wanted, 4 available"):
+        cache.allocate(5)
+
+
+def test_two_that_compute_the_same_share_pages_afterwards():
+    world = World(num_pages=40, max_running=4, budget=100)
+    for rid in "ab":
+        world.add(rid, list(range(12)), 8)
+    world.step()
+    pages = [seq.pages[:3] for seq in world.scheduler.running]
+    assert pages[0] == pages[1]
+    world.run()
+    assert world.generated["a"] == world.generated["b"] == alone(list(range(12)), 8)
+
+
+def test_a_preempted_sequence_finds_what_it_had_computed():
+    """Two grow in ten pages; the younger is preempted, waits, and takes up the pages that were not given away."""
+    world = World(num_pages=10, max_running=4, budget=100)
+    for first, rid in ((0, "a"), (1000, "b")):
+        world.add(rid, prompt_without_stop(10, 20, first), 20)
+    while not world.scheduler.preemptions:
+        world.step()
+    victim, = world.scheduler.waiting
+    had = len(victim.tokens) - 1
+    while victim.row < 0:
+        before = len(nodes_of(world.scheduler.cache._root))
+        step = world.step()
+    assert before > 0
+    assert max(step.starts) > 0
+    assert victim.cached_tokens == 0, "it is what the first prompt found"
+    assert sum(step.counts) < had
+    world.run()
+
+
+def test_without_reuse_nothing_is_kept():
+    world = World(num_pages=20, max_running=4, budget=100, reuse=False)
+    for rid in "ab":
+        chat(world, rid, list(range(12)))
+    assert world.cached == {"a": 0, "b": 0}
+    assert world.pool.num_free == 20
+
+
+@pytest.mark.parametrize(("policy", "order"), [("fcfs", "abc"), ("lpm", "bca")])
+def test_lpm_lets_in_first_what_is_cached(policy, order):
+    world = World(num_pages=100, max_running=1, budget=100, policy=policy)
+    chat(world, "0", list(range(20)))
+    for rid, prompt in (("a", [90] * 20), ("b", [*range(18), 91]), ("c", [*range(10), 92])):
+        world.add(rid, prompt, 2)
+    world.run()
+    assert "".join(world.first_tokens[1:]) == order
+
+
+def test_lpm_passes_over_the_oldest_a_few_times_only():
+    world = World(num_pages=100, max_running=1, budget=100, policy="lpm")
+    chat(world, "0", list(range(20)))
+    world.add("old", [90] * 20, 2)
+    for i in range(2 * OVERTAKES):
+        world.add(f"n{i}", [*range(18), i], 2)
+    world.run()
+    assert [rid for rid, _ in world.let_in].index("old") == 1 + OVERTAKES
