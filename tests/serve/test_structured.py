@@ -193,7 +193,7 @@ def test_preempted_sequences_go_on_in_their_grammars(model_folder, vocabulary):
         engine.add(Request("free", [5, 6], SamplingParams(max_new_tokens=40, seed=1, ignore_eos=True)))
         answers.append(drain(engine))
         assert (engine.statistics().preemptions > 0) == preempted
-        assert engine.pool.num_free == engine.pool.num_pages
+        assert engine.scheduler.cache.num_available == engine.pool.num_pages
     assert answers[0] == answers[1]
     tokenizer = Tokenizer(model_folder)
     for rid in range(4):
