@@ -6,7 +6,7 @@ Three terms, one after another: what one rank reads from memory at AMD's peak ba
 that a batch is expected to choose, and the KV cache), its products at AMD's peak rates where those take longer, and the
 collectives, interpolated in published times of RCCL inside a graph and of a custom all-reduce. Left out: launches and
 what lies between them, norms, routing and sampling, waiting inside kernels, falling clocks, the host. So a step is
-slower than the sum; what is published beside it says by how much today's engines are.
+slower than the sum; what is published next to it says by how much today's engines are.
 """
 
 import argparse
