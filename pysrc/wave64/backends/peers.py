@@ -33,7 +33,6 @@ log = logging.getLogger("wave64")
 
 TIMEOUT_S = 60.0     # of a wait in a kernel
 SELF_TEST_S = 0.4    # of a wait, for each protocol: 2 s for all
-EMULATED_S = 300.0   # the same on an emulated device, which takes its time
 MAX_RANKS = 8
 STATUS_BYTES = 64
 LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
@@ -68,12 +67,13 @@ class Peers:
         self.wait_at_most(self.timeout_s)
 
     def wait_at_most(self, seconds: float) -> None:
-        """Bounds waits in kernels that are launched from here on; graphs keep what they captured."""
-        arch = platform.arch()
+        """Bounds waits in kernels that are launched from here on; graphs keep what they captured. On an emulated device
+        the emulator bounds launches: it has no clock of the device's."""
+        arch, emulated = platform.arch(), platform.emulated() is not None
         per_second = 100e6 if arch is not None and arch.name.startswith("gfx") else 1e9
         self.timeout_s = seconds
         self.fields = {"arenas": self.arenas, "rank": self.group.rank, "world": self.group.size,
-                       "status": self.record[1], "timeout": int(seconds * per_second)}
+                       "status": self.record[1], "timeout": 0 if emulated else int(seconds * per_second)}
 
     def protocol(self, size: int) -> int:
         """How to exchange messages of `size` bytes."""
@@ -148,7 +148,7 @@ def connect(group: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> s
     why = _refused(group) or _connect(group, device)
     if why is None:
         found = of(group)
-        why = _agree(group, _self_test(found, device))
+        why = _self_test(found, device)
         found.wait_at_most(timeout_s)
     if why is not None:
         disconnect(group, why)
@@ -225,17 +225,25 @@ def _identity(device: torch.device) -> tuple[str, str]:
 def _connect(group: str, device: torch.device) -> str | None:
     """Makes the group known as `Peers`, not yet tested; or why not."""
     made = _Made(distributed.member(group))
-    why = _agree(group, made.attempt(lambda: made.allocate(device)))
+    why = _agree(group, _attempt(lambda: made.allocate(device)))
     if why is None:
         said = _all(group, (*_identity(device), made.handle))
-        why = _apart(said) or _agree(group, made.attempt(lambda: _unreachable(said, device)))
+        why = _apart(said) or _agree(group, _attempt(lambda: _unreachable(said, device)))
         if why is None:
-            why = _agree(group, made.attempt(lambda: made.map([handle for *_, handle in said], device)))
+            why = _agree(group, _attempt(lambda: made.map([handle for *_, handle in said], device)))
     if why is not None:
         made.undo()
         return why
-    _KNOWN[group] = Peers(made.group, tuple(made.arenas), made.record, _self_test_s(), made.release)
+    _KNOWN[group] = Peers(made.group, tuple(made.arenas), made.record, SELF_TEST_S, made.release)
     return None
+
+
+def _attempt(act: Callable[[], str | None]) -> str | None:
+    """What `act` says, or what it raises: the other ranks wait to hear it."""
+    try:
+        return act()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class _Made:
@@ -244,13 +252,6 @@ class _Made:
     def __init__(self, group: Group):
         self.group, self.arenas, self.handle, self.record = group, [0] * group.size, b"", (0, 0)
         self.release: list[Callable[[], object]] = []
-
-    def attempt(self, act: Callable[[], str | None]) -> str | None:
-        """What `act` says, or what it raises: the other ranks wait to hear it."""
-        try:
-            return act()
-        except Exception as error:
-            return " ".join(str(error).split())
 
     def allocate(self, device: torch.device) -> str | None:
         if why := _missing(device):
@@ -299,27 +300,31 @@ def _unreachable(said: list[tuple[str, str, bytes]], device: torch.device) -> st
     return None
 
 
-def _self_test_s() -> float:
-    return SELF_TEST_S if platform.emulated() is None else EMULATED_S
-
-
 def _self_test(peers: Peers, device: torch.device) -> str | None:
-    """Add something up by each protocol of the group's table; None, or what is wrong."""
-    rank, size = peers.group.rank, peers.group.size
-    try:
-        for protocol in dict.fromkeys(protocol for _, protocol in peers._rows):
-            x = torch.arange(517, device=device, dtype=torch.float32).add_(rank)
-            out = torch.full_like(x, float("nan"))
-            launch_all_reduce(peers, x, out, protocol)
-            wanted = torch.arange(517, dtype=torch.float32).mul_(size).add_(size * (size - 1) // 2)
+    """Add something up by each protocol of the group's table; None, or what is wrong, the same on all ranks."""
+    group, size = peers.group.name, peers.group.size
+    protocols = list(dict.fromkeys(protocol for _, protocol in peers._rows))
+    wanted = torch.arange(517, dtype=torch.float32).mul_(size).add_(size * (size - 1) // 2)
+    made: list[Tensor] = []
+
+    def prepare() -> None:
+        """What takes long the first time, so that the ranks' launches come at the same time."""
+        made.append(torch.arange(517, dtype=torch.float32).add_(peers.group.rank).to(device))
+        made.extend(torch.full_like(made[0], float("nan")) for _ in protocols)
+        hip._hip.load("all_reduce")
+
+    def add_up() -> str | None:
+        for protocol, out in zip(protocols, made[1:], strict=True):
+            launch_all_reduce(peers, made[0], out, protocol)
             got = out.cpu()
             peers.check()
             if not torch.equal(got, wanted):
                 wrong = int((got != wanted).sum())
                 return f"the self-test of {PROTOCOLS[protocol]}: {wrong} of {got.numel()} sums are wrong"
-    except (RuntimeError, ValueError) as error:
-        return f"the self-test: {' '.join(str(error).split())}"
-    return None
+        return None
+
+    with _on(device):
+        return _agree(group, _attempt(prepare)) or _agree(group, _attempt(add_up))
 
 
 def launch_all_reduce(peers: Peers, x: Tensor, out: Tensor, protocol: int) -> None:
