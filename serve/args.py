@@ -17,7 +17,6 @@ from wave64.arch import EMULATED
 #: What the server imports in addition to what wave64 itself needs.
 PACKAGES = ("fastapi", "huggingface_hub", "jinja2", "msgspec", "pydantic", "safetensors", "tokenizers", "transformers",
             "uvicorn", "zmq")
-LOG_FORMAT = "[%(asctime)s] %(message)s"  # of both processes
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -41,6 +40,12 @@ class ServerArgs:
     revision: str | None = _flag(None, "branch, tag or commit, when the model is a hub name", kind=str)
     host: str = _flag("127.0.0.1", "address to listen on")
     port: int = _flag(30000, "port to listen on")
+    cors_allow_origins: Sequence[str] = _flag(
+        (), "an origin whose pages may ask, or *; may be given several times", kind=str)  # fmt: skip
+    ssl_keyfile: str | None = _flag(None, "the key of --ssl-certfile, if that does not hold it", kind=str)
+    ssl_certfile: str | None = _flag(None, "the server's certificate: speak HTTPS", kind=str)
+    ssl_ca_certs: str | None = _flag(None, "certificates by which clients' own are checked", kind=str)
+    ssl_keyfile_password: str | None = _flag(None, "what --ssl-keyfile is encrypted with", kind=str)
     api_key: str | None = _flag(None, "if given, requests must carry it as a bearer token", kind=str)
     served_model_name: str | None = _flag(None, "name in /v1/models; default: the model path", kind=str)
     chat_template: str | None = _flag(None, "a Jinja chat template file, in place of the tokenizer's", kind=str)
@@ -74,6 +79,8 @@ class ServerArgs:
     )
     max_total_tokens: int | None = _flag(None, "size of the KV pool; default: from --mem-fraction-static", kind=int)
     max_running_requests: int = _flag(256, "requests in one batch")
+    max_queued_requests: int | None = _flag(None, "requests that may wait; more are answered with status 429; default: "
+                                                  "any number", kind=int)  # fmt: skip
     page_size: int = _flag(16, "tokens per KV page")
     kv_cache_dtype: str = _flag("auto", "auto: the model's; fp8_e4m3: the device's", choices=("auto", "fp8_e4m3"))
     chunked_prefill_size: int | None = _flag(
@@ -96,6 +103,7 @@ class ServerArgs:
     stream_interval: int = _flag(1, "tokens per streamed event")
     skip_server_warmup: bool = _flag(False, "be ready without having generated one token first")
     log_level: str = _flag("info", "lowest level that is logged", choices=LEVELS)
+    log_format: str = _flag("text", "json: an object per line", choices=("text", "json"))
     log_level_http: str | None = _flag(None, "the same, of the access log; warning: none; default: --log-level",
                                        choices=LEVELS, kind=str)  # fmt: skip
     watchdog_timeout: float | None = _flag(
@@ -106,6 +114,9 @@ class ServerArgs:
 
     def __post_init__(self) -> None:
         self.ignore_config_key = tuple(self.ignore_config_key)
+        self.cors_allow_origins = tuple(self.cors_allow_origins)
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ArgsError("--ssl-certfile: expected the certificate that --ssl-keyfile belongs to, got none")
         if not 1 <= self.port <= 65535:
             raise ArgsError(f"--port: expected 1 to 65535, got {self.port}")
         share = self.mem_fraction_static
@@ -115,7 +126,7 @@ class ServerArgs:
             self._at_least_one("chunked_prefill_size")
         for name in (
             "tp_size", "ep_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "max_running_requests",
-            "page_size", "max_prefill_tokens", "stream_interval", "timeout_keep_alive",
+            "page_size", "max_prefill_tokens", "stream_interval", "timeout_keep_alive", "max_queued_requests",
         ):  # fmt: skip
             self._at_least_one(name)
         for name in ("watchdog_timeout", "rank_timeout"):
@@ -217,6 +228,7 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
         "takes no part" if find_spec("mscclpp") else "is missing")),
     "--enable-aiter-allreduce-fusion": (None, "a sum over ranks and the norm of it are one kernel anyway"),
     "--enable-p2p-check": (None, "ranks find out at the start whether they reach each other's memory"),
+    "--enable-metrics": (None, "/metrics is served in any case"),
     "--decode-log-interval": (int, "a busy engine logs its throughput every few seconds"),
 }
 #: Flags that are taken with one value.
@@ -260,7 +272,7 @@ def _parser() -> _Parser:
         if about["kind"] is bool:
             how["action"] = "store_true"
         elif item.default == ():
-            how |= {"action": "append", "default": [], "metavar": "KEY"}
+            how |= {"action": "append", "default": [], "metavar": "NAME"}
         else:
             how |= {"type": about["kind"], "choices": about["choices"] or None}
             how["metavar"] = None if about["choices"] else about["kind"].__name__.upper()

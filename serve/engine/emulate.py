@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 
 import wave64
 from wave64.arch import EMULATED
-from wave64.serve.args import LOG_FORMAT, ArgsError, ServerArgs
+from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.engine import SAID_IN_WORDS, Engine
+from wave64.serve.logs import LINE
 from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.model_path import resolve_model_path
 from wave64.testing.step_cost import LEFT_OUT, Step, StepCosts, table
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=8, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--log-level", default="warning", help="lowest level that is logged (default: %(default)s)")
     own, rest = parser.parse_known_args(argv)
-    logging.basicConfig(level=own.log_level.upper(), format=LOG_FORMAT)
+    logging.basicConfig(level=own.log_level.upper(), format=LINE)
     flags = ["--model-path", own.model_path, "--device", own.device, "--log-level", own.log_level]
     torch.set_num_threads(1)
     try:

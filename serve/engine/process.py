@@ -9,9 +9,10 @@ from typing import NoReturn
 
 import zmq
 
-from wave64.serve.args import LOG_FORMAT, ServerArgs
+from wave64.serve.args import ServerArgs
 from wave64.serve.engine.follower import Place, end_with, follow
 from wave64.serve.engine.watchdog import dump_stacks_on_signal
+from wave64.serve.logs import configure
 from wave64.serve.messages import Failed, encode
 
 
@@ -24,9 +25,9 @@ def main() -> None:
     if "place" in settings:
         place = Place(**settings["place"] | {"control": tuple(settings["place"]["control"])})
         level = args.log_level if args.log_level == "debug" else "warning"  # rank 0 says what holds for all
-        logging.basicConfig(level=level.upper(), format=f"rank {place.rank}: {LOG_FORMAT}", stream=sys.stdout)
+        configure(level, args.log_format, f"rank {place.rank}: ")
         _exit(follow(args, place))
-    logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
+    configure(args.log_level, args.log_format)
     status = 0
     try:
         from wave64.serve.engine.engine import run_engine  # imports torch, and reads WAVE64_BACKEND

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from wave64.serve.http import guard
 from wave64.serve.http.generation import Generator
 from wave64.serve.http.guard import EventStream, json_response, read, unless_gone
+from wave64.serve.http.metrics import CONTENT_TYPE
 from wave64.serve.http.native import Generate
 from wave64.serve.http.openai import Chat, Completion, Job, answer, stream
 from wave64.serve.http.schemas import ApiError, ChatRequest, CompletionRequest, GenerateRequest
@@ -21,7 +22,7 @@ def create_app(generator: Generator) -> FastAPI:
     """The application over one engine."""
     app = FastAPI(title="wave64", docs_url=None, redoc_url=None, openapi_url=None)
     args, client = generator.args, generator.client
-    guard.install(app, args.api_key)
+    guard.install(app, args, generator.metrics)
     started = int(time.time())
     card = {"id": args.model_name, "object": "model", "created": started, "owned_by": "wave64",
             "root": generator.model_path}  # fmt: skip
@@ -37,6 +38,7 @@ def create_app(generator: Generator) -> FastAPI:
     async def openai(request: Request, job: Job) -> Response:
         generator.check_model(job.body.model)
         await unless_gone(request, job.prepare())
+        request.state.choices = job.choices
         if job.body.stream:
             return EventStream(stream(job))
         return json_response(await unless_gone(request, answer(job)))
@@ -57,6 +59,7 @@ def create_app(generator: Generator) -> FastAPI:
         job = Generate(await read(request, GenerateRequest), generator)
         generator.check_model(job.body.model)
         await unless_gone(request, job.prepare())
+        request.state.choices = job.choices
         if job.body.stream:
             return EventStream(job.stream())
         return json_response(await unless_gone(request, job.answer()))
@@ -79,6 +82,10 @@ def create_app(generator: Generator) -> FastAPI:
         settings = asdict(args) | {"api_key": args.api_key and "***"}
         engine = {"engine": generator.ready, "statistics": client.statistics}
         return json_response(settings | msgspec.to_builtins(engine))
+
+    @app.api_route("/metrics", methods=READ)
+    async def metrics() -> Response:
+        return Response(generator.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.api_route("/health", methods=READ)
     async def health() -> Response:

@@ -12,6 +12,7 @@ from wave64.serve.args import ServerArgs
 from wave64.serve.http.detokenizer import Detokenizer, StopStrings
 from wave64.serve.http.engine_client import EngineClient
 from wave64.serve.http.grammar import Grammars
+from wave64.serve.http.metrics import Metrics, Watch
 from wave64.serve.http.reasoning import PARSERS as REASONING_PARSERS
 from wave64.serve.http.replicas import Replicas
 from wave64.serve.http.schemas import MAX_CHOICES, ApiError, Sampling
@@ -139,6 +140,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.templates = TemplateProcess(tokenizer.template_source) if tokenizer.template_source else None
         self.is_serving = False  # after the warm-up
+        self.metrics = Metrics(args.model_name, client)
         self._grammars = Grammars(tokenizer, client.tell)
         self.tool_parser = args.tool_call_parser or parser_of(tokenizer.template_source)
         self.reasoning = REASONING_PARSERS[args.reasoning_parser] if args.reasoning_parser else None
@@ -228,8 +230,9 @@ class Generator:
         """`body.n` choices of one prompt, each with a seed of its own.
 
         names   the fields that the prompt and max_new_tokens came in
-        raises  ApiError if the engine cannot serve them
+        raises  ApiError if the engine cannot serve them, or --max-queued-requests wait already
         """
+        self._check_queue()
         vocab, defaults = self.ready.vocab_size, self.ready.sampling_defaults
         try:
             check_request(prompt_ids, body.sampling_params(defaults, max_new_tokens=max_new_tokens), self.ready, *names)
@@ -251,19 +254,40 @@ class Generator:
             made.append(choice)
         return made
 
+    def _check_queue(self) -> None:
+        limit, now = self.args.max_queued_requests, self.client.statistics
+        if limit is None:
+            return
+        beyond = self.client.num_live - self.args.max_running_requests * self.args.replicas
+        if max(beyond, now.waiting if now else 0) >= limit:
+            raise ApiError(f"{limit} requests wait already (--max-queued-requests); try again later",
+                           code="rate_limit_exceeded", status=429)  # fmt: skip
+
     async def run(self, choices: list[Choice]) -> AsyncGenerator[Choice, None]:
         """Generate; yields a choice whenever it has something new. Closing the iterator aborts what is unfinished."""
         by_rid = {choice.request.rid: choice for choice in choices}
-        async with aclosing(self.client.stream([choice.request for choice in choices])) as outputs:
-            async for output in outputs:
-                choice = by_rid[output.rid]
-                if choice.finish_reason is not None:
-                    continue  # tokens after a stop string
-                choice.feed(output)
-                if choice.finish_reason is not None and output.finish_reason is None:
-                    self.client.abort(output.rid)
-                if choice.finish_reason is not None or len(choice.new.token_ids) >= self.args.stream_interval:
-                    yield choice
+        watched = {choice.request.rid: Watch(self.metrics, len(choice.prompt_ids)) for choice in choices}
+        why = "abort"
+        try:
+            async with aclosing(self.client.stream([choice.request for choice in choices])) as outputs:
+                async for output in outputs:
+                    choice = by_rid[output.rid]
+                    if choice.finish_reason is not None:
+                        continue  # tokens after a stop string
+                    choice.feed(output)
+                    watched[output.rid].tokens(len(output.token_ids))
+                    if choice.finish_reason is not None:
+                        watched.pop(output.rid).end(choice.finish_reason)
+                    if choice.finish_reason is not None and output.finish_reason is None:
+                        self.client.abort(output.rid)
+                    if choice.finish_reason is not None or len(choice.new.token_ids) >= self.args.stream_interval:
+                        yield choice
+        except ApiError:
+            why = "error"
+            raise
+        finally:
+            for each in watched.values():
+                each.end(why)
 
 
 def _slices(indices: list[int], prompts: list[Prompt]) -> Iterator[list[int]]:

@@ -13,9 +13,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from wave64.serve.args import ServerArgs
+from wave64.serve.http.access import OPEN_PATHS, Access
+from wave64.serve.http.metrics import Metrics
 from wave64.serve.http.schemas import ApiError, Body, parse
 
 log = logging.getLogger("wave64")
@@ -24,7 +28,6 @@ MAX_BODY = 16 << 20  # bytes; a million token ids are half of it
 BODY_S = 300.0  # until all of a body has come; a client that sends a byte now and then would keep its connection
 SHORT_BODY = 1 << 16  # bytes that are checked at once, without the detour through a thread
 MAX_LOGGED = 500  # characters of a refusal's reason in the log
-OPEN_PATHS = ("/health", "/health_generate")  # asked by load balancers, which have no key
 
 T = TypeVar("T", bound=Body)
 R = TypeVar("R")
@@ -168,8 +171,9 @@ class ApiKey:
         await self._app(scope, receive, send)
 
 
-def install(app: FastAPI, api_key: str | None) -> None:
-    """Every error of `app` becomes OpenAI's error object; with an `api_key`, every request needs it."""
+def install(app: FastAPI, args: ServerArgs, metrics: Metrics) -> None:
+    """Every error of `app` becomes OpenAI's error object; with --api-key, every request needs it, except what a browser
+    asks first for pages from --cors-allow-origins."""
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -198,27 +202,24 @@ def install(app: FastAPI, api_key: str | None) -> None:
     app.add_exception_handler(Gone, gone)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, defect)
-    if api_key is not None:
-        app.add_middleware(ApiKey, key=api_key)
+    if args.api_key is not None:
+        app.add_middleware(ApiKey, key=args.api_key)
+    if args.cors_allow_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=args.cors_allow_origins, allow_methods=["*"],
+                           allow_headers=["*"], expose_headers=["x-request-id"])  # fmt: skip
+    app.add_middleware(Access, metrics=metrics)
 
 
 def _answer_error(error: ApiError, scope: Scope, headers: Any = None) -> Response:
     """The error as an answer, and as a line of the log: operators are asked why."""
     level = logging.ERROR if error.status >= 500 else logging.INFO
     log.log(level, "%s %s: %d: %s", scope["method"], _printable(scope["path"]), error.status, _printable(str(error)))
-    close = {"Connection": "close"} if error.status in (408, 413) else {}  # what is left of the body is not read
-    return json_response(error.body, error.status, {**(headers or {}), **close})
+    extra = {"Connection": "close"} if error.status in (408, 413) else {}  # what is left of the body is not read
+    extra |= {"Retry-After": "1"} if error.status == 429 else {}
+    return json_response(error.body, error.status, {**(headers or {}), **extra})
 
 
 def _printable(text: str) -> str:
     """On one line of bounded length, whatever a client sent."""
     line = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return line if len(line) <= MAX_LOGGED else line[: MAX_LOGGED - 3] + "..."
-
-
-class NotPolled(logging.Filter):
-    """Keeps the polls of load balancers out of uvicorn's access log."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (isinstance(record.args, tuple) and len(record.args) == 5 and
-                    str(record.args[2]).partition("?")[0] in OPEN_PATHS)  # fmt: skip

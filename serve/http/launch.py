@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +22,13 @@ from typing import Any, TypeVar
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from wave64.serve.args import LOG_FORMAT, ArgsError, ServerArgs, without_effect
+from wave64.serve.args import ArgsError, ServerArgs, without_effect
 from wave64.serve.http.app import create_app
 from wave64.serve.http.generation import Generator
-from wave64.serve.http.guard import NotPolled
 from wave64.serve.http.replicas import engines
 from wave64.serve.http.schemas import ApiError
 from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
+from wave64.serve.logs import configure
 from wave64.serve.model_path import BUILT_IN, TOKENIZER_FILES, resolve_model_path
 from wave64.serve.node import Torchrun, places, run_node
 
@@ -44,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torchrun = Torchrun.from_environment()
     argv = sys.argv[1:] if argv is None else argv
     args = ServerArgs.from_cli([*(torchrun.flags() if torchrun else ()), *argv])
-    logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT, stream=sys.stdout)
+    configure(args.log_level, args.log_format)
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
-    logging.getLogger("uvicorn.access").setLevel((args.log_level_http or args.log_level).upper())
-    logging.getLogger("uvicorn.access").addFilter(NotPolled())
+    logging.getLogger("wave64.access").setLevel((args.log_level_http or args.log_level).upper())
     try:
         if torchrun is not None:
             torchrun.check(args)
@@ -190,7 +190,10 @@ def http_config(args: ServerArgs, app: Any) -> uvicorn.Config:
     """How HTTP is spoken."""
     protocol = closes_slow_heads(AutoHTTPProtocol)
     return uvicorn.Config(app, http=protocol, log_config=None, lifespan="off", timeout_graceful_shutdown=GRACE_S + 2,
-                          timeout_keep_alive=args.timeout_keep_alive)  # fmt: skip
+                          timeout_keep_alive=args.timeout_keep_alive, access_log=False, ssl_keyfile=args.ssl_keyfile,
+                          ssl_certfile=args.ssl_certfile, ssl_keyfile_password=args.ssl_keyfile_password,
+                          ssl_ca_certs=args.ssl_ca_certs or None,
+                          ssl_cert_reqs=ssl.CERT_REQUIRED if args.ssl_ca_certs else ssl.CERT_NONE)  # fmt: skip
 
 
 def _tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
@@ -217,5 +220,5 @@ async def _announce(generator: Generator) -> None:
         except ApiError as error:
             raise EngineEnded(f"the warm-up request failed: {error}") from None
     generator.is_serving = True
-    log.info("listening on http://%s:%d", args.host, args.port)
+    log.info("listening on http%s://%s:%d", "s" if args.ssl_certfile else "", args.host, args.port)
     print("The server is fired up and ready to roll!", flush=True)

@@ -33,6 +33,9 @@ TEMPLATE_FIELDS = ("messages", "conversation", "tools", "add_generation_prompt",
                    "strftime_now")  # fmt: skip
 
 
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # of errors, by status
+
+
 class ApiError(Exception):
     """An answer of status 4xx or 5xx: OpenAI's error object with `message`, `param` (the field at fault) and `code`."""
 
@@ -40,8 +43,7 @@ class ApiError(Exception):
         message = _cut(message, MAX_SAID)
         super().__init__(message)
         self.status = status
-        kind = {401: "authentication_error", 404: "not_found_error"}.get(status, "invalid_request_error")
-        kind = "server_error" if status >= 500 else kind
+        kind = "server_error" if status >= 500 else KINDS.get(status, "invalid_request_error")
         param = None if param is None else _cut(param, MAX_SAID)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

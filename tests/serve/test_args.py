@@ -19,6 +19,7 @@ def test_every_flag_sets_its_field():
         value = True if kind is bool else choices[-1] if choices else values[kind]
         value = "host:7" if item.name == "dist_init_addr" else value
         others = ["--tp=2", "--nnodes=2", "--dist-init-addr=a:1"] if item.name == "node_rank" else []
+        others += ["--ssl-certfile=c"] if item.name == "ssl_keyfile" else []
         for flag in (flag_of(item.name), *item.metadata["aliases"]):
             args = ServerArgs.from_cli(others + ([flag] if kind is bool else [flag, str(value)]))
             assert getattr(args, item.name) == ((value,) if item.default == () else value)

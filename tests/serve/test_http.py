@@ -407,19 +407,6 @@ def test_the_log_says_why_a_request_was_refused(app, tokenizer, caplog):
     ]
 
 
-def test_polls_are_kept_out_of_the_access_log():
-    def is_logged(path: str) -> bool:
-        args = ("1.2.3.4:5", "GET", path, "1.1", 200)
-        record = logging.LogRecord("uvicorn.access", 20, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)
-        return guard.NotPolled().filter(record)
-
-    assert not is_logged("/health")
-    assert not is_logged("/health?x=1")
-    assert not is_logged("/health_generate")
-    assert is_logged("/healthy")
-    assert is_logged("/v1/models")
-
-
 # ---- tokens that only tokenizer_config.json declares
 
 def test_tokens_of_tokenizer_config_alone_are_known(tokenizer_folder, tmp_path, caplog):
