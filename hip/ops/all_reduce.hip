@@ -24,7 +24,7 @@ struct AllReduceArgs {
     int32_t bytes;    // of x
     int32_t block;    // lanes of a block
     int32_t grid;     // blocks
-    int32_t lines;    // that a lane sends to each rank in a round
+    int32_t lines;    // of 16 bytes that a lane sends to a rank in a round; of LL128 pairs of them
 };
 
 }  // namespace wave64
@@ -32,61 +32,55 @@ struct AllReduceArgs {
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
 
-WAVE64_DEVICE Bits128 high_half_first(const Bits128& pack) {
-    const Words words = Words::of(pack);
-    return Words{{words.at[2], words.at[3], 0, 0}}.bits();
-}
-WAVE64_DEVICE Bits128 low_halves_of(const Bits128& a, const Bits128& b) {
-    return Words{{Words::of(a).at[0], Words::of(a).at[1], Words::of(b).at[0], Words::of(b).at[1]}}.bits();
-}
-
 template <int WORLD>
 WAVE64_DEVICE void all_reduce_ll(const AllReduceArgs& args) {
     RankBlock<AllReduceArgs> block(args, kOpAllReduce);
-    const Packs x(args.x, args.bytes), out(args.out, args.bytes);
+    const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
     const int begin = block_id() * args.block;
     for (int first = begin; first * 16 < args.bytes; first += args.grid * args.block) {
         block.next_round(first != begin);
-        const Bits128 own[] = {x.load(first + lane_in_block())};
-        Bits128 all[1][WORLD];
-        if (exchange_low_latency(block, own, all))
-            out.store(first + lane_in_block(), sum_of(all[0], args.world, args.dtype));
+        const Bits128 own = x.load(first + lane_in_block());
+        Bits128 all[WORLD];
+        if (exchange_low_latency(block, [&](int, int) { return own; }, own, all))
+            out.store(first + lane_in_block(), sum_of(all, args.world, args.dtype));
     }
     block.end();
 }
 
-// Of 8 lanes' 16 packs in two lines there are 15: the last lane sends the halves of one, each before a tag.
+// Of 16 packs of 8 lanes in a pair of lines there are 15: the last lane sends the halves of one, each before a tag.
 template <int WORLD>
 WAVE64_DEVICE void all_reduce_ll128(const AllReduceArgs& args) {
     constexpr int LINES = kSlotLines<WORLD>, kNone = 1 << 26;  // a pack behind the end of any tensor
     RankBlock<AllReduceArgs> block(args, kOpAllReduce);
-    const Packs x(args.x, args.bytes), out(args.out, args.bytes);
-    const int lane = lane_in_block() % 8, packs = args.block / 8 * 15, begin = block_id() * packs * (args.lines / 2);
+    const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
+    const int lane = lane_in_block() % 8, packs = args.block / 8 * 15, begin = block_id() * packs * args.lines;
     const bool is_last = lane == 7;
-    for (int first = begin; first * 16 < args.bytes; first += args.grid * packs * (args.lines / 2)) {
+    for (int first = begin; first * 16 < args.bytes; first += args.grid * packs * args.lines) {
         block.next_round(first != begin);
         const int pack = first + lane_in_block() / 8 * 15 + (is_last ? 14 : lane);
         Bits128 own[LINES], all[LINES][WORLD];
 #pragma unroll
-        for (int i = 0; i < LINES; i += 2) {
+        for (int i = 0; i < LINES / 2; i++) {
             if (i >= args.lines) break;
-            own[i] = x.load(pack + i / 2 * packs);
-            own[i + 1] = x.load(is_last ? kNone : pack + i / 2 * packs + 7);
+            own[2 * i] = x.load(pack + i * packs);
+            own[2 * i + 1] = x.load(is_last ? kNone : pack + i * packs + 7);
         }
 #pragma unroll
-        for (int i = 0; i < LINES; i += 2) {
-            if (i >= args.lines) break;
-            if (is_last) own[i + 1] = high_half_first(own[i]);
+        for (int i = 0; i < LINES / 2; i++) {
+            const Words words = Words::of(own[2 * i]);
+            if (i < args.lines && is_last) own[2 * i + 1] = Words{{words.at[2], words.at[3], 0, 0}}.bits();
         }
-        if (!exchange_low_128(block, own, args.lines, all)) continue;
+        if (!exchange_low_128(block, 2 * args.lines, own, all)) continue;
 #pragma unroll
-        for (int i = 0; i < LINES; i += 2) {
+        for (int i = 0; i < LINES / 2; i++) {
             if (i >= args.lines) break;
 #pragma unroll
-            for (int rank = 0; rank < WORLD; rank++)
-                if (is_last) all[i][rank] = low_halves_of(all[i][rank], all[i + 1][rank]);
-            out.store(pack + i / 2 * packs, sum_of(all[i], args.world, args.dtype));
-            out.store(is_last ? kNone : pack + i / 2 * packs + 7, sum_of(all[i + 1], args.world, args.dtype));
+            for (int rank = 0; rank < WORLD; rank++) {
+                const Words a = Words::of(all[2 * i][rank]), b = Words::of(all[2 * i + 1][rank]);
+                if (is_last) all[2 * i][rank] = Words{{a.at[0], a.at[1], b.at[0], b.at[1]}}.bits();
+            }
+            out.store(pack + i * packs, sum_of(all[2 * i], args.world, args.dtype));
+            out.store(is_last ? kNone : pack + i * packs + 7, sum_of(all[2 * i + 1], args.world, args.dtype));
         }
     }
     block.end();
@@ -96,35 +90,14 @@ template <int WORLD>
 WAVE64_DEVICE void all_reduce_one_shot(const AllReduceArgs& args) {
     constexpr int LINES = kSlotLines<WORLD>;
     RankBlock<AllReduceArgs> block(args, kOpAllReduce);
-    const Packs x(args.x, args.bytes), out(args.out, args.bytes);
-    const int lane_at = lane_in_block() * 16, begin = block_id() * args.block * args.lines;
+    const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
+    const int begin = block_id() * args.block * args.lines;
     for (int first = begin; first * 16 < args.bytes; first += args.grid * args.block * args.lines) {
         block.next_round(first != begin);
         const int pack = first + lane_in_block();
-        Bits128 own[LINES];
-#pragma unroll
-        for (int i = 0; i < LINES; i++)
-            if (i < args.lines) own[i] = x.load(pack + i * args.block);
-#pragma unroll
-        for (int p = 1; p < WORLD; p++) {
-            if (!in_world<WORLD>(block, p)) break;
-            const Shared peer(args.peers.at[p]);
-#pragma unroll
-            for (int i = 0; i < LINES; i++)
-                if (i < args.lines) peer.store(own[i], line_at<WORLD>(block, kDataAt, args.rank, i), lane_at);
-        }
-        set_flags<WORLD>(block, 0);
-        wait_for_flags<WORLD>(block, 0);
-        Bits128 all[LINES][WORLD];
-#pragma unroll
-        for (int i = 0; i < LINES; i++) {
-            if (i >= args.lines) break;
-#pragma unroll
-            for (int source = 0; source < WORLD; source++)
-                all[i][source] = source != args.rank && in_world<WORLD>(block, source)
-                                     ? block.own.load<Bits128>(line_at<WORLD>(block, kDataAt, source, i), lane_at)
-                                     : own[i];
-        }
+        Bits128 own[LINES], all[LINES][WORLD];
+        load_part(own, x, pack, args);
+        exchange_flagged(block, 0, 0, args.lines, [&](int, int line) { return own[line]; }, own, all);
 #pragma unroll
         for (int i = 0; i < LINES; i++)
             if (i < args.lines) out.store(pack + i * args.block, sum_of(all[i], args.world, args.dtype));
@@ -137,90 +110,41 @@ template <int WORLD>
 WAVE64_DEVICE void all_reduce_two_shot(const AllReduceArgs& args) {
     constexpr int LINES = kSlotLines<WORLD> / 2;
     RankBlock<AllReduceArgs> block(args, kOpAllReduce);
-    const Packs x(args.x, args.bytes), out(args.out, args.bytes);
-    const int lane_at = lane_in_block() * 16, part = args.block * args.lines, begin = block_id() * part * args.world;
+    const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
+    const int part = args.block * args.lines, begin = block_id() * part * args.world;
     for (int first = begin; first * 16 < args.bytes; first += args.grid * part * args.world) {
         block.next_round(first != begin);
         const int pack = first + lane_in_block();
-        Bits128 own[LINES], sent[WORLD][LINES];
+        Bits128 own[LINES], parts[WORLD][LINES], all[LINES][WORLD];
 #pragma unroll
-        for (int p = 1; p < WORLD; p++) {
-            if (!in_world<WORLD>(block, p)) break;
-            const int owner = (args.rank + p) % args.world;
-#pragma unroll
-            for (int i = 0; i < LINES; i++)
-                if (i < args.lines) sent[p][i] = x.load(pack + owner * part + i * args.block);
-        }
+        for (int i = 0; i < WORLD; i++)
+            if (in_world<WORLD>(block, i)) load_part(parts[i], x, pack + (args.rank + i) % args.world * part, args);
+        exchange_flagged(block, 0, 0, args.lines, [&](int i, int line) { return parts[i][line]; }, parts[0], all);
 #pragma unroll
         for (int i = 0; i < LINES; i++)
-            if (i < args.lines) own[i] = x.load(pack + args.rank * part + i * args.block);
+            if (i < args.lines) own[i] = sum_of(all[i], args.world, args.dtype);
+        exchange_flagged(block, 1, LINES, args.lines, [&](int, int line) { return own[line]; }, own, all);
 #pragma unroll
-        for (int p = 1; p < WORLD; p++) {
-            if (!in_world<WORLD>(block, p)) break;
-            const Shared peer(args.peers.at[p]);
-#pragma unroll
-            for (int i = 0; i < LINES; i++)
-                if (i < args.lines) peer.store(sent[p][i], line_at<WORLD>(block, kDataAt, args.rank, i), lane_at);
-        }
-        set_flags<WORLD>(block, 0);
-        wait_for_flags<WORLD>(block, 0);
-#pragma unroll
-        for (int i = 0; i < LINES; i++) {
-            if (i >= args.lines) break;
-            Bits128 all[WORLD];
-#pragma unroll
-            for (int source = 0; source < WORLD; source++)
-                all[source] = source != args.rank && in_world<WORLD>(block, source)
-                                  ? block.own.load<Bits128>(line_at<WORLD>(block, kDataAt, source, i), lane_at)
-                                  : own[i];
-            own[i] = sum_of(all, args.world, args.dtype);
-        }
-#pragma unroll
-        for (int p = 1; p < WORLD; p++) {
-            if (!in_world<WORLD>(block, p)) break;
-            const Shared peer(args.peers.at[p]);
+        for (int rank = 0; rank < WORLD; rank++)
 #pragma unroll
             for (int i = 0; i < LINES; i++)
-                if (i < args.lines) peer.store(own[i], line_at<WORLD>(block, kDataAt, args.rank, LINES + i), lane_at);
-        }
-        set_flags<WORLD>(block, 1);
-#pragma unroll
-        for (int i = 0; i < LINES; i++)
-            if (i < args.lines) out.store(pack + args.rank * part + i * args.block, own[i]);
-        wait_for_flags<WORLD>(block, 1);
-#pragma unroll
-        for (int source = 0; source < WORLD; source++)
-#pragma unroll
-            for (int i = 0; i < LINES; i++)
-                if (i < args.lines && source != args.rank && in_world<WORLD>(block, source))
-                    out.store(pack + source * part + i * args.block,
-                              block.own.load<Bits128>(line_at<WORLD>(block, kDataAt, source, LINES + i), lane_at));
+                if (i < args.lines && in_world<WORLD>(block, rank))
+                    out.store(pack + rank * part + i * args.block, all[i][rank]);
     }
     block.end();
 }
 
 }  // namespace wave64
 
-#define WAVE64_ALL_REDUCE(PROTOCOL)                                                           \
-    WAVE64_KERNEL(wave64::kRankLanes) all_reduce_##PROTOCOL##_2(wave64::AllReduceArgs args) { \
-        wave64::all_reduce_##PROTOCOL<2>(args);                                               \
-    }                                                                                         \
-    WAVE64_KERNEL(wave64::kRankLanes) all_reduce_##PROTOCOL##_4(wave64::AllReduceArgs args) { \
-        wave64::all_reduce_##PROTOCOL<4>(args);                                               \
-    }                                                                                         \
-    WAVE64_KERNEL(wave64::kRankLanes) all_reduce_##PROTOCOL##_8(wave64::AllReduceArgs args) { \
-        wave64::all_reduce_##PROTOCOL<8>(args);                                               \
-    }
-WAVE64_ALL_REDUCE(ll)
-WAVE64_ALL_REDUCE(ll128)
-WAVE64_ALL_REDUCE(one_shot)
-WAVE64_ALL_REDUCE(two_shot)
+WAVE64_RANK_KERNELS(all_reduce_ll, AllReduceArgs)
+WAVE64_RANK_KERNELS(all_reduce_ll128, AllReduceArgs)
+WAVE64_RANK_KERNELS(all_reduce_one_shot, AllReduceArgs)
+WAVE64_RANK_KERNELS(all_reduce_two_shot, AllReduceArgs)
 
 #else
 namespace wave64 {
 namespace {
 
-#define WAVE64_BY_WORLD(NAME) {NAME "_2", NAME "_4", NAME "_8"}
 constexpr const char* kKernels[][3] = {WAVE64_BY_WORLD("all_reduce_ll"), WAVE64_BY_WORLD("all_reduce_ll128"),
                                        WAVE64_BY_WORLD("all_reduce_one_shot"), WAVE64_BY_WORLD("all_reduce_two_shot")};
 constexpr int64_t kMaxBytes = 1 << 30;
@@ -234,7 +158,11 @@ void all_reduce(AllReduceArgs args, const Call& call) {
     call.expect_tensors({{"x", args.x}, {"out", args.out}});
 
     args.bytes = int32_t(args.count * element_bytes(args.dtype));
-    plan_blocks(call, args, ceil_div(args.bytes, 16));
+    const int64_t packs = ceil_div(args.bytes, 16), lines = slot_lines(args.world);
+    if (args.protocol == kLowLatency) plan_blocks(call, args, packs, 8, 1, kLowLatencyBlocks);
+    if (args.protocol == kLow128) plan_blocks(call, args, packs, 15, lines / 2, kRankBlocks);
+    if (args.protocol == kOneShot) plan_blocks(call, args, packs, 8, lines, kRankBlocks);
+    if (args.protocol == kTwoShot) plan_blocks(call, args, packs, 8 * args.world, lines / 2, kRankBlocks);
     call.launch(kKernels[args.protocol][world_kernel(args.world)], {args.grid}, args.block, args);
 }
 

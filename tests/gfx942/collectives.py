@@ -2,6 +2,7 @@
 come of it. Launches of all ranks run side by side (execute_together), those of a rank one behind the other."""
 
 import functools
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +27,14 @@ def layout():
 class Arenas:
     """Memory of each rank that all of them map, zeros at first; what a test does not touch costs nothing."""
 
-    def __init__(self, world: int, uncached: bool = True):
-        self.world, self.uncached = world, uncached
+    def __init__(self, world: int, uncached: bool = True, timeout: int = 0):
+        self.world, self.uncached, self.timeout = world, uncached, timeout
+        self.records = np.zeros((world, 16), np.int32)
         self.memory = [np.zeros(layout().ARENA_BYTES + 4096, np.uint8) for _ in range(world)]
         self.addresses = tuple(-(-memory.ctypes.data // 4096) * 4096 for memory in self.memory)
+
+    def status(self, rank: int) -> int:
+        return int(self.records[rank].ctypes.data)
 
     def places(self, blocks: int, lanes: int) -> Iterator[Place]:
         """What blocks of so many lanes use of each arena: lines of their own, so that the views stay small."""
@@ -46,57 +51,140 @@ class Arenas:
             slot = at.SLOT_HALF // (2 if self.world == 2 else 4 if self.world == 4 else 8)
             ranges += [(region + (2 * block + half) * at.SLOT_HALF + source * slot + i * line, 16 * lanes)
                        for block, half in halves for source in sources for i in range(slot // line)]
+        yield Place("status records", self.records.ctypes.data, self.records.nbytes)
         for rank, base in enumerate(self.addresses):
             yield from (Place(f"arena {rank}", base + start, size, rank, self.uncached) for start, size in ranges)
 
 
 @dataclass
 class Call:
-    """An all-reduce: the tensors of each rank."""
+    """A collective: what each rank gives and gets, and what it should get."""
 
-    x: list[Tensor]
+    op: str
+    given: list[dict[str, Tensor]]
     out: list[Tensor]
-    protocol: int
-    args: dict = field(default_factory=dict)
-
-    @classmethod
-    def drawn(cls, world: int, count: int, dtype: torch.dtype, protocol: int, seed: int, offset: int = 0) -> "Call":
-        """offset: elements from a multiple of 16 bytes on to where the tensors begin."""
-        random = torch.Generator().manual_seed(seed)
-        x = [_aligned(count, dtype, offset).copy_(torch.randn(count, generator=random)) for _ in range(world)]
-        return cls(x, [_aligned(count, dtype, offset).fill_(torch.nan) for _ in range(world)], protocol)
+    scalars: dict = field(default_factory=dict)
+    written: dict[str, list[Tensor]] = field(default_factory=dict)  # in place, besides out
 
     def launches(self, arch: str, rank: int, arenas: Arenas) -> list:
-        x, out = self.x[rank], self.out[rank]
         with hip.record(arch) as launches:
-            hip.launch("all_reduce", arenas=arenas.addresses, rank=rank, world=arenas.world, status=0, timeout=0, x=x,
-                       out=out, count=x.numel(), dtype=x.dtype, protocol=self.protocol, **self.args)
+            hip.launch(self.op, arenas=arenas.addresses, rank=rank, world=arenas.world, status=arenas.status(rank),
+                       timeout=arenas.timeout, **self.given[rank], out=self.out[rank], **self.scalars)
         return launches
 
+    def tensors(self, rank: int) -> dict[str, Tensor]:
+        return {**self.given[rank], "out": self.out[rank]}
+
     def verify(self) -> None:
-        """The fp32 sum in the order of the ranks, bit by bit; which is near the exact one."""
-        sums, exact = self.x[0].float(), torch.stack(self.x).double().sum(0)
-        for x in self.x[1:]:
-            sums = sums + x.float()
-        expected = sums.to(self.x[0].dtype)
-        for rank, out in enumerate(self.out):
-            bits = (out.view(torch.uint8), expected.view(torch.uint8))
-            assert torch.equal(*bits), f"rank {rank}: wrong from byte {(bits[0] != bits[1]).nonzero()[0].item()} on"
-        size = torch.stack(self.x).double().abs().sum(0)
-        error = torch.finfo(expected.dtype).eps / 2 * exact.abs() + len(self.x) * 2.0**-24 * size
-        assert ((expected.double() - exact).abs() <= 1.01 * error + 1e-7).all()
+        raise NotImplementedError
+
+    def same_bits(self, found: list[Tensor], expected: list[Tensor]) -> None:
+        for rank, (out, wanted) in enumerate(zip(found, expected, strict=True)):
+            bits = (out.view(torch.uint8), wanted.view(torch.uint8))
+            wrong = (bits[0] != bits[1]).nonzero()
+            assert not wrong.numel(), f"rank {rank}: wrong from byte {wrong[0].tolist()} on"
 
 
-def _aligned(count: int, dtype: torch.dtype, offset: int) -> Tensor:
-    """In a storage of its own, of which it takes all but what lies before it."""
+def summed(x: Sequence[Tensor]) -> Tensor:
+    """In fp32, in the order of the ranks, rounded once; held to the exact sum."""
+    sums, exact, size = x[0].float(), torch.stack([*x]).double().sum(0), torch.stack([*x]).double().abs().sum(0)
+    for each in x[1:]:
+        sums = sums + each.float()
+    rounded = sums.to(x[0].dtype)
+    error = torch.finfo(rounded.dtype).eps / 2 * exact.abs() + len(x) * 2.0**-24 * size
+    assert ((rounded.double() - exact).abs() <= 1.01 * error + 1e-7).all()
+    return rounded
+
+
+def drawn(world: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int, offset: int = 0) -> list[Tensor]:
+    """A tensor of each rank. offset: elements from a multiple of 16 bytes on to where they begin."""
+    random = torch.Generator().manual_seed(seed)
+    return [_aligned(shape, dtype, offset).copy_(torch.randn(shape, generator=random)) for _ in range(world)]
+
+
+def poisoned(world: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> list[Tensor]:
+    return [_aligned(shape, dtype, offset).fill_(torch.nan) for _ in range(world)]
+
+
+class AllReduce(Call):
+    """Every rank has the sum, bit by bit."""
+
+    @classmethod
+    def drawn(cls, world, count, dtype, protocol, seed, offset=0) -> "AllReduce":
+        x = drawn(world, (count,), dtype, seed, offset)
+        return cls("all_reduce", [{"x": each} for each in x], poisoned(world, (count,), dtype, offset),
+                   dict(count=count, dtype=dtype, protocol=protocol))
+
+    def verify(self) -> None:
+        self.same_bits(self.out, [summed([each["x"] for each in self.given])] * len(self.out))
+
+
+class AllGather(Call):
+    @classmethod
+    def drawn(cls, world, count, dtype, protocol, seed, offset=0) -> "AllGather":
+        x = [each.view(torch.uint8) for each in drawn(world, (count,), dtype, seed, offset)]
+        out = [each.view(torch.uint8) for each in poisoned(world, (world * count,), dtype, offset)]
+        return cls("all_gather", [{"x": each} for each in x], out, dict(count=x[0].nbytes))
+
+    def verify(self) -> None:
+        self.same_bits(self.out, [torch.cat([each["x"] for each in self.given])] * len(self.out))
+
+
+class ReduceScatter(Call):
+    @classmethod
+    def drawn(cls, world, count, dtype, protocol, seed, offset=0) -> "ReduceScatter":
+        x = drawn(world, (world, count), dtype, seed, offset)
+        return cls("reduce_scatter", [{"x": each} for each in x], poisoned(world, (count,), dtype, offset),
+                   dict(count=count, dtype=dtype))
+
+    def verify(self) -> None:
+        self.same_bits(self.out, [*summed([each["x"] for each in self.given])])
+
+
+class FusedNorm(Call):
+    """The residual bit by bit, its norm near what fp64 makes of it."""
+
+    @classmethod
+    def drawn(cls, world, count, dtype, protocol, seed, offset=0) -> "FusedNorm":
+        tokens, hidden = 1 + count % 3, max(1, count)
+        x = drawn(world, (tokens, hidden), dtype, seed, offset)
+        residual = [*drawn(1, (tokens, hidden), dtype, seed + 1, offset)]
+        residual += [_aligned((tokens, hidden), dtype, offset).copy_(residual[0]) for _ in range(world - 1)]
+        weight, = drawn(1, (hidden,), dtype, seed + 2, offset)
+        made = cls("fused_all_reduce_rms_norm",
+                   [{"x": a, "residual": b, "weight": weight} for a, b in zip(x, residual, strict=True)],
+                   poisoned(world, (tokens, hidden), dtype, offset),
+                   dict(num_tokens=tokens, hidden=hidden, eps=1e-5, dtype=dtype, protocol=protocol))
+        sums = x[0].float()
+        for each in x[1:]:
+            sums = sums + each.float()
+        made.expected = (sums + residual[0].float()).to(dtype)
+        return made
+
+    def verify(self) -> None:
+        self.same_bits([each["residual"] for each in self.given], [self.expected] * len(self.out))
+        exact = torch.nn.functional.rms_norm(self.expected.double(), self.expected.shape[1:],
+                                             self.given[0]["weight"].double(), 1e-5)
+        bound = 1.1 * (torch.finfo(self.expected.dtype).eps / 2 + 2.0**-20) * exact.abs() + 1e-7
+        self.same_bits(self.out, [self.out[0]] * len(self.out))
+        assert ((self.out[0].double() - exact).abs() <= bound).all()
+
+
+def _aligned(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+    """In a storage of its own."""
+    count = math.prod(shape)
     bytes_ = torch.zeros((count + offset) * dtype.itemsize + 16, dtype=torch.uint8)
     start = -bytes_.data_ptr() % 16 + offset * dtype.itemsize
-    return bytes_[start:start + count * dtype.itemsize].view(dtype)
+    return bytes_[start:start + count * dtype.itemsize].view(dtype).view(shape)
 
 
 def in_rounds(launches: list, number: int, rank: int) -> list:
     """The launches with one wave, which does in rounds what their blocks were to do."""
     return [planned(launch, block=64, grid=1, lines=min(2, launch_plan(launch)["lines"])) for launch in launches]
+
+
+def by_flags(launches: list, number: int, rank: int) -> list:
+    return [planned(launch, launch.kernel.replace("_ll_", "_flagged_")) for launch in launches]
 
 
 #: what the launcher sets: the struct's last fields
@@ -107,9 +195,9 @@ def launch_plan(launch) -> dict[str, int]:
     return dict(zip(PLAN, struct.unpack("3i", launch.args[-12:]), strict=True))
 
 
-def planned(launch, **plan: int) -> SimpleNamespace:
+def planned(launch, kernel: str = "", **plan: int) -> SimpleNamespace:
     plan = launch_plan(launch) | plan
-    return SimpleNamespace(op=launch.op, kernel=launch.kernel, code_object=launch.code_object, lds_bytes=0,
+    return SimpleNamespace(op=launch.op, kernel=kernel or launch.kernel, code_object=launch.code_object, lds_bytes=0,
                            grid=(plan["grid"], 1, 1), block=(plan["block"], 1, 1), tensors=launch.tensors,
                            args=launch.args[:-12] + struct.pack("3i", *(plan[name] for name in PLAN)))
 
@@ -117,7 +205,7 @@ def planned(launch, **plan: int) -> SimpleNamespace:
 def run(calls: Sequence[Call], arch: str, seed: int, arenas: Arenas | None = None,
         change: Callable[[list, int, int], list] = lambda launches, call, rank: launches, **options) -> Counts:
     """The calls one after another on every rank. change: of a rank's launches of a call, makes those that it makes."""
-    world = len(calls[0].x)
+    world = len(calls[0].out)
     arenas = arenas or Arenas(world)
     launches, ranks = [], []
     for number, call in enumerate(calls):
@@ -129,7 +217,6 @@ def run(calls: Sequence[Call], arch: str, seed: int, arenas: Arenas | None = Non
     buffers = [*arenas.places(blocks, lanes)]
     for number, call in enumerate(calls):
         for rank in range(world):
-            for name, x in (("x", call.x[rank]), ("out", call.out[rank])):
-                if x.numel():
-                    buffers.append(Place(f"{name} of rank {rank} in call {number}", x.data_ptr(), x.nbytes, rank))
+            buffers += [Place(f"{name} of rank {rank} in call {number}", x.data_ptr(), x.nbytes, rank)
+                        for name, x in call.tensors(rank).items() if x.numel()]
     return execute_together(launches, buffers, seed, devices=ranks, streams=ranks, **options)

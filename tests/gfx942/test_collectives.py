@@ -5,7 +5,20 @@ import random
 
 import pytest
 import torch
-from collectives import LL, LL128, ONE_SHOT, TWO_SHOT, Call, in_rounds, run
+from collectives import (
+    LL,
+    LL128,
+    ONE_SHOT,
+    TWO_SHOT,
+    AllGather,
+    AllReduce,
+    Call,
+    FusedNorm,
+    ReduceScatter,
+    by_flags,
+    in_rounds,
+    run,
+)
 
 ARCHS = ("gfx942", "gfx950")
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -13,13 +26,18 @@ PROTOCOLS = (LL, LL128, ONE_SHOT, TWO_SHOT)
 SIZES = (1, 2, 7, 8, 31, 97, 120, 121, 240, 331)
 
 
+OPS = (AllGather, ReduceScatter, FusedNorm)
+
+
 def drawn(world: int, seed: int, number: int) -> list[Call]:
-    """Calls of changing protocol, size, dtype and alignment, one after another."""
+    """Calls of changing operator, protocol, size, dtype and alignment; every second is an all-reduce."""
     order = random.Random(seed)
-    protocols = [p for _ in range(number) for p in order.sample(PROTOCOLS, 4)][:number]
-    return [Call.drawn(world, order.choice(SIZES), order.choice(DTYPES), protocol, 100 * seed + i,
-                       order.choice((0, 0, 1, 3)))
-            for i, protocol in enumerate(protocols)]
+    protocols, made = [p for _ in range(number) for p in order.sample(PROTOCOLS, 4)], []
+    for i, protocol in enumerate(protocols[:number]):
+        op = order.choice(OPS) if i % 2 else AllReduce
+        made.append(op.drawn(world, order.choice(SIZES), order.choice(DTYPES), protocol, 100 * seed + i,
+                             order.choice((0, 0, 1, 3))))
+    return made
 
 
 def held(calls: list[Call], arch: str, seed: int, **options) -> None:
@@ -38,8 +56,15 @@ def test_all_reduce(arch, world, seed, number):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_rounds_of_a_call(protocol):
     """One block has to come back for what more would have done; then the next call's rounds go on."""
-    calls = [Call.drawn(2, count, BF16, protocol, count) for count in (5000, 300)]
+    calls = [AllReduce.drawn(2, count, BF16, protocol, count) for count in (5000, 300)]
     held(calls, "gfx942", 5, change=in_rounds)
+
+
+@pytest.mark.parametrize("op", [AllGather, ReduceScatter])
+@pytest.mark.parametrize("world", [2, 4])
+def test_large_messages_go_by_flags(op, world):
+    """As those of more than LL_BYTES, which would take long."""
+    held([op.drawn(world, count, FP16, ONE_SHOT, count) for count in (340, 3)], "gfx942", world, change=by_flags)
 
 
 @pytest.mark.long

@@ -7,6 +7,9 @@
 //       whatever is no whole line.
 // flags Lines of data alone, and behind them a flag: a wave waits for its own stores, a barrier for all waves', then
 //       the flag is set. Who has found it may load the data.
+//
+// An exchange is given sent(i, line), what goes to the i-th rank behind this one, and this lane's `own` for itself; it
+// gives all[line][rank]. It returns false, in all lanes of the wave, where a wait timed out.
 #pragma once
 
 #include "wave64/ranks.h"
@@ -15,75 +18,87 @@
 namespace wave64 {
 
 // Whether there is such a rank to exchange with: known when compiled but for kernels for any number of ranks.
-template <int WORLD, typename Block>
-WAVE64_DEVICE bool in_world(const Block& block, int rank) {
+template <int WORLD, typename Args>
+WAVE64_DEVICE bool in_world(const RankBlock<Args>& block, int rank) {
     return WORLD < kMaxRanks || rank < block.args.world;
 }
+template <int WORLD, typename Args>
+WAVE64_DEVICE bool is_peer(const RankBlock<Args>& block, int rank) {
+    return rank != block.args.rank && in_world<WORLD>(block, rank);
+}
 
-// all[m][rank] becomes that rank's own[m] of this lane. False, in all lanes of the wave, where a wait timed out.
-template <int WORLD, int M, typename Args>
-WAVE64_DEVICE bool exchange_low_latency(const RankBlock<Args>& block, const Bits128 (&own)[M],
-                                        Bits128 (&all)[M][WORLD]) {
-    constexpr int kLineOfAll = 16 * kRankLanes, kSource = kLowLatencyPacks * 2 * kLineOfAll;
-    static_assert(M <= kLowLatencyPacks && kSource * kMaxRanks == kLowLatencyHalf);
-    const int rank = block.args.rank, lane_at = lane_in_block() * 16;
-    const Bits32 tag = block.round;
-    const auto slot = [&](int source) { return block.slot(kLowLatencyAt, kLowLatencyHalf, source, kSource); };
-
-    const int to = slot(rank);
+// Calls each(i, arena) for the other ranks, from the next one on.
+template <int WORLD, typename Args, typename Each>
+WAVE64_DEVICE void for_peers(const RankBlock<Args>& block, Each each) {
 #pragma unroll
     for (int i = 1; i < WORLD; i++) {
         if (!in_world<WORLD>(block, i)) break;
-        const Shared peer(block.args.peers.at[i]);
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-            const Words words = Words::of(own[m]);
-            peer.store(Words{{words.at[0], tag, words.at[1], tag}}.bits(), to + (2 * m) * kLineOfAll, lane_at);
-            peer.store(Words{{words.at[2], tag, words.at[3], tag}}.bits(), to + (2 * m + 1) * kLineOfAll, lane_at);
-        }
+        each(i, Shared(block.args.peers.at[i]));
     }
+}
 
-    const int from = slot(0);
+constexpr int kLineOfAll = 16 * kRankLanes;  // one of each lane
+
+template <typename Args>
+WAVE64_DEVICE int low_latency_at(const RankBlock<Args>& block, int source, int line) {
+    constexpr int kSource = kLowLatencyHalf / kMaxRanks;
+    static_assert(kSource == 2 * kLowLatencyPacks * kLineOfAll);
+    return block.slot(kLowLatencyAt, kLowLatencyHalf, source, kSource) + 2 * line * kLineOfAll;
+}
+
+template <int WORLD, typename Args, typename Sent>
+WAVE64_DEVICE void send_low_latency(const RankBlock<Args>& block, int line, const Sent& sent) {
+    const int lane_at = lane_in_block() * 16, to = low_latency_at(block, block.args.rank, line);
+    const Bits32 tag = block.round;
+    for_peers<WORLD>(block, [&](int i, const Shared& peer) {
+        const Words words = Words::of(sent(i, line));
+        peer.store(Words{{words.at[0], tag, words.at[1], tag}}.bits(), to, lane_at);
+        peer.store(Words{{words.at[2], tag, words.at[3], tag}}.bits(), to + kLineOfAll, lane_at);
+    });
+}
+
+template <int WORLD, typename Args>
+WAVE64_DEVICE bool receive_low_latency(const RankBlock<Args>& block, int line, const Bits128& own,
+                                       Bits128 (&all)[WORLD]) {
+    const int lane_at = lane_in_block() * 16;
+    const Bits32 tag = block.round;
     Patience patience;
     for (;;) {
         look_again();
-        Bits128 lines[WORLD][M][2];
+        Bits128 found[WORLD][2];
 #pragma unroll
         for (int source = 0; source < WORLD; source++)
-            if (source != rank && in_world<WORLD>(block, source))
+            if (is_peer<WORLD>(block, source))
 #pragma unroll
-                for (int i = 0; i < 2 * M; i++)
-                    lines[source][i / 2][i % 2] =
-                        block.own.template load<Bits128>(from + source * kSource + i * kLineOfAll, lane_at);
+                for (int i = 0; i < 2; i++)
+                    found[source][i] =
+                        block.own.template load<Bits128>(low_latency_at(block, source, line) + i * kLineOfAll, lane_at);
         Bits32 missing = 0;
 #pragma unroll
         for (int source = 0; source < WORLD; source++) {
-            if (source != rank && in_world<WORLD>(block, source)) {
-                Bits32 differs = 0;
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    const Words a = Words::of(lines[source][m][0]), b = Words::of(lines[source][m][1]);
-                    differs |= (a.at[1] ^ tag) | (a.at[3] ^ tag) | (b.at[1] ^ tag) | (b.at[3] ^ tag);
-                    all[m][source] = Words{{a.at[0], a.at[2], b.at[0], b.at[2]}}.bits();
-                }
-                missing |= differs;
-            } else {
-#pragma unroll
-                for (int m = 0; m < M; m++) all[m][source] = own[m];
-            }
+            all[source] = own;
+            if (!is_peer<WORLD>(block, source)) continue;
+            const Words a = Words::of(found[source][0]), b = Words::of(found[source][1]);
+            missing |= (a.at[1] ^ tag) | (a.at[3] ^ tag) | (b.at[1] ^ tag) | (b.at[3] ^ tag);
+            all[source] = Words{{a.at[0], a.at[2], b.at[0], b.at[2]}}.bits();
         }
         if (!ballot(missing != 0)) return true;
         if (patience.ends(block)) {
-            int late = rank;
+            int late = block.args.rank;
 #pragma unroll
             for (int source = 0; source < WORLD; source++)
-                if (source != rank && in_world<WORLD>(block, source) &&
-                    ballot(Words::of(lines[source][0][0]).at[1] != tag))
-                    late = source;
+                if (is_peer<WORLD>(block, source) && ballot(Words::of(found[source][1]).at[3] != tag)) late = source;
             block.give_up(late);
             return false;
         }
     }
+}
+
+template <int WORLD, typename Args, typename Sent>
+WAVE64_DEVICE bool exchange_low_latency(const RankBlock<Args>& block, const Sent& sent, const Bits128& own,
+                                        Bits128 (&all)[WORLD]) {
+    send_low_latency<WORLD>(block, 0, sent);
+    return receive_low_latency(block, 0, own, all);
 }
 
 // Lines of 16 bytes that each lane has for every other rank, as many as fit into a slot.
@@ -95,28 +110,24 @@ WAVE64_DEVICE int line_at(const RankBlock<Args>& block, int region, int source, 
     return block.slot(region, kSlotHalf, source, kSlotHalf / WORLD) + line * 16 * kRankLanes;
 }
 
-// all[line][rank] becomes that rank's own[line] of this lane, for `count` lines; the last lane of 8 gives and gets no
-// more than their first 8 bytes. False, in all lanes of the wave, where a wait timed out.
+// Of each line, the last lane of 8 gives and gets no more than the first 8 bytes.
 template <int WORLD, int LINES, typename Args>
-WAVE64_DEVICE bool exchange_low_128(const RankBlock<Args>& block, const Bits128 (&own)[LINES], int count,
+WAVE64_DEVICE bool exchange_low_128(const RankBlock<Args>& block, int count, const Bits128 (&own)[LINES],
                                     Bits128 (&all)[LINES][WORLD]) {
     static_assert(LINES <= kSlotLines<WORLD>);
-    const int rank = block.args.rank, lane_at = lane_in_block() * 16;
+    const int lane_at = lane_in_block() * 16;
     const Bits32 tag = block.round;
     const bool has_tag = lane_in_block() % 8 == 7;
 
-#pragma unroll
-    for (int i = 1; i < WORLD; i++) {
-        if (!in_world<WORLD>(block, i)) break;
-        const Shared peer(block.args.peers.at[i]);
+    for_peers<WORLD>(block, [&](int, const Shared& peer) {
 #pragma unroll
         for (int line = 0; line < LINES; line++) {
             if (line >= count) break;
             Words words = Words::of(own[line]);
             if (has_tag) words.at[2] = words.at[3] = tag;
-            peer.store(words.bits(), line_at<WORLD>(block, kLow128At, rank, line), lane_at);
+            peer.store(words.bits(), line_at<WORLD>(block, kLow128At, block.args.rank, line), lane_at);
         }
-    }
+    });
 
     Patience patience;
     for (;;) {
@@ -126,7 +137,7 @@ WAVE64_DEVICE bool exchange_low_128(const RankBlock<Args>& block, const Bits128 
 #pragma unroll
             for (int line = 0; line < LINES; line++) {
                 if (line >= count) break;
-                if (source != rank && in_world<WORLD>(block, source))
+                if (is_peer<WORLD>(block, source))
                     all[line][source] =
                         block.own.template load<Bits128>(line_at<WORLD>(block, kLow128At, source, line), lane_at);
                 else
@@ -135,13 +146,11 @@ WAVE64_DEVICE bool exchange_low_128(const RankBlock<Args>& block, const Bits128 
         int late = -1;
 #pragma unroll
         for (int source = 0; source < WORLD; source++) {
-            if (source == rank || !in_world<WORLD>(block, source)) continue;
+            if (!is_peer<WORLD>(block, source)) continue;
             Bits32 differs = 0;
 #pragma unroll
-            for (int line = 0; line < LINES; line++) {
-                if (line >= count) break;
-                differs |= Words::of(all[line][source]).at[3] ^ tag;
-            }
+            for (int line = 0; line < LINES; line++)
+                if (line < count) differs |= Words::of(all[line][source]).at[3] ^ tag;
             if (ballot(has_tag && differs != 0)) late = source;
         }
         if (late < 0) return true;
@@ -158,24 +167,21 @@ WAVE64_DEVICE void set_flags(const RankBlock<Args>& block, int use) {
     finish_stores();
     block_barrier();
     if (lane_in_block() == 0)
-#pragma unroll
-        for (int i = 1; i < WORLD; i++) {
-            if (!in_world<WORLD>(block, i)) break;
-            Shared(block.args.peers.at[i]).store(Bits32(block.round), block.flag(use) + block.args.rank * kLine);
-        }
+        for_peers<WORLD>(block, [&](int, const Shared& peer) {
+            peer.store(Bits32(block.round), block.flag(use) + block.args.rank * kLine);
+        });
 }
 
-// Waits for the flags of all ranks. A wait that times out is told, and what follows is of no use.
+// Waits for the flags of all ranks. That a wait timed out is told; what follows is of no use then.
 template <int WORLD, typename Args>
 WAVE64_DEVICE void wait_for_flags(const RankBlock<Args>& block, int use) {
     if (lane_in_block() < wave_size()) {
         const int source = lane_in_block();
-        const bool is_peer = source < block.args.world && source != block.args.rank;
         Patience patience;
         for (;;) {
             look_again();
-            bool missing = false;  // a peer may be a round ahead
-            if (is_peer)
+            bool missing = false;
+            if (source < block.args.world && source != block.args.rank)  // a peer may be a round ahead
                 missing = int(block.own.template load<Bits32>(block.flag(use), source * kLine) - block.round) < 0;
             const uint64_t late = ballot(missing);
             if (!late) break;
@@ -186,6 +192,48 @@ WAVE64_DEVICE void wait_for_flags(const RankBlock<Args>& block, int use) {
         }
     }
     block_barrier();
+}
+
+// A lane's packs, args.lines of them, from pack `first` on.
+template <int LINES, typename T, typename Args>
+WAVE64_DEVICE void load_part(Bits128 (&to)[LINES], const Packs<T>& x, int first, const Args& args) {
+#pragma unroll
+    for (int i = 0; i < LINES; i++)
+        if (i < args.lines) to[i] = x.load(first + i * args.block);
+}
+
+// The lines lie `first` lines behind the beginning of their slot.
+template <int WORLD, int LINES, typename Args, typename Sent>
+WAVE64_DEVICE void send_flagged(const RankBlock<Args>& block, int use, int first, int count, const Sent& sent) {
+    for_peers<WORLD>(block, [&](int i, const Shared& peer) {
+#pragma unroll
+        for (int line = 0; line < LINES; line++)
+            if (line < count)
+                peer.store(sent(i, line), line_at<WORLD>(block, kDataAt, block.args.rank, first + line),
+                           lane_in_block() * 16);
+    });
+    set_flags<WORLD>(block, use);
+    wait_for_flags<WORLD>(block, use);
+}
+
+template <int WORLD, typename Args>
+WAVE64_DEVICE void receive_flagged(const RankBlock<Args>& block, int line, const Bits128& own, Bits128 (&all)[WORLD]) {
+#pragma unroll
+    for (int source = 0; source < WORLD; source++)
+        if (is_peer<WORLD>(block, source))
+            all[source] =
+                block.own.template load<Bits128>(line_at<WORLD>(block, kDataAt, source, line), lane_in_block() * 16);
+        else
+            all[source] = own;
+}
+
+template <int WORLD, int LINES, typename Args, typename Sent>
+WAVE64_DEVICE void exchange_flagged(const RankBlock<Args>& block, int use, int first, int count, const Sent& sent,
+                                    const Bits128 (&own)[LINES], Bits128 (&all)[LINES][WORLD]) {
+    send_flagged<WORLD, LINES>(block, use, first, count, sent);
+#pragma unroll
+    for (int line = 0; line < LINES; line++)
+        if (line < count) receive_flagged(block, first + line, own[line], all[line]);
 }
 
 }  // namespace wave64

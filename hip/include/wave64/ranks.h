@@ -19,6 +19,8 @@ constexpr int kRankBlocks = 128;  // of a launch, at most
 constexpr int kRankLanes = 512;   // of a block, at most
 constexpr int kLowLatencyBlocks = 64;
 constexpr int kLowLatencyPacks = 2;  // of 16 bytes, that a lane sends at once
+// Up to here operators without a choice of their own send tags.
+constexpr int kLowLatencyBytes = 1 << 16;
 
 // Offsets in an arena, in bytes. A line of 128 bytes of its own for what different ranks or blocks write.
 constexpr int kLine = 128;
@@ -225,8 +227,10 @@ public:
 };
 
 // Packs of 16 bytes of a tensor of `bytes` bytes: zeros behind its end. An odd end, and a tensor that does not begin at
-// a multiple of 16 bytes, are accessed 2 bytes at a time.
+// a multiple of 16 bytes, are accessed element by element; all elements are a multiple of T.
+template <typename T = Bits16>
 class Packs {
+    static constexpr int kOf4 = 4 / sizeof(T), kBits = 8 * sizeof(T);
     Bounded memory;
     int bytes;
     bool aligned;
@@ -239,36 +243,38 @@ public:
     WAVE64_DEVICE Bits128 load(int i) const {
         const int at = i * 16;
         if (is_whole(at)) return memory.template load<Bits128>(at);
-        Words words;
-        for (int j = 0; j < 4; j++)
-            words.at[j] =
-                memory.template load<Bits16>(at + 4 * j) | Bits32(memory.template load<Bits16>(at + 4 * j + 2)) << 16;
+        Words words{};
+        for (int j = 0; j < 4 * kOf4; j++)
+            words.at[j / kOf4] |= Bits32(memory.template load<T>(at + j * int(sizeof(T)))) << j % kOf4 * kBits;
         return words.bits();
     }
     WAVE64_DEVICE void store(int i, const Bits128& pack) const {
         const int at = i * 16;
         if (is_whole(at)) return memory.store(at, pack);
         const Words words = Words::of(pack);
-        for (int j = 0; j < 4; j++) {
-            memory.store(at + 4 * j, Bits16(words.at[j]));
-            memory.store(at + 4 * j + 2, Bits16(words.at[j] >> 16));
-        }
+        for (int j = 0; j < 4 * kOf4; j++)
+            memory.store(at + j * int(sizeof(T)), T(words.at[j / kOf4] >> j % kOf4 * kBits));
     }
 };
 
-// The sum of a pack of every rank, in the order of the ranks, in fp32, rounded once: the same bits on every rank.
+// The sum of a pack of every rank, in the order of the ranks, in fp32: the same bits on every rank.
 template <typename T, int WORLD>
-WAVE64_DEVICE Bits128 sum_of(const Bits128 (&packs)[WORLD], int world) {
+WAVE64_DEVICE void add_up(float (&sum)[16 / sizeof(T)], const Bits128 (&packs)[WORLD], int world) {
     constexpr int N = 16 / sizeof(T);
-    float sum[N];
 #pragma unroll
     for (int rank = 0; rank < WORLD; rank++) {
         if (WORLD == kMaxRanks && rank > 0 && rank >= world) break;
         const auto values = Pack<T, N>{packs[rank]}.values();
         for (int i = 0; i < N; i++) sum[i] = rank ? sum[i] + float(values.at[i]) : float(values.at[i]);
     }
-    return Pack<T, N>::rounded(sum).bits;
 }
+template <typename T, int WORLD>
+WAVE64_DEVICE Bits128 sum_of(const Bits128 (&packs)[WORLD], int world) {
+    float sum[16 / sizeof(T)];
+    add_up<T>(sum, packs, world);
+    return Pack<T, 16 / sizeof(T)>::rounded(sum).bits;
+}
+// Rounded once.
 template <int WORLD>
 WAVE64_DEVICE Bits128 sum_of(const Bits128 (&packs)[WORLD], int world, Dtype dtype) {
     if (dtype == kBf16) return sum_of<bf16>(packs, world);
@@ -277,6 +283,14 @@ WAVE64_DEVICE Bits128 sum_of(const Bits128 (&packs)[WORLD], int world, Dtype dty
 }
 
 }  // namespace wave64
+
+// The kernels of OP<WORLD>(args), for 2, 4 and any number of ranks.
+#define WAVE64_RANK_KERNEL(OP, ARGS, WORLD) \
+    WAVE64_KERNEL(wave64::kRankLanes) OP##_##WORLD(wave64::ARGS args) { wave64::OP<WORLD>(args); }
+#define WAVE64_RANK_KERNELS(OP, ARGS) \
+    WAVE64_RANK_KERNEL(OP, ARGS, 2)   \
+    WAVE64_RANK_KERNEL(OP, ARGS, 4)   \
+    WAVE64_RANK_KERNEL(OP, ARGS, 8)
 
 #else
 #include "wave64/host.h"
@@ -304,20 +318,23 @@ void plan_ranks(const Call& call, Args& args) {
 
 // Sets args.block, lines and grid for `packs` packs of 16 bytes: first more blocks, then more lanes, then more lines at
 // once. All ranks must come to the same, so nothing but the device's kind and the size may matter.
+//     of_8       packs that 8 lanes have in a round with one unit of lines
+//     max_units  of lines that a lane has at once
 template <typename Args>
-void plan_blocks(const Call& call, Args& args, int64_t packs) {
-    const int64_t slot_lines = kSlotHalf / (16 * kRankLanes) / (args.world <= 2 ? 2 : args.world <= 4 ? 4 : 8);
-    const bool pairs = args.protocol == kLow128, two_shot = args.protocol == kTwoShot;
-    // Packs that 8 lanes have in a round with one line, or with one pair of them.
-    const int64_t of_8 = pairs ? 15 : two_shot ? 8 * args.world : 8;
-    const int64_t max_units = args.protocol == kLowLatency ? 1 : pairs || two_shot ? slot_lines / 2 : slot_lines;
-    const int64_t max_blocks = args.protocol == kLowLatency ? kLowLatencyBlocks : kRankBlocks;
-    const auto blocks = [&](int64_t units) { return ceil_div(packs, args.block / 8 * of_8 * units); };
-    args.block = int32_t(std::min<int64_t>(round_up(ceil_div(packs * 8, of_8), call.device.wave_size), kRankLanes / 2));
-    if (blocks(1) > max_blocks) args.block = kRankLanes;
-    const int64_t units = std::min(max_units, ceil_div(blocks(1), max_blocks));
-    args.lines = int32_t(pairs ? 2 * units : units);
-    args.grid = int32_t(std::min(blocks(units), max_blocks));
+void plan_blocks(const Call& call, Args& args, int64_t packs, int64_t of_8, int64_t max_units, int64_t max_blocks) {
+    const auto lanes = [&](int64_t units) {  // of each of the most blocks
+        return round_up(ceil_div(ceil_div(packs, units * max_blocks) * 8, of_8), call.device.wave_size);
+    };
+    const int64_t units = std::min(max_units, ceil_div(lanes(1), kRankLanes));
+    const int64_t alone = round_up(ceil_div(packs * 8, of_8), call.device.wave_size);  // lanes of a single block
+    args.block = int32_t(std::min({alone, std::max<int64_t>(lanes(units), kRankLanes / 2), int64_t(kRankLanes)}));
+    args.lines = int32_t(units);
+    args.grid = int32_t(std::min(ceil_div(packs, args.block / 8 * of_8 * units), max_blocks));
+}
+
+// Lines of 16 bytes that a lane has for each rank in a slot.
+inline int64_t slot_lines(int32_t world) {
+    return kSlotHalf / (16 * kRankLanes) / (world == 2 ? 2 : world == 4 ? 4 : 8);
 }
 
 // What Python needs of the above: the runtime the size, tests the layout.
@@ -330,6 +347,7 @@ void plan_blocks(const Call& call, Args& args, int64_t packs) {
 
 // Kernels are compiled for 2, 4 and any number of ranks.
 inline int world_kernel(int32_t world) { return world == 2 ? 0 : world == 4 ? 1 : 2; }
+#define WAVE64_BY_WORLD(NAME) {NAME "_2", NAME "_4", NAME "_8"}
 
 }  // namespace wave64
 #endif
