@@ -137,10 +137,14 @@ def _right(cases: Callable[[], list]) -> Any:
     try:
         return len(cases())
     except (AssertionError, RuntimeError, ValueError) as error:
-        return f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        return failed(error)
 
 
-def _near(what: str, got: Tensor, exact: Tensor, bound: Tensor) -> None:
+def failed(error: Exception) -> str:
+    return f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def near(what: str, got: Tensor, exact: Tensor, bound: Tensor) -> None:
     off = (got.double() - exact).abs()
     wrong = ~(off <= bound)
     assert not wrong.any(), (f"{what}: {int(wrong.sum())} of {got.numel()} are wrong, "
@@ -174,7 +178,7 @@ def _one(rank: Rank, run: Callable[[Tensor], Tensor], shape: tuple[int, ...], dt
 
 def _check_sum(rank: Rank, what: str, got: Tensor, dtype: torch.dtype, seed: int) -> None:
     rank.sync()
-    _near(what, got, *exact_sum(rank, tuple(got.shape), dtype, seed))
+    near(what, got, *exact_sum(rank, tuple(got.shape), dtype, seed))
     _same_bits(rank, what, got)
 
 
@@ -190,7 +194,7 @@ def _scattered(rank: Rank, rows: int, dtype: torch.dtype) -> None:
     got = ops.reduce_scatter(rank.draw(rank.me.rank, shape, dtype), rank.group)
     rank.sync()
     exact, bound = (each[rows * rank.me.rank:][:rows] for each in exact_sum(rank, shape, dtype))
-    _near(f"{rows} rows of {dtype}", got, exact, bound)
+    near(f"{rows} rows of {dtype}", got, exact, bound)
 
 
 def _normalized(rank: Rank, rows: int, dtype: torch.dtype) -> None:
@@ -202,9 +206,9 @@ def _normalized(rank: Rank, rows: int, dtype: torch.dtype) -> None:
                                         rank.group)
     rank.sync()
     eps = torch.finfo(dtype).eps
-    _near("residual", residual, exact, bound + 2 * eps * exact.abs() + 2 * eps)
+    near("residual", residual, exact, bound + 2 * eps * exact.abs() + 2 * eps)
     normed = torch.nn.functional.rms_norm(exact, (hidden,), weight.double(), 1e-5)
-    _near(f"{rows} rows of {dtype}", got, normed, 8 * eps * (normed.abs() + weight.double().abs()))
+    near(f"{rows} rows of {dtype}", got, normed, 8 * eps * (normed.abs() + weight.double().abs()))
     _same_bits(rank, "fused_all_reduce_rms_norm", got)
 
 
@@ -346,11 +350,11 @@ def dry_speed(rank: Rank) -> dict[str, Any]:
 PARTS = {"correct": correct, "many": many, "wait": wait, "speed": speed}
 
 
-def run_part(part: str, rank: Rank) -> dict[str, Any]:
+def run_part(part: Callable[[Any], dict[str, Any]], what: Any) -> dict[str, Any]:
     try:
-        return (dry_speed if rank.dry and part == "speed" else PARTS[part])(rank)
+        return part(what)
     except Exception as error:
-        return {"FAILED": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
+        return {"FAILED": failed(error)}
 
 
 @contextlib.contextmanager
@@ -371,9 +375,17 @@ def rank_of(args: argparse.Namespace) -> Iterator[Rank]:
 
 
 def be_rank(args: argparse.Namespace) -> None:
-    with rank_of(args) as rank:
-        found = run_part(args.part[0], rank)
-    if args.rank == 0 or "FAILED" in found:
+    """Runs parts, and writes what they found: {part: result}."""
+    if args.one_card:
+        import ranks_one_card
+
+        card = ranks_one_card.Card(args.world)
+        found = {part: run_part(ranks_one_card.PARTS[part], card) for part in args.part}
+    else:
+        with rank_of(args) as rank:
+            parts = {**PARTS, **({"speed": dry_speed} if args.dry else {})}
+            found = {part: run_part(parts[part], rank) for part in args.part}
+    if args.rank == 0 or failures(found):
         Path(args.out).write_text(json.dumps(found))
     os._exit(0)  # a rank that is stopped, or a group that is broken, is not waited for
 
@@ -384,19 +396,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def spawn(args: argparse.Namespace, part: str, folder: Path) -> dict[str, Any]:
-    """One part, by a process for each rank; all have ended when this returns."""
-    port, limit = free_port(), LIMIT_S[part]
-    outs = [folder / f"{part}-{rank}.json" for rank in range(args.world)]
-    logs = [(folder / f"{part}-{rank}.log").open("w+") for rank in range(args.world)]
+def spawn(args: argparse.Namespace, parts: list[str], folder: Path) -> dict[str, Any]:
+    """Runs parts, in a process for each rank, which have ended when this returns; {part: result}."""
+    port, limit, world = free_port(), sum(LIMIT_S[part] for part in parts), 1 if args.one_card else args.world
+    outs = [folder / f"{parts[0]}-{rank}.json" for rank in range(world)]
+    logs = [(folder / f"{parts[0]}-{rank}.log").open("w+") for rank in range(world)]
     env = {"GLOO_SOCKET_IFNAME": "lo", **({"OMP_NUM_THREADS": "1"} if args.dry else {}), **os.environ}
     env.pop("TRITON_INTERPRET", None)
+    flags = [flag for flag, given in (("--dry", args.dry), ("--one-card", args.one_card)) if given]
     processes = [subprocess.Popen(
-        [sys.executable, HERE, "--world", str(args.world), "--rank", str(rank), "--port", str(port), "--part", part,
-         "--out", outs[rank], *(["--dry"] if args.dry else [])], stdout=logs[rank], stderr=subprocess.STDOUT, env=env)
-        for rank in range(args.world)]
+        [sys.executable, HERE, "--world", str(args.world), "--rank", str(rank), "--port", str(port), "--part", *parts,
+         "--out", outs[rank], *flags], stdout=logs[rank], stderr=subprocess.STDOUT, env=env) for rank in range(world)]
     began = time.monotonic()
-    others = processes[:-1] if part == "wait" and not args.dry else processes
+    others = processes[:-1] if parts == ["wait"] else processes  # the last one is stopped
     try:
         while any(p.poll() is None for p in others) and time.monotonic() - began < limit:
             if any(p.poll() not in (None, 0) for p in others):
@@ -409,14 +421,17 @@ def spawn(args: argparse.Namespace, part: str, folder: Path) -> dict[str, Any]:
                 process.kill()
             process.wait()
     said = [json.loads(out.read_text()) if out.exists() else {} for out in outs]
-    failed = {f"rank {rank}": each["FAILED"] for rank, each in enumerate(said) if "FAILED" in each}
-    result = said[0] or {"FAILED": f"no result within {limit:.0f} s"}
-    if failed or "FAILED" in result:
-        for rank, log in enumerate(logs):
-            log.seek(0)
-            failed.setdefault(f"log of rank {rank}", log.read()[-800:])
-        result = {**result, "FAILED": failed}
-    return {**result, "part's seconds": round(time.monotonic() - began, 1)}
+    found = {part: dict(said[0].get(part, {"FAILED": f"no result within {limit:.0f} s"})) for part in parts}
+    for rank, each in enumerate(said[1:], 1):
+        for part, result in each.items():
+            found[part] |= {f"rank {rank}": failures(result)} if failures(result) else {}
+    for part, result in found.items():
+        if failures(result):
+            for rank, log in enumerate(logs):
+                log.seek(0)
+                found[part][f"log of rank {rank}"] = log.read()[-800:]
+    found[parts[0]]["seconds of the processes"] = round(time.monotonic() - began, 1)
+    return found
 
 
 def failures(found: Any) -> list[str]:
@@ -429,10 +444,11 @@ def failures(found: Any) -> list[str]:
 
 def show(found: dict[str, Any]) -> None:
     for part, result in found["parts"].items():
-        if part != "speed" or "FAILED" in result:
+        if part != "speed":
             print(f"{part}: {json.dumps(result)}")
             continue
-        rows = {size: row for size, row in result.items() if isinstance(row, dict)}
+        rows = {size: row for size, row in result.items() if size.isdecimal()}
+        print(f"{part}: {json.dumps({key: value for key, value in result.items() if key not in rows})}")
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
         print("us per call; columns: " + ", ".join(f"[{i}] {name}" for i, name in enumerate(names)))
         for size, row in rows.items():
@@ -455,8 +471,9 @@ def main() -> int:
     found: dict[str, Any] = {"world": args.world, "torch": torch.__version__, "parts": {},
                              "device": "gfx942 (emulated)" if args.dry else torch.cuda.get_device_name()}
     with tempfile.TemporaryDirectory() as folder:
-        for part in args.part:
-            found["parts"][part] = spawn(args, part, Path(folder))
+        parts = [part for part in args.part if not (args.one_card and part == "wait")]
+        for group in [parts] if args.dry else [[part] for part in parts]:
+            found["parts"] |= spawn(args, group, Path(folder))
             if args.out:
                 Path(args.out).write_text(json.dumps(found, indent=1))
     show(found)

@@ -47,6 +47,13 @@ static int all_inside(const Core* c, const u64* address, u64 lanes, u64 width, i
 
 // ---- registers
 
+// Memory may be another process's, too, whose device loads meanwhile: pairs of words are never torn, and `receive`
+// takes them in the reverse of the order in which `give` stores them, so that who finds the last pair of a store finds
+// all of it, as a line that hardware stores as one.
+typedef struct {
+    u64 bits __attribute__((aligned(4)));
+} __attribute__((packed, aligned(4))) Pair;
+
 static void receive(Core* c, const Op* o, i64 w, const u64* address, u64 lanes) {
     u32 width = o->more & 31;
     u32* to = vector(c, o->dst, w);
@@ -68,6 +75,14 @@ static void receive(Core* c, const Op* o, i64 w, const u64* address, u64 lanes) 
             EACH(lanes, to[i] = (u32) * (i16*)address[i];)
         else
             EACH(lanes, to[i] = *(u16*)address[i];)
+    } else if (width % 8 == 0) {
+        for (int i = LANES - 1; i >= 0; i--)
+            if (lanes >> i & 1)
+                for (i64 k = width / 8 - 1; k >= 0; k--) {
+                    u64 pair = ((volatile Pair*)address[i])[k].bits;
+                    to[2 * k * c->n * LANES + i] = (u32)pair;
+                    to[(2 * k + 1) * c->n * LANES + i] = (u32)(pair >> 32);
+                }
     } else
         for (u32 k = 0; k < width / 4; k++, to += c->n * LANES) EACH(lanes, to[i] = ((u32*)address[i])[k];)
 }
@@ -79,6 +94,9 @@ static void give(Core* c, const Op* o, i64 w, const u64* address, u64 lanes, u32
         EACH(lanes, *(u8*)address[i] = (u8)(from[i] >> high);)
     else if (width == 2)
         EACH(lanes, *(u16*)address[i] = (u16)(from[i] >> high);)
+    else if (width % 8 == 0)
+        EACH(lanes, for (u32 k = 0; k < width / 8; k++)((volatile Pair*)address[i])[k].bits =
+                        from[2 * k * c->n * LANES + i] | (u64)from[(2 * k + 1) * c->n * LANES + i] << 32;)
     else
         for (u32 k = 0; k < width / 4; k++, from += c->n * LANES) EACH(lanes, ((u32*)address[i])[k] = from[i];)
 }
