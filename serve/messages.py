@@ -32,6 +32,7 @@ class SamplingParams(Struct):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}  # token -> what is added to its logit
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     min_new_tokens: int = 0
@@ -164,7 +165,8 @@ def check_request(input_ids: list[int], params: SamplingParams, limits: Limits, 
     vocab = limits.vocab_size
     if not input_ids:
         raise BadRequest(f"{prompt}: empty, expected at least one token", prompt, "empty_prompt")
-    for name, ids in ((prompt, input_ids), ("stop_token_ids", params.stop_token_ids)):
+    given = ((prompt, input_ids), ("stop_token_ids", params.stop_token_ids), ("logit_bias", list(params.logit_bias)))
+    for name, ids in given:
         if ids and (min(ids) < 0 or max(ids) >= vocab):
             bad = next(i for i in ids if not 0 <= i < vocab)
             raise BadRequest(f"{name}: expected token ids from 0 to {vocab - 1}, got {bad}", name, "invalid_token")
@@ -190,6 +192,7 @@ def check_params(params: SamplingParams) -> None:
         ("min_p", 0 <= params.min_p <= 1, "0 to 1"),
         ("presence_penalty", math.isfinite(params.presence_penalty), "a finite number"),
         ("frequency_penalty", math.isfinite(params.frequency_penalty), "a finite number"),
+        ("logit_bias", all(map(math.isfinite, params.logit_bias.values())), "finite numbers"),
         ("repetition_penalty", 0 < params.repetition_penalty < math.inf, "more than 0"),
     )
     for name, fine, expected in checks:

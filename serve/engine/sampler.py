@@ -37,6 +37,9 @@ def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor) -> Sampled:
     wanted = [i for i, top in enumerate(sampling.top_logprobs) if top >= 0]
     raw = torch.log_softmax(_pick(logits, wanted), dim=-1) if wanted else None
     _penalize(logits, sampling)
+    if sampling.biases:
+        rows, tokens, biases = zip(*sampling.biases, strict=True)
+        logits[list(rows), list(tokens)] += _column(biases, logits)
     if sampling.grammars:  # the device may still run the model
         ops.apply_token_bitmask(logits, torch.from_numpy(bitmask(sampling, logits.shape[1])).to(logits.device))
     elif sampling.forbidden:

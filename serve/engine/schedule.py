@@ -63,6 +63,7 @@ class Sampling:
     uniform: list[float] = field(default_factory=list)  # [S] in [0, 1): the random number that chooses
     top_logprobs: list[int] = field(default_factory=list)  # [S] -1: no logprobs; k: the chosen token's and the k best
     penalties: list[Penalties] = field(default_factory=list)  # of the sequences that have any
+    biases: list[tuple[int, int, float]] = field(default_factory=list)  # (index, token, what is added to its logit)
     forbidden: list[tuple[int, int]] = field(default_factory=list)  # (index, token): stops before min_new_tokens
     scored: list[Scored] = field(default_factory=list)
     grammars: list[tuple[int, Grammar]] = field(default_factory=list)  # (index, its state): read between run and choice

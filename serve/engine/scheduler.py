@@ -383,6 +383,8 @@ def _add_sampling(sampling: Sampling, seq: Sequence, logit_row: int) -> None:
         prompt, output = seq.tokens[: seq.num_prompt], seq.tokens[seq.num_prompt :]
         sampling.penalties.append(Penalties(index, params.presence_penalty, params.frequency_penalty,
                                             params.repetition_penalty, prompt, output))  # fmt: skip
+    if params.logit_bias:
+        sampling.biases += [(index, token, bias) for token, bias in params.logit_bias.items()]
     if seq.grammar is not None:
         sampling.grammars.append((index, seq.grammar))
     if seq.num_generated < params.min_new_tokens:

@@ -74,8 +74,8 @@ class Choice:
         self.new = Delta()  # not yet streamed
         self._skips_special = body.skip_special_tokens is not False and not is_marked
         self._detokenizer = Detokenizer(tokenizer, prompt_ids, self._skips_special)
-        self._stops = StopStrings(body.stop_strings, keep=bool(body.no_stop_trim))
-        self._keep_stop = bool(body.no_stop_trim)
+        self._stops = StopStrings(body.stop_strings, keep=body.keeps_stop)
+        self._keep_stop = body.keeps_stop
         self._stop_tokens = stop_tokens or {}
         self._decoded = 0  # characters so far, those held back by the stop strings among them
         self._held: list[tuple[int, TokenLogprob]] = []  # logprobs of tokens whose text is held back
@@ -172,12 +172,14 @@ class Generator:
             raise ApiError(f"the engine is not there: {self.client.lost or 'the model is still loading'}", status=503)
         return self.client.ready
 
-    async def encode(self, prompts: list[Prompt], names: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """The token ids of some prompts; `names` says which field each came in. Texts are tokenized in a
-        thread, a slice at a time, so that whatever else is served goes on, and cancelling ends it. Raises ApiError."""
+    async def encode(self, prompts: list[Prompt], names: list[str], add_special_tokens: bool = True, *,
+                     is_truncated: bool = False) -> list[list[int]]:
+        """The token ids of some prompts; `names` says which field each came in; is_truncated: they may be too
+        long. Texts are tokenized in a thread, a slice at a time, so that whatever else is served goes on, and
+        cancelling ends it. Raises ApiError."""
         limit, _ = self.ready.max_tokens()
         for prompt, name in zip(prompts, names, strict=True):
-            if isinstance(prompt, str) and len(prompt) > limit * self.tokenizer.longest_token:
+            if not is_truncated and isinstance(prompt, str) and len(prompt) > limit * self.tokenizer.longest_token:
                 said = f"your {name} of {len(prompt)} characters is more than that"
                 raise _refusal(too_long(self.ready, said, name, name))
         texts = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
@@ -216,6 +218,11 @@ class Generator:
         ours = self.args.model_name
         if name is not None and name.casefold() != ours.casefold() and _is_one_slip(name, ours):
             raise ApiError(f"model: {name}: no such model; did you mean {ours}?", "model", "model_not_found", 404)
+
+    def truncated(self, prompt_ids: list[int], count: int | None) -> list[int]:
+        """The last `count` tokens of a prompt; -1: as many as leave a place for an answer; None: all."""
+        count = self.ready.max_tokens()[0] - 1 if count == -1 else count
+        return prompt_ids if count is None else prompt_ids[max(0, len(prompt_ids) - count) :]
 
     def new_tokens(self, num_prompt: int, asked: int | None, default: int | None = None) -> int:
         """How many tokens to generate: what was `asked` for, else `default` or up to the limit, at least one."""

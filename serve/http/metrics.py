@@ -29,6 +29,10 @@ OF_STATISTICS: tuple[tuple[Callable[[Statistics], float], type[Metric], str, str
      "Tokens generated."),
     (lambda now: now.preemptions, CounterMetricFamily, "num_retracted_reqs", "num_preemptions",
      "Times that a request lost its pages and was computed anew."),
+    (lambda now: now.cached_tokens, CounterMetricFamily, "cached_tokens", "prefix_cache_hits",
+     "Prompt tokens that the prefix cache had."),
+    (lambda now: now.cached_tokens + now.prompt_tokens, CounterMetricFamily, "queried_tokens", "prefix_cache_queries",
+     "Prompt tokens that the prefix cache was asked for."),
 )  # fmt: skip
 # of Metrics.__init__ -> vLLM's name
 ALIASES = {"sglang:time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
@@ -87,6 +91,8 @@ class Metrics:
         for value, kind, *names, text in OF_STATISTICS:
             for prefix, name in zip(("sglang", "vllm"), names, strict=True):
                 yield self._family(kind, f"{prefix}:{name}", text, value(now))
+        yield self._family(GaugeMetricFamily, "sglang:cache_hit_rate", "Part of prompts that the prefix cache had.",
+                           now.cached_tokens / max(1, now.cached_tokens + now.prompt_tokens))  # fmt: skip
         ready: Ready | None = self._engine.ready
         if ready is None:
             return

@@ -23,7 +23,7 @@ class Generate:
         self.choices: list[Choice] = []
         self._started = time.perf_counter()
         self._has_logprobs: list[bool] = []  # per choice, as is the next
-        self._with_prompt: list[bool] = []
+        self._starts: list[int] = []  # from where the prompt is scored; -1: not at all
 
     async def prepare(self) -> None:
         """Check the prompts and make the choices. Raises ApiError."""
@@ -37,13 +37,13 @@ class Generate:
         for i in range(len(prompts)):
             if not 0 <= tops[i] <= MAX_TOP_LOGPROBS:
                 raise ApiError(f"top_logprobs_num: expected 0 to {MAX_TOP_LOGPROBS}, got {tops[i]}", "top_logprobs_num")
-            if starts[i] not in (-1, 0):
-                expected = "-1 (new tokens only) or 0 (the prompt, too)"
+            if starts[i] < -1:
+                expected = "-1 (new tokens only) or where to begin in the prompt"
                 raise ApiError(f"logprob_start_len: expected {expected}, got {starts[i]}", "logprob_start_len")
         for i, ids in enumerate(await self.generator.encode(prompts, names)):
             sampling = samplings[i]
             new = self.generator.new_tokens(len(ids), sampling.max_new_tokens, NEW_TOKENS)
-            scored = wanted[i] and starts[i] == 0
+            scored = wanted[i] and 0 <= starts[i] < len(ids)
             top = tops[i] if wanted[i] else -1
             made = self.generator.choices(
                 ids, sampling, new, (names[i], "max_new_tokens"), len(self.choices), top, scored,
@@ -51,7 +51,7 @@ class Generate:
             )
             self.choices += made
             self._has_logprobs += [wanted[i]] * len(made)
-            self._with_prompt += [scored] * len(made)
+            self._starts += [starts[i] if scored else -1] * len(made)
 
     @property
     def is_list(self) -> bool:
@@ -84,8 +84,8 @@ class Generate:
         if self._has_logprobs[choice.index]:
             entries = [entry for _, entry in choice.all.logprobs]
             meta |= self._logprobs("output", entries, [entry.id for entry in entries], choice)
-        if self._with_prompt[choice.index]:
-            meta |= self._logprobs("input", choice.prompt_logprobs, choice.prompt_ids, choice)
+        if (start := self._starts[choice.index]) >= 0:
+            meta |= self._logprobs("input", choice.prompt_logprobs[start:], choice.prompt_ids[start:], choice)
         return {"text": choice.all.text, "output_ids": choice.all.token_ids, "meta_info": meta}
 
     def _logprobs(self, side: str, entries: Sequence[TokenLogprob | None], ids: list[int], choice: Choice) -> Json:

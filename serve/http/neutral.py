@@ -27,7 +27,6 @@ ON_BY_DEFAULT = {
 # Would change the answer. Each with what else asks for nothing: the default of the servers that have the field.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     # what is generated
-    "logit_bias": (),
     "suffix": (),
     "prediction": (),
     "bad_words": (),
@@ -41,7 +40,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (),
     "min_length": (0,),
     "stop_regex": (),
-    "include_stop_str_in_output": (),
     "max_thinking_tokens": (),
     "thinking_token_budget": (),
     "require_reasoning": (),
@@ -65,8 +63,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": (),
     "task": (),
-    "continue_final_message": (),
-    "truncate_prompt_tokens": (),
     "session_params": (),
     # which model, and where
     "lora_path": (),

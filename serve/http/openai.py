@@ -12,7 +12,7 @@ from wave64.serve.http.detokenizer import Detokenizer
 from wave64.serve.http.generation import Choice, Delta, Generator, Prompt
 from wave64.serve.http.message import Message
 from wave64.serve.http.reasoning import Thoughts, begins_in_thought, grammar_behind
-from wave64.serve.http.schemas import ChatRequest, CompletionRequest
+from wave64.serve.http.schemas import ApiError, ChatRequest, CompletionRequest
 from wave64.serve.messages import TokenLogprob
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may go on to the end of the context
@@ -74,7 +74,9 @@ class Completion(Job[CompletionRequest]):
         top = -1 if body.logprobs is None else body.logprobs
         scored = bool(body.echo and top >= 0)
         grammar = await self.generator.grammar(body)
-        encoded = await self.generator.encode(prompts, names, body.add_special_tokens is not False)
+        encoded = await self.generator.encode(prompts, names, body.add_special_tokens is not False,
+                                              is_truncated=body.truncate_prompt_tokens is not None)  # fmt: skip
+        encoded = [self.generator.truncated(ids, body.truncate_prompt_tokens) for ids in encoded]
         for ids, name in zip(encoded, names, strict=True):
             new = self.generator.new_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS)
             self.choices += self.generator.choices(ids, body, new, (name, "max_tokens"), len(self.choices), top, scored,
@@ -142,17 +144,21 @@ class Chat(Job[ChatRequest]):
 
     async def prepare(self) -> None:
         body = self.body
-        begin = body.add_generation_prompt is not False
+        begin = body.add_generation_prompt is not False and not body.continue_final_message
         variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": begin}
         if body.usable_tools:
             variables["tools"] = [tool.model_dump(exclude_unset=True) for tool in body.usable_tools]
         text = await self.generator.render([message.on_the_wire() for message in body.messages], variables)
+        if body.continue_final_message:
+            text = _cut_behind(text, body.messages[-1].text)
         marks, parser = self.generator.reasoning, self.generator.tool_parser
         in_thought = marks is not None and begins_in_thought(marks, text)
         grammar = await self.generator.grammar(body, tools.forced(body))
         if grammar is not None and marks is not None:
             grammar = grammar_behind(marks, in_thought, grammar)
-        (ids,) = await self.generator.encode([text], ["messages"], bool(body.add_special_tokens))
+        (ids,) = await self.generator.encode([text], ["messages"], bool(body.add_special_tokens),
+                                             is_truncated=body.truncate_prompt_tokens is not None)  # fmt: skip
+        ids = self.generator.truncated(ids, body.truncate_prompt_tokens)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         new = self.generator.new_tokens(len(ids), getattr(body, name))
         top = (body.top_logprobs or 0) if body.logprobs else -1
@@ -190,6 +196,16 @@ class Chat(Job[ChatRequest]):
     def _token(self, token: int, logprob: float) -> Json:
         text, raw = self.tokenizer.token_text(token), self.tokenizer.token_bytes(token)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _cut_behind(prompt: str, said: str) -> str:
+    """A prompt without what a chat template put behind the last message, which goes on. Raises ApiError."""
+    at = prompt.rfind(said.strip())
+    if at < 0 or not said.strip():
+        raise ApiError("continue_final_message: the chat template does not show the last message as it is",
+                       "continue_final_message", "invalid_value")  # fmt: skip
+    kept = said.lstrip()  # templates may strip it, or not
+    return prompt[:at] + (kept if prompt.startswith(kept, at) else said.strip())
 
 
 def _finite(logprob: float) -> float:

@@ -19,6 +19,7 @@ MAX_VALUES = 1 << 21  # of a body, token ids among them
 MAX_CHOICES = 4096  # prompts times n in one request
 MAX_MESSAGES = 1 << 14
 MAX_TOOLS = 1024
+MAX_BIASES = 4096
 MAX_STOPS = 1024  # each is looked for at every token
 MAX_STOP_LENGTH = 1 << 14  # characters of all stop strings together, for the same reason
 MAX_SAID = 2000  # characters of an error message, which may quote the request
@@ -71,6 +72,7 @@ Int = Annotated[int, BeforeValidator(_whole)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Count = Annotated[Int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
 First = Field(fail_fast=True)  # of a list's faults the first one is told, and a million others are not looked for
 TopLogprobs = Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
@@ -122,6 +124,8 @@ class Sampling(Body):
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     no_stop_trim: Flag | None = None
+    include_stop_str_in_output: Flag | None = None  # vLLM's name for it
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     # the form of the answer: serve.http.grammar
     json_schema: str | dict[str, Any] | bool | None = None
     regex: str | None = None
@@ -139,6 +143,18 @@ class Sampling(Body):
             raise ApiError("stop: expected strings of at least one character, got ''", "stop", "invalid_value")
         return self
 
+    @model_validator(mode="after")
+    def _check_logit_bias(self) -> Any:
+        for token in self.logit_bias or ():
+            if not (token.isascii() and token.isdecimal() and len(token) < 10):
+                raise ApiError(f"logit_bias: expected token ids as keys, got {_short(token)}", "logit_bias")
+        return self
+
+    @property
+    def keeps_stop(self) -> bool:
+        """Whether a stop string or token that ends an answer is part of its text."""
+        return bool(self.no_stop_trim or self.include_stop_str_in_output)
+
     @property
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -149,6 +165,8 @@ class Sampling(Body):
         for name in type(self).model_fields:
             if (value := getattr(self, name)) is not None:
                 values[self.renamed.get(name, name)] = value
+        if self.logit_bias:
+            values["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         values |= settled
         if values.get("temperature", 1.0) < GREEDY_BELOW:
             values["temperature"] = 0.0
@@ -172,6 +190,7 @@ class _OpenAI(Sampling):
     max_tokens: Count | None = None
     min_tokens: Count | None = None
     seed: Seed | None = None
+    truncate_prompt_tokens: Annotated[Int, Field(ge=-1)] | None = None  # the last so many; -1: as many as fit
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None  # vLLM's, as are the next
     guided_json: str | dict[str, Any] | bool | None = None
@@ -228,6 +247,12 @@ class Message(BaseModel):
     role: Annotated[str, Field(min_length=1)]
     content: str | Annotated[list[TextPart], First] | None = None
 
+    @property
+    def text(self) -> str:
+        """The text of its content."""
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
     def on_the_wire(self) -> dict[str, Any]:
         """The message as it came."""
         parts = self.content
@@ -280,6 +305,7 @@ class ChatRequest(_OpenAI):
     logprobs: Flag | None = None
     top_logprobs: TopLogprobs | None = None
     add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
     add_special_tokens: Flag | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), First] | None = None
@@ -314,6 +340,16 @@ class ChatRequest(_OpenAI):
     def _check_top_logprobs(self) -> Any:
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs: allowed only with logprobs: true", "top_logprobs", "invalid_value")
+        return self
+
+    @model_validator(mode="after")
+    def _check_final_message(self) -> Any:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError("continue_final_message: not allowed with add_generation_prompt: true",
+                           "continue_final_message", "invalid_value")  # fmt: skip
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ApiError("continue_final_message: expected an assistant's message at the end, got one of "
+                           f"{self.messages[-1].role}", "continue_final_message", "invalid_value")  # fmt: skip
         return self
 
     @model_validator(mode="after")

@@ -61,12 +61,12 @@ NEUTRAL = {
 
 # The same, where they ask for something.
 ASKING = {
-    "use_beam_search": True, "include_stop_str_in_output": True, "prompt_logprobs": 1, "allowed_token_ids": [5],
-    "bad_words": ["x"], "truncate_prompt_tokens": 3, "return_token_ids": True,
+    "use_beam_search": True, "prompt_logprobs": 1, "allowed_token_ids": [5],
+    "bad_words": ["x"], "return_token_ids": True,
     "detokenize": False, "documents": [{"text": "x"}], "chat_template": "{{ 1 }}", "data_parallel_rank": 1,
     "return_routed_experts": True, "routed_experts_start_len": 1, "stop_regex": "a", "lora_path": "a",
     "bootstrap_host": "h", "tool_choice": "required", "thinking": False,
-    "enable_thinking": False, "a_field_of_tomorrow": 0, "another": True, "logit_bias": {"5": 1}, "suffix": "y",
+    "enable_thinking": False, "a_field_of_tomorrow": 0, "another": True, "suffix": "y",
     "return_meta_info": True, "modalities": ["audio"], "beam_width": 2, "prompt_embeds": "x",
 }  # fmt: skip
 
