@@ -141,7 +141,7 @@ class Generator:
         self.templates = TemplateProcess(tokenizer.template_source) if tokenizer.template_source else None
         self.is_serving = False  # after the warm-up
         self.metrics = Metrics(args.model_name, client)
-        self._grammars = Grammars(tokenizer, client.tell)
+        self._grammars = Grammars(tokenizer, lambda vocabulary: client.tell(vocabulary))
         self.tool_parser = args.tool_call_parser or parser_of(tokenizer.template_source)
         self.reasoning = REASONING_PARSERS[args.reasoning_parser] if args.reasoning_parser else None
 

@@ -19,8 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.access import OPEN_PATHS, Access
+from wave64.serve.http.bodies import parse
 from wave64.serve.http.metrics import Metrics
-from wave64.serve.http.schemas import ApiError, Body, parse
+from wave64.serve.http.schemas import ApiError, Body
 
 log = logging.getLogger("wave64")
 

@@ -8,11 +8,12 @@ import pytest
 from helpers_server import VOCAB, make_tokenizer
 
 from wave64.serve.args import ServerArgs
+from wave64.serve.http.bodies import parse
 from wave64.serve.http.generation import Generator
 from wave64.serve.http.guard import json_response
 from wave64.serve.http.native import Generate
 from wave64.serve.http.openai import Completion, answer, usage
-from wave64.serve.http.schemas import ApiError, CompletionRequest, GenerateRequest, parse
+from wave64.serve.http.schemas import ApiError, CompletionRequest, GenerateRequest
 from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Output, Ready, TokenLogprob
 

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 from helpers_server import CONTEXT, VOCAB, eventually
 
-from wave64.serve.http import schemas
+from wave64.serve.http import bodies, schemas
 from wave64.serve.http.schemas import ChatRequest, CompletionRequest, GenerateRequest
 
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
@@ -150,7 +150,7 @@ def test_bodies_of_very_many_values_are_refused_before_they_are_read(what, monke
     json.loads(raw)
     monkeypatch.setattr(model, "model_validate_json", lambda raw: pytest.fail("it was read"))
     with pytest.raises(schemas.ApiError, match=r"the body: expected at most \d+ (strings, lists|values)") as e:
-        schemas.parse(model, raw.encode())
+        bodies.parse(model, raw.encode())
     assert (e.value.status, e.value.body["error"]["code"]) == (413, "body_too_large")
 
 
@@ -158,9 +158,9 @@ def test_bodies_of_very_many_values_are_refused_before_they_are_read(what, monke
 def test_what_stands_in_strings_is_no_value(text):
     """A table, code or JSON as a prompt's text is one string, however long."""
     prompt = text * (1 << 17)
-    assert schemas.parse(CompletionRequest, json.dumps({"prompt": prompt}).encode()).prompts == [prompt]
+    assert bodies.parse(CompletionRequest, json.dumps({"prompt": prompt}).encode()).prompts == [prompt]
     ids = list(range(1 << 20))
-    assert schemas.parse(CompletionRequest, json.dumps({"prompt": ids}).encode()).prompts == [ids]
+    assert bodies.parse(CompletionRequest, json.dumps({"prompt": ids}).encode()).prompts == [ids]
 
 
 @pytest.mark.parametrize(("model", "field", "wrong", "where"), [
@@ -178,7 +178,7 @@ def test_of_a_list_of_faults_the_first_is_looked_for(model, field, wrong, where)
         model.model_validate_json(raw)
     assert found.value.error_count() <= 4
     with pytest.raises(schemas.ApiError) as e:
-        schemas.parse(model, raw)
+        bodies.parse(model, raw)
     assert str(e.value).startswith(where)
 
 

@@ -8,8 +8,9 @@ import pytest
 from helpers_server import VOCAB, make_tokenizer
 
 from wave64.serve.args import ServerArgs
+from wave64.serve.http.bodies import parse
 from wave64.serve.http.generation import Generator
-from wave64.serve.http.schemas import CompletionRequest, NativeSampling, parse
+from wave64.serve.http.schemas import CompletionRequest, NativeSampling
 from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Output, Ready
 
