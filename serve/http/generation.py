@@ -262,9 +262,9 @@ class Generator:
         return made
 
     def _check_queue(self) -> None:
-        limit, now = self.args.max_queued_requests, self.client.statistics
-        if limit is None:
+        if (limit := self.args.max_queued_requests) is None:
             return
+        now = self.client.statistics
         beyond = self.client.num_live - self.args.max_running_requests * self.args.replicas
         if max(beyond, now.waiting if now else 0) >= limit:
             raise ApiError(f"{limit} requests wait already (--max-queued-requests); try again later",
