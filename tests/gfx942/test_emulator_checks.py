@@ -101,6 +101,14 @@ RACES = {
         r"wave 1 writes byte 0 of LDS, which wave 0 reads"),
     "lanes of a wave store different values to LDS": (
         ZERO + WHICH + SECOND.format("alone", "ds_write_b32 v2, v0\n"), None),
+    "lanes of both waves store the same different values to LDS": (
+        ZERO + "v_and_b32_e32 v5, 63, v0\nds_write_b32 v2, v5\n", None),
+    "the same different values, one wave earlier": (
+        ZERO + WHICH + "v_and_b32_e32 v5, 63, v0\n" + SECOND.format("both", "ds_write_b32 v2, v5\n")
+        + "ds_write_b32 v2, v5\n", None),
+    "the same values but for the last lane's": (
+        ZERO + "v_and_b32_e32 v5, 63, v0\nv_cmp_eq_u32_e32 vcc, 0x7f, v0\nv_cndmask_b32_e32 v5, v5, v3, vcc\n"
+        "ds_write_b32 v2, v5\n", r"wave \d writes byte 0 of LDS, which wave \d writes"),
     "lanes store the same value to memory": (ZERO + "global_store_dword v2, v3, s[2:3]\n", None),
     "lanes store different values to memory": (
         ZERO + "global_store_short v2, v0, s[2:3]\n",

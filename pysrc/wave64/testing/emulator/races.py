@@ -4,6 +4,8 @@ one of them not only to read; or two lanes store different values to the same by
 Stores of the same value do no harm, and are not reported. In memory only the lanes of one instruction are held against
 each other: which waves and workgroups synchronize there, by atomics and flags, no check knows. In LDS lanes of a wave
 are not: where several hold one sum, each added up in another order, Triton stores all to one address; the last stays.
+So waves that hold the same are held against each other by what the last lane of each stores: an instruction's lanes are
+ordered alike in all waves, and which wave is the last makes no difference.
 """
 
 import numpy as np
@@ -91,6 +93,8 @@ class SharedMemory(Check):
             self.after[octets] = new
             clash &= np.where(self.machine.lds.u8[octets] == new, READ | ATOMIC, 0xFF).astype(np.uint8)
             clash |= np.where(self.after[octets] == new, 0, self._others(octets, wave, WRITE)).astype(np.uint8)
+            if clash.any():
+                clash[~_stays(octets, wave)] = 0
         if clash.any():
             self._report(octets, wave, int(np.flatnonzero(clash)[0]), access, clash)
 
@@ -125,6 +129,15 @@ class SharedMemory(Check):
         raise EmulationError(
             f"wave {mine - 1} {VERB[access]} byte {octet % self.machine.lds_stride} of LDS, which wave {other - 1} "
             f"{' and '.join(kinds)}, with no barrier between")
+
+
+def _stays(octets: np.ndarray, wave: np.ndarray) -> np.ndarray:
+    """Which of an instruction's stores to bytes are the last of their wave to theirs."""
+    keys = octets.astype(np.int64) << 8 | wave
+    _, from_the_end = np.unique(keys[::-1], return_index=True)
+    last = np.zeros(len(keys), bool)
+    last[len(keys) - 1 - from_the_end] = True
+    return last
 
 
 class OneValue(Check):
