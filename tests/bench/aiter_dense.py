@@ -1,0 +1,97 @@
+"""AITER's products and norms as pieces of work."""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from aiter_work import Arrays, Launch, Ours, Work, bf16, distance, fp8, preshuffled, slots, wide
+
+from wave64.ops.fp8_block_scaled_mm import make_case as our_blocks
+from wave64.ops.fp8_scaled_mm import make_case as our_product
+
+# ---- products: int8 on gfx942, a scale a row and a column; FP8 by blocks of 128 on gfx950
+
+
+def _int8(m: int, n: int, k: int) -> Launch:
+    random, mem = np.random.default_rng(1), Arrays()
+    a, b = (random.integers(-127, 128, shape).astype(np.int8) for shape in ((m, k), (n, k)))
+    scales = [(random.random(shape) * 1e-2).astype(np.float32) for shape in ((m, 1), (1, n))]
+    bias = (random.random((1, n)) * 10).astype(np.float32)
+    out = mem.new("out", (m, n), np.uint16, 0xFFFF)
+    given = [mem.put(name, value) for name, value in (
+        ("A", a), ("B", preshuffled(b, 32)), ("A_scale", scales[0]), ("B_scale", scales[1]), ("bias", bias))]
+    args = slots(out, *given, m, n, k, k, k, n * 2, 1)
+
+    def error() -> float:
+        return distance(wide(out), a.astype(np.float64) @ b.T.astype(np.float64) * scales[0] * scales[1] + bias)
+    return Launch((n // 128, -(-m // 128), 1), 256, args, mem, error)
+
+
+BLOCK = 128
+
+
+def _blocks(m: int, n: int, k: int) -> Launch:
+    random, mem = np.random.default_rng(1), Arrays()
+    a, a_wide = fp8(random.standard_normal((m, k)) * 20, "gfx950")
+    b, b_wide = fp8(random.standard_normal((n, k)) * 20, "gfx950")
+    a_scale = (random.random((k // BLOCK, m)) * 1e-2).astype(np.float32)
+    b_scale = (random.random((n // BLOCK, k // BLOCK)) * 1e-2).astype(np.float32)
+    out = mem.new("out", (m, n), np.uint16, 0xFFFF)
+    given = [mem.put(name, value) for name, value in (("XQ", a), ("WQ", preshuffled(b)))]
+    by_block = [mem.put(name, value) for name, value in (("x_scale", a_scale), ("w_scale", b_scale))]
+    args = slots(out, *given, None, *by_block, None, None, None, k, n, m, 1, k, k, n * 2, 0, 0, 0, 0, 0, 0, None)
+
+    def error() -> float:
+        left = a_wide * np.repeat(a_scale.T.astype(np.float64), BLOCK, 1)
+        right = b_wide * np.repeat(np.repeat(b_scale.astype(np.float64), BLOCK, 0), BLOCK, 1)
+        return distance(wide(out), left @ right.T)
+    return Launch((-(-n // 256), -(-m // 32), 1), 256, args, mem, error)
+
+
+def gemm(arch: str, small: bool) -> Iterator[Work]:
+    if arch == "gfx942":
+        for m, n, k in [(128, 128, 256)] if small else [(128, 128, 256), (128, 256, 1024)]:
+            yield Work("gemm", f"int8 product {m} x {n} x {k}",
+                       "gfx942/i8gemm/I8gemm_bf16_perTokenI8_BpreShuffle_128x128.co", functools.partial(_int8, m, n, k),
+                       1e-2, Ours("fp8_scaled_mm", functools.partial(our_product, m, n, k, bias=True)),
+                       "ours is of FP8, as many bytes and multiply-adds")
+        return
+    for m, n, k in [(32, 256, 512)] if small else [(32, 256, 512), (32, 512, 1024)]:
+        yield Work("gemm", f"FP8 product by blocks {m} x {n} x {k}", "gfx950/f8_block_scale_mi350_x32.co",
+                   functools.partial(_blocks, m, n, k), 1e-2,
+                   Ours("fp8_block_scaled_mm", functools.partial(our_blocks, m, n, k, [BLOCK] * 2)))
+
+
+# ---- layer norm of a sum, which is written, too
+
+COLUMNS = 8192
+
+
+def _norm(rows: int) -> Launch:
+    random, mem = np.random.default_rng(6), Arrays()
+    out, total = (mem.new(name, (rows, COLUMNS), np.uint16, 0xFFFF) for name in ("out", "residual_out"))
+    x, residual = (mem.put(name, bf16(random.standard_normal((rows, COLUMNS)))) for name in ("input", "residual_in"))
+    weight, bias = (mem.put(name, bf16(random.standard_normal(COLUMNS))) for name in ("weight", "bias"))
+    args = slots(out, x, weight, bias, 1e-5, rows, COLUMNS, total, residual, None, None)
+
+    def error() -> float:
+        summed = wide(bf16(wide(x) + wide(residual)))
+        centered = summed - summed.mean(1, keepdims=True)
+        want = centered / np.sqrt((centered**2).mean(1, keepdims=True) + 1e-5) * wide(weight) + wide(bias)
+        return max(distance(wide(out), want), distance(wide(total), summed))
+    return Launch((rows // 2, 1, 1), 256, args, mem, error)
+
+
+def norm(arch: str, small: bool) -> Iterator[Work]:
+    if arch != "gfx942":
+        return
+    for rows in [2] if small else [2, 16]:
+        yield Work("norm", f"layer norm of a sum, {rows} x {COLUMNS}", "gfx942/layer_norm.co",
+                   functools.partial(_norm, rows), 2e-2, Ours("fused_add_rms_norm", functools.partial(_sum, rows)),
+                   "ours is an RMS norm: no mean, no bias")
+
+
+def _sum(rows: int) -> dict:
+    x, residual = (torch.randn(rows, COLUMNS, dtype=torch.bfloat16) for _ in range(2))
+    return dict(x=x, residual=residual, weight=torch.randn(COLUMNS, dtype=torch.bfloat16))
