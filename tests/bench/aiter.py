@@ -1,8 +1,8 @@
-"""AITER's hand-written assembly beside our kernels, on the same work, both executed on the emulator: the results of
+"""AITER's hand-written assembly next to our kernels, on the same work, both executed on the emulator: the results of
 AITER's are held to fp64, and what the emulator's checks find in them is listed.
 
     python tests/bench/aiter.py --coverage                    # how many of its code objects decode and bind
-    python tests/bench/aiter.py --arch gfx950 --family mla    # one family's kernels beside ours
+    python tests/bench/aiter.py --arch gfx950 --family mla    # one family's kernels next to ours
     python tests/bench/aiter.py --hsa amd_aiter-0.1.7.post2.dev18-py3-none-any.whl --small
 
 The objects are those of PyPI's amd-aiter, pinned by version and hash (aiter_objects.py), from the installed wheel or

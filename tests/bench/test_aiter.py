@@ -1,4 +1,4 @@
-"""AITER's assembly beside our kernels: three families in short where its wheel is installed, and everywhere that wrong
+"""AITER's assembly next to our kernels: three families in short where its wheel is installed, and everywhere that wrong
 results and what checks find are told, of kernels assembled here."""
 
 import sys
