@@ -1,37 +1,52 @@
 """The HTTP endpoints: OpenAI's, SGLang's own, and what operators ask. Every error is OpenAI's error object."""
 
 import time
+import warnings
 from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
+from pydantic.json_schema import models_json_schema
 
-from wave64.serve.http import guard
+from wave64.serve.http import guard, tokens
 from wave64.serve.http.generation import Generator
 from wave64.serve.http.guard import EventStream, json_response, read, unless_gone
 from wave64.serve.http.metrics import CONTENT_TYPE
 from wave64.serve.http.native import Generate
 from wave64.serve.http.openai import Chat, Completion, Job, answer, stream
-from wave64.serve.http.schemas import ApiError, ChatRequest, CompletionRequest, GenerateRequest
+from wave64.serve.http.schemas import (
+    AbortRequest,
+    ApiError,
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
 
 READ = ["GET", "HEAD"]
+BODIES = (CompletionRequest, ChatRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest, AbortRequest)
 
 
 def create_app(generator: Generator) -> FastAPI:
     """The application over one engine."""
-    app = FastAPI(title="wave64", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="wave64", version=version("wave64"), redoc_url=None)
     args, client = generator.args, generator.client
     guard.install(app, args, generator.metrics)
     started = int(time.time())
     card = {"id": args.model_name, "object": "model", "created": started, "owned_by": "wave64",
             "root": generator.model_path}  # fmt: skip
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
         return await openai(request, Completion(await read(request, CompletionRequest), generator))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         return await openai(request, Chat(await read(request, ChatRequest), generator))
 
@@ -54,7 +69,8 @@ def create_app(generator: Generator) -> FastAPI:
             raise ApiError(f"{name}: no such model, expected {args.model_name}", "model", "model_not_found", 404)
         return json_response(card | {"max_model_len": generator.ready.context_length})
 
-    @app.api_route("/generate", methods=["POST", "PUT"])
+    @app.post("/generate", openapi_extra=takes(GenerateRequest))
+    @app.put("/generate", openapi_extra=takes(GenerateRequest), include_in_schema=False)
     async def generate(request: Request) -> Response:
         job = Generate(await read(request, GenerateRequest), generator)
         generator.check_model(job.body.model)
@@ -79,9 +95,45 @@ def create_app(generator: Generator) -> FastAPI:
     @app.api_route("/get_server_info", methods=READ)
     @app.api_route("/server_info", methods=READ)
     async def server_info() -> Response:
-        settings = asdict(args) | {"api_key": args.api_key and "***"}
+        settings = asdict(args)
+        settings |= {name: settings[name] and "***" for name in ("api_key", "ssl_keyfile_password")}
         engine = {"engine": generator.ready, "statistics": client.statistics}
         return json_response(settings | msgspec.to_builtins(engine))
+
+    @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
+    @app.post("/v1/tokenize", openapi_extra=takes(TokenizeRequest), include_in_schema=False)
+    async def tokenize(request: Request) -> Response:
+        body = await read(request, TokenizeRequest)
+        return json_response(await unless_gone(request, tokens.tokenize(body, generator)))
+
+    @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
+    @app.post("/v1/detokenize", openapi_extra=takes(DetokenizeRequest), include_in_schema=False)
+    async def detokenize(request: Request) -> Response:
+        return json_response(tokens.detokenize(await read(request, DetokenizeRequest), generator))
+
+    @app.post("/abort_request", openapi_extra=takes(AbortRequest))
+    async def abort_request(request: Request) -> Response:
+        """End a request of /generate by its `rid` (`meta_info.id`), or all; what they have is answered."""
+        body = await read(request, AbortRequest)
+        if body.abort_all or body.rid:
+            client.abort_all(None if body.abort_all else body.rid)
+        return json_response({})
+
+    @app.get("/flush_cache", include_in_schema=False)
+    @app.post("/flush_cache")
+    async def flush_cache() -> Response:
+        """Empty the prefix cache; refused while requests run."""
+        if not await client.flush_cache():
+            raise ApiError("the cache was not flushed: requests run or wait")
+        return json_response({"success": True})
+
+    @app.api_route("/version", methods=READ)
+    async def own_version() -> Response:
+        return json_response({"version": app.version})
+
+    @app.api_route("/ping", methods=READ)
+    async def ping() -> Response:
+        return await health()
 
     @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
@@ -104,4 +156,27 @@ def create_app(generator: Generator) -> FastAPI:
         await generator.warm_up()
         return json_response({"status": "ok"})
 
+    app.openapi = lambda: described(app)
     return app
+
+
+def takes(body: type[Body]) -> dict[str, Any]:
+    """For OpenAPI: what an endpoint reads."""
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def described(app: FastAPI) -> dict[str, Any]:
+    """/openapi.json"""
+    if app.openapi_schema is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GET and HEAD of a path have one operation's name; HEAD is left out
+            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for methods in app.openapi_schema["paths"].values():
+            methods.pop("head", None)
+            for method in methods.values():
+                method["responses"].pop("422", None)  # FastAPI's own, which is not answered
+        _, schemas = models_json_schema([(body, "validation") for body in BODIES],
+                                        ref_template="#/components/schemas/{model}")  # fmt: skip
+        app.openapi_schema.setdefault("components", {})["schemas"] = schemas["$defs"]
+    return app.openapi_schema

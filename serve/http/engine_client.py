@@ -143,6 +143,8 @@ class EngineClient:
             raise ApiError("the model is still loading; try again when GET /health answers 200", status=503)
         queue: asyncio.Queue[Output | ApiError] = asyncio.Queue()
         live = {request.rid for request in requests}
+        if taken := live & self._queues.keys() or len(live) < len(requests):
+            raise ApiError(f"rid: {taken} is that of another request", "rid", "invalid_value")
         try:
             for request in requests:
                 self._queues[request.rid] = queue
@@ -176,6 +178,11 @@ class EngineClient:
         self._flushes.append(answer := asyncio.get_running_loop().create_future())
         self._send(FlushCache())
         return await answer
+
+    def abort_all(self, rid: str | None = None) -> None:
+        """End requests at once, of one name or all; their answers end with finish_reason "abort"."""
+        for each in list(self._queues) if rid is None else [rid]:
+            self.abort(each)
 
     def fail_all(self, why: str) -> None:
         """End every stream with an error of status 503."""

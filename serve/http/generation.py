@@ -15,7 +15,7 @@ from wave64.serve.http.grammar import Grammars
 from wave64.serve.http.metrics import Metrics, Watch
 from wave64.serve.http.reasoning import PARSERS as REASONING_PARSERS
 from wave64.serve.http.replicas import Replicas
-from wave64.serve.http.schemas import MAX_CHOICES, ApiError, Sampling
+from wave64.serve.http.schemas import MAX_CHOICES, ApiError, Message, Sampling, Tool
 from wave64.serve.http.template_process import TemplateProcess
 from wave64.serve.http.templates import TemplateError
 from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
@@ -197,13 +197,19 @@ class Generator:
         except TokenizerError as error:
             raise ApiError(f"{names[0]}: {error}", names[0], "invalid_value") from None
 
-    async def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
-        """The prompt text of a conversation, by the model's chat template. Raises ApiError."""
+    async def render(self, messages: list[Message], tools: list[Tool], chosen: dict[str, Any] | None,
+                     add_generation_prompt: bool) -> str:  # fmt: skip
+        """The prompt text of a conversation, by the model's chat template. chosen: more of the template's variables.
+        Raises ApiError."""
+        variables = {**(chosen or {}), "add_generation_prompt": add_generation_prompt}
+        if tools:
+            variables["tools"] = [tool.model_dump(exclude_unset=True) for tool in tools]
         if self.templates is None:
             raise ApiError("messages: this model has no chat template: start the server with --chat-template FILE, "
                            "or use /v1/completions", "messages", "invalid_value")  # fmt: skip
         try:
-            return await self.templates.render(messages, self.tokenizer.template_variables(variables))
+            wire = [message.on_the_wire() for message in messages]
+            return await self.templates.render(wire, self.tokenizer.template_variables(variables))
         except TemplateError as error:
             raise ApiError(f"messages: {error}", "messages", "invalid_value") from None
 

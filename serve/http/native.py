@@ -33,6 +33,9 @@ class Generate:
         wanted = body.per_prompt("return_logprob", False)
         starts = body.per_prompt("logprob_start_len", -1)
         tops = body.per_prompt("top_logprobs_num", 0)
+        rids = body.per_prompt("rid", None)
+        if not body.is_batch and isinstance(body.rid, list):
+            raise ApiError("rid: expected a string for one prompt, got a list", "rid")
         names = [f"{name}[{i}]" if body.is_batch else name for i in range(len(prompts))]
         for i in range(len(prompts)):
             if not 0 <= tops[i] <= MAX_TOP_LOGPROBS:
@@ -49,6 +52,8 @@ class Generate:
                 ids, sampling, new, (names[i], "max_new_tokens"), len(self.choices), top, scored,
                 grammar=await self.generator.grammar(sampling),
             )
+            for k, choice in enumerate(made if rids[i] else ()):
+                choice.request.rid = rids[i] if len(made) == 1 else f"{rids[i]}_{k}"
             self.choices += made
             self._has_logprobs += [wanted[i]] * len(made)
             self._starts += [starts[i] if scored else -1] * len(made)

@@ -9,7 +9,7 @@ from typing import Any
 # Of no effect on the tokens of the answer, whatever their value.
 WITHOUT_EFFECT = frozenset((
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "reasoning_effort", "verbosity", "rid", "request_id", "priority", "log_metrics",
+    "parallel_tool_calls", "reasoning_effort", "verbosity", "request_id", "priority", "log_metrics",
     "background", "spaces_between_special_tokens", "separate_reasoning", "stream_reasoning", "include_reasoning",
     "return_text_in_logprobs", "return_flat_raw_top_logprobs_b64", "cache_salt", "extra_key", "session_id",
     "conversation_id", "routing_key", "custom_labels", "cache_prompt", "length_penalty", "early_stopping",

@@ -145,10 +145,7 @@ class Chat(Job[ChatRequest]):
     async def prepare(self) -> None:
         body = self.body
         begin = body.add_generation_prompt is not False and not body.continue_final_message
-        variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": begin}
-        if body.usable_tools:
-            variables["tools"] = [tool.model_dump(exclude_unset=True) for tool in body.usable_tools]
-        text = await self.generator.render([message.on_the_wire() for message in body.messages], variables)
+        text = await self.generator.render(body.messages, body.usable_tools, body.chat_template_kwargs, begin)
         if body.continue_final_message:
             text = _cut_behind(text, body.messages[-1].text)
         marks, parser = self.generator.reasoning, self.generator.tool_parser

@@ -97,6 +97,11 @@ class Replicas:
         """As EngineClient.flush_cache, of every engine; whether all did."""
         return all(await asyncio.gather(*(client.flush_cache() for client in self._clients)))
 
+    def abort_all(self, rid: str | None = None) -> None:
+        """As EngineClient.abort_all."""
+        for client in self._clients:
+            client.abort_all(rid)
+
     def fail_all(self, why: str) -> None:
         """End every stream with an error of status 503."""
         for client in self._clients:

@@ -373,6 +373,7 @@ class GenerateRequest(Body):
     """POST /generate, SGLang's own form. A list has an entry per prompt; what is not one serves all."""
 
     model: str | None = None  # added by routers
+    rid: str | Annotated[list[str], First] | None = None  # for /abort_request; of several choices with _0, _1, ...
     text: str | Annotated[list[str], First] | None = None
     input_ids: Any = None
     sampling_params: NativeSampling | Annotated[list[NativeSampling], First] | None = None
@@ -407,6 +408,48 @@ class GenerateRequest(Body):
         if len(value) != count:
             raise ApiError(f"{name}: expected an entry for each of {count} prompts, got {len(value)}", name)
         return value
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a prompt, or a conversation."""
+
+    model: str | None = None
+    prompt: str | Annotated[list[str], First] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), First] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), First] | None = None
+    add_special_tokens: Flag | None = None
+    add_generation_prompt: Flag | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: Flag | None = None
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> Any:
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError("prompt, messages: expected one of the two", "prompt", "invalid_value")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize"""
+
+    model: str | None = None
+    tokens: Any = None
+    skip_special_tokens: Flag | None = None
+
+    @cached_property
+    def lists(self) -> list[list[int]]:
+        """The lists of token ids; one where they are not nested."""
+        found = prompts_of(self.tokens, "tokens")
+        if any(isinstance(tokens, str) for tokens in found):
+            raise ApiError("tokens: expected token ids, got a string", "tokens", "invalid_type")
+        return [tokens for tokens in found if not isinstance(tokens, str)]
+
+
+class AbortRequest(Body):
+    """POST /abort_request"""
+
+    rid: str | None = None
+    abort_all: Flag | None = None
 
 
 def prompts_of(value: Any, param: str) -> list[str | list[int]]:
