@@ -1,7 +1,8 @@
-"""Penalties: a block per sequence touches only the logits of tokens that were seen, never the vocabulary.
+"""Penalties: a block per sequence touches only the logits of tokens that occur, not the whole vocabulary.
 
-The trick is a scratch of counts that is never cleared as a whole: zero it at the row's ids, count there by atomics,
-then each id's first taker swaps its count for 0 and applies the penalty once. Who is first does not change the value.
+The trick: a scratch buffer of counts that is never cleared as a whole. Zero it at the row's ids, count there with
+atomics; then the first lane that exchanges the count of an id for 0 applies the penalty, once. The result does not
+depend on which lane is first.
 Bound by the latency of a row's random accesses: 8 bytes per id, a sector of scratch and of logits per distinct id.
 """
 
@@ -14,13 +15,13 @@ from wave64.ops import apply_penalties
 from wave64.triton_ops.geometry import num_warps
 
 BLOCK = 1024
-#: The bit of a token of the prompt; below it output tokens are counted.
+#: Set for tokens of the prompt; the bits below count output tokens.
 PROMPT = tl.constexpr(1 << 24)
 
 
 @triton.jit
 def _ids(ids_ptr, start, width, vocab, BLOCK: tl.constexpr):
-    """Ids [start, start + BLOCK) of a row, and which of them are tokens."""
+    """Load ids [start, start + BLOCK) of a row. Returns (ids, mask of those that are tokens, not padding)."""
     offs = start + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + offs, mask=offs < width, other=-1)
     return ids, (ids >= 0) & (ids < vocab)
@@ -37,13 +38,13 @@ def _clear(count_ptr, ids_ptr, width, vocab, BLOCK: tl.constexpr):
 def _penalize(logits_ptr, count_ptr, ids_ptr, width, vocab, presence, frequency, repetition, BLOCK: tl.constexpr):
     for start in range(0, width, BLOCK):
         ids, mask = _ids(ids_ptr, start, width, vocab, BLOCK)
-        # `and` with 0, not an exchange: that does not compile for AMD in Triton 3.6
-        taken = tl.atomic_and(count_ptr + ids, tl.zeros([BLOCK], tl.int32), mask=mask, sem="relaxed")
-        taken = tl.where(mask, taken, 0)
-        mask = taken != 0
+        # `and` with 0 instead of an exchange, which does not compile for AMD in Triton 3.6
+        count_bits = tl.atomic_and(count_ptr + ids, tl.zeros([BLOCK], tl.int32), mask=mask, sem="relaxed")
+        count_bits = tl.where(mask, count_bits, 0)
+        mask = count_bits != 0
         logit = tl.load(logits_ptr + ids, mask=mask, other=0.0).to(tl.float32)
         logit = tl.where(logit > 0, logit / repetition, logit * repetition)
-        count = (taken & (PROMPT - 1)).to(tl.float32)
+        count = (count_bits & (PROMPT - 1)).to(tl.float32)
         logit -= frequency * count + tl.where(count > 0, presence, 0.0)
         tl.store(logits_ptr + ids, logit.to(logits_ptr.dtype.element_ty), mask=mask)
 

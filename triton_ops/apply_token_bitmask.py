@@ -1,7 +1,7 @@
-"""Token bitmasks: a block per stretch of a row writes -inf where a bit is 0, and reads a logit only where it must.
+"""Token bitmasks: a block per piece of a row writes -inf where a bit is 0, and reads logits only where it has to.
 
-The trick is to decide by groups of 16 bytes: one without a forbidden token is left alone, one without an allowed token
-is written, only a mixed one is read before. Masks that are the same for a whole group keep accesses 16 bytes wide.
+The trick: decide by groups of 16 bytes. A group with all tokens allowed is not touched, one with none is only written,
+and only a mixed one is also read. Masks that are equal for a whole group keep accesses 16 bytes wide.
 Bound by memory: a bit per token in, the forbidden logits out.
 """
 
@@ -27,10 +27,10 @@ def _apply_token_bitmask_kernel(logits_ptr, bitmask_ptr, logits_stride, bitmask_
     write = bits != (1 << N) - 1
     offs = offs_g[:, None] + offs_n[None, :]
     mask = offs < vocab_size
-    at = logits_ptr + row * logits_stride + offs
-    logits = tl.load(at, mask=(write & (bits != 0))[:, None] & mask, other=float("-inf"))
+    ptrs = logits_ptr + row * logits_stride + offs
+    logits = tl.load(ptrs, mask=(write & (bits != 0))[:, None] & mask, other=float("-inf"))
     allowed = ((bits[:, None] >> offs_n[None, :]) & 1) == 1
-    tl.store(at, tl.where(allowed, logits, float("-inf")), mask=write[:, None] & mask)
+    tl.store(ptrs, tl.where(allowed, logits, float("-inf")), mask=write[:, None] & mask)
 
 
 @apply_token_bitmask.backend("triton")

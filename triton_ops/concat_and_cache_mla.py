@@ -1,46 +1,30 @@
-"""Cache write for latent attention: one launch for both parts, a wave moves some tokens' latents or more tokens' keys.
+"""Cache write for MLA: one launch for kv_c and k_pe; a wave copies kv_c of some tokens, or k_pe of more tokens.
 
-Either way 16 numbers a lane: loads of 16 bytes also of the narrow part, and stores of 16 bytes also into FP8.
+A lane has 16 elements of either, so that k_pe is loaded by 16 bytes, too, and an FP8 cache is stored to by 16.
 Bound by memory: the new rows in, the same out, converted on the way where the cache is FP8.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wave64 import platform, quant
 from wave64.ops import concat_and_cache_mla
-from wave64.ops.reshape_and_cache import FP8
 from wave64.triton_ops.attention import is_wide, unit_of
 from wave64.triton_ops.geometry import num_warps
+from wave64.triton_ops.quant import cache_limit, to_cache, unsupported_cache
 
-#: Numbers per program, which is one CDNA wave.
+#: Elements per program, which is one CDNA wave.
 BLOCK = 1024
-#: Scales below count as it: 0 / 0 would be NaN, and so would 0 times its reciprocal.
-TINY = tl.constexpr(quant.MIN_SCALE)
-
-
-@triton.jit
-def kept(x, scale_ptr, LIMIT: tl.constexpr, dtype: tl.constexpr):
-    """What a cache of `dtype` keeps of x; LIMIT is the largest number of an FP8 one, 0 for others."""
-    if LIMIT > 0:
-        x = x.to(tl.float32)
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr)
-            x = x / tl.where(scale < TINY, TINY, scale)
-        x = tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    return x.to(dtype)
 
 
 @triton.jit
 def copy(new_ptr, cache_ptr, slot_ptr, scale_ptr, block, tokens, stride, WIDTH: tl.constexpr, ROW: tl.constexpr,
          LIMIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
-    """cache[slots] = new for tokens of `block`, WIDTH of ROW numbers."""
+    """cache[slots] = new for the tokens of `block`: WIDTH of the ROW columns of a cache row."""
     offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     slots = tl.load(slot_ptr + offs_t, mask=offs_t < tokens, other=-1)
     mask = (slots >= 0)[:, None]
-    # Beyond the last token the last is read again and not stored: loads have no mask for that, nor wait for the slots.
+    # Rows beyond the last token load the last one and are not stored, so the loads need no mask and no slots.
     offs_t = tl.minimum(offs_t, tokens - 1)
     if WIDE:
         offs_t = offs_t.to(tl.int64)
@@ -53,7 +37,7 @@ def copy(new_ptr, cache_ptr, slot_ptr, scale_ptr, block, tokens, stride, WIDTH: 
         mask = mask & (offs_w < WIDTH)
     else:
         x = tl.load(new_ptrs)
-    tl.store(cache_ptr + slots[:, None] * ROW + offs_w, kept(x, scale_ptr, LIMIT, cache_ptr.dtype.element_ty),
+    tl.store(cache_ptr + slots[:, None] * ROW + offs_w, to_cache(x, scale_ptr, LIMIT, cache_ptr.dtype.element_ty),
              mask=mask)
 
 
@@ -72,11 +56,7 @@ def _concat_and_cache_mla_kernel(kv_c_ptr, k_pe_ptr, kv_cache_ptr, slot_ptr, sca
 
 
 def supports(kv_c, k_pe, kv_cache, slot_mapping, scale=None) -> str | None:
-    arch = platform.arch()
-    flavour = str(kv_cache.dtype).removeprefix("torch.float8_")
-    if arch is not None and kv_cache.dtype in FP8 and arch.fp8 != flavour:
-        return f"an {flavour} cache on {arch.name}, whose FP8 type is {arch.fp8}"
-    return None
+    return unsupported_cache(kv_cache)
 
 
 @concat_and_cache_mla.backend("triton", supports=supports)
@@ -88,8 +68,7 @@ def launch(kv_c: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapping: Tensor, s
     block_c, block_p = triton.next_power_of_2(rank), triton.next_power_of_2(rope)
     block_tc, block_tp = max(1, BLOCK // block_c), max(1, BLOCK // block_p)
     unit = unit_of(rank, kv_c.stride(0), k_pe.stride(0))
-    limit = torch.finfo(kv_cache.dtype).max if kv_cache.dtype in FP8 else 0.0
     _concat_and_cache_mla_kernel[(triton.cdiv(tokens, block_tc) + triton.cdiv(tokens, block_tp),)](
         kv_c, k_pe, kv_cache, slot_mapping, scale, tokens, kv_c.stride(0) // unit, k_pe.stride(0) // unit, UNIT=unit,
-        RANK=rank, ROPE=rope, LIMIT=limit, WIDE=is_wide(kv_c, k_pe, kv_cache), BLOCK_TC=block_tc, BLOCK_C=block_c,
-        BLOCK_TP=block_tp, BLOCK_P=block_p, num_warps=num_warps(BLOCK // 16))
+        RANK=rank, ROPE=rope, LIMIT=cache_limit(kv_cache), WIDE=is_wide(kv_c, k_pe, kv_cache), BLOCK_TC=block_tc,
+        BLOCK_C=block_c, BLOCK_TP=block_tp, BLOCK_P=block_p, num_warps=num_warps(BLOCK // 16))

@@ -1,9 +1,8 @@
-"""FP8 product scaled in blocks: each group's sum starts anew in the matrix cores and joins the others in fp32.
+"""FP8 GEMM with block scales: the matrix cores sum one group of K at a time, and its scaled sum is added in fp32.
 
-The trick: a tile's columns of b share a block, so the scale of a step is one number per row of a, loaded a step ahead,
-and joining costs one fused multiply-add per number. Bound as triton_ops/fp8_mm.py says.
+The trick: all columns of a tile are in one block of b, so a step has one scale per row of a, loaded a step ahead, and
+scaling costs one fused multiply-add per element. Bound as fp8_mm.py says.
 """
-
 
 import torch
 import triton
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from wave64.ops import fp8_block_scaled_mm
 from wave64.triton_ops.fp8_mm import (
-    announce,
     key_of,
     launch,
+    launch_merge_early,
     products,
     store_tile,
     tile_of_program,
@@ -29,7 +28,7 @@ def _fp8_block_scaled_mm_kernel(y_ptr, a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, s
                                 GROUP_K: tl.constexpr, SHORT: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr,
                                 WIDE: tl.constexpr, OVERLAP: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr,
                                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    announce(OVERLAP)
+    launch_merge_early(OVERLAP)
     tile_m, tile_n = tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
     acc = products(a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, tile_m, tile_n, M, N, K, stride_a, stride_b, stride_am,
                    stride_ak, stride_bn, stride_bk, GROUP_N, GROUP_K, SHORT, SWAP, EVEN, WIDE, BLOCK_M, BLOCK_N,

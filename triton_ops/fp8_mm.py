@@ -1,8 +1,8 @@
-"""What the FP8 products share: tiles, their order, the loop over K, the merge of split sums, and how they are launched.
+"""What the FP8 GEMMs share: tiles and their order, the loop over K, split K and its merge, and the launch.
 
-Both factors lie along K, as the matrix cores want them, and reach them in FP8: no conversion is in the loop. Few tokens
-make few tiles, so K is split among programs until the GPU is full, and a second launch adds up what they found, always
-in the same order. Bound by reading the weights up to about 64 tokens, by the matrix cores from some hundred on.
+Both operands are contiguous along K, as the matrix cores need them, and stay FP8: the loop has no conversion. Few
+tokens make few tiles, so K is split among programs until the GPU is full, and a second launch adds the partial sums,
+always in the same order. Bound by reading the weights up to about 64 tokens, by the matrix cores from a few hundred on.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,29 +21,30 @@ from wave64.triton_ops.geometry import matrix_options, num_stages, num_warps
 from wave64.triton_ops.splits import overlaps
 from wave64.tuning import Tuning
 
-#: Numbers that a program of the merge takes.
+#: Elements per program of the merge.
 MERGED = 1024
 
 
 @triton.jit
 def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr, XCDS: tl.constexpr):
-    """(row, column) of a program's tile. Programs go to chiplets in turn: each chiplet gets a range of tiles, in whose
-    order GROUP_M rows take turns at each column, so that programs that run together read the same of both factors."""
+    """(row, column) of a program's tile. Programs are assigned to chiplets round robin; each chiplet gets a range of
+    tiles, ordered in groups of GROUP_M rows, column by column, so that programs that run together read the same rows of
+    both operands."""
     item = tl.program_id(0)
     if XCDS > 1:
-        xcd, each, more = item % XCDS, tiles_m * tiles_n // XCDS, tiles_m * tiles_n % XCDS
-        item = xcd * each + tl.minimum(xcd, more) + item // XCDS
+        xcd, steps_per_split, more = item % XCDS, tiles_m * tiles_n // XCDS, tiles_m * tiles_n % XCDS
+        item = xcd * steps_per_split + tl.minimum(xcd, more) + item // XCDS
     first = item // (GROUP_M * tiles_n) * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)
-    place = item % (GROUP_M * tiles_n)
-    return first + place % rows, place // rows
+    position = item % (GROUP_M * tiles_n)
+    return first + position % rows, position // rows
 
 
 @triton.jit
 def load_steps(ptr, offs, first, K, EVEN: tl.constexpr, RIGHT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[rows, BLOCK_K] from column `first` on, offs [rows] apart; 0 from column K on. RIGHT: [BLOCK_K, rows], the right
-    factor of a product, loaded as such: behind a tl.trans, Triton would not swizzle it in LDS, where rows of 128 bytes
-    then meet in the same banks."""
+    """Load columns `first` to first + BLOCK_K of the rows at ptr + offs, as [rows, BLOCK_K]; 0 from column K on. RIGHT:
+    [BLOCK_K, rows], the right operand of a dot. Triton does not swizzle a tile in LDS that passes through tl.trans, and
+    its rows of 128 bytes would conflict in the same banks."""
     offs_k = tl.expand_dims(tl.arange(0, BLOCK_K), 1 if RIGHT else 0)
     offs = tl.expand_dims(offs, 0 if RIGHT else 1)
     if EVEN:
@@ -58,11 +59,11 @@ def products(a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, tile_m, tile_n, M, N, K, st
              stride_bn, stride_bk, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SHORT: tl.constexpr,
              SWAP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_K: tl.constexpr):
-    """The tile [BLOCK_M, BLOCK_N] of a b^T, over the columns that are this program's. Rows beyond the last repeat it.
+    """The tile [BLOCK_M, BLOCK_N] of a b^T over this program's split of K. Rows beyond the last repeat the last.
 
-    GROUP_K > 0: scaled by blocks of GROUP_N rows of b and GROUP_K columns; their scales are loaded a step ahead.
-    SHORT: each step's sum leaves the matrix cores, since Hopper's keep 14 bits of it. (Triton 3.6, told so by
-    max_num_imprecise_acc, uses the sums before it has waited for them.)
+    GROUP_K > 0: scaled per block of GROUP_N rows of b and GROUP_K columns; scales are loaded a step ahead.
+    SHORT: each step's sum is added in fp32 outside of the matrix cores, since Hopper's accumulate with 14 bits. (With
+    max_num_imprecise_acc, Triton 3.6 uses the sums before it has waited for them.)
     SWAP: computed as b a^T, so that weights, not few tokens, are the rows of matrix instructions.
     """
     offs_m = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
@@ -70,13 +71,13 @@ def products(a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, tile_m, tile_n, M, N, K, st
     offs_a = (offs_m.to(tl.int64) if WIDE else offs_m) * stride_a
     offs_b = (offs_n.to(tl.int64) if WIDE else offs_n) * stride_b
     steps = tl.cdiv(K, BLOCK_K)
-    each = tl.cdiv(steps, tl.num_programs(1))
-    begin = tl.program_id(1) * each * BLOCK_K
-    end = tl.minimum(begin + each * BLOCK_K, steps * BLOCK_K)
-    one: tl.constexpr = GROUP_K > 0 and GROUP_N % BLOCK_N == 0  # block that the tile lies in
+    steps_per_split = tl.cdiv(steps, tl.num_programs(1))
+    begin = tl.program_id(1) * steps_per_split * BLOCK_K
+    end = tl.minimum(begin + steps_per_split * BLOCK_K, steps * BLOCK_K)
+    ONE_SCALE: tl.constexpr = GROUP_K > 0 and GROUP_N % BLOCK_N == 0  # block that the tile lies in
     if GROUP_K > 0:
         a_scale_ptr += offs_m * stride_am
-        b_scale_ptr += (tile_n * BLOCK_N // GROUP_N if one else offs_n // GROUP_N) * stride_bn
+        b_scale_ptr += (tile_n * BLOCK_N // GROUP_N if ONE_SCALE else offs_n // GROUP_N) * stride_bn
         a_scale = tl.load(a_scale_ptr + begin // GROUP_K * stride_ak)
         b_scale = tl.load(b_scale_ptr + begin // GROUP_K * stride_bk)
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
@@ -86,7 +87,7 @@ def products(a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, tile_m, tile_n, M, N, K, st
         left, right = (b, a) if SWAP else (a, b)
         if GROUP_K > 0:
             d = dot(left, right)
-            if one:
+            if ONE_SCALE:
                 scale = a_scale * b_scale
                 acc += d * (scale[None, :] if SWAP else scale[:, None])
             elif SWAP:
@@ -105,7 +106,7 @@ def products(a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, tile_m, tile_n, M, N, K, st
 
 @triton.jit
 def store_tile(y_ptr, acc, tile_m, tile_n, M, N, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Stores the tile into y [M, N], or into [splits, M, N] where K is split."""
+    """Store the tile to y [M, N], or to [splits, M, N] if K is split."""
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * M + offs_m
@@ -114,24 +115,24 @@ def store_tile(y_ptr, acc, tile_m, tile_n, M, N, WIDE: tl.constexpr, BLOCK_M: tl
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
-def _fp8_mm_merge_kernel(y_ptr, parts_ptr, bias_ptr, M, N, splits, OVERLAP: tl.constexpr, WIDE: tl.constexpr,
+def _fp8_mm_merge_kernel(y_ptr, partial_ptr, bias_ptr, M, N, splits, OVERLAP: tl.constexpr, WIDE: tl.constexpr,
                          BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
-    """y [M, N] = the sum of its parts [splits, M, N] and bias; BLOCK_S is the power of two that holds the splits."""
+    """y [M, N] = bias + the sum of the partial sums [splits, M, N]. BLOCK_S: splits, padded to a power of two."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     offs_s = tl.arange(0, BLOCK_S)[:, None]
     mask = offs < M * N
     offs_p = (offs_s.to(tl.int64) if WIDE else offs_s) * (M * N) + offs[None, :]
     if OVERLAP:
         gdc_wait()
-    y = tl.sum(tl.load(parts_ptr + offs_p, mask=(offs_s < splits) & mask[None, :], other=0.0), 0)
+    y = tl.sum(tl.load(partial_ptr + offs_p, mask=(offs_s < splits) & mask[None, :], other=0.0), 0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def announce(OVERLAP: tl.constexpr):
-    """Lets the merge be launched: it waits for the parts by itself."""
+def launch_merge_early(OVERLAP: tl.constexpr):
+    """Allow the merge to be launched now; it waits for the partial sums in gdc_wait."""
     if OVERLAP:
         gdc_launch_dependents()
 
@@ -145,10 +146,10 @@ class Config:
     block_k: int
     num_warps: int
     num_stages: int
-    programs: int = 1   # that a compute unit holds at a time: K is split until there are so many
-    min_columns: int = 1024  # of a split
+    programs: int = 1   # per compute unit at a time; K is split to reach this number
+    min_columns: int = 1024  # per split, at least
     group_m: int = 8
-    xcds: int = 1       # chiplets, each with a cache of its own, that programs are dealt to in turn
+    xcds: int = 1       # chiplets, each with an L2, that programs are assigned to round robin
     swap: bool = False  # weights are the rows of matrix instructions
     options: dict = field(default_factory=dict)
 
@@ -157,15 +158,15 @@ BUCKETS = {"m": (16, 64, 256, 2048), "n": (2048,), "k": (1024,)}
 
 
 def key_of(a: Tensor, b: Tensor, group_k: int) -> dict[str, int | bool]:
-    """The tuning key of a product. even: tiles of 128 columns are whole, lie in
-    one group and can be copied 16 bytes at a time, without which Triton 3.6 gives wrong products on Hopper's cores."""
+    """The tuning key of a product. even: tiles of 128 columns are whole, within one group and aligned to 16 bytes;
+    otherwise Triton 3.6 computes wrong products on Hopper."""
     (m, k), n = a.shape, b.shape[0]
-    apart = a.stride(0) | b.stride(0) | a.data_ptr() | b.data_ptr()
-    return {"m": m, "n": n, "k": k, "even": k % 128 == 0 and group_k % 128 == 0 and apart % 16 == 0}
+    strides = a.stride(0) | b.stride(0) | a.data_ptr() | b.data_ptr()
+    return {"m": m, "n": n, "k": k, "even": k % 128 == 0 and group_k % 128 == 0 and strides % 16 == 0}
 
 
 def work(config: Config, m: int, **others) -> int:
-    """Products that a block computes at a time, in thousands; rows beyond the last do not count."""
+    """Products that a block computes at a time, in thousands, without rows beyond the last."""
     return max(1, min(config.block_m, m)) * config.block_n * config.block_k // 1024
 
 
@@ -176,8 +177,8 @@ def candidates(arch: Arch, m: int, k: int, even: bool, **others) -> Iterator[Con
         if m <= 256:
             shapes = [(few, n, waves, stages, 16) for n in (32, 64, 128) for waves in (2, 4) for stages in (1, 2)]
         else:
-            # gfx950's FP8 instructions of 32 rows take 16 passes, after which reading their sums takes 20 wait states:
-            # LLVM looks for such an instruction among the last 19 only (its MaxWaitStates), and may leave one out
+            # gfx950's FP8 instructions with 32 rows take 16 passes, and reading their result needs 20 wait states. LLVM
+            # looks back 19 only (its MaxWaitStates), and may leave out the last one.
             sizes = (16,) if arch.name == "gfx950" else (16, 32)
             shapes = [(*tile, waves, stages, size)
                       for tile, waves in (((128, 128), 4), ((128, 128), 8), ((128, 256), 8), ((256, 128), 8),
@@ -190,7 +191,7 @@ def candidates(arch: Arch, m: int, k: int, even: bool, **others) -> Iterator[Con
             for programs in (1, 2, 3):
                 yield Config(few, block_n, 128, 4, stages, programs, 512, swap=True)
     elif arch.matrix == "wgmma" and even:
-        # a short K is over before many stages are filled, and blocks that leave room for others hide its ends
+        # a short K ends before many stages are filled; smaller blocks run several at a time, which hides their ends
         for block_m, block_n, waves in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (64, 256, 8), (128, 128, 8)):
             for stages in (2, 3) if k <= 1024 else (3, 4):
                 for swap in (False, True):
@@ -207,19 +208,19 @@ def tuning_of(op: str, key: Callable[..., dict[str, int | bool]]) -> Tuning[Conf
 
 
 def unsupported(a: Tensor, group_k: int = 128) -> str | None:
-    """Why Triton cannot multiply these, or None."""
+    """The reason why Triton does not support these operands, or None."""
     arch = platform.arch()
-    flavour = str(a.dtype).removeprefix("torch.float8_")
-    if arch is not None and arch.fp8 != flavour:
+    fp8_type = str(a.dtype).removeprefix("torch.float8_")
+    if arch is not None and arch.fp8 != fp8_type:
         own = f"its FP8 type is {arch.fp8}" if arch.fp8 else "nor any FP8"
-        return f"{arch.name} does not multiply {flavour}, {own}"
+        return f"{arch.name} does not multiply {fp8_type}, {own}"
     return None if group_k % 32 == 0 else f"multiplies 32 columns at a time, a group has {group_k}"
 
 
 def launch(kernel, a: Tensor, b: Tensor, scales: tuple, group_k: int, out_dtype: torch.dtype, bias: Tensor | None,
            config: Config, **constants) -> Tensor:
-    """kernel(y_ptr, a_ptr, b_ptr, *scales, bias_ptr, M, N, K, stride_a, stride_b, ...) over all tiles and splits, and
-    where there are several of these, the merge. group_k: columns that a tile's must divide; 0: any."""
+    """Launch kernel(y_ptr, a_ptr, b_ptr, *scales, bias_ptr, M, N, K, stride_a, stride_b, ...) for all tiles and splits,
+    then the merge if there is more than one split. group_k: a multiple of BLOCK_K; 0: any BLOCK_K."""
     (m, k), n, arch = a.shape, b.shape[0], platform.arch()
     y = torch.empty((m, n), dtype=out_dtype, device=a.device)
     if y.numel() == 0:

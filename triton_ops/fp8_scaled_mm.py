@@ -1,6 +1,7 @@
-"""FP8 product scaled per tensor, token or output channel: scales, bias and rounding come once, behind the loop.
+"""FP8 GEMM with scales per tensor, token or output channel: scales and bias are applied once, after the loop.
 
-Bound as triton_ops/fp8_mm.py says; on Hopper sums leave the matrix cores, which keep 14 bits, every 128 columns.
+Bound as fp8_mm.py says. Hopper's matrix cores accumulate with 14 bits, so there sums are added in fp32 every 128
+columns.
 """
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from wave64.ops import fp8_scaled_mm
 from wave64.triton_ops.fp8_mm import (
-    announce,
     key_of,
     launch,
+    launch_merge_early,
     products,
     store_tile,
     tile_of_program,
@@ -23,7 +24,7 @@ from wave64.triton_ops.fp8_mm import (
 
 @triton.jit
 def _scale(ptr, offs, size, EACH: tl.constexpr):
-    """Scales of rows offs, where there is one for EACH, or the one that there is."""
+    """Scales at offs if EACH row has one, else the only scale."""
     return tl.load(ptr + offs, mask=offs < size, other=0.0) if EACH else tl.load(ptr)
 
 
@@ -32,7 +33,7 @@ def _fp8_scaled_mm_kernel(y_ptr, a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_pt
                           EACH_M: tl.constexpr, EACH_N: tl.constexpr, SHORT: tl.constexpr, SWAP: tl.constexpr,
                           EVEN: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr, GROUP_M: tl.constexpr,
                           XCDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    announce(OVERLAP)
+    launch_merge_early(OVERLAP)
     tile_m, tile_n = tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
     y = products(a_ptr, b_ptr, None, None, tile_m, tile_n, M, N, K, stride_a, stride_b, 0, 0, 0, 0, 0, 0, SHORT, SWAP,
                  EVEN, WIDE, BLOCK_M, BLOCK_N, BLOCK_K)

@@ -1,6 +1,6 @@
-"""Residual add and RMSNorm in place: the sum never leaves the registers between the two.
+"""Residual add and RMSNorm in place: the sum stays in registers in between.
 
-Bound by memory: x and residual in, both out. A lane of aligned rows has eight loads of 16 bytes under way.
+Bound by memory: x and residual in, both out. With aligned rows a lane has eight loads of 16 bytes in flight.
 """
 
 import triton
@@ -22,11 +22,11 @@ def _fused_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, x_stride, residu
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    rounded = (x + residual).to(residual_ptr.dtype.element_ty)
-    tl.store(residual_ptr + offs, rounded, mask=mask)
-    # what is normalized is what the next layer will read as residual
-    total = rounded.to(tl.float32)
-    y = total * tl.rsqrt(tl.sum(total * total, 0) / hidden + eps) * weight
+    new_residual = (x + residual).to(residual_ptr.dtype.element_ty)
+    tl.store(residual_ptr + offs, new_residual, mask=mask)
+    # normalize the rounded sum, which the next layer reads as its residual
+    sums = new_residual.to(tl.float32)
+    y = sums * tl.rsqrt(tl.sum(sums * sums, 0) / hidden + eps) * weight
     tl.store(x_ptr + offs, y.to(x_ptr.dtype.element_ty), mask=mask)
 
 

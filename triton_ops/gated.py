@@ -1,7 +1,7 @@
-"""What the gated activations share: the tile of gate and up that a block works on, and the grid.
+"""What the gated activations share: the tile of gate and up of a block, and the grid.
 
-Bound by memory: 2 d values of a row in, d out. A block's tile is small, so that one row spreads over many compute
-units and many rows keep all of them full of loads.
+Bound by memory: 2 d elements of a row in, d out. Tiles are small, so that one row spreads over many compute units, and
+with many rows each has many loads in flight.
 """
 
 import torch
@@ -16,7 +16,7 @@ BLOCK = 1024
 
 @triton.jit
 def load_gate_and_up(x_ptr, x_stride, d, BLOCK: tl.constexpr):
-    """The block's gate and up in fp32, where its results go in y [tokens, d], and which of them exist."""
+    """Load the block's tile of gate and up. Returns (gate, up, offsets of the result in y [tokens, d], mask); fp32."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < d
@@ -28,14 +28,14 @@ def load_gate_and_up(x_ptr, x_stride, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def logistic(x):
-    """1 / (1 + exp(-x)). A division would be ten instructions on CDNA, a reciprocal square root is one. Far below 0 the
-    exponential is infinite and the result 0, so that a huge x times it is 0, too: no clamp."""
+    """1 / (1 + exp(-x)), as the square of a reciprocal square root: one instruction on CDNA, where a division is ten.
+    For x far below 0 the exponential is infinite and the result 0, also times a huge x, so there is no clamp."""
     root = tl.rsqrt(1.0 + tl.exp(-x))
     return root * root
 
 
 def launch(kernel, x: Tensor) -> Tensor:
-    """kernel(y_ptr, x_ptr, x_stride, d, BLOCK) over every tile of x [tokens, 2 * d]; returns y [tokens, d]."""
+    """Launch kernel(y_ptr, x_ptr, x_stride, d, BLOCK) over every tile of x [tokens, 2 * d]. Returns y [tokens, d]."""
     tokens, d = x.shape[0], x.shape[1] // 2
     y = torch.empty((tokens, d), dtype=x.dtype, device=x.device)
     if y.numel():

@@ -1,7 +1,7 @@
 """GEGLU with the exact GELU: gate and up of the same columns meet in registers.
 
-The trick is an erfc of our own, one branch-free polynomial, where the library's erf takes both sides of a branch and
-loses the tail to cancellation. Bound by memory: 2 d values of a row in, d out.
+The trick: erfc as one polynomial without a branch. The library's erf executes both sides of a branch, and 1 + erf
+cancels in the tail. Bound by memory: 2 d elements of a row in, d out.
 """
 
 import triton
@@ -15,8 +15,8 @@ from wave64.triton_ops.gated import load_gate_and_up
 
 @triton.jit
 def _erfc(z):
-    """erfc of z >= 0 as exp(-z^2) P(t) t, t = 1 / (1 + 0.3 z). P was fitted to erfc(z) exp(z^2) on [0, 9.5] for the
-    least relative error, 2e-8; beyond that interval erfc is 0 in fp32."""
+    """erfc of z >= 0 as exp(-z^2) P(t) t, t = 1 / (1 + 0.3 z). P approximates erfc(z) exp(z^2) on [0, 9.5] with the
+    minimal relative error, 2e-8; beyond that interval erfc is 0 in fp32."""
     root = tl.rsqrt(1.0 + 0.3 * z)
     t = root * root
     p = 0.48509204315437604 - 0.12943317076501037 * t
@@ -33,8 +33,8 @@ def _erfc(z):
 @triton.jit
 def _gelu_and_mul_kernel(y_ptr, x_ptr, x_stride, d, BLOCK: tl.constexpr):
     gate, up, offs, mask = load_gate_and_up(x_ptr, x_stride, d, BLOCK)
-    below = 0.5 * _erfc(tl.abs(gate) * 0.7071067811865476)
-    y = gate * tl.where(gate > 0, 1.0 - below, below) * up
+    tail = 0.5 * _erfc(tl.abs(gate) * 0.7071067811865476)
+    y = gate * tl.where(gate > 0, 1.0 - tail, tail) * up
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -1,6 +1,6 @@
-"""GEGLU with GELU's tanh form: (1 + tanh(u)) / 2 is the logistic function of 2 u, so one exponential does.
+"""GEGLU with the tanh form of GELU: (1 + tanh(u)) / 2 is the logistic function of 2 u, which takes one exponential.
 
-Bound by memory: 2 d values of a row in, d out.
+Bound by memory: 2 d elements of a row in, d out.
 """
 
 import triton

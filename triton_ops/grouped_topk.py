@@ -1,7 +1,8 @@
 """DeepSeek's gate: a wave takes one row, laid out as [groups, experts of a group], each padded to a power of two.
 
-Groups are ranked by counting those ahead of each, all pairs at once; experts are chosen by rounds (topk.py), without a
-bias by their logits, and loaded a second time, which is quicker than to bring them together from all lanes.
+The rank of a group is the number of better groups, computed for all pairs at once. Experts are chosen one per round
+(topk.py), by their logits if there is no bias; the chosen logits are loaded again, which is faster than to gather them
+from all lanes.
 Bound by latency: two loads, the scores, two steps for the groups, top_k rounds, a store.
 """
 
@@ -15,19 +16,19 @@ from wave64.ops import grouped_topk
 from wave64.triton_ops.gated import logistic
 from wave64.triton_ops.geometry import num_warps
 from wave64.triton_ops.splits import overlaps
-from wave64.triton_ops.topk import INDICES, LOG2_E, choose, clean
+from wave64.triton_ops.topk import LOG2_E, MAX_IDS, choose, clean
 
-#: All pairs of so many groups fit into one wave's registers.
-MOST_GROUPS = 64
+#: The comparisons of all pairs of groups fit into the registers of one wave up to this number.
+MAX_GROUPS = 64
 
 
 @triton.jit
-def _score(x, shift, scale, SIGMOID: tl.constexpr):
-    """exp(x - shift) * scale, or of x alone the logistic function."""
+def _score(x, row_max, inverse_sum, SIGMOID: tl.constexpr):
+    """The softmax score exp(x - row_max) * inverse_sum, or the sigmoid of x."""
     if SIGMOID:
         score = logistic(x)
     else:
-        score = tl.exp2((x - shift) * LOG2_E) * scale
+        score = tl.exp2((x - row_max) * LOG2_E) * inverse_sum
     return score
 
 
@@ -38,16 +39,17 @@ def _larger_two(a, a_next, b, b_next):
 
 @triton.jit
 def _best_groups(choice, TOPK_GROUP: tl.constexpr, BY_TWO: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Which of the groups of choice [BLOCK_G, experts of a group] are among the TOPK_GROUP best."""
+    """Mask [BLOCK_G] of the TOPK_GROUP best groups of choice [BLOCK_G, experts of a group]. BY_TWO: rank groups by the
+    sum of their two best experts, else by the best."""
     if BY_TWO:
         best, second = tl.reduce((choice, tl.full(choice.shape, float("-inf"), tl.float32)), 1, _larger_two)
         best += second
     else:
         best = tl.max(choice, 1)
     offs_g = tl.arange(0, BLOCK_G)
-    before = offs_g[None, :] < offs_g[:, None]
-    ahead = (best[None, :] > best[:, None]) | ((best[None, :] == best[:, None]) & before)
-    return tl.sum(ahead.to(tl.int32), 1) < TOPK_GROUP
+    is_earlier = offs_g[None, :] < offs_g[:, None]
+    is_better = (best[None, :] > best[:, None]) | ((best[None, :] == best[:, None]) & is_earlier)
+    return tl.sum(is_better.to(tl.int32), 1) < TOPK_GROUP
 
 
 @triton.jit
@@ -65,23 +67,23 @@ def _grouped_topk_kernel(weights_ptr, ids_ptr, gating_ptr, bias_ptr, gating_stri
         ids = ids // BLOCK_P * IN_GROUP + ids % BLOCK_P
     x = tl.where(mask, clean(tl.load(gating_ptr + ids, mask=mask, other=0.0)), float("-inf"))
     if SIGMOID:
-        shift, scale = 0.0, 1.0
+        row_max, inverse_sum = 0.0, 1.0
     else:
-        shift = tl.max(x, 0)
-        scale = 1.0 / tl.sum(tl.exp2((x - shift) * LOG2_E), 0)
+        row_max = tl.max(x, 0)
+        inverse_sum = 1.0 / tl.sum(tl.exp2((x - row_max) * LOG2_E), 0)
     choice = x
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + ids, mask=mask, other=0.0)
-        choice = tl.where(mask, clean(_score(x, shift, scale, SIGMOID) + bias), float("-inf"))
+        choice = tl.where(mask, clean(_score(x, row_max, inverse_sum, SIGMOID) + bias), float("-inf"))
     if TOPK_GROUP < GROUPS:
         grouped = tl.reshape(choice, (BLOCK_G, BLOCK_P))
-        kept = _best_groups(grouped, TOPK_GROUP, bias_ptr is not None, BLOCK_G)
-        choice = tl.reshape(tl.where(kept[:, None], grouped, float("-inf")), (BLOCK_G * BLOCK_P,))
+        is_best = _best_groups(grouped, TOPK_GROUP, bias_ptr is not None, BLOCK_G)
+        choice = tl.reshape(tl.where(is_best[:, None], grouped, float("-inf")), (BLOCK_G * BLOCK_P,))
     chosen = choose(choice, ids, TOP_K, BLOCK_K, BF16)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < TOP_K
     logits = clean(tl.load(gating_ptr + chosen, mask=mask_k, other=float("-inf")))
-    weights = tl.where(mask_k, _score(logits, shift, scale, SIGMOID), 0.0)
+    weights = tl.where(mask_k, _score(logits, row_max, inverse_sum, SIGMOID), 0.0)
     if RENORMALIZE:
         factor /= tl.sum(weights, 0) + 1e-20
     weights *= factor
@@ -96,8 +98,8 @@ def _grouped_topk_kernel(weights_ptr, ids_ptr, gating_ptr, bias_ptr, gating_stri
 def unsupported(gating: Tensor, top_k: int, num_expert_group: int, topk_group: int, renormalize: bool,
                 scoring_func: str = "softmax", correction_bias: Tensor | None = None,
                 routed_scaling_factor: float = 1.0, num_fused_shared_experts: int = 0) -> str | None:
-    if topk_group < num_expert_group > MOST_GROUPS:
-        return f"{num_expert_group} groups, the kernel ranks at most {MOST_GROUPS}"
+    if topk_group < num_expert_group > MAX_GROUPS:
+        return f"{num_expert_group} groups, the kernel ranks at most {MAX_GROUPS}"
     return None
 
 
@@ -112,7 +114,7 @@ def launch(gating: Tensor, top_k: int, num_expert_group: int, topk_group: int, r
     if tokens:
         groups = num_expert_group if topk_group < num_expert_group else 1
         block_g, block_p = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
-        bf16 = gating.dtype == torch.bfloat16 and correction_bias is None and block_g * block_p <= INDICES.value
+        bf16 = gating.dtype == torch.bfloat16 and correction_bias is None and block_g * block_p <= MAX_IDS.value
         _grouped_topk_kernel[tokens,](
             weights, ids, gating, correction_bias, gating.stride(0), routed_scaling_factor, GROUPS=groups,
             IN_GROUP=experts // groups, TOPK_GROUP=min(topk_group, groups), TOP_K=top_k,

@@ -1,7 +1,7 @@
-"""Conversions under Triton's interpreter, which truncates fp32 to bf16 and loses carries on the way to FP8.
+"""Rounding under Triton's interpreter, which truncates fp32 to bf16 and drops carries when it converts to FP8.
 
-Kernels are to mean on a CPU what they mean on a GPU: round to nearest even. Where kernels are interpreted (and only
-there) the interpreter's conversion between floating-point types is therefore torch's.
+Kernels must give the same results on a CPU as on a GPU, which rounds to nearest even. Under the interpreter, and only
+there, this module replaces its conversion between floating-point types with torch's.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ TYPES = {tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torc
 
 
 def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
-    """`data`, numbers of type `source` in any numpy dtype of their size, as the bits of type `target`."""
+    """Convert `data`, values of type `source` in any numpy dtype of that size, to the bits of type `target`."""
     bits = torch.from_numpy(np.ascontiguousarray(data).view(f"uint{source.primitive_bitwidth}"))
     return bits.view(TYPES[source]).to(TYPES[target]).view(getattr(torch, f"uint{target.primitive_bitwidth}")).numpy()
 

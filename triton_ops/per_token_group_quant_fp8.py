@@ -1,4 +1,4 @@
-"""Quantizes groups of columns: a program takes several whole groups, so that amax never leaves a wave's lanes.
+"""Quantize groups of columns: a program has several whole groups, so that amax is reduced within a wave.
 
 Bound by memory: x in, half of that (of 16-bit x) out.
 """

@@ -1,4 +1,4 @@
-"""Quantizes rows: a block holds one whole row in registers, so x is read once; a longer row is read twice.
+"""Quantize rows: a block holds a whole row in registers, so x is read once; a longer row is read twice.
 
 Bound by memory: x in, half of that (of 16-bit x) out.
 """
@@ -13,27 +13,27 @@ from wave64.ops import per_token_quant_fp8
 from wave64.triton_ops.geometry import num_warps
 from wave64.triton_ops.quant import limits, scales, supports
 
-#: Numbers of a row that registers hold.
-MOST = 16384
+#: Elements of a row that fit into registers.
+MAX_BLOCK = 16384
 
 
 @triton.jit
 def _per_token_quant_fp8_kernel(q_ptr, scale_ptr, x_ptr, x_stride, columns, LIMIT: tl.constexpr, BELOW: tl.constexpr,
-                                ONE: tl.constexpr, BLOCK: tl.constexpr):
+                                ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     x_ptr += row * x_stride
     q_ptr += row * columns
-    if ONE:
+    if ONE_BLOCK:
         x = tl.load(x_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)
         scale, inverse = scales(tl.max(tl.abs(x), 0), LIMIT, BELOW)
         tl.store(q_ptr + offs, (x * inverse).to(q_ptr.dtype.element_ty), mask=offs < columns)
     else:
-        most = tl.zeros([BLOCK], tl.float32)
+        amax = tl.zeros([BLOCK], tl.float32)
         for start in range(0, columns, BLOCK):
             x = tl.load(x_ptr + start + offs, mask=offs < columns - start, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.abs(x))
-        scale, inverse = scales(tl.max(most, 0), LIMIT, BELOW)
+            amax = tl.maximum(amax, tl.abs(x))
+        scale, inverse = scales(tl.max(amax, 0), LIMIT, BELOW)
         for start in range(0, columns, BLOCK):
             x = tl.load(x_ptr + start + offs, mask=offs < columns - start, other=0.0).to(tl.float32)
             tl.store(q_ptr + start + offs, (x * inverse).to(q_ptr.dtype.element_ty), mask=offs < columns - start)
@@ -46,8 +46,8 @@ def launch(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty((tokens, columns), dtype=quant.fp8_dtype(), device=x.device)
     scale = torch.empty((tokens, 1), dtype=torch.float32, device=x.device)
     if tokens:
-        whole = triton.next_power_of_2(columns)
-        block = min(whole, MOST)
-        _per_token_quant_fp8_kernel[(tokens,)](q, scale, x, x.stride(0), columns, **limits(q.dtype), ONE=block == whole,
-                                               BLOCK=block, num_warps=num_warps(block // 32))
+        padded = triton.next_power_of_2(columns)
+        block = min(padded, MAX_BLOCK)
+        _per_token_quant_fp8_kernel[(tokens,)](q, scale, x, x.stride(0), columns, **limits(q.dtype),
+                                               ONE_BLOCK=block == padded, BLOCK=block, num_warps=num_warps(block // 32))
     return q, scale

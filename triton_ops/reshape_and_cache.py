@@ -3,37 +3,26 @@
 Bound by memory: the new keys and values in, the same out, converted on the way where the cache is FP8.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wave64 import platform, quant
 from wave64.ops import reshape_and_cache
-from wave64.ops.reshape_and_cache import FP8
 from wave64.triton_ops.geometry import num_warps
-
-#: Scales below count as it: 0 / 0 would be NaN, and so would 0 times its reciprocal.
-TINY = tl.constexpr(quant.MIN_SCALE)
+from wave64.triton_ops.quant import cache_limit, to_cache, unsupported_cache
 
 
 @triton.jit
 def _store(new_ptr, cache_ptr, scale_ptr, head_stride, slot, heads, head_dim, LIMIT: tl.constexpr,
            BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    """cache[slot] = new, for the block's heads; LIMIT is the largest number of an FP8 cache, 0 for others."""
+    """cache[slot] = new for the block's heads. LIMIT: see quant.to_cache."""
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask = (offs_h < heads) & (offs_d < head_dim)
     x = tl.load(new_ptr + offs_h * head_stride + offs_d, mask=mask, other=0.0)
-    if LIMIT > 0:
-        x = x.to(tl.float32)
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr)
-            x = x / tl.where(scale < TINY, TINY, scale)
-        x = tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    # a slot counts rows of the whole pool, which may hold more than 2^31 numbers
-    tl.store(cache_ptr + slot * (heads * head_dim) + offs_h * head_dim + offs_d, x.to(cache_ptr.dtype.element_ty),
-             mask=mask)
+    x = to_cache(x, scale_ptr, LIMIT, cache_ptr.dtype.element_ty)
+    # slots are int64, since the pool may hold more than 2^31 elements
+    tl.store(cache_ptr + slot * (heads * head_dim) + offs_h * head_dim + offs_d, x, mask=mask)
 
 
 @triton.jit
@@ -52,11 +41,7 @@ def _reshape_and_cache_kernel(key_ptr, value_ptr, key_cache_ptr, value_cache_ptr
 
 
 def supports(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_scale=None) -> str | None:
-    arch = platform.arch()
-    flavour = str(key_cache.dtype).removeprefix("torch.float8_")
-    if arch is not None and key_cache.dtype in FP8 and arch.fp8 != flavour:
-        return f"an {flavour} cache on {arch.name}, whose FP8 type is {arch.fp8}"
-    return None
+    return unsupported_cache(key_cache)
 
 
 @reshape_and_cache.backend("triton", supports=supports)
@@ -67,8 +52,7 @@ def launch(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, s
         return
     block_d = triton.next_power_of_2(head_dim)
     block_h = max(1, min(1024 // block_d, triton.next_power_of_2(heads)))
-    limit = torch.finfo(key_cache.dtype).max if key_cache.dtype in FP8 else 0.0
     _reshape_and_cache_kernel[(tokens, triton.cdiv(heads, block_h), 2)](
         key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, key.stride(0), value.stride(0),
-        key.stride(1), value.stride(1), heads, head_dim, LIMIT=limit, BLOCK_H=block_h, BLOCK_D=block_d,
+        key.stride(1), value.stride(1), heads, head_dim, LIMIT=cache_limit(key_cache), BLOCK_H=block_h, BLOCK_D=block_d,
         num_warps=num_warps(block_h * block_d // 8))

@@ -1,7 +1,7 @@
-"""Rotary embedding in place: one launch rotates query and key, a block takes a few heads of one token.
+"""RoPE in place: one launch rotates query and key; a block rotates a few heads of one token.
 
-Both halves of a pair belong to one lane, so nothing is exchanged and nothing can be read after it was overwritten.
-Bound by memory: the rotated part of query and key in and out; a token's angles are read once per block, from L2.
+One lane has both elements of a pair, so lanes exchange nothing and read nothing that was overwritten.
+Bound by memory: the rotated part of query and key in and out; a block reads its token's angles once, from L2.
 """
 
 import triton
@@ -13,21 +13,21 @@ from wave64.triton_ops.geometry import num_warps
 
 
 @triton.jit
-def _turned(a, b, cos, sin):
-    """(a cos - b sin, b cos + a sin). Which products are rounded is said here: left to the compiler, it depends on the
-    kernel around, and the operators that rotate would differ in the last bit."""
+def _rotated_pair(a, b, cos, sin):
+    """(a cos - b sin, b cos + a sin). The fma is explicit: otherwise the compiler would choose per kernel which product
+    is rounded, and the operators that apply RoPE would differ in the last bit."""
     return tl.fma(a, cos, -(b * sin)), tl.fma(b, cos, a * sin)
 
 
 @triton.jit
-def turn_halves(x_ptrs, offs_j, half, mask, cos, sin):
-    """Rotates in place rows [rows, 1] whose pairs offs_j are `half` columns apart; gives the first and the second ones,
-    rounded."""
+def rotate_halves(x_ptrs, offs_j, half, mask, cos, sin):
+    """Apply RoPE (neox style) to the rows x_ptrs [rows, 1] in place: column j pairs with column j + half. Returns the
+    rotated (first, second) halves in x's dtype."""
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
     a_ptrs = x_ptrs + offs_j
     a = tl.load(a_ptrs, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(a_ptrs + half, mask=mask, other=0.0).to(tl.float32)
-    first, second = _turned(a, b, cos, sin)
+    first, second = _rotated_pair(a, b, cos, sin)
     first, second = first.to(dtype), second.to(dtype)
     tl.store(a_ptrs, first, mask=mask)
     tl.store(a_ptrs + half, second, mask=mask)
@@ -35,32 +35,33 @@ def turn_halves(x_ptrs, offs_j, half, mask, cos, sin):
 
 
 @triton.jit
-def turn_neighbours(x_ptrs, offs_d, mask, cos, sin, ROWS: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Rotates in place rows [rows, 1] whose pairs are neighbours among the columns offs_d; gives them, rounded."""
+def rotate_interleaved(x_ptrs, offs_d, mask, cos, sin, ROWS: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Apply RoPE (GPT-J style) to the rows x_ptrs [rows, 1] in place: columns 2 j and 2 j + 1 are a pair. Returns the
+    rotated rows in x's dtype."""
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
     ptrs = x_ptrs + offs_d
     x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     a, b = tl.split(tl.reshape(x, (ROWS, BLOCK_J, 2)))
-    first, second = _turned(a, b, cos, sin)
+    first, second = _rotated_pair(a, b, cos, sin)
     rotated = tl.reshape(tl.join(first, second), (ROWS, 2 * BLOCK_J)).to(dtype)
     tl.store(ptrs, rotated, mask=mask)
     return rotated
 
 
 @triton.jit
-def rotate(x_ptr, head, heads, head_stride, half, cos, sin, IS_NEOX: tl.constexpr, BLOCK_H: tl.constexpr,
-           BLOCK_J: tl.constexpr):
-    """Rotates heads [head, head + BLOCK_H) of the token at `x_ptr`; cos and sin are [BLOCK_J]."""
+def rotate_heads(x_ptr, head, heads, head_stride, half, cos, sin, IS_NEOX: tl.constexpr, BLOCK_H: tl.constexpr,
+                 BLOCK_J: tl.constexpr):
+    """Apply RoPE in place to heads [head, head + BLOCK_H) of the token at x_ptr; cos and sin are [BLOCK_J]."""
     offs_h = head + tl.arange(0, BLOCK_H)
     cos, sin = cos[None, :], sin[None, :]
     if IS_NEOX:
         offs_j = tl.arange(0, BLOCK_J)
         mask = (offs_h < heads)[:, None] & (offs_j < half)[None, :]
-        turn_halves(x_ptr + offs_h[:, None] * head_stride, offs_j[None, :], half, mask, cos, sin)
+        rotate_halves(x_ptr + offs_h[:, None] * head_stride, offs_j[None, :], half, mask, cos, sin)
     else:
         offs_d = tl.arange(0, 2 * BLOCK_J)
         mask = (offs_h < heads)[:, None] & (offs_d < 2 * half)[None, :]
-        turn_neighbours(x_ptr + offs_h[:, None] * head_stride, offs_d[None, :], mask, cos, sin, BLOCK_H, BLOCK_J)
+        rotate_interleaved(x_ptr + offs_h[:, None] * head_stride, offs_d[None, :], mask, cos, sin, BLOCK_H, BLOCK_J)
 
 
 @triton.jit
@@ -76,15 +77,16 @@ def _rotary_embedding_kernel(positions_ptr, query_ptr, key_ptr, cos_sin_ptr, hea
     sin = tl.load(cos_ptrs + half, mask=offs_j < half, other=0.0).to(tl.float32)
     query_groups = tl.cdiv(heads, BLOCK_H)
     if group < query_groups:
-        rotate(query_ptr + token * query_stride, group * BLOCK_H, heads, query_head_stride, half, cos, sin, IS_NEOX,
-               BLOCK_H, BLOCK_J)
+        rotate_heads(query_ptr + token * query_stride, group * BLOCK_H, heads, query_head_stride, half, cos, sin,
+                     IS_NEOX, BLOCK_H, BLOCK_J)
     else:
-        rotate(key_ptr + token * key_stride, (group - query_groups) * BLOCK_H, kv_heads, key_head_stride, half, cos,
-               sin, IS_NEOX, BLOCK_H, BLOCK_J)
+        rotate_heads(key_ptr + token * key_stride, (group - query_groups) * BLOCK_H, kv_heads, key_head_stride, half,
+                     cos, sin, IS_NEOX, BLOCK_H, BLOCK_J)
 
 
 def _layout(x: Tensor, head_size: int) -> tuple[int, int, int]:
-    """Heads, stride of a token and of a head, of a flat or a three-dimensional view."""
+    """(num_heads, token stride, head stride) of x [num_tokens, num_heads * head_size] or [num_tokens, num_heads,
+    head_size]."""
     if x.ndim == 2:
         return x.shape[1] // head_size, x.stride(0), head_size
     return x.shape[1], x.stride(0), x.stride(1)
@@ -98,7 +100,7 @@ def launch(positions: Tensor, query: Tensor, key: Tensor | None, head_size: int,
     tokens, half = positions.shape[0], cos_sin_cache.shape[1] // 2
     if tokens * half * (heads + kv_heads) == 0:
         return
-    # 512 pairs a block: 16 bytes of either half for each lane of one CDNA wave
+    # 512 pairs per block: 16 bytes of each half for each lane of a CDNA wave
     block_j = triton.next_power_of_2(half)
     block_h = max(1, min(512 // block_j, triton.next_power_of_2(max(heads, kv_heads))))
     grid = (tokens, triton.cdiv(heads, block_h) + triton.cdiv(kv_heads, block_h))

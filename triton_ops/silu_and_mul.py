@@ -1,6 +1,6 @@
 """SwiGLU: gate and up of the same columns meet in registers, so no intermediate is written.
 
-Bound by memory: 2 d values of a row in, d out.
+Bound by memory: 2 d elements of a row in, d out.
 """
 
 import triton

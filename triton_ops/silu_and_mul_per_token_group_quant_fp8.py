@@ -1,6 +1,6 @@
-"""SwiGLU and its quantization in one launch: what it gives is never in memory but in FP8.
+"""SwiGLU and quantization in one launch: the activation is stored in FP8 only.
 
-Bound by memory: 2 d numbers of a row in, d bytes out.
+Bound by memory: 2 d elements of a row in, d bytes out.
 """
 
 import triton

@@ -1,6 +1,6 @@
-"""Copies between KV pools: rows as words, whatever their dtype; a block moves a piece of a row, or several short rows.
+"""Copy rows between KV pools as words, for any dtype; a block copies a piece of a row, or several short rows.
 
-Bound by memory, or by PCIe where one of the pools is the host's: the rows in, the same out.
+Bound by memory, or by PCIe if one of the pools is in host memory: the rows in, the same out.
 """
 
 import math
@@ -26,16 +26,16 @@ def _transfer_kv_kernel(src_ptr, dst_ptr, src_slots_ptr, dst_slots_ptr, pairs, n
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     source = tl.load(src_slots_ptr + offs_n, mask=offs_n < pairs, other=-1)
     target = tl.load(dst_slots_ptr + offs_n, mask=offs_n < pairs, other=-1)
-    counts = (source >= 0) & (source < num_src_slots) & (target >= 0) & (target < num_dst_slots)
-    source = tl.where(counts, source, 0)[:, None]
-    target = tl.where(counts, target, 0)[:, None]
-    mask = counts[:, None] & (offs_w < width)
+    is_valid = (source >= 0) & (source < num_src_slots) & (target >= 0) & (target < num_dst_slots)
+    source = tl.where(is_valid, source, 0)[:, None]
+    target = tl.where(is_valid, target, 0)[:, None]
+    mask = is_valid[:, None] & (offs_w < width)
     row = tl.load(src_ptr + source * src_stride + offs_w, mask=mask)
     tl.store(dst_ptr + target * dst_stride + offs_w, row, mask=mask)
 
 
 def _as_words(pool: Tensor, size: int) -> Tensor:
-    """[num_slots, row] in words of `size` bytes."""
+    """The pool as [num_slots, row] of words of `size` bytes."""
     return pool.as_strided((pool.shape[0], pool[0].numel()), (pool.stride(0), 1)).view(WORDS[size])
 
 
@@ -44,8 +44,8 @@ def launch(src: Tensor, dst: Tensor, src_slots: Tensor, dst_slots: Tensor) -> No
     pairs = src_slots.numel()
     if pairs == 0 or src.numel() == 0 or dst.numel() == 0:
         return
-    bytes_apart = [n * src.element_size() for n in (src[0].numel(), src.stride(0), dst.stride(0))]
-    size = math.gcd(8, src.data_ptr(), dst.data_ptr(), *bytes_apart)
+    row_bytes = [n * src.element_size() for n in (src[0].numel(), src.stride(0), dst.stride(0))]
+    size = math.gcd(8, src.data_ptr(), dst.data_ptr(), *row_bytes)
     src, dst = _as_words(src, size), _as_words(dst, size)
     width = src.shape[1]
     block_w = min(triton.next_power_of_2(width), BLOCK)

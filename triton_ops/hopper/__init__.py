@@ -1,1 +1,1 @@
-"""Kernels that spell out Hopper's instructions, in Gluon; imported there only."""
+"""Kernels in Gluon for NVIDIA's Hopper (sm_90); imported there only."""

@@ -1,9 +1,9 @@
-"""fp8_block_scaled_mm's kernel for Hopper: copying and multiplying at once, by different waves, in Gluon.
+"""fp8_block_scaled_mm's kernel for Hopper, in Gluon: producer and consumer waves, persistent programs.
 
-The trick: one wave does nothing but copy tiles of both factors on chip (TMA), several blocks of K ahead and on into
-the next tile of the result; two teams of four waves multiply half of the rows each. A team has two blocks of K under
-way and scales and adds up one while the other is multiplied. Programs stay and take tile after tile.
-Bound by: the matrix units, and the L2 cache, of which tiles of 128 x 128 ask 7 TB/s.
+The trick: one wave only copies tiles of both operands to shared memory (TMA), several blocks of K ahead, across tiles
+of the result; two teams of four waves multiply half of the rows each. A team has two blocks of K in flight, and scales
+and adds one while the other is multiplied. Programs are persistent and iterate over tiles.
+Bound by: the matrix units, and the L2 cache, from which tiles of 128 x 128 read 7 TB/s.
 """
 
 from dataclasses import dataclass
@@ -28,17 +28,17 @@ from wave64.ops import fp8_block_scaled_mm
 from wave64.tuning import Tuning
 
 # Renamed after Triton 3.6.
-begin_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+start_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 TEAM = gl.constexpr(64)  # rows of a matrix instruction, and of a team
 COLUMNS = gl.constexpr(128)  # of a tile
-#: Blocks of K on chip.
+#: Blocks of K in shared memory.
 STAGES = 4
 
 
 @gluon.jit
-def _place(tile, m, n, GROUP_M: gl.constexpr):
-    """(row, column) where a tile begins. GROUP_M tiles of rows go together along the columns, so that what programs
-    read at a time fits the L2 cache."""
+def _tile_origin(tile, m, n, GROUP_M: gl.constexpr):
+    """(first row, first column) of a tile. Tiles are ordered in groups of GROUP_M rows, column by column, so that the
+    tiles that run at a time read from L2."""
     rows, columns = gl.cdiv(m, 2 * TEAM), gl.cdiv(n, COLUMNS)
     group = tile // (GROUP_M * columns)
     height = gl.minimum(rows - group * GROUP_M, GROUP_M)
@@ -54,82 +54,82 @@ def _tiles(m, n):
 @gluon.jit
 def _copy(a_desc, b_desc, a_lds, b_lds, full, empty, m, n, k, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
           GROUP_M: gl.constexpr):
-    """The wave that copies. A stage is full when its bytes have come, and empty when both teams have read it."""
+    """The producer wave. A stage is full when its bytes have arrived, and empty when both teams have read it."""
     step = 0
     for tile in range(gl.program_id(0), _tiles(m, n), gl.num_programs(0)):
-        row, column = _place(tile, m, n, GROUP_M)
+        row, column = _tile_origin(tile, m, n, GROUP_M)
         for block in range(0, k, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            there = full.index(stage)
-            mbarrier.expect(there, (2 * TEAM + COLUMNS) * BLOCK_K)
-            begin_load(a_desc, [row, block], there, a_lds.index(2 * stage))
-            begin_load(a_desc, [row + TEAM, block], there, a_lds.index(2 * stage + 1))
-            begin_load(b_desc, [column, block], there, b_lds.index(stage))
+            barrier = full.index(stage)
+            mbarrier.expect(barrier, (2 * TEAM + COLUMNS) * BLOCK_K)
+            start_load(a_desc, [row, block], barrier, a_lds.index(2 * stage))
+            start_load(a_desc, [row + TEAM, block], barrier, a_lds.index(2 * stage + 1))
+            start_load(b_desc, [column, block], barrier, b_lds.index(stage))
             step += 1
 
 
 @gluon.jit
-def _begin(a_lds, b_lds, full, step, zeros, TEAM_NUMBER: gl.constexpr, STAGES: gl.constexpr):
-    """The product of a block of K, under way."""
+def _start_product(a_lds, b_lds, full, step, zeros, TEAM_ID: gl.constexpr, STAGES: gl.constexpr):
+    """Start the product of a block of K, asynchronously."""
     stage = step % STAGES
     mbarrier.wait(full.index(stage), step // STAGES & 1)
-    return warpgroup_mma(a_lds.index(2 * stage + TEAM_NUMBER), b_lds.index(stage).permute((1, 0)), zeros, use_acc=False,
+    return warpgroup_mma(a_lds.index(2 * stage + TEAM_ID), b_lds.index(stage).permute((1, 0)), zeros, use_acc=False,
                          is_async=True)
 
 
 @gluon.jit
-def add_scaled(sums, found, scales):
-    """sums + found with each row times its scale"""
-    return gl.fma(found, gl.expand_dims(scales, 1) + gl.zeros_like(sums), sums)
+def add_scaled(acc, partial, scales):
+    """acc + partial * scales, one scale per row."""
+    return gl.fma(partial, gl.expand_dims(scales, 1) + gl.zeros_like(acc), acc)
 
 
 @gluon.jit
-def _multiply(TEAM_NUMBER: gl.constexpr, c_ptr, a_scale_ptr, b_scale_ptr, a_lds, b_lds, full, empty, m, n, k, stride_c,
+def _multiply(TEAM_ID: gl.constexpr, c_ptr, a_scale_ptr, b_scale_ptr, a_lds, b_lds, full, empty, m, n, k, stride_c,
               stride_am, stride_ak, stride_bn, stride_bk, SCALED_N: gl.constexpr, BLOCK_K: gl.constexpr,
               STAGES: gl.constexpr, GROUP_M: gl.constexpr):
-    """A team: 64 rows of each tile. Blocks of K are taken in twos; their scales are loaded two blocks ahead."""
-    product: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
-                                                      instr_shape=[16, COLUMNS, 32])
-    written: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    zeros = gl.zeros([TEAM, COLUMNS], gl.float32, product)
+    """A consumer team: 64 rows of each tile. It takes two blocks of K per iteration and loads scales two ahead."""
+    mma_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
+                                                         instr_shape=[16, COLUMNS, 32])
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    zeros = gl.zeros([TEAM, COLUMNS], gl.float32, mma_layout)
     blocks = gl.cdiv(k, BLOCK_K)
     step = 0
     for tile in range(gl.program_id(0), _tiles(m, n), gl.num_programs(0)):
-        row, column = _place(tile, m, n, GROUP_M)
-        row += TEAM_NUMBER * TEAM
-        rows = gl.minimum(row + gl.arange(0, TEAM, gl.SliceLayout(1, product)), m - 1)
+        row, column = _tile_origin(tile, m, n, GROUP_M)
+        row += TEAM_ID * TEAM
+        rows = gl.minimum(row + gl.arange(0, TEAM, gl.SliceLayout(1, mma_layout)), m - 1)
         a_scales = a_scale_ptr + rows.to(gl.int64) * stride_am
         b_scales = b_scale_ptr + column // SCALED_N * stride_bn
         second = gl.minimum(1, blocks - 1)
         a_scale, b_scale = gl.load(a_scales), gl.load(b_scales)
         a_scale2, b_scale2 = gl.load(a_scales + second * stride_ak), gl.load(b_scales + second * stride_bk)
-        sums = zeros
+        acc = zeros
         for block in range(0, blocks - 1, 2):
-            found = _begin(a_lds, b_lds, full, step, zeros, TEAM_NUMBER, STAGES)
-            found2 = _begin(a_lds, b_lds, full, step + 1, zeros, TEAM_NUMBER, STAGES)
+            partial = _start_product(a_lds, b_lds, full, step, zeros, TEAM_ID, STAGES)
+            partial2 = _start_product(a_lds, b_lds, full, step + 1, zeros, TEAM_ID, STAGES)
             scales, scales2 = a_scale * b_scale, a_scale2 * b_scale2
             first, second = gl.minimum(block + 2, blocks - 1), gl.minimum(block + 3, blocks - 1)
             a_scale, b_scale = gl.load(a_scales + first * stride_ak), gl.load(b_scales + first * stride_bk)
             a_scale2, b_scale2 = gl.load(a_scales + second * stride_ak), gl.load(b_scales + second * stride_bk)
-            found = warpgroup_mma_wait(1, deps=[found])
+            partial = warpgroup_mma_wait(1, deps=[partial])
             mbarrier.arrive(empty.index(step % STAGES), count=1)
-            sums = add_scaled(sums, found, scales)
-            found2 = warpgroup_mma_wait(0, deps=[found2])
+            acc = add_scaled(acc, partial, scales)
+            partial2 = warpgroup_mma_wait(0, deps=[partial2])
             mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
-            sums = add_scaled(sums, found2, scales2)
+            acc = add_scaled(acc, partial2, scales2)
             step += 2
         if blocks % 2 == 1:
-            found = _begin(a_lds, b_lds, full, step, zeros, TEAM_NUMBER, STAGES)
-            found = warpgroup_mma_wait(0, deps=[found])
+            partial = _start_product(a_lds, b_lds, full, step, zeros, TEAM_ID, STAGES)
+            partial = warpgroup_mma_wait(0, deps=[partial])
             mbarrier.arrive(empty.index(step % STAGES), count=1)
-            sums = add_scaled(sums, found, a_scale * b_scale)
+            acc = add_scaled(acc, partial, a_scale * b_scale)
             step += 1
-        out = gl.convert_layout(sums.to(c_ptr.dtype.element_ty), written)
-        rows_out = row + gl.arange(0, TEAM, gl.SliceLayout(1, written))
-        columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, written))
-        places = gl.expand_dims(rows_out.to(gl.int64) * stride_c, 1) + gl.expand_dims(columns, 0)
-        gl.store(c_ptr + places, out, mask=gl.expand_dims(rows_out < m, 1) & gl.expand_dims(columns < n, 0))
+        out = gl.convert_layout(acc.to(c_ptr.dtype.element_ty), store_layout)
+        rows_out = row + gl.arange(0, TEAM, gl.SliceLayout(1, store_layout))
+        columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, store_layout))
+        offs = gl.expand_dims(rows_out.to(gl.int64) * stride_c, 1) + gl.expand_dims(columns, 0)
+        gl.store(c_ptr + offs, out, mask=gl.expand_dims(rows_out < m, 1) & gl.expand_dims(columns < n, 0))
 
 
 @gluon.jit(do_not_specialize=["m", "stride_am", "stride_ak", "stride_bn", "stride_bk"])
@@ -158,7 +158,7 @@ def _fp8_block_scaled_mm_hopper_kernel(c_ptr, a_desc, b_desc, a_scale_ptr, b_sca
 class Config:
     """How the kernel is launched; tiles are 128 x 128."""
 
-    group_m: int = 8    # rows of tiles that programs which run together share
+    group_m: int = 8    # rows of tiles in a group, see _tile_origin
 
 
 def candidates(arch: Arch, **others) -> list[Config]:
@@ -178,13 +178,14 @@ def key(a: Tensor, b: Tensor, **others) -> dict[str, int]:
 
 TUNING = Tuning("fp8_block_scaled_mm", config=Config, key=key, buckets={"m": (2048,), "n": (2048,), "k": (1024,)},
                 candidates=candidates, work=work, backend="hopper")
-#: Rows up to which the portable kernel is faster, as the tuner measured on an H200: its tiles have fewer.
+#: With fewer rows the portable kernel is faster, as measured on an H200: its tiles are smaller.
 MIN_ROWS = 257
 
 
 def unsupported(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],
                 out_dtype: torch.dtype) -> str | None:
-    """Why this kernel is not to multiply these, or None: its tiles lie in one block of b, and TMA copies their rows."""
+    """The reason why this kernel does not support these operands, or None. A tile lies in one block of b, and TMA
+    copies its rows."""
     if a.shape[0] < MIN_ROWS:
         return f"is slower than triton below {MIN_ROWS} rows"
     if block_shape[1] != 128 or block_shape[0] % COLUMNS.value:
@@ -208,7 +209,7 @@ def run(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: lis
 
 def launch(out: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],
            group_m: int) -> None:
-    """out [M, N] = a [M, K] @ b [N, K].T, scaled."""
+    """out [M, N] = a [M, K] @ b [N, K].T, scaled per block."""
     (m, k), n, block_k = a.shape, b.shape[0], block_shape[1]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     descriptors = (TensorDescriptor.from_tensor(a, [TEAM.value, block_k], layout),

@@ -1,9 +1,9 @@
-"""fused_moe's products for Hopper, for many tokens: copying and multiplying at once, by different waves, in Gluon.
+"""fused_moe's products for Hopper and many tokens, in Gluon: producer and consumer waves, persistent programs.
 
-The trick: four waves do nothing but copy on chip, rows of x or h from wherever they lie and tiles of weights (TMA),
-several blocks of K ahead and on into the next tile of the result. Two teams of four waves multiply 64 pairs each; a
-team whose pairs are all padding leaves the matrix unit to the other. A tile of the first product has gate's and up's
-rows side by side, so that both of a column end in one lane's registers, where the activation takes them.
+The trick: four waves only copy to shared memory, gathered rows of x or h and tiles of weights (TMA), several blocks of
+K ahead, across tiles of the result. Two teams of four waves multiply 64 pairs each; a team whose pairs are all padding
+leaves the matrix unit to the other. A tile of the first product has the rows of gate next to those of up, so that one
+lane has both of a column in registers for the activation.
 Bound by: the matrix units; the second product by writing its result.
 """
 
@@ -24,32 +24,32 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from wave64 import platform
 from wave64.ops import fused_moe
 from wave64.triton_ops.fused_moe import combine, quantize, route
-from wave64.triton_ops.hopper.fp8_block_scaled_mm import add_scaled, begin_load
-from wave64.triton_ops.hopper.mla_decode import begin_copy
+from wave64.triton_ops.hopper.fp8_block_scaled_mm import add_scaled, start_load
+from wave64.triton_ops.hopper.mla_decode import start_copy
 
 TEAM = gl.constexpr(64)  # rows of a matrix instruction, and of a team
-ROWS = gl.constexpr(128)  # of weights in a tile: of the first product half of them gate's, half up's
+ROWS = gl.constexpr(128)  # of weights in a tile; in the first product half are gate's, half are up's
 COPIERS = gl.constexpr(4)  # waves
 # Renamed after Triton 3.6.
 PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-#: Blocks of K on chip.
+#: Blocks of K in shared memory.
 STAGES = 6
 
 
 @gluon.jit
-def _copy_rows(lds, ptrs, there, copy: gl.constexpr):
-    """64 rows from ptrs on; padding comes as zeros."""
+def _copy_rows(lds, ptrs, barrier, copy: gl.constexpr):
+    """Start to copy 64 rows at ptrs to `lds`; padding becomes zeros."""
     offs_k = gl.arange(0, lds.shape[1], gl.SliceLayout(0, copy))
-    wide = gl.expand_dims(ptrs, 1) + gl.expand_dims(offs_k, 0)
-    begin_copy(lds, gl.max_contiguous(gl.multiple_of(wide, [1, 16]), [1, 16]), mask=gl.expand_dims(there, 1))
+    ptrs_2d = gl.expand_dims(ptrs, 1) + gl.expand_dims(offs_k, 0)
+    start_copy(lds, gl.max_contiguous(gl.multiple_of(ptrs_2d, [1, 16]), [1, 16]), mask=gl.expand_dims(barrier, 1))
 
 
 @gluon.jit
 def _copy(x_ptr, w_desc, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, items, tiles, pairs, k, stride_x,
           TOP_K: gl.constexpr, PARTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
-    """The waves that copy. A stage is full when every lane's copies and TMA's bytes have come, and empty when both
+    """The producer waves. A stage is full when every lane's copies and TMA's bytes have arrived, and empty when both
     teams have read it."""
-    lanes: gl.constexpr = BLOCK_K * x_ptr.dtype.element_ty.primitive_bitwidth // 128  # that copy a row, 16 bytes each
+    lanes: gl.constexpr = BLOCK_K * x_ptr.dtype.element_ty.primitive_bitwidth // 128  # per row, with 16 bytes each
     copy: gl.constexpr = gl.BlockedLayout([1, BLOCK_K // lanes], [32 // lanes, lanes], [COPIERS, 1], [1, 0])
     row = gl.arange(0, TEAM, gl.SliceLayout(1, copy))
     step = 0
@@ -63,62 +63,62 @@ def _copy(x_ptr, w_desc, sorted_ptr, expert_ptr, a_lds, b_lds, full, empty, item
         for first in range(0, k, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            there = full.index(stage)
-            mbarrier.expect(there, ROWS * BLOCK_K * (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
-            begin_load(w_desc, [expert * PARTS, tile * (ROWS // PARTS), first], there, b_lds.index(stage))
+            barrier = full.index(stage)
+            mbarrier.expect(barrier, ROWS * BLOCK_K * (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
+            start_load(w_desc, [expert * PARTS, tile * (ROWS // PARTS), first], barrier, b_lds.index(stage))
             _copy_rows(a_lds.index(2 * stage), rows + first, pair < pairs, copy)
             _copy_rows(a_lds.index(2 * stage + 1), rows2 + first, pair2 < pairs, copy)
-            async_copy.mbarrier_arrive(there, increment_count=False)
+            async_copy.mbarrier_arrive(barrier, increment_count=False)
             step += 1
 
 
 @gluon.jit
-def _begin(a_lds, b_lds, full, step, sums, ADD: gl.constexpr, TEAM_NUMBER: gl.constexpr, BLOCK_K: gl.constexpr,
-           STAGES: gl.constexpr):
-    """The product of a block of K, under way, added to `sums` if ADD."""
+def _start_product(a_lds, b_lds, full, step, acc, ADD: gl.constexpr, TEAM_ID: gl.constexpr, BLOCK_K: gl.constexpr,
+                   STAGES: gl.constexpr):
+    """Start the product of a block of K, asynchronously; added to `acc` if ADD."""
     stage = step % STAGES
     mbarrier.wait(full.index(stage), step // STAGES & 1)
     fence_async_shared()
-    a = a_lds.index(2 * stage + TEAM_NUMBER)
-    b = b_lds.index(stage)  # [PARTS, ROWS / PARTS, BLOCK_K], which lies as one tile would
+    a = a_lds.index(2 * stage + TEAM_ID)
+    b = b_lds.index(stage)  # [PARTS, ROWS / PARTS, BLOCK_K], contiguous, so that it can be one tile
     if PUBLIC:
         b = b.reinterpret(a.dtype, [ROWS, BLOCK_K], a.layout)
     else:
         b = b._reinterpret(a.dtype, [ROWS, BLOCK_K], a.layout)
-    return warpgroup_mma(a, b.permute((1, 0)), sums, use_acc=ADD, is_async=True)
+    return warpgroup_mma(a, b.permute((1, 0)), acc, use_acc=ADD, is_async=True)
 
 
 @gluon.jit
 def _halves(both):
-    """Columns of gate, and those of up, of [64, 128]: other names for the same registers."""
+    """(gate, up) of a tile [64, 128]: views of the same registers."""
     return gl.split(gl.permute(gl.reshape(both, [TEAM, 2, ROWS // 2]), [0, 2, 1]))
 
 
 @gluon.jit
-def _add_halves(gate, up, found, a_scale, gate_scale, up_scale):
-    d, e = _halves(found)
+def _add_halves(gate, up, partial, a_scale, gate_scale, up_scale):
+    d, e = _halves(partial)
     return add_scaled(gate, d, a_scale * gate_scale), add_scaled(up, e, a_scale * up_scale)
 
 
 @gluon.jit
-def _multiply(TEAM_NUMBER: gl.constexpr, y_ptr, x_scale_ptr, w_scale_ptr, weights_ptr, sorted_ptr, expert_ptr, a_lds,
+def _multiply(TEAM_ID: gl.constexpr, y_ptr, x_scale_ptr, w_scale_ptr, weights_ptr, sorted_ptr, expert_ptr, a_lds,
               b_lds, full, empty, items, tiles, pairs, n, k, stride_xs, stride_se, stride_sn, TOP_K: gl.constexpr,
               PARTS: gl.constexpr, GROUP_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
-    """A team: 64 pairs of each tile. Blocks of K are taken in twos, so that one is multiplied while the other is added
-    up; their scales are loaded two blocks ahead. The number of blocks is even."""
+    """A consumer team: 64 pairs of each tile. It takes two blocks of K per iteration, of which one is added while the
+    other is multiplied, and loads scales two blocks ahead. The number of blocks is even."""
     size: gl.constexpr = a_lds.dtype.primitive_bitwidth
     width: gl.constexpr = ROWS // PARTS
     product: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
                                                       instr_shape=[16, ROWS, 256 // size])
-    written: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
     zeros = gl.zeros([TEAM, ROWS], gl.float32, product)
-    none, none_up = _halves(zeros)
-    S_M: gl.constexpr = gl.SliceLayout(1, none.type.layout if PARTS == 2 else product)
+    no_gate, no_up = _halves(zeros)
+    S_M: gl.constexpr = gl.SliceLayout(1, no_gate.type.layout if PARTS == 2 else product)
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         block, tile = item // tiles, item % tiles
-        first_pair = sorted_ptr + block * (2 * TEAM) + TEAM_NUMBER * TEAM
-        sums, gate, up = zeros, none, none_up
+        first_pair = sorted_ptr + block * (2 * TEAM) + TEAM_ID * TEAM
+        acc, gate, up = zeros, no_gate, no_up
         if gl.load(first_pair) < pairs:
             if x_scale_ptr is not None:
                 pair = gl.minimum(gl.load(first_pair + gl.arange(0, TEAM, S_M)), pairs - 1)
@@ -130,49 +130,49 @@ def _multiply(TEAM_NUMBER: gl.constexpr, y_ptr, x_scale_ptr, w_scale_ptr, weight
                 gate_scale, gate_scale2 = gl.load(gates), gl.load(gates + 1)
                 up_scale, up_scale2 = gl.load(ups), gl.load(ups + 1)
                 blocks = k // BLOCK_K
-                for at in range(0, blocks, 2):
-                    found = _begin(a_lds, b_lds, full, step, zeros, False, TEAM_NUMBER, BLOCK_K, STAGES)
-                    found2 = _begin(a_lds, b_lds, full, step + 1, zeros, False, TEAM_NUMBER, BLOCK_K, STAGES)
+                for first_block in range(0, blocks, 2):
+                    partial = _start_product(a_lds, b_lds, full, step, zeros, False, TEAM_ID, BLOCK_K, STAGES)
+                    partial2 = _start_product(a_lds, b_lds, full, step + 1, zeros, False, TEAM_ID, BLOCK_K, STAGES)
                     a, g, u, a2, g2, u2 = a_scale, gate_scale, up_scale, a_scale2, gate_scale2, up_scale2
-                    ahead = gl.minimum(at + 2, blocks - 2)
+                    ahead = gl.minimum(first_block + 2, blocks - 2)
                     a_scale, a_scale2 = gl.load(a_scales + ahead), gl.load(a_scales + ahead + 1)
                     gate_scale, gate_scale2 = gl.load(gates + ahead), gl.load(gates + ahead + 1)
                     up_scale, up_scale2 = gl.load(ups + ahead), gl.load(ups + ahead + 1)
-                    found = warpgroup_mma_wait(1, deps=[found])
+                    partial = warpgroup_mma_wait(1, deps=[partial])
                     mbarrier.arrive(empty.index(step % STAGES), count=1)
                     if PARTS == 2:
-                        gate, up = _add_halves(gate, up, found, a, g, u)
+                        gate, up = _add_halves(gate, up, partial, a, g, u)
                     else:
-                        sums = add_scaled(sums, found, a * g)
-                    found2 = warpgroup_mma_wait(0, deps=[found2])
+                        acc = add_scaled(acc, partial, a * g)
+                    partial2 = warpgroup_mma_wait(0, deps=[partial2])
                     mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
                     if PARTS == 2:
-                        gate, up = _add_halves(gate, up, found2, a2, g2, u2)
+                        gate, up = _add_halves(gate, up, partial2, a2, g2, u2)
                     else:
-                        sums = add_scaled(sums, found2, a2 * g2)
+                        acc = add_scaled(acc, partial2, a2 * g2)
                     step += 2
             else:
                 for _pair in range(0, k, 2 * BLOCK_K):
-                    sums = _begin(a_lds, b_lds, full, step, sums, True, TEAM_NUMBER, BLOCK_K, STAGES)
-                    sums = _begin(a_lds, b_lds, full, step + 1, sums, True, TEAM_NUMBER, BLOCK_K, STAGES)
-                    sums = warpgroup_mma_wait(0, deps=[sums])
+                    acc = _start_product(a_lds, b_lds, full, step, acc, True, TEAM_ID, BLOCK_K, STAGES)
+                    acc = _start_product(a_lds, b_lds, full, step + 1, acc, True, TEAM_ID, BLOCK_K, STAGES)
+                    acc = warpgroup_mma_wait(0, deps=[acc])
                     mbarrier.arrive(empty.index(step % STAGES), count=1)
                     mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
                     step += 2
                 if PARTS == 2:
-                    gate, up = _halves(sums)
+                    gate, up = _halves(acc)
             if PARTS == 2:
                 y = gate * up / (1 + gl.exp2(gate * -1.4426950408889634))
             else:
-                y = sums
+                y = acc
                 if weights_ptr is not None:
-                    to = gl.minimum(gl.load(first_pair + gl.arange(0, TEAM, S_M)), pairs - 1)
-                    y *= gl.expand_dims(gl.load(weights_ptr + to), 1)
-            y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), written)
-            to = gl.load(first_pair + gl.arange(0, TEAM, gl.SliceLayout(1, written)))
-            columns = tile * width + gl.arange(0, width, gl.SliceLayout(0, written))
-            places = gl.expand_dims(to.to(gl.int64) * n, 1) + gl.expand_dims(columns, 0)
-            gl.store(y_ptr + places, y, mask=gl.expand_dims(to < pairs, 1))
+                    out_pair = gl.minimum(gl.load(first_pair + gl.arange(0, TEAM, S_M)), pairs - 1)
+                    y *= gl.expand_dims(gl.load(weights_ptr + out_pair), 1)
+            y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), store_layout)
+            out_pair = gl.load(first_pair + gl.arange(0, TEAM, gl.SliceLayout(1, store_layout)))
+            columns = tile * width + gl.arange(0, width, gl.SliceLayout(0, store_layout))
+            offs = gl.expand_dims(out_pair.to(gl.int64) * n, 1) + gl.expand_dims(columns, 0)
+            gl.store(y_ptr + offs, y, mask=gl.expand_dims(out_pair < pairs, 1))
         else:
             for _passed in range(0, k, BLOCK_K):
                 mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
@@ -214,12 +214,12 @@ def _moe_product_hopper_kernel(y_ptr, x_ptr, x_scale_ptr, w_desc, w_scale_ptr, w
 def product(y: Tensor, x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, weights: Tensor | None,
             sorted_ids: Tensor, expert_ids: Tensor, end: Tensor, top_k: int, parts: int,
             block_shape: list[int] | None) -> None:
-    """y [pairs, n] of pairs sorted in blocks of 128; parts: 2 for w13, 1 for w2, whose x has a row per pair."""
+    """y [pairs, n] of pairs sorted in blocks of 128. parts: 2 for w13, 1 for w2, where x has a row per pair."""
     experts, rows, columns = w.shape
     block_k = 128 // w.itemsize
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * w.itemsize, rank=3)
-    whole = w.as_strided((parts * experts, rows // parts, columns), (rows // parts * w.stride(1), w.stride(1), 1))
-    tiles = TensorDescriptor.from_tensor(whole, [parts, ROWS.value // parts, block_k], layout)
+    weight_view = w.as_strided((parts * experts, rows // parts, columns), (rows // parts * w.stride(1), w.stride(1), 1))
+    tiles = TensorDescriptor.from_tensor(weight_view, [parts, ROWS.value // parts, block_k], layout)
     strides = (0, 0, 0)
     if x_scale is not None and w_scale is not None:
         strides = (x_scale.stride(0), w_scale.stride(0), w_scale.stride(1))
@@ -229,8 +229,8 @@ def product(y: Tensor, x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Te
         STAGES=STAGES, num_warps=4)
 
 
-#: Pairs of an expert, on average, up to which the portable kernels are faster, as the tuner measured on an H200: their
-#: blocks have fewer. (A launch has nothing to choose, so there is no tuned table.)
+#: With fewer pairs per expert on average the portable kernels are faster, as measured on an H200: their blocks are
+#: smaller. (A launch has no options, hence no tuned table.)
 MIN_PAIRS = 17
 
 
@@ -238,25 +238,25 @@ def unsupported(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_i
                 w13_scale: Tensor | None = None, w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
                 activation: str = "silu", apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None,
                 scale_ue8m0: bool = False) -> str | None:
-    """Why these kernels are not to serve these, or None: they take whole tiles, rows that can be copied 16 bytes at a
-    time, and experts one after another, as TMA walks them."""
+    """The reason why these kernels do not support these arguments, or None. They take whole tiles, rows aligned to 16
+    bytes, and contiguous experts, which TMA needs."""
     (_, rows, hidden), inter, size = w13.shape, w2.shape[2], w13.itemsize
     if topk_ids.numel() <= 32 or triton.cdiv(topk_ids.numel(), w2.shape[0]) < MIN_PAIRS:
         return f"is slower than triton below {MIN_PAIRS} tokens an expert"
     if expert_map is not None or apply_router_weight_on_input or activation != "silu":
         return "has silu, with the router's weights after it, and no expert map"
     if size == 1:
-        of_type = block_shape is not None and block_shape[1] == 128 and block_shape[0] % ROWS.value == 0
-        copied = [w13, w2]
+        is_supported = block_shape is not None and block_shape[1] == 128 and block_shape[0] % ROWS.value == 0
+        operands = [w13, w2]
     else:
-        of_type, copied = size == 2, [w13, w2, x]
-    if not of_type:
+        is_supported, operands = size == 2, [w13, w2, x]
+    if not is_supported:
         return f"takes weights of 16 bits, or FP8 in blocks of 128 x 128, not {w13.dtype} in {block_shape}"
     if rows % (2 * ROWS.value) or hidden % ROWS.value or any(k % (256 // size) for k in (hidden, inter)):
         return f"takes whole tiles of 128, not hidden {hidden} and intermediate {inter}"
     if any(w.stride(0) != w.shape[1] * w.stride(1) for w in (w13, w2)):
         return "takes experts that lie one after another in memory"
-    if any(t.data_ptr() % 16 or t.stride(-2) * size % 16 for t in copied):
+    if any(t.data_ptr() % 16 or t.stride(-2) * size % 16 for t in operands):
         return "copies rows 16 bytes at a time, these are not aligned to that"
     return None
 

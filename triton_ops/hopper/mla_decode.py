@@ -35,7 +35,7 @@ from wave64.tuning import Tuning
 
 # Renamed after Triton 3.6.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-begin_copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+start_copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-1e38)
@@ -99,7 +99,7 @@ def _copy(lds, kv_ptr, new_ptr, pages, block, end, first_new, stride_kp, STRIDE_
     if FUSED:
         rows = gl.where(offs_n >= first_new, new_ptr + (offs_n - first_new) * stride_new, rows)
     ptrs = gl.max_contiguous(gl.multiple_of(rows[:, None] + offs_d[None, :], [1, 16]), [1, 8])  # 16 bytes at a time
-    begin_copy(lds, ptrs, mask=(offs_n < end)[:, None])
+    start_copy(lds, ptrs, mask=(offs_n < end)[:, None])
 
 
 class Tile(NamedTuple):
