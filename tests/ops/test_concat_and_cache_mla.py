@@ -1,27 +1,19 @@
 """`concat_and_cache_mla` against a loop over tokens, and FP8 caches against torch's conversion."""
 
+import helpers
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import BACKENDS, FP8, bits, examples, refused
+from hypothesis import given
 from hypothesis import strategies as st
 
-from wave64 import BadArgument, ops
+from wave64 import ops
 
-BACKENDS = ("reference", "triton")
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-quick = settings(max_examples=20, deadline=None, derandomize=True)
+quick = examples(20)
 
 
 def run(backend, *args):
-    """Skips where the machine has another FP8 flavour."""
-    chosen = ops.concat_and_cache_mla.backends[backend]
-    if chosen.supports is not None and (why := chosen.supports(*args)):
-        pytest.skip(why)
-    chosen.run(*args)
-
-
-def bits(x):
-    return x.contiguous().cpu().view(torch.uint8)
+    helpers.run(ops.concat_and_cache_mla, backend, *args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,10 +126,8 @@ def test_refuses_scales_of_fp8_caches(wrong, words):
 
 def refuse(changes, argument, words):
     args = dict(kv_c=torch.zeros(3, 16), k_pe=torch.zeros(3, 8), slot_mapping=torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(BadArgument) as refusal:
+    with refused("concat_and_cache_mla", argument, words):
         ops.concat_and_cache_mla(**args | changes)
-    assert str(refusal.value).startswith(f"concat_and_cache_mla: {argument}: ")
-    assert words in str(refusal.value)
 
 
 @pytest.mark.parametrize(("arch", "flavour"), [("gfx942", FP8[1]), ("gfx950", FP8[0])])

@@ -4,20 +4,17 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import BACKENDS, FP8, HALF_STEP, UNIT, examples, refused
+from hypothesis import given
 from hypothesis import strategies as st
 
-from wave64 import BadArgument, ops, platform, quant
+from wave64 import ops, platform, quant
 from wave64.backends import import_hopper_kernels
 from wave64.testing import tune
 from wave64.testing.contract import same_bits
 from wave64.triton_ops.fp8_mm import Config
 
-BACKENDS = ("reference", "triton")
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-#: Unit roundoff and half the least step of what comes out.
-ROUNDED = {torch.bfloat16: (2.0**-8, 0.0), torch.float16: (2.0**-11, 2.0**-25), torch.float32: (2.0**-24, 0.0)}
-quick = settings(max_examples=25, deadline=None, derandomize=True)
+quick = examples(25)
 
 
 def run(backend, *args):
@@ -48,10 +45,10 @@ def exact(a, b, a_scale, b_scale, block_shape):
 
 
 def assert_within_bound(got, y, total, k):
-    u, least = ROUNDED[got.dtype]
+    u, half_step = UNIT[got.dtype], HALF_STEP[got.dtype]
     arch = platform.arch()
     cut = 4 * 33 * 2.0**-13 if arch and arch.matrix == "wgmma" else 0.0
-    allowed = ((k + 6) * 2.0**-23 + cut) * total * (1 + u) + u * abs(y) + least
+    allowed = ((k + 6) * 2.0**-23 + cut) * total * (1 + u) + u * abs(y) + half_step
     assert (abs(got.cpu().double().numpy() - y) <= allowed).all()
 
 
@@ -70,7 +67,7 @@ def test_all_pairs_of_patterns(backend, flavour, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(m=st.integers(1, 70), n=st.integers(1, 140), k=st.integers(1, 300), flavour=st.sampled_from(FP8),
-       out_dtype=st.sampled_from(sorted(ROUNDED, key=str)),
+       out_dtype=st.sampled_from(sorted(UNIT, key=str)),
        block_shape=st.sampled_from([[128, 128], [32, 64], [16, 32], [1, 96], [48, 160]]))
 def test_within_the_bound(backend, device, m, n, k, out_dtype, block_shape, flavour):
     if platform.arch() is not None:
@@ -170,5 +167,5 @@ def test_refuses_by_name(argument, wrong):
     a, b, a_scale, b_scale = draw(3, 40, 64, [16, 32], FP8[0])
     args = dict(a=a, b=b, a_scale=a_scale, b_scale=b_scale, block_shape=[16, 32], out_dtype=torch.bfloat16)
     assert ops.fp8_block_scaled_mm(**args).shape == (3, 40)
-    with pytest.raises(BadArgument, match=f"^fp8_block_scaled_mm: {argument}: "):
+    with refused("fp8_block_scaled_mm", argument):
         ops.fp8_block_scaled_mm(**args | {argument: wrong})

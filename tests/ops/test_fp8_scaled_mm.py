@@ -4,19 +4,16 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import BACKENDS, FP8, HALF_STEP, UNIT, examples, refused
+from hypothesis import given
 from hypothesis import strategies as st
 
-from wave64 import BadArgument, ops, platform, quant
+from wave64 import ops, platform, quant
 from wave64.testing import tune
 from wave64.testing.contract import same_bits
 from wave64.triton_ops.fp8_mm import Config
 
-BACKENDS = ("reference", "triton")
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-#: Unit roundoff and half the least step of what comes out.
-ROUNDED = {torch.bfloat16: (2.0**-8, 0.0), torch.float16: (2.0**-11, 2.0**-25), torch.float32: (2.0**-24, 0.0)}
-quick = settings(max_examples=25, deadline=None, derandomize=True)
+quick = examples(25)
 
 
 def run(backend, *args):
@@ -39,10 +36,10 @@ def assert_within_bound(got, a, b, a_scale, b_scale, bias):
     bias = np.zeros(len(b)) if bias is None else bias.cpu().double().numpy()
     scale = a_scale.reshape(-1, 1) * b_scale.reshape(1, -1)
     y, total = scale * (a @ b.T) + bias, scale * (abs(a) @ abs(b).T)
-    u, least = ROUNDED[got.dtype]
+    u, half_step = UNIT[got.dtype], HALF_STEP[got.dtype]
     arch = platform.arch()
     cut = 4 * 33 * 2.0**-13 if arch and arch.matrix == "wgmma" else 0.0
-    allowed = ((k + 6) * 2.0**-23 * (total + abs(bias)) + cut * total) * (1 + u) + u * abs(y) + least
+    allowed = ((k + 6) * 2.0**-23 * (total + abs(bias)) + cut * total) * (1 + u) + u * abs(y) + half_step
     assert (abs(got.cpu().double().numpy() - y) <= allowed).all()
 
 
@@ -61,7 +58,7 @@ def test_all_pairs_of_patterns(backend, flavour, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(m=st.integers(1, 70), n=st.integers(1, 140), k=st.integers(1, 300), biased=st.booleans(),
-       out_dtype=st.sampled_from(sorted(ROUNDED, key=str)), flavour=st.sampled_from(FP8),
+       out_dtype=st.sampled_from(sorted(UNIT, key=str)), flavour=st.sampled_from(FP8),
        per=st.tuples(st.sampled_from([[1], ["M", 1]]), st.sampled_from([[1], ["N"], ["N", 1]])))
 def test_within_the_bound(backend, device, m, n, k, biased, out_dtype, flavour, per):
     if platform.arch() is not None:
@@ -114,5 +111,5 @@ def test_refuses_by_name(argument, wrong):
     (a, b, a_scale, b_scale), bias = draw(3, 40, 64, [["M", 1], ["N", 1]], "cpu", FP8[0], torch.bfloat16)
     args = dict(a=a, b=b, a_scale=a_scale, b_scale=b_scale, out_dtype=torch.bfloat16, bias=bias)
     assert ops.fp8_scaled_mm(**args).shape == (3, 40)
-    with pytest.raises(BadArgument, match=f"^fp8_scaled_mm: {argument}: "):
+    with refused("fp8_scaled_mm", argument):
         ops.fp8_scaled_mm(**args | {argument: wrong})

@@ -6,20 +6,17 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import BACKENDS, FP8, UNIT, examples, on, refused
+from hypothesis import given
 from hypothesis import strategies as st
 
-from wave64 import OPS, BadArgument, ops, platform
+from wave64 import OPS, ops, platform
 from wave64.backends import import_hopper_kernels
 from wave64.ops.fused_moe import make_case
 from wave64.testing import contract, tune
 
-BACKENDS = ("reference", "triton")
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 HALF, FULL = torch.float16, torch.float32
-#: Unit roundoff of a dtype.
-UNIT = {torch.bfloat16: 2.0**-8, HALF: 2.0**-11, FULL: 2.0**-24}
-quick = settings(max_examples=12, deadline=None, derandomize=True)
+quick = examples(12)
 erf = np.vectorize(math.erf, otypes=[float])
 
 
@@ -27,10 +24,6 @@ def run(backend, args):
     """With NaN in whatever memory has not been written yet."""
     with contract.poisoned():
         return helpers.run(ops.fused_moe, backend, **args)
-
-
-def on(device, args):
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in args.items()}
 
 
 def act(a, activation):
@@ -332,10 +325,8 @@ def test_refuses_more_experts_a_token_than_there_are():
 
 
 def refuse(args, argument, words):
-    with pytest.raises(BadArgument) as refusal:
+    with refused("fused_moe", argument, words):
         OPS["fused_moe"](**args)
-    assert str(refusal.value).startswith(f"fused_moe: {argument}: ")
-    assert words in str(refusal.value)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, of what counts for nothing

@@ -2,46 +2,20 @@
 
 import contextlib
 import dataclasses
-import math
 import random
 
 import pytest
 import torch
+from helpers import BACKENDS, on, refused
+from helpers_attention import HEADS, STRIDED, attend_over, draw_options, drawn, latent_of, moved_far, near, run
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from test_paged_attention import BACKENDS, TOLERANCE, drawn, on_cpu, run
 
 from wave64 import ops, platform
 from wave64.arch import lookup
 from wave64.op import BadArgument
 from wave64.ops.mla_decode import make_case
 from wave64.quant import FP8, fp8_dtype
-
-HEADS = [1, 3, 8, 12, 16, 20, 32, 64, 128]
-PAGE_SIZES = [1, 16, 32, 64, 128]
-#: kv_lora_rank and rope_dim, rope_dim even as rotation needs it; under the interpreter DeepSeek's 512 are slow.
-WIDTHS = [(16, 8), (21, 6), (37, 10), (64, 16), (100, 12), (128, 64)]
-
-
-def latent_of(kv_cache, pages, position, kv_scale=None):
-    """One latent of the sequence whose pages these are, in fp64."""
-    page_size = kv_cache.shape[1]
-    stored = kv_cache[int(pages[position // page_size]), position % page_size].double()
-    return stored if kv_scale is None else stored * float(kv_scale)
-
-
-def attend_over(query, latents, scale, rank):
-    """One query [num_heads, width] over a list of latents: softmax's mixture and log of the sum of exponentials."""
-    if not latents:
-        return query.new_zeros(len(query), rank).double(), torch.full((len(query),), -math.inf, dtype=torch.float64)
-    query = query.double()
-    logits = torch.stack([scale * (query @ latent) for latent in latents])
-    top = logits.max(0).values
-    total = (logits - top).exp().sum(0)
-    mixed = torch.zeros(len(query), rank, dtype=torch.float64)
-    for row, latent in zip(logits, latents, strict=True):
-        mixed += ((row - top).exp() / total)[:, None] * latent[:rank]
-    return mixed, top + total.log()
 
 
 def naive(q, kv_cache, page_table, seq_lens, scale, kv_lora_rank, kv_scale=None):
@@ -57,31 +31,12 @@ def naive(q, kv_cache, page_table, seq_lens, scale, kv_lora_rank, kv_scale=None)
     return torch.stack(outs).view(*q.shape[:-1], kv_lora_rank), torch.stack(sums).view(q.shape[:-1])
 
 
-def near(got, exact, kv_cache, kv_scale):
-    """Errors are relative to the largest value that there is to mix."""
-    largest = float(kv_cache.float().nan_to_num().abs().max()) * (1.0 if kv_scale is None else float(kv_scale))
-    assert got.isfinite().all()
-    torch.testing.assert_close(got.cpu().double(), exact, atol=TOLERANCE[got.dtype] * largest, rtol=0)
-
-
 def assert_right(got, args):
     out, lse = got
-    exact, exact_lse = naive(**on_cpu(args))
+    exact, exact_lse = naive(**on("cpu", args))
     near(out, exact, args["kv_cache"], args["kv_scale"])
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-5, rtol=2e-6)
-
-
-def draw_options(rng, heads):
-    """A batch of few rows: the interpreter needs 10 ms for each row and 128 columns of a result put together."""
-    rank, rope = rng.choice(WIDTHS)
-    queries = rng.choice([0, 1, 2, 3, 4] if heads <= 16 else [0, 0, 1, 2] if heads <= 32 else [0])
-    rows = heads * max(1, queries)
-    longest = 300 if rows <= 48 else 40
-    seq_lens = [rng.choice([rng.randint(0, 5), rng.randint(0, longest), rng.randint(0, longest)])
-                for _ in range(rng.randint(1, max(1, min(4, 40 // rows))))]
-    return dict(seq_lens=seq_lens, heads=heads, queries=queries, rank=rank, rope=rope,
-                page_size=rng.choice(PAGE_SIZES), dtype=rng.choice(list(TOLERANCE)), fp8=rng.random() < 0.3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -253,28 +208,6 @@ def test_pages_beyond_two_gib(device, backend):
         assert torch.equal(x, y)
 
 
-def moved_far(args, page_size):
-    """kv_cache and page_table of the same latents in the last pages of more than 2 GiB."""
-    width, device = args["kv_cache"].shape[-1], args["kv_cache"].device
-    pages = 2**31 // (page_size * width) + 8
-    pool = torch.empty(pages, page_size, width, dtype=args["kv_cache"].dtype, device=device)
-    used = sorted({int(p) for row, n in zip(args["page_table"], args["seq_lens"], strict=True)
-                   for p in row[:-(-int(n) // page_size)]})
-    last = {page: pages - 1 - i for i, page in enumerate(used)}
-    for page, place in last.items():
-        pool[place] = args["kv_cache"][page]
-    table = args["page_table"].clone().cpu().apply_(lambda page: last.get(page, page))
-    return dict(kv_cache=pool, page_table=table.to(device))
-
-
-#: Pools whose strides are not those of their shape; the first two have places of 640 numbers, and every other place.
-STRIDED = {
-    "padded": lambda pool: torch.cat([pool, pool[..., :3]], -1)[..., :pool.shape[-1]],
-    "every-other-row": lambda pool: torch.stack([pool, pool], 2)[:, :, 0],
-    "rows-before-pages": lambda pool: pool.transpose(0, 1).contiguous().transpose(0, 1),
-}
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", STRIDED)
 @pytest.mark.parametrize("fp8", [False, True])
@@ -356,10 +289,8 @@ def bad(**changes):
     ("kv_scale", lambda a: torch.ones(1, device="meta"), "on cpu, where q"),
 ])
 def test_refuses(argument, change, words):
-    with pytest.raises(BadArgument) as refusal:
+    with refused("mla_decode", argument, words):
         ops.mla_decode(**bad(**{argument: change}))
-    assert str(refusal.value).startswith(f"mla_decode: {argument}: ")
-    assert words in str(refusal.value)
 
 
 def test_refuses_a_pool_without_pages_for_keys():

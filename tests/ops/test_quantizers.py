@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import BACKENDS, DTYPES, FP8, bits, examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wave64 import OPS, BadArgument, ops, platform, quant
 
-BACKENDS = ("reference", "triton")
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-quick = settings(max_examples=20, deadline=None, derandomize=True)
+quick = examples(20)
 
 
 def numbers_of(flavour):
@@ -48,10 +46,6 @@ def run(op, flavour, *args):
         return op(*args)
     with platform.target("gfx942" if flavour == FP8[1] else "gfx950"):
         return op(*args)
-
-
-def bits(x):
-    return x.contiguous().cpu().view(torch.uint8)
 
 
 @pytest.mark.parametrize("flavour", FP8, ids=str)

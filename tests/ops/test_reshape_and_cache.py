@@ -1,30 +1,22 @@
 """`reshape_and_cache` against a loop over tokens, and FP8 caches against torch's conversion."""
 
+import helpers
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import CPU_BACKENDS, FP8, bits, examples, refused
+from hypothesis import given
 from hypothesis import strategies as st
 
-from wave64 import BadArgument, ops
+from wave64 import ops
 
-BACKENDS = ("reference", "triton", *([] if torch.cuda.is_available() else ["cpu"]))
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-quick = settings(max_examples=10, deadline=None, derandomize=True)
+quick = examples(10)
 
 
 def run(backend, *args):
-    """Skips where the machine has another FP8 flavour."""
-    chosen = ops.reshape_and_cache.backends[backend]
-    if chosen.supports is not None and (why := chosen.supports(*args)):
-        pytest.skip(why)
-    chosen.run(*args)
+    helpers.run(ops.reshape_and_cache, backend, *args)
 
 
-def bits(x):
-    return x.contiguous().cpu().view(torch.uint8)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @quick
 @given(pages=st.integers(1, 6), page_size=st.integers(1, 5), heads=st.integers(1, 4), head_dim=st.integers(1, 40),
        data=st.data())
@@ -45,7 +37,7 @@ def test_equals_a_loop_over_tokens(backend, device, pages, page_size, heads, hea
     assert torch.equal(pools.cpu(), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("fp8", FP8, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_fp8_saturates_and_rounds_to_nearest_even(backend, device, fp8, dtype):
@@ -64,7 +56,7 @@ def test_fp8_saturates_and_rounds_to_nearest_even(backend, device, fp8, dtype):
     assert torch.equal(bits(pools[1].view(values.shape))[~overflowed], expected[~overflowed])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_nan_stays_nan_in_fp8(backend, device):
     key = torch.full((1, 1, 8), float("nan"), device=device)
     pools = [torch.zeros(1, 1, 1, 8, device=device).to(FP8[0]) for _ in range(2)]
@@ -80,5 +72,5 @@ def test_nan_stays_nan_in_fp8(backend, device):
 def test_refuses_by_name(argument, wrong):
     args = dict(key=torch.zeros(3, 2, 8), value=torch.zeros(3, 2, 8), key_cache=torch.zeros(4, 1, 2, 8),
                 value_cache=torch.zeros(4, 1, 2, 8), slot_mapping=torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(BadArgument, match=f"^reshape_and_cache: {argument}: "):
+    with refused("reshape_and_cache", argument):
         ops.reshape_and_cache(**args | {argument: wrong})

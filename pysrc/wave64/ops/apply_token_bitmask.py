@@ -66,12 +66,12 @@ def check(logits, bitmask):
 @op(cases=cases, check=check, mutates=("logits",),
     cost=lambda logits, bitmask: Cost(bytes=bitmask.nbytes + logits.nbytes))  # most grammars mask nearly all logits
 def apply_token_bitmask(logits: Tensor, bitmask: Tensor) -> None:
-    """Set logits[s, i] to -inf for every token i whose bit is 0. The bit of token i is bit i % 32, counted from the
-    lowest, of bitmask[s, i // 32], as in xgrammar (Dong et al. 2024) and SGLang. Other logits do not change, NaN
-    included.
+    """Mask the tokens that a grammar does not allow, in place: logits[s, i] becomes -inf where the bit of token i is 0.
+    That is bit i % 32, counted from the lowest, of bitmask[s, i // 32], as in xgrammar (Dong et al. 2024) and SGLang.
+    Other logits do not change, NaN included.
 
     logits   [num_seqs, vocab_size]             bf16, fp16 or fp32; last dim contiguous, rows may be strided; written
-    bitmask  [num_seqs, ceil(vocab_size / 32)]  int32; last dim contiguous; bits behind the vocabulary are ignored
+    bitmask  [num_seqs, ceil(vocab_size / 32)]  int32; last dim contiguous; bits beyond the vocabulary are ignored
     raises   BadArgument (a ValueError) for other shapes or dtypes
     """
     bits = bitmask.unsqueeze(-1) >> torch.arange(WORD, dtype=torch.int32, device=bitmask.device) & 1

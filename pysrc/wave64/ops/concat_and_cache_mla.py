@@ -109,7 +109,8 @@ def concat_and_cache_mla(kv_c: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapp
     saturated and rounded to nearest even.   (DeepSeek-AI 2024, DeepSeek-V2)
 
     kv_c         [num_tokens, kv_lora_rank]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
-    k_pe         [num_tokens, rope_dim] or [num_tokens, 1, rope_dim]  dtype and strides as kv_c; RoPE is applied already
+    k_pe         [num_tokens, rope_dim] or [num_tokens, 1, rope_dim]  dtype of kv_c, strides like it; RoPE is applied
+                 already
     kv_cache     [num_pages, page_size, kv_lora_rank + rope_dim]  dtype of kv_c, or float8_e4m3fn or float8_e4m3fnuz;
                  contiguous; written
     slot_mapping [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1

@@ -137,13 +137,13 @@ def concat_and_cache_mla_rope_fused(positions: Tensor, q_pe: Tensor, k_pe: Tenso
     are rotated.
     (DeepSeek-AI 2024, DeepSeek-V2, section 2.1; rotation: Su et al. 2021; the operator is vLLM's)
 
-    positions      [num_tokens]  int64 or int32 in [0, max_pos), which is not checked; may be strided
+    positions      [num_tokens]  int64 or int32 in [0, max_pos), not checked; may be strided
     q_pe           [num_tokens, num_heads, rope_dim]  bf16, fp16 or fp32; rope_dim even, last dim contiguous, rows and
                    heads may be strided (the end of each query head); written
     k_pe           [num_tokens, rope_dim] or [num_tokens, 1, rope_dim]  dtype of q_pe; last dim contiguous, rows may be
                    strided; written
-    kv_c           [num_tokens, kv_lora_rank]  dtype and strides as k_pe; q_pe, k_pe and kv_c do not overlap
-    cos_sin_cache  [max_pos, rope_dim]  fp32 (best) or narrower, cosines then sines; contiguous. Pair j is
+    kv_c           [num_tokens, kv_lora_rank]  dtype of q_pe, strides like k_pe; q_pe, k_pe and kv_c do not overlap
+    cos_sin_cache  [max_pos, rope_dim]  fp32 (most exact), bf16 or fp16; cosines, then sines; contiguous. Pair j is
                    (x[j], x[j + rope_dim/2]) if is_neox, else (x[2j], x[2j + 1]); (a, b) becomes
                    (a cos - b sin, b cos + a sin), in fp32
     slot_mapping   [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1

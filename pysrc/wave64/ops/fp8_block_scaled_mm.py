@@ -102,27 +102,28 @@ def cost(a, b, a_scale, b_scale, block_shape, out_dtype) -> Cost:
 @op(cases=cases, check=check, cost=cost)
 def fp8_block_scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],
                         out_dtype: torch.dtype) -> Tensor:
-    """y[m, n] = sum over groups g of a_scale[m, g] b_scale[n // bn, g] sum over k in g of a[m, k] b[n, k], where
-    block_shape = [bn, bk] and group g has the columns from g bk on.   (DeepSeek-AI 2024, DeepSeek-V3, section 3.3.2)
+    """FP8 GEMM with block scales, y = a @ b.T: y[m, n] = sum over groups g of a_scale[m, g] b_scale[n // bn, g] sum
+    over k in g of a[m, k] b[n, k], where block_shape = [bn, bk] and group g has columns g bk to (g + 1) bk.
+    (DeepSeek-AI 2024, DeepSeek-V3, section 3.3.2)
 
     a            [M, K]  the architecture's FP8; last dim contiguous, rows may be strided
-    b            [N, K]  dtype of a; last dim contiguous, rows may be strided; any N and K, blocks or not
+    b            [N, K]  dtype of a; last dim contiguous, rows may be strided; N and K need not be multiples of a block
     a_scale      [M, ceil(K / bk)]  fp32, any strides: a = stored * scale
     b_scale      [ceil(N / bn), ceil(K / bk)]  fp32, any strides: b = stored * scale
-    block_shape  two numbers, rows and columns of a block of b
+    block_shape  [rows, columns] of a block of b
     out_dtype    bf16, fp16 or fp32
     returns      [M, N]  out_dtype, contiguous
-    raises       BadArgument (a ValueError) for other dtypes, two FP8 types, or scales of other shapes
+    raises       BadArgument (a ValueError) for other dtypes, shapes or strides, or two FP8 dtypes
 
-    How far y may be from that, S the sum of all |a_scale b_scale a b| of its products and u the unit roundoff of
-    out_dtype (bf16 2^-8, fp16 2^-11, fp32 2^-24):
-      |error| <= (K + 6) 2^-23 S + u |y|, and where fp16 is subnormal half its smallest step more.
-    A product of two FP8 numbers has 8 significant bits, so it is exact in fp32. It goes through K additions at most,
-    within groups, between them and between programs that share K, two multiplications by scales, and the one of the
-    scales; each is off by 2^-23 at most of what it gives, which S bounds, also where matrix cores truncate.
-    Hopper's add 32 products and the sum so far at a time, and keep 14 bits: each of these 33 is cut by up to 2^-13 of
-    the largest, hence of S. A step of at most 128 columns starts at 0 and has 4 such additions, so that all steps
-    together are off by 4 * 33 * 2^-13 < 2^-5.9 of S more; most errors are far smaller, for the cuts differ in sign.
+    Error bound, with S the sum of |a_scale b_scale a b| over the products of y and u the unit roundoff of out_dtype
+    (bf16 2^-8, fp16 2^-11, fp32 2^-24):
+      |error| <= (K + 6) 2^-23 S + u |y|, plus half the smallest step where fp16 is subnormal.
+    A product of two FP8 values has 8 significant bits, so it is exact in fp32. It goes through at most K additions,
+    within groups, between them and between splits of K, two multiplications by scales, and the product of the scales;
+    each has a relative error of at most 2^-23, also where matrix cores truncate, and S bounds its result.
+    Hopper's matrix cores add 32 products and the sum so far at a time with 14 bits: each of these 33 is truncated by up
+    to 2^-13 of the largest, hence of S. A step of at most 128 columns starts at 0 and has 4 such additions, which adds
+    an error of at most 4 * 33 * 2^-13 S < 2^-5.9 S. Most errors are far smaller, since truncations differ in sign.
     """
     wide = torch.promote_types(a_scale.dtype, torch.float32)
     bn, bk = block_shape

@@ -64,7 +64,8 @@ def cost(a, b, a_scale, b_scale, out_dtype, bias=None) -> Cost:
 @op(cases=cases, check=check, cost=cost)
 def fp8_scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype,
                   bias: Tensor | None = None) -> Tensor:
-    """y[m, n] = a_scale[m] b_scale[n] sum over k of a[m, k] b[n, k], and bias[n] more; rounded once.
+    """FP8 GEMM with scales per tensor, row of a or row of b, y = a @ b.T: y[m, n] = a_scale[m] b_scale[n] sum over k of
+    a[m, k] b[n, k], plus bias[n]; rounded once.
     (Micikevicius et al. 2022, FP8 formats)
 
     a          [M, K]  the architecture's FP8; last dim contiguous, rows may be strided
@@ -74,11 +75,11 @@ def fp8_scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out_dt
     out_dtype  bf16, fp16 or fp32
     bias       [N]  out_dtype
     returns    [M, N]  out_dtype, contiguous
-    raises     BadArgument (a ValueError) for other dtypes or shapes, or two FP8 types
+    raises     BadArgument (a ValueError) for other dtypes, shapes or strides, or two FP8 dtypes
 
-    How far y may be from that, S the sum of all |a_scale b_scale a b| of its products and u the unit roundoff of
-    out_dtype: |error| <= (K + 6) 2^-23 (S + |bias|) + u |y|, and on Hopper 2^-5.9 S more at most, as derived in
-    fp8_block_scaled_mm: here, too, sums of 14 bits are added to those of 24 every 128 columns or sooner.
+    Error bound, with S the sum of |a_scale b_scale a b| over the products of y and u the unit roundoff of out_dtype:
+    |error| <= (K + 6) 2^-23 (S + |bias|) + u |y|, plus 2^-5.9 S on Hopper, as fp8_block_scaled_mm derives: here, too,
+    sums of 14 bits are added to fp32 at least every 128 columns.
     """
     wide = torch.promote_types(a_scale.dtype, torch.float32)
     y = (a.to(wide) @ b.to(wide).t()) * a_scale * b_scale.reshape(-1)

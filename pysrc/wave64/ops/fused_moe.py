@@ -160,7 +160,7 @@ def check(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, blo
 
 
 def local_ids(topk_ids: Tensor, experts: int, expert_map: Tensor | None) -> Tensor:
-    """Which of the experts here each id means; -1: none."""
+    """The local expert of each id; -1: none."""
     routed = experts if expert_map is None else expert_map.shape[0]
     known = (topk_ids >= 0) & (topk_ids < routed)
     if expert_map is not None:
@@ -203,48 +203,52 @@ def fused_moe(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids
               w13_scale: Tensor | None = None, w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
               activation: str = "silu", apply_router_weight_on_input: bool = False,
               expert_map: Tensor | None = None, scale_ue8m0: bool = False) -> Tensor:
-    """y[t] = sum over j of topk_weights[t, j] W2 h, h = act(G x[t]) * (U x[t]), of expert topk_ids[t, j]: G is the
-    first, U the second half of the rows of w13, W2 is w2.   (Shazeer et al. 2017; gated: Shazeer 2020, GLU variants)
-    An id that is -1, out of range or mapped to -1 contributes nothing; a token without others gets zeros.
+    """Mixture of experts with gated MLPs: each token's output is the weighted sum over its top_k experts,
+
+        y[t] = sum over j of topk_weights[t, j] W2 h,  h = act(G x[t]) * (U x[t])
+
+    with the weights of expert topk_ids[t, j]: G is the first and U the second half of the rows of w13, W2 is w2. An id
+    that is -1, out of range or mapped to -1 contributes nothing; a token with no other ids gets zeros.
+    (Shazeer et al. 2017; gated: Shazeer 2020, GLU variants)
 
     x             [num_tokens, hidden]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     w13           [num_experts, 2 * inter, hidden]  dtype of x, or the architecture's FP8; last dim contiguous, experts
                   and rows may be strided
-    w2            [num_experts, hidden, inter]      as w13
+    w2            [num_experts, hidden, inter]      like w13
     topk_weights  [num_tokens, top_k]   fp32
     topk_ids      [num_tokens, top_k]   int32
-    w13_scale     of FP8 weights, fp32, weight = stored * scale: [num_experts]; or, per channel,
-                  [num_experts, 2 * inter] or [num_experts, 2 * inter, 1]; or, with block_shape [bn, bk], of each block,
-                  also those that an edge cuts, [num_experts, ceil(2 * inter / bn), ceil(hidden / bk)]
-    w2_scale      as w13_scale, for the shape of w2
+    w13_scale     for FP8 weights, fp32, weight = stored * scale: [num_experts]; or, per channel,
+                  [num_experts, 2 * inter] or [num_experts, 2 * inter, 1]; or, with block_shape [bn, bk], one per block,
+                  partial ones included, [num_experts, ceil(2 * inter / bn), ceil(hidden / bk)]
+    w2_scale      like w13_scale, for the shape of w2
     activation    silu, gelu (with erf), gelu_tanh
-    apply_router_weight_on_input  the weight multiplies G x and U x instead (Llama 4); top_k 1 only
-    expert_map    [num_global_experts]  int32: the expert here that a global id means, or -1
+    apply_router_weight_on_input  multiply G x and U x by the weight, not y (Llama 4); top_k 1 only
+    expert_map    [num_global_experts]  int32: the local expert of a global id, or -1
     scale_ue8m0   with block_shape: the scales of x and h are rounded up to powers of two (DeepSeek-V3.1)
     returns       [num_tokens, hidden]  dtype of x, contiguous
     raises        BadArgument (a ValueError) for other shapes, dtypes, strides, devices or names
 
     Sums are in fp32, h is rounded to the dtype of x. With FP8 weights x and h are quantized as wave64.quant says: by
     rows, or with block_shape by groups of bk columns, each with a scale of its own.
-    In fp64, which is for comparison, nothing is rounded: the mixture itself, of the weights as stored times scale.
+    In fp64, which is for comparison, nothing is rounded or quantized; FP8 weights are stored * scale.
 
-    How far a result may be from that. |M| has the magnitudes of M; u is the dtype's unit roundoff (2^-8 in bf16, 2^-11
-    in fp16, 2^-24 in fp32); s(K) bounds the relative error of a sum of K products: K 2^-23, and 2^-7 more in FP8, whose
-    products Hopper aligns to 14 bits before it adds a block of 128. Rounding v to FP8 is off by d(v) = 2^-4 |v| +
-    2^-18 max |v|: half a step of the 3 fraction bits, or half of the smallest step, 2^-10 of 448 or 2^-11 of 240, which
-    the largest of the group becomes; without FP8 d = 0. Then, element by element and to first order,
-      G x is off by  e_G = |G| d(x) + s |G| |x|   and U x by e_U, the same with U;
-      h by           e_h = |act(Gx)| e_U + 1.13 e_G (|Ux| + e_U) + (u + 2^-20) (|Gx| |Ux|), for |act(a)| <= |a| and
-                     |act'| <= 1.13 (largest of gelu's; 1.10 of silu's);
-      W2 h by        e = |W2| (e_h + d(|h| + e_h)) + s |W2| (|h| + e_h) + u |W2 h|, the last where pairs are stored;
-      y by           the sum over j of |topk_weights[t, j]| (e + (u + top_k 2^-23) |W2 h|).
+    Error bound. |M| has the magnitudes of M; u is the dtype's unit roundoff (2^-8 in bf16, 2^-11 in fp16, 2^-24 in
+    fp32); s(K) bounds the relative error of a sum of K products: K 2^-23, plus 2^-7 in FP8, whose products Hopper
+    aligns to 14 bits before it adds a block of 128. Rounding v to FP8 has an error of d(v) = 2^-4 |v| + 2^-18 max |v|:
+    half a step of the 3 fraction bits, or half of the smallest step, 2^-10 of 448 or 2^-11 of 240, to which the group's
+    largest value is scaled; without FP8 d = 0. Element by element and to first order, the errors are
+      of G x         e_G = |G| d(x) + s |G| |x|   and e_U of U x, the same with U;
+      of h           e_h = |act(Gx)| e_U + 1.13 e_G (|Ux| + e_U) + (u + 2^-20) (|Gx| |Ux|), for |act(a)| <= |a| and
+                     |act'| <= 1.13 (the maximum of gelu's; silu's is 1.10);
+      of W2 h        e = |W2| (e_h + d(|h| + e_h)) + s |W2| (|h| + e_h) + u |W2 h|, the last where pairs are stored;
+      of y           the sum over j of |topk_weights[t, j]| (e + (u + top_k 2^-23) |W2 h|).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     quantized = w13.dtype in FP8.values() and wide != torch.float64
     ids = local_ids(topk_ids, w13.shape[0], expert_map)
     read = as_read(x, w13.dtype, block_shape, scale_ue8m0) if quantized else x.to(wide)
     pairs = x.new_zeros((*topk_ids.shape, x.shape[1]), dtype=wide)
-    # Experts that no token chose are left out: with hundreds of experts they would be nearly all of the work.
+    # Experts without tokens are skipped: of hundreds of experts they are nearly all.
     for e in ids.unique().tolist():
         if e < 0:
             continue

@@ -162,28 +162,28 @@ def grouped_topk(gating: Tensor, top_k: int, num_expert_group: int, topk_group: 
                  scoring_func: str = "softmax", correction_bias: Tensor | None = None,
                  routed_scaling_factor: float = 1.0,
                  num_fused_shared_experts: int = 0) -> tuple[Tensor, Tensor]:
-    """The top_k experts of each token, best first, of its topk_group best groups of equally many experts each.
-    s = softmax(gating[t]) or sigmoid(gating[t]); an expert is chosen by
-      s, a group by its largest                          (DeepSeek-AI 2024, DeepSeek-V2), or with a correction_bias
-      s + correction_bias, a group by the sum of its two largest             (DeepSeek-AI 2024, DeepSeek-V3).
-    The weights are s without the bias; renormalize: divided by their sum + 1e-20; times routed_scaling_factor.
-    Of equals, experts or groups, the lower index comes first. Logits and s + correction_bias beyond 2^126 count as
-    2^126, those below -2^126 and NaN as -2^126: a row of nothing else gets, unless a bias tells experts apart, the
-    first top_k of them, with equal weights of softmax and weights 0 of sigmoid.
-    Behind the chosen come num_fused_shared_experts that every token has, num_experts and up, each with weight 1: for a
-    mixture whose shared experts lie behind the others in one tensor.
+    """Choose the top_k experts of each token, best first, from its topk_group best groups of experts. Groups have equal
+    sizes; with s = softmax(gating[t]) or sigmoid(gating[t]) the scores are
+      s for an expert, the maximum for a group                           (DeepSeek-AI 2024, DeepSeek-V2), or
+      s + correction_bias, and the sum of the two largest for a group    (DeepSeek-AI 2024, DeepSeek-V3).
+    The weights are s, without the bias, times routed_scaling_factor. Of equal experts or groups the lower index comes
+    first. After the chosen experts come the num_fused_shared_experts of every token, with ids from num_experts on and
+    weight 1, for models whose weights of shared experts follow those of the others in one tensor.
+
+    Logits and s + correction_bias are clamped to [-2^126, 2^126], and NaN counts as -2^126. A row of NaN without a bias
+    gets the first top_k experts, with equal weights for softmax and weights 0 for sigmoid.
 
     gating           [num_tokens, num_experts]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     top_k            1 to topk_group * num_experts / num_expert_group
-    num_expert_group a divisor of num_experts; 1 is no limit
+    num_expert_group number of groups, a divisor of num_experts; 1: no groups
     topk_group       1 to num_expert_group
+    renormalize      divide the weights by their sum + 1e-20, before routed_scaling_factor
     scoring_func     "softmax" or "sigmoid"
     correction_bias  [num_experts]  fp32
     num_fused_shared_experts  0 to num_experts
     returns          weights [num_tokens, top_k + num_fused_shared_experts] fp32, computed in fp32; ids, the same shape,
                      int32
-    raises           BadArgument (a ValueError) for other arguments, or if there is a correction_bias, but
-                     only one expert in a group
+    raises           BadArgument (a ValueError) for other arguments, or a correction_bias with groups of one expert
     """
     scores, choice = _scores(gating, scoring_func, correction_bias)
     if topk_group < num_expert_group:

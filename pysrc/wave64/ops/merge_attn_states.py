@@ -81,19 +81,22 @@ def cost(out_a, lse_a, out_b, lse_b) -> Cost:
 
 @op(cases=cases, check=check, cost=cost)
 def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """out = (e^lse_a out_a + e^lse_b out_b) / (e^lse_a + e^lse_b), lse = log(e^lse_a + e^lse_b), in fp32, rounded once.
+    """Merge the results of attention over two disjoint sets of keys, such as a shared prefix and the rest, into the
+    result of attention over both, computed in fp32 and rounded once:
 
-    What attention over two disjoint sets of keys gives for both together: a shared prefix and the rest, cached context
-    and new tokens. Exponents are taken relative to the larger lse, so no difference between the two is too large.
+        out = (e^lse_a out_a + e^lse_b out_b) / (e^lse_a + e^lse_b),  lse = log(e^lse_a + e^lse_b)
+
+    Exponents are relative to the larger lse, so that none overflows.
     (Milakov & Gimelshein 2018; Ye et al. 2024, Cascade Inference)
 
-    out_*    [num_tokens, num_heads, head_dim]  bf16, fp16 or fp32, both alike; last dim contiguous, others strided
-    lse_*    [num_tokens, num_heads]  fp32, natural logarithm, any strides. -inf: this side saw no key and contributes
-             nothing, whatever its out holds, NaN included. +inf, which other libraries write for that, is read as -inf.
-             NaN gives NaN
+    out_*    [num_tokens, num_heads, head_dim]  bf16, fp16 or fp32, both the same; last dim contiguous, others may be
+             strided
+    lse_*    [num_tokens, num_heads]  fp32, natural logarithm, any strides. -inf: this side has no keys and contributes
+             nothing, even if its out is NaN. +inf, which other libraries write in that case, counts as -inf. NaN gives
+             NaN
     returns  out [num_tokens, num_heads, head_dim] of out_a's dtype and lse [num_tokens, num_heads] fp32, contiguous;
-             zeros and -inf where neither side saw a key
-    raises   BadArgument (a ValueError) for shapes, dtypes, strides and devices other than these
+             zeros and -inf where neither side has keys
+    raises   BadArgument (a ValueError) for other shapes, dtypes, strides or devices
     """
     lse_a, lse_b = (lse.masked_fill(lse == math.inf, -math.inf) for lse in (lse_a, lse_b))
     row_max = torch.maximum(lse_a, lse_b)

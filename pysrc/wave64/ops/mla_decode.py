@@ -172,15 +172,15 @@ def fake(q, kv_cache, page_table, seq_lens, scale, kv_lora_rank, kv_scale=None):
 @op(cases=cases, check=check, cost=cost, fake=fake)
 def mla_decode(q: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float, kv_lora_rank: int,
                kv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Decode attention over a paged latent cache (multi-head latent attention, keys and values absorbed): all heads
-    have one key per token, the latent, and its first kv_lora_rank numbers are the value.
+    """Decode attention over a paged latent cache: multi-head latent attention (MLA) with absorbed weights. All heads
+    share one key per token, the latent, whose first kv_lora_rank columns are the value.
     (DeepSeek-V2, DeepSeek-AI 2024, section 2.1)
 
         out = softmax(scale * q @ K.T) @ K[:, :kv_lora_rank],  K the latents of the query's sequence
 
-    With Q > 1 new tokens per sequence (speculative decoding), which seq_lens includes, they are causal among
-    themselves; if a sequence is shorter than Q, its first queries see nothing. Softmax is computed in fp32; products
-    take the inputs' dtype and accumulate in fp32; the result is rounded once.
+    With Q > 1 new tokens per sequence (speculative decoding), each attends to the keys up to its own position; seq_lens
+    includes all of them. If a sequence is shorter than Q, its first queries attend to no key. Softmax is computed in
+    fp32; products take the inputs' dtype and accumulate in fp32; the result is rounded once.
 
     q             [num_seqs, num_heads, kv_lora_rank + rope_dim] or [num_seqs, Q, num_heads, ...]  bf16, fp16 or fp32;
                   any number of heads; last dim contiguous; RoPE is applied to the last rope_dim columns already
@@ -192,7 +192,7 @@ def mla_decode(q: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor
     kv_lora_rank  1 to the width of q
     kv_scale      one fp32 number in a tensor, [] or [1]: latent = stored * kv_scale
     returns       out [num_seqs, (Q,) num_heads, kv_lora_rank]  dtype of q, contiguous, and
-                  lse [num_seqs, (Q,) num_heads]  fp32; natural log of the sum of exp(logit); -inf if no key is seen
+                  lse [num_seqs, (Q,) num_heads]  fp32; natural log of the sum of exp(logit); -inf without keys
     raises        BadArgument (a ValueError) for other dtypes, shapes or strides; on a CPU also if page_table is too
                   narrow for seq_lens
     """

@@ -103,10 +103,11 @@ def mla_decode_rope(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, kv
     """Apply RoPE to q_pe and k_pe, write [kv_c, k_pe] to the latent cache, and attend as mla_decode does with
     q = [q_nope, q_pe].   (DeepSeek-V2, DeepSeek-AI 2024, section 2.1; RoPE: Su et al. 2021)
 
-    The new tokens are the last of their sequence. Attention takes them as they were given, rounded as the cache rounds
-    them; slot_mapping only says where they are stored for later steps. With Q > 1 new tokens per sequence every
-    per-token argument has shape [num_seqs, Q, ...] and the new tokens are causal among themselves. If a sequence is
-    shorter than Q, its first new tokens do not exist: they are not seen, and their results are 0.
+    The new tokens are the last of their sequence. Attention uses their values from the arguments, rounded as the cache
+    rounds them; slot_mapping only gives the slots in which they are stored for later steps. With Q > 1 new tokens per
+    sequence every per-token argument has shape [num_seqs, Q, ...], and each token attends to the keys up to its own
+    position. If a sequence is shorter than Q, its first new tokens do not exist: no query attends to them, and their
+    results are 0.
 
     q_nope         [num_seqs, num_heads, kv_lora_rank]  bf16, fp16 or fp32; any number of heads; last dim contiguous
     q_pe           [num_seqs, num_heads, rope_dim]      dtype of q_nope; rotated in fp32, then rounded to its dtype;
@@ -118,9 +119,9 @@ def mla_decode_rope(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, kv
     slot_mapping   [num_seqs]  int64: page * page_size + offset of the token's position, not checked; -1: not stored
     page_table     [num_seqs, max_pages]  int32; entries of pages that are not read are ignored
     seq_lens       [num_seqs]  int32; length including the new tokens; the result for length 0 is 0
-    positions      [num_seqs]  int64 or int32; rows of cos_sin_cache, not checked; need not follow from seq_lens
-    cos_sin_cache  [max_pos, rope_dim] fp32 (best) or narrower, cosines then sines; pair j is (x[j], x[j + rope_dim/2])
-                   if is_neox, else (x[2j], x[2j + 1]); (a, b) becomes (a cos - b sin, b cos + a sin)
+    positions      [num_seqs]  int64 or int32; rows of cos_sin_cache, not checked; independent of seq_lens
+    cos_sin_cache  [max_pos, rope_dim] fp32 (most exact), bf16 or fp16; cosines, then sines; pair j is (x[j], x[j +
+                   rope_dim/2]) if is_neox, else (x[2j], x[2j + 1]); (a, b) becomes (a cos - b sin, b cos + a sin)
     scale          factor on the logits
     kv_scale       one fp32 number in a tensor, FP8 caches only: latent = stored * kv_scale; None means 1
     returns        [num_seqs, (Q,) num_heads, kv_lora_rank]  dtype of q_nope, contiguous

@@ -70,17 +70,17 @@ def cost(topk_ids, block_size, num_experts) -> Cost:
 
 @op(cases=cases, check=check, cost=cost)
 def moe_align_block_size(topk_ids: Tensor, block_size: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices into the flattened topk_ids, sorted by the expert that stands there, in order of the index within an
-    expert. Each expert's run is padded to a multiple of block_size with the index behind the last, num_tokens * top_k;
-    so is the output behind the last run. An expert that no token chose has no block. Ids outside [0, num_experts), as
-    those of another rank's experts, are left out.   (vLLM's and SGLang's operator of this name; Gale et al. 2022)
+    """Sort the (token, expert) pairs by expert, and pad the run of each expert to whole blocks. A pair is an index into
+    the flattened topk_ids; pairs of an expert keep their order. Padding, also after the last run, is the invalid index
+    num_tokens * top_k. An expert without tokens has no block. Ids outside [0, num_experts), such as those of another
+    rank's experts, are left out.   (vLLM's and SGLang's operator of this name; Gale et al. 2022)
 
     topk_ids     [num_tokens, top_k]  int32, contiguous
     block_size   at least 1
     num_experts  at least 1
     returns      sorted_token_ids int32 [blocks * block_size], blocks = ceil((n + min(n, num_experts) *
                  (block_size - 1)) / block_size) of n = num_tokens * top_k; expert_ids int32 [blocks], each block's
-                 expert, -1 behind the last; num_tokens_post_padded int32 [1], the length of all runs together
+                 expert, -1 after the last; num_tokens_post_padded int32 [1], the length of all runs with padding
     raises       BadArgument (a ValueError) for other arguments
     """
     ids, n = topk_ids.flatten(), topk_ids.numel()

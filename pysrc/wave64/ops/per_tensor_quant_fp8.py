@@ -36,16 +36,18 @@ def cost(x, scale=None) -> Cost:
 
 @op(cases=cases, check=check, agree=agree, cost=cost)
 def per_tensor_quant_fp8(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q = x / scale, rounded to nearest even and saturated. Without a scale it is max(amax, 1e-10) / limit of all
-    numbers, limit the largest of the FP8 type (wave64/quant.py says how it is computed).   (Micikevicius et al. 2022)
+    """Quantize a tensor to FP8 with one scale: q = x / scale, rounded to nearest even and saturated. Without a scale it
+    is max(amax, 1e-10) / limit, limit the largest value of the FP8 dtype (computed as wave64/quant.py says).
+    (Micikevicius et al. 2022, FP8 formats)
 
     x        [num_tokens, columns]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
-    scale    one fp32 number in a tensor, at least 0, which counts as 2^-126; numbers are multiplied by its reciprocal
-    returns  q [num_tokens, columns]  the architecture's FP8, contiguous, and scale [1]  fp32, found or copied
-    raises   BadArgument (a ValueError) if a shape or dtype is none of these
+    scale    one fp32 value in a tensor, not negative; values below 2^-126 count as 2^-126; x is multiplied by its
+             reciprocal
+    returns  q [num_tokens, columns]  the architecture's FP8, contiguous, and scale [1]  fp32, computed or copied
+    raises   BadArgument (a ValueError) for other shapes or dtypes
 
-    Errors as in per_token_group_quant_fp8, with the tensor for a group; with a given scale what lies beyond
-    limit * scale, infinities among it, becomes that, and NaN stays NaN.
+    Errors are those of per_token_group_quant_fp8, with the tensor as the group. With a given scale, values beyond
+    limit * scale, infinities included, become limit, and NaN stays NaN.
     """
     dtype = quant.fp8_dtype()
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

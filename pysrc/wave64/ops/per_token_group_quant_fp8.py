@@ -105,19 +105,19 @@ def grouped(x: Tensor, group_size: int, ue8m0: bool = False) -> tuple[Tensor, Te
 
 @op(cases=cases, check=check, cost=cost, agree=agree)
 def per_token_group_quant_fp8(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
-    """q[t, i] = x[t, i] / scale[t, i // group_size], rounded to nearest even; scale = max(amax, 1e-10) / limit of the
-    group's numbers, limit the largest of the FP8 type (wave64/quant.py says how it is computed).   (DeepSeek-AI 2024,
-    DeepSeek-V3, section 3.3.2)
+    """Quantize groups of columns to FP8: q[t, i] = x[t, i] / scale[t, i // group_size], rounded to nearest even. The
+    scale of a group is max(amax, 1e-10) / limit, limit the largest value of the FP8 dtype (computed as wave64/quant.py
+    says).   (DeepSeek-AI 2024, DeepSeek-V3, section 3.3.2)
 
     x           [num_tokens, columns]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     group_size  a power of two up to 1024; the last group of a row may be shorter
-    scale_ue8m0 the scale is rounded up to a power of two (DeepSeek-V3.1), in fp32 all the same
+    scale_ue8m0 round scales up to powers of two, stored as fp32 (DeepSeek-V3.1)
     returns     q [num_tokens, columns]  the architecture's FP8, contiguous, and
                 scale [num_tokens, ceil(columns / group_size)]  fp32, contiguous
     raises      BadArgument (a ValueError) for other shapes, dtypes or group sizes
 
-    |q * scale - x| <= 2^-4 |x| + 2^-10 scale (e4m3fnuz: 2^-11 scale), give or take 2^-21 |x|: half a step of the 3
-    fraction bits, or half the smallest step. No finite number becomes NaN. NaN stays NaN and leaves the others of its
-    group as they would be without; a group with an infinity has an infinite scale, and with it no meaning.
+    |q * scale - x| <= 2^-4 |x| + 2^-10 scale (e4m3fnuz: 2^-11 scale), plus 2^-21 |x|: half a step of the 3 fraction
+    bits, or half the smallest step. No finite value becomes NaN. NaN stays NaN and does not affect the rest of its
+    group. A group with an infinity has an infinite scale and meaningless values.
     """
     return grouped(x, group_size, scale_ue8m0)

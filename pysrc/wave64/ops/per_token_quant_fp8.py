@@ -33,13 +33,14 @@ def agree(args, result, exact) -> None:
 
 @op(cases=cases, check=check, agree=agree, cost=lambda x: Cost(bytes=x.nbytes + x.numel() + 4 * x.shape[0]))
 def per_token_quant_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """q[t] = x[t] / scale[t], rounded to nearest even; scale = max(amax, 1e-10) / limit of the row's numbers, limit the
-    largest of the FP8 type (wave64/quant.py says how it is computed).   (Micikevicius et al. 2022, FP8 formats)
+    """Quantize rows to FP8: q[t] = x[t] / scale[t], rounded to nearest even. The scale of a row is max(amax, 1e-10) /
+    limit, limit the largest value of the FP8 dtype (computed as wave64/quant.py says).   (Micikevicius et al. 2022, FP8
+    formats)
 
     x        [num_tokens, columns]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     returns  q [num_tokens, columns]  the architecture's FP8, contiguous, and scale [num_tokens, 1]  fp32
-    raises   BadArgument (a ValueError) for another x
+    raises   BadArgument (a ValueError) for other shapes, dtypes or strides
 
-    Errors, NaN and infinities as in per_token_group_quant_fp8, with the row for a group.
+    Errors, NaN and infinities are those of per_token_group_quant_fp8, with the row as the group.
     """
     return quant.quantize(x, -1)

@@ -112,8 +112,8 @@ def prefill_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pag
         out = softmax(cap(scale * query @ K.T)) @ V
 
     Rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of query are the last positions of sequence i. A query at position p
-    sees the keys up to p if causal, else all keys; with sliding_window w > 0 only those from p - w + 1 on. The result
-    of a query that sees no key is 0. Cache, cap and precision are those of paged_attention.
+    attends to the keys up to p if causal, else to all; with sliding_window w > 0 only to those from p - w + 1 on. The
+    result of a query without keys is 0. Cache, cap and precision are those of paged_attention.
     (Vaswani et al. 2017; in blocks with a running maximum: Milakov & Gimelshein 2018, Dao et al. 2022)
 
     query           [num_tokens, num_heads, head_dim]  bf16, fp16 or fp32; last dim contiguous
@@ -126,7 +126,7 @@ def prefill_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pag
     seq_lens        [num_seqs]  int32; length including the new tokens
     max_seqlen_q    at least the maximum number of new tokens of a sequence
     scale           factor on the logits, usually head_dim ** -0.5
-    causal          whether a query sees only keys up to its own position
+    causal          whether a query attends only to keys up to its own position
     sliding_window, logit_cap, sinks, k_scale, v_scale  as in paged_attention
     returns         out [num_tokens, num_heads, head_dim]  dtype of query, contiguous, and
                     lse [num_tokens, num_heads]  fp32; natural log of the sum of exp(logit), sinks included; -inf for a

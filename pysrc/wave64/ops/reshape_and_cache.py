@@ -116,7 +116,7 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
     with slot = slot_mapping[t]. Tokens whose slot is -1 are skipped. An FP8 cache stores x / scale, computed in fp32,
     saturated and rounded to nearest even.
 
-    key, value   [num_tokens, num_kv_heads, head_dim]  bf16, fp16 or fp32; rows may be strided (views into a merged qkv)
+    key, value   [num_tokens, num_kv_heads, head_dim]  bf16, fp16 or fp32; rows may be strided (views of a merged QKV)
     *_cache      [num_pages, page_size, num_kv_heads, head_dim]  dtype of key, or float8_e4m3fn or float8_e4m3fnuz;
                  contiguous; written
     slot_mapping [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1

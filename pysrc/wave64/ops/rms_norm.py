@@ -58,13 +58,14 @@ def check(x, weight, eps=1e-6):
 
 @op(cases=cases, check=check, cost=lambda x, weight, eps=1e-6: Cost(bytes=2 * x.nbytes + weight.nbytes))
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight, accumulated in fp32, rounded once.   (Zhang & Sennrich 2019)
+    """Apply RMSNorm to the last dimension: y = x / sqrt(mean(x^2) + eps) * weight, accumulated in fp32 and rounded
+    once. (Zhang & Sennrich 2019)
 
-    x        [num_tokens, hidden], or [num_tokens, num_heads, hidden] to normalize each head by itself; bf16, fp16 or
+    x        [num_tokens, hidden], or [num_tokens, num_heads, hidden] which normalizes each head; bf16, fp16 or
              fp32; last dim contiguous, the others may be strided
     weight   [hidden]  dtype of x
     returns  shape and dtype of x, contiguous
-    raises   BadArgument (a ValueError) if weight is not [hidden] of x's dtype
+    raises   BadArgument (a ValueError) for other shapes, dtypes or strides
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()

@@ -119,14 +119,15 @@ def rotary_embedding(positions: Tensor, query: Tensor, key: Tensor | None, head_
     (Su et al. 2021)
 
     Pair j is (x[j], x[j + rot_dim / 2]) if is_neox, else (x[2j], x[2j + 1]); (a, b) becomes (a c - b s, b c + a s)
-    with c = cos_sin_cache[position, j] and s = cos_sin_cache[position, j + rot_dim / 2]. The rest of a head is not
-    changed.
+    with c = cos_sin_cache[position, j] and s = cos_sin_cache[position, j + rot_dim / 2]. The rest of a head does not
+    change.
 
-    positions      [num_tokens]                    int64 or int32, in [0, max_pos), which is not checked
+    positions      [num_tokens]                    int64 or int32 in [0, max_pos), not checked
     query          [num_tokens, heads * head_size] or [num_tokens, heads, head_size], bf16, fp16 or fp32; last dim
-                   contiguous, rows may be strided (a view into a merged qkv); written
-    key            as query, with its own number of heads, dtype of query; or None; written
-    cos_sin_cache  [max_pos, rot_dim]              fp32 (best) or narrower: cosines, sines; rot_dim even, <= head_size
+                   contiguous, rows may be strided (a view of a merged QKV); written
+    key            like query, with its own number of heads; or None; written
+    cos_sin_cache  [max_pos, rot_dim]              fp32 (most exact), bf16 or fp16; cosines, then sines; rot_dim even,
+                   at most head_size
     raises         BadArgument (a ValueError) for other shapes or dtypes
     """
     angles = cos_sin_cache.index_select(0, positions).to(torch.promote_types(query.dtype, torch.float32)).unsqueeze(1)

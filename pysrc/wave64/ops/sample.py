@@ -186,20 +186,20 @@ def agree(args: dict[str, Tensor], result: Tensor, exact: Tensor) -> None:
 @op(cases=cases, check=check, agree=agree, fake=lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
     cost=lambda logits, temperature, top_k, top_p, min_p, uniform: Cost(bytes=logits.nbytes))
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    """Sample one id per row by inversion: the first id, in the order of the vocabulary, at which the running sum of
-    the kept probabilities exceeds uniform times their sum. Kept is, with p = softmax(logits / temperature),
-      top_k: the top_k largest; of these                                          (Fan et al. 2018)
-      top_p: the largest, as few as hold top_p of the probability; and of these   (Holtzman et al. 2019)
-      min_p: those with p >= min_p * max(p)                                       (Nguyen et al. 2024).
-    Ties with the smallest kept probability are kept; the largest is always kept. A row of temperature 0 gets the
-    lowest index of its maximum, and so does a row in which nothing can be drawn (all -inf). NaN counts as -inf.
+    """Sample one id per row by inversion: the first id, in vocabulary order, at which the cumulative sum of the kept
+    probabilities exceeds uniform times their sum. With p = softmax(logits / temperature), three filters apply in turn:
+      top_k keeps the top_k largest                                            (Fan et al. 2018)
+      top_p keeps the smallest set of the largest that sums to at least top_p  (Holtzman et al. 2019)
+      min_p keeps those with p >= min_p * max(p)                               (Nguyen et al. 2024).
+    Ties with the smallest kept probability are kept, and the largest is always kept. A row with temperature 0 gets the
+    lowest index of its maximum, and so does a row of -inf only. NaN counts as -inf.
 
     logits       [num_seqs, vocab]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
-    temperature  [num_seqs]         fp32; <= 0 is greedy, infinity makes all that is not -inf equally likely
+    temperature  [num_seqs]         fp32; <= 0 is greedy, infinity makes all ids equally likely except those at -inf
     top_k        [num_seqs]         int32; <= 0 keeps all
     top_p        [num_seqs]         fp32; >= 1 keeps all
     min_p        [num_seqs]         fp32; <= 0 keeps all
-    uniform      [num_seqs]         fp32 in [0, 1); 1, as a generator may round, draws the last one kept
+    uniform      [num_seqs]         fp32 in [0, 1); 1, to which a generator may round, gives the last kept id
     returns      [num_seqs]         int64 ids in [0, vocab)
     raises       BadArgument (a ValueError) for other shapes or dtypes
     """

@@ -46,11 +46,12 @@ def cost(x):
 
 @op(cases=cases, check=check, cost=cost)
 def silu_and_mul(x: Tensor) -> Tensor:
-    """y[t] = silu(x[t, :d]) * x[t, d:], silu(a) = a / (1 + exp(-a)), in fp32, rounded once.   (Shazeer 2020, SwiGLU)
+    """Apply SwiGLU: y = silu(x[:, :d]) * x[:, d:] with silu(a) = a / (1 + exp(-a)), computed in fp32 and rounded once.
+    (Shazeer 2020, GLU variants)
 
     x        [num_tokens, 2 * d]  bf16, fp16 or fp32: gate then up; last dim contiguous, rows may be strided
     returns  [num_tokens, d]      dtype of x, contiguous
-    raises   BadArgument (a ValueError) if x is not [num_tokens, an even number]
+    raises   BadArgument (a ValueError) for other shapes, dtypes or strides
     """
     gate, up = x.chunk(2, -1)
     return F.silu(gate.to(torch.promote_types(x.dtype, torch.float32))).mul_(up).to(x.dtype)

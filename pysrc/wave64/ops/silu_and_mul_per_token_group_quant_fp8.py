@@ -51,8 +51,9 @@ def cost(x, group_size) -> Cost:
 
 @op(cases=cases, check=check, cost=cost, agree=agree)
 def silu_and_mul_per_token_group_quant_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """y = silu(x[:, :d]) * x[:, d:] in fp32, not rounded; q[t, i] = y[t, i] / scale[t, i // group_size], rounded
-    to nearest even; scale = max(amax, 1e-10) / limit of the group's numbers.   (Shazeer 2020; DeepSeek-AI 2024)
+    """Apply SwiGLU, then quantize the result to FP8 in groups of columns: y = silu(x[:, :d]) * x[:, d:] in fp32, not
+    rounded; q[t, i] = y[t, i] / scale[t, i // group_size], rounded to nearest even; scale = max(amax, 1e-10) / limit,
+    with the amax of the group and limit the largest value of the FP8 dtype.   (Shazeer 2020; DeepSeek-AI 2024)
 
     x           [num_tokens, 2 * d]  bf16, fp16 or fp32: gate then up; last dim contiguous, rows may be strided
     group_size  a power of two up to 1024; the last group of a row may be shorter
@@ -60,6 +61,6 @@ def silu_and_mul_per_token_group_quant_fp8(x: Tensor, group_size: int) -> tuple[
                 scale [num_tokens, ceil(d / group_size)]  fp32, contiguous
     raises      BadArgument (a ValueError) for other shapes, dtypes or group sizes
 
-    Errors, NaN and infinities of y as in per_token_group_quant_fp8.
+    Errors, NaN and infinities of y are those of per_token_group_quant_fp8.
     """
     return grouped(activated(x), group_size)

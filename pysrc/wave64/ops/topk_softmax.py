@@ -81,15 +81,18 @@ def cost(gating, top_k, renormalize) -> Cost:
 
 @op(cases=cases, check=lambda gating, top_k, renormalize: check_gating(gating, top_k), cost=cost)
 def topk_softmax(gating: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The top_k largest of p = softmax(gating[t]), largest first, and whose they are. Of equal logits the lower index
-    comes first. renormalize: the weights are divided by their sum.   (Shazeer et al. 2017, Jiang et al. 2024)
-    Numbers beyond 2^126 count as 2^126, those below -2^126 and NaN as -2^126: a row of nothing else gets the first
-    top_k experts with equal weights.
+    """Choose the top_k experts of each token by p = softmax(gating[t]): their probabilities, largest first, and their
+    ids.
+    Of equal logits the lower index comes first.   (Shazeer et al. 2017, Jiang et al. 2024)
+
+    Logits are clamped to [-2^126, 2^126], and NaN counts as -2^126, so a row of NaN gets the first top_k experts with
+    equal weights.
 
     gating       [num_tokens, num_experts]  bf16, fp16 or fp32; last dim contiguous, rows may be strided
     top_k        1 to num_experts
+    renormalize  divide the weights by their sum
     returns      weights [num_tokens, top_k] fp32, computed in fp32; ids [num_tokens, top_k] int32
-    raises       BadArgument (a ValueError) for another gating or top_k
+    raises       BadArgument (a ValueError) for other shapes, dtypes or strides, or top_k out of range
     """
     logits = clean(gating)
     ids = largest(logits, top_k)

@@ -89,18 +89,18 @@ def _rows(pool: Tensor) -> Tensor:
 
 @op(cases=cases, check=check, cost=cost, mutates=("dst",), fake=lambda *_, **__: None, device_of=device_of)
 def transfer_kv(src: Tensor, dst: Tensor, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """dst[dst_slots[i]] = src[src_slots[i]] for every i, bit for bit. A pair is left out if
-    either slot is not in its pool; -1 is meant for that.
+    """Copy slots between two KV pools: dst[dst_slots[i]] = src[src_slots[i]] for every i, bit for bit. Pairs with a
+    slot outside of its pool, such as -1, are skipped.
 
-    src        [num_src_slots, ...]  any dtype; each slot contiguous, slots may be strided. A slot is what is moved at a
-               time: of a pool of pages a page, of pool.flatten(0, 1) a token
+    src        [num_src_slots, ...]  any dtype; each slot contiguous, slots may be strided. A slot is a page of a pool
+               of pages, or a token of pool.flatten(0, 1)
     dst        [num_dst_slots, ...]  dtype and row shape of src; each slot contiguous, slots may be strided; written
     src_slots  [n]  int64
-    dst_slots  [n]  int64; among the pairs that count, no slot twice
-    One of the pools may lie in pinned host memory, the other and the slots on a GPU: the GPU then reads or writes the
-    host's memory itself, in stream order like any kernel. src and dst may be one pool, if no slot is both read and
-    written.
+    dst_slots  [n]  int64; no slot twice among the pairs that are not skipped
     raises     BadArgument (a ValueError) for other shapes, dtypes, strides or devices
+
+    One of the pools may be in pinned host memory, with the other and the slots on a GPU, which then accesses host
+    memory itself, in stream order like any kernel. src and dst may be one pool if no slot is both read and written.
     """
     if src_slots.numel() == 0 or src.numel() == 0 or dst.numel() == 0:
         return

@@ -133,9 +133,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
 
         out = softmax(scale * q @ k.T) @ v
 
-    The causal mask is aligned to the end: the last query of a sequence sees all keys, the one before it all but the
-    last key, and so on. The result of a query that sees no key is 0. Softmax is computed in fp32; products take the
-    inputs' dtype and accumulate in fp32; the result is rounded once.
+    The causal mask is aligned to the end: the last query of a sequence attends to all keys, the one before it to
+    all but the last key, and so on. The result of a query without keys is 0. Softmax is computed in fp32; products take
+    the inputs' dtype and accumulate in fp32; the result is rounded once.
     (Vaswani et al. 2017; in blocks with a running maximum: Milakov & Gimelshein 2018, Dao et al. 2022; keys wider than
     values: DeepSeek-AI 2024)
 
@@ -151,7 +151,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     scale           factor on the logits, usually qk_dim ** -0.5
     causal          whether the causal mask applies
     returns         out [total_q, num_heads, v_dim]  dtype of q, contiguous, and lse [total_q, num_heads]  fp32; natural
-                    log of the sum of exp(logit); -inf for a query that sees no key
+                    log of the sum of exp(logit); -inf for a query without keys
     raises          BadArgument (a ValueError) for other dtypes, shapes or strides; on a CPU also for cu_seqlens that do
                     not fit the tensors or the max_seqlens
     """
