@@ -90,6 +90,7 @@ class ServerArgs:
     schedule_policy: str = _flag("fcfs", "order of waiting requests; lpm: longest match with the prefix cache first",
                                  choices=("fcfs", "lpm"))  # fmt: skip
     disable_radix_cache: bool = _flag(False, "compute every prompt whole, whatever was computed before")
+    disable_overlap_schedule: bool = _flag(False, "schedule a step when the one before has ended, not while it runs")
     disable_cuda_graph: bool = _flag(False, "launch every decode step kernel by kernel")
     disable_custom_all_reduce: bool = _flag(False, "let torch.distributed (RCCL) exchange all that ranks exchange")
 
@@ -208,7 +209,6 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--trust-remote-code": (None, "the code of a checkpoint is never run"),
     "--enable-torch-compile": (None, "the operators are compiled already"),
     "--torch-compile-max-bs": (int, "the operators are compiled already"),
-    "--disable-overlap-schedule": (None, "a step is scheduled when the one before has ended"),
     "--enable-mixed-chunk": (None, "prompts and decodes share steps anyway"),
     "--num-continuous-decode-steps": (int, "every step is scheduled"),
     "--schedule-conservativeness": (float, "requests are preempted when pages run out, and lose nothing"),

@@ -154,7 +154,7 @@ def _open(where: tuple[str, int], introduction: Hello) -> Channel:
 def _serve(args: ServerArgs, place: Place, store: tuple[str, int], steps: Channel, status: Status) -> None:
     from wave64 import distributed
     from wave64.backends import peers
-    from wave64.serve.engine.engine import Rank, emulation, set_threads, use_interface
+    from wave64.serve.engine.rank import Rank, emulation, set_threads, use_interface
 
     use_interface(steps.own_address)
     threads = set_threads(args)

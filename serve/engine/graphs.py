@@ -13,7 +13,9 @@ import logging
 import time
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wave64 import platform
@@ -21,6 +23,8 @@ from wave64.serve.model.batch import Batch
 from wave64.serve.model.layers import KVCache
 
 log = logging.getLogger("wave64")
+
+ROW_BYTES = 28  # of a decoding sequence's fields, three of 8 bytes and one of 4
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -30,7 +34,7 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 def _fields(memory: Tensor, rows: int) -> dict[str, Tensor]:
-    """Of 28 bytes a row, the fields of a decoding Batch that change at every step."""
+    """Of ROW_BYTES a row, the fields of a decoding Batch that change at every step."""
     names = ("input_ids", "positions", "slot_mapping", "seq_lens")
     parts = memory.split([8 * rows, 8 * rows, 8 * rows, 4 * rows])
     return {name: part.view(torch.int32 if name == "seq_lens" else torch.int64)
@@ -44,14 +48,12 @@ class DecodeGraphs:
         self, model: nn.Module, kv_cache: list[KVCache], device: torch.device, max_batch: int,
         max_pages: int,
     ) -> None:  # fmt: skip
-        # What changes at every step lies in one piece of memory, here and on the device, so that one copy brings it
-        # over; the page table, which seldom changes and is large, comes in another.
-        gpu, pins = platform.streams(), device.type == "cuda"
-        self._host = torch.zeros(max_batch * 28, dtype=torch.uint8, pin_memory=pins)
-        self._there = torch.zeros_like(self._host, device=device, pin_memory=False)
-        self._copied = gpu.Event()
-        self._staged, fixed = _fields(self._host, max_batch), _fields(self._there, max_batch)
-        self._table = torch.zeros(0, 0, dtype=torch.int32)
+        # What changes at every step lies in one piece of memory, here and on the device.
+        gpu = platform.streams()
+        self._there = torch.zeros(max_batch * ROW_BYTES, dtype=torch.uint8, device=device)
+        self._host = np.zeros(max_batch * ROW_BYTES, dtype=np.uint8)
+        fixed = _fields(self._there, max_batch)
+        self._staged = {name: field.numpy() for name, field in _fields(torch.from_numpy(self._host), max_batch).items()}
         fixed["slot_mapping"].fill_(-1)
         self._inputs = Batch(
             input_ids=fixed["input_ids"],
@@ -84,28 +86,36 @@ class DecodeGraphs:
         seconds = time.perf_counter() - started
         log.info("decode graphs: %d batch sizes up to %d in %.1f s", len(self._sizes), max_batch, seconds)
 
-    def replay(self, batch: Batch, replaced: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The logits [B, vocab_size] of a batch that only decodes, its tensors in main memory; valid until the next.
-
-        replaced  indices into batch.input_ids and the token ids to read there instead, both on the device
-        """
-        count, width = batch.page_table.shape
-        size = self._sizes[bisect.bisect_left(self._sizes, count)]
-        self._copied.synchronize()  # of the step before: what it reads must not change under it
+    def pack(self, arrays: dict[str, NDArray]) -> dict[str, NDArray]:
+        """The arrays of a batch that only decodes, its changing fields `packed` as replay() takes them."""
+        count = len(arrays["seq_lens"])
+        size = self._size(count)
         for name, staged in self._staged.items():
-            staged[:count].copy_(getattr(batch, name))
-        self._staged["slot_mapping"][count:size].fill_(-1)
-        self._staged["seq_lens"][count:size].zero_()
-        self._there.copy_(self._host, non_blocking=True)
-        self._copied.record()
+            staged[:count] = arrays[name]
+        self._staged["slot_mapping"][count:size] = -1
+        self._staged["seq_lens"][count:size] = 0
+        kept = ("rows", "cells", "pages", "named", "named_rows")
+        return {"packed": self._host} | {name: arrays[name] for name in kept if name in arrays}
+
+    def replay(self, packed: Tensor, page_table: Tensor, replaced: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The logits [B, vocab_size] of a batch that only decodes, its tensors on the device; valid until the next.
+
+        packed      what pack() has made
+        page_table  [B, max_pages]
+        replaced    indices into input_ids and the token ids to read there instead
+        """
+        count, width = page_table.shape
+        self._there.copy_(packed)
         if replaced is not None:
             self._inputs.input_ids[replaced[0]] = replaced[1]
-        if not torch.equal(batch.page_table, self._table):
-            self._inputs.page_table[:count, :width].copy_(batch.page_table)
-            self._table = batch.page_table.clone()  # the caller may write to its own
-        graph, logits = self._graphs[size]
+        self._inputs.page_table[:count, :width].copy_(page_table)
+        graph, logits = self._graphs[self._size(count)]
         graph.replay()
         return logits[:count]
+
+    def _size(self, count: int) -> int:
+        """Rows of the smallest graph that holds so many."""
+        return self._sizes[bisect.bisect_left(self._sizes, count)]
 
     def _cut(self, size: int) -> Batch:
         """The first `size` rows of the fixed inputs."""

@@ -1,19 +1,19 @@
 """The runner: turns a Schedule into a Batch, owns the KV pool, runs the model and samples. Tensors start here.
 
-What a step needs is computed in numpy, on arrays that live as long as the runner where they can, and crosses to the
-device as one tensor per field. On a GPU, steps that only decode replay captured graphs (graphs.py).
+What a step needs is computed in numpy and crosses to the device at once (crossing.py). On a GPU, steps that only decode
+replay captured graphs (graphs.py). Neither forward() nor sample() waits for the device.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from wave64 import ops
 from wave64.serve.engine import sampler
+from wave64.serve.engine.crossing import Crossing
 from wave64.serve.engine.graphs import DecodeGraphs
 from wave64.serve.engine.memory import kv_cache
 from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled, Sampling, Schedule
@@ -35,8 +35,12 @@ class Runner:
         self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device, ranks)
         max_pages = -(-config.context_length // page_size)
         self._page_table = np.zeros((max_running, min(max_pages, num_pages)), dtype=np.int32)
-        self._group, groups = ranks.data.rank, ranks.data.size
+        self._table = torch.from_numpy(self._page_table)  # the same memory, or a copy on the device
+        if device.type != "cpu":
+            self._table = self._table.to(device)
+        self._group, groups, self._world = ranks.data.rank, ranks.data.size, ranks.world
         self._last_sampled = torch.zeros(groups, max_running, dtype=torch.int64, device=device)  # by page table's row
+        self._cross = Crossing(device)
         self._graphs = None
         if capture:
             self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, self._page_table.shape[1])
@@ -47,14 +51,15 @@ class Runner:
         return sum(weight.nbytes for weight in self.model.parameters())
 
     def run(self, step: Schedule, sampling: Sampling) -> Sampled:
-        """Run one step: the model, then the sampler."""
-        return self.run_groups([step], [sampling])[0]
+        """Run one step and wait for what it samples."""
+        return self.sample(self.forward(step), [step], [sampling])[0].wait()
 
-    def run_groups(self, steps: list[Schedule], samplings: list[Sampling]) -> list[Sampled]:
-        """The same of a step of each attention group."""
-        logits, rows = self.forward(*steps), max(sum(step.logits) for step in steps)
-        return [sampler.sample(logits[i * rows : i * rows + sum(step.logits)], sampling, self._last_sampled[i])
-                for i, (step, sampling) in enumerate(zip(steps, samplings, strict=True))]
+    def sample(self, logits: Tensor, steps: list[Schedule], samplings: list[Sampling]) -> list[sampler.Chosen]:
+        """Choose the tokens of a step of each attention group, of whose logits forward() has returned."""
+        rows = max(sum(step.logits) for step in steps)
+        return [sampler.sample(logits[i * rows : i * rows + sum(step.logits)], sampling, self._last_sampled[i],
+                               self._cross)
+                for i, (step, sampling) in enumerate(zip(steps, samplings, strict=True))]  # fmt: skip
 
     @torch.inference_mode()
     def forward(self, *steps: Schedule) -> Tensor:
@@ -64,10 +69,23 @@ class Runner:
         They are valid until the next call.
         """
         step = steps[self._group]
-        replaced = self._replaced(step)
-        if self._graphs is not None and step.num_decodes == len(step.rows):
-            return self._graphs.replay(self._batch(step, torch.device("cpu")), replaced)
-        batch = self._batch(step, self.device)
+        if self._world.size > 1 and any(LAST_SAMPLED in each.tokens for each in steps):  # rank 0 has sampled them
+            groups = len(self._last_sampled)
+            self._last_sampled.copy_(ops.all_gather(self._last_sampled, self._world.name)[:groups])
+        arrays, sizes = self._inputs(step)
+        replays = self._graphs is not None and step.num_decodes == len(step.rows)
+        if replays:
+            arrays = self._graphs.pack(arrays)
+        there = self._cross(arrays)
+        if "cells" in there:
+            self._table.view(-1)[there.pop("cells")] = there.pop("pages")
+        table = self._table[:, : sizes.pop("width")][there.pop("rows")]
+        replaced = None
+        if "named" in there:
+            replaced = there.pop("named"), self._last_sampled[self._group][there.pop("named_rows")]
+        if replays:
+            return self._graphs.replay(there["packed"], table, replaced)
+        batch = Batch(page_table=table, num_decodes=step.num_decodes, **sizes, **there)
         if len(steps) > 1:
             batch.gathered_tokens = max(len(each.tokens) for each in steps)
             batch.gathered_logits = max(sum(each.logits) for each in steps)
@@ -75,55 +93,61 @@ class Runner:
             batch.input_ids[replaced[0]] = replaced[1]
         return self.model(batch, self.kv_cache)
 
-    def _replaced(self, step: Schedule) -> tuple[Tensor, Tensor] | None:
-        """Where the step says LAST_SAMPLED, and the tokens to read there, both on the device; None if it never does."""
-        if LAST_SAMPLED not in step.tokens:
-            return None
-        where = np.flatnonzero(np.array(step.tokens) == LAST_SAMPLED)
-        rows = np.repeat(step.rows, step.counts)[where]
-        tokens = self._last_sampled[self._group][torch.from_numpy(rows).to(self.device)]
-        return torch.from_numpy(where).to(self.device), tokens
-
-    def _batch(self, step: Schedule, device: torch.device) -> Batch:
-        for row, first, pages in step.pages:
-            self._page_table[row, first : first + len(pages)] = pages
+    def _inputs(self, step: Schedule) -> tuple[dict[str, NDArray], dict[str, int]]:
+        """The arrays of a step's Batch, with what is taken from the device itself: `rows` of the page table, after its
+        `cells` have changed to `pages`, and where tokens are `named`, those that `named_rows` sampled last. And the
+        Batch's numbers, with the `width` of its page table."""
         rows, starts, counts = (np.array(each, dtype=np.int64) for each in (step.rows, step.starts, step.counts))
         seq_lens = starts + counts
-        table = self._page_table[rows, : -(-int(seq_lens.max(initial=1)) // self.page_size)]
+        arrays = self._take_pages(step) | {"rows": rows}
         if step.num_decodes == len(rows):
-            positions, index = starts, np.arange(len(rows))
-            logit_rows = index
+            positions, index = starts, rows
+            logit_rows = np.arange(len(rows))
             cu_seqlens, longest = np.zeros(1, dtype=np.int32), 0
         else:
             logits, ends = np.array(step.logits), np.cumsum(counts)
-            positions, index = _ranges(starts, counts), np.repeat(np.arange(len(rows)), counts)
+            positions, index = _ranges(starts, counts), np.repeat(rows, counts)
             logit_rows = _ranges(ends - logits, logits)
             prompts = counts[step.num_decodes :]
             cu_seqlens, longest = np.append(0, np.cumsum(prompts)).astype(np.int32), int(prompts.max())
-        fields = {
-            # LAST_SAMPLED is replaced on the device. Padding rows of a later replay read what stays here: a valid id.
-            "input_ids": np.maximum(np.array(step.tokens, dtype=np.int64), 0),
+        ids = np.array(step.tokens, dtype=np.int64)
+        named = np.flatnonzero(ids == LAST_SAMPLED)
+        if len(named):
+            arrays |= {"named": named, "named_rows": index[named]}
+            ids[named] = 0  # padding rows of a later replay read what stays here: a valid id
+        arrays |= {
+            "input_ids": ids,
             "positions": positions,
-            "slot_mapping": self._slots(table, index, positions),
-            "page_table": table,
+            "slot_mapping": self._slots(index, positions),
             "seq_lens": seq_lens.astype(np.int32),
             "cu_seqlens_q": cu_seqlens,
             "logit_rows": logit_rows,
         }
         before = starts[step.num_decodes :] if self._reads_prefixes else np.zeros(1, dtype=np.int64)
         if before.any():
-            earlier = _ranges(np.zeros_like(before), before)
-            whose = np.repeat(np.arange(step.num_decodes, len(rows)), before)
-            fields["prefix_slots"] = self._slots(table, whose, earlier)
-            fields["cu_seqlens_prefix"] = np.append(0, np.cumsum(before)).astype(np.int32)
-        tensors: dict[str, Any] = {name: torch.from_numpy(array).to(device) for name, array in fields.items()}
-        return Batch(num_decodes=step.num_decodes, max_seqlen_q=longest, max_prefix=int(before.max(initial=0)),
-                     **tensors)
+            whose = np.repeat(rows[step.num_decodes :], before)
+            arrays["prefix_slots"] = self._slots(whose, _ranges(np.zeros_like(before), before))
+            arrays["cu_seqlens_prefix"] = np.append(0, np.cumsum(before)).astype(np.int32)
+        width = -(-int(seq_lens.max(initial=1)) // self.page_size)
+        return arrays, dict(width=width, max_seqlen_q=longest, max_prefix=int(before.max(initial=0)))
 
-    def _slots(self, table: NDArray, rows: NDArray, positions: NDArray) -> NDArray[np.int64]:
-        """The slots of these positions, each in its row of `table`."""
+    def _take_pages(self, step: Schedule) -> dict[str, NDArray]:
+        """Write a step's pages to the page table; what its copy on the device has to change."""
+        table = self._page_table
+        for row, first, pages in step.pages:
+            table[row, first : first + len(pages)] = pages
+        if self.device.type == "cpu" or not step.pages:
+            return {}
+        width = table.shape[1]
+        # A cell may be written twice, and would be in any order on a device.
+        cells = np.unique(np.concatenate([np.arange(len(pages)) + (row * width + first)
+                                          for row, first, pages in step.pages]))  # fmt: skip
+        return {"cells": cells, "pages": table.reshape(-1)[cells]}
+
+    def _slots(self, rows: NDArray, positions: NDArray) -> NDArray[np.int64]:
+        """The slots of these positions, each in its row of the page table."""
         size = self.page_size
-        return table[rows, positions // size].astype(np.int64) * size + positions % size
+        return self._page_table[rows, positions // size].astype(np.int64) * size + positions % size
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,110 +1,171 @@
 """From logits to tokens and logprobs, for the sequences of one step. Only the rank that samples calls it.
 
-What no sequence of the step asks for is not computed: an all-greedy step is one maximum.
+What no sequence of the step asks for is not computed: an all-greedy step is one maximum. Nothing here waits for the
+device: `sample` queues its work behind the model's, and `Chosen.wait` has the tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wave64 import ops
+from wave64.serve.engine.crossing import Fetched
 from wave64.serve.engine.grammar import bitmask
 from wave64.serve.engine.schedule import Sampled, Sampling
 from wave64.serve.messages import TokenLogprob
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))  # a double just under 1 rounds to 1 in single precision
 
+Cross = Callable[[dict[str, NDArray]], dict[str, Tensor]]
+
+
+class Chosen:
+    """The tokens and logprobs of a step, on their way from the device."""
+
+    def __init__(self, sampling: Sampling, ids: list[Tensor], logprobs: list[list[Tensor]]) -> None:
+        """ids: one tensor, if any sequence samples. logprobs: what `_logprobs` gives, for each of sampling.scored and
+        then for all that want their token's."""
+        self._sampling = sampling
+        self._samples, self._num_runs = bool(ids), len(sampling.scored)
+        self._fetched = Fetched(ids + [tensor for run in logprobs for tensor in run])
+
+    def wait(self) -> Sampled:
+        """Wait until the device has computed them."""
+        tensors = [tensor.tolist() for tensor in self._fetched.wait()]
+        sampled = Sampled(tensors.pop(0) if self._samples else [])
+        sampled.logprobs = [None] * len(sampled.ids)
+        runs = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
+        for run, found in zip(self._sampling.scored, runs, strict=False):
+            sampled.prompt_logprobs.append(_entries(run.ids, [run.top] * len(run.ids), *found))
+        for found in runs[self._num_runs :]:
+            wanted = _wanted(self._sampling)
+            tops = [self._sampling.top_logprobs[i] for i in wanted]
+            entries = _entries([sampled.ids[i] for i in wanted], tops, *found)
+            for i, entry in zip(wanted, entries, strict=True):
+                sampled.logprobs[i] = entry
+        return sampled
+
 
 @torch.inference_mode()
-def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor) -> Sampled:
+def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor, cross: Cross) -> Chosen:
     """Choose the tokens of one step.
 
     logits        [sum(step.logits), vocab_size] float32, changed in place
     last_sampled  [max_running] int64 on the same device; the chosen tokens are written at `sampling.rows`
+    cross         takes arrays to that device, all of the step's at once
     """
-    sampled = Sampled(prompt_logprobs=[
-        _logprobs(torch.log_softmax(logits[run.first_row : run.first_row + len(run.ids)], dim=-1), run.ids,
-                  [run.top] * len(run.ids))
-        for run in sampling.scored
-    ])  # fmt: skip
+    arrays = _arrays(sampling, *logits.shape)
+    if not arrays:
+        return Chosen(sampling, [], [])
+    there = cross(arrays)
+    found = [_logprobs(torch.log_softmax(logits[run.first_row : run.first_row + len(run.ids)], dim=-1),
+                       there[f"scored {i}"], run.top) for i, run in enumerate(sampling.scored)]  # fmt: skip
     if not sampling.rows:
-        return sampled
-    logits = _pick(logits, sampling.logit_rows)
-    wanted = [i for i, top in enumerate(sampling.top_logprobs) if top >= 0]
-    raw = torch.log_softmax(_pick(logits, wanted), dim=-1) if wanted else None
-    _penalize(logits, sampling)
-    if sampling.biases:
-        rows, tokens, biases = zip(*sampling.biases, strict=True)
-        logits[list(rows), list(tokens)] += _column(biases, logits)
-    if sampling.grammars:  # the device may still run the model
-        ops.apply_token_bitmask(logits, torch.from_numpy(bitmask(sampling, logits.shape[1])).to(logits.device))
-    elif sampling.forbidden:
-        rows, tokens = torch.tensor(sampling.forbidden, device=logits.device).T
+        return Chosen(sampling, [], found)
+    if "logit_rows" in there:
+        logits = logits[there["logit_rows"]]
+    raw = None
+    if wanted := _wanted(sampling):
+        raw = torch.log_softmax(logits[there["wanted"]] if "wanted" in there else logits, dim=-1)
+    _penalize(logits, there)
+    if "biased" in there:
+        rows, tokens = there["biased"]
+        logits[rows, tokens] += there["biases"]
+    if "bitmask" in there:
+        ops.apply_token_bitmask(logits, there["bitmask"])
+    elif "forbidden" in there:
+        rows, tokens = there["forbidden"]
         logits[rows, tokens] = -torch.inf
-    ids = _choose(logits, sampling)
-    last_sampled[torch.tensor(sampling.rows, device=logits.device)] = ids
-    sampled.ids = ids.tolist()
-    sampled.logprobs = [None] * len(sampled.ids)
+    ids = _choose(logits, there)
+    last_sampled[there["rows"]] = ids
     if raw is not None:
-        entries = _logprobs(raw, [sampled.ids[i] for i in wanted], [sampling.top_logprobs[i] for i in wanted])
-        for i, entry in zip(wanted, entries, strict=True):
-            sampled.logprobs[i] = entry
-    return sampled
+        chosen = ids[there["wanted"]] if "wanted" in there else ids
+        found.append(_logprobs(raw, chosen, max(sampling.top_logprobs[i] for i in wanted)))
+    return Chosen(sampling, [ids], found)
 
 
-def _choose(logits: Tensor, sampling: Sampling) -> Tensor:
+def _arrays(sampling: Sampling, num_logits: int, vocab: int) -> dict[str, NDArray]:
+    """All that the device has to know, as far as it is asked for."""
+    arrays: dict[str, NDArray] = {f"scored {i}": np.array(run.ids, dtype=np.int64)
+                                  for i, run in enumerate(sampling.scored)}
+    if not sampling.rows:
+        return arrays
+    count, wanted = len(sampling.rows), _wanted(sampling)
+    arrays["rows"] = np.array(sampling.rows, dtype=np.int64)
+    if count < num_logits:
+        arrays["logit_rows"] = np.array(sampling.logit_rows, dtype=np.int64)
+    if 0 < len(wanted) < count:
+        arrays["wanted"] = np.array(wanted, dtype=np.int64)
+    if sampling.penalties:
+        rows, presence, frequency, repetition, prompts, outputs = zip(*sampling.penalties, strict=True)
+        arrays |= {"penalized": np.array(rows, dtype=np.int64), "presence": _floats(presence),
+                   "frequency": _floats(frequency), "repetition": _floats(repetition),
+                   "prompts": _padded(prompts), "outputs": _padded(outputs)}
+    if sampling.biases:
+        arrays["biased"] = np.array([pair for *pair, _ in sampling.biases], dtype=np.int64).T.copy()
+        arrays["biases"] = _floats([bias for *_, bias in sampling.biases])
+    if sampling.grammars:  # a GPU still runs the model
+        arrays["bitmask"] = bitmask(sampling, vocab)
+    elif sampling.forbidden:
+        arrays["forbidden"] = np.array(sampling.forbidden, dtype=np.int64).T.copy()
+    if any(sampling.temperature):
+        top_k = np.array([k if 0 < k < vocab else 0 for k in sampling.top_k], dtype=np.int32)
+        arrays |= {"temperature": _floats(sampling.temperature), "top_k": top_k, "top_p": _floats(sampling.top_p),
+                   "min_p": _floats(sampling.min_p), "uniform": np.minimum(_floats(sampling.uniform), BELOW_ONE)}
+    return arrays
+
+
+def _choose(logits: Tensor, there: dict[str, Tensor]) -> Tensor:
     """The chosen token of each row, [S] int64."""
-    if not any(sampling.temperature):
+    if "temperature" not in there:
         return logits.max(dim=-1).indices  # the lowest index of a tie; on a CPU three times as fast as argmax
-    vocab = logits.shape[1]
-    uniform = np.minimum(np.array(sampling.uniform, dtype=np.float32), BELOW_ONE)
-    return ops.sample(
-        logits,
-        _column(sampling.temperature, logits),
-        torch.tensor([k if 0 < k < vocab else 0 for k in sampling.top_k], dtype=torch.int32, device=logits.device),
-        _column(sampling.top_p, logits),
-        _column(sampling.min_p, logits),
-        torch.from_numpy(uniform).to(logits.device),
-    )
+    return ops.sample(logits, *(there[name] for name in ("temperature", "top_k", "top_p", "min_p", "uniform")))
 
 
-def _penalize(logits: Tensor, sampling: Sampling) -> None:
-    if not sampling.penalties:
+def _penalize(logits: Tensor, there: dict[str, Tensor]) -> None:
+    if "penalized" not in there:
         return
-    rows, presence, frequency, repetition, prompts, outputs = zip(*sampling.penalties, strict=True)
-    picked = _pick(logits, rows)
+    rows = there["penalized"]
+    picked = logits if len(rows) == len(logits) else logits[rows]
     ops.apply_penalties(
-        picked, _padded(prompts, logits.device), _padded(outputs, logits.device),
-        _column(presence, logits), _column(frequency, logits), _column(repetition, logits),
-    )  # fmt: skip
+        picked, *(there[name] for name in ("prompts", "outputs", "presence", "frequency", "repetition"))
+    )
     if picked is not logits:
-        logits[list(rows)] = picked
+        logits[rows] = picked
 
 
-def _logprobs(raw: Tensor, ids: list[int], top: list[int]) -> list[TokenLogprob]:
-    """For each row of raw [N, vocab_size], the logprob of its id and of its top[i] best, best first."""
-    chosen = raw.gather(1, torch.tensor(ids, device=raw.device)[:, None])[:, 0].tolist()
-    values, indices = raw.topk(min(max(top), raw.shape[1]), dim=-1)
-    best = [list(zip(i, v, strict=True)) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
-    return [TokenLogprob(i, p, row[:k]) for i, p, row, k in zip(ids, chosen, best, top, strict=True)]
+def _wanted(sampling: Sampling) -> list[int]:
+    """The sequences whose tokens' logprobs are wanted."""
+    return [i for i, top in enumerate(sampling.top_logprobs) if top >= 0]
 
 
-def _pick(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """The given rows, in ascending order: `logits` itself when they are all of them, else a copy."""
-    return logits if len(rows) == logits.shape[0] else logits[list(rows)]
+def _logprobs(raw: Tensor, ids: Tensor, top: int) -> list[Tensor]:
+    """For each row of raw [N, vocab_size]: the logprob of its id [N], its `top` best logprobs and their ids [N, top],
+    best first."""
+    values, indices = raw.topk(min(top, raw.shape[1]), dim=-1)
+    return [raw.gather(1, ids[:, None])[:, 0], values, indices]
 
 
-def _column(values: Sequence[float], logits: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=logits.device)
+def _entries(ids: list[int], top: list[int], chosen: list[float], values: list[list[float]],
+             indices: list[list[int]]) -> list[TokenLogprob]:  # fmt: skip
+    """The same on the host; top: how many of the best each row wants."""
+    return [TokenLogprob(token, logprob, list(zip(best[:k], found[:k], strict=True)))
+            for token, k, logprob, found, best in zip(ids, top, chosen, values, indices, strict=True)]
 
 
-def _padded(lists: Sequence[list[int]], device: torch.device) -> Tensor:
+def _floats(values: Sequence[float]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # to infinity, as torch.tensor() does
+        return np.array(values, dtype=np.float64).astype(np.float32)
+
+
+def _padded(lists: Sequence[list[int]]) -> NDArray[np.int64]:
     """[len(lists), longest] int64, -1 after the end of each."""
     table = np.full((len(lists), max(map(len, lists))), -1, dtype=np.int64)
     for row, values in zip(table, lists, strict=True):
         row[: len(values)] = values
-    return torch.from_numpy(table).to(device)
+    return table

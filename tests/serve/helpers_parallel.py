@@ -45,7 +45,8 @@ class Pool:
             self._processes.append(process)
 
     def run(self, flags: dict[str, Any], requests: Sequence[Request]) -> tuple[dict[str, Output], Any]:
-        """The outputs of an engine with these flags, by rid, and its Statistics. Raises what building it raises."""
+        """The outputs of an engine with these flags, and Engine's `overlap`, by rid, and its Statistics. Raises what
+        building it raises."""
         size = flags.get("tp_size", 1)
         self._pipes[0].send((flags, None, requests))
         for _ in range(size - 1):
@@ -88,6 +89,7 @@ def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         flags, place, requests = pipe.recv()
+        overlap = flags.pop("overlap", None)
         args = ServerArgs(**flags)
         if place is not None:
             pipe.send(follow(args, place, end=lambda status: None))
@@ -96,7 +98,7 @@ def _work(pipe: Connection) -> None:
         team = None
         try:
             team = PoolTeam(args, resolve_model_path(args.model_path), print) if args.tp_size > 1 else None
-            engine = Engine(args, team)
+            engine = Engine(args, team, overlap)
             answer = collect(engine, *requests), engine.statistics()
         except Exception as error:
             answer = error

@@ -351,7 +351,7 @@ def test_a_busy_engine_says_how_fast_it_is(make, monkeypatch, caplog):
         engine.step()
     said = [record.getMessage() for record in caplog.records if "throughput" in record.getMessage()]
     assert said == ["throughput: 20.0 prompt and 1.0 generated tokens/s; 1 running, 1 waiting, 2 of 50 KV pages in use",
-                    "throughput: 0.0 prompt and 1.0 generated tokens/s; 1 running, 1 waiting, 2 of 50 KV pages in use"]
+                    "throughput: 0.0 prompt and 1.0 generated tokens/s; 0 running, 1 waiting, 0 of 50 KV pages in use"]
 
 
 class Process:

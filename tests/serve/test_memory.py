@@ -11,7 +11,8 @@ from helpers_llama import make_llama
 from wave64 import platform, quant
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine import memory
-from wave64.serve.engine.engine import Engine, _kv_dtype
+from wave64.serve.engine.engine import Engine
+from wave64.serve.engine.rank import kv_dtype_of
 from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.model.config import ConfigError, ModelConfig
 
@@ -75,14 +76,14 @@ def test_an_fp8_pool_keeps_nearly_the_same(folders, name, chunk):
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx1100"])
 def test_an_architecture_without_fp8_refuses_it_in_words(arch):
     with platform.target(arch), pytest.raises(ArgsError, match=f"--kv-cache-dtype: {arch} has no FP8"):
-        _kv_dtype("fp8_e4m3", torch.bfloat16, torch.device("cuda"))
+        kv_dtype_of("fp8_e4m3", torch.bfloat16, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [("gfx942", torch.float8_e4m3fnuz), ("gfx950", torch.float8_e4m3fn)])
 def test_fp8_is_the_architectures_own(arch, dtype):
     with platform.target(arch):
-        assert _kv_dtype("fp8_e4m3", torch.bfloat16, torch.device("cuda")) == dtype
-        assert _kv_dtype("auto", torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+        assert kv_dtype_of("fp8_e4m3", torch.bfloat16, torch.device("cuda")) == dtype
+        assert kv_dtype_of("auto", torch.bfloat16, torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize(("flag", "fraction"), [(None, 0.85), (0.5, 0.5)])

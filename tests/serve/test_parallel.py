@@ -22,8 +22,8 @@ from test_demo import TEXT, pairs
 from transformers import AutoTokenizer
 
 from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.engine.engine import refuse
 from wave64.serve.engine.memory import _available_ram
+from wave64.serve.engine.rank import refuse
 from wave64.serve.engine.ranks import ranks_of
 from wave64.serve.engine.team import Member, Team
 from wave64.serve.messages import Request, SamplingParams
@@ -128,6 +128,15 @@ def test_ranks_say_what_one_says(pool, folders, alone, name, tp, ep):
     """In chunks of 5 prompt tokens and with a pool in which late requests are preempted."""
     answers, statistics = pool.run(TINY | dict(model_path=folders(name), tp_size=tp, ep_size=ep), requests())
     assert statistics.preemptions > 0
+    same(answers, alone(name))
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("llama-gqa", dict(tp_size=2)), ("deepseek-v3", dict(tp_size=4, dp_size=2, enable_dp_attention=True))])
+def test_ranks_follow_a_step_whose_tokens_only_rank_0_has(pool, folders, alone, name, flags):
+    """Steps overlap: each is computed before the one in front of it is committed, by tokens that rank 0 hands over."""
+    answers, statistics = pool.run(TINY | flags | dict(model_path=folders(name), overlap=True), requests())
+    assert statistics.preemptions > 0 or "dp_size" in flags
     same(answers, alone(name))
 
 

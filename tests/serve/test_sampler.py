@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from wave64.serve.engine import sampler
+from wave64.serve.engine.crossing import Crossing
 from wave64.serve.engine.grammar import Grammar
 from wave64.serve.engine.schedule import Penalties, Sampling
 from wave64.serve.engine.scheduler import Sequence
@@ -17,11 +18,19 @@ HOT = Sampling(rows=[3, 1], logit_rows=[0, 1], temperature=[1.0, 1.0], top_k=[0,
                min_p=[0.0, 0.0], uniform=[0.5, 0.5], top_logprobs=[-1, -1])  # fmt: skip
 
 
+cross = Crossing(torch.device("cpu"))
+
+
+def there(sampling: Sampling, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the device is told of a step with these logits."""
+    return cross(sampler._arrays(sampling, *logits.shape))
+
+
 def test_the_number_a_token_is_drawn_by_is_less_than_one(monkeypatch):
     """In single precision, too, where the largest of Python's random numbers is 1."""
     seen = []
     monkeypatch.setattr(sampler.ops, "sample", lambda *args: seen.append(args[-1]) or torch.zeros(2, dtype=torch.int64))
-    sampler._choose(torch.zeros(2, 9), replace(HOT, uniform=[1 - 2**-53, 0.25]))
+    sampler._choose(logits := torch.zeros(2, 9), there(replace(HOT, uniform=[1 - 2**-53, 0.25]), logits))
     assert seen[0].dtype == torch.float32
     assert seen[0].tolist() == [1 - 2**-24, 0.25]
 
@@ -35,7 +44,7 @@ def test_a_bitmask_leaves_what_it_allows(monkeypatch):
     last = torch.zeros(4, dtype=torch.int64)
     for temperature in (0.0, 5.0):
         asked = replace(HOT, temperature=[temperature] * 2, top_logprobs=[-1, 0], grammars=[(0, Grammar(None))])
-        got = sampler.sample(logits.clone(), asked, last)
+        got = sampler.sample(logits.clone(), asked, last, cross).wait()
         assert got.ids == [7, 34]
         assert got.logprobs[0] is None
         assert got.logprobs[1].logprob == pytest.approx(float(raw[1, 34]))
@@ -66,12 +75,15 @@ def test_a_parameter_out_of_range_is_named(name, value):
 def test_each_penalty_is_its_own():
     """Presence counts a token of the output once, frequency each time, repetition those of the prompt, too."""
     logits = torch.full((2, 5), 8.0)
-    sampler._penalize(logits, replace(HOT, penalties=[Penalties(1, 0.5, 0.25, 2.0, [0], [1, 1, 1, 2])]))
+    asked = replace(HOT, penalties=[Penalties(1, 0.5, 0.25, 2.0, [0], [1, 1, 1, 2])])
+    sampler._penalize(logits, there(asked, logits))
     assert logits.tolist() == [[8.0] * 5, [4.0, 4 - 0.5 - 3 * 0.25, 4 - 0.5 - 0.25, 8.0, 8.0]]
 
 
 def test_top_k_counts_up_to_the_whole_vocabulary(monkeypatch):
     seen = []
     monkeypatch.setattr(sampler.ops, "sample", lambda *args: seen.append(args[2]) or torch.zeros(5, dtype=torch.int64))
-    sampler._choose(torch.zeros(5, 9), replace(HOT, top_k=[-1, 0, 1, 8, 9], uniform=[0.5] * 5))
+    five = {name: getattr(HOT, name)[:1] * 5 for name in ("rows", "temperature", "top_p", "min_p", "uniform")}
+    asked = replace(HOT, **five, logit_rows=[*range(5)], top_logprobs=[-1] * 5, top_k=[-1, 0, 1, 8, 9])
+    sampler._choose(logits := torch.zeros(5, 9), there(asked, logits))
     assert seen[0].tolist() == [0, 0, 1, 8, 0]

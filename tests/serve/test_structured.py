@@ -185,8 +185,9 @@ def vocabulary(model_folder):
 def test_preempted_sequences_go_on_in_their_grammars(model_folder, vocabulary):
     """As they would with pages for all, and so does one without a grammar among them."""
     answers = []
-    for flags, preempted in (({}, False), ({"max_total_tokens": 96, "page_size": 4}, True)):
-        engine = Engine(ServerArgs(model_path=str(model_folder), **{**TINY, **flags}))
+    few = {"max_total_tokens": 96, "page_size": 4}
+    for flags, preempted, overlap in (({}, False, False), (few, True, False), (few, True, True)):
+        engine = Engine(ServerArgs(model_path=str(model_folder), **{**TINY, **flags}), overlap=overlap)
         engine.grammars.learn(vocabulary)
         for rid in range(4):
             engine.add(request(rid, "[a-f]{40}[0-9]{3}", max_new_tokens=50))
@@ -194,7 +195,7 @@ def test_preempted_sequences_go_on_in_their_grammars(model_folder, vocabulary):
         answers.append(drain(engine))
         assert (engine.statistics().preemptions > 0) == preempted
         assert engine.scheduler.cache.num_available == engine.pool.num_pages
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
     tokenizer = Tokenizer(model_folder)
     for rid in range(4):
         tokens, finish, _ = answers[0][str(rid)]

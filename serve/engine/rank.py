@@ -1,0 +1,172 @@
+"""A rank of an engine: what every one has, rank 0 and the others; and what it sets up in its process.
+
+What is asked for is looked at here: the model's configuration, device, dtypes, threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wave64
+from wave64 import quant
+from wave64.arch import EMULATED
+from wave64.distributed import Store
+from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.engine.memory import pool_pages
+from wave64.serve.engine.ranks import join, ranks_of, smallest
+from wave64.serve.engine.runner import Runner
+from wave64.serve.messages import BadRequest, SamplingParams, check_params
+from wave64.serve.model.config import DTYPES, ConfigError, ModelConfig
+from wave64.serve.model.load import Progress, load_model, refuse_unless_split
+from wave64.serve.model.parallel import ONE
+from wave64.serve.model_path import resolve_model_path
+
+log = logging.getLogger("wave64")
+
+SIOCGIFADDR = 0x8915  # ioctl: the address of a network interface
+ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+
+
+class Rank:
+    """What every rank of an engine has: a device, its part of the model, a KV pool, and the runner around them.
+
+    Raises as Engine does.
+    """
+
+    def __init__(self, args: ServerArgs, rank: int = 0, local_rank: int = 0, store: Store | None = None,
+                 say: Callable[[str, str], None] = lambda doing, device: None,
+                 progress: Progress | None = None) -> None:  # fmt: skip
+        """local_rank: the number of its device on this host. store: where the ranks meet. say: is told what comes next,
+        and the device. progress: as for load_model."""
+        folder = resolve_model_path(args.model_path, args.revision)
+        self.device = _device(args.device, args.base_gpu_id + local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams, graphs and launches are the current device's
+        self.backends = wave64.report(self.device.type)
+        if rank == 0:
+            log.info("what serves each operator:\n%s", wave64.table(self.backends))
+        self.config = _config(folder, args)
+        self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
+        say("joining the other ranks", str(self.device))
+        ranks = ONE if store is None else join(args, rank, store, self.device)
+        say("loading weights", str(self.device))
+        model = load_model(self.config, folder, self.dtype, self.device, args.load_format, ranks, progress)
+        say("allocating the KV pool", str(self.device))
+        kv_dtype = kv_dtype_of(args.kv_cache_dtype, self.dtype, self.device)
+        self.num_pages = smallest(pool_pages(args, self.config, kv_dtype, self.device, ranks), ranks, self.device)
+        self.max_running = min(-(-args.max_running_requests // args.groups), self.num_pages)
+        emulated = wave64.platform.emulated() is not None
+        self.is_gpu = self.device.type == "cuda" or emulated
+        # What ranks exchange over gloo, as emulated ones do, is no launch that a graph could hold.
+        capture = self.is_gpu and not args.disable_cuda_graph and not (emulated and args.tp_size > 1)
+        capture = capture and args.groups == 1  # groups would have to replay the same graph
+        self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
+                             self.max_running, capture, ranks=ranks)  # fmt: skip
+
+
+def _config(folder: Path, args: ServerArgs) -> ModelConfig:
+    """The model's configuration, with the context length that was asked for."""
+    config = ModelConfig.from_folder(folder, args.ignore_config_key)
+    if config.passed_by:
+        log.info("%s: not known and passed by: %s", folder / "config.json", ", ".join(config.passed_by))
+    if args.ignore_config_key:
+        log.info("ignored, as --ignore-config-key says: %s", ", ".join(args.ignore_config_key))
+    defaults: dict[str, Any] = config.sampling_defaults
+    try:
+        check_params(SamplingParams(**defaults))
+    except BadRequest as error:
+        raise ConfigError(f"{folder / 'generation_config.json'}: {error}") from None
+    if args.context_length is None:
+        return config
+    if args.context_length > config.context_length:
+        raise ArgsError(
+            f"--context-length: expected at most {config.context_length}, the model's own, got {args.context_length}"
+        )
+    return replace(config, context_length=args.context_length)
+
+
+def _device(name: str, number: int = 0) -> torch.device:
+    """Where tensors lie. An emulated device's lie on the CPU, inside `wave64.emulate`."""
+    emulated = wave64.platform.emulated()
+    if emulated is not None and name not in ("auto", emulated.arch.name):
+        raise ArgsError(f"--device: expected {emulated.arch.name}, inside wave64.emulate, got {name}")
+    if emulated is None and name in EMULATED:
+        raise ArgsError(f"--device: expected wave64.emulate({name!r}) around the engine, got {name} without")
+    if emulated is not None:
+        return torch.device("cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ArgsError("--device: cuda was asked for, and torch sees no GPU; use cpu, or see python -m wave64")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if number >= (count := torch.cuda.device_count()):
+        raise ArgsError(f"--tp-size: one GPU per rank is needed, and torch sees {count} on this host: no GPU {number}")
+    return torch.device("cuda", number)
+
+
+def kv_dtype_of(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys, values and latents are kept in. A CPU keeps OCP's FP8."""
+    if name == "auto":
+        return model_dtype
+    arch = wave64.platform.arch() if device.type == "cuda" or wave64.platform.emulated() else None
+    if arch and arch.fp8 is None:
+        raise ArgsError(f"--kv-cache-dtype: {arch.name} has no FP8, got {name}; use auto")
+    return quant.fp8_dtype()
+
+
+def refuse(args: ServerArgs) -> Path:
+    """Raises what Engine would raise later, where ranks are more than devices or cannot split the model; returns the
+    model's folder."""
+    folder = resolve_model_path(args.model_path, args.revision)
+    _device(args.device, args.base_gpu_id + args.tp_size // args.nnodes - 1)
+    config = _config(folder, args)
+    if config.moe is None and args.ep_size != 1 and args.groups == 1:
+        raise ArgsError(f"--ep-size: expected 1, for a model without experts, got {args.ep_size}")
+    refuse_unless_split(config, ranks_of(args, 0))
+    return folder
+
+
+def use_interface(address: str) -> None:
+    """Let gloo use the network interface that has this address: the host's own name may not resolve, or not to it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24]
+            except OSError:  # it has none
+                continue
+            if socket.inet_ntoa(found) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def emulation(args: ServerArgs) -> contextlib.AbstractContextManager[Any]:
+    """What a rank has to run within."""
+    return wave64.emulate(args.device) if args.device in EMULATED else contextlib.nullcontext()
+
+
+def set_threads(args: ServerArgs) -> Callable[[int], None]:
+    """Divide the CPUs among the ranks of this host; what is returned is to be called with the bytes of the weights, and
+    leaves a small model one thread."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return lambda weight_bytes: None
+    torch.set_num_threads(max(1, _usable_cpus() // (args.replicas * args.tp_size // args.nnodes)))
+    return lambda weight_bytes: torch.set_num_threads(1) if weight_bytes < ONE_THREAD_BYTES else None
+
+
+def _usable_cpus() -> int:
+    """CPUs this process may use: its affinity, and its container's quota, which torch does not look at."""
+    cpus = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists() and (limit := quota.read_text().split())[0] != "max":
+        cpus = min(cpus, max(1, int(limit[0]) // int(limit[1])))
+    return min(cpus, torch.get_num_threads())  # torch counts cores, not the two threads of each
