@@ -1,4 +1,5 @@
 """wave64: ROCm operators for LLM inference. `wave64.ops.<name>(...)` or `torch.ops.wave64.<name>(...)`.
+`wave64.Engine(model_path=...)` generates without a server.
 
 `import wave64` imports torch and registers the operators, in every process but the server's own two: the api process
 never needs torch, and the engine process sets its handlers first. There, the first use of an attribute does the same.
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from wave64 import ops, platform
     from wave64.backends import emulate, report, table, use
     from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op
+    from wave64.serve.http.offline import Engine as Engine
 
 __all__ = ["OPS", "BadArgument", "Case", "Cost", "NotSupported", "emulate", "op", "ops", "platform", "report", "table",
            "use"]
@@ -51,6 +53,10 @@ def _load() -> None:
 if not TYPE_CHECKING:  # a type checker would take any attribute for one that exists
 
     def __getattr__(name: str) -> object:
+        if name == "Engine":  # whose packages not everyone has installed
+            from wave64.serve.http.offline import Engine
+
+            return Engine
         if name.startswith("__") or _is_loaded:
             raise AttributeError(f"module 'wave64' has no attribute {name!r}")
         _load()

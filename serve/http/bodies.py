@@ -23,7 +23,7 @@ def parse(model: type[T], raw: bytes) -> T:
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
-        raise _in_words(error) from None
+        raise in_words(error) from None
 
 
 def _check_amounts(raw: bytes) -> None:
@@ -41,7 +41,7 @@ def _check_amounts(raw: bytes) -> None:
             raise ApiError(f"the body: expected at most {limit} {of}, got {got}", code="body_too_large", status=413)
 
 
-def _in_words(error: ValidationError) -> ApiError:
+def in_words(error: ValidationError) -> ApiError:
     """The fault that pydantic found deepest in the body; of a union's branches there, all in one sentence."""
     faults = [(_path(fault["loc"]), fault) for fault in error.errors(include_url=False)]
     path, first = max(faults, key=lambda found: len(found[0]))  # the first of the deepest
