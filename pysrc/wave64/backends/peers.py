@@ -41,8 +41,9 @@ PROTOCOLS = {LL: "LL", LL128: "LL128", ONE_SHOT: "one-shot", TWO_SHOT: "two-shot
 OPS = {1: "all_reduce", 2: "fused_all_reduce_rms_norm", 3: "all_gather", 4: "reduce_scatter"}
 #: ranks at most -> (bytes at most, protocol): the first row that fits. Larger messages are torch.distributed's.
 CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
-    2: ((1 << 16, LL), (1 << 30, LL)),
-    8: ((1 << 16, LL), (1 << 30, LL)),
+    2: ((32 << 10, LL), (1 << 20, LL128), (1 << 28, ONE_SHOT)),
+    4: ((32 << 10, LL), (512 << 10, LL128), (1 << 28, TWO_SHOT)),
+    8: ((16 << 10, LL), (256 << 10, LL128), (1 << 28, TWO_SHOT)),
 }
 
 

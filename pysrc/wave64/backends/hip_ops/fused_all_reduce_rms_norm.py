@@ -3,10 +3,17 @@ from torch import Tensor
 
 from wave64 import ops
 from wave64.backends import peers
-from wave64.backends.hip import bind, launch
+from wave64.backends.hip import bind, constants, launch
 
 
-@bind(ops.fused_all_reduce_rms_norm, supports=lambda x, residual, weight, eps, group: peers.too_large(group, x))
+def supports(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> str | None:
+    most = constants("fused_all_reduce_rms_norm").MAX_ROW_BYTES
+    if x.shape[1] * x.element_size() > most:
+        return f"rows of more than {most} bytes"
+    return peers.too_large(group, x)
+
+
+@bind(ops.fused_all_reduce_rms_norm, supports=supports)
 def fused_all_reduce_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> Tensor:
     ranks = peers.of(group)
     (num_tokens, hidden), out = x.shape, torch.empty_like(x)
