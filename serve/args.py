@@ -186,16 +186,20 @@ class ServerArgs:
 
     @classmethod
     def from_cli(cls, argv: Sequence[str] | None = None) -> "ServerArgs":
-        """Parse `argv` (sys.argv without it). A bad flag ends the process: one line on stderr, status 2."""
+        """Parse `argv` (sys.argv without it), which may begin with a model path. A bad flag ends the process: one line
+        on stderr, status 2."""
         parser = _parser()
+        argv = [*(sys.argv[1:] if argv is None else argv)]
+        if argv and not argv[0].startswith("-"):
+            argv.insert(0, "--model-path")
         namespace, unknown = parser.parse_known_args(argv)
         if unknown:
             parser.error("; ".join(_unknown(unknown)))
         given = vars(namespace)
-        for flag, (_, value) in ONLY.items():
+        for flag, (_, value, why) in ONLY.items():
             got = given.pop(name_of(flag))
             if got not in (None, value):
-                parser.error(f"{flag}: expected {value}, got {got}: every rank has all layers")
+                parser.error(f"{flag}: expected {value}, got {got}: {why}")
         for flag in WITHOUT_EFFECT:
             given.pop(name_of(flag))
         try:
@@ -231,8 +235,28 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--enable-metrics": (None, "/metrics is served in any case"),
     "--decode-log-interval": (int, "a busy engine logs its throughput every few seconds"),
 }
-#: Flags that are taken with one value.
-ONLY: dict[str, tuple[type, int]] = {"--pp-size": (int, 1)}
+#: Flags that are taken with one value -> (its type, the value, why).
+ONLY: dict[str, tuple[type, Any, str]] = {
+    "--pp-size": (int, 1, "every rank has all layers"),
+    "--grammar-backend": (str, "llguidance", "it says which tokens an answer in a prescribed form may go on with"),
+}
+_ADAPTERS, _DRAFTS = "adapters are not applied; merge them into the checkpoint", "no tokens are drafted"
+#: Flags that ask for what there is not -> why they are refused.
+REFUSED: dict[str, str] = {
+    "--quantization": "weights are served as the checkpoint has them, FP8 as its config.json says; quantize it first",
+    "--enable-lora": _ADAPTERS,
+    "--lora-paths": _ADAPTERS,
+    "--speculative-algorithm": _DRAFTS,
+    "--speculative-draft-model-path": _DRAFTS,
+    "--speculative-num-steps": _DRAFTS,
+    "--enable-hierarchical-cache": "the prefix cache is in device memory alone",
+    "--enable-deterministic-inference": "how sums are split depends on what else is in the batch",
+    "--disaggregation-mode": "an engine computes prompts and answers",
+    "--is-embedding": "models generate; they give no embeddings",
+    "--enable-multimodal": "messages are text",
+    "--moe-a2a-backend": "experts' tokens are gathered by every rank",
+    "--enable-priority-scheduling": "requests have no priorities",
+}
 
 
 def exit_unless_installed() -> None:
@@ -294,7 +318,7 @@ def _unknown(words: list[str]) -> list[str]:
             name = word.split("=")[0]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see --help for those it has"
-            said.append(f"{name}: wave64 has no such flag; {hint}")
+            said.append(f"{name}: {REFUSED.get(name, f'wave64 has no such flag; {hint}')}")
         elif i == 0 or not words[i - 1].startswith("-") or "=" in words[i - 1]:
             said.append(f"expected a flag, got {word!r}")
     return said

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import flags_table
 import pytest
 
-from wave64.serve.args import ONLY, WITHOUT_EFFECT, ArgsError, ServerArgs, flag_of, without_effect
+from wave64.serve.args import ONLY, REFUSED, WITHOUT_EFFECT, ArgsError, ServerArgs, flag_of, without_effect
 
 
 def test_defaults_are_the_same_in_python_and_on_the_command_line():
@@ -42,10 +43,12 @@ def test_every_flag_sets_its_field():
         (["--mem-fraction-static", "1.5"], "--mem-fraction-static: expected more than 0 and less than 1, got 1.5"),
         (["--chunked-prefill-size", "-2"], "--chunked-prefill-size: expected at least 1, got -2"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        (["--enable-lora"], "--enable-lora: wave64 has no such flag; see --help"),
-        (["--quantization", "fp8"], "--quantization: wave64 has no such flag"),
+        (["--enable-lorax"], "--enable-lorax: wave64 has no such flag; see --help"),
+        (["--enable-lora"], "--enable-lora: adapters are not applied; merge them"),
+        (["--quantization", "fp8"], "--quantization: weights are served as the checkpoint has them"),
         (["--lora-paths", "a", "--tp=1", "--quantizaton=fp8"],
-         "--lora-paths: wave64 has no such flag; did you mean --model-path?; --quantizaton: wave64 has no such flag"),
+         "merge them into the checkpoint; --quantizaton: wave64 has no such flag"),
+        (["--grammar-backend", "outlines"], "--grammar-backend: expected llguidance, got outlines: it says"),
         (["--pp-size", "2"], "--pp-size: expected 1, got 2: every rank has all layers"),
         (["--nnodes", "2"], "--nnodes: expected a divisor of --tp-size, 1, got 2"),
         (["--nnodes", "2", "--tp", "2"], "--dist-init-addr: expected host:port of host 0, where the ranks meet, got"),
@@ -54,7 +57,7 @@ def test_every_flag_sets_its_field():
         (["--base-gpu-id", "-1"], "--base-gpu-id: expected at least 0, got -1"),
         (["--schedule-conservativeness", "much"], "--schedule-conservativeness: invalid float value: 'much'"),
         (["--context-len", "5"], "--context-len: wave64 has no such flag; did you mean --context-length?"),
-        (["demo-llama"], "expected a flag, got 'demo-llama'"),
+        (["--tp", "1", "demo-llama"], "expected a flag, got 'demo-llama'"),
     ],
 )
 def test_a_bad_flag_is_one_line(argv, words, capsys):
@@ -83,14 +86,24 @@ def test_flags_of_recipes_that_change_nothing_are_taken_and_named():
 
 @pytest.mark.parametrize("flag", [*WITHOUT_EFFECT, *ONLY])
 def test_each_of_them_is_taken(flag):
-    kind = WITHOUT_EFFECT[flag][0] if flag in WITHOUT_EFFECT else int
+    kind = WITHOUT_EFFECT[flag][0] if flag in WITHOUT_EFFECT else ONLY[flag][0]
     value = [] if kind is None else [str(ONLY[flag][1] if flag in ONLY else 3)]
     assert ServerArgs.from_cli([flag, *value]) == ServerArgs()
 
 
 def test_no_flag_is_both_ours_and_without_effect():
     ours = {flag for item in dataclasses.fields(ServerArgs) for flag in (flag_of(item.name), *item.metadata["aliases"])}
-    assert not ours & {*WITHOUT_EFFECT, *ONLY}
+    assert not ours & {*WITHOUT_EFFECT, *ONLY, *REFUSED}
+    assert len({*WITHOUT_EFFECT, *ONLY, *REFUSED}) == len(WITHOUT_EFFECT) + len(ONLY) + len(REFUSED)
+
+
+def test_a_model_path_may_come_first():
+    assert ServerArgs.from_cli(["demo-deepseek", "--port", "7"]) == ServerArgs(model_path="demo-deepseek", port=7)
+
+
+def test_the_table_of_flags_is_that_of_the_code():
+    """Renew it by `python tests/serve/flags_table.py`."""
+    assert flags_table.FILE.read_text() == flags_table.text()
 
 
 def test_a_repeatable_flag_keeps_all_its_values():
