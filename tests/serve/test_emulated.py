@@ -21,7 +21,7 @@ from wave64.serve.model_path import resolve_model_path
 PROMPTS = ["Four score and", "Four", "we here highly resolve that"]
 FLAGS = ("--max-total-tokens", "512", "--max-running-requests", "4", "--skip-server-warmup")
 PENALTIES = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
-TP2 = ("--tp-size", "2")  # without graphs: what emulated ranks exchange is no launch
+TP2 = ("--tp-size", "2")  # without graphs
 FP8_CACHE = ("--kv-cache-dtype", "fp8_e4m3")
 
 #: name -> (model, prompts asked at once, flags, fields of each request)
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, list[str], tuple[str, ...], dict[str, Any]]] = {
     "llama-penalties": ("demo-llama", PROMPTS, (), PENALTIES),
     "llama-eager": ("demo-llama", PROMPTS, ("--disable-cuda-graph",), {}),
     "llama-drawn": ("demo-llama", PROMPTS, (), {"temperature": 0.1, "top_p": 0.9}),  # where others have no chance
-    "llama-tp2": ("demo-llama", PROMPTS, TP2, {}),
+    "llama-tp2": ("demo-llama", PROMPTS[:1], TP2, {}),
     "deepseek": ("demo-deepseek", PROMPTS, (), {}),
     "deepseek-chunks": ("demo-deepseek", PROMPTS, ("--chunked-prefill-size", "3"), {}),
     "deepseek-preempted": ("demo-deepseek", PROMPTS[:2] * 2, ("--max-total-tokens", "40", "--page-size", "4"), {}),
@@ -39,8 +39,8 @@ CASES: dict[str, tuple[str, list[str], tuple[str, ...], dict[str, Any]]] = {
     "deepseek-fp8-everything": ("demo-deepseek-fp8", PROMPTS[:1], (*FP8_CACHE, "--chunked-prefill-size", "3"), {}),
 }
 pytestmark = pytest.mark.slow
-#: What the suite runs: one model on each architecture.
-SHORT = [("llama", "gfx950"), ("deepseek-fp8-everything", "gfx942")]
+#: What the suite runs: one model on each architecture, and two devices that reach each other's memory.
+SHORT = [("llama", "gfx950"), ("deepseek-fp8-everything", "gfx942"), ("llama-tp2", "gfx942")]
 
 
 def tokens_on_cpu(model: str, prompts: list[str], flags: tuple[str, ...], fields: dict[str, Any],
@@ -87,6 +87,9 @@ def test_a_model_says_on_the_device_what_it_says_on_a_cpu(case, arch, count, tmp
     bound = {row["op"]: row["backend"] for row in health["backends"] if row["status"] == "bound"}
     assert bound["rms_norm"] == bound["reshape_and_cache"] == "hip"
     assert bound["prefill_attention"] == bound["fused_moe"] == "triton"
+    assert ("group world: 2 ranks reach each other's memory" in log) == (flags == TP2)
+    assert bound["all_reduce"] == "hip"
+    assert not re.search(r"(all_\w+|reduce_scatter): backend hip declines", log), log
     assert ("decode graphs: 3 batch sizes up to 4" in log) == (flags not in (TP2, ("--disable-cuda-graph",)))
     assert log.count("what torch itself would compute there") == 1
 
