@@ -25,21 +25,40 @@ class Crossing:
         """The arrays, as tensors on the device."""
         if self._side is None:
             return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
-        offsets, end = [], 0
-        for array in arrays.values():
-            offsets.append(end)
-            end += -(-array.nbytes // ALIGN) * ALIGN
-        pinned = torch.empty(end, dtype=torch.uint8, pin_memory=True)
-        memory = pinned.numpy()
-        for offset, array in zip(offsets, arrays.values(), strict=True):
-            memory[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        pinned = torch.empty(packed_size(arrays), dtype=torch.uint8, pin_memory=True)
+        pack(arrays, pinned.numpy())
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._side):
             there = pinned.to(self._device, non_blocking=True)
         computing.wait_stream(self._side)
         there.record_stream(computing)
-        return {name: there[offset : offset + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
-                for (name, array), offset in zip(arrays.items(), offsets, strict=True)}
+        return unpack(arrays, there)
+
+
+def packed_size(arrays: dict[str, NDArray]) -> int:
+    """Bytes that they take one behind the other, a few at least."""
+    return max(ALIGN, sum(_aligned(array) for array in arrays.values()))
+
+
+def pack(arrays: dict[str, NDArray], memory: NDArray[np.uint8]) -> None:
+    """Copy them into `memory` one behind the other."""
+    end = 0
+    for array in arrays.values():
+        memory[end : end + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        end += _aligned(array)
+
+
+def unpack(arrays: dict[str, NDArray], memory: Tensor) -> dict[str, Tensor]:
+    """Each as a view of bytes that pack() has filled."""
+    views, end = {}, 0
+    for name, array in arrays.items():
+        views[name] = memory[end : end + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
+        end += _aligned(array)
+    return views
+
+
+def _aligned(array: NDArray) -> int:
+    return -(-array.nbytes // ALIGN) * ALIGN
 
 
 _DTYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32, "uint8": torch.uint8}

@@ -1,0 +1,225 @@
+"""What a step of the engine costs beyond the device's work, where steps overlap and in the plain loop, in one run.
+
+    python tests/bench/engine_steps.py decode [--batch 1 64 256] [--context 1100] [--out FILE.json]
+    python tests/bench/engine_steps.py chats                      # turns of chats, with the prefix cache and without
+    python tests/bench/engine_steps.py host [--batch 256]         # any machine: scheduling, committing, a step's arrays
+
+decode: an engine with random weights in the shape of Llama-3.1-8B, bf16, decodes greedily behind so many tokens. Both
+loops say the same tokens, else there is no row. `step` is the mean time between two steps' results, with scheduling,
+sampling and hand-over; `busy` the time that the device computes or copies in a step, from a profile of further steps of
+the same batch; `idle` what is left. chats: prompt tokens per second, over turns that each add new tokens to a chat.
+`--tiny` takes a small model and works on a CPU: it is there to test this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks_serving import MODELS, TINY
+
+from wave64.serve.args import ServerArgs
+from wave64.serve.engine.engine import Engine
+from wave64.serve.engine.pages import PagePool
+from wave64.serve.engine.runner import Runner
+from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled
+from wave64.serve.engine.scheduler import Scheduler, Sequence
+from wave64.serve.messages import Request, SamplingParams
+from wave64.serve.model.config import ModelConfig
+
+MODEL = "llama-8b"
+WARM, CHECKED = 8, 24  # steps before the clock starts; tokens of each sequence that both loops have to agree on
+
+
+def engine_of(folder: Path, options: argparse.Namespace, **flags: Any) -> Engine:
+    (folder / "config.json").write_text(json.dumps((TINY if options.tiny else MODELS)[MODEL]))
+    tokens = max(options.batch) * (options.context + options.steps + options.profiled + CHECKED + 64)
+    given = dict(model_path=str(folder), load_format="dummy", device="cpu" if options.tiny else "cuda",
+                 max_total_tokens=tokens, max_running_requests=max(options.batch)) | flags
+    return Engine(ServerArgs(**given))
+
+
+def requests(options: argparse.Namespace, batch: int, vocab: int, count: int) -> Iterator[Request]:
+    """Prompts drawn for this batch; nothing that ends them but `count`."""
+    drawn = random.Random(batch)
+    for number in range(batch):
+        ids = [drawn.randrange(4, vocab) for _ in range(options.context)]
+        yield Request(f"{number}", ids, SamplingParams(max_new_tokens=count, temperature=0, ignore_eos=True))
+
+
+def start(engine: Engine, asked: Iterator[Request]) -> dict[str, list[int]]:
+    """Run until all decode; the tokens so far."""
+    tokens: dict[str, list[int]] = {}
+    for each in asked:
+        engine.add(each)
+        tokens[each.rid] = []
+    while not all(tokens.values()):
+        step(engine, tokens)
+    return tokens
+
+
+def step(engine: Engine, tokens: dict[str, list[int]]) -> None:
+    for output in engine.step():
+        if output.error:
+            raise RuntimeError(output.error)
+        tokens[output.rid] += output.token_ids
+
+
+def end(engine: Engine, tokens: dict[str, list[int]]) -> None:
+    for rid in tokens:
+        engine.abort(rid)
+    while engine.has_work:
+        engine.step()
+    engine.flush()
+
+
+def busy_ms(engine: Engine, tokens: dict[str, list[int]], count: int) -> float:
+    """Milliseconds in which the device does something, per step, from a profile of `count` steps; nan without one."""
+    if engine.device.type != "cuda":
+        return float("nan")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(count):
+            step(engine, tokens)
+        torch.cuda.synchronize()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns())
+                   for event in profile.profiler.kineto_results.events()
+                   if event.device_type() == torch.autograd.DeviceType.CUDA)
+    busy, reached = 0, 0
+    for first, last in spans:
+        busy += max(0, last - max(first, reached))
+        reached = max(reached, last)
+    return busy / 1e6 / count
+
+
+def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_of(Path(folder), options, disable_radix_cache=True)
+        for batch in options.batch:
+            said, found = {}, {}
+            for overlaps in (False, True):
+                engine.overlaps = overlaps
+                count = max(CHECKED, WARM + options.steps + options.profiled) + 4
+                tokens = start(engine, requests(options, batch, engine.config.vocab_size, count))
+                for _ in range(WARM):
+                    step(engine, tokens)
+                times = []
+                for _ in range(options.steps):
+                    began = time.perf_counter()
+                    step(engine, tokens)
+                    times.append(1e3 * (time.perf_counter() - began))
+                mean = statistics.mean(times)
+                busy = busy_ms(engine, tokens, options.profiled)
+                said[overlaps] = {rid: ids[:CHECKED] for rid, ids in tokens.items()}
+                found[overlaps] = dict(step_ms=mean, worst_ms=max(times), busy_ms=busy, idle_ms=mean - busy)
+                end(engine, tokens)
+            for overlaps, numbers in found.items():
+                right = said[False] == said[True]
+                rows.append(dict(batch=batch, loop="overlap" if overlaps else "plain", same_tokens=right)
+                            | (numbers if right else {}))
+                print(line(rows[-1]), flush=True)
+    return rows
+
+
+def chats(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """`chats` chats of `turns` turns, `new` more tokens in each, one token out."""
+    count, turns, new = (3, 3, 40) if options.tiny else (64, 8, 1000)
+    options.batch, options.context = [count], turns * (new + 2)
+    rows = []
+    for without in (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            engine, drawn = engine_of(Path(folder), options, disable_radix_cache=without), random.Random(1)
+            texts: dict[str, list[int]] = {f"{i}": [] for i in range(count)}
+            total, seconds = 0, 0.0
+            for _ in range(turns):
+                for rid, text in texts.items():
+                    text += [drawn.randrange(4, engine.config.vocab_size) for _ in range(new)]
+                    total += len(text)
+                    engine.add(Request(rid, list(text), SamplingParams(max_new_tokens=1, temperature=0,
+                                                                       ignore_eos=True)))  # fmt: skip
+                began = time.perf_counter()
+                while engine.has_work:
+                    step(engine, texts)
+                seconds += time.perf_counter() - began
+            cached = engine.statistics().cached_tokens
+            del engine
+            gc.collect()
+            torch.cuda.empty_cache()
+        rows.append(dict(prefix_cache=not without, prompt_tokens=total, cached=cached, tokens_per_s=total / seconds))
+        print(line(rows[-1]), flush=True)
+    return rows
+
+
+def host(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds of the host's part of a decode step, the best of many: nothing here touches a device."""
+    rows, folder = [], Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(json.dumps(TINY[MODEL] | dict(max_position_embeddings=8192)))
+    config = ModelConfig.from_folder(folder)
+    for batch in options.batch:
+        pages = -(-(options.context + 400) // 16) * batch
+        scheduler = Scheduler(PagePool(pages, 16), batch, 1 << 20)
+        runner = Runner(torch.nn.Linear(1, 1), config, torch.float32, torch.device("cpu"), pages, 16, batch, False)
+        for each in requests(options, batch, 256, 400):
+            scheduler.add(Sequence(each, frozenset([2]), random.Random(0)))
+        scheduler.schedule()
+        answer = Sampled([5] * batch, [None] * batch)
+        scheduler.sampling()
+        best = dict.fromkeys(("schedule", "batch", "commit", "sampling"), float("inf"))
+        for _ in range(200):
+            marks = [time.perf_counter()]
+            schedule = scheduler.schedule()
+            assert schedule.tokens[0] == LAST_SAMPLED
+            marks.append(time.perf_counter())
+            runner._inputs(schedule)
+            marks.append(time.perf_counter())
+            scheduler.commit(answer)
+            marks.append(time.perf_counter())
+            scheduler.sampling()
+            marks.append(time.perf_counter())
+            for name, first, last in zip(best, marks[:-1], marks[1:], strict=True):
+                best[name] = min(best[name], 1e3 * (last - first))
+        rows.append(dict(batch=batch) | {f"{name}_ms": value for name, value in best.items()})
+        print(line(rows[-1]), flush=True)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in row.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["decode", "chats", "host"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--context", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=100, help="that are timed (default: %(default)s)")
+    parser.add_argument("--profiled", type=int, default=10, help="further ones (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(argv)
+    if options.tiny:
+        options.batch, options.context, options.steps, options.profiled = [1, 3], 20, 20, 1
+    gc.freeze()  # as a server does
+    rows = {"decode": decode, "chats": chats, "host": host}[options.what](options)
+    gc.unfreeze()
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(not all(row.get("same_tokens", True) for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
