@@ -18,7 +18,8 @@ make no view equal to another. Nothing is ever late for the wave that stored it.
 gfx942"; AMD's MI300 ISA manual, chapter 9.)
 
 A store arrives in pieces: of a line that one instruction writes whole, its 128 bytes at once, of others aligned 8
-bytes. (The first is what LL128 protocols rest on, RCCL's too, on gfx942 within a node.)
+bytes. The first is what LL128 protocols rest on, RCCL's too, on gfx942 within a node; without `whole_lines` it is not
+so.
 
 When what need not happen happens is drawn: stores on their way arrive in any order, lines are written back or dropped,
 or, in most schedules, not until something asks for it. So a protocol that owes something to this model is seen to fail
@@ -40,7 +41,7 @@ from wave64.testing.emulator.memory import Buffer
 LINE = 128   # bytes of a line
 DIES = 8     # of a device: workgroups go to them in turn
 PIECE = 8    # bytes of a store that are never torn
-TORN = 1 / 4  # of stores of several pieces, those that arrive in two parts
+TORN = 1 / 2  # of stores of several pieces, those that arrive in two parts
 LAZY = 0.98  # of schedules, those in which nothing happens before it must
 NOWHERE = np.zeros(0, np.int64)
 SYSTEM, DEVICE, DIE = "system", "device", "die"
@@ -159,7 +160,9 @@ class Wave:
 class World:
     """The views of all devices, and what is on its way. `now` is the wave whose turn it is."""
 
-    def __init__(self, places: Iterable[Buffer], order: random.Random, show: Callable[[str], None] | None = None):
+    def __init__(self, places: Iterable[Buffer], order: random.Random, show: Callable[[str], None] | None = None,
+                 whole_lines: bool = True):
+        self.whole_lines = whole_lines
         self.order, self.lazy, self.show = order, order.random() < LAZY, show
         self.places = sorted((p for p in places if p.size), key=lambda p: p.start)
         self.starts = np.array([p.start for p in self.places], np.int64)
@@ -346,15 +349,17 @@ class World:
         wave.under_way.remove(entry)
 
     def _arriving(self, at: np.ndarray) -> np.ndarray:
-        """Which bytes of a store arrive: all, or those of some of its pieces."""
+        """Which bytes of a store arrive: all, or all pieces but one, or one, or those before some address."""
         everything = np.ones(len(at), bool)
         if len(at) <= PIECE or self.order.random() >= TORN:
             return everything
         _, line, sizes = np.unique(at // LINE, return_inverse=True, return_counts=True)
-        pieces, piece = np.unique(np.where(sizes[line] == LINE, at // LINE * LINE, at // PIECE * PIECE),
-                                  return_inverse=True)
-        some = np.array([self.order.randrange(2) for _ in pieces], bool)[piece]
-        return some if some.any() else everything
+        pieces, piece = np.unique(np.where((sizes[line] == LINE) & self.whole_lines, at // LINE * LINE,
+                                           at // PIECE * PIECE), return_inverse=True)
+        if len(pieces) == 1:
+            return everything
+        one, late = piece == self.order.randrange(len(pieces)), self.order.random()
+        return ~one if late < 1 / 2 else one if late < 3 / 4 else piece < self.order.randrange(1, len(pieces))
 
     def wait(self, wave: Wave, count: int) -> bool:
         """For all but the last `count` accesses that the wave issued; False: not yet, one more store has arrived, which
