@@ -32,6 +32,32 @@ Known = Callable[[int], list[np.ndarray]]
 Follow = Callable[[Known], list[tuple[int, np.ndarray, np.ndarray | None]]]
 
 
+def inline_constant(code: int, kind: str) -> Any:
+    """A constant that a source operand's code stands for, but literals, as a NumPy scalar of `kind`."""
+    dtype, size = KINDS[kind], SIZES[kind]
+    if code in APERTURES and size == 8:
+        return np.uint64(APERTURES[code]).view(dtype)
+    if code in CONSTANTS:
+        if kind in "wus" and size == 2:
+            return np.float16(CONSTANTS[code]).view(dtype)
+        real = {2: np.float16, 4: np.float32, 8: np.float64}[size]
+        return real(CONSTANTS[code]).view(dtype)
+    if not 128 <= code <= 208:
+        raise NotImplementedError(f"source operand {code}")
+    value = code - 128 if code <= 192 else 192 - code
+    return np.dtype(f"i{size}").type(value).view(dtype)
+
+
+def literal_constant(value: int, kind: str) -> Any:
+    """The 32 bits behind an instruction, as a NumPy scalar of `kind`."""
+    dtype, size = KINDS[kind], SIZES[kind]
+    if kind == "d":
+        return np.uint64(value << 32).view(np.float64)
+    if kind == "I":
+        return np.int64(value - (value >> 31 << 32))
+    return np.dtype(f"u{size}").type(value & (1 << 8 * size) - 1).view(dtype)
+
+
 class Binding:
     """What a form needs to make an instruction callable."""
 
@@ -130,26 +156,7 @@ class Binding:
 
     def constant(self, code: int, kind: str) -> Any:
         """An inline constant or literal, as a NumPy scalar of `kind`."""
-        dtype, size = KINDS[kind], SIZES[kind]
-        if code == LITERAL:
-            value = self.literal()
-            if kind == "d":
-                return np.uint64(value << 32).view(np.float64)
-            if kind == "I":
-                return np.int64(value - (value >> 31 << 32))
-            unsigned = np.dtype(f"u{size}").type(value & (1 << 8 * size) - 1)
-            return unsigned.view(dtype)
-        if code in APERTURES and size == 8:
-            return np.uint64(APERTURES[code]).view(dtype)
-        if code in CONSTANTS:
-            if kind in "wus" and size == 2:
-                return np.float16(CONSTANTS[code]).view(dtype)
-            real = {2: np.float16, 4: np.float32, 8: np.float64}[size]
-            return real(CONSTANTS[code]).view(dtype)
-        if not 128 <= code <= 208:
-            raise NotImplementedError(f"source operand {code}")
-        value = code - 128 if code <= 192 else 192 - code
-        return np.dtype(f"i{size}").type(value).view(dtype)
+        return literal_constant(self.literal(), kind) if code == LITERAL else inline_constant(code, kind)
 
     def _scalar_column(self, code: int, kind: str, high: bool) -> Source:
         party, dtype, size = self.party, KINDS[kind], SIZES[kind]

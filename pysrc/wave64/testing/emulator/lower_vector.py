@@ -156,7 +156,7 @@ def _half(low: Lowered, i: int, kind: str, high_result: bool) -> None:
             raise Unknown
         low.source(code + (high if code >= VGPR0 or code < 128 else 0), "f", NEGATE * negative)
     elif 128 <= code <= 248:
-        word = int(packed._half_of_constant(low, code, kind, bool(high))().view(np.uint16)[0, 0])  # type: ignore
+        word = packed.half_of_constant(code, kind, bool(high))
         low.src.append((CONSTANT, NEGATE * negative, 0, 0, 0, 0, 0, word, 0))
     else:
         low.source(code, "w" if kind == "b" else kind, NEGATE * negative | HIGH * high)

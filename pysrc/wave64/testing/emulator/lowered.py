@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from wave64.testing.emulator.binding import BITWISE, DENORMALS_MATTER, FLOATS, SIZES, Binding
+from wave64.testing.emulator.binding import BITWISE, DENORMALS_MATTER, FLOATS, SIZES, inline_constant, literal_constant
 from wave64.testing.emulator.code_object import Kernel
 from wave64.testing.emulator.decode import EXEC, EXECZ, LITERAL, M0, SCC, VCCZ, VGPR0, Instruction
 from wave64.testing.emulator.waits import Waits
@@ -36,7 +36,7 @@ class Unknown(Exception):
 
 @functools.cache
 def _inline(code: int, kind: str) -> int:
-    return int(_bits(Binding.constant(None, code, kind)))  # type: ignore[arg-type]  # only literals need a binding
+    return _bits(inline_constant(code, kind))
 
 
 def _bits(value: np.generic) -> int:
@@ -105,12 +105,10 @@ class Lowered:
             raise Unknown
         return self.canonical if kind == "f" else 0
 
-    constant = Binding.constant
-
     def _constant(self, code: int, kind: str, modifiers: int, select: tuple) -> tuple:
         size = SIZES[kind]
         if code == LITERAL:
-            value = _bits(self.constant(code, kind))
+            value = _bits(literal_constant(self.literal(), kind))
             if modifiers & HIGH and size == 2:
                 value = self.literal() >> 16
         elif code in (*range(128, 209), *range(240, 249)):

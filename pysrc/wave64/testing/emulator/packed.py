@@ -8,7 +8,7 @@ import numpy as np
 
 from wave64.testing.emulator import arithmetic as ar
 from wave64.testing.emulator import bits
-from wave64.testing.emulator.binding import FLOATS, KINDS, Binding, Source
+from wave64.testing.emulator.binding import FLOATS, KINDS, Binding, Source, inline_constant
 from wave64.testing.emulator.decode import VGPR0
 
 F16, F32, U16, U32, U64 = np.float16, np.float32, np.uint16, np.uint32, np.uint64
@@ -29,7 +29,7 @@ def _halves(b: Binding, kind: str, high_result: bool, count: int) -> list[Source
         if kind == "f":
             get = _word(b, code, high)
         elif 128 <= code <= 248:
-            get = _half_of_constant(b, code, kind, high)
+            get = _always(np.array([[half_of_constant(code, kind, high)]], U16).view(KINDS["w" if kind == "b" else kind]))
         else:
             get = b.source(code, "w" if kind == "b" else kind, high=high)
         if negative and kind not in FLOATS:
@@ -39,20 +39,22 @@ def _halves(b: Binding, kind: str, high_result: bool, count: int) -> list[Source
     return gets
 
 
-def _half_of_constant(b: Binding, code: int, kind: str, high: bool) -> Source:
-    """Of an inline constant, which is 32 bits wide (so says LLVM's getInlineEncodingV216 of hardware, and calls AMD's
-    manual misleading): integers are extended by their sign; a float is of the operand's format in the low half, zero in
-    the high one; where integers are wanted it is fp32."""
+def _always(value: np.ndarray) -> Source:
+    return lambda: value
+
+
+def half_of_constant(code: int, kind: str, high: bool) -> int:
+    """The bits of half an inline constant, which is 32 bits wide (so says LLVM's getInlineEncodingV216 of hardware, and
+    calls AMD's manual misleading): integers are extended by their sign; a float is of the operand's format in the low
+    half, zero in the high one; where integers are wanted it is fp32."""
     if code <= 208:
-        word = b.constant(code, "u")
+        word = inline_constant(code, "u")
     elif kind == "h":
-        word = U32(b.constant(code, "w"))
+        word = U32(inline_constant(code, "w"))
     else:
-        word = b.constant(code, "f").view(U32)
+        word = inline_constant(code, "f").view(U32)
         word = word >> U32(16) if kind == "b" else word
-    half = np.full((1, 1), U16(word >> U32(16) if high else word & U32(0xFFFF)))
-    half = half.view(KINDS["w" if kind == "b" else kind])
-    return lambda: half
+    return int(word >> U32(16) if high else word & U32(0xFFFF))
 
 
 def _word(b: Binding, code: int, high: bool, kind: str = "f") -> Source:

@@ -129,6 +129,10 @@ static int store_all(Core* c, const Op* o, int space) {
 
 // ---- global and flat; scratch
 
+// the immediate, and the scalar operand that is added to it
+static i64 scalar_offset(const Core* c, const Op* o, i64 w) {
+    return o->imm + (o->src[1].kind == NONE ? 0 : (i64)(u32)scalar_bits(c, o->src + 1, w, 4));
+}
 static int global_addresses(Core* c, const Op* o, int writes) {
     i64 offset = o->imm;
     WAVES {
@@ -155,7 +159,7 @@ static int scratch_addresses(Core* c, const Op* o, int writes) {
     i64 width = o->more & 31;
     WAVES {
         u64 *to = c->addresses + p * LANES, exec = exec_of(c, w);
-        i64 base = o->imm + (o->src[1].kind == NONE ? 0 : (i64)(u32)scalar_bits(c, o->src + 1, w, 4));
+        i64 base = scalar_offset(c, o, w);
         const u32* lanes = o->src[0].kind == NONE ? NULL : vector(c, o->src[0].reg, w);
         for (int i = 0; i < LANES; i++) {
             i64 at = base + (lanes ? lanes[i] : 0);
@@ -181,9 +185,6 @@ int scratch_store(Core* c, const Op* o) { return scratch_addresses(c, o, 1) == O
 
 // ---- scalar loads
 
-static i64 scalar_offset(Core* c, const Op* o, i64 w) {
-    return o->imm + (o->src[1].kind == NONE ? 0 : (i64)(u32)scalar_bits(c, o->src + 1, w, 4));
-}
 int scalar_load(Core* c, const Op* o) {
     u32 words = o->more;
     WAVES {
