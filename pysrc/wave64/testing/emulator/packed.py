@@ -29,7 +29,8 @@ def _halves(b: Binding, kind: str, high_result: bool, count: int) -> list[Source
         if kind == "f":
             get = _word(b, code, high)
         elif 128 <= code <= 248:
-            get = _always(np.array([[half_of_constant(code, kind, high)]], U16).view(KINDS["w" if kind == "b" else kind]))
+            half = np.array([[half_of_constant(code, kind, high)]], U16)
+            get = _always(half.view(KINDS["w" if kind == "b" else kind]))
         else:
             get = b.source(code, "w" if kind == "b" else kind, high=high)
         if negative and kind not in FLOATS:
