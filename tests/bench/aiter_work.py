@@ -22,7 +22,7 @@ from wave64.testing.cost import times_us, waves_per_simd
 from wave64.testing.emulator import checks as checks_
 from wave64.testing.emulator import code_object
 from wave64.testing.emulator.binding import Binding
-from wave64.testing.emulator.cost import Counting, Usage, counting
+from wave64.testing.emulator.cost import Counting, Usage
 from wave64.testing.emulator.jit import emulate_triton
 from wave64.testing.emulator.machine import ENDED, READY, Machine, progressions
 from wave64.testing.emulator.memory import Buffer, EmulationError
@@ -196,28 +196,29 @@ def theirs(work: Work, code: bytes, strict: bool = True) -> Row:
             execute(recorded, launch.arrays.buffers(beyond), checks=checks)
 
         found = findings(run) if strict else []
-        counter = counting_instructions()
+        counter = counting()
         launch, recorded = made()
         in_turn(recorded, launch.arrays.buffers(BEYOND), (counter,))
     return Row("AITER", kernel, sum(counter.executed.values()), counter.usages, launch.error(), found)
 
 
-def counting_instructions() -> type[Counting]:
-    """What counts usages, and in `executed` a kernel's wave instructions."""
-    base = counting()
+class Instructions(Counting):
+    """Counts usages, and in `executed` the wave instructions of each kernel. `counting()` makes one for a run."""
 
-    class Instructions(base):
-        executed: ClassVar[dict[str, int]] = {}
+    executed: ClassVar[dict[str, int]]
 
-        def wrap(self, b: Binding, execute: Callable) -> Callable:
-            inner, name, count = super().wrap(b, execute), self.machine.kernel.name, b.party.count
-            self.executed.setdefault(name, 0)
+    def wrap(self, b: Binding, execute: Callable) -> Callable:
+        inner, name, count = super().wrap(b, execute), self.machine.kernel.name, b.party.count
+        self.executed.setdefault(name, 0)
 
-            def counted() -> object:
-                self.executed[name] += count
-                return inner()
-            return counted
-    return Instructions
+        def counted() -> object:
+            self.executed[name] += count
+            return inner()
+        return counted
+
+
+def counting() -> type[Instructions]:
+    return type("Counting", (Instructions,), {"usages": {}, "variants": {}, "executed": {}})
 
 
 def findings(run: Callable) -> list[str]:
@@ -238,7 +239,7 @@ def findings(run: Callable) -> list[str]:
 
 def ours(work: Work, arch: str) -> Row:
     """Our kernels on the same work, by the backend that serves there."""
-    op, counter = OPS[work.ours.op], counting_instructions()
+    op, counter = OPS[work.ours.op], counting()
     with platform.target(arch):
         args = contract.draw(Case(work.what, work.ours.make), "cpu", 0)
         serves = [name for name in ("hip", "triton") if name in op.backends and not (
