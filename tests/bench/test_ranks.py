@@ -1,6 +1,7 @@
 """The harness of several GPUs, on emulated ones."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,4 +23,5 @@ def test_a_dry_run_checks_every_collective_and_says_what_fails(tmp_path):
         **dict.fromkeys(["all_gather", "reduce_scatter", "fused_all_reduce_rms_norm"], 6)}
     assert (parts["many"]["all-reduces"], parts["many"]["wrong elements"]) == (12, 0)
     assert parts["speed"]["8192"]["wave instructions, waits included"] > 0
+    assert re.match("rank 0 waited 1 s for rank 1 of group world in all_reduce, round", parts["wait"]["said"])
     assert all(part in done.stdout for part in parts)

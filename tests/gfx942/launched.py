@@ -26,8 +26,8 @@ SMALL_BYTES = 2 * 1024 * 1024
 
 
 def small_cases(backend: str) -> list[tuple[Op, Case]]:
-    """Those that the emulator's tests hold to the contract: of every operator that has the backend, without collectives,
-    which several ranks run side by side (test_collectives.py)."""
+    """Those that the emulator's tests hold to the contract: of every operator that has the backend, but collectives,
+    which ranks run side by side (test_collectives.py)."""
     return [(op, case) for op in OPS.values() if backend in op.backends and "group" not in op.signature.parameters
             for case in op.cases() if not case.large]
 

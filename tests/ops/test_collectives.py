@@ -71,7 +71,7 @@ def test_every_rank_says_why_torch_serves(said):
 
 def test_who_waited_for_whom_is_said(said):
     assert [of(rank, "waited")[0]["waited"] for rank in said] == [
-        f"rank {rank} waited 60 s for rank {1 - rank} of group world in all_gather, round 17 of block 2"
+        f"rank {rank} waited 300 s for rank {1 - rank} of group world in all_gather, round 17 of block 2"
         for rank in (0, 1)]
 
 

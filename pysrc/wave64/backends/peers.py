@@ -31,8 +31,8 @@ from wave64.distributed import Group
 
 log = logging.getLogger("wave64")
 
-TIMEOUT_S = 60.0     # of a wait in a kernel
-SELF_TEST_S = 0.4    # of a wait, for each protocol: 2 s for all
+TIMEOUT_S = 300.0  # of a wait in a kernel: another rank may compile something first
+SELF_TEST_S = 0.4  # of a wait, for each protocol: 2 s for all
 MAX_RANKS = 8
 STATUS_BYTES = 64
 LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
@@ -68,13 +68,12 @@ class Peers:
         self.wait_at_most(self.timeout_s)
 
     def wait_at_most(self, seconds: float) -> None:
-        """Bounds waits in kernels that are launched from here on; graphs keep what they captured. On an emulated device
-        the emulator bounds launches: it has no clock of the device's."""
-        arch, emulated = platform.arch(), platform.emulated() is not None
+        """Bounds waits in kernels that are launched from here on; graphs keep what they captured."""
+        arch = platform.arch()
         per_second = 100e6 if arch is not None and arch.name.startswith("gfx") else 1e9
         self.timeout_s = seconds
         self.fields = {"arenas": self.arenas, "rank": self.group.rank, "world": self.group.size,
-                       "status": self.record[1], "timeout": 0 if emulated else int(seconds * per_second)}
+                       "status": self.record[1], "timeout": int(seconds * per_second)}
 
     def protocol(self, size: int) -> int:
         """How to exchange messages of `size` bytes."""
@@ -235,7 +234,8 @@ def _connect(group: str, device: torch.device) -> str | None:
     if why is not None:
         made.undo()
         return why
-    _KNOWN[group] = Peers(made.group, tuple(made.arenas), made.record, SELF_TEST_S, made.release)
+    _KNOWN[group] = Peers(made.group, tuple(made.arenas), made.record,
+                          SELF_TEST_S if device.type == "cuda" else TIMEOUT_S, made.release)
     return None
 
 

@@ -5,6 +5,7 @@ Whatever then reaches memory must lie inside a registered buffer, which hardware
 is an array of records: linear, or swizzled, which keeps words of as many records as its index stride says together.
 """
 
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -96,6 +97,18 @@ def _scalar_atomic(kind: type, change: Callable, compare: bool) -> Callable:
                 words[:, :size // 4] = cast(np.ndarray, old)
         return run
     return bind
+
+
+def _clock(b: Binding) -> Callable:
+    """s_memrealtime, which counts at 100 MHz, of this machine's time."""
+    first = b.fields.sdata.offset
+    b.writes.append(("s", first, 2))
+    to = b.party.S[:, first:first + 2]
+
+    def run() -> None:
+        ticks = time.monotonic_ns() // 10
+        to[:, 0], to[:, 1] = ticks & 0xFFFFFFFF, ticks >> 32
+    return run
 
 
 # ---- addresses
@@ -343,6 +356,7 @@ def _forms() -> dict[str, Callable]:
     forms: dict[str, Callable] = dict.fromkeys((
         "s_dcache_inv", "s_dcache_wb", "s_dcache_inv_vol", "s_dcache_wb_vol", "buffer_wbl2", "buffer_inv",
         "buffer_wbinvl1", "buffer_wbinvl1_vol"), _nothing)
+    forms["s_memrealtime"] = _clock
     for dwords in (1, 2, 4, 8, 16):
         suffix = "dword" if dwords == 1 else f"dwordx{dwords}"
         forms[f"s_load_{suffix}"] = _smem(dwords, False)
