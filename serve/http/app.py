@@ -18,6 +18,8 @@ from wave64.serve.http.guard import EventStream, json_response, read, unless_gon
 from wave64.serve.http.metrics import CONTENT_TYPE
 from wave64.serve.http.native import Generate
 from wave64.serve.http.openai import Chat, Completion, Job, answer, stream
+from wave64.serve.http.responses import Response as Responses
+from wave64.serve.http.responses import ResponsesRequest, renamed
 from wave64.serve.http.schemas import (
     AbortRequest,
     ApiError,
@@ -30,7 +32,8 @@ from wave64.serve.http.schemas import (
 )
 
 READ = ["GET", "HEAD"]
-BODIES = (CompletionRequest, ChatRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest, AbortRequest)
+BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest,
+          AbortRequest)  # fmt: skip
 
 
 def create_app(generator: Generator) -> FastAPI:
@@ -49,6 +52,21 @@ def create_app(generator: Generator) -> FastAPI:
     @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         return await openai(request, Chat(await read(request, ChatRequest), generator))
+
+    @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        body = await read(request, ResponsesRequest)
+        job = Chat(body.chat(), generator)
+        generator.check_model(body.model)
+        try:
+            await unless_gone(request, job.prepare())
+        except ApiError as error:
+            raise renamed(error) from None
+        request.state.choices = job.choices
+        made = Responses(body, job)
+        if body.stream:
+            return EventStream(made.stream())
+        return json_response(await unless_gone(request, made.answer()))
 
     async def openai(request: Request, job: Job) -> Response:
         generator.check_model(job.body.model)

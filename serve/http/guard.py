@@ -121,6 +121,8 @@ class EventStream(StreamingResponse):
         try:
             async with aclosing(items):
                 async for item in items:
+                    if "sequence_number" in item:  # of /v1/responses, whose events have names
+                        yield f"event: {item['type']}\n".encode()
                     yield b"data: " + msgspec.json.encode(item) + b"\n\n"
         except ApiError as error:
             log.error("a stream ended early: %s", _printable(str(error)))

@@ -63,6 +63,8 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": (),
     "task": (),
+    "previous_response_id": (),
+    "conversation": (),
     "session_params": (),
     # which model, and where
     "lora_path": (),
