@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 import wave64
 from wave64.arch import EMULATED
 from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.engine.engine import SAID_IN_WORDS, Engine
+from wave64.serve.engine.engine import Engine
+from wave64.serve.engine.rank import SAID_IN_WORDS
 from wave64.serve.logs import LINE
 from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.model_path import resolve_model_path

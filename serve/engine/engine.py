@@ -22,17 +22,17 @@ import msgspec
 import torch
 import zmq
 
-from wave64 import NotSupported, platform
+from wave64 import platform
 from wave64.arch import EMULATED
 from wave64.backends import peers
-from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.args import ServerArgs
 from wave64.serve.engine.grammar import Grammars
 from wave64.serve.engine.pages import PagePool
-from wave64.serve.engine.rank import Rank, emulation, refuse, set_threads, use_interface
+from wave64.serve.engine.rank import Rank, emulation, one_line, refuse, set_threads, use_interface
 from wave64.serve.engine.sampler import Chosen
 from wave64.serve.engine.schedule import Schedule
 from wave64.serve.engine.scheduler import Scheduler, Sequence
-from wave64.serve.engine.team import RankLost, Team
+from wave64.serve.engine.team import Team
 from wave64.serve.engine.watchdog import CHECK_S, Watchdog
 from wave64.serve.messages import (
     Abort,
@@ -52,8 +52,6 @@ from wave64.serve.messages import (
     decode_to_engine,
     encode,
 )
-from wave64.serve.model.checkpoint import WeightsError
-from wave64.serve.model.config import ConfigError
 
 log = logging.getLogger("wave64")
 
@@ -61,7 +59,6 @@ IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is stil
 STEP_S = 300.0  # how long a step may take, besides compiling
 REPORT_S = 5.0  # a busy engine says how fast it is this often, at most
 PREFILL_CHUNK = {"cpu": 256, "cuda": 8192}
-SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, RankLost, NotSupported)  # worded for the operator
 
 
 class Throughput:
@@ -354,9 +351,3 @@ def _receive(engine: Engine, frame: bytes) -> Flushed | None:
     except ValueError:  # of msgspec's or of add(): a defect of the sender, and no reason to fail the others
         log.exception("a message to the engine was dropped")
     return None
-
-
-def one_line(error: Exception) -> str:
-    """The error for the operator: as it is where it was worded for one, else with its type."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, SAID_IN_WORDS) else f"{type(error).__name__}: {text}"

@@ -107,7 +107,7 @@ def follow(args: ServerArgs, place: Place, end: Callable[[int], object] = os._ex
         pass
     except Exception as error:
         log.debug("rank %d ends", place.rank, exc_info=True)
-        from wave64.serve.engine.engine import one_line
+        from wave64.serve.engine.rank import one_line
 
         with contextlib.suppress(OSError):  # rank 0 may have ended first
             status.died(one_line(error))

@@ -19,14 +19,16 @@ from typing import Any
 import torch
 
 import wave64
-from wave64 import quant
+from wave64 import NotSupported, quant
 from wave64.arch import EMULATED
 from wave64.distributed import Store
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.memory import pool_pages
 from wave64.serve.engine.ranks import join, ranks_of, smallest
 from wave64.serve.engine.runner import Runner
+from wave64.serve.engine.team import RankLost
 from wave64.serve.messages import BadRequest, SamplingParams, check_params
+from wave64.serve.model.checkpoint import WeightsError
 from wave64.serve.model.config import DTYPES, ConfigError, ModelConfig
 from wave64.serve.model.load import Progress, load_model, refuse_unless_split
 from wave64.serve.model.parallel import ONE
@@ -36,6 +38,7 @@ log = logging.getLogger("wave64")
 
 SIOCGIFADDR = 0x8915  # ioctl: the address of a network interface
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
+SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, RankLost, NotSupported)  # worded for the operator
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -170,3 +173,9 @@ def _usable_cpus() -> int:
     if quota.exists() and (limit := quota.read_text().split())[0] != "max":
         cpus = min(cpus, max(1, int(limit[0]) // int(limit[1])))
     return min(cpus, torch.get_num_threads())  # torch counts cores, not the two threads of each
+
+
+def one_line(error: Exception) -> str:
+    """The error for the operator: as it is where it was worded for one, else with its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, SAID_IN_WORDS) else f"{type(error).__name__}: {text}"

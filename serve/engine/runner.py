@@ -15,6 +15,7 @@ from wave64 import ops
 from wave64.serve.engine import sampler
 from wave64.serve.engine.crossing import Crossing
 from wave64.serve.engine.graphs import DecodeGraphs
+from wave64.serve.engine.history import History
 from wave64.serve.engine.memory import kv_cache
 from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled, Sampling, Schedule
 from wave64.serve.model import FAMILIES
@@ -40,6 +41,7 @@ class Runner:
             self._table = self._table.to(device)
         self._group, groups, self._world = ranks.data.rank, ranks.data.size, ranks.world
         self._last_sampled = torch.zeros(groups, max_running, dtype=torch.int64, device=device)  # by page table's row
+        self._histories = [History(max_running, device) for _ in range(groups)]
         self._cross = Crossing(device)
         self._graphs = None
         if capture:
@@ -58,7 +60,7 @@ class Runner:
         """Choose the tokens of a step of each attention group, of whose logits forward() has returned."""
         rows = max(sum(step.logits) for step in steps)
         return [sampler.sample(logits[i * rows : i * rows + sum(step.logits)], sampling, self._last_sampled[i],
-                               self._cross)
+                               self._histories[i], self._cross)
                 for i, (step, sampling) in enumerate(zip(steps, samplings, strict=True))]  # fmt: skip
 
     @torch.inference_mode()

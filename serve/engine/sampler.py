@@ -16,6 +16,7 @@ from torch import Tensor
 from wave64 import ops
 from wave64.serve.engine.crossing import Fetched
 from wave64.serve.engine.grammar import bitmask
+from wave64.serve.engine.history import History
 from wave64.serve.engine.schedule import Sampled, Sampling
 from wave64.serve.messages import TokenLogprob
 
@@ -52,11 +53,12 @@ class Chosen:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor, cross: Cross) -> Chosen:
+def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor, history: History, cross: Cross) -> Chosen:
     """Choose the tokens of one step.
 
     logits        [sum(step.logits), vocab_size] float32, changed in place
     last_sampled  [max_running] int64 on the same device; the chosen tokens are written at `sampling.rows`
+    history       of the same rows; the chosen tokens of those that are penalized are appended
     cross         takes arrays to that device, all of the step's at once
     """
     arrays = _arrays(sampling, *logits.shape)
@@ -72,7 +74,7 @@ def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor, cross: Cros
     raw = None
     if wanted := _wanted(sampling):
         raw = torch.log_softmax(logits[there["wanted"]] if "wanted" in there else logits, dim=-1)
-    _penalize(logits, there)
+    _penalize(logits, sampling, there, history)
     if "biased" in there:
         rows, tokens = there["biased"]
         logits[rows, tokens] += there["biases"]
@@ -83,6 +85,9 @@ def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor, cross: Cros
         logits[rows, tokens] = -torch.inf
     ids = _choose(logits, there)
     last_sampled[there["rows"]] = ids
+    if sampling.penalties:
+        longest = max(each.num_output for each in sampling.penalties)
+        history.note(there["penalized_rows"], there["num_output"], ids[there["penalized"]], longest)
     if raw is not None:
         chosen = ids[there["wanted"]] if "wanted" in there else ids
         found.append(_logprobs(raw, chosen, max(sampling.top_logprobs[i] for i in wanted)))
@@ -102,10 +107,15 @@ def _arrays(sampling: Sampling, num_logits: int, vocab: int) -> dict[str, NDArra
     if 0 < len(wanted) < count:
         arrays["wanted"] = np.array(wanted, dtype=np.int64)
     if sampling.penalties:
-        rows, presence, frequency, repetition, prompts, outputs = zip(*sampling.penalties, strict=True)
-        arrays |= {"penalized": np.array(rows, dtype=np.int64), "presence": _floats(presence),
-                   "frequency": _floats(frequency), "repetition": _floats(repetition),
-                   "prompts": _padded(prompts), "outputs": _padded(outputs)}
+        index, presence, frequency, repetition, _, num_output, _ = zip(*sampling.penalties, strict=True)
+        penalized = np.array(index, dtype=np.int64)
+        arrays |= {"penalized": penalized, "penalized_rows": arrays["rows"][penalized],
+                   "num_output": np.array(num_output, dtype=np.int64), "presence": _floats(presence),
+                   "frequency": _floats(frequency), "repetition": _floats(repetition)}
+        if new := [each for each in sampling.penalties if each.ids is not None]:
+            arrays |= {"new_rows": arrays["rows"][[each.index for each in new]],
+                       "prompts": _padded([each.ids[: each.num_prompt] for each in new]),
+                       "outputs": _padded([each.ids[each.num_prompt :] for each in new])}
     if sampling.biases:
         arrays["biased"] = np.array([pair for *pair, _ in sampling.biases], dtype=np.int64).T.copy()
         arrays["biases"] = _floats([bias for *_, bias in sampling.biases])
@@ -127,14 +137,16 @@ def _choose(logits: Tensor, there: dict[str, Tensor]) -> Tensor:
     return ops.sample(logits, *(there[name] for name in ("temperature", "top_k", "top_p", "min_p", "uniform")))
 
 
-def _penalize(logits: Tensor, there: dict[str, Tensor]) -> None:
-    if "penalized" not in there:
+def _penalize(logits: Tensor, sampling: Sampling, there: dict[str, Tensor], history: History) -> None:
+    if not sampling.penalties:
         return
+    if "new_rows" in there:
+        history.take(there["new_rows"], there["prompts"], there["outputs"])
+    longest = (max(column) for column in zip(*((p.num_prompt, p.num_output) for p in sampling.penalties), strict=True))
+    prompts, outputs = history.of(there["penalized_rows"], *longest)
     rows = there["penalized"]
     picked = logits if len(rows) == len(logits) else logits[rows]
-    ops.apply_penalties(
-        picked, *(there[name] for name in ("prompts", "outputs", "presence", "frequency", "repetition"))
-    )
+    ops.apply_penalties(picked, prompts, outputs, there["presence"], there["frequency"], there["repetition"])
     if picked is not logits:
         logits[rows] = picked
 

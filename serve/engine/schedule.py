@@ -37,8 +37,9 @@ class Penalties(NamedTuple):
     presence: float
     frequency: float
     repetition: float
-    prompt_ids: list[int]
-    output_ids: list[int]
+    num_prompt: int
+    num_output: int  # so many tokens are generated
+    ids: list[int] | None = None  # all of them, where its row is new; else the sampler has noted them
 
 
 class Scored(NamedTuple):

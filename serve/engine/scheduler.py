@@ -43,6 +43,7 @@ class Sequence:
     computed: int = 0  # tokens whose keys and values the scheduled steps leave in its pages
     pending: int = 0  # tokens that the scheduled steps sample, and which are not in `tokens` yet
     row: int = -1  # of the runner's page table; -1: waiting
+    is_noted: bool = False  # whether the sampler has the tokens of this row, for penalties
     pages: list[int] = field(default_factory=list)
     path: list[Node] = field(default_factory=list)  # its first pages, in the prefix cache; while it waits, a guess
     cached_tokens: int = -1  # that it found in the prefix cache when it was first let in
@@ -365,7 +366,7 @@ class Scheduler:
         self.pool.free(seq.pages[len(seq.path) :])
         self.cache.release(seq.path)
         self._free_rows.append(seq.row)
-        seq.pages, seq.row = [], -1
+        seq.pages, seq.row, seq.is_noted = [], -1, False
 
 
 def _add_sampling(sampling: Sampling, seq: Sequence, logit_row: int) -> None:
@@ -380,9 +381,10 @@ def _add_sampling(sampling: Sampling, seq: Sequence, logit_row: int) -> None:
     sampling.uniform.append(seq.random.random() if params.temperature else 0.0)
     sampling.top_logprobs.append(seq.request.top_logprobs)
     if seq.penalized:
-        prompt, output = seq.tokens[: seq.num_prompt], seq.tokens[seq.num_prompt :]
-        sampling.penalties.append(Penalties(index, params.presence_penalty, params.frequency_penalty,
-                                            params.repetition_penalty, prompt, output))  # fmt: skip
+        sampling.penalties.append(Penalties(
+            index, params.presence_penalty, params.frequency_penalty, params.repetition_penalty, seq.num_prompt,
+            seq.num_generated, None if seq.is_noted else list(seq.tokens)))  # fmt: skip
+        seq.is_noted = True
     if params.logit_bias:
         sampling.biases += [(index, token, bias) for token, bias in params.logit_bias.items()]
     if seq.grammar is not None:

@@ -10,6 +10,7 @@ import torch
 from wave64.serve.engine import sampler
 from wave64.serve.engine.crossing import Crossing
 from wave64.serve.engine.grammar import Grammar
+from wave64.serve.engine.history import History
 from wave64.serve.engine.schedule import Penalties, Sampling
 from wave64.serve.engine.scheduler import Sequence
 from wave64.serve.messages import BadRequest, Request, SamplingParams, check_params
@@ -44,7 +45,7 @@ def test_a_bitmask_leaves_what_it_allows(monkeypatch):
     last = torch.zeros(4, dtype=torch.int64)
     for temperature in (0.0, 5.0):
         asked = replace(HOT, temperature=[temperature] * 2, top_logprobs=[-1, 0], grammars=[(0, Grammar(None))])
-        got = sampler.sample(logits.clone(), asked, last, cross).wait()
+        got = sampler.sample(logits.clone(), asked, last, History(4, logits.device), cross).wait()
         assert got.ids == [7, 34]
         assert got.logprobs[0] is None
         assert got.logprobs[1].logprob == pytest.approx(float(raw[1, 34]))
@@ -75,8 +76,8 @@ def test_a_parameter_out_of_range_is_named(name, value):
 def test_each_penalty_is_its_own():
     """Presence counts a token of the output once, frequency each time, repetition those of the prompt, too."""
     logits = torch.full((2, 5), 8.0)
-    asked = replace(HOT, penalties=[Penalties(1, 0.5, 0.25, 2.0, [0], [1, 1, 1, 2])])
-    sampler._penalize(logits, there(asked, logits))
+    asked = replace(HOT, penalties=[Penalties(1, 0.5, 0.25, 2.0, 1, 4, [0, 1, 1, 1, 2])])
+    sampler._penalize(logits, asked, there(asked, logits), History(4, logits.device))
     assert logits.tolist() == [[8.0] * 5, [4.0, 4 - 0.5 - 3 * 0.25, 4 - 0.5 - 0.25, 8.0, 8.0]]
 
 
@@ -87,3 +88,21 @@ def test_top_k_counts_up_to_the_whole_vocabulary(monkeypatch):
     asked = replace(HOT, **five, logit_rows=[*range(5)], top_logprobs=[-1] * 5, top_k=[-1, 0, 1, 8, 9])
     sampler._choose(logits := torch.zeros(5, 9), there(asked, logits))
     assert seen[0].tolist() == [0, 0, 1, 8, 0]
+
+
+def test_what_the_device_has_chosen_counts_in_the_next_step():
+    """Without being sent again: row 3 gets a newcomer, row 1 goes on; row 3 is then another's."""
+    history, last = History(4, torch.device("cpu")), torch.zeros(4, dtype=torch.int64)
+
+    def step(*penalties: Penalties) -> list[int]:
+        asked = replace(HOT, temperature=[0.0, 0.0], penalties=list(penalties))
+        return sampler.sample(torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(2, 1), asked, last, history, cross).wait().ids
+
+    def penalty(index: int, num_output: int, ids: list[int] | None = None) -> Penalties:
+        return Penalties(index, 1.5, 0.0, 1.0, 1, num_output, ids)
+
+    assert step(penalty(0, 0, [0]), penalty(1, 0, [1])) == [0, 0]
+    assert step(penalty(0, 1), penalty(1, 1)) == [1, 1]
+    assert step(penalty(0, 1, [0, 1]), penalty(1, 2)) == [0, 0], "1.5, 0.5, 1 and 0 are left of the logits"
+    assert step(penalty(0, 2), penalty(1, 3)) == [0, 0]
+    assert history.of(torch.tensor([3, 1]), 1, 4)[1].tolist() == [[1, 0, 0, -1], [0, 1, 0, 0]]
