@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from aiter_allreduce import allreduce
 from aiter_attention import fmha, mla, pa
 from aiter_dense import gemm, norm
 from aiter_moe import moe, topk
@@ -24,7 +25,8 @@ from aiter_work import COLUMNS, compare, heading
 
 from wave64.arch import EMULATED
 
-FAMILIES = {"mla": mla, "pa": pa, "fmha": fmha, "moe": moe, "gemm": gemm, "topk": topk, "norm": norm}
+FAMILIES = {"mla": mla, "pa": pa, "fmha": fmha, "moe": moe, "gemm": gemm, "topk": topk, "norm": norm,
+            "allreduce": allreduce}
 
 
 def main() -> int:

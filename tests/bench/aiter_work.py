@@ -26,10 +26,11 @@ from wave64.testing.emulator.cost import Counting, Usage
 from wave64.testing.emulator.jit import emulate_triton
 from wave64.testing.emulator.machine import ENDED, READY, Machine, progressions
 from wave64.testing.emulator.memory import Buffer, EmulationError
-from wave64.testing.emulator.run import BATCH, Counts, Prepared, emulate, execute
+from wave64.testing.emulator.run import BATCH, Prepared, emulate, execute
 
 PAGE = 4096
-TURN = 12         # instructions that a wave executes before the others get their turn
+TURN = 12          # instructions that a wave executes before the others get their turn
+SECONDS = 600.0
 BEYOND = 1 << 17  # bytes behind a buffer that kernels known to read past it may touch, on all sides of which there are
 
 
@@ -61,22 +62,25 @@ class Arrays:
 
 @dataclass
 class Launch:
-    """What a piece of work needs to be executed once."""
+    """What a piece of work needs to be executed once. args: of each rank, where several take part."""
 
     grid: tuple[int, int, int]
     block: int
-    args: bytes
+    args: bytes | list[bytes]
     arrays: Arrays
     error: Callable[[], float]  # of the result against fp64, in units of its largest number
 
 
 @dataclass
 class Ours:
-    """Our operator on the same work. kernels: what the names of the kernels that count contain; "": all."""
+    """Our operator on the same work. kernels: what the names of the kernels that count contain; "": all. ranks: of a
+    collective instead of `make`, from an architecture the launches of all ranks, their memory, and what looks at the
+    results."""
 
     op: str
-    make: Callable[[], dict]
+    make: Callable[[], dict] = dict
     kernels: str = ""
+    ranks: Callable[[str], tuple[list, list[Buffer], Callable[[], None]]] | None = None
 
 
 @dataclass
@@ -156,27 +160,35 @@ def distance(got: np.ndarray, want: np.ndarray) -> float:
 
 # ---- executing
 
-def in_turn(launch: SimpleNamespace, buffers: list[Buffer], checks: tuple[type, ...]) -> Counts:
+def in_turn(launches: list, buffers: list[Buffer], checks: tuple[type, ...]) -> None:
     """As `execute`, but all waves go on at the same rate, as hardware's nearly do: code that leaves out a barrier
-    counts on that."""
-    counts, prepared = Counts(), Prepared(launch)
-    shape = prepared.shape(max(1, min(prepared.blocks, BATCH // prepared.waves)))
-    machine = Machine(prepared.program, prepared.kernel, shape, checks)
-    machine.memory.register([*buffers, *prepared.buffers])
+    counts on that. Several launches run at once, each on a device of its own, which all see one memory at once."""
+    prepared = [Prepared(each) for each in launches]
+    groups = max(1, min(prepared[0].blocks, BATCH // prepared[0].waves)) if len(prepared) == 1 else prepared[0].blocks
+    machines = [Machine(each.program, each.kernel, each.shape(groups), checks) for each in prepared]
+    for machine, each in zip(machines, prepared, strict=True):
+        machine.memory.register([*buffers, *(more for each in prepared for more in each.buffers)])
+    until = time.monotonic() + SECONDS
     with np.errstate(all="ignore"):
-        for first in range(0, prepared.blocks, shape.groups):
-            live = min(shape.groups, prepared.blocks - first)
-            prepared.start(machine, first, live)
-            while not (machine.states == ENDED).all():
-                ready = machine.states == READY
-                if not ready.any():
-                    machine.meet()
-                for pc in np.unique(machine.pcs[ready]).tolist():
-                    for piece in progressions(np.flatnonzero(ready & (machine.pcs == pc))):
-                        machine.party(*piece).run(pc, machine.program.length, TURN)
-            counts.add(machine, live * prepared.waves)
-    machine.release()
-    return counts
+        for first in range(0, prepared[0].blocks, groups):
+            for machine, each in zip(machines, prepared, strict=True):
+                each.start(machine, first, min(groups, each.blocks - first))
+            while running := [machine for machine in machines if not (machine.states == ENDED).all()]:
+                for machine in running:
+                    _turn(machine)
+                if time.monotonic() > until:
+                    raise EmulationError(f"still running after {SECONDS:g} s")
+    for machine in machines:
+        machine.release()
+
+
+def _turn(machine: Machine) -> None:
+    ready = machine.states == READY
+    if not ready.any():
+        machine.meet()
+    for pc in np.unique(machine.pcs[ready]).tolist():
+        for piece in progressions(np.flatnonzero(ready & (machine.pcs == pc))):
+            machine.party(*piece).run(pc, machine.program.length, TURN)
 
 
 def theirs(work: Work, code: bytes, strict: bool = True) -> Row:
@@ -186,18 +198,22 @@ def theirs(work: Work, code: bytes, strict: bool = True) -> Row:
         path.write_bytes(code)
         kernel = next(iter(code_object.load(code).kernels))
 
-        def made() -> tuple[Launch, SimpleNamespace]:
+        def drawn() -> tuple[Launch, list[SimpleNamespace]]:
             made = work.make()
-            return made, SimpleNamespace(kernel=kernel, code_object=str(path), grid=made.grid, block=(made.block, 1, 1),
-                                         lds_bytes=0, args=made.args)
+            ranks = made.args if isinstance(made.args, list) else [made.args]
+            return made, [SimpleNamespace(kernel=kernel, code_object=str(path), grid=made.grid, lds_bytes=0, args=args,
+                                          block=(made.block, 1, 1)) for args in ranks]
 
         def run(checks: tuple[type, ...], beyond: int) -> None:
-            launch, recorded = made()
-            execute(recorded, launch.arrays.buffers(beyond), checks=checks)
+            launch, recorded = drawn()
+            if len(recorded) > 1:
+                in_turn(recorded, launch.arrays.buffers(beyond), checks)
+            else:
+                execute(recorded[0], launch.arrays.buffers(beyond), checks=checks)
 
         found = findings(run) if strict else []
         counter = counting()
-        launch, recorded = made()
+        launch, recorded = drawn()
         in_turn(recorded, launch.arrays.buffers(BEYOND), (counter,))
     return Row("AITER", kernel, sum(counter.executed.values()), counter.usages, launch.error(), found)
 
@@ -239,16 +255,25 @@ def findings(run: Callable) -> list[str]:
 
 def ours(work: Work, arch: str) -> Row:
     """Our kernels on the same work, by the backend that serves there."""
-    op, counter = OPS[work.ours.op], counting()
+    op, counter, serves = OPS[work.ours.op], counting(), ["hip"]
+    if work.ours.ranks:
+        launches, buffers, verify = work.ours.ranks(arch)
+        in_turn(launches, buffers, (counter,))
+        verify()
+        return _of_ours(work, serves[0], counter)
     with platform.target(arch):
         args = contract.draw(Case(work.what, work.ours.make), "cpu", 0)
         serves = [name for name in ("hip", "triton") if name in op.backends and not (
             op.backends[name].supports and op.backends[name].supports(**args))]
         with (emulate if serves[0] == "hip" else emulate_triton)(arch, (counter,)):
             op.backends[serves[0]].run(**args)
+    return _of_ours(work, serves[0], counter)
+
+
+def _of_ours(work: Work, backend: str, counter: type[Instructions]) -> Row:
     usages = {name: usage for name, usage in counter.usages.items() if work.ours.kernels in name}
     executed = sum(count for name, count in counter.executed.items() if work.ours.kernels in name)
-    return Row(f"{work.ours.op} ({serves[0]})", ", ".join(usages), executed, usages)
+    return Row(f"{work.ours.op} ({backend})", ", ".join(usages), executed, usages)
 
 
 # ---- reporting

@@ -62,6 +62,33 @@ def test_a_wrong_result_is_no_row():
         compare(doubled(3.0), code("s_waitcnt vmcnt(0)"), "gfx942")
 
 
+MET = """
+s_load_dwordx2 s[4:5], s[0:1], 0x0
+s_mov_b32 s8, -1
+s_waitcnt lgkmcnt(0)
+s_atomic_inc s8, s[4:5], 0x0
+others:
+s_load_dword s9, s[4:5], 0x0
+s_waitcnt lgkmcnt(0)
+s_cmp_lg_u32 s9, 3
+s_cbranch_scc1 others
+"""
+
+
+def test_ranks_run_side_by_side():
+    """Each waits for the others."""
+    def make() -> Launch:
+        mem = Arrays()
+        met = mem.new("met", (16,), np.uint32, 0)
+        return Launch((1, 1, 1), 64, [slots(met, None)] * 3, mem, lambda: distance(met[:1], np.array([3.0])))
+
+    met = assemble("gfx942", (("met", MET),)).read_bytes()
+    found = theirs(Work("met", "three ranks", "gfx942/met.co", make, 0, Ours("all_reduce")), met)
+    assert found.error == 0
+    assert found.findings == []
+    assert found.instructions >= 3 * 9
+
+
 def test_objects_are_those_that_are_pinned(tmp_path):
     folder = tmp_path / "gfx942" / "twice"
     folder.mkdir(parents=True)

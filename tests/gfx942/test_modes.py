@@ -6,6 +6,7 @@ import functools
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from world import Trial
 from wave64.testing import isa
 from wave64.testing.emulator import code_object, core
 from wave64.testing.emulator.memory import EmulationError
+from wave64.testing.emulator.together import execute_together
+from wave64.testing.emulator.views import Place
 
 CORES = ["numpy"] + ["c"] * (core.unfit() is None)
 LOAD = """
@@ -105,6 +108,19 @@ v_add_u32_e32 v2, s9, v2
     given, result = np.zeros(64, np.uint32), np.zeros(64, np.uint32)
     run(assemble("gfx942", (("apertures", body),)), "apertures", given, result)
     assert (result == (1 << 16) + (2 << 16)).all()
+
+
+@pytest.mark.parametrize("text", ["s_store_dword s9, s[2:3], 0x0", "s_atomic_inc s9, s[2:3], 0x0"])
+def test_scalar_stores_are_refused_where_views_of_memory_differ(text):
+    code = assemble("gfx942", (("one", LOAD + f"s_mov_b32 s9, 1\n{text}\n"),))
+    given, result = np.zeros(64, np.uint32), np.zeros(64, np.uint32)
+    run(code, "one", given, result)
+    assert result[0] == 1
+    args = given.ctypes.data.to_bytes(8, "little") + result.ctypes.data.to_bytes(8, "little")
+    launch = SimpleNamespace(kernel="one", code_object=code, grid=(1, 1, 1), block=(64, 1, 1), lds_bytes=0, args=args)
+    places = [Place(name, x.ctypes.data, x.nbytes) for name, x in (("given", given), ("result", result))]
+    with pytest.raises(NotImplementedError, match=f"{text.split()[0]} while views of memory differ"):
+        execute_together([launch], places, 0)
 
 
 # ---- skipped instructions

@@ -82,6 +82,8 @@ class Coherence(Check):
             def wait() -> np.ndarray | None:
                 return execute() if world.wait(world.now, count) else here
             return wait
+        if family == "SMEM" and ("_store_" in name or "_atomic_" in name):
+            raise NotImplementedError(f"{name} while views of memory differ: the scalar cache is not in this model")
         if name not in ("buffer_inv", "buffer_wbl2") and family not in ("GLOBAL", "FLAT", "MUBUF"):
             return execute
         sc0, sc1 = bool(b.fields.sc0), bool(b.fields.sc1)
