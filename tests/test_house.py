@@ -33,6 +33,11 @@ BROKEN = {
     "triton_ops/paged_attention.py": ("def launch(x):\n    pass\n", "correct MANY_PARAMETERS"),
     "triton_ops/splits.py": ("@triton.jit\ndef f(x, W):\n    if W:\n        return x\n    return x + 1\n",
                              "f returns in 2"),
+    "triton_ops/topk.py": ("MOST_IDS = 8\n", "MOST_IDS: say max"),
+    "triton_ops/sample.py": ("peak = 0.0\n", "peak: say row_max or max"),
+    "pysrc/wave64/ops/mla_decode.py": ('"""Turns the heads of query and key."""\n', "say rotate"),
+    "tests/ops/test_sample.py": ("# two products are under way\n", "say in flight"),
+    "pysrc/wave64/arch.py": ("fp8_fla" "vour = None\n", "American spelling"),
     "pysrc/wave64/op.py": ("import os\nx = os.environ['X']\n", "read the environment"),
     "serve/engine/engine.py": ("# TO" "DO: later\n", "without the number"),
     "serve/args.py": ('x = "/ho' 'me/me/models"\n', "absolute path"),
@@ -45,6 +50,7 @@ CLEAN = {
     "triton_ops/sample.py": "@triton.jit\ndef f(x, W):\n    if W:\n        return\n    return x\n\n\n"
                             "def g(x):\n    if x:\n        return 1\n    return 2\n",
     "serve/engine/engine.py": "# TO" "DO(#12): later\n",
+    "triton_ops/topk.py": "# at most two in place, one in turn\nat_most, in_place = 1, 2\n",
     "hip/ops/rms_norm.hip": '#include "wave64/types.h"  // no malloc here\n',
 }
 

@@ -51,7 +51,7 @@ def converted(probe, source: str, to: str, values: torch.Tensor) -> torch.Tensor
 
 
 def floats() -> torch.Tensor:
-    """Of all sizes; midpoints of bf16 and of fp16, and their neighbours; what overflows, denormals, infinities, NaN."""
+    """Of all sizes; midpoints of bf16 and of fp16, and their neighbors; what overflows, denormals, infinities, NaN."""
     random = np.random.default_rng(0)
     any_bits = random.integers(0, 2**32, 20_000, dtype=np.uint32)
     halves = np.concatenate([any_bits[:4000] & 0xFFFF0000 | 0x8000, any_bits[4000:8000] & 0xFFFFE000 | 0x1000])

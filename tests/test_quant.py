@@ -1,4 +1,4 @@
-"""FP8 flavours and scales, against the formats' definition written here a second time over Python's numbers."""
+"""FP8 flavors and scales, against the formats' definition written here a second time over Python's numbers."""
 
 import math
 
@@ -14,20 +14,20 @@ PATTERNS = torch.arange(256, dtype=torch.uint8)
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 
 
-def value(bits: int, flavour: torch.dtype) -> float:
+def value(bits: int, flavor: torch.dtype) -> float:
     """The number that 8 bits mean: sign, 4 bits of exponent, 3 of fraction."""
     sign, exponent, fraction = -1.0 if bits & 0x80 else 1.0, bits >> 3 & 15, bits & 7
-    if flavour == FN and bits & 0x7F == 0x7F or flavour == FNUZ and bits == 0x80:
+    if flavor == FN and bits & 0x7F == 0x7F or flavor == FNUZ and bits == 0x80:
         return math.nan
-    bias = 7 if flavour == FN else 8
+    bias = 7 if flavor == FN else 8
     return sign * (math.ldexp(8 + fraction, exponent - bias - 3) if exponent else math.ldexp(fraction, 1 - bias - 3))
 
 
-@pytest.mark.parametrize("flavour", [FN, FNUZ], ids=str)
-def test_torch_knows_both_flavours(flavour):
-    expected = torch.tensor([value(i, flavour) for i in range(256)])
-    torch.testing.assert_close(PATTERNS.view(flavour).float(), expected, rtol=0, atol=0, equal_nan=True)
-    assert quant.limit(flavour) == expected.nan_to_num(0).max() == {FN: 448, FNUZ: 240}[flavour]
+@pytest.mark.parametrize("flavor", [FN, FNUZ], ids=str)
+def test_torch_knows_both_flavors(flavor):
+    expected = torch.tensor([value(i, flavor) for i in range(256)])
+    torch.testing.assert_close(PATTERNS.view(flavor).float(), expected, rtol=0, atol=0, equal_nan=True)
+    assert quant.limit(flavor) == expected.nan_to_num(0).max() == {FN: 448, FNUZ: 240}[flavor]
 
 
 @pytest.mark.parametrize("name", [*arch.ARCHS, "gfx908"])
@@ -54,25 +54,25 @@ def test_nan_in_a_checkpoint_are_counted():
         quant.fn_to_fnuz(PATTERNS.view(FNUZ), torch.ones(1))
 
 
-@pytest.mark.parametrize("flavour", [FN, FNUZ], ids=str)
+@pytest.mark.parametrize("flavor", [FN, FNUZ], ids=str)
 @quick
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), bn=st.integers(1, 4), bk=st.integers(1, 4),
        power=st.integers(-20, 20), seed=st.integers(0, 2**31))
-def test_blocks_of_weights(flavour, rows, columns, bn, bk, power, seed):
+def test_blocks_of_weights(flavor, rows, columns, bn, bk, power, seed):
     """Scales are those of a loop over blocks, and what comes back is as near as the format allows."""
     weight = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**power
-    q, scale = quant.quantize_weight_blocks(weight, [bn, bk], flavour)
-    assert (q.dtype, q.shape, scale.shape) == (flavour, weight.shape, (2, -(-rows // bn), -(-columns // bk)))
+    q, scale = quant.quantize_weight_blocks(weight, [bn, bk], flavor)
+    assert (q.dtype, q.shape, scale.shape) == (flavor, weight.shape, (2, -(-rows // bn), -(-columns // bk)))
     back = quant.dequantize(q, scale, [bn, bk])
     for expert in range(2):
         for i in range(rows):
             for j in range(columns):
                 r, c = i // bn, j // bk
                 block = weight[expert, r * bn:(r + 1) * bn, c * bk:(c + 1) * bk]
-                want = max(float(block.abs().max()), 1e-10) / quant.limit(flavour)
+                want = max(float(block.abs().max()), 1e-10) / quant.limit(flavor)
                 assert float(scale[expert, r, c]) == pytest.approx(want, rel=2**-23)
                 off = abs(float(back[expert, i, j] - weight[expert, i, j]))
-                least = 2.0**-10 if flavour == FN else 2.0**-11
+                least = 2.0**-10 if flavor == FN else 2.0**-11
                 assert off <= (2**-4 + 2**-20) * abs(float(weight[expert, i, j])) + least * want
 
 
@@ -88,18 +88,18 @@ def test_channels_and_tensors_are_blocks_too():
     torch.testing.assert_close(quant.dequantize(q, scale[:, None, None]), weight, rtol=2**-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("flavour", [FN, FNUZ], ids=str)
-def test_no_finite_number_becomes_nan_or_exceeds_the_limit(flavour):
+@pytest.mark.parametrize("flavor", [FN, FNUZ], ids=str)
+def test_no_finite_number_becomes_nan_or_exceeds_the_limit(flavor):
     """Whatever amax is, it becomes the limit itself."""
     amax = torch.cat([torch.logspace(-9, 38, 4001), torch.tensor([torch.finfo(torch.float32).max])])
-    q, scale = quant.quantize(torch.stack([amax, -amax, amax / 3], 1), 1, flavour)
-    assert (q.float()[:, 0] == quant.limit(flavour)).all()
-    assert (q.float()[:, 1] == -quant.limit(flavour)).all()
+    q, scale = quant.quantize(torch.stack([amax, -amax, amax / 3], 1), 1, flavor)
+    assert (q.float()[:, 0] == quant.limit(flavor)).all()
+    assert (q.float()[:, 1] == -quant.limit(flavor)).all()
     assert scale.isfinite().all()
     tiny = torch.tensor([[0.0, -0.0, 1e-45, -1e-20]])
-    q, scale = quant.quantize(tiny, 1, flavour)
+    q, scale = quant.quantize(tiny, 1, flavor)
     assert (q.float() == 0).all()
-    assert scale.item() == pytest.approx(1e-10 / quant.limit(flavour))
+    assert scale.item() == pytest.approx(1e-10 / quant.limit(flavor))
 
 
 def test_rows_are_padded_on_gfx942_only():

@@ -6,9 +6,11 @@ function from a path (relative, with /) and its text to messages; the rule it ho
 """
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,8 +84,32 @@ WORDS = {
     r"\blest\b": "so that ... not",
     r"\b[Ll]ikewise\b": "as above, the same",
     r"\b[Bb]eside\b": "next to, besides",
+    r"(?i)(neighb|flav|behavi|col|hon|fav)ours?(?![a-z]*(ce|g))|\b(cent|met)re\b|\b(catalogue|artefact|judgement|whilst)\b":
+        "the American spelling",
     r"(?i)(quanti|normali|penali|initiali|speciali|synchroni|optimi|recogni|generali|seriali|tokeni|vectori|randomi)"
     r"s(e[drs]?|ing|ations?|ers)(?![a-z])": "the American spelling, -ize",
+}
+
+#: Where names and prose have been read by the table of the design's section 7, and keep to it.
+READ = ("triton_ops/", "pysrc/wave64/ops/", "pysrc/wave64/backends/", "tests/ops/")
+#: Parts of names -> what to say. `at_most`, `in_place` and the like are other words.
+NAME_WORDS = {
+    "turn": "rotate", "turned": "rotated", "share": "split, partition or fraction", "deal": "assign",
+    "dealt": "assigned", "room": "capacity", "peak": "row_max or max", "peaks": "maxima", "mixed": "acc or out",
+    "least": "min", "most": "max", "place": "offset, pc, view or device_of", "places": "offsets",
+    "apart": "stride or gap", "kin": "fallback", "facts": "key",
+}
+COMPOUNDS = re.compile(r"at_(most|least)|in_(place|turn)")
+#: The same in comments and strings.
+PROSE = {
+    r"\b[Tt]urn(s|ed|ing)? (the |its |their |more )?(heads?|keys?|quer\w+|pairs?|rows?)\b": "rotate, apply RoPE",
+    r"\b([Dd]ealt?|[Dd]eals|[Dd]ealing) (to|out|among)\b": "assign, split",
+    r"\b[Ss]hares? (of|out)\b|\b[Ss]har(e|ed|ing) (the|its|their) \w+ out\b": "split, partition, fraction",
+    r"\broom (for|of|to|besides)\b": "capacity, space",
+    r"(?<![Aa]t )\bleast (number|power|step|value|relative|x)": "smallest, minimum",
+    r"\bfar apart\b|\brows apart\b": "row stride",
+    r"\b(is|are|be) told\b|\bthere is none\b": "what the argument is; no ...",
+    r"\bunder way\b": "in flight",
 }
 
 ENVIRONMENT_READERS = ("pysrc/wave64/backends/__init__.py", "pysrc/wave64/backends/hip_library.py",
@@ -189,6 +215,21 @@ def vocabulary(path: str, text: str) -> Iterator[str]:
                 yield f"line {i}: {word[0]}: say {better}"
 
 
+def names_by_the_table(path: str, text: str) -> Iterator[str]:
+    """Names in the folders that were read by the design's table say the field's words, and so does their prose."""
+    if not path.startswith(READ) or not path.endswith(".py"):
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.NAME:
+            for part in COMPOUNDS.sub("", token.string.lower()).split("_"):
+                if part in NAME_WORDS:
+                    yield f"line {token.start[0]}: {token.string}: say {NAME_WORDS[part]}"
+        elif token.type in (tokenize.COMMENT, tokenize.STRING):
+            for pattern, better in PROSE.items():
+                if word := re.search(pattern, token.string):
+                    yield f"line {token.start[0]}: {word[0]}: say {better}"
+
+
 def one_return(path: str, text: str) -> Iterator[str]:
     """A function that Triton compiles returns a value in one place. What follows a return under a compile-time
     condition is compiled all the same, and must give the same types, which only some configurations show."""
@@ -229,7 +270,7 @@ def no_machine_paths(path: str, text: str) -> Iterator[str]:
 
 CHECKS = (length, init_lists, import_direction, one_file, few_parameters, hip_is_free, one_return, reads_environment,
           no_machine_paths)
-CHECKS_ELSEWHERE = (anchored_todo, vocabulary)  # of every file but this one, which has to spell the words
+CHECKS_ELSEWHERE = (anchored_todo, vocabulary, names_by_the_table)  # but in this file, which spells the words
 
 
 def findings(root: Path) -> list[str]:

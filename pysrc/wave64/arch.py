@@ -14,7 +14,7 @@ class Arch:
     wave_size: int            # lanes that run in step
     lds_bytes: int            # on-chip memory one block may use
     matrix: str | None        # "mfma", "wmma", "wgmma" or None
-    fp8: str | None           # the flavour the matrix cores take: "e4m3fnuz", "e4m3fn" or None
+    fp8: str | None           # the flavor the matrix cores take: "e4m3fnuz", "e4m3fn" or None
     compute_units: int = 0    # of the product named below; 0 where a table figure would mislead
     xcds: int = 1             # chiplets that blocks are dealt to in turn, each with an L2 of its own
     bandwidth_gbs: int = 0    # peak device memory bandwidth, GB/s

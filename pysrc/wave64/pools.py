@@ -18,8 +18,8 @@ def rows_in_use(pool: Tensor) -> list[int]:
     and the element that need a 32nd and a 33rd bit, and the last; one of each place in turn."""
     rows, row = pool.shape[0], pool.stride(0)
     borders = {2**bits // size - 1 for bits in (31, 32) for size in (row, row * pool.element_size())}
-    places = [0, *sorted(first for first in borders if first + 2 * AT_EACH <= rows), rows - AT_EACH]
-    return [first + i for i in range(AT_EACH) for first in places]
+    firsts = [0, *sorted(first for first in borders if first + 2 * AT_EACH <= rows), rows - AT_EACH]
+    return [first + i for i in range(AT_EACH) for first in firsts]
 
 
 def spread(args: dict[str, Any], pools: Iterable[str], size: int, page_size: int = 1, tables: Iterable[str] = (),

@@ -228,7 +228,7 @@ def test_what_is_wrong_is_a_race(case):
             held(0)
 
 
-NEIGHBOURS = """
+NEIGHBORS = """
 v_lshlrev_b32_e32 v1, 2, v0
 s_lshl_b32 s6, s2, {shift}
 s_load_dwordx4 s[8:11], s[0:1], 0x0
@@ -247,11 +247,11 @@ STORE = "global_store_dword v1, v2,"
     ("global_atomic_add v1, v2, s[10:11]\n" + STORE, 2, r"workgroup 0 writes a byte 4 .*workgroup 1 changes")])
 def test_workgroups_of_a_launch_keep_apart(access, shift, words):
     """Each of two has 64 words from its own on: 256 bytes apart, or 4."""
-    code = assemble("gfx942", (("neighbours", NEIGHBOURS.format(access=access, shift=shift)),))
+    code = assemble("gfx942", (("neighbors", NEIGHBORS.format(access=access, shift=shift)),))
     result = np.zeros(256, np.uint32)
 
     def launched() -> None:
-        run(code, "neighbours", result, result, grid=(2, 1), checks=(Unordered,))
+        run(code, "neighbors", result, result, grid=(2, 1), checks=(Unordered,))
 
     if words:
         with pytest.raises(EmulationError, match=words):

@@ -51,7 +51,7 @@ def drawn(op: str, case: str) -> str | Case:
 
 
 @pytest.mark.parametrize(("offsets", "width", "banks", "cycles", "least"), [
-    (LANES * 4, 4, 32, 2, 2),        # 64 neighbouring words: 32 at a time
+    (LANES * 4, 4, 32, 2, 2),        # 64 neighboring words: 32 at a time
     (LANES * 0, 4, 32, 2, 2),        # one word for all
     (LANES * 128, 4, 32, 64, 2),     # a column of rows of 128 bytes: all in one bank
     (LANES * 132, 4, 32, 2, 2),      # the same, rows padded by a word

@@ -23,7 +23,7 @@ HEADS = [1, 3, 8, 12, 16, 20, 32, 64, 128]
 PAGE_SIZES = [1, 16, 32, 64, 128]
 #: kv_lora_rank and rope_dim, rope_dim even as rotation needs it; under the interpreter DeepSeek's 512 are slow.
 WIDTHS = [(16, 8), (21, 6), (37, 10), (64, 16), (100, 12), (128, 64)]
-#: Pools whose strides are not those of their shape; the first two have places of 640 numbers, and every other place.
+#: Pools whose strides are not those of their shape; one with padded rows, one with every other row.
 STRIDED = {
     "padded": lambda pool: torch.cat([pool, pool[..., :3]], -1)[..., :pool.shape[-1]],
     "every-other-row": lambda pool: torch.stack([pool, pool], 2)[:, :, 0],
@@ -48,10 +48,10 @@ def attend_one(query, keys, values, scale, logit_cap=0.0, sink=None):
         return torch.zeros_like(query, dtype=torch.float64), -math.inf
     top = max(everything)
     total = math.fsum(math.exp(x - top) for x in everything)
-    mixed = torch.zeros_like(query, dtype=torch.float64)
+    out = torch.zeros_like(query, dtype=torch.float64)
     for x, value in zip(logits, values, strict=True):
-        mixed += math.exp(x - top) / total * value
-    return mixed, top + math.log(total)
+        out += math.exp(x - top) / total * value
+    return out, top + math.log(total)
 
 
 def run(op, backend, args):
@@ -85,10 +85,10 @@ def attend_over(query, latents, scale, rank):
     logits = torch.stack([scale * (query @ latent) for latent in latents])
     top = logits.max(0).values
     total = (logits - top).exp().sum(0)
-    mixed = torch.zeros(len(query), rank, dtype=torch.float64)
+    out = torch.zeros(len(query), rank, dtype=torch.float64)
     for row, latent in zip(logits, latents, strict=True):
-        mixed += ((row - top).exp() / total)[:, None] * latent[:rank]
-    return mixed, top + total.log()
+        out += ((row - top).exp() / total)[:, None] * latent[:rank]
+    return out, top + total.log()
 
 
 def near(got, exact, kv_cache, kv_scale):
@@ -118,7 +118,7 @@ def moved_far(args, page_size):
     used = sorted({int(p) for row, n in zip(args["page_table"], args["seq_lens"], strict=True)
                    for p in row[:-(-int(n) // page_size)]})
     last = {page: pages - 1 - i for i, page in enumerate(used)}
-    for page, place in last.items():
-        pool[place] = args["kv_cache"][page]
+    for page, target in last.items():
+        pool[target] = args["kv_cache"][page]
     table = args["page_table"].clone().cpu().apply_(lambda page: last.get(page, page))
     return dict(kv_cache=pool, page_table=table.to(device))

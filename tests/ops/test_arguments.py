@@ -84,7 +84,7 @@ def test_a_call_is_bound_to_the_signature_in_words(op):
     args = draw(op)
     names = list(args)
     refused(op, names[0], lambda: op(), "a tensor", "got nothing", f"the call is {op.name}(")
-    refused(op, "colour", lambda: op(**args, colour=1), "one of the arguments", "got an unknown one")
+    refused(op, "color", lambda: op(**args, color=1), "one of the arguments", "got an unknown one")
     refused(op, names[0], lambda: op(*args.values(), **{names[0]: args[names[0]]}), "one value")
     refused(op, names[-1], lambda: op(*args.values(), 1), f"at most {len(names)} arguments")
 

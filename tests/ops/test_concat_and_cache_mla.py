@@ -22,7 +22,7 @@ def run(backend, *args):
     [(1, 1), (24, 8), (37, 5), (130, 3), (256, 64), (512, 64), (600, 200)]), offset=st.sampled_from([0, 1, 64]),
     one_head=st.booleans(), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), data=st.data())
 def test_equals_a_loop_over_tokens(backend, device, pages, page_size, widths, offset, one_head, dtype, data):
-    """Both parts lie side by side in one projection, behind `offset` other columns."""
+    """Both parts are adjacent columns of one projection, after `offset` other columns."""
     slots = data.draw(st.permutations(range(pages * page_size)))[:data.draw(st.integers(0, 40))]
     for i in data.draw(st.lists(st.integers(0, max(len(slots) - 1, 0)), max_size=4)):
         slots[i:i + 1] = [-1]
@@ -45,7 +45,7 @@ def test_equals_a_loop_over_tokens(backend, device, pages, page_size, widths, of
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("scale", [None, 4.0])
 def test_fp8_saturates_and_rounds_to_nearest_even(backend, device, fp8, dtype, scale):
-    """Every number of the format, every midpoint of two neighbours, and what lies beyond the largest; in both parts."""
+    """Every number of the format, every midpoint of two neighbors, and what lies beyond the largest; in both parts."""
     numbers = torch.arange(256, dtype=torch.uint8).view(fp8).float()
     numbers = numbers[numbers.isfinite()].unique()
     values = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2, torch.tensor([1e4, -1e4, 1e30])]).to(dtype)
@@ -130,8 +130,8 @@ def refuse(changes, argument, words):
         ops.concat_and_cache_mla(**args | changes)
 
 
-@pytest.mark.parametrize(("arch", "flavour"), [("gfx942", FP8[1]), ("gfx950", FP8[0])])
-def test_the_kernel_serves_the_fp8_of_its_architecture(arch, flavour):
+@pytest.mark.parametrize(("arch", "flavor"), [("gfx942", FP8[1]), ("gfx950", FP8[0])])
+def test_the_kernel_serves_the_fp8_of_its_architecture(arch, flavor):
     from wave64 import platform
 
     supports = ops.concat_and_cache_mla.backends["triton"].supports
@@ -139,4 +139,4 @@ def test_the_kernel_serves_the_fp8_of_its_architecture(arch, flavour):
     with platform.target(arch):
         for fp8 in FP8:
             args[2] = torch.zeros(4, 1, 24).to(fp8)
-            assert (supports(*args) is None) == (fp8 == flavour)
+            assert (supports(*args) is None) == (fp8 == flavor)

@@ -14,40 +14,40 @@ from wave64.testing import contract, lanes
 from wave64.testing.emulator.run import emulate
 
 FUSED = ops.concat_and_cache_mla_rope_fused
-#: Sources with waves of 64 and of 32, and FP8 of both flavours; machine code, since only there products are fused.
+#: Sources with waves of 64 and of 32, and FP8 of both flavors; machine code, since only there products are fused.
 HIP = [pytest.param(run, arch, id=f"{name}-{arch}") for name, run, archs in [
     ("lanes", lanes.on_cpu, ("gfx942", "gfx1201")), ("machine-code", emulate, ("gfx942", "gfx950"))] for arch in archs]
 small = pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in FUSED.cases() if not (c.large or c.sparse)])
 
 
-def in_turn(backend, positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, kv_cache, scale=None):
+def separately(backend, positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, kv_cache, scale=None):
     ops.rotary_embedding.backends[backend].run(positions.contiguous(), q_pe, k_pe, q_pe.shape[2], cos_sin_cache,
                                                is_neox)
     ops.concat_and_cache_mla.backends[backend].run(kv_c, k_pe, kv_cache, slot_mapping, scale)
 
 
-def assert_same_bits(fused, turned_and_written):
+def assert_same_bits(fused, separate):
     for name in FUSED.mutates:
-        assert contract.same_bits(fused[name], turned_and_written[name]), name
+        assert contract.same_bits(fused[name], separate[name]), name
 
 
 @small
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_has_the_bits_of_the_two_in_turn(backend, case, device):
+def test_has_the_bits_of_the_two_operators(backend, case, device):
     args = contract.draw(case, device, seed=1)
     supports = FUSED.backends[backend].supports
     if supports is not None and (why := supports(**args)):
         pytest.skip(why)
     fused, other = contract.copy(args), contract.copy(args)
     FUSED.backends[backend].run(**fused)
-    in_turn(backend, **other)
+    separately(backend, **other)
     assert_same_bits(fused, other)
 
 
 @pytest.mark.skipif("hip" not in FUSED.backends, reason="the extension is not built, or without this operator")
 @small
 @pytest.mark.parametrize(("run", "arch"), HIP)
-def test_hip_has_the_bits_of_the_two_in_turn(run, arch, case):
+def test_hip_has_the_bits_of_the_two_operators(run, arch, case):
     if run is emulate and arch not in hip.code_objects():
         pytest.skip(f"the package was built without {arch} code objects")
     with platform.target(arch):
@@ -59,7 +59,7 @@ def test_hip_has_the_bits_of_the_two_in_turn(run, arch, case):
         with run(arch):
             FUSED.backends["hip"].run(**fused)
         with run(arch):
-            in_turn("hip", **other)
+            separately("hip", **other)
     assert_same_bits(fused, other)
 
 
@@ -73,7 +73,7 @@ def arguments(tokens=3, heads=2, rank=16, rope=8, pages=4) -> dict[str, Any]:
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("pages", [4, 0])
-def test_a_token_without_a_slot_is_turned_and_not_cached(backend, pages, device):
+def test_a_token_without_a_slot_is_rotated_and_not_cached(backend, pages, device):
     """Also where the pool has no pages at all."""
     with torch.device(device):
         args = arguments(pages=pages) | dict(slot_mapping=torch.full((3,), -1))
@@ -128,7 +128,7 @@ def test_refuses_by_name(argument, wrong, words):
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 def test_the_kernel_serves_the_fp8_of_its_architecture(arch):
     with platform.target(arch):
-        for flavour, fp8 in FP8.items():
+        for flavor, fp8 in FP8.items():
             args = arguments()
             args |= dict(kv_cache=args["kv_cache"].to(fp8))
-            assert (FUSED.backends["triton"].supports(**args) is None) == (flavour == lookup(arch).fp8)
+            assert (FUSED.backends["triton"].supports(**args) is None) == (flavor == lookup(arch).fp8)

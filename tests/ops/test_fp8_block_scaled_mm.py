@@ -21,12 +21,12 @@ def run(backend, *args):
     return helpers.run(ops.fp8_block_scaled_mm, backend, *args)
 
 
-def draw(m, n, k, block_shape, flavour=None, device="cpu"):
+def draw(m, n, k, block_shape, flavor=None, device="cpu"):
     """Factors as views into larger ones, with NaN next to and below what may be read."""
     bn, bk = block_shape
     a, b = (torch.full((rows + 1, k + 16), float("nan")) for rows in (m, n))
     a[:m, :k], b[:n, :k] = torch.randn(m, k) * 4, torch.randn(n, k) * 4
-    a, b = ((x.to(flavour or quant.fp8_dtype()).to(device)[:-1, :k]) for x in (a, b))
+    a, b = ((x.to(flavor or quant.fp8_dtype()).to(device)[:-1, :k]) for x in (a, b))
     a_scale, b_scale = torch.rand(m, -(-k // bk)) + 0.1, torch.rand(-(-n // bn), -(-k // bk)) + 0.1
     return a, b, a_scale.to(device), b_scale.to(device)
 
@@ -53,10 +53,10 @@ def assert_within_bound(got, y, total, k):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("flavour", FP8, ids=str)
-def test_all_pairs_of_patterns(backend, flavour, device):
+@pytest.mark.parametrize("flavor", FP8, ids=str)
+def test_all_pairs_of_patterns(backend, flavor, device):
     """Every pattern of one factor times every pattern of the other, NaN among them, with one column."""
-    patterns = torch.arange(256, dtype=torch.uint8, device=device).view(flavour)[:, None]
+    patterns = torch.arange(256, dtype=torch.uint8, device=device).view(flavor)[:, None]
     scale = torch.ones(256, 1, device=device)
     with np.errstate(invalid="ignore"):  # of the interpreter, which computes in numpy
         got = run(backend, patterns, patterns, scale, scale[:2], [128, 128], torch.float32)
@@ -66,13 +66,13 @@ def test_all_pairs_of_patterns(backend, flavour, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
-@given(m=st.integers(1, 70), n=st.integers(1, 140), k=st.integers(1, 300), flavour=st.sampled_from(FP8),
+@given(m=st.integers(1, 70), n=st.integers(1, 140), k=st.integers(1, 300), flavor=st.sampled_from(FP8),
        out_dtype=st.sampled_from(sorted(UNIT, key=str)),
        block_shape=st.sampled_from([[128, 128], [32, 64], [16, 32], [1, 96], [48, 160]]))
-def test_within_the_bound(backend, device, m, n, k, out_dtype, block_shape, flavour):
+def test_within_the_bound(backend, device, m, n, k, out_dtype, block_shape, flavor):
     if platform.arch() is not None:
-        flavour = quant.fp8_dtype()
-    args = draw(m, n, k, block_shape, flavour, device)
+        flavor = quant.fp8_dtype()
+    args = draw(m, n, k, block_shape, flavor, device)
     got = run(backend, *args, block_shape, out_dtype)
     assert (got.shape, got.dtype, got.is_contiguous()) == ((m, n), out_dtype, True)
     assert_within_bound(got, *exact(*args, block_shape), k)
@@ -83,7 +83,7 @@ def test_within_the_bound(backend, device, m, n, k, out_dtype, block_shape, flav
        block_k=st.sampled_from([32, 64, 128]), group_m=st.integers(1, 5), xcds=st.sampled_from([1, 2, 3, 8]),
        swap=st.booleans(), programs=st.sampled_from([1, 20]), min_columns=st.sampled_from([32, 128]))
 def test_every_form_of_the_kernel(device, m, n, k, block_n, block_k, group_m, xcds, swap, programs, min_columns):
-    """Every tile is computed once, whatever the order, and every column counts once, however K is split."""
+    """Every tile is computed once in any order, and every column counts once in any split of K."""
     args = draw(m, n, k, [32, 128], device=device)
     config = Config(32, block_n, block_k, 4, 1, programs, min_columns, group_m, xcds, swap)
     with tune.tuning_of(ops.fp8_block_scaled_mm).forced(config):
@@ -110,9 +110,9 @@ def test_quantized_activations_and_weights(backend, device):
     (q, scale), (w, w_scale) = ops.per_token_group_quant_fp8(x, 64), quant.quantize_weight_blocks(weight, [32, 64])
     got = run(backend, q, w, scale, w_scale, [32, 64], torch.float32)
     x, weight = x.double(), weight.double()
-    least, w_least = torch.full_like(x, 2.0**-10), torch.full_like(weight, 2.0**-10)
-    off = 2.0**-4 * x.abs() + quant.dequantize(least, scale, [1, 64], torch.float64)
-    w_off = 2.0**-4 * weight.abs() + quant.dequantize(w_least, w_scale, [32, 64], torch.float64)
+    smallest, w_smallest = torch.full_like(x, 2.0**-10), torch.full_like(weight, 2.0**-10)
+    off = 2.0**-4 * x.abs() + quant.dequantize(smallest, scale, [1, 64], torch.float64)
+    w_off = 2.0**-4 * weight.abs() + quant.dequantize(w_smallest, w_scale, [32, 64], torch.float64)
     allowed = x.abs() @ w_off.t() + off @ (weight.abs() + w_off).t()
     assert ((got.double() - x @ weight.t()).abs() <= allowed).all()
     assert ((got.double() - x @ weight.t()).abs() > 2.0**-16 * allowed).any()
@@ -121,7 +121,7 @@ def test_quantized_activations_and_weights(backend, device):
 def test_weights_with_padded_rows_give_the_same_bits(device):
     a, b, a_scale, b_scale = (x.contiguous() for x in draw(5, 40, 512, [128, 128], FP8[1]))
     if platform.arch() is not None:
-        pytest.skip("pads rows on gfx942, whose flavour is another")
+        pytest.skip("pads rows on gfx942, whose flavor is another")
     with platform.target("gfx942"):
         padded = quant.pad_rows(b)
     assert padded.stride() == (768, 1)
@@ -129,7 +129,7 @@ def test_weights_with_padded_rows_give_the_same_bits(device):
     assert torch.equal(first, second)
 
 
-def test_rows_further_apart_than_two_to_the_31_bytes(device):
+def test_row_strides_beyond_two_to_the_31_bytes(device):
     """Memory that is never touched costs nothing on a CPU."""
     a, b, a_scale, b_scale = draw(3, 20, 64, [32, 32], device=device)
     far = torch.empty(3, 2**30 + 64, dtype=torch.uint8, device=device)[:, :64].view(a.dtype)

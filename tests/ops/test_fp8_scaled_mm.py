@@ -20,11 +20,11 @@ def run(backend, *args):
     return helpers.run(ops.fp8_scaled_mm, backend, *args)
 
 
-def draw(m, n, k, per, device, flavour=None, bias=None):
+def draw(m, n, k, per, device, flavor=None, bias=None):
     """per: the shapes of the scales, with M and N for numbers. Factors are views, NaN is next to and below them."""
     a, b = (torch.full((rows + 1, k + 16), float("nan")) for rows in (m, n))
     a[:m, :k], b[:n, :k] = torch.randn(m, k) * 4, torch.randn(n, k) * 4
-    a, b = ((x.to(flavour or quant.fp8_dtype()).to(device)[:-1, :k]) for x in (a, b))
+    a, b = ((x.to(flavor or quant.fp8_dtype()).to(device)[:-1, :k]) for x in (a, b))
     a_scale, b_scale = (torch.rand([dict(M=m, N=n).get(size, size) for size in shape]) + 0.1 for shape in per)
     args = a, b, a_scale.to(device), b_scale.to(device)
     return args, None if bias is None else (torch.randn(n) * 9).to(bias).to(device)
@@ -44,10 +44,10 @@ def assert_within_bound(got, a, b, a_scale, b_scale, bias):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("flavour", FP8, ids=str)
-def test_all_pairs_of_patterns(backend, flavour, device):
+@pytest.mark.parametrize("flavor", FP8, ids=str)
+def test_all_pairs_of_patterns(backend, flavor, device):
     """Every pattern of one factor times every pattern of the other, NaN among them, with one column."""
-    patterns = torch.arange(256, dtype=torch.uint8, device=device).view(flavour)[:, None]
+    patterns = torch.arange(256, dtype=torch.uint8, device=device).view(flavor)[:, None]
     scale = torch.ones(1, device=device)
     with np.errstate(invalid="ignore"):  # of the interpreter, which computes in numpy
         got = run(backend, patterns, patterns, scale, scale, torch.float32)
@@ -58,12 +58,12 @@ def test_all_pairs_of_patterns(backend, flavour, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(m=st.integers(1, 70), n=st.integers(1, 140), k=st.integers(1, 300), biased=st.booleans(),
-       out_dtype=st.sampled_from(sorted(UNIT, key=str)), flavour=st.sampled_from(FP8),
+       out_dtype=st.sampled_from(sorted(UNIT, key=str)), flavor=st.sampled_from(FP8),
        per=st.tuples(st.sampled_from([[1], ["M", 1]]), st.sampled_from([[1], ["N"], ["N", 1]])))
-def test_within_the_bound(backend, device, m, n, k, biased, out_dtype, flavour, per):
+def test_within_the_bound(backend, device, m, n, k, biased, out_dtype, flavor, per):
     if platform.arch() is not None:
-        flavour = quant.fp8_dtype()
-    args, bias = draw(m, n, k, per, device, flavour, out_dtype if biased else None)
+        flavor = quant.fp8_dtype()
+    args, bias = draw(m, n, k, per, device, flavor, out_dtype if biased else None)
     got = run(backend, *args, out_dtype, bias)
     assert (got.shape, got.dtype, got.is_contiguous()) == ((m, n), out_dtype, True)
     assert_within_bound(got, *args, bias)
@@ -76,7 +76,7 @@ def test_within_the_bound(backend, device, m, n, k, biased, out_dtype, flavour, 
        biased=st.booleans())
 def test_every_form_of_the_kernel(device, m, n, k, block_n, block_k, group_m, xcds, swap, programs, min_columns,
                                   biased):
-    """Every tile is computed once, whatever the order, every column counts once, however K is split, and bias once."""
+    """Every tile is computed once in any order, every column counts once in any split of K, and bias once."""
     args, bias = draw(m, n, k, [["M", 1], ["N", 1]], device, bias=torch.float32 if biased else None)
     config = Config(32, block_n, block_k, 4, 1, programs, min_columns, group_m, xcds, swap)
     with tune.tuning_of(ops.fp8_scaled_mm).forced(config):

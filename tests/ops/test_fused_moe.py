@@ -21,7 +21,7 @@ erf = np.vectorize(math.erf, otypes=[float])
 
 
 def run(backend, args):
-    """With NaN in whatever memory has not been written yet."""
+    """Memory that is not written holds NaN."""
     with contract.poisoned():
         return helpers.run(ops.fused_moe, backend, **args)
 
@@ -61,8 +61,8 @@ def mixture(x, w13, w2, topk_weights, topk_ids, w13_scale=None, w2_scale=None, b
         if not fp8:
             return np.zeros_like(v)
         group = block_shape[1] if block_shape else len(v)
-        peaks = [np.abs(v[i:i + group]).max() for i in range(0, len(v), group)]
-        return 2.0**-4 * np.abs(v) + 2.0**-18 * np.repeat(peaks, group)[:len(v)]
+        amax = [np.abs(v[i:i + group]).max() for i in range(0, len(v), group)]
+        return 2.0**-4 * np.abs(v) + 2.0**-18 * np.repeat(amax, group)[:len(v)]
 
     for t in range(tokens):
         row = x[t].double().numpy()
@@ -95,7 +95,7 @@ def holds(got, args):
     assert got.shape == args["x"].shape
     assert got.dtype == args["x"].dtype
     off = np.abs(got.double().cpu().numpy() - y)
-    # second order, and the least numbers that fp16 and bf16 have
+    # second order, and the smallest numbers of fp16 and bf16
     assert (off <= 1.1 * bound + 1e-7).all(), f"off by {(off / (bound + 1e-7)).max():.3g} times the bound"
 
 
@@ -165,7 +165,7 @@ def test_permuted_tokens_give_permuted_rows(device, tokens, kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [3, 20])
-def test_experts_that_nobody_chose_are_never_read(backend, device, tokens):
+def test_experts_without_tokens_are_never_read(backend, device, tokens):
     args = on(device, make_case(tokens, 5, 2))
     args["topk_ids"] = torch.where(args["topk_ids"] % 2 == 1, -1, args["topk_ids"])
     expected = run(backend, args)
@@ -191,9 +191,9 @@ def test_a_token_without_experts_gets_zeros_whatever_it_holds(backend, device, t
 def test_layout_does_not_matter(backend, device, tokens):
     args = on(device, make_case(tokens, 3, 2, 48, 33, padded=5))
     dense = args | {name: args[name].contiguous() for name in ("w13", "w2")}
-    apart = torch.stack([args["x"], args["x"]], 1)[:, 0]
-    assert apart.stride(0) == 96
-    assert torch.equal(run(backend, args | dict(x=apart)), run(backend, dense))
+    strided = torch.stack([args["x"], args["x"]], 1)[:, 0]
+    assert strided.stride(0) == 96
+    assert torch.equal(run(backend, args | dict(x=strided)), run(backend, dense))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -239,7 +239,7 @@ def test_every_form_gives_the_same(config, kind):
 @pytest.mark.skipif(platform.arch() is not None, reason="there is a GPU here")
 @pytest.mark.parametrize("kind", [dict(scales="channel"), dict(scales="block", block_shape=[32, 32])], ids=str)
 @pytest.mark.parametrize("tokens", [2, 18])
-def test_activations_take_the_flavour_of_the_architecture(kind, tokens):
+def test_activations_take_the_flavor_of_the_architecture(kind, tokens):
     args = make_case(tokens, 3, 2, fp8=FP8[1], **kind)
     config = list(forms())[0 if tokens == 2 else 3]
     with platform.target("gfx942"), tune.tuning_of(ops.fused_moe).forced(config):
@@ -248,12 +248,12 @@ def test_activations_take_the_flavour_of_the_architecture(kind, tokens):
     assert contract.distance(got, expected) <= tune.SLACK * contract.floor(expected.dtype)
 
 
-@pytest.mark.parametrize(("arch", "flavour"), [("gfx942", FP8[1]), ("gfx950", FP8[0]), ("gfx90a", None)])
-def test_the_kernel_serves_the_fp8_of_its_architecture(arch, flavour):
+@pytest.mark.parametrize(("arch", "flavor"), [("gfx942", FP8[1]), ("gfx950", FP8[0]), ("gfx90a", None)])
+def test_the_kernel_serves_the_fp8_of_its_architecture(arch, flavor):
     with platform.target(arch):
         for fp8 in FP8:
             why = ops.fused_moe.backends["triton"].supports(**make_case(2, scales="channel", fp8=fp8))
-            assert (why is None) == (fp8 == flavour)
+            assert (why is None) == (fp8 == flavor)
             assert why is None or arch in why
 
 

@@ -148,7 +148,7 @@ def test_refuses_by_name(changes, argument, words):
 
 
 def test_agree_refuses_what_fp32_could_not_have_chosen():
-    """The contract test's judge: neighbours within rounding may be exchanged, no others."""
+    """The contract test's judge: neighbors within rounding may be exchanged, no others."""
     bias = torch.tensor([0.0, 1e-9, 0.0, 0.5, 0.25, -0.5], dtype=torch.float64)
     args = dict(gating=torch.zeros(1, 6, dtype=torch.float64), top_k=2, num_expert_group=3, topk_group=2,
                 renormalize=False, scoring_func="sigmoid", correction_bias=bias)

@@ -12,7 +12,7 @@ from wave64.testing import contract, isa, lanes
 
 #: those that a rank launches alone; collectives run side by side: tests/gfx942/test_collectives.py
 HIP_OPS = [op for op in OPS.values() if "hip" in op.backends and "group" not in op.signature.parameters]
-ON_CPU = ("gfx942", "gfx1201")  # waves of 64 and of 32, FP8 of both flavours
+ON_CPU = ("gfx942", "gfx1201")  # waves of 64 and of 32, FP8 of both flavors
 
 
 def grid():

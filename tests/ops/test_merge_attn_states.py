@@ -37,8 +37,7 @@ def states(tokens=5, heads=3, head_dim=64, dtype=torch.bfloat16, device="cpu"):
        keys=st.lists(st.integers(0, 5), min_size=2, max_size=4), shift=st.sampled_from([0, 0, 3, -30, 200, 1e4, -1e4]),
        dtype=st.sampled_from(list(TOLERANCE)), seed=st.integers(0, 2**31))
 def test_equals_attention_over_all_keys(backend, device, tokens, heads, head_dim, keys, shift, dtype, seed):
-    """Some keys after the others, each set merged into what came before; `shift` is how far the last set's logits lie
-    from the rest."""
+    """Merge sets of keys one after the other; `shift` is added to the logits of the last set."""
     g = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(tokens, heads, sum(keys), generator=g, dtype=torch.float64)
     values = torch.randn(sum(keys), heads, head_dim, generator=g, dtype=torch.float64)

@@ -66,13 +66,13 @@ def test_serves_what_models_ask_for(device, backend, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("flavour", FP8)
-def test_both_flavours_of_fp8(device, backend, flavour):
-    if device != "cpu" and fp8_dtype() != FP8[flavour]:
+@pytest.mark.parametrize("flavor", FP8)
+def test_both_flavors_of_fp8(device, backend, flavor):
+    if device != "cpu" and fp8_dtype() != FP8[flavor]:
         pytest.skip("the machine's FP8 is the other")
     with torch.device(device):
         args = make_case([70, 9], heads=5, rank=32, rope=8)
-    args.update(kv_cache=args["kv_cache"].to(FP8[flavour]), kv_scale=torch.full((1,), 0.37, device=device))
+    args.update(kv_cache=args["kv_cache"].to(FP8[flavor]), kv_scale=torch.full((1,), 0.37, device=device))
     assert_right(run("mla_decode", backend, args), args)
 
 
@@ -163,7 +163,7 @@ def test_many_parts_agree_with_one(device):
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("heads", [5, 20, 70])
 def test_either_operand_may_hold_the_rows(device, swap, heads):
-    """Also where several programs share the rows out; neither way is the machine's choice for every head count."""
+    """Also where rows are split among several programs; no machine's table chooses one way for every head count."""
     with torch.device(device):
         args = make_case([31, 3] if heads < 70 else [15], heads=heads, rank=24, rope=8)
     assert_right(launch(args, swap=swap, bands=0, block_h=32), args)
@@ -182,7 +182,7 @@ def test_as_configured_for_another_architecture(device, arch, options):
 
 
 @pytest.mark.parametrize("programs", [1, 20])
-def test_programs_find_their_share_beyond_one_block_of_lengths(device, programs):
+def test_programs_find_their_split_beyond_one_block_of_lengths(device, programs):
     with torch.device(device):
         args = make_case([3, 0, 70, 1, 0, 33, 150, 0], heads=1, rank=16, rope=8)
     assert_right(launch(args, block_b=2, programs=programs), args)

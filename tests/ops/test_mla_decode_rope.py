@@ -21,16 +21,16 @@ from wave64.quant import FP8, fp8_dtype
 BATCHED = ("q_nope", "q_pe", "kv_c", "k_pe", "slot_mapping", "page_table", "seq_lens", "positions")
 
 
-def turned(x, angles, is_neox):
-    """Rows of x, their pairs turned one by one by a row of cosines and sines."""
+def rotated(x, angles, is_neox):
+    """Apply RoPE to rows of x, pair by pair, with one row of cosines and sines."""
     half = len(angles) // 2
-    x, turned = x.double(), x.clone()
+    x, rotated = x.double(), x.clone()
     for j in range(half):
         a, b = (j, j + half) if is_neox else (2 * j, 2 * j + 1)
         cos, sin = float(angles[j]), float(angles[half + j])
-        turned[..., a] = x[..., a] * cos - x[..., b] * sin
-        turned[..., b] = x[..., b] * cos + x[..., a] * sin
-    return turned
+        rotated[..., a] = x[..., a] * cos - x[..., b] * sin
+        rotated[..., b] = x[..., b] * cos + x[..., a] * sin
+    return rotated
 
 
 def as_stored(latent, kv_cache, kv_scale):
@@ -52,13 +52,13 @@ def naive(q_nope, q_pe, kv_c, k_pe, kv_cache, slot_mapping, page_table, seq_lens
         latents = [latent_of(kv_cache, page_table[b], p, kv_scale) for p in range(length - new)]
         for j in range(new):
             angles = cos_sin_cache[int(positions[b, j])]
-            stored = as_stored(torch.cat([kv_c[b, j], turned(k_pe[b, j], angles, is_neox)]), kv_cache, kv_scale)
+            stored = as_stored(torch.cat([kv_c[b, j], rotated(k_pe[b, j], angles, is_neox)]), kv_cache, kv_scale)
             slot, page_size = int(slot_mapping[b, j]), kv_cache.shape[1]
             if slot >= 0:
                 pool[slot // page_size, slot % page_size] = stored
             if length - new + j >= 0:
                 latents.append(stored.double() * (1.0 if kv_scale is None else float(kv_scale)))
-            query = torch.cat([q_nope[b, j], turned(q_pe[b, j], angles, is_neox)], -1)
+            query = torch.cat([q_nope[b, j], rotated(q_pe[b, j], angles, is_neox)], -1)
             outs.append(attend_over(query, latents, scale, rank)[0])
     return torch.stack(outs).view(shape), pool
 
@@ -90,7 +90,7 @@ def assert_right(got, args):
 
 
 def as_drawn(args, rng):
-    """Positions that are not the token's place, and some tokens that are not kept."""
+    """Positions that differ from the token's index, and some tokens without a slot."""
     args["positions"] = torch.randint_like(args["positions"], len(args["cos_sin_cache"]))
     if rng.random() < 0.3:
         args["positions"] = args["positions"].int()
@@ -126,16 +126,16 @@ def test_serves_what_models_ask_for(device, backend, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("flavour", FP8)
+@pytest.mark.parametrize("flavor", FP8)
 @pytest.mark.parametrize("scaled", [True, False])
-def test_both_flavours_of_fp8(device, backend, flavour, scaled):
+def test_both_flavors_of_fp8(device, backend, flavor, scaled):
     """Also where a latent is beyond the largest number: what is attended to is what the cache would give back."""
-    if device != "cpu" and fp8_dtype() != FP8[flavour]:
+    if device != "cpu" and fp8_dtype() != FP8[flavor]:
         pytest.skip("the machine's FP8 is the other")
     with torch.device(device):
         args = make_case([37, 1, 70], heads=5, queries=2, rank=32, rope=8)
     args["kv_c"][:, :, 3] *= 500
-    args.update(kv_cache=args["kv_cache"].to(FP8[flavour]), scale=args["scale"] / 100,
+    args.update(kv_cache=args["kv_cache"].to(FP8[flavor]), scale=args["scale"] / 100,
                 kv_scale=torch.full((1,), 0.37, device=device) if scaled else None)
     assert_right(call(backend, args), args)
 
@@ -269,7 +269,7 @@ def test_many_parts_agree_with_one(device):
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("heads", [5, 40])
 def test_either_operand_may_hold_the_rows(device, swap, heads):
-    """Also where several programs share the rows out, of which one appends."""
+    """Also where rows are split among several programs, of which one appends."""
     with torch.device(device):
         args = make_case([31, 3] if heads == 5 else [15], heads=heads, queries=2, rank=24, rope=8)
     assert_right(launch(args, swap=swap, bands=0, block_h=32), args)
@@ -302,9 +302,9 @@ def test_pages_beyond_two_gib(device, backend):
     with torch.device(device):
         near_by = make_case([37, 20], heads=4, rank=64, rope=16, page_size=page_size, fp8=True)
     far = near_by | moved_far(near_by, page_size)
-    places = (near_by["seq_lens"] - 1).long()
-    pages = far["page_table"][torch.arange(2, device=device), places // page_size].long()
-    far["slot_mapping"] = pages * page_size + places % page_size
+    last = (near_by["seq_lens"] - 1).long()
+    pages = far["page_table"][torch.arange(2, device=device), last // page_size].long()
+    far["slot_mapping"] = pages * page_size + last % page_size
     assert far["slot_mapping"].min() * width > 2**31
     expected, pool = call(backend, near_by)
     assert torch.equal(run("mla_decode_rope", backend, far), expected)
@@ -317,7 +317,7 @@ def test_pages_beyond_two_gib(device, backend):
 @pytest.mark.parametrize("layout", STRIDED)
 @pytest.mark.parametrize("fp8", [False, True])
 def test_strided_pools(device, backend, layout, fp8):
-    """What lies next to the pool in its storage stays."""
+    """Elements next to the pool in its storage do not change."""
     with torch.device(device):
         args = make_case([37, 20], heads=4, rank=32, rope=8, fp8=fp8)
     expected, expected_pool = call(backend, args)
@@ -363,34 +363,34 @@ def bad(**changes):
     return {**args, **{name: change(args) for name, change in changes.items()}}
 
 
-def columns_apart(name):
+def strided_columns(name):
     return lambda a: a[name].transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 @pytest.mark.parametrize(("argument", "change", "words"), [
     ("q_nope", lambda a: a["q_nope"][0], "[num_seqs, num_heads, width]"),
-    ("q_nope", columns_apart("q_nope"), "contiguous last dimension"),
+    ("q_nope", strided_columns("q_nope"), "contiguous last dimension"),
     ("q_nope", lambda a: a["q_nope"].to(torch.int32), "bf16, fp16 or fp32"),
     ("q_nope", lambda a: a["q_nope"][:, :0], "at least one head"),
     ("q_nope", lambda a: a["q_nope"][..., :0], "at least one column"),
     ("q_pe", lambda a: a["q_pe"][0], "[num_seqs, num_heads, width]"),
     ("q_pe", lambda a: a["q_pe"][:, :3], "[2, 4] x rope_dim, as q_nope"),
     ("q_pe", lambda a: a["q_pe"].half(), "as q_nope"),
-    ("q_pe", columns_apart("q_pe"), "contiguous last dimension"),
+    ("q_pe", strided_columns("q_pe"), "contiguous last dimension"),
     ("q_pe", lambda a: a["q_pe"].to("meta"), "on cpu, where q_nope is"),
     ("kv_c", lambda a: a["kv_c"][:1], "bfloat16 [2, 32]"),
     ("kv_c", lambda a: a["kv_c"][:, None], "bfloat16 [2, 32]"),
     ("kv_c", lambda a: a["kv_c"][:, :31], "bfloat16 [2, 32]"),
     ("kv_c", lambda a: a["kv_c"].half(), "bfloat16 [2, 32]"),
-    ("kv_c", columns_apart("kv_c"), "contiguous last dimension"),
+    ("kv_c", strided_columns("kv_c"), "contiguous last dimension"),
     ("kv_c", lambda a: a["kv_c"].to("meta"), "on cpu, where q_nope is"),
     ("k_pe", lambda a: a["k_pe"][:, :7], "bfloat16 [2, 8]"),
     ("k_pe", lambda a: a["k_pe"].float(), "bfloat16 [2, 8]"),
-    ("k_pe", columns_apart("k_pe"), "contiguous last dimension"),
+    ("k_pe", strided_columns("k_pe"), "contiguous last dimension"),
     ("k_pe", lambda a: a["k_pe"].to("meta"), "on cpu, where q_nope is"),
     ("kv_cache", lambda a: a["kv_cache"][0], "[num_pages, page_size, 40]"),
     ("kv_cache", lambda a: a["kv_cache"][..., :39], "[num_pages, page_size, 40]"),
-    ("kv_cache", columns_apart("kv_cache"), "contiguous last dimension"),
+    ("kv_cache", strided_columns("kv_cache"), "contiguous last dimension"),
     ("kv_cache", lambda a: a["kv_cache"].half(), "that of the queries, or FP8"),
     ("kv_cache", lambda a: a["kv_cache"].to("meta"), "on cpu, where q"),
     ("slot_mapping", lambda a: a["slot_mapping"].int(), "contiguous int64 [2]"),
@@ -400,7 +400,7 @@ def columns_apart(name):
     ("slot_mapping", lambda a: a["slot_mapping"].to("meta"), "on cpu, where q_nope is"),
     ("page_table", lambda a: a["page_table"][:1], "int32 [2, max_pages]"),
     ("page_table", lambda a: a["page_table"].long(), "int32 [2, max_pages]"),
-    ("page_table", columns_apart("page_table"), "contiguous last dimension"),
+    ("page_table", strided_columns("page_table"), "contiguous last dimension"),
     ("page_table", lambda a: a["page_table"][:, :2], "capacity for 37 tokens"),
     ("page_table", lambda a: a["page_table"].to("meta"), "on cpu, where q"),
     ("seq_lens", lambda a: a["seq_lens"].long(), "int32 [2]"),

@@ -22,15 +22,15 @@ def align(backend, device, ids, block_size, experts):
 
 def by_loop(ids, block_size, experts):
     n = len(ids)
-    places, owners = [], []
+    pairs, owners = [], []
     for expert in range(experts):
         run = [i for i, x in enumerate(ids) if x == expert]
         run += [n] * (-len(run) % block_size)
-        places += run
+        pairs += run
         owners += [expert] * (len(run) // block_size)
     blocks = -(-(n + min(n, experts) * (block_size - 1)) // block_size)
-    total = len(places)
-    return [places + [n] * (blocks * block_size - total), owners + [-1] * (blocks - len(owners)), [total]]
+    total = len(pairs)
+    return [pairs + [n] * (blocks * block_size - total), owners + [-1] * (blocks - len(owners)), [total]]
 
 
 outside = st.sampled_from([-1, -2**31, 2**31 - 1, -7])
@@ -62,9 +62,9 @@ def test_all_to_one_expert(backend, device):
     """A run of all ids; the odd expert of a pair and the last one, which has no partner."""
     for expert in (1, 2):
         ids = torch.full((40000, 1), expert, dtype=torch.int32)
-        places, owners, total = align(backend, device, ids, 64, 3)
-        assert places[:40000] == list(range(40000))
-        assert set(places[40000:]) == {40000}
+        pairs, owners, total = align(backend, device, ids, 64, 3)
+        assert pairs[:40000] == list(range(40000))
+        assert set(pairs[40000:]) == {40000}
         assert owners == [expert] * 625 + [-1] * (len(owners) - 625)
         assert total == [625 * 64]
 

@@ -82,7 +82,7 @@ def test_a_fixed_split_makes_a_result_independent_of_its_batch(device, seq_lens,
 
 
 @pytest.mark.parametrize("programs", [1, 9, 64])
-def test_programs_find_their_share_beyond_one_block_of_lengths(device, programs):
+def test_programs_find_their_split_beyond_one_block_of_lengths(device, programs):
     with torch.device(device):
         args = make_case([3, 0, 70, 1, 0, 33, 150, 0], heads=1, kv_heads=1, head_dim=8)
     assert_near(launch(args, block_b=2, programs=programs), naive(**on("cpu", args)), args)
@@ -99,8 +99,8 @@ def test_pages_beyond_two_gib(device, backend):
     used = sorted({int(p) for row, n in zip(args["page_table"], args["seq_lens"], strict=True)
                    for p in row[:-(-int(n) // page_size)]})
     last = {page: pages - 1 - i for i, page in enumerate(used)}
-    for page, place in last.items():
-        pool[place] = args["key_cache"][page]
+    for page, target in last.items():
+        pool[target] = args["key_cache"][page]
     moved = args["page_table"].clone().cpu().apply_(lambda page: last.get(page, page)).to(device)
     far = {**args, "key_cache": pool, "value_cache": pool, "page_table": moved}
     near = {**args, "value_cache": args["key_cache"]}

@@ -104,7 +104,7 @@ def test_capped_logits_are_accurate(device, backend):
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(("scale", "k_scale"), [(-0.3, None), (0.0, None), (1, None), (0.2, -1.5), (-0.2, -1.5)])
 def test_any_scale(device, backend, scale, k_scale):
-    """Also such as turn the order of the logits round, or make all of them equal."""
+    """Also scales that reverse the order of the logits, or make all of them equal."""
     with torch.device(device):
         args = {**make_prefill([40], [70], dtype=torch.float32, fp8=k_scale is not None), "scale": scale}
         if k_scale is not None:

@@ -12,97 +12,97 @@ from wave64 import OPS, BadArgument, ops, platform, quant
 quick = examples(20)
 
 
-def numbers_of(flavour):
+def numbers_of(flavor):
     """Every finite number of the format, in order, with whether the last bit of its pattern is 0."""
     bits = torch.arange(256, dtype=torch.uint8)
-    values = bits.view(flavour).double()
+    values = bits.view(flavor).double()
     keep = values.isfinite() & (bits != 0x80)
     order = values[keep].argsort()
     return values[keep][order].numpy(), (bits[keep][order] % 2 == 0).numpy()
 
 
-def nearest(x, flavour):
+def nearest(x, flavor):
     """x (fp64, within the format's range) rounded to nearest, ties to the pattern that is even."""
-    numbers, even = numbers_of(flavour)
+    numbers, even = numbers_of(flavor)
     above = np.searchsorted(numbers, x).clip(1, len(numbers) - 1)
     low, high = x - numbers[above - 1], numbers[above] - x
     up = (high < low) | (high == low) & even[above]
     return np.where(up, numbers[above], numbers[above - 1])
 
 
-def quantized(row, flavour):
-    """(q as numbers, scale) of numbers that share a scale, fp32 operations one by one."""
-    limit = np.float32(quant.limit(flavour))
+def quantized(row, flavor):
+    """(q as numbers, scale) of numbers with one scale, fp32 operations one by one."""
+    limit = np.float32(quant.limit(flavor))
     amax = np.float32(max(np.abs(row).max(), np.float32(1e-10)))
     inverse = np.nextafter(limit, np.float32(0)) / amax
-    return nearest((row * inverse).astype(np.float64), flavour), amax / limit
+    return nearest((row * inverse).astype(np.float64), flavor), amax / limit
 
 
-def run(op, flavour, *args):
-    """In the flavour of gfx942 or of OCP, wherever this is; skips where the machine cannot."""
+def run(op, flavor, *args):
+    """In the flavor of gfx942 or of OCP, wherever this is; skips where the machine cannot."""
     if platform.arch() is not None:
-        if quant.fp8_dtype() != flavour:
-            pytest.skip(f"{platform.arch().name} has another FP8 flavour")
+        if quant.fp8_dtype() != flavor:
+            pytest.skip(f"{platform.arch().name} has another FP8 flavor")
         return op(*args)
-    with platform.target("gfx942" if flavour == FP8[1] else "gfx950"):
+    with platform.target("gfx942" if flavor == FP8[1] else "gfx950"):
         return op(*args)
 
 
-@pytest.mark.parametrize("flavour", FP8, ids=str)
+@pytest.mark.parametrize("flavor", FP8, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(rows=st.integers(0, 5), columns=st.integers(1, 300), group=st.sampled_from([8, 32, 64, 128, 1024]),
        dtype=st.sampled_from(DTYPES), power=st.integers(-6, 3), offset=st.sampled_from([0, 1, 8]))
-def test_groups_equal_a_loop(backend, flavour, device, rows, columns, group, dtype, power, offset):
+def test_groups_equal_a_loop(backend, flavor, device, rows, columns, group, dtype, power, offset):
     x = (torch.randn(rows, columns + offset) * 10.0**power).to(dtype)[:, offset:]
-    q, scale = run(ops.per_token_group_quant_fp8.backends[backend].run, flavour, x.to(device), group)
-    assert (q.shape, q.dtype, q.is_contiguous()) == (x.shape, flavour, True)
+    q, scale = run(ops.per_token_group_quant_fp8.backends[backend].run, flavor, x.to(device), group)
+    assert (q.shape, q.dtype, q.is_contiguous()) == (x.shape, flavor, True)
     assert (scale.shape, scale.dtype, scale.is_contiguous()) == ((rows, -(-columns // group)), torch.float32, True)
     q, scale, wide = q.cpu().double().numpy(), scale.cpu().numpy(), x.float().numpy()
     for t in range(rows):
         for i, first in enumerate(range(0, columns, group)):
-            expected, unit = quantized(wide[t, first:first + group], flavour)
+            expected, unit = quantized(wide[t, first:first + group], flavor)
             assert np.array_equal(q[t, first:first + group], expected)
             assert scale[t, i] == unit
 
 
-@pytest.mark.parametrize("flavour", FP8, ids=str)
+@pytest.mark.parametrize("flavor", FP8, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(rows=st.integers(0, 4), columns=st.integers(1, 500), dtype=st.sampled_from(DTYPES), power=st.integers(-6, 3),
        offset=st.sampled_from([0, 3]))
-def test_rows_and_tensors_equal_a_loop(backend, flavour, device, rows, columns, dtype, power, offset):
+def test_rows_and_tensors_equal_a_loop(backend, flavor, device, rows, columns, dtype, power, offset):
     x = (torch.randn(rows, columns + offset) * 10.0**power).to(dtype)[:, offset:]
     wide = x.float().numpy()
-    q, scale = run(ops.per_token_quant_fp8.backends[backend].run, flavour, x.to(device))
-    assert (q.shape, q.dtype, scale.shape) == (x.shape, flavour, (rows, 1))
+    q, scale = run(ops.per_token_quant_fp8.backends[backend].run, flavor, x.to(device))
+    assert (q.shape, q.dtype, scale.shape) == (x.shape, flavor, (rows, 1))
     for t in range(rows):
-        expected, unit = quantized(wide[t], flavour)
+        expected, unit = quantized(wide[t], flavor)
         assert np.array_equal(q[t].cpu().double().numpy(), expected)
         assert scale[t].item() == unit
-    q, scale = run(ops.per_tensor_quant_fp8.backends[backend].run, flavour, x.to(device))
-    assert (q.shape, q.dtype, scale.shape) == (x.shape, flavour, (1,))
+    q, scale = run(ops.per_tensor_quant_fp8.backends[backend].run, flavor, x.to(device))
+    assert (q.shape, q.dtype, scale.shape) == (x.shape, flavor, (1,))
     if rows:
-        expected, unit = quantized(wide, flavour)
+        expected, unit = quantized(wide, flavor)
         assert np.array_equal(q.cpu().double().numpy(), expected)
         assert scale.item() == unit
 
 
-@pytest.mark.parametrize("flavour", FP8, ids=str)
+@pytest.mark.parametrize("flavor", FP8, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_a_given_scale_saturates_and_ties_go_to_even(backend, flavour, device, dtype):
-    """Every number of the format, every midpoint of two neighbours, what lies beyond the largest; times the scale."""
-    numbers, _ = numbers_of(flavour)
+def test_a_given_scale_saturates_and_ties_go_to_even(backend, flavor, device, dtype):
+    """Every number of the format, every midpoint of two neighbors, what lies beyond the largest; times the scale."""
+    numbers, _ = numbers_of(flavor)
     beyond = np.array([250.0, 300.0, 449.0, 464.0, 480.0, 5e4, -5e4, -460.0, np.inf, -np.inf])
     values = np.concatenate([numbers, (numbers[1:] + numbers[:-1]) / 2, beyond])
-    limit = quant.limit(flavour)
-    expected = torch.from_numpy(nearest(values.clip(-limit, limit), flavour)).float()
+    limit = quant.limit(flavor)
+    expected = torch.from_numpy(nearest(values.clip(-limit, limit), flavor)).float()
     for scale in (0.5, 1.0, 2.0**-9):
         x = torch.from_numpy(values * scale).to(dtype)
         exact = x.double().numpy() / scale == values  # fp16 does not hold them all
         given_scale = torch.tensor([scale], device=device)
-        q, out = run(ops.per_tensor_quant_fp8.backends[backend].run, flavour, x.to(device)[None], given_scale)
+        q, out = run(ops.per_tensor_quant_fp8.backends[backend].run, flavor, x.to(device)[None], given_scale)
         assert torch.equal(q[0].cpu().float()[exact], expected[exact])
         assert out.item() == scale
         assert out.data_ptr() != given_scale.data_ptr()
@@ -143,14 +143,14 @@ def test_silu_is_quantized_as_fp64_says(backend, device, rows, d, group, dtype):
     q, scale = ops.silu_and_mul_per_token_group_quant_fp8.backends[backend].run(x.to(device), group)
     gate, up = x.double().numpy()[:, :d], x.double().numpy()[:, d:]
     y = gate / (1 + np.exp(-gate)) * up
-    least = 2.0**-10 if q.dtype == FP8[0] else 2.0**-11
+    smallest = 2.0**-10 if q.dtype == FP8[0] else 2.0**-11
     for t in range(rows):
         for i, first in enumerate(range(0, d, group)):
             part = y[t, first:first + group]
             unit = max(np.abs(part).max(), 1e-10) / quant.limit(q.dtype)
             assert scale[t, i].item() == pytest.approx(unit, rel=1e-5)
             back = q[t, first:first + group].cpu().double().numpy() * scale[t, i].item()
-            assert (np.abs(back - part) <= (2**-4 + 2**-16) * np.abs(part) + (least + 2**-16) * unit).all()
+            assert (np.abs(back - part) <= (2**-4 + 2**-16) * np.abs(part) + (smallest + 2**-16) * unit).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -168,7 +168,7 @@ def test_backends_give_the_same_bits(backend, device):
 
 @pytest.mark.parametrize("op", ["per_token_group_quant_fp8", "per_token_quant_fp8", "per_tensor_quant_fp8",
                                 "silu_and_mul_per_token_group_quant_fp8"])
-def test_rows_further_apart_than_two_to_the_31_bytes(op, device):
+def test_row_strides_beyond_two_to_the_31_bytes(op, device):
     """Memory that is never touched costs nothing on a CPU."""
     x = torch.empty(3, 2**30, dtype=torch.bfloat16, device=device)[:, :128]
     x.copy_(torch.randn(3, 128))
@@ -201,7 +201,7 @@ def test_refuses_by_name(op, argument, args):
 
 
 def test_agree_refuses_another_rounding_and_another_scale():
-    """The contract test's judge: a neighbour is wrong, unless the number is next to a midpoint."""
+    """The contract test's judge: a neighbor is wrong, unless the number is next to a midpoint."""
     op = ops.per_token_group_quant_fp8
     x = torch.tensor([[448.0, 20.0, 21.0, 1.0]], dtype=torch.float64)
     exact = list(op.reference(x, 4))

@@ -41,7 +41,7 @@ def test_equals_a_loop_over_tokens(backend, device, pages, page_size, heads, hea
 @pytest.mark.parametrize("fp8", FP8, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_fp8_saturates_and_rounds_to_nearest_even(backend, device, fp8, dtype):
-    """Every number of the format, every midpoint of two neighbours, and what lies beyond the largest."""
+    """Every number of the format, every midpoint of two neighbors, and what lies beyond the largest."""
     numbers = torch.arange(256, dtype=torch.uint8).view(fp8).float()
     numbers = numbers[numbers.isfinite()].unique()
     values = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2, torch.tensor([1e4, -1e4, 1e30])]).to(dtype)

@@ -18,7 +18,7 @@ def angles(rot_dim):
 
 
 def run(backend, device, positions, query, key, head_size, table, is_neox):
-    """Rotates views into one merged tensor, as a model does; what lies next to them must stay."""
+    """Rotate views of one merged tensor, as a model does; elements next to them must not change."""
     tokens, rest_of_row = query.shape[0], torch.randn(query.shape[0], 8)
     merged = torch.cat([query.flatten(1), key.flatten(1), rest_of_row], 1).to(device)
     q, k, rest = merged.split([query[0].numel(), key[0].numel(), 8], 1)
@@ -54,14 +54,14 @@ def test_halves_equal_transformers(backend, device, tokens, heads, kv_heads, hal
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(**shapes)
-def test_interleaved_pairs_are_complex_numbers_turned(backend, device, tokens, heads, kv_heads, half, rest, seed):
+def test_interleaved_pairs_are_rotated_complex_numbers(backend, device, tokens, heads, kv_heads, half, rest, seed):
     positions, query, key = tensors(tokens, heads, kv_heads, 2 * half + rest, seed)
     angle = angles(2 * half)
     got = run(backend, device, positions, query, key, 2 * half + rest, torch.cat([angle.cos(), angle.sin()], 1), False)
-    turn = torch.polar(torch.ones_like(angle), angle)[positions][:, None]
+    rotation = torch.polar(torch.ones_like(angle), angle)[positions][:, None]
     for x, rotated in zip((query, key), got, strict=True):
         pairs = torch.view_as_complex(x[..., :2 * half].reshape(*x.shape[:2], half, 2).contiguous())
-        expected = torch.cat([torch.view_as_real(pairs * turn).flatten(-2), x[..., 2 * half:]], -1)
+        expected = torch.cat([torch.view_as_real(pairs * rotation).flatten(-2), x[..., 2 * half:]], -1)
         torch.testing.assert_close(rotated, expected, rtol=1e-5, atol=1e-5)
 
 

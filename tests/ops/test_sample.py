@@ -33,8 +33,8 @@ def kept(logits, temperature, top_k, top_p, min_p):
     best = max(logits)
     weight = {i: math.exp((x - best) / temperature) for i, x in enumerate(logits) if x > -math.inf}
     if 0 < top_k < len(weight):
-        least = sorted((logits[i] for i in weight), reverse=True)[top_k - 1]
-        weight = {i: w for i, w in weight.items() if logits[i] >= least}
+        smallest = sorted((logits[i] for i in weight), reverse=True)[top_k - 1]
+        weight = {i: w for i, w in weight.items() if logits[i] >= smallest}
     if top_p < 1:
         total = sum(weight.values())
         before = {x: sum(w for i, w in weight.items() if logits[i] > x) for x in {logits[i] for i in weight}}
@@ -152,7 +152,7 @@ def test_refuses_by_name(argument, wrong):
 
 
 def test_agree_refuses_what_fp32_could_not_have_drawn():
-    """The contract test's judge: a neighbour of the right id is wrong, and so is an id that is not kept."""
+    """The contract test's judge: a neighbor of the right id is wrong, and so is an id that is not kept."""
     logits = torch.tensor([[0.0, 1.0, 2.0, -4.0]], dtype=torch.float64)
     one = torch.ones(1, dtype=torch.float64)
     args = dict(logits=logits, temperature=one, top_k=torch.tensor([2], dtype=torch.int32), top_p=one, min_p=one * 0,

@@ -17,7 +17,7 @@ from wave64.testing import contract, sparse
 POOLS = ("key_cache", "value_cache", "kv_cache", "src", "dst")
 CACHE_OPS = [op for op in OPS.values() if any(name in POOLS for name in inspect.signature(op.reference).parameters)]
 #: What a process may use at most, in KiB: the interpreter, torch and Triton are about half of it.
-MOST = 2**20
+MAX_BYTES = 2**20
 
 
 def sparse_cases(op):
@@ -98,7 +98,7 @@ def test_they_need_less_than_1_gib(backend, arch, ops):
     code = MEASURE.format(backend=backend, arch=arch, ops=ops)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < MOST
+    assert int(done.stdout) < MAX_BYTES
 
 
 def bad(name):
@@ -112,7 +112,7 @@ def bad(name):
         pool[numbers] += 1
         pool[-5000] = 1
 
-    def writes_a_neighbour(pool, numbers):
+    def writes_a_neighbor(pool, numbers):
         pool[numbers] += 1
         pool[numbers.max() + 1] = 1
 
@@ -124,7 +124,7 @@ def bad(name):
 
 @pytest.mark.parametrize(("name", "message"), [
     ("right", None), ("reads_beyond", "argument pool was touched outside its rows in use, about byte 7606272"),
-    ("writes_beyond", "argument pool was touched outside"), ("writes_a_neighbour", "result 0: error inf against fp64"),
+    ("writes_beyond", "argument pool was touched outside"), ("writes_a_neighbor", "result 0: error inf against fp64"),
     ("leaves_the_last", "result 0: error")])
 def test_the_contract_finds_what_a_sparse_pool_hides(name, message):
     def test_sparse(pool: torch.Tensor, numbers: torch.Tensor) -> None:

@@ -52,15 +52,15 @@ def pairs(draw, src_slots, dst_slots):
 @pytest.mark.parametrize("backend", BACKENDS)
 @quick
 @given(src_slots=st.integers(1, 40), dst_slots=st.integers(1, 40), row=st.lists(st.integers(1, 9), max_size=3),
-       apart=st.integers(0, 3), dtype=st.sampled_from(DTYPES), data=st.data())
-def test_equals_a_loop_over_pairs(backend, device, src_slots, dst_slots, row, apart, dtype, data):
-    """Slots of src lie `apart` rows from each other, which belong to no tensor."""
+       gap=st.integers(0, 3), dtype=st.sampled_from(DTYPES), data=st.data())
+def test_equals_a_loop_over_pairs(backend, device, src_slots, dst_slots, row, gap, dtype, data):
+    """Between slots of src are `gap` rows that belong to no tensor."""
     sources, targets = data.draw(pairs(src_slots, dst_slots))
-    src = pool_of(src_slots * (1 + apart), row, dtype)[::1 + apart]
+    src = pool_of(src_slots * (1 + gap), row, dtype)[::1 + gap]
     dst = pool_of(dst_slots, row, dtype)
     expected = moved(src, dst, sources, targets)
     pool = dst.to(device)
-    wide = torch.zeros(src_slots * (1 + apart), *row, device=device).to(dtype)[::1 + apart]
+    wide = torch.zeros(src_slots * (1 + gap), *row, device=device).to(dtype)[::1 + gap]
     wide.copy_(src)
     run(backend, wide, pool, torch.tensor(sources, dtype=torch.int64, device=device),
         torch.tensor(targets, dtype=torch.int64, device=device))
@@ -90,7 +90,7 @@ def test_within_one_pool(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("slot", [-1, 4, 2**62, -2**63])
 def test_a_slot_outside_writes_nothing(backend, device, slot):
-    """Not even around the pool: it lies in the middle of a larger storage."""
+    """Not even around the pool, which is the middle of a larger storage."""
     storage = torch.zeros(12, 32, device=device)
     outside, inside = torch.full((3,), slot, device=device), torch.arange(3, device=device)
     ones = torch.ones(4, 32, device=device)

@@ -108,7 +108,7 @@ def test_queries_without_keys_are_zeros(device, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1, 5.0])
 def test_any_scale(device, backend, scale):
-    """Also such as turn the order of the logits round, or make all of them equal."""
+    """Also scales that reverse the order of the logits, or make all of them equal."""
     with torch.device(device):
         args = {**make_case([40], [70], 2, 1, 48, 16, dtype=torch.float32), "scale": scale}
     assert_right(run("varlen_attention", backend, args), args)

@@ -77,7 +77,7 @@ class Peers:
 
     def protocol(self, size: int) -> int:
         """How to exchange messages of `size` bytes."""
-        return next(protocol for most, protocol in self._rows if size <= most)
+        return next(protocol for limit, protocol in self._rows if size <= limit)
 
     def check(self) -> None:
         """Raises WaitTimeout if a wait of a kernel that has ended timed out."""
@@ -116,8 +116,8 @@ def reason(group: str) -> str | None:
 def too_large(group: str, x: Tensor) -> str | None:
     """None, or why kernels cannot serve `x` in a group."""
     why = reason(group)
-    if why is None and x.nbytes > (most := of(group).max_bytes):
-        why = f"torch.distributed exchanges messages of more than {most >> 20} MiB"
+    if why is None and x.nbytes > (limit := of(group).max_bytes):
+        why = f"torch.distributed exchanges messages of more than {limit >> 20} MiB"
     return why
 
 
@@ -228,7 +228,7 @@ def _connect(group: str, device: torch.device) -> str | None:
     why = _agree(group, _attempt(lambda: made.allocate(device)))
     if why is None:
         said = _all(group, (*_identity(device), made.handle))
-        why = _apart(said) or _agree(group, _attempt(lambda: _unreachable(said, device)))
+        why = _not_shareable(said) or _agree(group, _attempt(lambda: _unreachable(said, device)))
         if why is None:
             why = _agree(group, _attempt(lambda: made.map([handle for *_, handle in said], device)))
     if why is not None:
@@ -278,7 +278,7 @@ class _Made:
             self.release.pop()()
 
 
-def _apart(said: list[tuple[str, str, bytes]]) -> str | None:
+def _not_shareable(said: list[tuple[str, str, bytes]]) -> str | None:
     """Why ranks that say this cannot share memory."""
     if len({host for host, *_ in said}) > 1:
         return "its ranks are on several hosts"

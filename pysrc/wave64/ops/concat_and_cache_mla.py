@@ -33,7 +33,7 @@ def _contiguous():
     return args | dict(kv_c=args["kv_c"].contiguous(), k_pe=args["k_pe"][:, 0].contiguous())
 
 
-def far_apart(tokens, pages):
+def long_rows(tokens, pages):
     """Rows that span more than 2 GiB, for which offsets have 64 bits."""
     rows = torch.empty(tokens, 2**30 // (tokens - 1) // 64 * 64 + 640, dtype=torch.bfloat16)[:, :576].normal_()
     return _draw(tokens, pages) | dict(kv_c=rows[:, :512], k_pe=rows[:, None, 512:])
@@ -63,7 +63,7 @@ def cases():
         slots=["slot_mapping"])
     for tokens, pages in [(1, 64), (128, 4096), (8192, 4096)]:
         yield Case(f"{tokens}x576", lambda t=tokens, p=pages: _draw(t, p), large=True)
-    yield Case("8192x576-far-apart", lambda: far_apart(8192, 4096), large=True)
+    yield Case("8192x576-far-apart", lambda: long_rows(8192, 4096), large=True)
     for fp8 in FP8:
         for tokens in (128, 8192):
             yield Case(f"{tokens}x576-{fp8}", lambda t=tokens, c=fp8: _draw(t, 4096, cache_dtype=c, scale=0.05),

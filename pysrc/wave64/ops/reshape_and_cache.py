@@ -29,7 +29,7 @@ def _with_zeros(args):
     return args
 
 
-def _heads_apart(tokens, heads, head_dim):
+def _strided_heads(tokens, heads, head_dim):
     """Keys and values side by side within each head."""
     both = torch.randn(tokens, heads, 2 * head_dim, dtype=torch.bfloat16)
     return _draw(tokens, 2, heads, head_dim) | dict(key=both[..., :head_dim], value=both[..., head_dim:])
@@ -51,7 +51,7 @@ def cases():
             5, 2, 2, 64, cache_dtype=FP8[0], scale=s)))
         yield Case(f"fp8-fnuz-scale-{scale:.0e}", lambda s=scale: _with_zeros(_draw(
             5, 2, 2, 64, torch.float32, FP8[1], scale=s)))
-    yield Case("heads-apart", lambda: _heads_apart(5, 3, 64))
+    yield Case("heads-apart", lambda: _strided_heads(5, 3, 64))
     yield Case("one-token", lambda: _draw(1, 1, 1, 64, page_size=1))
     yield Case("all-skipped", lambda: _draw(4, 2, 2, 32, skip=(0, 1, 2, 3)))
     yield Case("empty", lambda: _draw(0, 2, 2, 32))

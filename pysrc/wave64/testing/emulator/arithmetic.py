@@ -204,7 +204,7 @@ class Small:
 
 @functools.cache
 def small(name: str, arch: str) -> Small:
-    """"fp8" or "bf8", of the flavour that the architecture's conversions and matrix cores take."""
+    """"fp8" or "bf8", of the flavor that the architecture's conversions and matrix cores take."""
     fnuz = arch == "gfx942"
     if name == "fp8":
         return Small(3, 8, 128, True) if fnuz else Small(3, 7, 127, False)
