@@ -7,9 +7,9 @@ from wave64.backends.hip import bind, constants, launch
 
 
 def supports(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> str | None:
-    most = constants("fused_all_reduce_rms_norm").MAX_ROW_BYTES
-    if x.shape[1] * x.element_size() > most:
-        return f"rows of more than {most} bytes"
+    limit = constants("fused_all_reduce_rms_norm").MAX_ROW_BYTES
+    if x.shape[1] * x.element_size() > limit:
+        return f"rows of more than {limit} bytes"
     return peers.too_large(group, x)
 
 
