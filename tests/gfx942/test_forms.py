@@ -31,6 +31,7 @@ GROUPS = {"scalar": r"s_", "compare": r"v_cmp", "convert": r"v_cvt", "packed": r
           "memory": r"(global|flat|buffer|scratch)_", "matrix": r"v_mfma", "vector": r"v_"}
 #: what the core leaves to NumPy
 LEFT = re.compile(r"\w+_atomic_|ds_(add|cmpst)_|ds_read_b96_tr_|v_cvt_scalef32_|s_(setreg|store|atomic)_")
+CLOCK = "s_memrealtime"  # which test_instructions.py looks at: its result comes of no operand
 Forms = dict[str, dict[str, str]]
 
 
@@ -125,7 +126,8 @@ def check(form: str, code: str, arch: str) -> list[str]:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("group", [group for group in GROUPS if group != "matrix"])
 def test_every_form_does_what_the_manual_says(group, arch, forms, record_property):
-    chosen = {form: code for form, code in forms[arch].items() if group_of(form) == group}
+    chosen = {form: code for form, code in forms[arch].items()
+              if group_of(form) == group and not form.startswith(CLOCK)}
     found = {form: wrong for form, code in chosen.items() if (wrong := check(form, code, arch))}
     assert found == {}
     record_property("forms", len(chosen))

@@ -2,6 +2,7 @@
 NumPy in higher precision, torch's conversions."""
 
 import functools
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -257,3 +258,20 @@ def test_fp8_is_the_architectures(arch):
     codes = torch.arange(256, dtype=torch.uint8)
     for column, kind in ((0, FP8[arch][0]), (1, FP8[arch][1]), (3, FP8[arch][0])):
         np.testing.assert_array_equal(got[:, column], codes.view(kind).float().numpy())
+
+
+def test_the_clock_counts_at_100_mhz():
+    body = """
+s_memrealtime s[4:5]
+s_waitcnt lgkmcnt(0)
+v_mov_b32_e32 v16, s4
+v_mov_b32_e32 v17, s5
+"""
+    def now():
+        words = executed((body,), 0, np.zeros((64, SOURCES), U32))[:, :2]
+        assert (words == words[0]).all()
+        return int(words[0, 0]) | int(words[0, 1]) << 32
+
+    before, first = time.monotonic(), now()
+    second, after = now(), time.monotonic()
+    assert before * 1e8 - 1 <= first < second <= after * 1e8 + 1

@@ -21,7 +21,11 @@ from safetensors.torch import load_file
 from test_demo import TEXT, pairs
 from transformers import AutoTokenizer
 
+from wave64 import distributed
+from wave64.backends import peers
+from wave64.distributed import Group
 from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.engine import ranks
 from wave64.serve.engine.memory import _available_ram
 from wave64.serve.engine.rank import refuse
 from wave64.serve.engine.ranks import ranks_of
@@ -311,3 +315,26 @@ def test_dummy_weights_that_ranks_hold_alike_are_alike(folders):
     assert all(torch.equal(*(model[name] for model in models)) for name in alike)
     first = "model.layers.0.mlp.down_proj.weight"
     assert [model[first].shape[1] for model in models] == [12, 13]
+
+
+def test_custom_all_reduce_can_be_disabled(caplog):
+    group = distributed.register(Group("world", 0, 2))
+    try:
+        with caplog.at_level("WARNING", logger="wave64"):
+            ranks._connect(ServerArgs("m", tp_size=2, disable_custom_all_reduce=True), group, torch.device("cpu"))
+        assert peers.reason("world") == "--disable-custom-all-reduce"
+        assert caplog.messages == ["group world: torch.distributed exchanges its tensors: --disable-custom-all-reduce"]
+    finally:
+        distributed.leave()
+
+
+def test_groups_that_kernels_are_not_for_are_refused_in_words():
+    for size, said in ((1, "a group of 1 ranks"), (9, "a group of 9 ranks")):
+        group = distributed.register(Group("odd", 0, size))
+        try:
+            assert peers.connect(group.name, torch.device("cpu")).startswith(said)
+        finally:
+            distributed.leave()
+    assert peers._apart([("host a", "0", b""), ("host b", "0", b"")]) == "its ranks are on several hosts"
+    assert peers._apart([("host", "x", b""), ("host", "y", b""), ("host", "x", b"")]) == (
+        "ranks 0 and 2 have the same GPU")
