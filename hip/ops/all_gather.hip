@@ -22,6 +22,8 @@ struct AllGatherArgs {
     int32_t block;    // lanes of a block
     int32_t grid;     // blocks
     int32_t lines;    // of 16 bytes that a lane sends to a rank in a round
+    int32_t rounds;   // of every block
+    int32_t longer;   // blocks, the first ones, that have one more
 };
 
 constexpr int64_t kMaxBytes = 1 << 28;
@@ -37,11 +39,12 @@ WAVE64_DEVICE void gather(const AllGatherArgs& args) {
     RankBlock<AllGatherArgs> block(args, kOpAllGather);
     const Packs<Bits8> x(args.x, args.bytes);
     const int begin = block_id() * args.block * args.lines;
-    for (int first = begin; first * 16 < args.bytes; first += args.grid * args.block * args.lines) {
-        block.next_round(first != begin);
+    const int step = args.grid * args.block * args.lines;
+    for (int first = begin, n = 0; n < block.rounds(); n++, first += step) {
         const int pack = first + lane_in_block();
         Bits128 own[LINES], all[LINES][WORLD];
         load_part(own, x, pack, args);
+        block.next_round(n == 0);
         const auto sent = [&](int, int line) { return own[line]; };
         if constexpr (FLAGGED)
             exchange_flagged(block, 0, 0, args.lines, sent, own, all);
@@ -56,7 +59,6 @@ WAVE64_DEVICE void gather(const AllGatherArgs& args) {
                 if (i < args.lines) out.store(pack + i * args.block, all[i][rank]);
         }
     }
-    block.end();
 }
 
 template <int WORLD>

@@ -25,6 +25,8 @@ struct AllReduceArgs {
     int32_t block;    // lanes of a block
     int32_t grid;     // blocks
     int32_t lines;    // of 16 bytes that a lane sends to a rank in a round; of LL128 pairs of them
+    int32_t rounds;   // of every block
+    int32_t longer;   // blocks, the first ones, that have one more
 };
 
 }  // namespace wave64
@@ -37,14 +39,14 @@ WAVE64_DEVICE void all_reduce_ll(const AllReduceArgs& args) {
     RankBlock<AllReduceArgs> block(args, kOpAllReduce);
     const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
     const int begin = block_id() * args.block;
-    for (int first = begin; first * 16 < args.bytes; first += args.grid * args.block) {
-        block.next_round(first != begin);
+    const int step = args.grid * args.block;
+    for (int first = begin, n = 0; n < block.rounds(); n++, first += step) {
         const Bits128 own = x.load(first + lane_in_block());
+        block.next_round(n == 0);
         Bits128 all[WORLD];
         if (exchange_low_latency(block, [&](int, int) { return own; }, own, all))
             out.store(first + lane_in_block(), sum_of(all, args.world, args.dtype));
     }
-    block.end();
 }
 
 // Of 16 packs of 8 lanes in a pair of lines there are 15: the last lane sends the halves of one, each before a tag.
@@ -55,8 +57,8 @@ WAVE64_DEVICE void all_reduce_ll128(const AllReduceArgs& args) {
     const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
     const int lane = lane_in_block() % 8, packs = args.block / 8 * 15, begin = block_id() * packs * args.lines;
     const bool is_last = lane == 7;
-    for (int first = begin; first * 16 < args.bytes; first += args.grid * packs * args.lines) {
-        block.next_round(first != begin);
+    const int step = args.grid * packs * args.lines;
+    for (int first = begin, n = 0; n < block.rounds(); n++, first += step) {
         const int pack = first + lane_in_block() / 8 * 15 + (is_last ? 14 : lane);
         Bits128 own[LINES], all[LINES][WORLD];
 #pragma unroll
@@ -65,6 +67,7 @@ WAVE64_DEVICE void all_reduce_ll128(const AllReduceArgs& args) {
             own[2 * i] = x.load(pack + i * packs);
             own[2 * i + 1] = x.load(is_last ? kNone : pack + i * packs + 7);
         }
+        block.next_round(n == 0);
 #pragma unroll
         for (int i = 0; i < LINES / 2; i++) {
             const Words words = Words::of(own[2 * i]);
@@ -83,7 +86,6 @@ WAVE64_DEVICE void all_reduce_ll128(const AllReduceArgs& args) {
             out.store(is_last ? kNone : pack + i * packs + 7, sum_of(all[2 * i + 1], args.world, args.dtype));
         }
     }
-    block.end();
 }
 
 template <int WORLD>
@@ -92,17 +94,17 @@ WAVE64_DEVICE void all_reduce_one_shot(const AllReduceArgs& args) {
     RankBlock<AllReduceArgs> block(args, kOpAllReduce);
     const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
     const int begin = block_id() * args.block * args.lines;
-    for (int first = begin; first * 16 < args.bytes; first += args.grid * args.block * args.lines) {
-        block.next_round(first != begin);
+    const int step = args.grid * args.block * args.lines;
+    for (int first = begin, n = 0; n < block.rounds(); n++, first += step) {
         const int pack = first + lane_in_block();
         Bits128 own[LINES], all[LINES][WORLD];
         load_part(own, x, pack, args);
+        block.next_round(n == 0);
         exchange_flagged(block, 0, 0, args.lines, [&](int, int line) { return own[line]; }, own, all);
 #pragma unroll
         for (int i = 0; i < LINES; i++)
             if (i < args.lines) out.store(pack + i * args.block, sum_of(all[i], args.world, args.dtype));
     }
-    block.end();
 }
 
 // A round is `lines` lines of every rank's part; a slot has what a source sends of this rank's part, then its sums.
@@ -112,13 +114,14 @@ WAVE64_DEVICE void all_reduce_two_shot(const AllReduceArgs& args) {
     RankBlock<AllReduceArgs> block(args, kOpAllReduce);
     const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
     const int part = args.block * args.lines, begin = block_id() * part * args.world;
-    for (int first = begin; first * 16 < args.bytes; first += args.grid * part * args.world) {
-        block.next_round(first != begin);
+    const int step = args.grid * part * args.world;
+    for (int first = begin, n = 0; n < block.rounds(); n++, first += step) {
         const int pack = first + lane_in_block();
         Bits128 own[LINES], parts[WORLD][LINES], all[LINES][WORLD];
 #pragma unroll
         for (int i = 0; i < WORLD; i++)
             if (in_world<WORLD>(block, i)) load_part(parts[i], x, pack + (args.rank + i) % args.world * part, args);
+        block.next_round(n == 0);
         exchange_flagged(block, 0, 0, args.lines, [&](int i, int line) { return parts[i][line]; }, parts[0], all);
 #pragma unroll
         for (int i = 0; i < LINES; i++)
@@ -131,7 +134,6 @@ WAVE64_DEVICE void all_reduce_two_shot(const AllReduceArgs& args) {
                 if (i < args.lines && in_world<WORLD>(block, rank))
                     out.store(pack + rank * part + i * args.block, all[i][rank]);
     }
-    block.end();
 }
 
 }  // namespace wave64

@@ -31,6 +31,8 @@ struct FusedAllReduceRmsNormArgs {
     int32_t block;    // lanes of a block
     int32_t grid;     // blocks
     int32_t lines;    // of 16 bytes of a row that a lane has
+    int32_t rounds;   // of every block
+    int32_t longer;   // blocks, the first ones, that have one more
 };
 
 constexpr int kRowLines = kLowLatencyPacks;  // of a lane
@@ -80,12 +82,12 @@ WAVE64_DEVICE void reduce_and_normalize(const FusedAllReduceRmsNormArgs& args) {
     load_part(weight, Packs<>(args.weight, args.bytes), lane_in_block(), args);
     int parity = 0;
     for (int64_t token = block_id(); token < args.num_tokens; token += args.grid, parity ^= 1) {
-        block.next_round(token != block_id());
         const int64_t at = token * args.bytes;
         const Packs<> residual(static_cast<char*>(args.residual) + at, args.bytes);
         Bits128 own[kRowLines], row[kRowLines];
         load_part(own, Packs<>(static_cast<const char*>(args.x) + at, args.bytes), lane_in_block(), args);
         load_part(row, residual, lane_in_block(), args);
+        block.next_round(token == block_id());
         const auto sent = [&](int, int line) { return own[line]; };
         if constexpr (FLAGGED)
             send_flagged<WORLD, kRowLines>(block, 0, 0, args.lines, sent);
@@ -112,7 +114,6 @@ WAVE64_DEVICE void reduce_and_normalize(const FusedAllReduceRmsNormArgs& args) {
             if (i < args.lines)
                 out.store(lane_in_block() + i * args.block, scaled_pack(row[i], weight[i], scale, args.dtype));
     }
-    block.end();
 }
 
 template <int WORLD>
@@ -151,6 +152,7 @@ void fused_all_reduce_rms_norm(FusedAllReduceRmsNormArgs args, const Call& call)
     args.lines = int32_t(ceil_div(packs, kRankLanes));
     args.block = int32_t(round_up(ceil_div(packs, args.lines), call.device.wave_size));
     args.grid = int32_t(std::min<int64_t>(args.num_tokens, flagged ? kRankBlocks : kLowLatencyBlocks));
+    plan_rounds(args, args.num_tokens, 1);
     call.launch(kKernels[flagged][world_kernel(args.world)], {args.grid}, args.block, args);
 }
 

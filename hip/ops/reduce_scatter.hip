@@ -24,6 +24,8 @@ struct ReduceScatterArgs {
     int32_t block;    // lanes of a block
     int32_t grid;     // blocks
     int32_t lines;    // of 16 bytes that a lane sends to a rank in a round
+    int32_t rounds;   // of every block
+    int32_t longer;   // blocks, the first ones, that have one more
 };
 
 constexpr int64_t kMaxBytes = 1 << 28;
@@ -39,8 +41,8 @@ WAVE64_DEVICE void scatter(const ReduceScatterArgs& args) {
     RankBlock<ReduceScatterArgs> block(args, kOpReduceScatter);
     const Packs<> out(args.out, args.bytes);
     const int begin = block_id() * args.block * args.lines;
-    for (int first = begin; first * 16 < args.bytes; first += args.grid * args.block * args.lines) {
-        block.next_round(first != begin);
+    const int step = args.grid * args.block * args.lines;
+    for (int first = begin, n = 0; n < block.rounds(); n++, first += step) {
         const int pack = first + lane_in_block();
         Bits128 parts[WORLD][LINES], all[LINES][WORLD];
 #pragma unroll
@@ -49,6 +51,7 @@ WAVE64_DEVICE void scatter(const ReduceScatterArgs& args) {
             const int64_t part = int64_t((args.rank + i) % args.world) * args.bytes;
             load_part(parts[i], Packs<>(static_cast<const char*>(args.x) + part, args.bytes), pack, args);
         }
+        block.next_round(n == 0);
         const auto sent = [&](int i, int line) { return parts[i][line]; };
         if constexpr (FLAGGED)
             exchange_flagged(block, 0, 0, args.lines, sent, parts[0], all);
@@ -58,7 +61,6 @@ WAVE64_DEVICE void scatter(const ReduceScatterArgs& args) {
         for (int i = 0; i < LINES; i++)
             if (i < args.lines) out.store(pack + i * args.block, sum_of(all[i], args.world, args.dtype));
     }
-    block.end();
 }
 
 template <int WORLD>

@@ -188,18 +188,23 @@ def by_flags(launches: list, number: int, rank: int) -> list:
 
 
 #: what the launcher sets: the struct's last fields
-PLAN = ("block", "grid", "lines")
+PLAN = ("bytes", "block", "grid", "lines", "rounds", "longer")
 
 
 def launch_plan(launch) -> dict[str, int]:
-    return dict(zip(PLAN, struct.unpack("3i", launch.args[-12:]), strict=True))
+    return dict(zip(PLAN, struct.unpack("6i", launch.args[-24:]), strict=True))
 
 
 def planned(launch, kernel: str = "", **plan: int) -> SimpleNamespace:
-    plan = launch_plan(launch) | plan
-    return SimpleNamespace(op=launch.op, kernel=kernel or launch.kernel, code_object=launch.code_object, lds_bytes=0,
+    """The launch with another plan, or kernel; its rounds follow."""
+    plan, kernel = launch_plan(launch) | plan, kernel or launch.kernel
+    of_8 = 15 if "ll128" in kernel else 8 * hip.arguments(launch)["world"] if "two_shot" in kernel else 8
+    of_block = plan["block"] // 8 * of_8 * plan["lines"]
+    plan["rounds"], rest = divmod(-(-plan["bytes"] // 16), of_block * plan["grid"])
+    plan["longer"] = -(-rest // of_block)
+    return SimpleNamespace(op=launch.op, kernel=kernel, code_object=launch.code_object, lds_bytes=0,
                            grid=(plan["grid"], 1, 1), block=(plan["block"], 1, 1), tensors=launch.tensors,
-                           args=launch.args[:-12] + struct.pack("3i", *(plan[name] for name in PLAN)))
+                           args=launch.args[:-24] + struct.pack("6i", *(plan[name] for name in PLAN)))
 
 
 def run(calls: Sequence[Call], arch: str, seed: int, arenas: Arenas | None = None,

@@ -176,21 +176,20 @@ struct RankBlock {
     WAVE64_DEVICE RankBlock(const Args& args, RankOp op)
         : args(args), op(op), own(args.peers.at[0]), round(load_counter(counter())) {}
 
-    // Behind another round of this launch, all lanes have read what came in that one before any sends anew.
-    WAVE64_DEVICE void next_round(bool behind_another) {
-        if (behind_another) block_barrier();
+    // Of this block, in this launch.
+    WAVE64_DEVICE int rounds() const { return args.rounds + (block_id() < args.longer); }
+
+    // All lanes have read what came in the last round before any sends anew. The first round counts all of the launch:
+    // all waves have read how many there were, and the store is done long before the kernel ends.
+    WAVE64_DEVICE void next_round(bool is_first) {
+        block_barrier();
+        if (is_first && lane_in_block() == 0) *counter() = round + rounds();
         round++;
     }
 
     WAVE64_DEVICE uint32_t* counter() const {
         return reinterpret_cast<uint32_t*>(static_cast<char*>(args.peers.at[0]) + block_id() * kLine);
     }
-    // Counted only when all waves have read how many there were.
-    WAVE64_DEVICE void end() const {
-        block_barrier();
-        if (lane_in_block() == 0) *counter() = round;
-    }
-
     // Where source's slots of this block and round begin.
     WAVE64_DEVICE int slot(int region, int half_bytes, int source, int source_bytes) const {
         return region + (block_id() * 2 + int(round & 1)) * half_bytes + source * source_bytes;
@@ -316,8 +315,15 @@ void plan_ranks(const Call& call, Args& args) {
     }
 }
 
-// Sets args.block, lines and grid for `packs` packs of 16 bytes: first more blocks, then more lanes, then more lines at
-// once. All ranks must come to the same, so nothing but the device's kind and the size may matter.
+// Sets args.rounds and longer for `total` of something, of which a block has `of_block` in a round.
+template <typename Args>
+void plan_rounds(Args& args, int64_t total, int64_t of_block) {
+    args.rounds = int32_t(total / (args.grid * of_block));
+    args.longer = int32_t(ceil_div(total % (args.grid * of_block), of_block));
+}
+
+// Sets args.block, lines, grid and rounds for `packs` packs of 16 bytes: first more blocks, then more lanes, then more
+// lines at once. All ranks must come to the same, so nothing but the device's kind and the size may matter.
 //     of_8       packs that 8 lanes have in a round with one unit of lines
 //     max_units  of lines that a lane has at once
 template <typename Args>
@@ -330,6 +336,7 @@ void plan_blocks(const Call& call, Args& args, int64_t packs, int64_t of_8, int6
     args.block = int32_t(std::min({alone, std::max<int64_t>(lanes(units), kRankLanes / 2), int64_t(kRankLanes)}));
     args.lines = int32_t(units);
     args.grid = int32_t(std::min(ceil_div(packs, args.block / 8 * of_8 * units), max_blocks));
+    plan_rounds(args, packs, args.block / 8 * of_8 * units);
 }
 
 // Lines of 16 bytes that a lane has for each rank in a slot.
