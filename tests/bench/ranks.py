@@ -153,7 +153,7 @@ def near(what: str, got: Tensor, exact: Tensor, bound: Tensor) -> None:
 
 def _same_bits(rank: Rank, what: str, got: Tensor) -> None:
     """On all ranks, where ranks are processes."""
-    if rank.group != distributed.groups.WORLD:
+    if rank.group != distributed.WORLD:
         return
     words = got.contiguous().view(torch.uint8).flatten().long()
     mark = (words * (torch.arange(words.numel(), device=words.device) % 8191 + 1)).sum().reshape(1)

@@ -28,7 +28,7 @@ def cases(name: str, size: int):
                     same = torch.Generator().manual_seed(seed)
                     args |= dict(residual=torch.randn(n, width, generator=same).to(dtype),
                                  weight=torch.randn(width, generator=same).to(dtype), eps=1e-5)
-                return args | dict(group=distributed.groups.WORLD)
+                return args | dict(group=distributed.WORLD)
             yield Case(f"{rows}x{width}-{dtype}", make)
     if name == "all_gather":
         yield Case("bytes", lambda: dict(x=torch.randint(255, (5, 3), dtype=torch.uint8), group="world"))

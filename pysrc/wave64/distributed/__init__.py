@@ -3,6 +3,7 @@
 from wave64.distributed.collectives import all_gather, all_reduce, reduce_scatter
 from wave64.distributed.groups import (
     ALONE,
+    WORLD,
     Group,
     Store,
     at_leave,
@@ -16,5 +17,5 @@ from wave64.distributed.groups import (
     registered,
 )
 
-__all__ = ["ALONE", "Group", "Store", "all_gather", "all_reduce", "at_leave", "join", "leave", "meet", "member",
+__all__ = ["ALONE", "WORLD", "Group", "Store", "all_gather", "all_reduce", "at_leave", "join", "leave", "meet", "member",
            "names", "partition", "reduce_scatter", "register", "registered"]
