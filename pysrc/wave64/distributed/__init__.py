@@ -17,5 +17,5 @@ from wave64.distributed.groups import (
     registered,
 )
 
-__all__ = ["ALONE", "WORLD", "Group", "Store", "all_gather", "all_reduce", "at_leave", "join", "leave", "meet", "member",
-           "names", "partition", "reduce_scatter", "register", "registered"]
+__all__ = ["ALONE", "WORLD", "Group", "Store", "all_gather", "all_reduce", "at_leave", "join", "leave", "meet",
+           "member", "names", "partition", "reduce_scatter", "register", "registered"]
