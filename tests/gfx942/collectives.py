@@ -183,8 +183,10 @@ def in_rounds(launches: list, number: int, rank: int) -> list:
     return [planned(launch, block=64, grid=1, lines=min(2, launch_plan(launch)["lines"])) for launch in launches]
 
 
-def by_flags(launches: list, number: int, rank: int) -> list:
-    return [planned(launch, launch.kernel.replace("_ll_", "_flagged_")) for launch in launches]
+def by_flags(launches: list, number: int, rank: int, which: Sequence[int]) -> list:
+    """Of these calls the kernels for large messages."""
+    return [planned(launch, launch.kernel.replace("_ll_", "_flagged_") if number in which else "")
+            if launch.op in ("all_gather", "reduce_scatter") else launch for launch in launches]
 
 
 #: what the launcher sets: the struct's last fields

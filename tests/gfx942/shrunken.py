@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wave64 import pools
-from wave64.ops.concat_and_cache_mla import far_apart
+from wave64.ops.concat_and_cache_mla import long_rows
 from wave64.ops.fp8_block_scaled_mm import make_case as make_block_product
 from wave64.ops.fp8_scaled_mm import make_case as make_product
 from wave64.ops.fused_moe import granularity
@@ -202,7 +202,7 @@ def _raggeds(shape: Shape, config: Any) -> Iterator[Problem]:
 
 def _new_latents(shape: Shape, config: Any) -> Iterator[Problem]:
     """Rows that span more than 2 GiB, all of them in use."""
-    yield partial(far_apart, 2 * pools.AT_EACH, 4)
+    yield partial(long_rows, 2 * pools.AT_EACH, 4)
 
 
 def _many_numbers(shape: Shape, config: Any) -> Iterator[Problem]:

@@ -1,6 +1,7 @@
 """Collectives of HIP, the machine code of all ranks side by side under the memory model: every rank has the bits of the
 sum in the order of the ranks, whatever the schedule, from call to call on the same arenas."""
 
+import functools
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from collectives import (
     TWO_SHOT,
     AllGather,
     AllReduce,
+    Arenas,
     Call,
     FusedNorm,
     ReduceScatter,
@@ -40,16 +42,47 @@ def drawn(world: int, seed: int, number: int) -> list[Call]:
     return made
 
 
+WORLDS = (2, 4, 3)  # three ranks have the kernels for any number
+FLAGGED = (8, 9)    # of `every`: as large messages are sent, which would take long
+
+
+def every(world: int) -> list[Call]:
+    """A call of each kernel for so many ranks."""
+    order = random.Random(world)
+    kinds = [*((AllReduce, protocol) for protocol in PROTOCOLS), (FusedNorm, LL), (FusedNorm, ONE_SHOT),
+             (AllGather, LL), (ReduceScatter, LL), (AllGather, LL), (ReduceScatter, LL)]
+    return [op.drawn(world, order.choice(SIZES), order.choice(DTYPES), protocol, 10 * world + i,
+                     order.choice((0, 0, 1, 3)))
+            for i, (op, protocol) in enumerate(kinds)]
+
+
+def launched(arch: str) -> set[tuple[str, str]]:
+    """(operator, kernel) of what test_every_kernel executes."""
+    found = set()
+    for world in WORLDS:
+        arenas = Arenas(world)
+        for number, call in enumerate(every(world)):
+            found |= {(each.op, each.kernel) for each in by_flags(call.launches(arch, 0, arenas), number, 0, FLAGGED)}
+    return found
+
+
 def held(calls: list[Call], arch: str, seed: int, **options) -> None:
     run(calls, arch, seed, **options)
     for call in calls:
         call.verify()
 
 
-@pytest.mark.parametrize(("arch", "world", "seed", "number"), [
-    ("gfx942", 2, 0, 8), ("gfx942", 3, 2, 4), ("gfx942", 8, 3, 2), ("gfx950", 4, 5, 4)])
-def test_calls_one_after_another(arch, world, seed, number):
-    held(drawn(world, seed, number), arch, seed)
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel(arch, world):
+    """One after another on the same arenas; on gfx950, which executes the same forms, without checks of the machine."""
+    calls = every(world)
+    held(calls, arch, world, change=functools.partial(by_flags, which=FLAGGED),
+         **(dict(checks=()) if arch == "gfx950" else {}))
+
+
+def test_eight_ranks():
+    held(drawn(8, 3, 1), "gfx942", 3)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -57,12 +90,6 @@ def test_rounds_of_a_call(protocol):
     """One block has to come back for what more would have done; then the next call's rounds go on."""
     calls = [AllReduce.drawn(2, count, BF16, protocol, count) for count in (5000, 300)]
     held(calls, "gfx942", 5, change=in_rounds)
-
-
-@pytest.mark.parametrize(("op", "world"), [(AllGather, 2), (ReduceScatter, 4)])
-def test_large_messages_go_by_flags(op, world):
-    """As those of more than LL_BYTES, which would take long."""
-    held([op.drawn(world, count, FP16, ONE_SHOT, count) for count in (340, 3)], "gfx942", world, change=by_flags)
 
 
 @pytest.mark.long

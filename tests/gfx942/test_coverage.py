@@ -7,6 +7,7 @@ configuration, a problem of the same shape with few tiles is executed (shrunken.
 
 import launched
 import pytest
+import test_collectives
 from launched import ARCHS, hip_launched, hip_symbols, small_cases
 from once import once
 
@@ -36,6 +37,8 @@ def test_every_hip_kernel_is_executed_by_a_small_case(arch):
     alone = {op.name for op, _ in cases}
     left_out = sorted({(op, kernel) for op, kernel in symbols if op in alone} - hip_launched(arch, cases))
     assert left_out == [], "give ops/<op>.py a case that launches it, or delete the kernel"
+    left_out = sorted({(op, kernel) for op, kernel in symbols if op not in alone} - test_collectives.launched(arch))
+    assert left_out == [], "have test_collectives.py launch it"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
