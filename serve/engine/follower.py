@@ -94,7 +94,7 @@ def follow(args: ServerArgs, place: Place, end: Callable[[int], object] = os._ex
         where = _rank_0(place)
         steps, watch = (_open(where, hello(name, place.rank, args, folder)) for name in ("steps", "watch"))
         said = steps.receive()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ValueError) as error:  # a ValueError: what answers is no rank 0
         log.error("rank 0 does not answer at %s:%d: %s", *place.control, error)
         return 1
     if not isinstance(said, Welcome):

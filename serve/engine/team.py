@@ -6,6 +6,7 @@ api process which rank it was and what it was doing, since the main thread may w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -198,13 +199,21 @@ class Team:
         except (OSError, EOFError, msgspec.DecodeError):  # a ValidationError is one
             channel.close()  # a stranger
             return
-        member = self.members.get(said.rank) if isinstance(said, Hello) else None
-        if member is None or not isinstance(said, Hello) or getattr(member, said.channel, channel) is not None:
+        if not isinstance(said, Hello):
             channel.close()
             return
         if difference := unlike(self._me, said):
             channel.send(Refused(difference))
             raise ArgsError(difference)
+        member = self.members.get(said.rank)
+        if member is None or said.channel not in ("steps", "watch"):
+            channel.close()
+            return
+        if getattr(member, said.channel) is not None:
+            with contextlib.suppress(OSError):
+                channel.send(Refused(f"{member} is here already: every host needs a --node-rank of its own"))
+            channel.close()
+            return
         if said.channel == "steps":
             channel.send(Welcome(self.address, self.store.port))
         member.host, member.pid = said.host, said.pid

@@ -15,6 +15,7 @@ from wave64.testing import contract
 
 CPU, DTYPES = torch.device("cpu"), (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 96), (3, 97), (0, 8))
+ANY_DTYPE = (torch.bool, torch.int16, torch.int64, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.complex64)
 
 
 def cases(name: str, size: int):
@@ -45,6 +46,13 @@ def bits(rank: int, name: str, case: Case) -> int:
     return hash(tuple(bytes(x.contiguous().view(torch.uint8).flatten().tolist()) for x in found))
 
 
+def gathers(rank: int, dtype: torch.dtype) -> bool:
+    """Whether all_gather gives what two ranks have."""
+    of = [torch.arange(r, r + 6).view(3, 2).to(torch.float32).to(dtype) for r in range(2)]
+    got, wanted = ops.all_gather(of[rank], "world"), torch.cat([each.view(torch.uint8) for each in of])
+    return got.dtype == dtype and torch.equal(got.view(torch.uint8), wanted)
+
+
 def refused(act) -> str:
     try:
         act()
@@ -64,6 +72,15 @@ def main(rank: int, size: int, port: int) -> None:
                 driver.library.standin_fail(entry_point.encode(), code, 1)
             say(refused=peers.connect("world", CPU))
         say(by_torch=float(ops.all_reduce(torch.ones(3), "world")[0]), launches=device.counts.launches)
+        gathered = {str(dtype): gathers(rank, dtype) for dtype in ANY_DTYPE}
+        graph, x = platform.streams().CUDAGraph(), torch.zeros(8)
+        with torch.inference_mode(), platform.streams().graph(graph):
+            added = ops.all_reduce(x, "world")
+        x.fill_(rank + 1.0)
+        graph.replay()
+        say(by_torch_too=gathered, replayed=float(added[7]))
+        say(strange=refused(lambda: peers.connect("nowhere", CPU)), known=peers._KNOWN.get("nowhere"),
+            order=refused(lambda: distributed.partition("pair", [[1, 0]])))
         say(connected=peers.connect("world", CPU))
         for name in ("all_reduce", "all_gather", "reduce_scatter", "fused_all_reduce_rms_norm"):
             for case in cases(name, size):
@@ -90,6 +107,7 @@ def main(rank: int, size: int, port: int) -> None:
         say(group=refused(lambda: ops.all_reduce(x, "nowhere")), rows=refused(
             lambda: ops.reduce_scatter(torch.zeros(size + 1, 2), "world")))
         distributed.leave()
+        say(left=refused(graph.replay))
     os._exit(0)
 
 

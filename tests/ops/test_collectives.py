@@ -69,6 +69,20 @@ def test_every_rank_says_why_torch_serves(said):
         assert of(rank, "connected") == [{"connected": None}]
 
 
+def test_torch_gathers_any_dtype_and_a_graph_replays_what_torch_exchanges(said):
+    for rank in said:
+        line, = of(rank, "by_torch_too")
+        assert [dtype for dtype, right in line["by_torch_too"].items() if not right] == []
+        assert line["replayed"] == 3.0
+
+
+def test_a_graph_whose_arenas_are_gone_says_so(said):
+    for rank in said:
+        line, = of(rank, "left")
+        assert "bytes of the runtime's memory at 0x" in line["left"]
+        assert line["left"].endswith(" were freed since the launch was recorded")
+
+
 def test_who_waited_for_whom_is_said(said):
     assert [of(rank, "waited")[0]["waited"] for rank in said] == [
         f"rank {rank} waited 300 s for rank {1 - rank} of group world in all_gather, round 17 of block 2"
@@ -80,3 +94,8 @@ def test_bad_calls_are_refused(said):
     assert line["group"].startswith("all_reduce: group: expected a registered name: alone, world, got 'nowhere'")
     assert line["rows"] == ("reduce_scatter: x: expected a multiple of 2 rows, one part per rank, got float32 [3, 2] "
                             "on cpu")
+    line, = of(said[0], "strange")
+    assert line["strange"].startswith("group: expected one of alone, world, which are registered, got 'nowhere'")
+    assert line["known"] is None
+    assert line["order"] == ("groups 'pair': expected each of 2 ranks in one group, each group in ascending order, "
+                             "got [[1, 0]]")

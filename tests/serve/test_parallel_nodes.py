@@ -1,5 +1,6 @@
 """One server over two hosts, which network namespaces stand for; hosts that differ are refused, naming both."""
 
+import contextlib
 import json
 import logging
 import os
@@ -10,14 +11,15 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 from helpers_server import eventually, free_port
 
 from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.engine import team
-from wave64.serve.engine.control import Beat, Channel
+from wave64.serve.engine import follower, team
+from wave64.serve.engine.control import Beat, Channel, Refused, Welcome
 from wave64.serve.engine.introduction import hello, unlike
 from wave64.serve.node import Torchrun, places
 
@@ -149,6 +151,59 @@ def test_the_barrier_says_which_ranks_are_missing(tmp_path, monkeypatch, caplog)
     assert "waiting for rank 1 (host 1 of --nnodes)" in caplog.text
     with pytest.raises(ArgsError, match="--dist-init-addr: cannot listen on 203.0.113.9:1: "):
         team.Team(replace(args, dist_init_addr="203.0.113.9:1"), tmp_path, print)
+
+
+@pytest.fixture
+def rank_0(tmp_path):
+    """Rank 0 of two that nothing has started yet, and what a rank that introduces itself hears."""
+    (tmp_path / "config.json").write_text("{}")
+    args = ServerArgs(tp_size=2, nnodes=2, dist_init_addr="a:1")
+    made = object.__new__(team.Team)
+    made._me, made.members = hello("", 0, args, tmp_path), {1: team.Member(1)}
+    made.address, made.store = "a", SimpleNamespace(port=2)
+    opened: list[Channel] = []
+
+    def introduced(rank: int, channel: str = "steps", **flags) -> object:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            theirs = Channel.connect(*listener.getsockname(), timeout_s=5.0)
+            ours = Channel(listener.accept()[0])
+        opened.extend((theirs, ours))
+        theirs.send(hello(channel, rank, replace(args, **flags), tmp_path))
+        try:
+            made._admit(ours)
+        except ArgsError as error:
+            assert theirs.receive(5.0) == Refused(str(error))
+            raise
+        return theirs.receive(5.0)
+
+    yield introduced
+    for each in opened:
+        each.close()
+
+
+def test_a_host_with_more_ranks_than_rank_0_expects_is_refused_not_left_waiting(rank_0):
+    with pytest.raises(ArgsError, match="rank 3 on host .* has --tp-size 4, rank 0 on host .* has 2; they have to be"):
+        rank_0(3, tp_size=4)
+
+
+def test_a_second_host_of_one_number_hears_it_and_the_first_goes_on(rank_0):
+    assert rank_0(1) == Welcome("a", 2)
+    assert rank_0(1) == Refused(f"rank 1 (host {socket.gethostname()}, no device yet, process {os.getpid()}) is here "
+                                "already: every host needs a --node-rank of its own")  # fmt: skip
+    with pytest.raises(EOFError):
+        rank_0(1, "process")
+
+
+def test_an_address_at_which_something_else_answers_is_named(tmp_path, caplog, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        opened, (stranger, _) = Channel.connect(*listener.getsockname(), timeout_s=5.0), listener.accept()
+    with stranger, contextlib.closing(opened):
+        stranger.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        monkeypatch.setattr(follower, "_open", lambda where, introduction: opened)
+        monkeypatch.setattr(follower.signal, "signal", lambda number, handler: None)
+        assert follower.follow(ServerArgs(str(tmp_path)), follower.Place(1, 0, ("a", 1))) == 1
+    assert "rank 0 does not answer at a:1: expected a message of at most" in caplog.text
 
 
 def test_ranks_on_devices_of_two_kinds_are_not_left_waiting():

@@ -143,9 +143,9 @@ def connect(group: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> s
     timeout_s  how long a kernel waits for another rank
     returns    None, or why that cannot be and torch.distributed serves the group: the same words on every rank
     """
-    began = time.monotonic()
+    began, refused = time.monotonic(), _refused(group)
     disconnect(group, "is being connected")
-    why = _refused(group) or _connect(group, device)
+    why = refused or _connect(group, device)
     if why is None:
         found = of(group)
         why = _self_test(found, device)

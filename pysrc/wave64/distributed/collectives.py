@@ -3,6 +3,7 @@
 same shape.
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,8 +30,8 @@ def all_gather(x: Tensor, group: str) -> Tensor:
     if size == 1:
         return x.clone()
     out = x.new_empty(size * x.shape[0], *x.shape[1:])
-    if x.numel():
-        _all_gather(out, x, group=registered(group))
+    if x.numel():  # as bytes: gloo refuses FP8, int16 and others
+        _all_gather(out.view(torch.uint8), x.view(torch.uint8), group=registered(group))
     return out
 
 

@@ -51,10 +51,13 @@ def join(store: Store, rank: int, size: int, backend: str, timeout_s: float) -> 
 
 def partition(name: str, groups: Sequence[Sequence[int]]) -> Group:
     """Register the groups of ranks of the world that will exchange tensors under `name`, each rank in one of them;
-    returns this process's. Raises ValueError unless every rank of the world is in exactly one group."""
+    returns this process's. Raises ValueError unless every rank of the world is in exactly one group, in ascending order,
+    which is torch's."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    if sorted(member for group in groups for member in group) != list(range(size)):
-        raise ValueError(f"groups {name!r}: expected each of {size} ranks in one group, got {[*map(list, groups)]}")
+    if sorted(member for group in groups for member in group) != list(range(size)) or any(
+            list(group) != sorted(group) for group in groups):
+        raise ValueError(f"groups {name!r}: expected each of {size} ranks in one group, each group in ascending order, "
+                         f"got {[*map(list, groups)]}")
     mine = ALONE
     for group in groups:
         made = dist.new_group(list(group))

@@ -30,7 +30,7 @@ from wave64.op import Backend, NotSupported
 from wave64.testing.emulator.checks import ALL
 from wave64.testing.emulator.driver import Driver
 from wave64.testing.emulator.graphs import Streams
-from wave64.testing.emulator.memory import Buffer
+from wave64.testing.emulator.memory import Buffer, EmulationError
 from wave64.testing.emulator.run import GRANULES, SECONDS, Counts, execute, named
 
 log = logging.getLogger("wave64")
@@ -160,6 +160,10 @@ class Device:
         graph.nodes.append(lambda: self._execute(launch, op))
 
     def _execute(self, launch: Launch, op: str) -> None:
+        for each in launch.allocations:  # of a replay it may be long gone
+            if self._driver.allocation(each.start) != (each.start, each.size):
+                raise EmulationError(f"{launch.kernel}: {each.name}: {each.size} bytes of the runtime's memory at "
+                                     f"0x{each.start:x} were freed since the launch was recorded")
         meter = self.meter if self.meter is not None and self.meter.is_counting else None
         before, checks = self.counts.instructions, self._checks if meter is None else (*self._checks, *meter.checks)
         execute(launch, launch.buffers(), self.counts, checks, SECONDS, GRANULES.get(launch.op, 1))

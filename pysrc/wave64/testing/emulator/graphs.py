@@ -153,7 +153,9 @@ class _Recorder(TorchDispatchMode):
             raise RuntimeError(f"{func}: operation not permitted when stream is capturing: it needs a number that the "
                                "device would have to be waited for")
         result = func(*args, **kwargs)
-        if func not in ALLOCATIONS:
+        if func.namespace == "c10d":  # torch.distributed's: its schemas do not say what it writes
+            self._graph.nodes.append(lambda: pytree.tree_leaves(func(*args, **kwargs))[-1].wait())
+        elif func not in ALLOCATIONS:
             self._record(func, args, kwargs, result)
         return result
 
