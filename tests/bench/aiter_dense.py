@@ -49,6 +49,28 @@ def _blocks(m: int, n: int, k: int) -> Launch:
     return Launch((-(-n // 256), -(-m // 32), 1), 256, args, mem, error)
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+GROUP = 32  # numbers of 4 bits that have a scale, a power of two
+
+
+def _fp4(m: int, n: int, k: int) -> Launch:
+    random, mem = np.random.default_rng(8), Arrays()
+    given, factors = [], []
+    for name, rows in (("A", m), ("B", n)):
+        codes = random.integers(0, 16, (rows, k)).astype(np.uint8)
+        exponents = random.integers(120, 134, (rows, k // GROUP)).astype(np.uint8)
+        factors.append(E2M1[codes & 7] * np.where(codes & 8, -1, 1) * np.repeat(2.0 ** (exponents - 127.0), GROUP, 1))
+        given.append(mem.put(name, codes[:, ::2] | codes[:, 1::2] << 4))
+        # 32 rows of 8 scales lie together: by row in 16 and column in 4, then the two halves of either
+        shuffled = exponents.reshape(rows // 32, 2, 16, k // GROUP // 8, 2, 4).transpose(0, 3, 5, 2, 4, 1)
+        given.append(mem.put(f"{name}_scale", np.ascontiguousarray(shuffled).reshape(exponents.shape)))
+    a, a_scale, b, b_scale = given
+    out = mem.new("out", (m, n), np.uint16, 0xFFFF)
+    args = slots(out, None, a, b, 1.0, 0.0, 0, 0, n, 0, k, 0, k, 0, m, n, k, a_scale, b_scale, k // GROUP, 0,
+                 k // GROUP, 0, 0)
+    return Launch((n // 256, m // 256, 1), 256, args, mem, lambda: distance(wide(out), factors[0] @ factors[1].T))
+
+
 def gemm(arch: str, small: bool) -> Iterator[Work]:
     if arch == "gfx942":
         for m, n, k in [(128, 128, 256)] if small else [(128, 128, 256), (128, 256, 1024)]:
@@ -61,6 +83,11 @@ def gemm(arch: str, small: bool) -> Iterator[Work]:
         yield Work("gemm", f"FP8 product by blocks {m} x {n} x {k}", "gfx950/f8_block_scale_mi350_x32.co",
                    functools.partial(_blocks, m, n, k), 1e-2,
                    Ours("fp8_block_scaled_mm", functools.partial(our_blocks, m, n, k, [BLOCK] * 2)))
+    m, n, k = 256, 256, 512
+    yield Work("gemm", f"FP4 product by groups {m} x {n} x {k}",
+               "gfx950/f4gemm/f4gemm_bf16_per1x32Fp4_noBpreShuffle_256x256.co", functools.partial(_fp4, m, n, k), 1e-2,
+               Ours("fp8_block_scaled_mm", functools.partial(our_blocks, m, n, k, [BLOCK] * 2)),
+               "ours is of FP8, twice the bytes")
 
 
 # ---- layer norm of a sum, which is written, too

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
-from aiter_work import Arrays, Launch, Ours, Work, distance, fp8, of_fp8, preshuffled, slots
+from aiter_work import Arrays, Launch, Ours, Work, distance, fp8, of_fp8, preshuffled, slots, wide
 
 from wave64.ops.fused_moe import make_case as our_moe
 
@@ -46,14 +46,54 @@ def _stage1(arch: str, tokens: int, hidden: int, inter: int, experts: int) -> La
 
     def error() -> float:
         by_block = np.repeat(x_scale.astype(np.float64), BLOCK, 1)
-        both = np.repeat(np.repeat(w_scale.astype(np.float64), BLOCK, 1), BLOCK, 2)
-        products = np.stack([(weight_wide[e] * both[e]) @ row for e, row in zip(ids[:, 0], x_wide * by_block,
-                                                                               strict=True)])
+        products = np.stack([(weight_wide[e] * by_blocks(w_scale[e])) @ row
+                             for e, row in zip(ids[:, 0], x_wide * by_block, strict=True)])
         gate, up = products[:, :inter], products[:, inter:]
         numbers = of_fp8(out[:size], arch).reshape(tokens, inter // BLOCK, BLOCK)
         scales = out[size:].view(np.float32).reshape(tokens, inter // BLOCK)
         return distance((numbers * scales[..., None]).reshape(tokens, inter), gate / (1 + np.exp(-gate)) * up)
     return Launch((-(-inter // COLUMNS), len(blocks), 1), 256, args, mem, error)
+
+
+def _whole(arch: str, tokens: int, hidden: int, inter: int, experts: int) -> Launch:
+    """All of a mixture of experts in one launch, whose workgroups add their parts up by atomics on bf16."""
+    random, mem = np.random.default_rng(5), Arrays()
+
+    def scales(*shape: int) -> np.ndarray:
+        return (random.random(shape) * 1e-3 + 5e-4).astype(np.float32)
+
+    x, x_wide = fp8(random.standard_normal((tokens, hidden)) * 20, arch)
+    up, up_wide = fp8(random.standard_normal((experts, 2 * inter, hidden)) * 20, arch)
+    down, down_wide = fp8(random.standard_normal((experts, hidden, inter)) * 20, arch)
+    x_scale, up_scale = scales(tokens, hidden // BLOCK), scales(experts, 2 * inter // BLOCK, hidden // BLOCK) * 2
+    down_scale = scales(experts, hidden // BLOCK, inter // BLOCK) * 20
+    ids, routed = random.integers(0, experts, (tokens, 1)), random.random((tokens, 1)).astype(np.float32)
+    entries, blocks = sorted_by_expert(ids, ROWS, experts)
+    token = entries & 0xFFFFFF
+    by_entry = np.where(token < tokens, routed[np.minimum(token, tokens - 1), 0], 0).astype(np.float32)
+    out = mem.new("out", (tokens, hidden), np.uint16, 0)
+    given = [mem.put(name, value) for name, value in (
+        ("input", x), ("gate_up", preshuffled(up)), ("num_valid_ids", np.array([len(entries), tokens], np.int32)),
+        ("down", preshuffled(down)), ("input_scale", np.ascontiguousarray(x_scale.T)), ("gate_up_scale", up_scale),
+        ("down_scale", down_scale))]
+    sorting = [mem.put(name, value) for name, value in (
+        ("sorted_token_ids", entries), ("sorted_weights", by_entry), ("sorted_expert_ids", blocks))]
+    args = slots(out, *given, None, *sorting, hidden, inter, tokens, experts, hidden, hidden, inter, hidden * 2,
+                 2 * inter * hidden, inter * hidden, up_scale[0].nbytes, down_scale[0].nbytes, inter * 4, 1, 0,
+                 -(-inter // COLUMNS))
+
+    def error() -> float:
+        want = np.zeros((tokens, hidden))
+        for t, e in enumerate(ids[:, 0]):
+            row = x_wide[t] * np.repeat(x_scale[t], BLOCK)
+            gate, value = np.split((up_wide[e] * by_blocks(up_scale[e])) @ row, 2)
+            want[t] = routed[t, 0] * ((down_wide[e] * by_blocks(down_scale[e])) @ (gate / (1 + np.exp(-gate)) * value))
+        return distance(wide(out), want)
+    return Launch((-(-inter // COLUMNS), len(blocks), 1), 256, args, mem, error)
+
+
+def by_blocks(scale: np.ndarray) -> np.ndarray:
+    return np.repeat(np.repeat(scale.astype(np.float64), BLOCK, 0), BLOCK, 1)
 
 
 def moe(arch: str, small: bool) -> Iterator[Work]:
@@ -64,6 +104,9 @@ def moe(arch: str, small: bool) -> Iterator[Work]:
         what = f"FP8 experts' gate and up, {tokens} tokens, {experts} experts, {hidden} to 2 x {inter}"
         yield Work("moe", what, name, functools.partial(_stage1, arch, tokens, hidden, inter, experts), 3.2e-2,
                    Ours("fused_moe", make, "_moe_gate_up"), "AITER's result is of FP8, ours of bf16")
+        one = "fmoe/silu/fmoe_bf16_blockscaleFp8_g1u1_vs_silu_1tg_32x256.co"
+        yield Work("moe", what.replace("gate and up", "all"), f"{arch}/{one}",
+                   functools.partial(_whole, arch, tokens, hidden, inter, experts), 5e-2, Ours("fused_moe", make))
 
 
 # ---- top-k of the gate
