@@ -81,8 +81,9 @@ class ResponsesRequest(Body):
 def renamed(error: ApiError) -> ApiError:
     """A chat's error with the names of this endpoint's fields."""
     text, param = str(error), error.body["error"]["param"]
-    name = RENAMED.get(param, param)
-    return ApiError(text.replace(param, name, 1) if param else text, name, error.body["error"]["code"], error.status)
+    name = RENAMED.get(param or "", param)
+    text = text.replace(param, name, 1) if param and name else text
+    return ApiError(text, name, error.body["error"]["code"], error.status)
 
 
 def _content(content: Any) -> Any:

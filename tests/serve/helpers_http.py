@@ -9,7 +9,7 @@ from wave64.serve.args import ServerArgs
 from wave64.serve.http.app import create_app
 from wave64.serve.http.generation import Generator
 from wave64.serve.http.tokenizer import Tokenizer
-from wave64.serve.messages import Output, Ready, TokenLogprob
+from wave64.serve.messages import Output, Ready, Statistics, TokenLogprob
 
 CONTEXT = 2048
 
@@ -22,7 +22,7 @@ class SameAnswer:
         self.ready = Ready(CONTEXT, CONTEXT, vocab_size, "cpu", "float32", [], {})
         self.lost = None
         self.num_live = 0
-        self.statistics = None
+        self.statistics: Statistics | None = None
         self.requests = []
         self.end = "length"
 

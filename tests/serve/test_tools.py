@@ -6,6 +6,8 @@ from typing import Any
 import openai
 import pytest
 from helpers_http import App
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http import reasoning, tools
@@ -123,6 +125,27 @@ def test_a_transcript_however_it_is_split(parser, text, content, calls):
         assert calls_of(stream) == calls
 
 
+FRAGMENTS = ['{"name": "get_weather", "parameters": ', '{"location": "A"}', "{", "}", "[", "]", '"', ";", "text ",
+             "\n", "  ", "<|python_tag|>", BEGIN, END, V3 % "A", V31 % "A", "<tool_call>", "</tool_call>", "\n```",
+             "<｜tool▁", ", ", "\\", '{"name": "get_weather", "arguments": {"location": "A"}}',
+             '[get_weather(location="A")]', '{"a": 1, "name": "get_weather"}', "get_weather(location=1)", "<|python_start|>"]  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.sampled_from([*tools.PARSERS, "forced"]), st.lists(st.sampled_from(FRAGMENTS), max_size=9), st.data())
+def test_any_text_however_it_is_split(parser, fragments, data):
+    """A call whose arguments break off aside, of which a stream has a part."""
+    text = "".join(fragments)
+    made, stream = message(parser).whole(text), message(parser)
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=6)))
+    parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    got = put_together([stream.delta(part, i == len(parts) - 1) for i, part in enumerate(parts)])
+    if len(got["tool_calls"]) > len(calls_of(made)):
+        assert made["content"].endswith(got["content"] or "")
+    else:
+        assert ((got["content"] or ""), calls_of(got)) == ((made["content"] or ""), calls_of(made))
+
+
 def test_a_second_call_is_dropped_where_one_is_allowed():
     text = BEGIN + V3 % "A" + "\n" + V3 % "B" + END
     assert calls_of(message("deepseekv3", 1).whole(text)) == [weather("A")]
@@ -231,8 +254,9 @@ def test_calls_that_have_to_be(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         ask: dict[str, Any] = {"model": "tiny", "messages": USER, "tools": [WEATHER, TIME], "max_tokens": 400,
                                "seed": 1}  # fmt: skip
-        for choice, count in (("required", None), ({"type": "function", "function": {"name": "get_weather"}}, 1)):
-            answer = client.chat.completions.create(**ask, tool_choice=choice).choices[0]
+        named: Any = {"type": "function", "function": {"name": "get_weather"}}
+        for choice, count in (("required", None), (named, 1)):
+            answer = client.chat.completions.create(**ask | {"tool_choice": choice}).choices[0]
             assert answer.finish_reason in ("tool_calls", "length")
             made = [(call.function.name, json.loads(call.function.arguments)) for call in answer.message.tool_calls]
             assert made
