@@ -6,6 +6,8 @@ replay captured graphs (graphs.py). Neither forward() nor sample() waits for the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -75,9 +77,9 @@ class Runner:
             groups = len(self._last_sampled)
             self._last_sampled.copy_(ops.all_gather(self._last_sampled, self._world.name)[:groups])
         arrays, sizes = self._inputs(step)
-        replays = self._graphs is not None and step.num_decodes == len(step.rows)
-        if replays:
-            arrays = self._graphs.pack(arrays)
+        graphs = self._graphs if step.num_decodes == len(step.rows) else None
+        if graphs is not None:
+            arrays = graphs.pack(arrays)
         there = self._cross(arrays)
         if "cells" in there:
             self._table.view(-1)[there.pop("cells")] = there.pop("pages")
@@ -85,9 +87,10 @@ class Runner:
         replaced = None
         if "named" in there:
             replaced = there.pop("named"), self._last_sampled[self._group][there.pop("named_rows")]
-        if replays:
-            return self._graphs.replay(there["packed"], table, replaced)
-        batch = Batch(page_table=table, num_decodes=step.num_decodes, **sizes, **there)
+        if graphs is not None:
+            return graphs.replay(there["packed"], table, replaced)
+        fields: dict[str, Any] = {**sizes, **there}
+        batch = Batch(page_table=table, num_decodes=step.num_decodes, **fields)
         if len(steps) > 1:
             batch.gathered_tokens = max(len(each.tokens) for each in steps)
             batch.gathered_logits = max(sum(each.logits) for each in steps)

@@ -112,10 +112,10 @@ def _arrays(sampling: Sampling, num_logits: int, vocab: int) -> dict[str, NDArra
         arrays |= {"penalized": penalized, "penalized_rows": arrays["rows"][penalized],
                    "num_output": np.array(num_output, dtype=np.int64), "presence": _floats(presence),
                    "frequency": _floats(frequency), "repetition": _floats(repetition)}
-        if new := [each for each in sampling.penalties if each.ids is not None]:
-            arrays |= {"new_rows": arrays["rows"][[each.index for each in new]],
-                       "prompts": _padded([each.ids[: each.num_prompt] for each in new]),
-                       "outputs": _padded([each.ids[each.num_prompt :] for each in new])}
+        if new := [(each.index, each.num_prompt, each.ids) for each in sampling.penalties if each.ids is not None]:
+            arrays |= {"new_rows": arrays["rows"][[i for i, _, _ in new]],
+                       "prompts": _padded([ids[:prompt] for _, prompt, ids in new]),
+                       "outputs": _padded([ids[prompt:] for _, prompt, ids in new])}
     if sampling.biases:
         arrays["biased"] = np.array([pair for *pair, _ in sampling.biases], dtype=np.int64).T.copy()
         arrays["biases"] = _floats([bias for *_, bias in sampling.biases])

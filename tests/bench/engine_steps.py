@@ -96,7 +96,7 @@ def busy_ms(engine: Engine, tokens: dict[str, list[int]], count: int) -> float:
     assert profile.profiler.kineto_results is not None
     spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns())
                    for event in profile.profiler.kineto_results.events()
-                   if event.device_type() == torch.autograd.DeviceType.CUDA)
+                   if event.device_type().name == "CUDA")
     busy, reached = 0, 0
     for first, last in spans:
         busy += max(0, last - max(first, reached))
