@@ -125,10 +125,12 @@ def test_a_transcript_however_it_is_split(parser, text, content, calls):
         assert calls_of(stream) == calls
 
 
-FRAGMENTS = ['{"name": "get_weather", "parameters": ', '{"location": "A"}', "{", "}", "[", "]", '"', ";", "text ",
-             "\n", "  ", "<|python_tag|>", BEGIN, END, V3 % "A", V31 % "A", "<tool_call>", "</tool_call>", "\n```",
-             "<｜tool▁", ", ", "\\", '{"name": "get_weather", "arguments": {"location": "A"}}',
-             '[get_weather(location="A")]', '{"a": 1, "name": "get_weather"}', "get_weather(location=1)", "<|python_start|>"]  # fmt: skip
+FRAGMENTS = [
+    '{"name": "get_weather", "parameters": ', '{"location": "A"}', "{", "}", "[", "]", '"', ";", "text ", "\n", "  ",
+    "<|python_tag|>", BEGIN, END, V3 % "A", V31 % "A", "<tool_call>", "</tool_call>", "\n```", "<｜tool▁", ", ", "\\",
+    '{"name": "get_weather", "arguments": {"location": "A"}}', '[get_weather(location="A")]', "<|python_start|>",
+    '{"a": 1, "name": "get_weather"}', "get_weather(location=1)",
+]  # fmt: skip
 
 
 @settings(deadline=None)
@@ -254,9 +256,10 @@ def test_calls_that_have_to_be(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         ask: dict[str, Any] = {"model": "tiny", "messages": USER, "tools": [WEATHER, TIME], "max_tokens": 400,
                                "seed": 1}  # fmt: skip
+        create: Any = client.chat.completions.create
         named: Any = {"type": "function", "function": {"name": "get_weather"}}
         for choice, count in (("required", None), (named, 1)):
-            answer = client.chat.completions.create(**ask | {"tool_choice": choice}).choices[0]
+            answer = create(**ask, tool_choice=choice).choices[0]
             assert answer.finish_reason in ("tool_calls", "length")
             made = [(call.function.name, json.loads(call.function.arguments)) for call in answer.message.tool_calls]
             assert made
