@@ -51,8 +51,8 @@ def join(store: Store, rank: int, size: int, backend: str, timeout_s: float) -> 
 
 def partition(name: str, groups: Sequence[Sequence[int]]) -> Group:
     """Register the groups of ranks of the world that will exchange tensors under `name`, each rank in one of them;
-    returns this process's. Raises ValueError unless every rank of the world is in exactly one group, in ascending order,
-    which is torch's."""
+    returns this process's. Raises ValueError unless every rank of the world is in exactly one group, and each group is
+    in ascending order, which is torch's."""
     size, rank = dist.get_world_size(), dist.get_rank()
     if sorted(member for group in groups for member in group) != list(range(size)) or any(
             list(group) != sorted(group) for group in groups):
