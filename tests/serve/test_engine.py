@@ -342,7 +342,7 @@ def test_ready_tells_the_limits(make):
 
 def test_a_busy_engine_says_how_fast_it_is(make, monkeypatch, caplog):
     monkeypatch.setattr("wave64.serve.engine.engine.REPORT_S", 0.0)
-    engine = make(max_running_requests=1)
+    engine = make(max_running_requests=1, disable_overlap_schedule=True)
     engine.add(request("a", [5] * 20, SamplingParams(max_new_tokens=2, temperature=0, ignore_eos=True)))
     engine.add(request("b", [5]))
     monkeypatch.setattr(engine, "_throughput", Throughput(itertools.count().__next__))
