@@ -29,7 +29,7 @@ import torch
 from ranks_serving import MODELS, TINY
 
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine.engine import Engine
+from wave64.serve.engine.engine import PREFILL_CHUNK, Engine
 from wave64.serve.engine.pages import PagePool
 from wave64.serve.engine.runner import Runner
 from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled
@@ -112,7 +112,8 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
             said, found = {}, {}
             for overlaps in (False, True):
                 engine.overlaps = overlaps
-                count = max(CHECKED, WARM + options.steps + options.profiled) + 4
+                prefills = batch * options.context // PREFILL_CHUNK["cuda"] + 2  # while which the first decode
+                count = max(CHECKED, WARM + options.steps + options.profiled) + prefills + 4
                 tokens = start(engine, requests(options, batch, engine.config.vocab_size, count))
                 for _ in range(WARM):
                     step(engine, tokens)
