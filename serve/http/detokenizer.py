@@ -6,13 +6,13 @@ The text of a completion is what these two make of its tokens, streamed or not; 
 from wave64.serve.http.tokenizer import Tokenizer
 
 CONTEXT = 12  # tokens that are decoded again with the new ones: a leading space is one only after something
-WINDOW = 24  # tokens kept before the oldest are dropped; four times as many where there is no good place to cut
-UNKNOWN = "\ufffd"  # what an incomplete or impossible UTF-8 sequence decodes to
+WINDOW = 24  # tokens kept before the oldest are dropped; four times as many if no position to cut is safe
+UNKNOWN = "\ufffd"  # the result of decoding an incomplete or invalid UTF-8 sequence
 PATIENCE = 8  # of those at the end of the text may be a character on its way; three of any longer run
 
 
 class Detokenizer:
-    """push(ids) returns the text they add, without half characters; flush() what is left at the end."""
+    """push(ids) returns the text that they add, without incomplete characters; flush() returns the rest at the end."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -31,7 +31,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """The text of the tokens that wait for the end of a character, which will not come."""
+        """The text of tokens whose last character is incomplete, when no more tokens follow."""
         return self._show(self._text)
 
     def _decode(self, ids: list[int]) -> str:
@@ -52,7 +52,7 @@ class Detokenizer:
             text = self._decode(self._window[: max(end, 0)])
             if not text.endswith(UNKNOWN):
                 return max(text, known, key=len)
-        hopeless = len(self._text) - len(known) > PATIENCE  # what is no UTF-8 stays so, whatever follows
+        hopeless = len(self._text) - len(known) > PATIENCE  # invalid UTF-8 stays invalid
         return self._text[:-3] if hopeless else known
 
     def _forget(self) -> None:
@@ -71,7 +71,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """push(text) returns what may be shown: all but an end that could be the beginning of a stop string."""
+    """push(text) returns the text that may be shown: all but an end that could be the start of a stop string."""
 
     def __init__(self, stops: list[str], keep: bool = False) -> None:
         """`keep`: a stop string that was found is part of the text."""
@@ -94,13 +94,13 @@ class StopStrings:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What was held back, at the end of a text without a stop string."""
+        """The text held back, at the end of a text without a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _find(text: str, stop: str, start: int) -> int:
-    """Where in `text` the first `stop` begins that ends behind `start`; -1 if there is none."""
+    """The offset in `text` of the first `stop` that ends after `start`; -1 without one."""
     return text.find(stop, max(0, start + 1 - len(stop)))
 
 

@@ -53,7 +53,7 @@ class EngineClient:
         self.statistics: Statistics | None = None  # after the engine's last step
         self.lost: str | None = None  # why there is no engine any more
         self._heard = 0.0  # when the engine last spoke
-        self._doing: str | None = None  # what rank 0 of several says of itself
+        self._doing: str | None = None  # what rank 0 of several is doing, as it reports
         self._queues: dict[str, asyncio.Queue[Output | ApiError]] = {}  # by rid, one for all rids of a stream
         self._flushes: deque[asyncio.Future[bool]] = deque()  # oldest first
         self._folder = tempfile.TemporaryDirectory(prefix="wave64-")
@@ -82,7 +82,7 @@ class EngineClient:
         process.stdin.close()
 
     async def run(self) -> str:
-        """Hand out what the engine says until it is gone; returns why it is."""
+        """Dispatch the engine's messages until it ends. Returns why it ended."""
         assert self._process is not None  # since start()
         receiving = asyncio.create_task(self._receive())
         exited = asyncio.create_task(self._process.wait())
@@ -198,14 +198,14 @@ class EngineClient:
         return len(self._queues)
 
     def tell(self, message: Vocabulary) -> None:
-        """Send what is no request, before the requests that follow."""
+        """Send a message that is not a request, before the next requests."""
         self._send(message)
 
     def _send(self, message: Request | Abort | FlushCache | Vocabulary) -> None:
         self._requests.send(encode(message))
 
     def kill(self) -> None:
-        """End the engine process at once, and leave nothing behind."""
+        """End the engine process at once, with all that it started."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
         self._folder.cleanup()
@@ -225,7 +225,7 @@ class EngineClient:
 
 
 def _obituary(status: int) -> str:
-    """What the exit status of an engine without last words tells."""
+    """The meaning of the exit status of an engine that sent no last message."""
     if status >= 0:
         return f"the engine process exited with status {status}; its log is above"
     name = signal.Signals(-status).name

@@ -1,4 +1,4 @@
-"""From prompts to choices: what a request asks for becomes engine requests, and tokens that come back become text."""
+"""From prompts to choices: make engine requests of a request's prompts, and text of the tokens that come back."""
 
 import asyncio
 import logging
@@ -41,7 +41,7 @@ Prompt = str | list[int]
 
 @dataclass(slots=True)
 class Delta:
-    """What became certain of a choice since the last one."""
+    """The part of a choice that became certain since the last one."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Delta:
 
 
 class Choice:
-    """One completion of one prompt: an engine request and what has come of it."""
+    """One completion of one prompt: an engine request and its results so far."""
 
     def __init__(self, index: int, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer,
                  body: Sampling, top_logprobs: int, prompt_logprobs: bool, *,
@@ -81,7 +81,7 @@ class Choice:
         self._held: list[tuple[int, TokenLogprob]] = []  # logprobs of tokens whose text is held back
 
     def feed(self, output: Output) -> None:
-        """Take what a step of the engine gave."""
+        """Add the output of one step of the engine."""
         delta = Delta()
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
         self.cached_tokens += output.cached_tokens
@@ -110,12 +110,12 @@ class Choice:
         self.new += delta
 
     def take_new(self) -> Delta:
-        """What is new since the last call."""
+        """The new part since the last call."""
         new, self.new = self.new, Delta()
         return new
 
     def _show(self, text: str, num_tokens: int) -> str:
-        """What may be shown of `text`, which the last of `num_tokens` tokens completed."""
+        """The part of `text` that may be shown; the last of `num_tokens` tokens completed it."""
         self._decoded += len(text)
         return self._stops.push(text, may_stop=num_tokens > self.request.params.min_new_tokens)
 
@@ -128,11 +128,11 @@ class Choice:
 
 
 class Generator:
-    """What every endpoint that generates needs: the tokenizer, the engine, the model's sampling defaults."""
+    """What every generating endpoint uses: the tokenizer, the engine, the model's sampling defaults."""
 
     def __init__(self, args: ServerArgs, client: EngineClient | Replicas, tokenizer: Tokenizer,
                  model_path: str | None = None, tokenizer_path: str | None = None) -> None:  # fmt: skip
-        """`model_path` and `tokenizer_path` are what a client's transformers can open, where the flags are not."""
+        """`model_path` and `tokenizer_path`: names that a client's transformers can open, if the flags are not."""
         self.args = args
         self.model_path = model_path or args.model_path
         self.tokenizer_path = tokenizer_path or args.tokenizer_path or self.model_path
@@ -226,12 +226,12 @@ class Generator:
             raise ApiError(f"model: {name}: no such model; did you mean {ours}?", "model", "model_not_found", 404)
 
     def truncated(self, prompt_ids: list[int], count: int | None) -> list[int]:
-        """The last `count` tokens of a prompt; -1: as many as leave a place for an answer; None: all."""
+        """The last `count` tokens of a prompt; -1: as many as leave space for an answer; None: all."""
         count = self.ready.max_tokens()[0] - 1 if count == -1 else count
         return prompt_ids if count is None else prompt_ids[max(0, len(prompt_ids) - count) :]
 
     def new_tokens(self, num_prompt: int, asked: int | None, default: int | None = None) -> int:
-        """How many tokens to generate: what was `asked` for, else `default` or up to the limit, at least one."""
+        """The number of tokens to generate: `asked`, else `default` or up to the limit, at least one."""
         if asked is not None:
             return asked
         left = max(1, self.ready.max_tokens()[0] - num_prompt)
@@ -277,7 +277,7 @@ class Generator:
                            code="rate_limit_exceeded", status=429)  # fmt: skip
 
     async def run(self, choices: list[Choice]) -> AsyncGenerator[Choice, None]:
-        """Generate; yields a choice whenever it has something new. Closing the iterator aborts what is unfinished."""
+        """Generate; yields a choice whenever it has new output. Closing the iterator aborts unfinished choices."""
         by_rid = {choice.request.rid: choice for choice in choices}
         watched = {choice.request.rid: Watch(self.metrics, len(choice.prompt_ids)) for choice in choices}
         why = "abort"
@@ -304,7 +304,7 @@ class Generator:
 
 
 def _slices(indices: list[int], prompts: list[Prompt]) -> Iterator[list[int]]:
-    """The indices in groups whose texts are SLICE characters or a little more together, a very long one by itself."""
+    """The indices in groups whose texts have about SLICE characters in total; a very long text is a group."""
     part: list[int] = []
     size = 0
     for i in indices:

@@ -1,4 +1,4 @@
-"""What stands between the socket and the endpoints: reading bodies, the API key, errors, clients that go away."""
+"""Between the socket and the endpoints: reading bodies, the API key, errors, clients that disconnect."""
 
 import asyncio
 import hmac
@@ -26,7 +26,7 @@ from wave64.serve.http.schemas import ApiError, Body
 log = logging.getLogger("wave64")
 
 MAX_BODY = 16 << 20  # bytes; a million token ids are half of it
-BODY_S = 300.0  # until all of a body has come; a client that sends a byte now and then would keep its connection
+BODY_S = 300.0  # for a whole body; a client that sends a byte now and then would keep its connection
 SHORT_BODY = 1 << 16  # bytes that are checked at once, without the detour through a thread
 MAX_LOGGED = 500  # characters of a refusal's reason in the log
 
@@ -75,13 +75,13 @@ def _checked(model: type[T], raw: bytes) -> T:
 
 
 class _Gunzip:
-    """Unpacks a body as it comes, and no more of it than is asked for: a few bytes can stand for gigabytes."""
+    """Decompress a body as it arrives, up to a limit: a few bytes can expand to gigabytes."""
 
     def __init__(self) -> None:
         self._unpacking = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
 
     def push(self, packed: bytes, limit: int) -> bytes:
-        """What `packed` adds to the body, at most `limit` bytes. Raises ApiError for what is not gzip."""
+        """The decompressed bytes of `packed`, at most `limit`. Raises ApiError if it is not gzip."""
         try:
             body = self._unpacking.decompress(packed, limit)
         except (zlib.error, EOFError) as error:
@@ -135,7 +135,7 @@ class EventStream(StreamingResponse):
 
 
 async def unless_gone(request: Request, answer: Coroutine[Any, Any, R]) -> R:
-    """Await `answer`, or cancel it when the client goes away first, and raise Gone."""
+    """Await `answer`; if the client disconnects first, cancel it and raise Gone."""
     task = asyncio.create_task(answer)
     leaving = asyncio.create_task(_disconnected(request))
     try:
@@ -217,7 +217,7 @@ def _answer_error(error: ApiError, scope: Scope, headers: Any = None) -> Respons
     """The error as an answer, and as a line of the log: operators are asked why."""
     level = logging.ERROR if error.status >= 500 else logging.INFO
     log.log(level, "%s %s: %d: %s", scope["method"], _printable(scope["path"]), error.status, _printable(str(error)))
-    extra = {"Connection": "close"} if error.status in (408, 413) else {}  # what is left of the body is not read
+    extra = {"Connection": "close"} if error.status in (408, 413) else {}  # the rest of the body is not read
     extra |= {"Retry-After": "1"} if error.status == 429 else {}
     return json_response(error.body, error.status, {**(headers or {}), **extra})
 

@@ -1,4 +1,4 @@
-"""The server's start and end, behind `python -m wave64.launch_server`.
+"""Start and end of the server: `python -m wave64.launch_server`.
 
 This is the api process: it claims the port, starts the engine process, and speaks HTTP while the engine computes. It
 imports no torch: what it knows of the model comes in `Ready`. It ends with status 0 at SIGTERM, at Ctrl-C and when its
@@ -37,11 +37,11 @@ log = logging.getLogger("wave64")
 T = TypeVar("T")
 
 HEAD_S = 60.0  # for a connection's first request, and for the head of any
-GRACE_S = 5  # how long running requests may go on after the server was told to end
+GRACE_S = 5  # for running requests after the server received a signal to end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until told to end; the exit status."""
+    """Serve until a signal ends the server. Returns the exit status."""
     torchrun = Torchrun.from_environment()
     argv = sys.argv[1:] if argv is None else argv
     args = ServerArgs.from_cli([*(torchrun.flags() if torchrun else ()), *argv])
@@ -83,7 +83,7 @@ def run_loop(main: Coroutine[Any, Any, T]) -> T:
 
 
 def _ends() -> list[signal.Signals]:
-    """The signals that tell the server to end. nohup has SIGHUP ignored, which stays so."""
+    """The signals that end the server. SIGHUP stays ignored under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (not ignored)
 
@@ -203,7 +203,7 @@ def _tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
 
 
 def _openable(name: str, folder: Path) -> str:
-    """What a client's transformers can open: a hub name as it is, of all else the folder."""
+    """A name that a client's transformers can open: a hub name as it is, else the folder."""
     is_hub_name = name not in BUILT_IN and not Path(name).expanduser().is_dir()
     return name if is_hub_name else str(folder.resolve())
 

@@ -1,4 +1,4 @@
-"""SGLang's own endpoint, /generate: what its answers look like, whole and streamed."""
+"""SGLang's own endpoint, /generate: the form of its answers, whole and streamed."""
 
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -71,7 +71,7 @@ class Generate:
         return done if self.is_list else done[0]
 
     async def stream(self) -> AsyncGenerator[Json, None]:
-        """The answer as it grows: each event holds all of a choice's text so far."""
+        """The answer as a stream: each event has all of a choice's text so far."""
         async with aclosing(self.generator.run(self.choices)) as grown:
             async for choice in grown:
                 choice.take_new()

@@ -1,4 +1,4 @@
-"""Request fields that clients send and wave64 does not serve, and the values of each that ask for nothing.
+"""Request fields that clients send and wave64 does not support, and the values of each that have no effect.
 
 The names are OpenAI's, SGLang's and vLLM's. Whatever the field, null, false and what is empty ask for nothing, except
 in ON_BY_DEFAULT.
@@ -17,16 +17,16 @@ WITHOUT_EFFECT = frozenset((
     "use_audio_in_video", "guided_decoding_backend",
 ))  # fmt: skip
 
-# On unless switched off: here false asks for another answer. Each with what to do instead.
+# On by default: false would change the answer. Each with an alternative.
 ON_BY_DEFAULT = {
     "enable_thinking": 'put it into chat_template_kwargs: {"enable_thinking": ...}',
     "thinking": 'put it into chat_template_kwargs: {"thinking": ...}',
     "detokenize": "the answer has text in any case; /generate gives output_ids, too",
 }
 
-# Would change the answer. Each with what else asks for nothing: the default of the servers that have the field.
+# These would change the answer. Each with its value without effect: the default of the servers that have it.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    # what is generated
+    # generation
     "suffix": (),
     "prediction": (),
     "bad_words": (),
@@ -59,7 +59,7 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "input_embeds": (),
     "prompt_embeds": (),
     "positional_embed_overrides": (),
-    # what the prompt is made of
+    # the prompt
     "chat_template": (),
     "documents": (),
     "task": (),
@@ -79,7 +79,7 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "decode_tp_size": (),
     "kv_transfer_params": (),
     "http_worker_ipc": (),
-    # what the answer tells
+    # the answer
     "prompt_logprobs": (),
     "token_ids_logprob": (),
     "sampling_logprobs_mode": ("selected",),

@@ -1,4 +1,4 @@
-"""OpenAI's two endpoints that generate: what their answers look like, whole and streamed."""
+"""OpenAI's two generating endpoints: the form of their answers, whole and streamed."""
 
 import asyncio
 import time
@@ -17,11 +17,11 @@ from wave64.serve.messages import TokenLogprob
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may go on to the end of the context
 MAX_ADDED = 8  # tokens that a tokenizer may put in front of a text
-MIN_LOGPROB = -9999.0  # in place of minus infinity, which JSON has not
+MIN_LOGPROB = -9999.0  # for minus infinity, which JSON cannot represent
 
 B = TypeVar("B", CompletionRequest, ChatRequest)
 Json = dict[str, Any]
-Entry = tuple[int, int, TokenLogprob | None]  # where a token begins in the text, its id, what the model thought of it
+Entry = tuple[int, int, TokenLogprob | None]  # a token's offset in the text, its id, its logprobs
 
 
 class Job(Generic[B]):
@@ -42,7 +42,7 @@ class Job(Generic[B]):
         raise NotImplementedError
 
     def opening(self, choice: Choice) -> Json | None:
-        """What a stream says of a choice before its first token, if anything."""
+        """The event of a choice before its first token, if it has one."""
         return None
 
     def whole(self, choice: Choice) -> Json:
@@ -65,7 +65,7 @@ class Completion(Job[CompletionRequest]):
 
     def __init__(self, body: CompletionRequest, generator: Generator) -> None:
         super().__init__(body, generator)
-        self._echoes: list[str] = []  # the prompts' texts, where they are asked for
+        self._echoes: list[str] = []  # the prompts' texts, if echo is set
         self._offsets: list[list[int]] = []  # of their tokens in these, where they are scored
 
     async def prepare(self) -> None:
@@ -90,7 +90,7 @@ class Completion(Job[CompletionRequest]):
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special_tokens=False)
 
     def _prompt_text(self, choice: Choice) -> str:
-        """What is put before a choice's text: the prompt, where echo asks for it."""
+        """The text before a choice's text: the prompt if echo is set."""
         return self._echoes[choice.index // (self.body.n or 1)] if self.body.echo else ""
 
     def whole(self, choice: Choice) -> Json:
@@ -196,7 +196,7 @@ class Chat(Job[ChatRequest]):
 
 
 def _cut_behind(prompt: str, said: str) -> str:
-    """A prompt without what a chat template put behind the last message, which goes on. Raises ApiError."""
+    """A prompt without the text that a chat template appends to the last message, which continues. Raises ApiError."""
     at = prompt.rfind(said.strip())
     if at < 0 or not said.strip():
         raise ApiError("continue_final_message: the chat template does not show the last message as it is",
@@ -218,7 +218,7 @@ async def answer(job: Job) -> Json:
 
 
 async def stream(job: Job) -> AsyncGenerator[Json, None]:
-    """The answer in parts, each choice's last with its finish_reason; the usage at the end, where it is asked for."""
+    """The answer in parts; the last of a choice has its finish_reason; usage follows at the end if requested."""
     options = job.body.stream_options
     envelope, count = _envelope(job, job.chunk_kind), job.body.n or 1
     each, at_the_end = options and options.continuous_usage_stats, options and options.include_usage

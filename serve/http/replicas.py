@@ -19,7 +19,7 @@ from wave64.serve.messages import Output, Ready, Request, Statistics, Vocabulary
 
 
 def engines(args: ServerArgs, torchrun: str | None = None) -> EngineClient | Replicas:
-    """The engine that the flags ask for, or several."""
+    """One engine, or several, according to the flags."""
     if args.replicas == 1:
         return EngineClient(args, torchrun)
     seed = args.random_seed
@@ -31,7 +31,7 @@ def engines(args: ServerArgs, torchrun: str | None = None) -> EngineClient | Rep
 
 
 class Replicas:
-    """Offers what an EngineClient does."""
+    """Several engines with the interface of EngineClient."""
 
     def __init__(self, clients: Sequence[EngineClient]) -> None:
         self._clients = clients
@@ -63,7 +63,7 @@ class Replicas:
             await client.start()
 
     async def run(self) -> str:
-        """Hand out what the engines say until one is gone; returns which, and why."""
+        """Dispatch the engines' messages until one of them ends. Returns which one, and why."""
         running = [asyncio.create_task(client.run()) for client in self._clients]
         waiting = asyncio.create_task(self._wait())
         try:
@@ -84,7 +84,7 @@ class Replicas:
                 yield output
 
     def tell(self, message: Vocabulary) -> None:
-        """As EngineClient.tell, to every engine."""
+        """EngineClient.tell for every engine."""
         for client in self._clients:
             client.tell(message)
 

@@ -1,4 +1,4 @@
-"""What a request body may hold.
+"""The fields of request bodies.
 
 One pydantic model per endpoint. Null means "the default", as OpenAI's clients send it. A field is either used, known to
 be without effect on the answer (`neutral`), or refused by name: nothing that would change the answer is passed over.
@@ -72,18 +72,18 @@ Count = Annotated[Int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
-First = Field(fail_fast=True)  # of a list's faults the first one is told, and a million others are not looked for
+First = Field(fail_fast=True)  # report the first fault of a list, and do not look for a million others
 TopLogprobs = Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63 - 128)]
 
 
 class Body(BaseModel):
-    """What the models of all bodies have in common."""
+    """Base of the models of all bodies."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     def look_through(self) -> None:
-        """Check what takes long in a long body; whoever reads it does so in a thread. Raises ApiError."""
+        """The checks that take long for a long body; callers run them in a thread. Raises ApiError."""
 
     @model_validator(mode="before")
     @classmethod
@@ -104,9 +104,9 @@ class Body(BaseModel):
 
 
 class Sampling(Body):
-    """What both families of endpoints call by the same names."""
+    """Fields with the same names in both families of endpoints."""
 
-    # our name in SamplingParams for what the endpoint calls otherwise
+    # names in SamplingParams that differ from the endpoint's
     renamed: ClassVar[dict[str, str]] = {}
 
     n: Annotated[Int, Field(ge=1, le=128)] | None = None
@@ -259,7 +259,7 @@ class Message(BaseModel):
 
 
 class Function(BaseModel):
-    """What a model may call."""
+    """A function that a model may call."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -370,7 +370,7 @@ class NativeSampling(Sampling):
 
 
 class GenerateRequest(Body):
-    """POST /generate, SGLang's own form. A list has an entry per prompt; what is not one serves all."""
+    """POST /generate, SGLang's own form. A list has an entry per prompt; a single value applies to all."""
 
     model: str | None = None  # added by routers
     rid: str | Annotated[list[str], First] | None = None  # for /abort_request; of several choices with _0, _1, ...

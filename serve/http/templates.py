@@ -143,11 +143,11 @@ def _function(function: Any, where: str) -> Json:
 
 
 class _Content:
-    """What a template does with the content of messages, as far as its syntax tree tells."""
+    """How a template uses the content of messages, as far as its syntax tree shows."""
 
     def __init__(self, tree: nodes.Template) -> None:
         self._tree = tree
-        self._names = {"content"}  # variables that hold it
+        self._names = {"content"}  # variables with the content
         for assignment in tree.find_all(nodes.Assign):
             if isinstance(assignment.target, nodes.Name) and self._is_content(assignment.node):
                 self._names.add(assignment.target.name)
@@ -192,7 +192,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %} marks what a model is trained on; to a prompt it makes no difference."""
+    """{% generation %} ... {% endgeneration %} marks text that a model is trained on; it does not change a prompt."""
 
     tags = {"generation"}
 
@@ -224,7 +224,7 @@ def _read(pipe: BinaryIO) -> Json | None:
 
 
 def main() -> None:
-    """Render what comes over stdin, until that closes. The first message is {source, limit_s}."""
+    """Render the requests from stdin, until it closes. The first message is {source, limit_s}."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the server
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     bound = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)

@@ -98,7 +98,7 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def _token_text(self, token_id: int) -> str:
-        """What this token adds to a text that it stands in the middle of: with its leading space, where it has one."""
+        """The text of a token in the middle of a text: with its leading space, if it has one."""
         once = self.decode([token_id], skip_special_tokens=False)
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(once) :]
 
@@ -158,7 +158,7 @@ class Tokenizer:
         return known | {token.content: token_id for token_id, token in added.items()}
 
     def _surroundings(self, config: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """The ids that are put before and behind every text."""
+        """The ids that are added before and after every text."""
         text = "a"
         inner = self._backend.encode(text, add_special_tokens=False).ids
         whole = self._backend.encode(text, add_special_tokens=True).ids
@@ -212,7 +212,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_text(file: Path) -> str:
-    """Raises FileNotFoundError, and TokenizerError for what else cannot be read."""
+    """Raises FileNotFoundError, and TokenizerError for unreadable files."""
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -239,7 +239,7 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ... as text; the files hold either the text or an object around it."""
+    """bos_token, eos_token, ... as text; the files have either the text or an object with it."""
     found = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
         value = config.get(name)
@@ -250,7 +250,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_template(folder: Path, config: dict[str, Any], chosen: str | None) -> tuple[str, Path]:
-    """The source of the chat template, empty without one, and the file it stands in."""
+    """The source of the chat template, empty without one, and its file."""
     file = Path(chosen) if chosen else folder / "chat_template.jinja"
     if file.is_file():
         return _read_text(file), file
@@ -268,7 +268,7 @@ def _read_template(folder: Path, config: dict[str, Any], chosen: str | None) -> 
 
 
 def _byte_of() -> dict[str, int]:
-    """The alphabet of byte-level tokenizers, inverted: printable Latin-1 stands for itself, the rest are moved up."""
+    """The alphabet of byte-level tokenizers, inverted: printable Latin-1 maps to itself, other bytes to higher codes."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(moved)}
