@@ -92,6 +92,8 @@ WORDS = {
 
 #: Where names and prose have been read by the table of the design's section 7, and keep to it.
 READ = ("triton_ops/", "pysrc/wave64/ops/", "pysrc/wave64/backends/", "tests/ops/")
+#: Where prose alone has been read so.
+READ_PROSE = (*READ, "serve/http/", "tests/", "pysrc/wave64/testing/", "pysrc/wave64/arch.py")
 #: Parts of names -> what to say. `at_most`, `in_place` and the like are other words.
 NAME_WORDS = {
     "turn": "rotate", "turned": "rotated", "share": "split, partition or fraction", "deal": "assign",
@@ -216,11 +218,11 @@ def vocabulary(path: str, text: str) -> Iterator[str]:
 
 
 def names_by_the_table(path: str, text: str) -> Iterator[str]:
-    """Names in the folders that were read by the design's table say the field's words, and so does their prose."""
-    if not path.startswith(READ) or not path.endswith(".py"):
+    """Names in the folders that were read by the design's table say the field's words, and so does prose."""
+    if not path.startswith(READ_PROSE) or not path.endswith(".py") or path == "tests/test_house.py":
         return
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.NAME:
+        if token.type == tokenize.NAME and path.startswith(READ):
             for part in COMPOUNDS.sub("", token.string.lower()).split("_"):
                 if part in NAME_WORDS:
                     yield f"line {token.start[0]}: {token.string}: say {NAME_WORDS[part]}"

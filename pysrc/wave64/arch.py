@@ -16,7 +16,7 @@ class Arch:
     matrix: str | None        # "mfma", "wmma", "wgmma" or None
     fp8: str | None           # the flavor the matrix cores take: "e4m3fnuz", "e4m3fn" or None
     compute_units: int = 0    # of the product named below; 0 where a table figure would mislead
-    xcds: int = 1             # chiplets that blocks are dealt to in turn, each with an L2 of its own
+    xcds: int = 1             # chiplets that blocks are assigned to round robin, each with an L2
     bandwidth_gbs: int = 0    # peak device memory bandwidth, GB/s
     bf16_tflops: float = 0.0  # dense matrix peak
     fp8_tflops: float = 0.0

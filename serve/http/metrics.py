@@ -43,7 +43,7 @@ ALIASES = {"sglang:time_to_first_token_seconds": "vllm:time_to_first_token_secon
 
 
 class Metrics:
-    """What Prometheus is told of one server."""
+    """The metrics of one server, for Prometheus."""
 
     def __init__(self, model: str, engine: Any) -> None:
         """engine: has `statistics` and `ready`."""

@@ -80,7 +80,7 @@ class TemplateProcess:
         """Start the process now, so that the first conversation need not wait for it. Raises TemplateError if that
         fails; the first conversation will try again."""
         if self._is_alive():
-            return  # a conversation may be under way, and need not be waited for
+            return  # a conversation may be in progress, and need not be waited for
         async with self._lock:
             try:
                 await self._start()

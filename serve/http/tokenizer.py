@@ -268,7 +268,7 @@ def _read_template(folder: Path, config: dict[str, Any], chosen: str | None) -> 
 
 
 def _byte_of() -> dict[str, int]:
-    """The alphabet of byte-level tokenizers, inverted: printable Latin-1 maps to itself, other bytes to higher codes."""
+    """The alphabet of byte-level tokenizers, inverted: printable Latin-1 maps to itself, the rest to higher codes."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(moved)}

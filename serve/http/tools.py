@@ -354,7 +354,7 @@ def forced(body: ChatRequest) -> str | None:
 
 
 def parser_of(template: str) -> str | None:
-    """The format that a chat template teaches, as far as it can be told."""
+    """The format that a chat template teaches, if it can be recognized."""
     return next((parser for parser, marks in MARKS if all(mark in template for mark in marks)), None)
 
 

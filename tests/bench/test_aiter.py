@@ -1,5 +1,5 @@
 """AITER's assembly next to our kernels: three families in short where its wheel is installed, and everywhere that wrong
-results and what checks find are told, of kernels assembled here."""
+results and findings of the checks are reported, for kernels assembled here."""
 
 import sys
 from pathlib import Path

@@ -63,7 +63,7 @@ class Place:
 
 
 def dpp_source(control: int, lane: int) -> int | None:
-    """The lane that DPP makes `lane` read; None if there is none."""
+    """The lane that `lane` reads by DPP, or None."""
     row, place, count = lane // 16 * 16, lane % 16, control & 15
     if control <= 0xFF:                       # quad_perm
         return lane // 4 * 4 + (control >> 2 * (lane % 4) & 3)

@@ -145,7 +145,7 @@ def test_two_loads_outstanding_come_back_in_order():
 
 
 def test_a_store_on_its_way_at_a_barrier_harms_only_who_meets_it():
-    """What another wave reads behind the next barrier may be under way at this one."""
+    """A load that another wave uses after the next barrier may be in flight at this one."""
     body = LOAD + WAIT + """
 v_lshlrev_b32_e32 v3, 2, v0
 ds_write_b32 v3, v2

@@ -86,7 +86,7 @@ def differences(trial: Trial, want: World) -> list[str]:
     if got.pc != want.pc:
         found.append(f"goes on at {got.pc}, not {want.pc}")
     if unnoted := trial.unnoted():
-        found.append(f"writes {', '.join(unnoted)}, which no check is told")
+        found.append(f"writes {', '.join(unnoted)}, which no check gets")
     return found
 
 

@@ -152,7 +152,7 @@ def test_a_removed_nop_is_caught(name, monkeypatch):
 @pytest.mark.parametrize(("name", "share"),
                          [("rms_norm", 0.0), ("moe_align_block_size", 0.5), ("paged_attention", 0.5)])
 def test_too_little_lds_is_caught(name, share, monkeypatch):
-    """A descriptor that reserves a share of what the kernel uses."""
+    """A descriptor that reserves a fraction of what the kernel uses."""
     shipped = Shipped(name, monkeypatch)
 
     def less(kernel: code_object.Kernel) -> code_object.Kernel:

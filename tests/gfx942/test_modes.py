@@ -154,7 +154,7 @@ def test_vector_instructions_are_skipped_wave_by_wave(which):
 
 
 def test_skipped_loads_count_for_no_wait():
-    """vmcnt(1) leaves one under way: without the skipped one, that is the load itself."""
+    """vmcnt(1) leaves one in flight: without the skipped one, that is the load itself."""
     body = LOAD + """
 global_load_dword v2, v1, s[0:1]
 s_setvskip s5, 0

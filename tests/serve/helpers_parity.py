@@ -3,7 +3,7 @@ batches."""
 
 import pytest
 import torch
-from helpers_llama import greedy, in_fp64
+from helpers_llama import NearTie, PagedDriver, greedy, in_fp64, load
 
 PROMPT = [17, 3, 99, 42, 8, 8, 71, 0, 55, 23, 64, 90, 12]
 TOLERANCE = dict(rtol=0, atol=1e-4)
@@ -15,8 +15,41 @@ def expected(theirs, tokens):
         return in_fp64(theirs)(torch.tensor([tokens])).logits[0].float()
 
 
+def answers_without_near_ties(theirs):
+    """Parity.answers of prompts without a near tie, which is chance; at least three of them."""
+    found = {}
+    for n in range(1, len(PROMPT) + 1, 2):
+        try:
+            found[str(n)] = PROMPT[:n], *greedy(theirs, PROMPT[:n], STEPS)
+        except NearTie:
+            continue
+    assert len(found) >= 3
+    return found
+
+
+def assert_no_less_exact(theirs, folder, device, dtype):
+    """In a narrow dtype the model in `folder` is about as exact as transformers' in the same dtype."""
+    ours, config = load(folder, device, dtype)
+    with torch.inference_mode():
+        exact = theirs(torch.tensor([PROMPT])).logits[0]
+        narrow = theirs.to(dtype)(torch.tensor([PROMPT])).logits[0].float()
+    error = (PagedDriver(ours, config, device).step({}, {"a": PROMPT}) - exact).square().mean().sqrt()
+    assert error <= 1.5 * (narrow - exact).square().mean().sqrt()
+    assert error > 0, "the model ran in fp32"
+
+
 class Parity:
-    """For fixtures `theirs`, transformers' model, and `driver`, a PagedDriver around ours with the same weights."""
+    """For a fixture `models`: transformers' model, wave64's with the same weights, and its config."""
+
+    Driver = PagedDriver
+
+    @pytest.fixture
+    def theirs(self, models):
+        return models[0]
+
+    @pytest.fixture
+    def driver(self, models, device):
+        return self.Driver(*models[1:], device=device)
 
     def answers(self, theirs):
         """{name: (prompt, transformers' greedy tokens, the logits of each)}"""

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from helpers_deepseek import DEEPSEEKS, LatentDriver, make_deepseek, quantize
-from helpers_llama import NearTie, edit_json, greedy, load
-from helpers_parity import PROMPT, STEPS, Parity
+from helpers_llama import edit_json, load
+from helpers_parity import PROMPT, Parity, answers_without_near_ties
 from torch.nn import functional as F
 
 from wave64 import ops, quant
 
 
 @pytest.fixture(scope="module", params=DEEPSEEKS)
-def deepseek(request, tmp_path_factory, device):
+def models(request, tmp_path_factory, device):
     """(transformers' model, wave64's, its config), loaded from the same folder."""
     folder = tmp_path_factory.mktemp("deepseek")
     version, overrides = DEEPSEEKS[request.param]
@@ -20,27 +20,11 @@ def deepseek(request, tmp_path_factory, device):
     return theirs, *load(folder, device)
 
 
-@pytest.fixture
-def theirs(deepseek):
-    return deepseek[0]
-
-
-@pytest.fixture
-def driver(deepseek, device):
-    return LatentDriver(*deepseek[1:], device=device)
-
-
 class TestDeepseek(Parity):
+    Driver = LatentDriver
+
     def answers(self, theirs):
-        """Of the prompts that lead to no near tie, which is chance, there are to be three at least."""
-        found = {}
-        for n in range(1, len(PROMPT) + 1, 2):
-            try:
-                found[str(n)] = PROMPT[:n], *greedy(theirs, PROMPT[:n], STEPS)
-            except NearTie:
-                continue
-        assert len(found) >= 3
-        return found
+        return answers_without_near_ties(theirs)
 
 
 @pytest.mark.parametrize("block", [(16, 32), (128, 128)], ids=["blocks", "cut-blocks"])

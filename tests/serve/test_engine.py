@@ -39,7 +39,7 @@ PROMPTS = [[5, 6, 7], [9] * 21, [1], [4, 8, 15, 16, 23, 42] * 8, [3, 3]]
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> tuple[LlamaForCausalLM, Path]:
-    """A tiny Llama with weights wide enough that its next tokens are far apart, and its folder."""
+    """A tiny Llama with weights wide enough that its next tokens differ clearly, and its folder."""
     torch.set_num_threads(1)  # a second thread costs such a model more than it gives
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -54,7 +54,7 @@ def llama(tmp_path_factory) -> tuple[LlamaForCausalLM, Path]:
 
 @pytest.fixture
 def make(llama, device):
-    """make(flag=value, ...) -> an Engine of the tiny Llama in fp32, with room for five whole contexts."""
+    """make(flag=value, ...) -> an Engine of the tiny Llama in fp32, with capacity for five whole contexts."""
 
     def build(**flags) -> Engine:
         if "mem_fraction_static" not in flags:  # on a GPU the default takes nearly all there is

@@ -102,7 +102,7 @@ def test_a_stop_string_that_is_a_special_token_stops_at_it(tokenizer, shown, kee
 
 
 def test_the_request_names_the_token_as_well_as_the_models_end(tokenizer):
-    """What ended it is told as the request wrote it."""
+    """The stop string is reported as the request wrote it."""
     ended = choice(tokenizer, stop="<|im_end|>")
     feed(ended, tokenizer, "so", VOCAB + 1)
     assert ended.matched == "<|im_end|>"

@@ -238,7 +238,7 @@ def test_a_graceful_end(model_folder, tmp_path):
             assert eventually(lambda: httpx.get(server.url + "/health").json()["running"] + len(answers) >= 6)
             server.process.send_signal(signal.SIGHUP)
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]", "a stream that is ended is told so"
+        assert rest[-1] == "data: [DONE]", "a stream that ends says so"
         for thread in threads:
             thread.join()
         assert server.process.wait(30) == 0

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers_llama import NearTie, PagedDriver, greedy, load, make_llama
-from helpers_parity import PROMPT, STEPS, Parity
+from helpers_llama import load, make_llama
+from helpers_parity import Parity, answers_without_near_ties, assert_no_less_exact
 
 from wave64.serve.model.config import ConfigError, ModelConfig
 
@@ -22,7 +22,7 @@ NAMES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 
 
 @pytest.fixture(scope="module", params=RELATIVES)
-def relative(request, tmp_path_factory, device):
+def models(request, tmp_path_factory, device):
     """(transformers' model, wave64's, its config), loaded from the same folder."""
     folder = tmp_path_factory.mktemp("relative")
     family, overrides = RELATIVES[request.param]
@@ -30,38 +30,15 @@ def relative(request, tmp_path_factory, device):
     return theirs, *load(folder, device)
 
 
-@pytest.fixture
-def theirs(relative):
-    return relative[0]
-
-
-@pytest.fixture
-def driver(relative, device):
-    return PagedDriver(*relative[1:], device=device)
-
-
 class TestRelatives(Parity):
     def answers(self, theirs):
-        """Prompts without a near tie, which is chance; at least three of them."""
-        found = {}
-        for n in range(1, len(PROMPT) + 1, 2):
-            try:
-                found[str(n)] = PROMPT[:n], *greedy(theirs, PROMPT[:n], STEPS)
-            except NearTie:
-                continue
-        assert len(found) >= 3
-        return found
+        return answers_without_near_ties(theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_dtypes_are_no_less_exact_than_transformers(tmp_path, device, dtype):
     theirs = make_llama(tmp_path, family="Qwen3", **RELATIVES["qwen3-gqa2-head_dim14"][1])
-    ours, config = load(tmp_path, device, dtype)
-    with torch.inference_mode():
-        exact = theirs(torch.tensor([PROMPT])).logits[0]
-        narrow = theirs.to(dtype)(torch.tensor([PROMPT])).logits[0].float()
-    error = (PagedDriver(ours, config, device).step({}, {"a": PROMPT}) - exact).square().mean().sqrt()
-    assert 0 < error <= 1.5 * (narrow - exact).square().mean().sqrt()
+    assert_no_less_exact(theirs, tmp_path, device, dtype)
 
 
 @pytest.fixture

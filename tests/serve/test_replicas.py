@@ -17,7 +17,7 @@ from wave64.serve.messages import Output, Request, SamplingParams, Statistics
 
 
 class Fake:
-    """A client whose engine answers a request when it is told to."""
+    """A client whose engine answers a request when the test says so."""
 
     def __init__(self, name: str) -> None:
         self.name, self.live, self.go = name, 0, asyncio.Event()

@@ -23,7 +23,7 @@ cross = Crossing(torch.device("cpu"))
 
 
 def there(sampling: Sampling, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the device is told of a step with these logits."""
+    """The arguments of the device for a step with these logits."""
     return cross(sampler._arrays(sampling, *logits.shape))
 
 

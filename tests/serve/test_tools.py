@@ -220,7 +220,7 @@ def test_tools_that_are_none(tokenizer, fields, param, words):
 
 
 def test_what_templates_get(tokenizer_folder, tmp_path):
-    """The tools that may be called; past calls, without content where a template asks whether there is none."""
+    """The tools that may be called; past calls, without content where a template tests for it."""
     source = (
         "{% for t in tools or [] %}<{{ t.function.name }}|{{ t.function.parameters | tojson }}>{% endfor %}"
         "{% for m in messages %}[{{ m.role }}]{% if m.content is none %}{% for c in m.tool_calls %}"

@@ -22,7 +22,7 @@ FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_b
 
 
 #: prints by how much the peak of this process's memory rose during a load, and what the model's weights take, in bytes;
-#: of one of four ranks, where it is told so, and of the whole
+#: of one of four ranks, if it says so, and of the whole
 MEMORY_OF_A_LOAD = """
 import sys
 from pathlib import Path

@@ -2,7 +2,7 @@
 NumPy, which also says what is wrong where the core finds that something is.
 
 It is compiled once by the clang of PyPI's ziglang (the extra `emulator` names it), and found by all processes after
-that; see built.py. Where there is none, or a processor older than x86-64-v3, NumPy executes everything.
+that; see built.py. Without one, or on a processor older than x86-64-v3, NumPy executes everything.
 """
 
 import ctypes
@@ -72,7 +72,7 @@ def unfit() -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The compiled core, or why there is none."""
+    """The compiled core, or the reason why it is missing."""
     if why := unfit():
         return why
     try:
@@ -89,7 +89,7 @@ def library() -> ctypes.CDLL | str:
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a core; says once in the log why there is none."""
+    """True if the core is available; if not, logs the reason once."""
     found = library()
     if isinstance(found, str):
         log.info("the emulator executes with NumPy alone: %s", found)

@@ -93,7 +93,7 @@ class Counting(Check):
     """Adds to the usage of its machine's kernel. `counting()` makes a class, and with it the usages, for one run."""
 
     usages: dict[str, Usage]
-    _binding: Binding  # of the access that memory is told to report
+    _binding: Binding  # of the access that memory reports to
     variants: dict[tuple, str]  # a kernel compiled otherwise, or with other blocks, is counted apart
 
     def __init__(self, machine):

@@ -33,7 +33,7 @@ def put(b: Binding, to: np.ndarray, values: np.ndarray) -> None:
 
 
 def store(b: Binding, space: Space, offsets: np.ndarray, width: int, words: np.ndarray) -> None:
-    """Words [accesses, words] to memory, and the checks are told."""
+    """Store words [accesses, words] to memory, and report them to the checks."""
     space.store(offsets, width, words)
     for check in b.machine.checks:
         check.stored(b, space, offsets, width, words)

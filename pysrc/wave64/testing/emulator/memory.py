@@ -114,7 +114,7 @@ class Memory(Space):
 
     def __init__(self):
         self.buffers: list[Buffer] = []
-        #: is told of every access to come: addresses, width, and `which` of `locate`
+        #: called before every access: addresses, width, and `which` of `locate`
         self.watch: Callable[[np.ndarray, int, np.ndarray | None], None] | None = None
 
     def register(self, buffers: list[Buffer], granule: int = 1) -> None:

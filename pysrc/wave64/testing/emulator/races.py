@@ -44,7 +44,7 @@ class Accesses:
         first[octets[lost]] = waves[lost]
 
     def other(self, octet: int, wave: int) -> int:
-        """A wave other than `wave` that did it with a byte; 0: there is none."""
+        """A wave other than `wave` that accessed a byte so; 0: no wave."""
         return next((int(by[octet]) for by in (self.last, self.first) if by[octet] not in (0, wave)), 0)
 
 

@@ -33,7 +33,7 @@ SECONDS = 600.0  # a launch that takes longer is taken for one that never ends
 #: of 4 bytes and drops the half of one behind an odd number of 16-bit logits: to spare it would cost spilled registers,
 #: and a word never crosses a page, so hardware has it
 GRANULES = {"sample": 4}
-#: pointers to what there is none of here: a kernel that follows one is out of bounds
+#: pointers to what does not exist here: a kernel that follows one is out of bounds
 NOT_GIVEN = ("hidden_none", "hidden_printf_buffer", "hidden_hostcall_buffer", "hidden_default_queue",
              "hidden_completion_action", "hidden_multigrid_sync_arg", "hidden_heap_v1", "hidden_queue_ptr",
              "dispatch_ptr_0", "dispatch_ptr_1", "queue_ptr_0", "queue_ptr_1", "dispatch_id_0", "dispatch_id_1")

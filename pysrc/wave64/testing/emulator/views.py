@@ -119,7 +119,7 @@ class Loaded(UnderWay):
 
 @dataclass
 class Wave:
-    """What a wave has under way, and where it is."""
+    """The accesses that a wave has in flight, and its position."""
 
     launch: int
     number: int
@@ -215,7 +215,7 @@ class World:
     # ---- loads
 
     def load(self, wave: Wave, at: np.ndarray, sc0: bool, sc1: bool, entry: Loaded | None = None) -> np.ndarray:
-        """The bytes at these places as the wave sees them, now or at an `entry` under way."""
+        """The bytes at these places as the wave sees them, now or at an `entry` in flight."""
         lines = np.unique(at // LINE)
         elsewhere = self.home[lines] != wave.device
         device, die, unit = self.devices[wave.device], self.dies[wave.die], self.units[wave.unit]
@@ -333,7 +333,7 @@ class World:
     # ---- time
 
     def finish(self, wave: Wave, entry: UnderWay) -> None:
-        """What is under way ends."""
+        """Complete everything in flight."""
         if isinstance(entry, Stored):
             at, octets = entry.at.reshape(-1), entry.octets.reshape(-1)
             now = self._arriving(at)
@@ -378,7 +378,7 @@ class World:
         return free[-1] if self.order.random() < 0.97 else self.order.choice(free)
 
     def pass_time(self, ended: Callable[[Wave], bool]) -> None:
-        """Between two turns: what is under way of waves that have ended goes on, and in some schedules what others
+        """Between two turns: accesses in flight of waves that have ended go on, and in some schedules what others
         have, and caches write back."""
         for wave in self.waves.values():
             if wave.under_way and self.order.random() < self._pace(wave, ended(wave)):

@@ -16,7 +16,7 @@ class Waits(Check):
 
     Loads of vector memory and LDS operations come back in order, so waiting until n are left says which are done.
     Scalar loads come in any order, and flat accesses, which count as vector memory and as LDS, may be either: with one
-    of these under way only waiting for all says something.
+    of these in flight only waiting for all says something.
     """
 
     def __init__(self, machine):
