@@ -28,7 +28,7 @@ tmp = fma(64'F(S0.f32), 64'F(S1.f32), 64'F(S2.f32));
 if VCC.u64[laneId] then D0.f32 = abs(tmp) >= 1.0 ? ldexp(tmp, 64) : ldexp(tmp, -64)
 else D0.f32 = fma(S0.f32, S1.f32, S2.f32)
 endif""",
-    # as printed, too large a quotient is recognized by a condition that cannot hold there; the compilers' steps give NaN
+    # as printed, too large a quotient is shown by a condition that cannot hold there; the compilers' steps give NaN
     "v_div_fixup_f32": published()["v_div_fixup_f32"].replace(
         "exponent(S1.f32) == 255", "exponent(S2.f32) - exponent(S1.f32) > 128").replace("OVERFLOW_F32", "INF.f32"),
     # the table, which the text leaves out, is the manual's list of results: a signed number of 4 bits over 16
