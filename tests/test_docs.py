@@ -1,6 +1,8 @@
 """What docs/ shows is run."""
 
 import importlib.util
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 SPEC = importlib.util.spec_from_file_location("decode_loop", DOCS / "decode_loop.py")
 decode_loop = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(decode_loop)
@@ -33,3 +36,29 @@ def test_the_composed_decode_loop_says_what_transformers_says(tmp_path, tied, de
 
 def test_the_composed_decode_loop_is_a_hundred_lines():
     assert len((DOCS / "decode_loop.py").read_text().splitlines()) <= 110
+
+
+def life(name: str) -> str:
+    """CONTRIBUTING's walk through the code."""
+    return (ROOT / "CONTRIBUTING.md").read_text().partition(f"## The life of {name}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("name", ["a request", "a kernel"])
+def test_a_life_is_short_and_names_files_that_exist(name):
+    """At most 40 lines; a path is one from the root, the package or its folder."""
+    assert 20 < len(life(name).splitlines()) <= 40
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    named = re.findall(r"`([\w/]+\.(?:py|hip|h|cpp|cmake|txt|json))\b", life(name))
+    assert len(named) > 15
+    assert [path for path in named if not any(f"/{file}".endswith(f"/{path}") for file in files)] == []
+
+
+@pytest.mark.parametrize("name", ["a request", "a kernel"])
+def test_a_life_names_classes_and_functions_that_exist(name):
+    code = "".join(file.read_text() for folder in ("serve", "pysrc", "hip") for file in (ROOT / folder).rglob("*")
+                   if file.suffix in (".py", ".h", ".hip", ".cpp"))
+    named = re.findall(r"`(?:hip\.)?([A-Z]\w+(?:\.\w+)?|[a-z]+_\w+)(?<!txt)[`(]", life(name))
+    parts = {part for each in named for part in each.split(".")}
+    assert len(parts) > 1
+    assert [each for each in sorted(parts) if not re.search(
+        rf"\b(class|def|void|struct) {each}\b|\b{each}\b *[=:]", code)] == []
