@@ -21,6 +21,7 @@ import torch
 import wave64
 from wave64 import NotSupported, quant
 from wave64.arch import EMULATED
+from wave64.backends import peers
 from wave64.distributed import Store
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.memory import pool_pages
@@ -72,8 +73,9 @@ class Rank:
         self.max_running = min(-(-args.max_running_requests // args.groups), self.num_pages)
         emulated = wave64.platform.emulated() is not None
         self.is_gpu = self.device.type == "cuda" or emulated
-        # What ranks exchange over gloo, as emulated ones do, is no launch that a graph could hold.
-        capture = self.is_gpu and not args.disable_cuda_graph and not (emulated and args.tp_size > 1)
+        capture = self.is_gpu and not args.disable_cuda_graph
+        # What gloo exchanges is no launch that a graph of emulated devices could hold.
+        capture = capture and not (emulated and args.tp_size > 1 and peers.reason(ranks.world.name))
         capture = capture and args.groups == 1  # groups would have to replay the same graph
         self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
                              self.max_running, capture, ranks=ranks)  # fmt: skip

@@ -146,6 +146,12 @@ class RMSNorm(Layer):
             return self(x, residual)
         return ranks.norm_of_sum(x, residual, self.weight, self.eps)
 
+    def of_mlp_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor:
+        """As forward, of what all ranks have computed each a part of, for the tokens of all attention groups."""
+        if ranks.data.size == 1:
+            return self.of_sum(x, residual, ranks)
+        return self(ranks.sum_mlp(x, residual.shape[0]), residual)
+
     def alone(self, x: Tensor) -> Tensor:
         """The norm of x [num_tokens, hidden] or [num_tokens, num_heads, hidden], strided or not; x does not change."""
         return ops.rms_norm(x, self.weight, self.eps)
@@ -264,10 +270,11 @@ class Block(nn.Module):
         self.ranks = ranks
 
     def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """x: the output of the previous block, not yet added to the residual stream; returns that of this block."""
-        x = self.self_attn(self.input_layernorm(x, residual), batch, kv_cache)
+        """x: this rank's part of the output of the previous block, not yet added to the residual stream; returns that
+        of this block."""
+        x = self.self_attn(self.input_layernorm.of_mlp_sum(x, residual, self.ranks), batch, kv_cache)
         x = self.post_attention_layernorm.of_sum(x, residual, self.ranks)
-        return self.ranks.sum_mlp(self.mlp(self.ranks.gather(x, batch.gathered_tokens)), residual.shape[0])
+        return self.mlp(self.ranks.gather(x, batch.gathered_tokens))
 
 
 class Decoder(nn.Module):
@@ -283,10 +290,11 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """The final hidden states of the rows in batch.logit_rows, [R, hidden]."""
         ids = self.ranks.gather(batch.input_ids, batch.gathered_tokens)
-        x = self.ranks.sum_mlp(self.embed_tokens(ids), batch.input_ids.shape[0])
-        residual = torch.zeros_like(x)
+        x = self.embed_tokens(ids)
+        residual = x.new_zeros(batch.input_ids.shape[0], x.shape[1])
         for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
             x = layer(x, residual, batch, layer_cache)
+        x = self.ranks.sum_mlp(x, residual.shape[0])
         return self.norm(x[batch.logit_rows], residual[batch.logit_rows])
 
 

@@ -335,6 +335,6 @@ def test_groups_that_kernels_are_not_for_are_refused_in_words():
             assert peers.connect(group.name, torch.device("cpu")).startswith(said)
         finally:
             distributed.leave()
-    assert peers._apart([("host a", "0", b""), ("host b", "0", b"")]) == "its ranks are on several hosts"
-    assert peers._apart([("host", "x", b""), ("host", "y", b""), ("host", "x", b"")]) == (
+    assert peers._not_shareable([("host a", "0", b""), ("host b", "0", b"")]) == "its ranks are on several hosts"
+    assert peers._not_shareable([("host", "x", b""), ("host", "y", b""), ("host", "x", b"")]) == (
         "ranks 0 and 2 have the same GPU")
