@@ -47,16 +47,18 @@ WAVE64_DEVICE void gather(const AllGatherArgs& args) {
         block.next_round(n == 0);
         const auto sent = [&](int, int line) { return own[line]; };
         if constexpr (FLAGGED)
-            exchange_flagged(block, 0, 0, args.lines, sent, own, all);
+            exchange_flagged(block, 0, 0, block.lines, sent, own, all);
         else if (!exchange_low_latency(block, sent, own[0], all[0]))
             continue;
 #pragma unroll
         for (int rank = 0; rank < WORLD; rank++) {
             if (!in_world<WORLD>(block, rank)) break;
-            const Packs<Bits8> out(static_cast<char*>(args.out) + int64_t(rank) * args.bytes, args.bytes);
+            int bytes = args.bytes;
+            forget_uniform(bytes);
+            const Packs<Bits8> out(static_cast<char*>(args.out) + int64_t(rank) * bytes, bytes);
 #pragma unroll
             for (int i = 0; i < LINES; i++)
-                if (i < args.lines) out.store(pack + i * args.block, all[i][rank]);
+                if (i < block.lines) out.store(pack + i * args.block, all[i][rank]);
         }
     }
 }

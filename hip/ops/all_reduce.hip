@@ -45,7 +45,7 @@ WAVE64_DEVICE void all_reduce_ll(const AllReduceArgs& args) {
         block.next_round(n == 0);
         Bits128 all[WORLD];
         if (exchange_low_latency(block, [&](int, int) { return own; }, own, all))
-            out.store(first + lane_in_block(), sum_of(all, args.world, args.dtype));
+            out.store(first + lane_in_block(), sum_of(all, block.world, args.dtype));
     }
 }
 
@@ -63,7 +63,7 @@ WAVE64_DEVICE void all_reduce_ll128(const AllReduceArgs& args) {
         Bits128 own[LINES], all[LINES][WORLD];
 #pragma unroll
         for (int i = 0; i < LINES / 2; i++) {
-            if (i >= args.lines) break;
+            if (i >= block.lines) break;
             own[2 * i] = x.load(pack + i * packs);
             own[2 * i + 1] = x.load(is_last ? kNone : pack + i * packs + 7);
         }
@@ -71,19 +71,19 @@ WAVE64_DEVICE void all_reduce_ll128(const AllReduceArgs& args) {
 #pragma unroll
         for (int i = 0; i < LINES / 2; i++) {
             const Words words = Words::of(own[2 * i]);
-            if (i < args.lines && is_last) own[2 * i + 1] = Words{{words.at[2], words.at[3], 0, 0}}.bits();
+            if (i < block.lines && is_last) own[2 * i + 1] = Words{{words.at[2], words.at[3], 0, 0}}.bits();
         }
-        if (!exchange_low_128(block, 2 * args.lines, own, all)) continue;
+        if (!exchange_low_128(block, 2 * block.lines, own, all)) continue;
 #pragma unroll
         for (int i = 0; i < LINES / 2; i++) {
-            if (i >= args.lines) break;
+            if (i >= block.lines) break;
 #pragma unroll
             for (int rank = 0; rank < WORLD; rank++) {
                 const Words a = Words::of(all[2 * i][rank]), b = Words::of(all[2 * i + 1][rank]);
                 if (is_last) all[2 * i][rank] = Words{{a.at[0], a.at[1], b.at[0], b.at[1]}}.bits();
             }
-            out.store(pack + i * packs, sum_of(all[2 * i], args.world, args.dtype));
-            out.store(is_last ? kNone : pack + i * packs + 7, sum_of(all[2 * i + 1], args.world, args.dtype));
+            out.store(pack + i * packs, sum_of(all[2 * i], block.world, args.dtype));
+            out.store(is_last ? kNone : pack + i * packs + 7, sum_of(all[2 * i + 1], block.world, args.dtype));
         }
     }
 }
@@ -100,10 +100,10 @@ WAVE64_DEVICE void all_reduce_one_shot(const AllReduceArgs& args) {
         Bits128 own[LINES], all[LINES][WORLD];
         load_part(own, x, pack, args);
         block.next_round(n == 0);
-        exchange_flagged(block, 0, 0, args.lines, [&](int, int line) { return own[line]; }, own, all);
+        exchange_flagged(block, 0, 0, block.lines, [&](int, int line) { return own[line]; }, own, all);
 #pragma unroll
         for (int i = 0; i < LINES; i++)
-            if (i < args.lines) out.store(pack + i * args.block, sum_of(all[i], args.world, args.dtype));
+            if (i < block.lines) out.store(pack + i * args.block, sum_of(all[i], block.world, args.dtype));
     }
 }
 
@@ -122,16 +122,16 @@ WAVE64_DEVICE void all_reduce_two_shot(const AllReduceArgs& args) {
         for (int i = 0; i < WORLD; i++)
             if (in_world<WORLD>(block, i)) load_part(parts[i], x, pack + (args.rank + i) % args.world * part, args);
         block.next_round(n == 0);
-        exchange_flagged(block, 0, 0, args.lines, [&](int i, int line) { return parts[i][line]; }, parts[0], all);
+        exchange_flagged(block, 0, 0, block.lines, [&](int i, int line) { return parts[i][line]; }, parts[0], all);
 #pragma unroll
         for (int i = 0; i < LINES; i++)
-            if (i < args.lines) own[i] = sum_of(all[i], args.world, args.dtype);
-        exchange_flagged(block, 1, LINES, args.lines, [&](int, int line) { return own[line]; }, own, all);
+            if (i < block.lines) own[i] = sum_of(all[i], block.world, args.dtype);
+        exchange_flagged(block, 1, LINES, block.lines, [&](int, int line) { return own[line]; }, own, all);
 #pragma unroll
         for (int rank = 0; rank < WORLD; rank++)
 #pragma unroll
             for (int i = 0; i < LINES; i++)
-                if (i < args.lines && in_world<WORLD>(block, rank))
+                if (i < block.lines && in_world<WORLD>(block, rank))
                     out.store(pack + rank * part + i * args.block, all[i][rank]);
     }
 }

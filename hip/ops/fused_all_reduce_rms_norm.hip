@@ -90,28 +90,28 @@ WAVE64_DEVICE void reduce_and_normalize(const FusedAllReduceRmsNormArgs& args) {
         block.next_round(token == block_id());
         const auto sent = [&](int, int line) { return own[line]; };
         if constexpr (FLAGGED)
-            send_flagged<WORLD, kRowLines>(block, 0, 0, args.lines, sent);
+            send_flagged<WORLD, kRowLines>(block, 0, 0, block.lines, sent);
         else
 #pragma unroll
             for (int i = 0; i < kRowLines; i++)
-                if (i < args.lines) send_low_latency<WORLD>(block, i, sent);
+                if (i < block.lines) send_low_latency<WORLD>(block, i, sent);
         float squares = 0;
 #pragma unroll
         for (int i = 0; i < kRowLines; i++) {
-            if (i >= args.lines) break;
+            if (i >= block.lines) break;
             Bits128 all[WORLD];
             if constexpr (FLAGGED)
                 receive_flagged(block, i, own[i], all);
             else
                 receive_low_latency(block, i, own[i], all);  // or not: all waves go on, for they meet for the sum
-            row[i] = added(row[i], all, args.world, squares, args.dtype);
+            row[i] = added(row[i], all, block.world, squares, args.dtype);
             residual.store(lane_in_block() + i * args.block, row[i]);
         }
         const float scale = rsqrt(block_sum(squares, lds[parity], args.block) / float(args.hidden) + args.eps);
         const Packs<> out(static_cast<char*>(args.out) + at, args.bytes);
 #pragma unroll
         for (int i = 0; i < kRowLines; i++)
-            if (i < args.lines)
+            if (i < block.lines)
                 out.store(lane_in_block() + i * args.block, scaled_pack(row[i], weight[i], scale, args.dtype));
     }
 }

@@ -48,18 +48,20 @@ WAVE64_DEVICE void scatter(const ReduceScatterArgs& args) {
 #pragma unroll
         for (int i = 0; i < WORLD; i++) {
             if (!in_world<WORLD>(block, i)) break;
-            const int64_t part = int64_t((args.rank + i) % args.world) * args.bytes;
-            load_part(parts[i], Packs<>(static_cast<const char*>(args.x) + part, args.bytes), pack, args);
+            int bytes = args.bytes, owner = args.rank + i;
+            forget_uniform(bytes), forget_uniform(owner);
+            owner -= owner < args.world ? 0 : args.world;
+            load_part(parts[i], Packs<>(static_cast<const char*>(args.x) + int64_t(owner) * bytes, bytes), pack, args);
         }
         block.next_round(n == 0);
         const auto sent = [&](int i, int line) { return parts[i][line]; };
         if constexpr (FLAGGED)
-            exchange_flagged(block, 0, 0, args.lines, sent, parts[0], all);
+            exchange_flagged(block, 0, 0, block.lines, sent, parts[0], all);
         else if (!exchange_low_latency(block, sent, parts[0][0], all[0]))
             continue;
 #pragma unroll
         for (int i = 0; i < LINES; i++)
-            if (i < args.lines) out.store(pack + i * args.block, sum_of(all[i], args.world, args.dtype));
+            if (i < block.lines) out.store(pack + i * args.block, sum_of(all[i], block.world, args.dtype));
     }
 }
 

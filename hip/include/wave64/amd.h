@@ -88,6 +88,13 @@ WAVE64_DEVICE int load_uniform(const int32_t* at) {
 // Keeps an address that is the same in all lanes in scalar registers: offsets are added to it in the instruction.
 WAVE64_DEVICE void keep_uniform(const char*& address) { asm("" : "+s"(address)); }
 
+// The same, not known to be what it was: what is computed from it is not kept over a loop, in scalar registers that
+// would be spilled.
+template <typename T>
+WAVE64_DEVICE void forget_uniform(T& x) {
+    asm volatile("" : "+s"(x));
+}
+
 // Instructions before this point are issued before those after it.
 WAVE64_DEVICE void keep_order() { __builtin_amdgcn_sched_barrier(0); }
 

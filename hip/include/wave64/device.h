@@ -41,6 +41,8 @@ WAVE64_DEVICE Bits32 rounded_pair(float a, float b, T) {
 // Without scalar registers of a wave, what amd.h has for them is nothing special.
 WAVE64_DEVICE int uniform(int x) { return x; }
 WAVE64_DEVICE void keep_uniform(const char*&) {}
+template <typename T>
+WAVE64_DEVICE void forget_uniform(T&) {}
 WAVE64_DEVICE int broadcast(int x, int lane) { return from_lane(x, lane); }
 WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
 WAVE64_DEVICE int wave_max_of_rare(int x, int) { return wave_max(x); }

@@ -20,11 +20,11 @@ namespace wave64 {
 // Whether there is such a rank to exchange with: known when compiled but for kernels for any number of ranks.
 template <int WORLD, typename Args>
 WAVE64_DEVICE bool in_world(const RankBlock<Args>& block, int rank) {
-    return WORLD < kMaxRanks || rank < block.args.world;
+    return WORLD < kMaxRanks || rank < block.world;
 }
 template <int WORLD, typename Args>
 WAVE64_DEVICE bool is_peer(const RankBlock<Args>& block, int rank) {
-    return rank != block.args.rank && in_world<WORLD>(block, rank);
+    return rank != block.rank && in_world<WORLD>(block, rank);
 }
 
 // Calls each(i, arena) for the other ranks, from the next one on.
@@ -33,7 +33,9 @@ WAVE64_DEVICE void for_peers(const RankBlock<Args>& block, Each each) {
 #pragma unroll
     for (int i = 1; i < WORLD; i++) {
         if (!in_world<WORLD>(block, i)) break;
-        each(i, Shared(block.args.peers.at[i]));
+        const void* arena = block.args.peers.at[i];
+        forget_uniform(arena);
+        each(i, Shared(arena));
     }
 }
 
@@ -48,7 +50,7 @@ WAVE64_DEVICE int low_latency_at(const RankBlock<Args>& block, int source, int l
 
 template <int WORLD, typename Args, typename Sent>
 WAVE64_DEVICE void send_low_latency(const RankBlock<Args>& block, int line, const Sent& sent) {
-    const int lane_at = lane_in_block() * 16, to = low_latency_at(block, block.args.rank, line);
+    const int lane_at = lane_in_block() * 16, to = low_latency_at(block, block.rank, line);
     const Bits32 tag = block.round;
     for_peers<WORLD>(block, [&](int i, const Shared& peer) {
         const Words words = Words::of(sent(i, line));
@@ -84,7 +86,7 @@ WAVE64_DEVICE bool receive_low_latency(const RankBlock<Args>& block, int line, c
         }
         if (!ballot(missing != 0)) return true;
         if (patience.ends(block)) {
-            int late = block.args.rank;
+            int late = block.rank;
 #pragma unroll
             for (int source = 0; source < WORLD; source++)
                 if (is_peer<WORLD>(block, source) && ballot(Words::of(found[source][1]).at[3] != tag)) late = source;
@@ -125,7 +127,7 @@ WAVE64_DEVICE bool exchange_low_128(const RankBlock<Args>& block, int count, con
             if (line >= count) break;
             Words words = Words::of(own[line]);
             if (has_tag) words.at[2] = words.at[3] = tag;
-            peer.store(words.bits(), line_at<WORLD>(block, kLow128At, block.args.rank, line), lane_at);
+            peer.store(words.bits(), line_at<WORLD>(block, kLow128At, block.rank, line), lane_at);
         }
     });
 
@@ -168,7 +170,7 @@ WAVE64_DEVICE void set_flags(const RankBlock<Args>& block, int use) {
     block_barrier();
     if (lane_in_block() == 0)
         for_peers<WORLD>(block, [&](int, const Shared& peer) {
-            peer.store(Bits32(block.round), block.flag(use) + block.args.rank * kLine);
+            peer.store(Bits32(block.round), block.flag(use) + block.rank * kLine);
         });
 }
 
@@ -181,7 +183,7 @@ WAVE64_DEVICE void wait_for_flags(const RankBlock<Args>& block, int use) {
         for (;;) {
             look_again();
             bool missing = false;
-            if (source < block.args.world && source != block.args.rank)  // a peer may be a round ahead
+            if (source < block.world && source != block.rank)  // a peer may be a round ahead
                 missing = int(block.own.template load<Bits32>(block.flag(use), source * kLine) - block.round) < 0;
             const uint64_t late = ballot(missing);
             if (!late) break;
@@ -209,7 +211,7 @@ WAVE64_DEVICE void send_flagged(const RankBlock<Args>& block, int use, int first
 #pragma unroll
         for (int line = 0; line < LINES; line++)
             if (line < count)
-                peer.store(sent(i, line), line_at<WORLD>(block, kDataAt, block.args.rank, first + line),
+                peer.store(sent(i, line), line_at<WORLD>(block, kDataAt, block.rank, first + line),
                            lane_in_block() * 16);
     });
     set_flags<WORLD>(block, use);

@@ -172,9 +172,16 @@ struct RankBlock {
     const RankOp op;
     const Shared own;
     uint32_t round;
+    int rank, world, lines;
 
     WAVE64_DEVICE RankBlock(const Args& args, RankOp op)
-        : args(args), op(op), own(args.peers.at[0]), round(load_counter(counter())) {}
+        : args(args),
+          op(op),
+          own(args.peers.at[0]),
+          round(load_counter(counter())),
+          rank(args.rank),
+          world(args.world),
+          lines(args.lines) {}
 
     // Of this block, in this launch.
     WAVE64_DEVICE int rounds() const { return args.rounds + (block_id() < args.longer); }
@@ -185,6 +192,7 @@ struct RankBlock {
         block_barrier();
         if (is_first && lane_in_block() == 0) *counter() = round + rounds();
         round++;
+        forget_uniform(rank), forget_uniform(world), forget_uniform(lines);
     }
 
     WAVE64_DEVICE uint32_t* counter() const {
