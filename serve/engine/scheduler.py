@@ -329,7 +329,7 @@ class Scheduler:
         missing = self.pool.pages_for(len(seq.tokens)) - len(seq.path)
         # A page is left for each that runs, else the newcomer would be preempted as soon as they grow.
         wanted = missing + len(self.running)
-        if wanted > self.cache.num_available:
+        if wanted > self.cache.num_available or self._is_on_its_way(seq):
             return None
         self.cache.use(seq.path)
         if wanted > self.cache.num_available:  # its own prefix was among what could have been evicted
@@ -346,6 +346,18 @@ class Scheduler:
             self.cached_tokens += seq.computed
         schedule.pages.append((seq.row, 0, list(seq.pages)))
         return seq
+
+    def _is_on_its_way(self, seq: Sequence) -> bool:
+        """Whether a step that is not committed computes the next page that the prefix cache would have of this waiting
+        sequence: it is there a step later."""
+        size = self.pool.page_size
+        end = (len(seq.path) + 1) * size
+        if not self.cache.enabled or end > seq.reusable:
+            return False
+        page, text = seq.tokens[end - size : end], seq.tokens[:end]
+        return any(len(other.path) * size < end <= other.computed and other.row >= 0
+                   and other.tokens[end - size : end] == page and other.tokens[:end] == text
+                   for step in self._steps for other in step.batch[step.schedule.num_decodes :])  # fmt: skip
 
     def _next(self) -> Sequence:
         """Which of the waiting sequences is let in next."""

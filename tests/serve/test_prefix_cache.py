@@ -192,14 +192,37 @@ def test_pages_in_use_are_not_evicted():
 
 
 def test_two_that_compute_the_same_share_pages_afterwards():
+    """Neither could have taken the page from the other: its last token has to be computed."""
     world = World(num_pages=40, max_running=4, budget=100)
     for rid in "ab":
-        world.add(rid, list(range(12)), 8)
+        world.add(rid, list(range(4)), 8)
     world.step()
-    pages = [seq.pages[:3] for seq in world.scheduler.running]
+    pages = [seq.pages[0] for seq in world.scheduler.running]
     assert pages[0] == pages[1]
     world.run()
-    assert world.generated["a"] == world.generated["b"] == alone(list(range(12)), 8)
+    assert world.generated["a"] == world.generated["b"] == alone(list(range(4)), 8)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_is_being_computed_is_waited_for(overlap):
+    """Four completions of one prompt, in chunks: its pages are computed once, and the last tokens of each."""
+    world = World(num_pages=60, max_running=8, budget=8, overlap=overlap)
+    for rid in "abcd":
+        world.add(rid, list(range(30)), 1)
+    world.run()
+    assert world.cached == {"a": 0, "b": 28, "c": 28, "d": 28}
+    assert world.computed == 30 + 3 * 2
+
+
+def test_nobody_waits_for_one_that_is_gone():
+    world = World(num_pages=60, max_running=8, budget=8, overlap=True)
+    for rid in "ab":
+        world.add(rid, list(range(30)), 1)
+    world.step()
+    world.scheduler.abort("a")
+    assert world.step().rows
+    world.run()
+    assert world.generated["b"] == alone(list(range(30)), 1)
 
 
 def test_a_preempted_sequence_finds_what_it_had_computed():
