@@ -40,8 +40,8 @@ PROTOCOLS = {LL: "LL", LL128: "LL128", ONE_SHOT: "one-shot", TWO_SHOT: "two-shot
 #: operators as a status record numbers them (ranks.h)
 OPS = {1: "all_reduce", 2: "fused_all_reduce_rms_norm", 3: "all_gather", 4: "reduce_scatter"}
 #: ranks at most -> (bytes at most, protocol): the first row that fits. Larger messages are torch.distributed's. Two
-#: ranks on one H200 (tests/bench/RESULTS.md): LL first to 512 KiB, of the others LL128 to 2 MiB. That LL sends twice the
-#: bytes costs more on a link: published for MI300X's are LL to 64 KiB, LL128 to 2 to 4 MiB, and less to more ranks.
+#: ranks on one H200 (tests/bench/RESULTS.md): LL first to 512 KiB, of the others LL128 to 2 MiB. LL sends twice the
+#: bytes, which costs more on a link: published for MI300X are LL to 64 KiB, LL128 to 2 to 4 MiB, less to more ranks.
 CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
     2: ((64 << 10, LL), (2 << 20, LL128), (1 << 28, ONE_SHOT)),
     4: ((64 << 10, LL), (1 << 20, LL128), (1 << 28, TWO_SHOT)),
