@@ -30,7 +30,7 @@ from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import is_wide
 from wave64.triton_ops.mla_decode import call_of, results, with_queries
 from wave64.triton_ops.mla_decode_common import Call, Outputs, Shape, rotated
-from wave64.triton_ops.splits import plan_splits
+from wave64.triton_ops.splits import plan_splits, split_range
 from wave64.tuning import Tuning
 
 # Renamed after Triton 3.6.
@@ -139,6 +139,47 @@ def _append_new(kv_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_pt
         gl.store(rows_c[:, None] + offs_c[None, :], c, mask=(slot_c >= 0)[:, None])
 
 
+@gluon.jit
+def _scores(q_c, q_r, c, r, SWAP: gl.constexpr, layout: gl.constexpr):
+    """Start the products of queries and latents in shared memory, asynchronously: [N, H] if SWAP, else [H, N]."""
+    if SWAP:
+        s = gl.zeros([c.shape[0], q_c.shape[0]], gl.float32, layout)
+        s = warpgroup_mma(r, q_r.permute([1, 0]), s, use_acc=False, is_async=True)
+        s = warpgroup_mma(c, q_c.permute([1, 0]), s, is_async=True)
+    else:
+        s = gl.zeros([q_c.shape[0], c.shape[0]], gl.float32, layout)
+        s = warpgroup_mma(q_r, r.permute([1, 0]), s, use_acc=False, is_async=True)
+        s = warpgroup_mma(q_c, c.permute([1, 0]), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _store_split(out_ptr, lse_ptr, partial_ptr, stats_ptr, item, num_splits, seq, row0, row_max, row_sum, acc,
+                 SHAPE: gl.constexpr, BLOCK_H: gl.constexpr, S_H: gl.constexpr, s_h: gl.constexpr, o_h: gl.constexpr,
+                 o_layout: gl.constexpr):
+    """mla_decode_common.store_split in Gluon's layouts: s_h and o_h are those of a row of scores and of results."""
+    RANK: gl.constexpr = SHAPE.RANK
+    rows: gl.constexpr = SHAPE.HEADS * SHAPE.NEW
+    row = row0 + gl.arange(0, BLOCK_H, o_h)
+    offs_o = gl.arange(0, RANK, gl.SliceLayout(1 - S_H, o_layout))
+    inside = gl.expand_dims(row < rows, S_H)
+    row_s = row0 + gl.arange(0, BLOCK_H, s_h)
+    if num_splits == 1:
+        divisor = gl.where(row_sum > 0, row_sum, 1.0)
+        acc = acc / gl.expand_dims(gl.convert_layout(divisor, o_h), S_H)
+        offs = gl.expand_dims((seq * rows + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
+        gl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        if lse_ptr is not None:
+            lse = gl.where(row_sum > 0, (row_max + gl.log2(divisor)) * LN_2, float("-inf"))
+            gl.store(lse_ptr + seq * rows + row_s, lse, mask=row_s < rows)
+    else:
+        first_row = item.to(gl.int64) * rows
+        offs = gl.expand_dims((first_row + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
+        gl.store(partial_ptr + offs, acc, mask=inside)
+        gl.store(stats_ptr + (first_row + row_s) * 2, row_max, mask=row_s < rows)
+        gl.store(stats_ptr + (first_row + row_s) * 2 + 1, row_sum, mask=row_s < rows)
+
+
 @gluon.jit(do_not_specialize=["num_seqs", "capacity", "programs", "min_keys", "stride_qb", "stride_qt", "stride_qh",
                               "stride_pb", "stride_pt", "stride_ph", "stride_rb", "stride_rt", "stride_tb"])
 def _mla_decode_hopper_kernel(outputs, queries, cache, new, rotated_ptr, scale, num_seqs, capacity, programs, min_keys,
@@ -187,10 +228,7 @@ def _mla_decode_hopper_kernel(outputs, queries, cache, new, rotated_ptr, scale, 
         TILE.BLOCK_B)
     if seq >= num_seqs:
         return
-    split = item - first_item
-    blocks = gl.cdiv(keys, BLOCK_N)
-    start = (split * (blocks // num_splits) + gl.minimum(split, blocks % num_splits)) * BLOCK_N
-    end = start + (blocks // num_splits + (split < blocks % num_splits).to(gl.int32)) * BLOCK_N
+    start, end = split_range(item - first_item, num_splits, 0, gl.cdiv(keys, BLOCK_N), BLOCK_N)
     end = gl.minimum(end, keys)
     seq = seq.to(gl.int64)
     table_ptr = cache.table_ptr + seq * stride_tb
@@ -259,14 +297,7 @@ def _mla_decode_hopper_kernel(outputs, queries, cache, new, rotated_ptr, scale, 
         fence_async_shared()
         barrier()
         c, r = c_lds.index(buffer), r_lds.index(buffer)
-        if SWAP:
-            s = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, s_layout)
-            s = warpgroup_mma(r, qr_lds.permute([1, 0]), s, use_acc=False, is_async=True)
-            s = warpgroup_mma(c, qc_lds.permute([1, 0]), s, is_async=True)
-        else:
-            s = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, s_layout)
-            s = warpgroup_mma(qr_lds, r.permute([1, 0]), s, use_acc=False, is_async=True)
-            s = warpgroup_mma(qc_lds, c.permute([1, 0]), s, is_async=True)
+        s = _scores(qc_lds, qr_lds, c, r, SWAP, s_layout)
         # From `end` on nothing is copied, yet without a branch, at which the compiler would wait for the products.
         _copy(c_lds.index(1 - buffer), kv_ptr, kv_c_ptr, pages_c, block + BLOCK_N, end, first_new, stride_kp,
               STRIDE_KN, stride_ct, FUSED, RANK, PAGE_SIZE, WIDE, BLOCK_N, c_layout)
@@ -294,26 +325,8 @@ def _mla_decode_hopper_kernel(outputs, queries, cache, new, rotated_ptr, scale, 
         acc = warpgroup_mma_wait(0, deps=[acc])
         buffer = 1 - buffer
     row_sum = gl.sum(row_sums, S_H)
-
-    rows: gl.constexpr = HEADS * NEW
-    row = row0 + gl.arange(0, BLOCK_H, o_h)
-    offs_o = gl.arange(0, RANK, gl.SliceLayout(1 - S_H, o_layout))
-    inside = gl.expand_dims(row < rows, S_H)
-    row_s = row0 + gl.arange(0, BLOCK_H, s_h)
-    if num_splits == 1:
-        divisor = gl.where(row_sum > 0, row_sum, 1.0)
-        acc = acc / gl.expand_dims(gl.convert_layout(divisor, o_h), S_H)
-        offs = gl.expand_dims((seq * rows + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
-        gl.store(outputs.out_ptr + offs, acc.to(outputs.out_ptr.dtype.element_ty), mask=inside)
-        if outputs.lse_ptr is not None:
-            lse = gl.where(row_sum > 0, (row_max + gl.log2(divisor)) * LN_2, float("-inf"))
-            gl.store(outputs.lse_ptr + seq * rows + row_s, lse, mask=row_s < rows)
-    else:
-        first_row = item.to(gl.int64) * rows
-        offs = gl.expand_dims((first_row + row) * RANK, S_H) + gl.expand_dims(offs_o, 1 - S_H)
-        gl.store(outputs.partial_ptr + offs, acc, mask=inside)
-        gl.store(outputs.stats_ptr + (first_row + row_s) * 2, row_max, mask=row_s < rows)
-        gl.store(outputs.stats_ptr + (first_row + row_s) * 2 + 1, row_sum, mask=row_s < rows)
+    _store_split(outputs.out_ptr, outputs.lse_ptr, outputs.partial_ptr, outputs.stats_ptr, item, num_splits, seq, row0,
+                 row_max, row_sum, acc, SHAPE, BLOCK_H, S_H, s_h, o_h, o_layout)
 
 
 @dataclass(frozen=True)
