@@ -92,6 +92,16 @@ def test_rounds_of_a_call(protocol):
     held(calls, "gfx942", 5, change=in_rounds)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_wait_is_bounded(protocol):
+    """Of a rank whose peer makes no calls: the record says who waited for whom, and the next call ends at once."""
+    arenas, calls = Arenas(2, timeout=1), [AllReduce.drawn(2, 40, FP32, protocol, i) for i in range(2)]
+    run(calls, "gfx942", 0, arenas, lambda launches, number, rank: [] if rank else launches)
+    broken, op, number, block, waited_for = arenas.records[0][:5].tolist()
+    assert (broken, op, number, block, waited_for) == (1, 1, 1, 0, 1)
+    assert not arenas.records[1].any()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(200))
 @pytest.mark.parametrize("world", [2, 4, 8])
