@@ -140,14 +140,14 @@ def _append_new(kv_ptr, kv_c_ptr, k_pe_ptr, rotated_ptr, slots_ptr, positions_pt
 
 
 @gluon.jit
-def _scores(q_c, q_r, c, r, SWAP: gl.constexpr, layout: gl.constexpr):
+def _scores(q_c, q_r, c, r, SWAP: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
     """Start the products of queries and latents in shared memory, asynchronously: [N, H] if SWAP, else [H, N]."""
     if SWAP:
-        s = gl.zeros([c.shape[0], q_c.shape[0]], gl.float32, layout)
+        s = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout)
         s = warpgroup_mma(r, q_r.permute([1, 0]), s, use_acc=False, is_async=True)
         s = warpgroup_mma(c, q_c.permute([1, 0]), s, is_async=True)
     else:
-        s = gl.zeros([q_c.shape[0], c.shape[0]], gl.float32, layout)
+        s = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, layout)
         s = warpgroup_mma(q_r, r.permute([1, 0]), s, use_acc=False, is_async=True)
         s = warpgroup_mma(q_c, c.permute([1, 0]), s, is_async=True)
     return s
@@ -297,7 +297,7 @@ def _mla_decode_hopper_kernel(outputs, queries, cache, new, rotated_ptr, scale, 
         fence_async_shared()
         barrier()
         c, r = c_lds.index(buffer), r_lds.index(buffer)
-        s = _scores(qc_lds, qr_lds, c, r, SWAP, s_layout)
+        s = _scores(qc_lds, qr_lds, c, r, SWAP, BLOCK_H, BLOCK_N, s_layout)
         # From `end` on nothing is copied, yet without a branch, at which the compiler would wait for the products.
         _copy(c_lds.index(1 - buffer), kv_ptr, kv_c_ptr, pages_c, block + BLOCK_N, end, first_new, stride_kp,
               STRIDE_KN, stride_ct, FUSED, RANK, PAGE_SIZE, WIDE, BLOCK_N, c_layout)
