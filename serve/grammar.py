@@ -10,15 +10,18 @@ def compiler(vocabulary: Vocabulary, vocab_size: int, end_ids: frozenset[int] = 
     """A function that compiles a grammar for this vocabulary, or raises ValueError with the reason why it cannot. To
     make it takes a second for a large vocabulary."""
     try:
-        from llguidance import LLMatcher, LLTokenizer
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     except ImportError:
         raise ValueError("llguidance is not installed on the server: pip install llguidance") from None
     tokenizer = LLTokenizer(vocabulary.tokenizer, n_vocab=vocab_size, eos_token=sorted({*vocabulary.end_ids, *end_ids}))
 
     def compiled(source: str) -> LLMatcher:
-        matcher = LLMatcher(tokenizer, source, log_level=0)
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
             raise ValueError(matcher.get_error())
+        matcher.compute_bitmask()  # the first takes longest, and copies have what it found
+        if matcher.is_error():
+            raise ValueError("no answer can have this form")
         return matcher
 
     return compiled

@@ -82,9 +82,7 @@ class Grammars:
     def _compile(self, source: str) -> Any:
         if self._tokenizer is None:
             raise ValueError("a grammar came before the vocabulary")
-        matcher = self._tokenizer.result()(source)
-        matcher.compute_bitmask()  # the first of a grammar takes longest; copies have what it found
-        return matcher
+        return self._tokenizer.result()(source)
 
     def ready(self, is_idle: bool) -> Iterator[tuple[str, Any, str | None]]:
         """(rid, sequence, what is wrong) of those whose grammar is there, or cannot be. is_idle: there is time to wait

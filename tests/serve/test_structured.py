@@ -58,6 +58,7 @@ REFUSED = [
     (GENERATE, {"sampling_params": {"ebnf": "root ::= x"}}, "ebnf", "'x' not found"),
     (GENERATE, {"sampling_params": {"structural_tag": {"format": {}}}}, "structural_tag", "got xgrammar's format"),
     (GENERATE, {"sampling_params": {"structural_tag": {**TAGS, "triggers": ["<g"]}}}, "structural_tag", "of the trig"),
+    (COMPLETIONS, {"guided_json": {"$ref": "#"}}, "guided_json", "no answer can have this form"),
     (CHAT, {"regex": "a" * 300_000}, "regex", "at most 262144 characters"),
 ]  # fmt: skip
 
