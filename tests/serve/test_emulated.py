@@ -22,6 +22,7 @@ PROMPTS = ["Four score and", "Four", "we here highly resolve that"]
 FLAGS = ("--max-total-tokens", "512", "--max-running-requests", "4", "--skip-server-warmup")
 PENALTIES = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
 TP2 = ("--tp-size", "2")
+DP_ATTENTION = (*TP2, "--dp-size", "2", "--enable-dp-attention")  # without graphs: groups would have to share them
 FP8_CACHE = ("--kv-cache-dtype", "fp8_e4m3")
 
 #: name -> (model, prompts asked at once, flags, fields of each request)
@@ -33,6 +34,8 @@ CASES: dict[str, tuple[str, list[str], tuple[str, ...], dict[str, Any]]] = {
     "llama-drawn": ("demo-llama", PROMPTS, (), {"temperature": 0.1, "top_p": 0.9}),  # where others have no chance
     "llama-tp2": ("demo-llama", PROMPTS[:1], TP2, {}),
     "deepseek": ("demo-deepseek", PROMPTS, (), {}),
+    "deepseek-experts": ("demo-deepseek", PROMPTS[:1], (*TP2, "--ep-size", "2"), {}),
+    "deepseek-dp-attention": ("demo-deepseek", PROMPTS[:2], DP_ATTENTION, {}),
     "deepseek-chunks": ("demo-deepseek", PROMPTS, ("--chunked-prefill-size", "3"), {}),
     "deepseek-preempted": ("demo-deepseek", PROMPTS[:2] * 2, ("--max-total-tokens", "40", "--page-size", "4"), {}),
     "deepseek-fp8": ("demo-deepseek-fp8", PROMPTS, (), {}),
@@ -80,17 +83,17 @@ def test_a_model_says_on_the_device_what_it_says_on_a_cpu(case, arch, count, tmp
         health = server.get("/health").json()
         assert server.stop() == 0
     log = server.log.read_text()
-    wanted, preemptions = tokens_on_cpu(model, prompts, () if flags == TP2 else flags, fields, count)
+    wanted, preemptions = tokens_on_cpu(model, prompts, () if flags[:2] == TP2 else flags, fields, count)
     assert got == wanted, log
     assert (preemptions > 0) == case.endswith("preempted")
     assert health["device"] == f"{arch} (emulated)"
     bound = {row["op"]: row["backend"] for row in health["backends"] if row["status"] == "bound"}
     assert bound["rms_norm"] == bound["reshape_and_cache"] == "hip"
     assert bound["prefill_attention"] == bound["fused_moe"] == "triton"
-    assert ("group world: 2 ranks reach each other's memory" in log) == (flags == TP2)
+    assert ("group world: 2 ranks reach each other's memory" in log) == (flags[:2] == TP2)
     assert bound["all_reduce"] == "hip"
     assert not re.search(r"(all_\w+|reduce_scatter): backend hip declines", log), log
-    assert ("decode graphs: 3 batch sizes up to 4" in log) == (flags != ("--disable-cuda-graph",))
+    assert ("decode graphs: 3 batch sizes up to 4" in log) == (flags not in (("--disable-cuda-graph",), DP_ATTENTION))
     assert log.count("what torch itself would compute there") == 1
 
 
