@@ -43,7 +43,7 @@ class Bug:
 BARRIER = "    finish_stores();\n    block_barrier();\n"
 SEND = "int use, int first, int count, const Sent& sent) {\n    for_peers"
 WAIT = "        Patience patience;\n        for (;;) {\n            look_again();\n            bool"
-RESET = """        if (source < block.args.world && source != block.args.rank)
+RESET = """        if (source < block.world && source != block.rank)
             block.own.store(Bits32(0), block.flag(use), source * kLine);
 """
 BUGS = {
@@ -83,11 +83,11 @@ BUGS = {
         counts=(480, 480, 480)),
     "a line torn where hardware does not": Bug(LL128, WRONG, counts=(480, 480, 480), whole_lines=False),
     "the wrong slot": Bug(
-        ONE_SHOT, WRONG, ((EXCHANGE, "peer.store(sent(i, line), line_at<WORLD>(block, kDataAt, block.args.rank,",
-                           "peer.store(sent(i, line), line_at<WORLD>(block, kDataAt, 1 - block.args.rank,"),)),
+        ONE_SHOT, WRONG, ((EXCHANGE, "peer.store(sent(i, line), line_at<WORLD>(block, kDataAt, block.rank,",
+                           "peer.store(sent(i, line), line_at<WORLD>(block, kDataAt, 1 - block.rank,"),)),
     "another rank's flag": Bug(
-        ONE_SHOT, DEADLOCK, ((EXCHANGE, "block.flag(use) + block.args.rank * kLine",
-                              "block.flag(use) + (1 - block.args.rank) * kLine"),)),
+        ONE_SHOT, DEADLOCK, ((EXCHANGE, "block.flag(use) + block.rank * kLine",
+                              "block.flag(use) + (1 - block.rank) * kLine"),)),
     "rounds of a call not kept apart": Bug(
         ONE_SHOT, WRONG, ((RANKS, "        block_barrier();\n        if (is_first", "        if (is_first"),
                           (EXCHANGE, BARRIER, "    finish_stores();\n    if (use) block_barrier();\n")),
