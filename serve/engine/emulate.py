@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 import wave64
 from wave64.arch import EMULATED
-from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.args import LEVELS, ArgsError, ServerArgs
 from wave64.serve.engine.engine import Engine
 from wave64.serve.engine.rank import SAID_IN_WORDS
 from wave64.serve.logs import LINE
@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--device", choices=EMULATED, default=EMULATED[0])
     parser.add_argument("--max-tokens", type=int, default=8, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--log-level", default="warning", help="lowest level that is logged (default: %(default)s)")
+    parser.add_argument("--log-level", default="warning", choices=LEVELS,
+                        help="lowest level that is logged (default: %(default)s)")
     own, rest = parser.parse_known_args(argv)
     logging.basicConfig(level=own.log_level.upper(), format=LINE)
     flags = ["--model-path", own.model_path, "--device", own.device, "--log-level", own.log_level]

@@ -14,6 +14,7 @@ from helpers_server import Server, serve
 from transformers import AutoTokenizer
 
 from wave64.serve.args import ServerArgs
+from wave64.serve.engine import emulate
 from wave64.serve.engine.engine import Engine
 from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.model_path import resolve_model_path
@@ -95,6 +96,13 @@ def test_a_model_says_on_the_device_what_it_says_on_a_cpu(case, arch, count, tmp
     assert not re.search(r"(all_\w+|reduce_scatter): backend hip declines", log), log
     assert ("decode graphs: 3 batch sizes up to 4" in log) == (flags not in (("--disable-cuda-graph",), DP_ATTENTION))
     assert log.count("what torch itself would compute there") == 1
+
+
+def test_the_command_refuses_a_log_level_in_words(capsys):
+    with pytest.raises(SystemExit) as end:
+        emulate.main(["--prompt", "Four", "--log-level", "loud"])
+    assert end.value.code == 2
+    assert "--log-level: invalid choice: 'loud' (choose from " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("model", "arch", "count"), [
