@@ -106,3 +106,5 @@ def test_what_the_device_has_chosen_counts_in_the_next_step():
     assert step(penalty(0, 1, [0, 1]), penalty(1, 2)) == [0, 0], "1.5, 0.5, 1 and 0 are left of the logits"
     assert step(penalty(0, 2), penalty(1, 3)) == [0, 0]
     assert history.of(torch.tensor([3, 1]), 1, 4)[1].tolist() == [[1, 0, 0, -1], [0, 1, 0, 0]]
+    step(penalty(0, 0, [2]), penalty(1, 4))
+    assert history.of(torch.tensor([3]), 1, 4)[1].tolist() == [[0, -1, -1, -1]], "nothing is left of the longer one"
