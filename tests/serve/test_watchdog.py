@@ -8,6 +8,7 @@ import types
 
 import zmq
 
+from wave64.serve.engine import watchdog
 from wave64.serve.engine.watchdog import COMPILERS, Watchdog
 from wave64.serve.messages import Failed, Ready, decode_to_api
 
@@ -34,12 +35,12 @@ class Expired(threading.Event):
 
 def test_short_steps_are_left_alone_and_a_long_one_is_not(capfd):
     expired = Expired()
-    watchdog = Watchdog(0.2, expired, check_s=0.02)
+    dog = Watchdog(0.2, expired, check_s=0.02)
     for _ in range(8):
-        with watchdog.watching():
+        with dog.watching():
             time.sleep(0.05)
     assert not expired.is_set()
-    with watchdog.watching():
+    with dog.watching():
         assert expired.wait(10)
     assert 0.2 <= expired.seconds < 10
     assert "test_short_steps_are_left_alone_and_a_long_one_is_not" in capfd.readouterr().err
@@ -49,11 +50,28 @@ def test_compiling_does_not_count():
     expired = Expired()
     module = types.ModuleType(f"{COMPILERS[0]}.compiler")
     exec("def compile(wait): return wait()", module.__dict__)
-    watchdog = Watchdog(0.1, expired, check_s=0.01)
-    with watchdog.watching():
+    dog = Watchdog(0.1, expired, check_s=0.01)
+    with dog.watching():
         module.compile(lambda: time.sleep(0.5))
         assert not expired.is_set()
         assert expired.wait(10)  # what it does afterwards counts
+
+
+def test_a_step_that_ends_while_it_is_looked_at_is_left_alone(monkeypatch):
+    expired, looked = Expired(), threading.Event()
+
+    def ends(frame) -> bool:
+        dog._began = None
+        looked.set()
+        return False
+
+    monkeypatch.setattr(watchdog, "_compiles", ends)
+    dog = Watchdog(1e-9, expired, check_s=0.005)
+    for _ in range(2):  # a watchdog that expires looks at no second step
+        looked.clear()
+        with dog.watching():
+            assert looked.wait(10)
+    assert not expired.is_set()
 
 
 def test_an_engine_that_stands_still_ends_and_says_so(tmp_path):
