@@ -223,8 +223,9 @@ def _mla_decode_hopper_kernel(outputs, queries, cache, new, rotated_ptr, scale, 
     gdc_launch_dependents()
     item = gl.program_id(1)
     ONE: gl.constexpr = FUSED and NEW == 1
+    new_positions_ptr = new.positions_ptr if FUSED else None
     seq, first_item, keys, num_splits, position = _find_split(
-        item, cache.seq_lens_ptr, new.positions_ptr if ONE else None, num_seqs, capacity, programs, min_keys,
+        item, cache.seq_lens_ptr, new_positions_ptr if ONE else None, num_seqs, capacity, programs, min_keys,
         TILE.BLOCK_B)
     if seq >= num_seqs:
         return
