@@ -20,7 +20,7 @@ EXAMPLES = {"quick": 0.2, "long": 20}  # times as many of a hypothesis test as t
 #: Fixtures that start a server, train, or compile for a GPU: not for `quick`.
 SLOW_FIXTURES = {"server", "compiling", "reports", "tuned", "forms", "golden"}
 #: Modules, and folders of them, that `quick` leaves out: they start processes or execute machine code throughout.
-SLOW_MODULES = ("gfx942", "bench", "ops/test_collectives.py", "ops/test_profile.py", "ops/test_sparse_pools.py",
+SLOW_MODULES = ("gfx942", "bench", "ops/test_emulated_ranks.py", "ops/test_profile.py", "ops/test_sparse_pools.py",
                 "serve/test_clients.py", "serve/test_deepseek_parity.py", "serve/test_demo.py",
                 "serve/test_demo_deepseek.py", "serve/test_launch.py", "serve/test_memory.py", "serve/test_parallel.py",
                 "serve/test_parallel_faults.py", "serve/test_parallel_nodes.py", "serve/test_replicas.py",

@@ -144,6 +144,8 @@ class ReduceScatter(Call):
 class FusedNorm(Call):
     """The residual bit by bit, its norm near what fp64 makes of it."""
 
+    expected: Tensor  # residual
+
     @classmethod
     def drawn(cls, world, count, dtype, protocol, seed, offset=0) -> "FusedNorm":
         tokens, hidden = 1 + count % 3, max(1, count)

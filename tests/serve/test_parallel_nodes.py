@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -160,7 +161,7 @@ def rank_0(tmp_path):
     args = ServerArgs(tp_size=2, nnodes=2, dist_init_addr="a:1")
     made = object.__new__(team.Team)
     made._me, made.members = hello("", 0, args, tmp_path), {1: team.Member(1)}
-    made.address, made.store = "a", SimpleNamespace(port=2)
+    made.address, made.store = "a", cast(Any, SimpleNamespace(port=2))
     opened: list[Channel] = []
 
     def introduced(rank: int, channel: str = "steps", **flags) -> object:

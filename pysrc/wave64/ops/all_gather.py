@@ -13,7 +13,7 @@ def _draw(shape, dtype):
 
 
 def cases():
-    """Of a rank alone, which any process is. What several ranks exchange is tests/ops/test_collectives.py's."""
+    """Of a rank alone, which any process is. What several ranks exchange is tests/ops/test_emulated_ranks.py's."""
     for shape, dtype in [((4, 512), torch.bfloat16), ((3, 97), torch.float32), ((5,), torch.int64),
                          ((7, 3), torch.uint8), ((0, 128), torch.float16)]:
         yield Case(f"{'x'.join(map(str, shape))}-{dtype}", lambda s=shape, d=dtype: _draw(s, d))

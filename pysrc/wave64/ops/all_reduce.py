@@ -13,7 +13,7 @@ def _draw(shape, dtype):
 
 
 def cases():
-    """Of a rank alone, which any process is. What several ranks exchange is tests/ops/test_collectives.py's."""
+    """Of a rank alone, which any process is. What several ranks exchange is tests/ops/test_emulated_ranks.py's."""
     for shape in [(1, 4096), (3, 97), (5,), (0, 128)]:
         for dtype in DTYPES:
             yield Case(f"{'x'.join(map(str, shape))}-{dtype}", lambda s=shape, d=dtype: _draw(s, d))

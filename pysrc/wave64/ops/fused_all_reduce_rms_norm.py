@@ -16,7 +16,7 @@ def _draw(tokens, hidden, dtype):
 
 
 def cases():
-    """Of a rank alone, which any process is. What several ranks exchange is tests/ops/test_collectives.py's."""
+    """Of a rank alone, which any process is. What several ranks exchange is tests/ops/test_emulated_ranks.py's."""
     for tokens, hidden in [(1, 4096), (5, 97), (0, 128)]:
         for dtype in DTYPES:
             yield Case(f"{tokens}x{hidden}-{dtype}", lambda t=tokens, h=hidden, d=dtype: _draw(t, h, d))

@@ -14,7 +14,7 @@ def _draw(shape, dtype):
 
 
 def cases():
-    """Of a rank alone, which any process is. What several ranks exchange is tests/ops/test_collectives.py's."""
+    """Of a rank alone, which any process is. What several ranks exchange is tests/ops/test_emulated_ranks.py's."""
     for shape in [(4, 512), (3, 97), (0, 128)]:
         for dtype in DTYPES:
             yield Case(f"{'x'.join(map(str, shape))}-{dtype}", lambda s=shape, d=dtype: _draw(s, d))
