@@ -141,3 +141,26 @@ def test_a_mistake_names_the_launch():
     without_result = [b for b in pair.buffers if b.name != "result"]
     with pytest.raises(EmulationError, match=r"launch [01]: all_reduce.*global_store_dword"):
         execute_together(pair.launches, without_result)
+
+
+def test_a_launch_behind_another_of_its_stream_finds_what_that_stored():
+    """On other devices, too, though the first waits for none of its stores."""
+    code = assemble("gfx942", (("add_one", """
+s_load_dwordx2 s[4:5], s[0:1], 0x0
+s_waitcnt lgkmcnt(0)
+s_load_dwordx4 s[8:11], s[4:5], 0x0
+v_lshlrev_b32_e32 v1, 2, v0
+s_waitcnt lgkmcnt(0)
+global_load_dword v2, v1, s[8:9]
+s_waitcnt vmcnt(0)
+v_add_u32_e32 v2, 1, v2
+global_store_dword v1, v2, s[10:11]
+"""),))
+    for seed in SEEDS:
+        x = np.zeros((3, 64), np.uint32)
+        tables = np.array([[each.ctypes.data for each in x[i:i + 2]] for i in (0, 1)], np.uint64)
+        launches = [SimpleNamespace(kernel="add_one", code_object=code, grid=(1, 1, 1), block=(64, 1, 1), lds_bytes=0,
+                                    args=int(table.ctypes.data).to_bytes(8, "little") + bytes(8)) for table in tables]
+        buffers = [Buffer("x", x.ctypes.data, x.nbytes), Buffer("tables", tables.ctypes.data, tables.nbytes)]
+        execute_together(launches, buffers, seed, devices=(0, seed % 2), streams=(0, 0))
+        assert x[2].tolist() == [2] * 64
