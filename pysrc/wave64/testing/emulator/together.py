@@ -142,6 +142,13 @@ def _interleave(machines: list[Machine], world: World, shadow: Shadow, streams: 
                 count.fill(0)
         elif idle[i][wave] >= (enough := patience if settled else patience // 2) and all(
                 ((machines[j].states != READY) | (idle[j] >= enough)).all() for j in running):
+            if done := [number for number in running if (machines[number].states == ENDED).all()]:
+                for number in done:  # it is only late: who follows in its stream may be waited for
+                    world.end(number)
+                    streams.ended(number, world, shadow)
+                for count in idle:
+                    count.fill(0)
+                continue
             if settled:
                 raise Deadlock("\n    ".join([
                     f"deadlock: nothing in memory has changed for {patience:,} instructions of every wave",
