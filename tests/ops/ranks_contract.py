@@ -1,5 +1,5 @@
-"""One rank of test_emulated_ranks.py: `python ranks_contract.py RANK SIZE PORT`, on an emulated device. The ranks make the
-same calls, so that the contract's reference, which is torch.distributed's, runs in all of them as its kernels do.
+"""One rank of test_emulated_ranks.py: `python ranks_contract.py RANK SIZE PORT`, on an emulated device. The ranks make
+the same calls, so that the contract's reference, which is torch.distributed's, runs in all of them as its kernels do.
 Prints a line of JSON for each result."""
 
 import json
