@@ -102,6 +102,13 @@ def decode_batch(sequences: int, length: int, tokens: int, device: str, ids: Ten
                     for name in Batch.__slots__ for value in [getattr(batch, name)]})
 
 
+def replay_of(graphs: DecodeGraphs, batch: Batch) -> Callable[[], Tensor]:
+    """A captured step of this batch, its inputs on the device."""
+    fields = ("input_ids", "positions", "slot_mapping", "seq_lens")
+    packed = graphs.pack({name: getattr(batch, name).cpu().numpy() for name in fields})["packed"]
+    return functools.partial(graphs.replay, torch.from_numpy(packed).to(batch.page_table.device), batch.page_table)
+
+
 def experts_chosen(model: Any, run: Callable[[], object]) -> dict[str, int]:
     """How many experts a step reads, by the name of the layer that holds them."""
     chosen = {}
@@ -159,10 +166,9 @@ def layers(args: argparse.Namespace, device: str) -> None:
         chosen = experts_chosen(model, functools.partial(model, batch, cache))
         if device == "cuda":
             graphs = DecodeGraphs(model, cache, torch.device(device), sequences, batch.page_table.shape[1])
-            host = decode_batch(sequences, args.context, args.context, "cpu", ids)
-            first = graphs.replay(host).clone()
+            run = replay_of(graphs, batch)
+            first = run().clone()
             assert torch.equal(first, model(batch, cache)), "a captured step gives other bits than a plain one"
-            run = functools.partial(graphs.replay, host)
         else:
             run = functools.partial(model, batch, cache)
         us = timing.median_ms(run, device) * 1e3
@@ -244,8 +250,8 @@ def ours(model: nn.Module, of: ModelConfig, ids: Tensor, tokens: int, device: st
         graphs = DecodeGraphs(model, cache, torch.device(device), sequences, pages)
 
     def step(length: int, new: Tensor) -> Tensor:
-        batch = decode_batch(sequences, length, room, "cpu" if graphs else device, new)
-        return graphs.replay(batch) if graphs else model(batch, cache)
+        batch = decode_batch(sequences, length, room, device, new)
+        return replay_of(graphs, batch)() if graphs else model(batch, cache)
 
     for i in range(prompt):
         logits = step(i + 1, ids[:, i])
