@@ -3,6 +3,7 @@ sum in the order of the ranks, whatever the schedule, from call to call on the s
 
 import functools
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -56,29 +57,33 @@ def every(world: int) -> list[Call]:
             for i, (op, protocol) in enumerate(kinds)]
 
 
-def launched(arch: str) -> set[tuple[str, str]]:
+def launched(arch: str, worlds: Sequence[int] = WORLDS) -> set[tuple[str, str]]:
     """(operator, kernel) of what test_every_kernel executes."""
     found = set()
-    for world in WORLDS:
+    for world in worlds:
         arenas = Arenas(world)
         for number, call in enumerate(every(world)):
             found |= {(each.op, each.kernel) for each in by_flags(call.launches(arch, 0, arenas), number, 0, FLAGGED)}
     return found
 
 
-def held(calls: list[Call], arch: str, seed: int, **options) -> None:
-    run(calls, arch, seed, **options)
+def held(calls: list[Call], arch: str, seed: int, **options) -> int:
+    """The wave instructions that were executed."""
+    counts = run(calls, arch, seed, **options)
     for call in calls:
         call.verify()
+    return counts.instructions
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_kernel(arch, world):
+def test_every_kernel(arch, world, record_property):
     """One after another on the same arenas; on gfx950, which executes the same forms, without checks of the machine."""
     calls = every(world)
-    held(calls, arch, world, change=functools.partial(by_flags, which=FLAGGED),
-         **(dict(checks=()) if arch == "gfx950" else {}))
+    instructions = held(calls, arch, world, change=functools.partial(by_flags, which=FLAGGED),
+                        **(dict(checks=()) if arch == "gfx950" else {}))
+    record_property("emulated", {"arch": arch, "kernels": sorted(launched(arch, [world])),
+                                 "instructions": instructions})
 
 
 def test_eight_ranks():
