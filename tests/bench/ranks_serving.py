@@ -30,6 +30,7 @@ from typing import Any
 
 HERE = Path(__file__)
 CONTEXT, STEPS = 1000, 30
+CHUNK = 8192  # tokens of prompts in a step on a GPU
 KILLS = ((1, 2.0), (1, 0.5), (0, 1.0))  # the rank, and seconds of load before
 END_S = 10.0
 PROMPT = "Four score and"
@@ -119,7 +120,7 @@ def steps(model: str, config: dict[str, Any], tp: int, flags: list[str], options
         Path(folder, "config.json").write_text(json.dumps(config))
         made = run_child({
             "flags": ["--model-path", folder, "--load-format", "dummy", "--tp", str(tp), "--disable-radix-cache",
-                      "--max-total-tokens", str((context + count + 32) * max(options.batch)), *flags, *options.flag],
+                      "--max-total-tokens", str((context + count + 96) * max(options.batch)), *flags, *options.flag],
             "batches": options.batch, "context": context, "steps": count}, options)
     if "error" in made:
         print(f"{model} --tp {tp} {' '.join(flags)}: {made['error']}", flush=True)
@@ -183,11 +184,11 @@ def decode_ms(engine: Any, batch: int, context: int, count: int) -> float:
     """Milliseconds of a step that decodes `batch` sequences behind `context` tokens."""
     from wave64.serve.messages import Request, SamplingParams
 
-    warm = 5
+    warm, prefills = 5, batch * context // CHUNK + 2  # while which the first decode
     vocab = engine.config.vocab_size
     for number in range(batch):
         ids = [(number * 7919 + i * 31) % (vocab - 8) + 4 for i in range(context)]
-        engine.add(Request(str(number), ids, SamplingParams(max_new_tokens=count + warm + 8, temperature=0,
+        engine.add(Request(str(number), ids, SamplingParams(max_new_tokens=count + warm + prefills + 8, temperature=0,
                                                             ignore_eos=True)))
     seen: set[str] = set()
     while len(seen) < batch:
@@ -201,6 +202,7 @@ def decode_ms(engine: Any, batch: int, context: int, count: int) -> float:
     for _ in range(count):
         engine.step()
     ms = (time.perf_counter() - began) * 1e3 / count
+    assert engine.statistics().running == batch, "some sequences ended before the clock did"
     for number in range(batch):
         engine.abort(str(number))
     for _ in run_dry(engine):
