@@ -102,7 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = ["--model-path", own.model_path, "--device", own.device, "--log-level", own.log_level]
     torch.set_num_threads(1)
     try:
-        generate(ServerArgs.from_cli([*flags, *DEFAULTS, *rest]), own.prompt, own.max_tokens)
+        args = ServerArgs.from_cli([*flags, *DEFAULTS, *rest])
+        if args.tp_size > 1:
+            raise ArgsError(f"--tp-size: expected 1, since this command is one process, got {args.tp_size}; python -m "
+                            f"wave64.launch_server --device {own.device} --tp-size {args.tp_size} serves with several")
+        generate(args, own.prompt, own.max_tokens)
     except (ArgsError, *SAID_IN_WORDS, RuntimeError) as error:
         parser.exit(1, f"wave64 emulate: error: {' '.join(str(error).split())}\n")
     return 0

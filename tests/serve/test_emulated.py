@@ -105,6 +105,14 @@ def test_the_command_refuses_a_log_level_in_words(capsys):
     assert "--log-level: invalid choice: 'loud' (choose from " in capsys.readouterr().err
 
 
+def test_the_command_refuses_several_ranks_in_words(capsys):
+    with pytest.raises(SystemExit) as end:
+        emulate.main(["--prompt", "Four", "--tp", "2"])
+    assert end.value.code == 1
+    assert "--tp-size: expected 1, since this command is one process, got 2; python -m wave64.launch_server --device " \
+        "gfx942 --tp-size 2 serves with several" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("model", "arch", "count"), [
     ("demo-llama", "gfx942", 3), pytest.param("demo-deepseek-fp8", "gfx950", 16, marks=pytest.mark.long)])
 def test_one_command_prints_tokens_instructions_and_the_cost_of_a_step(model, arch, count):
