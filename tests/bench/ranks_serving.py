@@ -1,6 +1,7 @@
 """Serving by several GPUs of one host: decode steps at each number of ranks, the same tokens, and the end of a rank.
 
-    python tests/bench/ranks_serving.py [--tp 1 2 ...] [--model NAME ...] [--batch N ...] [--tiny] [--out FILE.json]
+    python tests/bench/ranks_serving.py [--tp 1 2 ...] [--model NAME ...] [--batch N ...] [--part steps tokens kills] [--tiny]
+        [--out FILE.json]
 
 Steps: an engine with random weights in the shape of the published model, its other ranks in processes of their own,
 decodes so many sequences behind 1,000 tokens each; the time of a step is the mean of what rank 0 sees, scheduling and
@@ -31,6 +32,7 @@ from typing import Any
 HERE = Path(__file__)
 CONTEXT, STEPS = 1000, 30
 CHUNK = 8192  # tokens of prompts in a step on a GPU
+PARTS = ("steps", "tokens", "kills")
 KILLS = ((1, 2.0), (1, 0.5), (0, 1.0))  # the rank, and seconds of load before
 END_S = 10.0
 PROMPT = "Four score and"
@@ -70,14 +72,15 @@ def main() -> int:
         return child(json.loads(options.child))
     report: dict[str, Any] = {"steps": [], "tokens": [], "kills": []}
     known = TINY if options.tiny else MODELS
-    for model in options.model or known:
+    for model in options.model or known if "steps" in options.part else ():
         for tp in options.tp:
             for way in WAYS.get(model, [[]]) if tp > 1 else [[]]:
                 flags = [each.format(tp=tp) for each in way]
                 report["steps"] += steps(model, known[model], tp, flags, options)
                 save(report, options.out)
     many = [tp for tp in options.tp if tp > 1]
-    for demo in ("demo-llama", "demo-deepseek", "demo-deepseek-fp8")[: 1 if options.tiny else None]:
+    demos = ("demo-llama", "demo-deepseek", "demo-deepseek-fp8") if "tokens" in options.part else ()
+    for demo in demos[: 1 if options.tiny else None]:
         for dtype in ["float32", "auto"][: 1 if demo.endswith("fp8") or options.tiny else None]:
             alone = recited(demo, 1, dtype, options)
             for tp in many:
@@ -87,7 +90,7 @@ def main() -> int:
                 report["tokens"].append(row)
                 print(f"{demo} {dtype} --tp {tp}: {'the same tokens' if row['same'] else row}", flush=True)
                 save(report, options.out)
-    for rank, after in KILLS[: 1 if options.tiny else None] if many else ():
+    for rank, after in KILLS[: 1 if options.tiny else None] if many and "kills" in options.part else ():
         report["kills"].append(kill(many[-1], rank, after, options))
         save(report, options.out)
     fine = all(row["same"] for row in report["tokens"]) and all(row["fine"] for row in report["kills"])
@@ -100,6 +103,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--model", nargs="+", choices=MODELS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--flag", action="append", default=[], help="a further flag of the server, as --flag=--name")
     parser.add_argument("--limit", type=float, default=120, help="seconds that one engine may take")
