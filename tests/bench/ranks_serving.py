@@ -1,7 +1,7 @@
 """Serving by several GPUs of one host: decode steps at each number of ranks, the same tokens, and the end of a rank.
 
-    python tests/bench/ranks_serving.py [--tp 1 2 ...] [--model NAME ...] [--batch N ...] [--part steps tokens kills] [--tiny]
-        [--out FILE.json]
+    python tests/bench/ranks_serving.py [--tp 1 2 ...] [--model NAME ...] [--batch N ...]
+        [--part steps tokens kills] [--tiny] [--out FILE.json]
 
 Steps: an engine with random weights in the shape of the published model, its other ranks in processes of their own,
 decodes so many sequences behind 1,000 tokens each; the time of a step is the mean of what rank 0 sees, scheduling and
