@@ -30,6 +30,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__)
+sys.path.append(str(HERE.resolve().parents[1]))  # tests
+
+from helpers_processes import engines  # noqa: E402
+
 CONTEXT, STEPS = 1000, 30
 CHUNK = 8192  # tokens of prompts in a step on a GPU
 PARTS = ("steps", "tokens", "kills")
@@ -260,11 +264,12 @@ def under_load(server: subprocess.Popen[bytes], port: int, rank: int, after: flo
             except openai.APIError:
                 time.sleep(0.05)
 
+    victim = engines(server.pid)[rank]
     with ThreadPoolExecutor(8) as clients:
         for number in range(8):
             clients.submit(load, number)
         time.sleep(after)
-        os.kill(engines_of(server.pid)[rank], signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
         began = time.monotonic()
         while server.poll() is None and time.monotonic() - began < 3 * END_S:
             time.sleep(0.02)
@@ -272,19 +277,6 @@ def under_load(server: subprocess.Popen[bytes], port: int, rank: int, after: flo
         if ended is None:
             server.kill()
     return ended
-
-
-def engines_of(server: int) -> list[int]:
-    """The processes of a server's ranks, rank 0 first, which has started the others."""
-    found: list[int] = []
-    looked = [server]
-    while looked:
-        children = [int(child) for each in looked for tasks in Path(f"/proc/{each}/task").glob("*/children")
-                    for child in tasks.read_text().split()]
-        found += [each for each in children
-                  if b"wave64.serve.engine.process" in Path(f"/proc/{each}/cmdline").read_bytes()]
-        looked = children
-    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from helpers_processes import children
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 TEXT = (Path(__file__).parents[2] / "serve/demo/gettysburg.txt").read_text()
@@ -85,7 +86,7 @@ class Server:
     @property
     def engine_pid(self) -> int:
         """The engine process: the only child of the api process."""
-        return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0])
+        return children(self.process.pid)[0]
 
     def post(self, path: str, **body) -> httpx.Response:
         return self.http.post(path, json=body)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from helpers_processes import children
 from helpers_server import Server, eventually, is_alive, serve
 
 FLAGS = ("--tp-size", "2", "--rank-timeout", "3", "--max-total-tokens", "2048")
@@ -21,10 +22,6 @@ LONG = {"prompt": "Four score and seven years ago", "max_tokens": 1500, "tempera
         "stream": True}
 WITHIN_S = 10
 PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000
-
-
-def children(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def processes(server: Server) -> dict[str, int]:

@@ -4,10 +4,10 @@ import asyncio
 import os
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 import httpx
+from helpers_processes import engines
 from helpers_server import eventually, is_alive, serve
 
 from wave64.serve.args import ServerArgs
@@ -89,10 +89,8 @@ def test_each_has_its_devices_and_its_seed():
 def test_two_engines_answer_until_one_is_killed(tmp_path):
     body = {"prompt": "Four score", "max_tokens": 20}
     with serve("demo-llama", tmp_path / "log", "--dp-size", "2", "--max-total-tokens", "2048") as server:
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
-        engines = [int(pid) for pid in children.split()  # the third renders templates
-                   if "engine.process" in Path(f"/proc/{pid}/cmdline").read_text()]
-        assert len(engines) == 2
+        pids = engines(server.process.pid)
+        assert len(pids) == 2
         long = {**body, "max_tokens": 1500, "ignore_eos": True, "stream": True}
         assert server.get("/health").json()["status"] == "ok"
         with httpx.stream("POST", server.url + "/v1/completions", json=long, timeout=60) as stream:
@@ -102,8 +100,8 @@ def test_two_engines_answer_until_one_is_killed(tmp_path):
             asked.start()
             asked.join()
             assert answers[0]["choices"][0]["text"].startswith(" and seven years ago")
-            os.kill(engines[1], signal.SIGKILL)
+            os.kill(pids[1], signal.SIGKILL)
             assert server.process.wait(30) == 1
     last = server.log.read_text().splitlines()[-1]
     assert last.startswith("wave64.launch_server: error: replica 1: the engine process was ended by signal SIGKILL")
-    assert eventually(lambda: not any(map(is_alive, engines)))
+    assert eventually(lambda: not any(map(is_alive, pids)))
