@@ -5,9 +5,9 @@
     python tests/bench/step_kernels.py products [--batch 1 2 4 8 16 32 64 256]
 
 decode and prefill: an engine with random weights, bf16; of its steps a profile, all kernels by name: launches and
-microseconds a step, the longest first, then one layer's kernels in their order with the time from each one's start to the
-next one's. products: each product of a step by torch and, where a backend of `linear` serves, by that, after the cache was
-overwritten, next to a kernel that only reads as many bytes.
+microseconds a step, the longest first, then one layer's kernels in their order with the time from each one's start to
+the next one's. products: each product of a step by torch, after the cache was overwritten, next to a kernel that only
+reads as many bytes.
 `--tiny` takes a small model and works on a CPU, whose operators stand for kernels: it is there to test this file.
 """
 
