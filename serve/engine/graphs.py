@@ -3,7 +3,8 @@ new inputs.
 
 A decode step of a small batch is hundreds of kernels that each take less time than their launch; a replay launches
 them all at once. A batch runs in the smallest graph that holds it: the rows beyond it write no key (slot -1), attend
-to nothing (length 0), and their logits are cut off.
+to nothing (length 0), and their logits are cut off. With data-parallel attention the ranks of all groups replay the
+graph that holds the largest group's batch, since they exchange tokens inside of it.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class DecodeGraphs:
             cu_seqlens_q=torch.zeros(1, dtype=torch.int32, device=device),
             max_seqlen_q=0,
             logit_rows=torch.arange(max_batch, device=device),
+            gathered_tokens=max_batch,
+            gathered_logits=max_batch,
         )
         self._sizes = batch_sizes(max_batch)
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
@@ -86,10 +89,10 @@ class DecodeGraphs:
         seconds = time.perf_counter() - started
         log.info("decode graphs: %d batch sizes up to %d in %.1f s", len(self._sizes), max_batch, seconds)
 
-    def pack(self, arrays: dict[str, NDArray]) -> dict[str, NDArray]:
-        """The arrays of a batch that only decodes, its changing fields `packed` as replay() takes them."""
-        count = len(arrays["seq_lens"])
-        size = self._size(count)
+    def pack(self, arrays: dict[str, NDArray], largest: int) -> dict[str, NDArray]:
+        """The arrays of a batch that only decodes, its changing fields `packed` as replay() takes them. largest: the
+        sequences of the attention group that has the most."""
+        count, size = len(arrays["seq_lens"]), self._size(largest)
         for name, staged in self._staged.items():
             staged[:count] = arrays[name]
         self._staged["slot_mapping"][count:size] = -1
@@ -97,11 +100,14 @@ class DecodeGraphs:
         kept = ("rows", "cells", "pages", "named", "named_rows")
         return {"packed": self._host} | {name: arrays[name] for name in kept if name in arrays}
 
-    def replay(self, packed: Tensor, page_table: Tensor, replaced: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The logits [B, vocab_size] of a batch that only decodes, its tensors on the device; valid until the next.
+    def replay(self, packed: Tensor, page_table: Tensor, largest: int,
+               replaced: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The logits [rows of the graph, vocab_size] of a batch that only decodes, its tensors on the device, the first
+        B rows its own; of several attention groups, below each other. Valid until the next.
 
         packed      what pack() has made
         page_table  [B, max_pages]
+        largest     as for pack()
         replaced    indices into input_ids and the token ids to read there instead
         """
         count, width = page_table.shape
@@ -109,9 +115,9 @@ class DecodeGraphs:
         if replaced is not None:
             self._inputs.input_ids[replaced[0]] = replaced[1]
         self._inputs.page_table[:count, :width].copy_(page_table)
-        graph, logits = self._graphs[self._size(count)]
+        graph, logits = self._graphs[self._size(largest)]
         graph.replay()
-        return logits[:count]
+        return logits
 
     def _size(self, count: int) -> int:
         """Rows of the smallest graph that holds so many."""
@@ -130,4 +136,6 @@ class DecodeGraphs:
             cu_seqlens_q=whole.cu_seqlens_q,
             max_seqlen_q=0,
             logit_rows=whole.logit_rows[:size],
+            gathered_tokens=size,
+            gathered_logits=size,
         )

@@ -75,8 +75,8 @@ class Rank:
         self.is_gpu = self.device.type == "cuda" or emulated
         capture = self.is_gpu and not args.disable_cuda_graph
         # What gloo exchanges is no launch that a graph of emulated devices could hold.
-        capture = capture and not (emulated and args.tp_size > 1 and peers.reason(ranks.world.name))
-        capture = capture and args.groups == 1  # groups would have to replay the same graph
+        capture = capture and not (emulated and any(group.size > 1 and peers.reason(group.name)
+                                                    for group in (ranks.world, ranks.attention, ranks.data)))
         self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
                              self.max_running, capture, ranks=ranks)  # fmt: skip
 

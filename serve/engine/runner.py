@@ -60,7 +60,7 @@ class Runner:
 
     def sample(self, logits: Tensor, steps: list[Schedule], samplings: list[Sampling]) -> list[sampler.Chosen]:
         """Choose the tokens of a step of each attention group, of whose logits forward() has returned."""
-        rows = max(sum(step.logits) for step in steps)
+        rows = len(logits) // len(steps)
         return [sampler.sample(logits[i * rows : i * rows + sum(step.logits)], sampling, self._last_sampled[i],
                                self._histories[i], self._cross)
                 for i, (step, sampling) in enumerate(zip(steps, samplings, strict=True))]  # fmt: skip
@@ -68,7 +68,7 @@ class Runner:
     @torch.inference_mode()
     def forward(self, *steps: Schedule) -> Tensor:
         """Run the model over this rank's step, one of those of all attention groups, and return the logits,
-        [sum(step.logits), vocab_size] float32; of several groups, below each other, each padded to the longest.
+        [sum(step.logits), vocab_size] float32; of several groups, below each other, each padded to the same length.
 
         They are valid until the next call.
         """
@@ -77,9 +77,10 @@ class Runner:
             groups = len(self._last_sampled)
             self._last_sampled.copy_(ops.all_gather(self._last_sampled, self._world.name)[:groups])
         arrays, sizes = self._inputs(step)
-        graphs = self._graphs if step.num_decodes == len(step.rows) else None
+        graphs = self._graphs if all(each.num_decodes == len(each.rows) for each in steps) else None
+        largest = max(len(each.rows) for each in steps)
         if graphs is not None:
-            arrays = graphs.pack(arrays)
+            arrays = graphs.pack(arrays, largest)
         there = self._cross(arrays)
         if "cells" in there:
             self._table.view(-1)[there.pop("cells")] = there.pop("pages")
@@ -88,7 +89,8 @@ class Runner:
         if "named" in there:
             replaced = there.pop("named"), self._last_sampled[self._group][there.pop("named_rows")]
         if graphs is not None:
-            return graphs.replay(there["packed"], table, replaced)
+            logits = graphs.replay(there["packed"], table, largest, replaced)
+            return logits if len(steps) > 1 else logits[:largest]
         fields: dict[str, Any] = {**sizes, **there}
         batch = Batch(page_table=table, num_decodes=step.num_decodes, **fields)
         if len(steps) > 1:

@@ -132,9 +132,10 @@ class Ranks:
         is one group."""
         if self.data.size == 1:
             return x
-        padded = x.new_zeros(rows, *x.shape[1:])
-        padded[: x.shape[0]] = x
-        return all_gather(padded, self.data.name)
+        if x.shape[0] < rows:
+            x, short = x.new_zeros(rows, *x.shape[1:]), x
+            x[: short.shape[0]] = short
+        return all_gather(x, self.data.name)
 
     def own(self, gathered: Tensor) -> Tensor:
         """This rank's rows of what `gather` returned, a view."""

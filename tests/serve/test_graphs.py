@@ -3,7 +3,9 @@
 What it cannot show is that a model can be captured; `test_engine.py` does, on a GPU.
 """
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -12,9 +14,14 @@ import torch
 from helpers_deepseek import make_deepseek
 from helpers_llama import load, make_llama
 
+from wave64.serve.args import ServerArgs
 from wave64.serve.engine import graphs
+from wave64.serve.engine.ranks import ranks_of
 from wave64.serve.engine.runner import Runner
 from wave64.serve.engine.schedule import LAST_SAMPLED, Schedule
+from wave64.serve.model import parallel
+from wave64.serve.model.config import ModelConfig
+from wave64.serve.model.load import load_model
 
 PAGE, PAGES = 2, 24
 
@@ -22,8 +29,7 @@ PAGE, PAGES = 2, 24
 class Graph:
     """What was launched while it was being captured, and where the result lies."""
 
-    capturing: "Graph | None" = None
-    replayed: "Graph | None" = None
+    ours = threading.local()  # of a thread, which stands for a rank: the graph being captured, and the last replayed
     call: Callable[[], torch.Tensor]
     result: torch.Tensor
 
@@ -31,7 +37,7 @@ class Graph:
         return "memory"
 
     def replay(self):
-        Graph.replayed = self
+        Graph.ours.replayed = self
         self.result.copy_(self.call())
 
 
@@ -41,9 +47,9 @@ def capture(monkeypatch):
 
     @contextmanager
     def graph(made, pool):
-        Graph.capturing = made
+        Graph.ours.capturing = made
         yield
-        Graph.capturing = None
+        Graph.ours.capturing = None
 
     def stream():
         return type("Stream", (), {"wait_stream": lambda self, other: None})()
@@ -62,8 +68,8 @@ class Captured(torch.nn.Module):
 
     def forward(self, batch, kv_cache):
         logits = self.model(batch, kv_cache)
-        if Graph.capturing is not None:
-            Graph.capturing.call, Graph.capturing.result = lambda: self.model(batch, kv_cache), logits
+        if (graph := getattr(Graph.ours, "capturing", None)) is not None:
+            graph.call, graph.result = lambda: self.model(batch, kv_cache), logits
         return logits
 
 
@@ -103,10 +109,72 @@ def test_replays_write_and_say_what_eager_steps_do(tmp_path, capture, name):
         lengths |= {row: start + 1 for row, start in zip(rows, starts, strict=True)}
         torch.testing.assert_close(replayed.forward(told), eager.forward(schedule), rtol=0, atol=1e-4)
         graph = min(size for size in (1, 2, 4, 8) if size >= len(rows))
-        assert Graph.replayed is replayed._graphs._graphs[graph][0], "the smallest graph that holds the batch"
+        assert Graph.ours.replayed is replayed._graphs._graphs[graph][0], "the smallest graph that holds the batch"
         assert not replayed._graphs._staged["seq_lens"][len(rows) : graph].any(), "padding rows attend to nothing"
         for ours, theirs in zip(replayed.kv_cache, eager.kv_cache, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+class Exchange:
+    """The collectives of two ranks that are threads."""
+
+    def __init__(self):
+        self.barrier, self.there = threading.Barrier(2, timeout=60), {}
+
+    def _all(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+        self.there[rank] = x.clone()
+        self.barrier.wait()
+        both = [self.there[0], self.there[1]]
+        self.barrier.wait()
+        assert both[0].shape == both[1].shape, "ranks would wait for each other"
+        return both
+
+    def patch(self, monkeypatch, rank_of: Callable[[], int]) -> None:
+        monkeypatch.setattr(parallel, "all_gather", lambda x, group: torch.cat(self._all(rank_of(), x)))
+        monkeypatch.setattr(parallel, "reduce_scatter", lambda x, group: sum(self._all(rank_of(), x)).chunk(2)[rank_of()])
+
+
+def test_two_attention_groups_replay_the_graph_of_the_larger_batch(tmp_path, capture, monkeypatch):
+    """Ranks as threads, each with an eager runner and one of graphs, on batches of which one is smaller, or empty. What
+    prefills anywhere is eager everywhere."""
+    make_deepseek(tmp_path, 3)
+    config, flags = ModelConfig.from_folder(tmp_path), ServerArgs(tp_size=2, dp_size=2, enable_dp_attention=True)
+    me = threading.local()
+    Exchange().patch(monkeypatch, lambda: me.rank)
+    batches = [((3, 1), 4), ((1, 0), 1), ((2, 5), 8), ((0, 2), 2), ((4, 3), 4)]  # of the two, and the graph's
+
+    def steps(count: int, rank: int, number: int) -> Schedule:
+        """So many sequences that begin, with a page each and one token."""
+        rows = list(range(count))
+        tokens = [(11 * number + 5 * row + 7 * rank) % config.vocab_size for row in rows]
+        return Schedule(count, rows, [0] * count, [1] * count, [1] * count, tokens, [(row, 0, [row]) for row in rows])
+
+    def be(rank: int) -> list[tuple]:
+        me.rank = rank
+        ranks = ranks_of(flags, rank)
+        model = Captured(load_model(config, tmp_path, torch.float32, "cpu", ranks=ranks))
+        eager, replayed = (Runner(model, config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, captures,
+                                  ranks=ranks) for captures in (False, True))  # fmt: skip
+        seen = []
+        for number, (counts, _) in enumerate(batches):
+            both = [steps(count, group, number) for group, count in enumerate(counts)]
+            wanted = eager.forward(*both).unflatten(0, (2, -1))
+            got = replayed.forward(*both).clone().unflatten(0, (2, -1))
+            size = next(size for size, (graph, _) in replayed._graphs._graphs.items() if graph is Graph.ours.replayed)
+            seen.append((size, [(got[group, :count], wanted[group, :count]) for group, count in enumerate(counts)]))
+        Graph.ours.replayed = None
+        prefills = Schedule(0, [0], [0], [2], [1], [3, 4], [(0, 0, [0])])
+        both = [prefills if group == 1 else steps(1, 0, 9) for group in range(2)]
+        assert torch.equal(replayed.forward(*both), eager.forward(*both))
+        assert Graph.ours.replayed is None
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        for seen in threads.map(be, range(2)):
+            assert [size for size, _ in seen] == [size for _, size in batches]
+            for _, pairs in seen:
+                for got, wanted in pairs:
+                    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 1000])
