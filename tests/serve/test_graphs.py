@@ -130,8 +130,11 @@ class Exchange:
         return both
 
     def patch(self, monkeypatch, rank_of: Callable[[], int]) -> None:
+        def reduce_scatter(x: torch.Tensor, group: str) -> torch.Tensor:
+            return sum(self._all(rank_of(), x)).chunk(2)[rank_of()]
+
         monkeypatch.setattr(parallel, "all_gather", lambda x, group: torch.cat(self._all(rank_of(), x)))
-        monkeypatch.setattr(parallel, "reduce_scatter", lambda x, group: sum(self._all(rank_of(), x)).chunk(2)[rank_of()])
+        monkeypatch.setattr(parallel, "reduce_scatter", reduce_scatter)
 
 
 def test_two_attention_groups_replay_the_graph_of_the_larger_batch(tmp_path, capture, monkeypatch):
