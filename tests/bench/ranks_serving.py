@@ -249,7 +249,7 @@ def under_load(server: subprocess.Popen[bytes], port: int, rank: int, after: flo
     until = time.monotonic() + options.limit
     while True:
         try:
-            client.models.list()
+            client.completions.create(model="demo-llama", prompt=PROMPT, max_tokens=1)  # answers once it has loaded
             break
         except openai.APIError:
             if time.monotonic() > until or server.poll() is not None:
