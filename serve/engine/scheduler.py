@@ -219,11 +219,14 @@ class Scheduler:
 
     def drop(self) -> list[Sequence]:
         """The step scheduled last has failed, or is not run: forget the sequences that take part in it, and return
-        them."""
-        failed = [seq for seq in self._steps.pop().batch if seq.finish_reason is None]
+        them. Pages that it has for others go with the next step: it may have failed before they were written down."""
+        step = self._steps.pop()
+        failed = [seq for seq in step.batch if seq.finish_reason is None]
         for seq in failed:
             seq.finish_reason = "error"
             self._remove(seq)
+        rows = {seq.row for seq in self.running}
+        self._moved = [entry for entry in step.schedule.pages if entry[0] in rows] + self._moved
         return failed
 
     def _add_decodes(self, step: _Step) -> None:

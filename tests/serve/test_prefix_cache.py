@@ -52,11 +52,12 @@ class Engine(RuleBasedStateMachine):
         self.ended.add(rid)
 
     @precondition(lambda self: len(self.world.scheduler))
-    @rule()
-    def fail(self):
-        """The next step raises, once it has changed the page tables."""
+    @rule(is_late=st.booleans())
+    def fail(self, is_late):
+        """The next step raises, before or after it has changed the page tables."""
         step = self.world.scheduler.schedule()
-        self.world._forward(step)
+        if is_late:
+            self.world._forward(step)
         self.world._commit()
         self.ended |= {seq.request.rid for seq in self.world.scheduler.drop()}
 
@@ -242,6 +243,19 @@ def test_a_preempted_sequence_finds_what_it_had_computed():
     assert victim.cached_tokens == 0, "it is what the first prompt found"
     assert sum(step.counts) < had
     world.run()
+
+
+def test_pages_of_a_step_that_never_ran_reach_the_next_one():
+    """The second scored prompt is let in, and has no logits left in the step that fails: it goes on."""
+    world = World(num_pages=200, max_running=8, budget=1000)
+    for i, rid in enumerate("ab"):
+        world.add(rid, list(range(i, i + 128)), 1, scored=True)
+    step = world.scheduler.schedule()
+    assert (len(step.rows), len(step.pages)) == (1, 2)
+    world.scheduler.drop()
+    world.add("c", list(range(200, 205)), 1)
+    world.run()
+    assert world.generated == {"b": alone(list(range(1, 129)), 1), "c": alone(list(range(200, 205)), 1)}
 
 
 def test_without_reuse_nothing_is_kept():
