@@ -1,4 +1,4 @@
-"""Awkward traffic through the whole engine: with steps that overlap, prefixes reused and too few pages, every request is
+"""Awkward traffic through the whole engine: with steps that overlap, prefixes reused and too few pages, each request is
 answered what it is answered alone, everything switched off."""
 
 import random
@@ -46,7 +46,8 @@ def requests(drawn: random.Random) -> list[tuple[int, Request]]:
     for i in range(26):
         prompt = texts[drawn.randrange(3)][: drawn.choice([1, 3, 4, 8, 9, 16, 23, 40])]
         prompt = prompt + [drawn.randrange(3, VOCAB) for _ in range(drawn.choice([0, 0, 1, 5]))]
-        kind = dict(max_new_tokens=drawn.randrange(12, 40), seed=i, ignore_eos=drawn.random() < 0.8) | drawn.choice(KINDS)
+        kind = dict(max_new_tokens=drawn.randrange(12, 40), seed=i, ignore_eos=drawn.random() < 0.8)
+        kind |= drawn.choice(KINDS)
         if i == 2:
             kind = dict(temperature=0, ignore_eos=True, max_new_tokens=CONTEXT - len(prompt))
         grammar = f"start: /[a-f]{{{drawn.randrange(1, 9)}}}[0-9]+/" if i % 7 == 3 else None
