@@ -15,6 +15,8 @@ MODULES = {
     "emulate": ("wave64.serve.engine.emulate",
                 "generate on an emulated MI300X, and say what a step costs: emulate --model-path MODEL --prompt TEXT"),
     "doctor": ("wave64.doctor", "this machine: platform, architecture, torch, Triton, code objects"),
+    "rpd2trace": ("wave64.tools.rpd2trace", "a profile of ROCm (RPD, rocpd) as a trace for Perfetto: rpd2trace IN.rpd"),
+    "rpd": ("wave64.tools.rpd_report", "where the time of a profile went, what changed: rpd top IN.rpd, rpd diff A B"),
     "check-emulated": ("wave64.testing.emulator.check",
                        "hold machine code for gfx942 or gfx950 to the contract on the emulator"),
     "step": ("wave64.testing.emulator.step", "step through a kernel's machine code, an instruction at a time"),
