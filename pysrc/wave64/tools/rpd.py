@@ -199,10 +199,12 @@ class Profile:
         if "tid" not in columns:
             whose = "k"
             joins += f' LEFT JOIN "rocpd_track{session}" k ON k.id = r.track_id'
+        joins += (f' LEFT JOIN "rocpd_info_process{session}" p ON p.id = {whose}.pid LEFT JOIN '
+                  f'"rocpd_info_thread{session}" t ON t.id = {whose}.tid LEFT JOIN "rocpd_string{session}" n ON '
+                  "n.id = r.name_id")
         return (f"{unique('r.id', 0)} AS id, {_number('p.pid')} AS pid, {_number('t.tid')} AS tid, "
                 f"{_span(start, end)}, {_string('n', 'r.name_id')} AS name, '' AS args FROM "
-                f'"rocpd_region{session}" r{joins} LEFT JOIN "rocpd_info_process{session}" p ON p.id = {whose}.pid LEFT JOIN '
-                f'"rocpd_info_thread{session}" t ON t.id = {whose}.tid LEFT JOIN "rocpd_string{session}" n ON n.id = r.name_id')
+                f'"rocpd_region{session}" r{joins}')
 
     def _rocpd_ops(self, table: str, session: str, number: str, name: str, label: str) -> str:
         """The SELECT (without the word) of one table's operations."""
