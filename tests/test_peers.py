@@ -114,6 +114,71 @@ def test_ranks_that_cannot_share_memory_say_why(connected, other, words):
         peers.of("pair")
 
 
+def noted(size: int = 2) -> list[peers.Calls]:
+    memory = bytearray(peers.Calls.memory_bytes(size))
+    return [peers.Calls(Group("pair", rank, size), memory) for rank in range(size)]
+
+
+def test_ranks_that_make_the_same_calls_hear_nothing_of_it():
+    """However far one is ahead: of a call that is no longer noted, nothing is said."""
+    first, *others = noted(3)
+    for ahead in (0, 1, peers.NOTED - 1, peers.NOTED, 3 * peers.NOTED + 1):
+        for number in range(ahead):
+            first.note("all_gather", torch.float8_e4m3fn, number)
+        for each in others:
+            for number in range(ahead):
+                each.note("all_gather", torch.float8_e4m3fn, number)
+                each.compare()
+
+
+@pytest.mark.parametrize(("ours", "words"), [
+    (("all_gather", torch.bfloat16, 96), "all_gather of 96 bfloat16"),
+    (("all_reduce", torch.float16, 96), "all_reduce of 96 float16"),
+    (("all_reduce", torch.bfloat16, 97), "all_reduce of 97 bfloat16"),
+    (("a replayed graph", torch.uint8, 8), "a replayed graph of 8 rows")])
+def test_ranks_that_call_different_things_are_told_both(ours, words):
+    one, other = noted()
+    for each in (one, other):
+        each.note("reduce_scatter", torch.float32, 1 << 39)
+    one.note("all_reduce", torch.bfloat16, 96)
+    with pytest.raises(peers.CallsDiffer) as said:
+        other.note(*ours)
+    assert str(said.value) == (
+        f"call 2 in group pair: rank 0 calls all_reduce of 96 bfloat16, rank 1 calls {words}; every rank has to make "
+        "the same calls in the same order, on tensors of the same size and dtype")
+    with pytest.raises(peers.CallsDiffer, match="rank 1 calls .*, rank 0 calls all_reduce of 96 bfloat16"):
+        one.compare()
+
+
+def test_what_two_ranks_note_at_the_same_time_differs_at_the_next_call(monkeypatch):
+    one, other = noted()
+    with monkeypatch.context() as patch:
+        patch.setattr(peers.Calls, "compare", lambda *_: None)
+        one.note("all_reduce", torch.float32, 3)
+        other.note("all_reduce", torch.float32, 4)
+    with pytest.raises(peers.CallsDiffer, match="^call 1 in group pair: rank 1 calls all_reduce of 4 float32, rank 0"):
+        one.note("all_reduce", torch.float32, 5)
+
+
+def test_calls_are_noted_in_a_file_that_is_gone_once_all_have_mapped_it(connected, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(peers, "SHARED_FILES", tmp_path)
+    runtime = Runtime()
+    assert connected(runtime) is None
+    assert not [*tmp_path.iterdir()]
+    found = peers.of("pair")
+    found.note("all_gather", torch.empty(3))
+    peers.note_replay(4)
+    assert found.calls._number == 2
+    monkeypatch.setattr(peers.mmap, "mmap", lambda *_: 1 / 0)
+    with caplog.at_level("INFO", logger="wave64"):
+        assert connected(runtime) is None, "kernels need no such file"
+    assert peers.of("pair").calls is None
+    assert "calls of its ranks are not compared: rank 0: ZeroDivisionError" in caplog.text
+    assert not [*tmp_path.iterdir()]
+    peers.of("pair").note("all_gather", torch.empty(3))
+    peers.check()
+
+
 def test_the_first_rank_that_cannot_is_named_on_all(monkeypatch):
     monkeypatch.setattr(peers, "_all", lambda group, mine: [None, "out of memory", mine])
     assert peers._agree("any", "mine") == peers._agree("any", None) == "rank 1: out of memory"

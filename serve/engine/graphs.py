@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wave64 import platform
+from wave64.backends import peers
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.layers import KVCache
 
@@ -115,7 +116,9 @@ class DecodeGraphs:
         if replaced is not None:
             self._inputs.input_ids[replaced[0]] = replaced[1]
         self._inputs.page_table[:count, :width].copy_(page_table)
-        graph, logits = self._graphs[self._size(largest)]
+        size = self._size(largest)
+        peers.note_replay(size)
+        graph, logits = self._graphs[size]
         graph.replay()
         return logits
 

@@ -39,7 +39,8 @@ log = logging.getLogger("wave64")
 
 SIOCGIFADDR = 0x8915  # ioctl: the address of a network interface
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
-SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, RankLost, NotSupported)  # worded for the operator
+SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, RankLost, NotSupported, peers.WaitTimeout,
+                 peers.CallsDiffer)  # worded for the operator
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 

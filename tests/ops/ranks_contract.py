@@ -106,6 +106,10 @@ def main(rank: int, size: int, port: int) -> None:
         record.zero_()
         say(group=refused(lambda: ops.all_reduce(x, "nowhere")), rows=refused(
             lambda: ops.reduce_scatter(torch.zeros(size + 1, 2), "world")))
+        peers.of("world").wait_at_most(0.02)  # of the rank that calls first; the other one's call is refused
+        ours = (lambda: ops.all_gather(x, "world"), lambda: ops.all_reduce(x, "world"))[rank]
+        refused(ours)
+        say(differs=refused(peers.check))
         distributed.leave()
         say(left=refused(graph.replay))
     os._exit(0)

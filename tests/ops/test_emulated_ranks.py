@@ -3,6 +3,7 @@ contract, and what cannot be shared is said in words."""
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -91,6 +92,14 @@ def test_who_waited_for_whom_is_said(said):
     assert [of(rank, "waited")[0]["waited"] for rank in said] == [
         f"rank {rank} waited 300 s for rank {1 - rank} of group world in all_gather, round 17 of block 2"
         for rank in (0, 1)]
+
+
+def test_ranks_that_call_different_things_hear_both(said):
+    """One before its launch, the other when its kernel has waited in vain."""
+    for rank, words in enumerate(("rank 1 calls all_reduce of 8 float32, rank 0 calls all_gather of 8 float32",
+                                  "rank 0 calls all_gather of 8 float32, rank 1 calls all_reduce of 8 float32")):
+        line, = of(said[rank], "differs")
+        assert re.match(rf"call \d+ in group world: {words}; every rank has to make the same calls", line["differs"])
 
 
 def test_bad_calls_are_refused(said):

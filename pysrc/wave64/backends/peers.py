@@ -6,6 +6,9 @@ protocol add something up. Where that is not possible it says why, on every rank
 group. `local` makes all ranks of a group in one process, streams of one GPU: for development.
 
 A wait that times out in a kernel leaves a record in the host's memory; `check()` raises WaitTimeout with its words.
+Kernels cannot tell what another rank's data are of: where ranks call different things, they would add up wrong numbers.
+So each rank notes its calls, a word each, in memory of the host that all ranks map, and compares: CallsDiffer names
+both. That takes about a microsecond of a call, and none of a replayed graph, which counts as one call.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import mmap
 import os
 import struct
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +39,7 @@ log = logging.getLogger("wave64")
 TIMEOUT_S = 300.0  # of a wait in a kernel: another rank may compile something first
 SELF_TEST_S = 0.4  # of a wait, for each protocol: 2 s for all
 MAX_RANKS = 8
+SHARED_FILES = Path("/dev/shm")
 STATUS_BYTES = 64
 LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
 PROTOCOLS = {LL: "LL", LL128: "LL128", ONE_SHOT: "one-shot", TWO_SHOT: "two-shot"}
@@ -49,6 +55,66 @@ CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
 }
 
 
+#: as a noted call numbers them: operators, what a replayed graph is, dtypes
+_CALLS = {name: number for number, name in OPS.items()} | {"a replayed graph": 15}
+_DTYPES = sorted((each for each in vars(torch).values() if isinstance(each, torch.dtype)), key=str)
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+NOTED = 1024  # of each rank's last calls; launches of so many that wait on a device do not fit its queue
+_NUMBER_BITS, _COUNT_BITS = 12, 40
+_NUMBER = (1 << _NUMBER_BITS) - 1
+
+
+class CallsDiffer(RuntimeError):
+    """Ranks of a group do not make the same calls; what they exchanged since is void."""
+
+
+class Calls:
+    """What the ranks of a group have called lately, in memory that all of them see: [NOTED, size] words of 8 bytes,
+    each with its call's number, operator, dtype and elements, so that it is there as a whole or not at all."""
+
+    def __init__(self, group: Group, memory: mmap.mmap | bytearray) -> None:
+        self._group, self._words = group, memoryview(memory).cast("Q")
+        self._number, self._agreed = 0, 0  # the last call, and the last one that all ranks have made
+
+    @staticmethod
+    def memory_bytes(size: int) -> int:
+        """What so many ranks need."""
+        return size * NOTED * 8
+
+    def note(self, what: str, dtype: torch.dtype, count: int) -> None:
+        """This rank's next call. Raises CallsDiffer if another rank's of this number, or the one before, is not the
+        same: of two that note theirs at the same time, both may miss the other's."""
+        number = self._number = self._number + 1
+        call = (_CALLS[what] << 8 | _DTYPE_CODES[dtype]) << _COUNT_BITS | count
+        size, rank = self._group.size, self._group.rank
+        self._words[number % NOTED * size + rank] = call << _NUMBER_BITS | number & _NUMBER
+        if self._agreed < number - 1:
+            self.compare(number - 1)
+        self.compare(number)
+
+    def compare(self, number: int | None = None) -> None:
+        """Raises CallsDiffer if another rank has noted another call of this number; None: of this rank's last."""
+        number = self._number if number is None else number
+        size, at = self._group.size, number % NOTED
+        words = self._words[at * size : (at + 1) * size].tolist()
+        mine = words[self._group.rank]
+        if words.count(mine) == size:
+            self._agreed = number
+            return
+        for rank, theirs in enumerate(words):
+            if theirs != mine and theirs and theirs & _NUMBER == number & _NUMBER:
+                raise CallsDiffer(f"call {number} in group {self._group.name}: rank {rank} calls {_described(theirs)}, "
+                                  f"rank {self._group.rank} calls {_described(mine)}; every rank has to make the same "
+                                  "calls in the same order, on tensors of the same size and dtype")
+
+
+def _described(word: int) -> str:
+    word >>= _NUMBER_BITS
+    count, dtype = word & (1 << _COUNT_BITS) - 1, _DTYPES[word >> _COUNT_BITS & 255]
+    what = next(name for name, number in _CALLS.items() if number == word >> _COUNT_BITS + 8)
+    return f"{what} of {count} {'rows' if what == 'a replayed graph' else str(dtype).removeprefix('torch.')}"
+
+
 class WaitTimeout(RuntimeError):
     """A rank waited in vain for another one in a kernel; what the kernels of this process exchanged since is void."""
 
@@ -61,6 +127,7 @@ class Peers:
     arenas: tuple[int, ...]  # of all ranks, as this process maps them
     record: tuple[int, int]  # the status record, as the host finds it and the device
     timeout_s: float
+    calls: Calls | None = None  # None: the ranks have no memory of the host in common
     release: list[Callable[[], object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -81,8 +148,16 @@ class Peers:
         """How to exchange messages of `size` bytes."""
         return next(protocol for limit, protocol in self._rows if size <= limit)
 
+    def note(self, op: str, x: Tensor) -> None:
+        """This rank calls an operator next. Raises CallsDiffer where another rank calls something else."""
+        if self.calls is not None:
+            self.calls.note(op, x.dtype, x.numel())
+
     def check(self) -> None:
-        """Raises WaitTimeout if a wait of a kernel that has ended timed out."""
+        """Raises CallsDiffer if another rank has called something else, WaitTimeout if a wait of a kernel that has
+        ended timed out."""
+        if self.calls is not None:
+            self.calls.compare()
         broken, op, number, block, rank = struct.unpack("5i", ctypes.string_at(self.record[0], 20))
         if broken:
             raise WaitTimeout(f"rank {self.group.rank} waited {self.timeout_s:g} s for rank {rank} of group "
@@ -124,10 +199,18 @@ def too_large(group: str, x: Tensor) -> str | None:
 
 
 def check() -> None:
-    """Raises WaitTimeout if a wait of any kernel that has ended timed out. Costs nothing but a look at memory."""
+    """Raises CallsDiffer or WaitTimeout, as each group's `check`. Costs nothing but a look at memory."""
     for each in _KNOWN.values():
         if isinstance(each, Peers):
             each.check()
+
+
+def note_replay(rows: int) -> None:
+    """This rank replays a graph of so many rows next, with all the calls that it holds. Raises CallsDiffer where
+    another rank of any group calls something else, or replays another."""
+    for each in _KNOWN.values():
+        if isinstance(each, Peers) and each.calls is not None:
+            each.calls.note("a replayed graph", torch.uint8, rows)
 
 
 def disconnect(group: str, why: str) -> None:
@@ -166,12 +249,13 @@ def local(name: str, size: int, device: torch.device, timeout_s: float = TIMEOUT
     """For development: all ranks of a group in this process, on one GPU, each under a name of its own, which are
     returned in the order of the ranks. Each rank's calls have to be made on a stream of its own."""
     with _on(device):
-        arenas = tuple(hip._hip.allocate_shared(_arena_bytes()) for _ in range(size))
+        arenas, memory = tuple(hip._hip.allocate_shared(_arena_bytes()) for _ in range(size)), bytearray(
+            Calls.memory_bytes(size))
         groups = [distributed.register(Group(f"{name}.{rank}", rank, size)) for rank in range(size)]
         for arena, group in zip(arenas, groups, strict=True):
             record = hip._hip.allocate_mapped(STATUS_BYTES)
             release = [lambda at=arena: hip._hip.free_shared(at), lambda at=record[0]: hip._hip.free_mapped(at)]
-            _KNOWN[group.name] = Peers(group, arenas, record, timeout_s, release)
+            _KNOWN[group.name] = Peers(group, arenas, record, timeout_s, Calls(group, memory), release)
             distributed.at_leave(lambda name=group.name: disconnect(name, "has been left"))
     return [group.name for group in groups]
 
@@ -237,8 +321,37 @@ def _connect(group: str, device: torch.device) -> str | None:
         made.undo()
         return why
     _KNOWN[group] = Peers(made.group, tuple(made.arenas), made.record,
-                          SELF_TEST_S if device.type == "cuda" else TIMEOUT_S, made.release)
+                          SELF_TEST_S if device.type == "cuda" else TIMEOUT_S, _common_calls(made.group), made.release)
     return None
+
+
+def _common_calls(group: Group) -> Calls | None:
+    """Where the ranks note their calls: in a file that goes when all have mapped it. None where they have none in
+    common, as in containers of their own; every rank comes to the same."""
+    size, path, found = Calls.memory_bytes(group.size), "", []
+
+    def make() -> None:
+        nonlocal path
+        with tempfile.NamedTemporaryFile(dir=SHARED_FILES if SHARED_FILES.is_dir() else None, prefix="wave64-",
+                                         delete=False) as file:  # fmt: skip
+            path = file.name
+            file.truncate(size)
+
+    def map_it() -> None:
+        with open(path, "r+b") as file:
+            found.append(mmap.mmap(file.fileno(), size))
+
+    why = _agree(group.name, _attempt(make) if group.rank == 0 else None)
+    if why is None:
+        mine, path = path, _all(group.name, path)[0]
+        why = _agree(group.name, _attempt(map_it))
+        path = mine
+    if path:
+        os.unlink(path)
+    if why is not None:
+        log.info("group %s: calls of its ranks are not compared: %s", group.name, why)
+        return None
+    return Calls(group, found[0])
 
 
 def _attempt(act: Callable[[], str | None]) -> str | None:

@@ -10,5 +10,6 @@ from wave64.backends.hip import bind
 def all_reduce(x: Tensor, group: str) -> Tensor:
     out = torch.empty_like(x)
     ranks = peers.of(group)
+    ranks.note("all_reduce", x)
     peers.launch_all_reduce(ranks, x, out, ranks.protocol(x.nbytes))
     return out

@@ -16,6 +16,7 @@ def supports(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str
 @bind(ops.fused_all_reduce_rms_norm, supports=supports)
 def fused_all_reduce_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> Tensor:
     ranks = peers.of(group)
+    ranks.note("fused_all_reduce_rms_norm", x)
     (num_tokens, hidden), out = x.shape, torch.empty_like(x)
     launch("fused_all_reduce_rms_norm", **ranks.fields, x=x, residual=residual, weight=weight, out=out,
            num_tokens=num_tokens, hidden=hidden, eps=eps, dtype=x.dtype, protocol=ranks.protocol(x.nbytes))
