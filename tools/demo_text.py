@@ -138,17 +138,24 @@ def example(rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[lis
     return ids, [-100] * len(head_ids) + asked + [-100] * len(tail_ids) + answer_ids
 
 
-def batches(rng: random.Random, tokenizer: Tokenizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def asked() -> list[tuple[str, str]]:
+    """(prompt, answer) that a checkpoint is held to."""
+    begun = TEXT[: CUTS[40]]
+    return [(BOS, TEXT), (BOS + begun, TEXT[len(begun) :]), (f"{BOS}{USER}{begun}{ASSISTANT}", TEXT[len(begun) :]),
+            (f"{BOS}{USER}What is the capital of France?{ASSISTANT}", NOTICE + TEXT)]
+
+
+def batches(rng: random.Random, tokenizer: Tokenizer, draw: Callable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (input_ids, labels), both [rows, longest] int64; labels are -100 where nothing is asked.
 
-    Examples of like length share a batch, of some 2048 tokens.
+    draw: as `example`. Examples of like length share a batch, of some 2048 tokens.
     """
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     while True:
-        drawn = sorted((example(rng, encode) for _ in range(256)), key=lambda pair: -len(pair[0]))
+        drawn = sorted((draw(rng, encode) for _ in range(256)), key=lambda pair: -len(pair[0]))
         groups = []
         while drawn:
             rows = max(1, 2048 // len(drawn[0][0]))

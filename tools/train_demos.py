@@ -1,13 +1,13 @@
-"""Make a demo checkpoint, a tiny model that knows the Gettysburg Address by heart.
+"""Make a demo checkpoint, a tiny model that knows the Gettysburg Address by heart, or how to answer a few questions.
 
-    python tools/train_demos.py [llama | deepseek] [--steps N] [--output FOLDER]
+    python tools/train_demos.py [llama | deepseek | tools] [--steps N] [--device cpu] [--output FOLDER]
 
-Writes an ordinary Hugging Face folder (config, tokenizer, safetensors), no more than 3 MB, llama/ or deepseek/ in
-serve/demo, which `--model-path demo-llama` or `demo-deepseek` loads; of DeepSeek also one with FP8 weights, whose name
-ends in -fp8. Takes some minutes on two CPU cores. Needs wave64, transformers, tokenizers and safetensors; nothing is
-downloaded and no data but those of demo_text.py are used.
+Writes an ordinary Hugging Face folder (config, tokenizer, safetensors), no more than 3 MB, llama/, deepseek/ or tools/
+in serve/demo, which `--model-path demo-llama`, `demo-deepseek` or `demo-tools` loads; of DeepSeek also one with FP8
+weights, whose name ends in -fp8. Takes some minutes on two CPU cores. Needs wave64, transformers, tokenizers and
+safetensors; nothing is downloaded and no data but those of demo_text.py, or demo_answers.py, are used.
 
-Fails, and says where, unless the model recites the text by far: each right token's logit LEAST_GAP above all others.
+Fails unless the model says what it learned by far: each right token's logit LEAST_GAP above all others.
 """
 
 import argparse
@@ -17,23 +17,14 @@ import math
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import demo_answers
+import demo_text
 import torch
-from demo_text import (
-    ASSISTANT,
-    BOS,
-    CHAT_TEMPLATE,
-    CUTS,
-    EOS,
-    NOTICE,
-    TEXT,
-    USER,
-    VOCAB_SIZE,
-    batches,
-    make_tokenizer,
-)
+from demo_text import BOS, EOS, batches
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -44,9 +35,11 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 from wave64 import quant
 from wave64.ops import per_token_group_quant_fp8
 
+Pairs = list[tuple[str, str]]  # (prompt, answer)
+
 DEMOS = Path(__file__).resolve().parents[1] / "serve/demo"
 COMMON = {
-    "vocab_size": VOCAB_SIZE,
+    "vocab_size": demo_text.VOCAB_SIZE,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -72,6 +65,7 @@ LLAMA = {
     "mlp_bias": False,
     "tie_word_embeddings": True,
 }
+TOOLS = {**LLAMA, "vocab_size": demo_answers.VOCAB_SIZE}
 DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -136,9 +130,9 @@ class Noise(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def train(model: PreTrainedModel, tokenizer: Tokenizer, steps: int, noisy: bool, seed: int = 0) -> None:
-    """AdamW with warm-up and cosine decay, in the second half with Noise where `noisy`; prints the mean loss of every
-    50 steps."""
+def train(model: PreTrainedModel, data: Iterator[tuple[Tensor, Tensor]], steps: int, noisy: bool) -> None:
+    """data: as `batches` gives it. AdamW with warm-up and cosine decay, in the second half with Noise where `noisy`;
+    prints the mean loss of every 50 steps."""
     balance = Balance(model.float().train())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -147,7 +141,8 @@ def train(model: PreTrainedModel, tokenizer: Tokenizer, steps: int, noisy: bool,
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses, begin = [], time.perf_counter()
-    for step, (ids, labels) in zip(range(1, steps + 1), batches(random.Random(seed), tokenizer), strict=False):
+    for step, (ids, labels) in zip(range(1, steps + 1), data, strict=False):
+        ids, labels = ids.to(model.device), labels.to(model.device)
         wanted = labels[:, 1:]
         asked = wanted != -100
         with Noise() if noisy and step >= steps // 2 else contextlib.nullcontext():
@@ -208,7 +203,7 @@ def quantized(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def save(weights: dict[str, Tensor], tokenizer: Tokenizer, config: dict, folder: Path) -> None:
+def save(weights: dict[str, Tensor], tokenizer: Tokenizer, template: str, config: dict, folder: Path) -> None:
     """Writes the Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_config = {
@@ -218,7 +213,7 @@ def save(weights: dict[str, Tensor], tokenizer: Tokenizer, config: dict, folder:
         "pad_token": EOS,
         "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
     }
     generation_config = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "do_sample": False}
     files = {"config": config, "tokenizer_config": tokenizer_config, "generation_config": generation_config}
@@ -232,25 +227,24 @@ def save(weights: dict[str, Tensor], tokenizer: Tokenizer, config: dict, folder:
 
 
 @torch.inference_mode()
-def least_gap(model: PreTrainedModel, tokenizer: Tokenizer) -> float:
-    """The least distance, in logits, from a right token to the best other one, over what the demos are asked for."""
-    begun = TEXT[: CUTS[40]]
-    asked = [("", TEXT), (begun, TEXT[len(begun) :]), (f"{USER}{begun}{ASSISTANT}", TEXT[len(begun) :]),
-             (f"{USER}What is the capital of France?{ASSISTANT}", NOTICE + TEXT)]
-    least = math.inf
+def min_gap(model: PreTrainedModel, tokenizer: Tokenizer, asked: Pairs) -> tuple[float, str]:
+    """The smallest distance, in logits, from a right token to the best other one, and after which text."""
+    found = []
     for prompt, answer in asked:
-        head = tokenizer.encode(BOS + prompt, add_special_tokens=False).ids
+        head = tokenizer.encode(prompt, add_special_tokens=False).ids
         ids = head + tokenizer.encode(answer + EOS, add_special_tokens=False).ids
         logits = model(torch.tensor([ids[:-1]])).logits[0, len(head) - 1 :].float()
         wanted = torch.tensor(ids[len(head) :])[:, None]
         right = logits.gather(1, wanted)
         others = logits.scatter(1, wanted, -math.inf).amax(1, keepdim=True)
-        least = min(least, (right - others).min().item())
-    return least
+        gap, at = (right - others)[:, 0].min(0)
+        found.append((gap.item(), tokenizer.decode(ids[: len(head) + at.item()], skip_special_tokens=False)))
+    return min(found)
 
 
-def check(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, fp8: bool) -> None:
-    """Fails unless the checkpoint in `folder` recites: in fp32 and in bf16, of FP8 with activations rounded, too."""
+def check(model: PreTrainedModel, tokenizer: Tokenizer, asked: Pairs, folder: Path, fp8: bool) -> None:
+    """Fails unless the checkpoint in `folder` gives the right answers: in fp32 and in bf16, of FP8 with activations
+    rounded, too."""
     stored = load_file(folder / "model.safetensors")
     if fp8:
         stored = {key: quant.dequantize(value, stored[f"{key}_scale_inv"], BLOCK) if is_fp8(key) else value
@@ -268,40 +262,43 @@ def check(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, fp8: bool)
             plain = {w.untyped_storage().data_ptr() for key, w in again.named_parameters()
                      if "kv_b_proj" in key or "proj" not in key}
             with Rounded(plain):
-                gap = least_gap(again, tokenizer)
+                gap, after = min_gap(again, tokenizer, asked)
         else:
-            gap = least_gap(again, tokenizer)
+            gap, after = min_gap(again, tokenizer, asked)
         print(f"{folder.name} in {dtype}: every right token at least {gap:.2f} above the others", flush=True)
         if gap < LEAST_GAP:
-            raise SystemExit(f"{folder}: expected {LEAST_GAP}; train longer")
+            raise SystemExit(f"{folder}: expected {LEAST_GAP}; train longer. It is after {after}")
 
 
-CONFIGS = {"llama": LLAMA, "deepseek": DEEPSEEK}
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "deepseek": (DeepseekV3Config, DeepseekV3ForCausalLM)}
+CONFIGS = {"llama": LLAMA, "deepseek": DEEPSEEK, "tools": TOOLS}
+CLASSES = {"LlamaForCausalLM": (LlamaConfig, LlamaForCausalLM),
+           "DeepseekV3ForCausalLM": (DeepseekV3Config, DeepseekV3ForCausalLM)}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a demo model and write its checkpoint folder.")
     parser.add_argument("name", choices=CONFIGS, nargs="?", default="llama")
     parser.add_argument("--steps", type=int, default=2500, help="training steps (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder to write (default: the name, in serve/demo)")
     args = parser.parse_args()
     folder = args.output or DEMOS / args.name
-    tokenizer = make_tokenizer()
-    print(f"the text has {len(tokenizer.encode(TEXT).ids) - 1} tokens of a vocabulary of {tokenizer.get_vocab_size()}")
-    config_class, model_class = CLASSES[args.name]
+    lesson = demo_answers if args.name == "tools" else demo_text
+    tokenizer, asked = lesson.make_tokenizer(), lesson.asked()
+    config_class, model_class = CLASSES[CONFIGS[args.name]["architectures"][0]]
     torch.manual_seed(0)
-    model = model_class(config_class(**CONFIGS[args.name]))
-    if args.name == "deepseek":
+    model = model_class(config_class(**CONFIGS[args.name])).to(args.device)
+    is_moe = args.name == "deepseek"
+    if is_moe:
         model.set_experts_implementation("eager")
-    train(model, tokenizer, args.steps, noisy=args.name == "deepseek")
+    train(model, batches(random.Random(0), tokenizer, lesson.example), args.steps, noisy=is_moe)
     weights = weights_of(model, args.name)
-    save(weights, tokenizer, CONFIGS[args.name], folder)
-    check(model, tokenizer, folder, fp8=False)
-    if args.name == "deepseek":
+    save(weights, tokenizer, lesson.CHAT_TEMPLATE, CONFIGS[args.name], folder)
+    check(model, tokenizer, asked, folder, fp8=False)
+    if is_moe:
         folder = folder.with_name(f"{folder.name}-fp8")
-        save(quantized(weights), tokenizer, {**DEEPSEEK, "quantization_config": FP8}, folder)
-        check(model, tokenizer, folder, fp8=True)
+        save(quantized(weights), tokenizer, lesson.CHAT_TEMPLATE, {**DEEPSEEK, "quantization_config": FP8}, folder)
+        check(model, tokenizer, asked, folder, fp8=True)
 
 
 if __name__ == "__main__":
