@@ -87,6 +87,10 @@ class ServerArgs:
         None, "prompt tokens per step; -1: whole prompts; default: 256 on a CPU, 8192 on a GPU", kind=int
     )
     max_prefill_tokens: int = _flag(16384, "prompt tokens of all requests per step")
+    max_prefill_ms: float | None = _flag(
+        None, "milliseconds by which prompts may prolong a step in which other requests decode: their chunks are as "
+              "long as that takes, by what steps before took; 0: any; default: 100 on a GPU, else any",
+        kind=float)  # fmt: skip
     schedule_policy: str = _flag("fcfs", "order of waiting requests; lpm: longest match with the prefix cache first",
                                  choices=("fcfs", "lpm"))  # fmt: skip
     disable_radix_cache: bool = _flag(False, "compute every prompt whole, whatever was computed before")
@@ -130,6 +134,8 @@ class ServerArgs:
             "page_size", "max_prefill_tokens", "stream_interval", "timeout_keep_alive", "max_queued_requests",
         ):  # fmt: skip
             self._at_least_one(name)
+        if self.max_prefill_ms is not None and not self.max_prefill_ms >= 0:
+            raise ArgsError(f"--max-prefill-ms: expected at least 0, got {self.max_prefill_ms}")
         for name in ("watchdog_timeout", "rank_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -167,13 +167,22 @@ class Scheduler:
         self.cache.clear()
         return True
 
-    def schedule(self) -> Schedule:
-        """The next step; without rows if there is nothing to do. sampling() and commit(), or drop(), follow."""
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a sequence decodes in the next step, unless it ends or is preempted."""
+        return any(len(seq.tokens) + seq.pending - seq.computed == 1 for seq in self.running)
+
+    def schedule(self, max_prompt_tokens: int | None = None) -> Schedule:
+        """The next step; without rows if there is nothing to do. sampling() and commit(), or drop(), follow.
+
+        max_prompt_tokens: of this step, where that is less than of any.
+        """
         self._steps.append(step := _Step())
         step.schedule.pages, self._moved = self._moved, []
         preemptions = self.preemptions
         self._add_decodes(step)
-        self._add_prompts(step, can_admit=self.preemptions == preemptions)
+        budget = min(self.prefill_budget, max_prompt_tokens or self.prefill_budget)
+        self._add_prompts(step, budget, can_admit=self.preemptions == preemptions)
         return step.schedule
 
     def sampling(self) -> Sampling:
@@ -247,10 +256,10 @@ class Scheduler:
             seq.computed += 1
             seq.pending += 1
 
-    def _add_prompts(self, step: _Step, can_admit: bool) -> None:
+    def _add_prompts(self, step: _Step, budget: int, can_admit: bool) -> None:
         """can_admit: not where pages have run out in this step. So what is preempted waits until the step that runs is
         committed."""
-        budget, scored_budget = self.prefill_budget, PROMPT_LOGITS_PER_STEP
+        scored_budget = PROMPT_LOGITS_PER_STEP
         if self._policy == "lpm" and self._free_rows:
             for seq in islice(self.waiting, LPM_WINDOW):
                 self.cache.match(seq.path, seq.tokens, seq.reusable)

@@ -36,6 +36,7 @@ def test_every_flag_sets_its_field():
         (["--tp", "2", "--dp-size", "4", "--enable-dp-attention"],
          "--dp-size: expected a divisor of --tp-size, 2, got 4"),
         (["--watchdog-timeout", "0"], "--watchdog-timeout: expected more than 0, got 0.0"),
+        (["--max-prefill-ms", "-1"], "--max-prefill-ms: expected at least 0, got -1.0"),
         (["--rank-timeout", "nan"], "--rank-timeout: expected more than 0, got nan"),
         (["--port", "70000"], "--port: expected 1 to 65535, got 70000"),
         (["--port", "http"], "--port: invalid int value: 'http'"),

@@ -1,7 +1,7 @@
 """The prefix cache: a state machine over scheduler, pages and tree; what is shared, evicted and said; and models."""
 
 import pytest
-from helpers_scheduler import PAGE, World, alone, nodes_of
+from helpers_scheduler import PAGE, World, alone, nodes_of, prompt_without_stop
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -108,12 +108,6 @@ def chat(world: World, rid: str, prompt: list[int], max_new: int = 4) -> list[in
     return prompt + world.generated[rid]
 
 
-def prompt_without_stop(length: int, max_new: int = 4, first: int = 0) -> list[int]:
-    """One whose answer has max_new tokens."""
-    return next(text for start in range(first, first + 900, 100)
-                if len(alone(text := list(range(start, start + length)), max_new)) == max_new)
-
-
 def test_a_second_turn_computes_only_what_is_new():
     """Answers are kept, too: of 13 + 4 tokens 16 have keys, four full pages."""
     world = World(num_pages=50, max_running=4, budget=100)
@@ -179,6 +173,8 @@ def test_tokens_of_equal_hash_are_not_taken_for_each_other():
     assert path == []
     cache.match(path, [-1, 5, 0], 2)
     assert len(path) == 1
+    cache.match(path, [-1, 5, 0], 1)
+    assert path == [], "what is behind the limit is left out of an earlier path, too"
 
 
 def test_pages_in_use_are_not_evicted():

@@ -1,0 +1,55 @@
+"""How many prompt tokens a step that also decodes may have: what that costs is measured, step by step, so that the gap
+between two tokens of an answer stays bounded while prompts arrive.
+
+No model of the device: a step of n prompt tokens took so long, beyond a step that only decodes; so `limit / that` times
+n tokens take as long as is allowed. What a token costs depends on the chunk itself (launches) and on the text before it
+(attention), and each step that uses its chunk corrects both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+MIN_CHUNK = 64  # prompts get on, however slow the device is
+GROWTH = 2.0  # at most so many times the chunk before: one step that was measured short is no reason for a long one
+SMOOTHING = 0.25  # weight of the newest step among those that only decode
+
+
+class Pace:
+    """begin() a step when it is launched and end() it when its results are there: with two on their way the oldest one
+    ends. `chunk` is for the next step in which something decodes."""
+
+    def __init__(self, limit_ms: float, largest: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """limit_ms: by how much prompts may prolong a step; 0: by any time. largest: the chunk to begin with."""
+        self.chunk = self._largest = largest
+        self._limit, self._clock = limit_ms / 1e3, clock
+        self._steps: deque[tuple[float, bool, int]] = deque()  # (launched, whether it decodes, its prompt tokens)
+        self._ended = 0.0
+        self._decoding = 0.0  # seconds of a step that only decodes
+
+    def begin(self, decodes: bool, prompt: int) -> None:
+        """A step is launched, with so many prompt tokens."""
+        self._steps.append((self._clock(), decodes, prompt))
+
+    def drop(self) -> None:
+        """The step launched last has failed."""
+        self._steps.pop()
+
+    def end(self) -> None:
+        """The oldest step has ended."""
+        launched, decodes, prompt = self._steps.popleft()
+        now = self._clock()
+        seconds = now - max(launched, self._ended)
+        self._ended = now
+        if not prompt:
+            self._decoding += (SMOOTHING if self._decoding else 1.0) * (seconds - self._decoding)
+        elif self._limit:
+            self._learn(prompt, seconds - self._decoding * decodes)
+
+    def _learn(self, prompt: int, seconds: float) -> None:
+        if seconds <= self._limit and 2 * prompt < self.chunk:
+            return  # so few tokens are mostly launches, and say nothing of a chunk
+        fitting = int(prompt * self._limit / seconds) if seconds > 0 else self._largest
+        self.chunk = max(MIN_CHUNK, min(fitting, int(GROWTH * self.chunk), self._largest))

@@ -1,0 +1,168 @@
+"""--max-prefill-ms: how long a chunk of prompts may be in a step that also decodes, learned from what steps took, on a
+clock that the tests set."""
+
+import pytest
+from helpers_parallel import collect
+from helpers_scheduler import World, prompt_without_stop
+from helpers_server import VOCAB, make_model
+
+from wave64.serve.args import ServerArgs
+from wave64.serve.engine.engine import MAX_PREFILL_MS, Engine
+from wave64.serve.engine.pace import MIN_CHUNK, Pace
+from wave64.serve.messages import Request, SamplingParams
+
+DECODE_S, LAUNCHES_S, TOKEN_S = 0.010, 0.005, 0.0001
+
+
+class Device:
+    """A clock, and what steps take on it."""
+
+    def __init__(self) -> None:
+        self.now, self.token_s = 100.0, TOKEN_S
+
+    def __call__(self) -> float:
+        return self.now
+
+    def run(self, decodes: int, prompt: int) -> float:
+        took = DECODE_S * bool(decodes) + (LAUNCHES_S + self.token_s * prompt) * bool(prompt)
+        self.now += took
+        return took
+
+
+def step(pace: Pace, device: Device, prompt: int, decodes: int = 1) -> float:
+    pace.begin(bool(decodes), prompt)
+    took = device.run(decodes, prompt)
+    pace.end()
+    return took
+
+
+def test_a_chunk_takes_what_it_may():
+    """Whatever it was first: launches and decodes are accounted for."""
+    device = Device()
+    pace = Pace(30.0, 8000, device)
+    step(pace, device, 0)
+    assert step(pace, device, pace.chunk) == pytest.approx(0.815)
+    for _ in range(8):
+        took = step(pace, device, pace.chunk)
+    assert took == pytest.approx(0.040, abs=2e-4)
+    device.token_s *= 2  # more text before it
+    step(pace, device, pace.chunk)
+    for _ in range(8):
+        took = step(pace, device, pace.chunk)
+    assert took == pytest.approx(0.040, abs=4e-4)
+
+
+def test_few_tokens_say_nothing_of_many():
+    device = Device()
+    pace = Pace(30.0, 8000, device)
+    for _ in range(20):
+        step(pace, device, 3)
+    assert pace.chunk == 8000
+
+
+def test_one_that_compiles_holds_prompts_up_for_a_few_steps():
+    device = Device()
+    pace = Pace(30.0, 8000, device)
+    step(pace, device, 0)
+    pace.begin(True, 500)
+    device.now += 60.0
+    pace.end()
+    assert pace.chunk == MIN_CHUNK
+    chunks = []
+    for _ in range(6):
+        step(pace, device, pace.chunk)
+        chunks.append(pace.chunk)
+    assert chunks[0] == 2 * MIN_CHUNK
+    assert chunks[-1] == pytest.approx(250, abs=4)
+
+
+def test_steps_that_overlap_are_measured_from_end_to_end():
+    """The next one is launched while one runs; one that fails counts nothing."""
+    device = Device()
+    pace = Pace(30.0, 8000, device)
+    pace.begin(False, 1000)
+    pace.begin(False, 1000)
+    device.now += 0.1
+    pace.end()
+    assert pace.chunk == 300
+    pace.begin(True, 8)
+    pace.drop()
+    device.now += 0.1
+    pace.end()
+    assert pace.chunk == 300
+
+
+def test_a_limit_of_nothing_is_none():
+    device = Device()
+    pace = Pace(0.0, 8000, device)
+    step(pace, device, 8000)
+    assert pace.chunk == 8000
+
+
+def test_the_scheduler_keeps_to_the_chunk():
+    world = World(num_pages=200, max_running=8, budget=100)
+    world.add("a", prompt_without_stop(5, 40), 40)
+    assert not world.scheduler.is_decoding
+    world.step()
+    assert world.scheduler.is_decoding
+    world.add("b", list(range(60)), 1)
+    counts = []
+    schedule = world.scheduler.schedule
+    world.scheduler.schedule = lambda: schedule(25)
+    for _ in range(3):
+        counts.append(world.step().counts)
+    assert counts == [[1, 25], [1, 25], [1, 10]]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_answers_go_on_while_prompts_arrive(tmp_path_factory, overlap):
+    """A long prompt and many short ones come while one decodes: once the first chunk was measured, the gaps between its
+    tokens are at most what a decode and --max-prefill-ms take. Alone, a prompt is computed at once."""
+    folder, device = tmp_path_factory.mktemp("model"), Device()
+    make_model(folder)
+    made = Engine(ServerArgs(model_path=str(folder), device="cpu", dtype="float32", chunked_prefill_size=1024,
+                             max_total_tokens=4096, max_prefill_ms=20.0, disable_radix_cache=True), overlap=overlap)
+    made._pace._clock = device
+    forward, launched = made.runner.forward, []
+
+    def timed(*steps):
+        launched.append((steps[0].num_decodes, sum(steps[0].counts[steps[0].num_decodes :])))
+        return forward(*steps)
+
+    made.runner.forward = timed
+    commit = made._commit
+
+    def waited():
+        if made._chosen is not None:
+            device.run(*launched[len(ended)])
+            ended.append(device.now)
+        return commit()
+
+    ended: list[float] = []
+    made._commit = waited
+    collect(made, Request("warm", [5] * 900, SamplingParams(max_new_tokens=1)))
+    assert launched == [(0, 900)]
+    made.add(Request("a", [1, 2], SamplingParams(max_new_tokens=60, temperature=0, ignore_eos=True)))
+    for _ in range(4):
+        made.step()
+    for i in range(4):
+        made.add(Request(f"b{i}", [(7 * i + j) % VOCAB for j in range(900 if not i else 150)],
+                         SamplingParams(max_new_tokens=1)))
+    gaps, heard = [], None
+    while made.has_work:
+        for output in made.step():
+            if output.rid == "a" and output.token_ids:
+                gaps.append(device.now - (heard or device.now))
+                heard = device.now
+    assert sum(prompt for decodes, prompt in launched if decodes) == 900 + 3 * 150
+    assert max(gaps[:3]) <= DECODE_S + 1.25 * 0.020, "the first chunk was measured of a longer one"
+    assert 0.025 < max(gaps[3:]) <= DECODE_S + 0.020 + 1e-3
+
+
+def test_the_default_bounds_steps_of_gpus_only(tmp_path):
+    make_model(tmp_path)
+    made = Engine(ServerArgs(model_path=str(tmp_path), device="cpu", max_total_tokens=256))
+    assert made._pace._limit == 0
+    made = Engine(ServerArgs(model_path=str(tmp_path), device="cpu", max_total_tokens=256, max_prefill_ms=5))
+    assert made._pace._limit == 0.005
+    assert MAX_PREFILL_MS == 100
