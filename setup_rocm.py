@@ -462,7 +462,7 @@ def do_demo(args: argparse.Namespace) -> None:
 def do_doctor(args: argparse.Namespace) -> None:
     python = sys.executable if in_environment() or not VENV.exists() else str(VENV / "bin" / "python")
     if has(python, "wave64"):
-        sys.exit(subprocess.call([python, "-m", "wave64.doctor"], cwd=ROOT))
+        sys.exit(subprocess.call([python, "-m", "wave64.tools.doctor.cli"], cwd=ROOT))
     say(f"Python {sys.version.split()[0]} at {python}")
     say(f"GPUs   {', '.join(amd_gpus() + nvidia_gpus()) or 'none found'}")
     found = torch_of(python)

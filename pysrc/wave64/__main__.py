@@ -14,7 +14,7 @@ MODULES = {
     "serve": ("wave64.launch_server", "serve a model over HTTP: serve --model-path MODEL --port 30000"),
     "emulate": ("wave64.serve.engine.emulate",
                 "generate on an emulated MI300X, and say what a step costs: emulate --model-path MODEL --prompt TEXT"),
-    "doctor": ("wave64.doctor", "this machine: platform, architecture, torch, Triton, code objects"),
+    "doctor": ("wave64.tools.doctor.cli", "what this machine needs before a server runs well on it, with the commands"),
     "rpd2trace": ("wave64.tools.rpd2trace", "a profile of ROCm (RPD, rocpd) as a trace for Perfetto: rpd2trace IN.rpd"),
     "rpd": ("wave64.tools.rpd_report", "where the time of a profile went, what changed: rpd top IN.rpd, rpd diff A B"),
     "check-emulated": ("wave64.testing.emulator.check",
