@@ -1,8 +1,13 @@
-"""Rounding under Triton's interpreter, which truncates fp32 to bf16 and drops carries when it converts to FP8.
+"""What this package changes of Triton's interpreter, under the interpreter only.
 
-Kernels must give the same results on a CPU as on a GPU, which rounds to nearest even. Under the interpreter, and only
-there, this module replaces its conversion between floating-point types with torch's.
+Rounding: kernels must give the same results on a CPU as on a GPU, which rounds to nearest even; the interpreter
+truncates fp32 to bf16 and drops carries when it converts to FP8. So torch converts between floating-point types.
+
+Time: a launch patches triton.language, and so does each call of a device function in it anew, which takes longer than
+most device functions. So a call patches what is not patched yet.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +24,17 @@ def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
     return bits.view(TYPES[source]).to(TYPES[target]).view(getattr(torch, f"uint{target.primitive_bitwidth}")).numpy()
 
 
+def is_patched(fn: Any) -> bool:
+    """Whether what the function sees of triton.language is the interpreter's, as inside a launch."""
+    seen = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+    return not any(tl.core.is_builtin(each) for lang in seen for each in (lang.load, lang.tensor.__add__))
+
+
 def install() -> None:
     from triton.runtime import interpreter
 
+    patch = interpreter._patch_lang
+    interpreter._patch_lang = lambda fn: None if is_patched(fn) else patch(fn)
     original = interpreter._convert_float
 
     def nearest_even(data, source, target, rounding_mode):
