@@ -63,14 +63,14 @@ def connected(monkeypatch):
             out.copy_(2 * x + 1)
             out[:wrong] += 1
 
-        def both(group, mine):
+        def both(mine, group):
             return [mine, (host, device, b"theirs") if isinstance(mine, tuple) else None]
 
         monkeypatch.setattr(peers, "hip", SimpleNamespace(
             _hip=runtime, launch=launch, reason=lambda kind: None,
             constants=lambda op: SimpleNamespace(ARENA_BYTES=1 << 21)))
         monkeypatch.setattr(peers, "_identity", lambda device: (HOST, "0"))
-        monkeypatch.setattr(peers, "_all", both)
+        monkeypatch.setattr(distributed, "said", both)
         distributed.register(Group("pair", 0, 2))
         return peers.connect("pair", CPU, timeout_s=7.0)
 
@@ -139,7 +139,7 @@ def test_ranks_that_make_the_same_calls_hear_nothing_of_it():
 def test_ranks_that_call_different_things_are_told_both(ours, words):
     one, other = noted()
     for each in (one, other):
-        each.note("reduce_scatter", torch.float32, 1 << 39)
+        each.note("reduce_scatter", torch.float32, 1 << 31)
     one.note("all_reduce", torch.bfloat16, 96)
     with pytest.raises(peers.CallsDiffer) as said:
         other.note(*ours)
@@ -180,7 +180,7 @@ def test_calls_are_noted_in_a_file_that_is_gone_once_all_have_mapped_it(connecte
 
 
 def test_the_first_rank_that_cannot_is_named_on_all(monkeypatch):
-    monkeypatch.setattr(peers, "_all", lambda group, mine: [None, "out of memory", mine])
+    monkeypatch.setattr(distributed, "said", lambda mine, group: [None, "out of memory", mine])
     assert peers._agree("any", "mine") == peers._agree("any", None) == "rank 1: out of memory"
 
 

@@ -25,7 +25,7 @@ from wave64.backends import peers
 from wave64.distributed import Store
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.memory import pool_pages
-from wave64.serve.engine.ranks import join, ranks_of, smallest
+from wave64.serve.engine.ranks import join, ranks_of, served, smallest
 from wave64.serve.engine.runner import Runner
 from wave64.serve.engine.team import RankLost
 from wave64.serve.messages import BadRequest, SamplingParams, check_params
@@ -59,13 +59,13 @@ class Rank:
         self.device = _device(args.device, args.base_gpu_id + local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams, graphs and launches are the current device's
-        self.backends = wave64.report(self.device.type)
+        say("joining the other ranks", str(self.device))
+        ranks = ONE if store is None else join(args, rank, store, self.device)
+        self.backends = served(wave64.report(self.device.type), ranks)
         if rank == 0:
             log.info("what serves each operator:\n%s", wave64.table(self.backends))
         self.config = _config(folder, args)
         self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
-        say("joining the other ranks", str(self.device))
-        ranks = ONE if store is None else join(args, rank, store, self.device)
         say("loading weights", str(self.device))
         model = load_model(self.config, folder, self.dtype, self.device, args.load_format, ranks, progress)
         say("allocating the KV pool", str(self.device))

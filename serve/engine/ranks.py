@@ -46,10 +46,22 @@ def _connect(args: ServerArgs, group: Group, device: torch.device) -> None:
         return
     if args.disable_custom_all_reduce:
         peers.disconnect(group.name, why := "--disable-custom-all-reduce")
-    else:
-        why = peers.connect(group.name, device)
+    else:  # a rank that waits says for whom before its step has taken too long
+        why = peers.connect(group.name, device, min(peers.TIMEOUT_S, args.watchdog_timeout or peers.TIMEOUT_S))
     if why is not None and group.rank == 0:
         log.warning("group %s: torch.distributed exchanges its tensors: %s", group.name, why)
+
+
+def served(rows: list[dict[str, str]], ranks: Ranks) -> list[dict[str, str]]:
+    """The rows of `wave64.report()` as they are for these ranks: where kernels do not reach the memory of a group's
+    ranks, on whichever of them, torch.distributed serves the collectives. Every rank calls it."""
+    groups = {each.name: each for each in (ranks.world, ranks.attention, ranks.data) if each.size > 1}
+    mine = next((f"group {name}: {why}" for name in groups if (why := peers.reason(name))), None)
+    why = next(filter(None, distributed.said(mine, ranks.world.name)), None) if groups else None
+    changed = {row["op"] for row in rows if row["backend"] == "hip" and row["status"] == "bound"
+               and row["op"] in peers.OPS.values()} if why else ()  # fmt: skip
+    now = {"hip": {"status": "off", "reason": why}, "reference": {"status": "bound", "reason": "torch.distributed"}}
+    return [row | now.get(row["backend"], {}) if row["op"] in changed else row for row in rows]
 
 
 def _groups(args: ServerArgs) -> tuple[list[list[int]], list[list[int]]]:

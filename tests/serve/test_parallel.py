@@ -34,6 +34,7 @@ from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.model.checkpoint import StoredTensor
 from wave64.serve.model.config import ConfigError, ModelConfig
 from wave64.serve.model.load import load_model
+from wave64.serve.model.parallel import Ranks
 from wave64.serve.model_path import resolve_model_path
 
 PROMPTS = [[17, 3, 99, 42, 8, 8, 71], [0, 55], [23, 64, 90, 12, 1, 2, 3, 4, 5, 6, 7, 8, 9], [77]]
@@ -326,6 +327,27 @@ def test_custom_all_reduce_can_be_disabled(caplog):
         assert caplog.messages == ["group world: torch.distributed exchanges its tensors: --disable-custom-all-reduce"]
     finally:
         distributed.leave()
+
+
+@pytest.mark.parametrize(("theirs", "words"), [(None, None), ("group data: its ranks are on several hosts",) * 2])
+def test_the_table_shows_what_a_group_really_uses(monkeypatch, theirs, words):
+    """Of three operators of which two are bound to kernels; on whichever rank a group has fallen back."""
+    table = [dict(op=op, backend=backend, status="bound" if backend == bound else "off", reason="")
+             for op, bound in (("all_reduce", "hip"), ("all_gather", "reference"), ("rms_norm", "hip"))
+             for backend in ("hip", "triton", "reference")]
+    world = Group("world", 0, 4)
+    monkeypatch.setattr(distributed, "said", lambda mine, group: [mine, None, theirs, None])
+    monkeypatch.setattr(peers, "reason", lambda group: None)
+    assert ranks.served(table, Ranks()) == table, "a rank alone has no group"
+    after = ranks.served(table, Ranks(world, world))
+    changed = {} if words is None else {("all_reduce", "hip"): ("off", words),
+                                        ("all_reduce", "reference"): ("bound", "torch.distributed")}
+    assert {(row["op"], row["backend"]): (row["status"], row["reason"]) for row in after} == {
+        (row["op"], row["backend"]): (row["status"], "") for row in table} | changed
+    monkeypatch.setattr(peers, "reason", {"world": None, "data": "ranks 0 and 1 have the same GPU"}.get)
+    after = ranks.served(table, Ranks(world, Group("attention", 0, 1), Group("data", 0, 2)))
+    assert after[0] == dict(op="all_reduce", backend="hip", status="off",
+                            reason="group data: ranks 0 and 1 have the same GPU")
 
 
 def test_groups_that_kernels_are_not_for_are_refused_in_words():

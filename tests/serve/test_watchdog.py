@@ -27,6 +27,32 @@ engine.run_engine(ServerArgs("demo-llama", max_total_tokens=512, watchdog_timeou
 """
 
 
+#: an engine of which a kernel's wait times out in its first step
+WAITS = """
+import sys, torch
+from wave64.backends import peers
+from wave64.distributed import Group
+from wave64.serve.args import ServerArgs
+from wave64.serve.engine import engine
+from wave64.serve.messages import Request, SamplingParams
+
+record = torch.zeros(16, dtype=torch.int32)
+peers._KNOWN["world"] = peers.Peers(Group("world", 0, 2), (), (record.data_ptr(), 0), 3.0)
+
+class Busy(engine.Engine):
+    def __init__(self, *rest):
+        super().__init__(*rest)
+        self.add(Request("0", [5, 6], SamplingParams(max_new_tokens=8)))
+        self.runner.model.register_forward_hook(self.time_out)
+
+    def time_out(self, *_):
+        record[:5] = torch.tensor([1, 1, 17, 2, 1])
+
+engine.Engine = Busy
+engine.run_engine(ServerArgs("demo-llama", max_total_tokens=512), *sys.argv[1:])
+"""
+
+
 class Expired(threading.Event):
     def __call__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -74,18 +100,31 @@ def test_a_step_that_ends_while_it_is_looked_at_is_left_alone(monkeypatch):
     assert not expired.is_set()
 
 
-def test_an_engine_that_stands_still_ends_and_says_so(tmp_path):
+def end_of(script: str, tmp_path) -> tuple[str, str]:
+    """The last words of an engine that ends by itself, and its log."""
     ends = [f"ipc://{tmp_path}/{name}" for name in ("requests", "outputs")]
     with zmq.Context() as context, context.socket(zmq.PULL) as outputs:
         outputs.bind(ends[1])
-        with subprocess.Popen([sys.executable, "-c", ENGINE, *ends], stderr=subprocess.PIPE, text=True) as engine:
+        with subprocess.Popen([sys.executable, "-c", script, *ends], stderr=subprocess.PIPE, text=True) as engine:
             said = []
             while not (said and isinstance(said[-1], Failed)) and outputs.poll(60_000):
                 said.append(decode_to_api(outputs.recv()))
-            _, stacks = engine.communicate(timeout=60)
+            if not said or not isinstance(said[-1], Failed):
+                engine.kill()
+            _, log = engine.communicate(timeout=60)
     assert isinstance(said[0], Ready)
     assert isinstance(said[-1], Failed)
-    assert said[-1].error.startswith("a step has not ended for ")
-    assert "(--watchdog-timeout)" in said[-1].error
-    assert "in never_ends" in stacks
     assert engine.returncode == 1
+    return said[-1].error, log
+
+
+def test_an_engine_that_stands_still_ends_and_says_so(tmp_path):
+    error, stacks = end_of(ENGINE, tmp_path)
+    assert error.startswith("a step has not ended for ")
+    assert "(--watchdog-timeout)" in error
+    assert "in never_ends" in stacks
+
+
+def test_an_engine_whose_kernel_has_waited_in_vain_ends_and_says_for_whom(tmp_path):
+    error, _ = end_of(WAITS, tmp_path)
+    assert error == "rank 0 waited 3 s for rank 1 of group world in all_reduce, round 17 of block 2"

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from wave64 import distributed, platform
@@ -60,7 +59,7 @@ _CALLS = {name: number for number, name in OPS.items()} | {"a replayed graph": 1
 _DTYPES = sorted((each for each in vars(torch).values() if isinstance(each, torch.dtype)), key=str)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 NOTED = 1024  # of each rank's last calls; launches of so many that wait on a device do not fit its queue
-_NUMBER_BITS, _COUNT_BITS = 12, 40
+_NUMBER_BITS, _COUNT_BITS = 20, 32
 _NUMBER = (1 << _NUMBER_BITS) - 1
 
 
@@ -272,16 +271,9 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
-def _all(group: str, mine: Any) -> list[Any]:
-    """What each rank says."""
-    said: list[Any] = [None] * distributed.member(group).size
-    dist.all_gather_object(said, mine, group=distributed.registered(group))
-    return said
-
-
 def _agree(group: str, mine: str | None) -> str | None:
     """The first rank's reason, where any has one; it is the same on all."""
-    said = _all(group, mine)
+    said = distributed.said(mine, group)
     return next((f"rank {rank}: {why}" for rank, why in enumerate(said) if why), None)
 
 
@@ -313,7 +305,7 @@ def _connect(group: str, device: torch.device) -> str | None:
     made = _Made(distributed.member(group))
     why = _agree(group, _attempt(lambda: made.allocate(device)))
     if why is None:
-        said = _all(group, (*_identity(device), made.handle))
+        said = distributed.said((*_identity(device), made.handle), group)
         why = _not_shareable(said) or _agree(group, _attempt(lambda: _unreachable(said, device)))
         if why is None:
             why = _agree(group, _attempt(lambda: made.map([handle for *_, handle in said], device)))
@@ -343,7 +335,7 @@ def _common_calls(group: Group) -> Calls | None:
 
     why = _agree(group.name, _attempt(make) if group.rank == 0 else None)
     if why is None:
-        mine, path = path, _all(group.name, path)[0]
+        mine, path = path, distributed.said(path, group.name)[0]
         why = _agree(group.name, _attempt(map_it))
         path = mine
     if path:

@@ -15,7 +15,8 @@ from wave64.distributed.groups import (
     partition,
     register,
     registered,
+    said,
 )
 
 __all__ = ["ALONE", "WORLD", "Group", "Store", "all_gather", "all_reduce", "at_leave", "join", "leave", "meet",
-           "member", "names", "partition", "reduce_scatter", "register", "registered"]
+           "member", "names", "partition", "reduce_scatter", "register", "registered", "said"]
