@@ -96,6 +96,12 @@ class ServerArgs:
     disable_radix_cache: bool = _flag(False, "compute every prompt whole, whatever was computed before")
     disable_overlap_schedule: bool = _flag(False, "schedule a step when the one before has ended, not while it runs")
     disable_cuda_graph: bool = _flag(False, "launch every decode step kernel by kernel")
+    cuda_graph_max_bs: int | None = _flag(
+        None, "requests of the largest batch whose decode step is captured as a graph; larger ones are launched kernel "
+              "by kernel; default: --max-running-requests", kind=int)  # fmt: skip
+    cuda_graph_bs: Sequence[int] = _flag(
+        (), "the batch sizes to capture, one behind the other; default: a ladder up to --cuda-graph-max-bs", kind=int
+    )
     disable_custom_all_reduce: bool = _flag(False, "let torch.distributed (RCCL) exchange all that ranks exchange")
 
     tool_call_parser: str | None = _flag(
@@ -120,6 +126,9 @@ class ServerArgs:
     def __post_init__(self) -> None:
         self.ignore_config_key = tuple(self.ignore_config_key)
         self.cors_allow_origins = tuple(self.cors_allow_origins)
+        self.cuda_graph_bs = tuple(self.cuda_graph_bs)
+        if self.cuda_graph_bs and min(self.cuda_graph_bs) < 1:
+            raise ArgsError(f"--cuda-graph-bs: expected sizes of at least 1, got {min(self.cuda_graph_bs)}")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ArgsError("--ssl-certfile: expected the certificate that --ssl-keyfile belongs to, got none")
         if not 1 <= self.port <= 65535:
@@ -132,6 +141,7 @@ class ServerArgs:
         for name in (
             "tp_size", "ep_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "max_running_requests",
             "page_size", "max_prefill_tokens", "stream_interval", "timeout_keep_alive", "max_queued_requests",
+            "cuda_graph_max_bs",
         ):  # fmt: skip
             self._at_least_one(name)
         if self.max_prefill_ms is not None and not self.max_prefill_ms >= 0:
@@ -223,7 +233,6 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--num-continuous-decode-steps": (int, "every step is scheduled"),
     "--schedule-conservativeness": (float, "requests are preempted when pages run out, and lose nothing"),
     "--disable-cuda-graph-padding": (None, "a batch runs in the smallest graph that holds it"),
-    "--cuda-graph-max-bs": (int, "graphs are captured up to --max-running-requests"),
     "--attention-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
     "--decode-attention-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
     "--prefill-attention-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
@@ -301,6 +310,8 @@ def _parser() -> _Parser:
         how: dict[str, Any] = {"dest": item.name, "default": item.default, "help": about["help"]}
         if about["kind"] is bool:
             how["action"] = "store_true"
+        elif item.default == () and about["kind"] is int:
+            how |= {"nargs": "+", "default": [], "type": int, "metavar": "SIZE"}
         elif item.default == ():
             how |= {"action": "append", "default": [], "metavar": "NAME"}
         else:

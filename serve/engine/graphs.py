@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,22 @@ from wave64.serve.model.layers import KVCache
 
 log = logging.getLogger("wave64")
 
+NOTE_S = 5.0  # how often the log says how far capturing is
 ROW_BYTES = 28  # of a decoding sequence's fields, three of 8 bytes and one of 4
 
 
-def batch_sizes(largest: int) -> list[int]:
-    """The sizes to capture: 1, 2, 4, then multiples of 8, wider apart as they grow, and `largest` itself."""
+def batch_sizes(largest: int, wanted: Sequence[int] = ()) -> list[int]:
+    """The sizes to capture: those `wanted` up to `largest`, or else 1, 2, 4, then multiples of 8, wider apart as they
+    grow, and `largest` itself. Larger batches are launched kernel by kernel."""
+    if wanted:
+        return sorted({min(size, largest) for size in wanted})
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, largest, 64)]
     return [size for size in sizes if size < largest] + [largest]
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of the device's memory; torch's own caches are not counted as free. 0 where graphs take the host's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _fields(memory: Tensor, rows: int) -> dict[str, Tensor]:
@@ -44,12 +54,16 @@ def _fields(memory: Tensor, rows: int) -> dict[str, Tensor]:
 
 
 class DecodeGraphs:
-    """Graphs of `model` over fixed input tensors, for up to `max_batch` sequences of up to `max_pages` pages each."""
+    """Graphs of `model` over fixed input tensors, for batches of up to `largest` sequences of up to `max_pages` pages
+    each."""
 
     def __init__(
         self, model: nn.Module, kv_cache: list[KVCache], device: torch.device, max_batch: int,
-        max_pages: int,
+        max_pages: int, sizes: Sequence[int] = (),
     ) -> None:  # fmt: skip
+        """max_batch: of what runs. sizes: of the batches that are captured; none: batch_sizes(max_batch)."""
+        self._sizes = batch_sizes(max_batch, sizes)
+        self.largest = max_batch = self._sizes[-1]
         # What changes at every step lies in one piece of memory, here and on the device.
         gpu = platform.streams()
         self._there = torch.zeros(max_batch * ROW_BYTES, dtype=torch.uint8, device=device)
@@ -70,9 +84,9 @@ class DecodeGraphs:
             gathered_tokens=max_batch,
             gathered_logits=max_batch,
         )
-        self._sizes = batch_sizes(max_batch)
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
-        started = time.perf_counter()
+        started = noted = time.perf_counter()
+        free = _free_bytes(device)
         memory = None  # shared by all: only one of them runs at a time; the largest first, so that it sets the size
         for size in reversed(self._sizes):
             batch = self._cut(size)
@@ -87,8 +101,11 @@ class DecodeGraphs:
                 logits = model(batch, kv_cache)
             memory = graph.pool()
             self._graphs[size] = (graph, logits)
-        seconds = time.perf_counter() - started
-        log.info("decode graphs: %d batch sizes up to %d in %.1f s", len(self._sizes), max_batch, seconds)
+            if time.perf_counter() - noted > NOTE_S:
+                noted = time.perf_counter()
+                log.info("decode graphs: %d of %d batch sizes captured", len(self._graphs), len(self._sizes))
+        log.info("decode graphs: %d batch sizes up to %d, %.0f MiB in all, in %.1f s", len(self._sizes), max_batch,
+                 (free - _free_bytes(device)) / 2**20, time.perf_counter() - started)
 
     def pack(self, arrays: dict[str, NDArray], largest: int) -> dict[str, NDArray]:
         """The arrays of a batch that only decodes, its changing fields `packed` as replay() takes them. largest: the

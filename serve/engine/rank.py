@@ -24,6 +24,7 @@ from wave64.arch import EMULATED
 from wave64.backends import peers
 from wave64.distributed import Store
 from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.engine.graphs import batch_sizes
 from wave64.serve.engine.memory import pool_pages
 from wave64.serve.engine.ranks import join, ranks_of, served, smallest
 from wave64.serve.engine.runner import Runner
@@ -78,8 +79,11 @@ class Rank:
         # What gloo exchanges is no launch that a graph of emulated devices could hold.
         capture = capture and not (emulated and any(group.size > 1 and peers.reason(group.name)
                                                     for group in (ranks.world, ranks.attention, ranks.data)))
+        graph_sizes = args.cuda_graph_bs
+        if not graph_sizes and args.cuda_graph_max_bs is not None:
+            graph_sizes = batch_sizes(min(self.max_running, args.cuda_graph_max_bs))
         self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
-                             self.max_running, capture, ranks=ranks)  # fmt: skip
+                             self.max_running, capture, ranks=ranks, graph_sizes=graph_sizes)  # fmt: skip
 
 
 def _config(folder: Path, args: ServerArgs) -> ModelConfig:

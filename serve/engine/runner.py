@@ -6,6 +6,7 @@ replay captured graphs (graphs.py). Neither forward() nor sample() waits for the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ class Runner:
 
     def __init__(
         self, model: nn.Module, config: ModelConfig, kv_dtype: torch.dtype, device: torch.device, num_pages: int,
-        page_size: int, max_running: int, capture: bool, *, ranks: Ranks = ONE,
+        page_size: int, max_running: int, capture: bool, *, ranks: Ranks = ONE, graph_sizes: Sequence[int] = (),
     ) -> None:  # fmt: skip
+        """capture: decode graphs, of these sizes where some are given."""
         self.model, self.device, self.page_size = model, device, page_size
         self._reads_prefixes = FAMILIES[config.architecture].reads_prefixes
         self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device, ranks)
@@ -47,7 +49,9 @@ class Runner:
         self._cross = Crossing(device)
         self._graphs = None
         if capture:
-            self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, self._page_table.shape[1])
+            self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, self._page_table.shape[1],
+                                        graph_sizes)
+        self.splits_steps = groups == 1  # those that decode and compute prompts, to replay a graph for the decodes
 
     @property
     def weight_bytes(self) -> int:
@@ -72,13 +76,22 @@ class Runner:
 
         They are valid until the next call.
         """
-        step = steps[self._group]
         if self._world.size > 1 and any(LAST_SAMPLED in each.tokens for each in steps):  # rank 0 has sampled them
             groups = len(self._last_sampled)
             self._last_sampled.copy_(ops.all_gather(self._last_sampled, self._world.name)[:groups])
+        if (self._graphs is not None and self.splits_steps
+                and 0 < steps[0].num_decodes < len(steps[0].rows) and steps[0].num_decodes <= self._graphs.largest):
+            return torch.cat([self._forward(each) for each in steps[0].split()])
+        return self._forward(*steps)
+
+    def _forward(self, *steps: Schedule) -> Tensor:
+        """One Batch for each group; a replay where all only decode, and few enough."""
+        step = steps[self._group]
         arrays, sizes = self._inputs(step)
-        graphs = self._graphs if all(each.num_decodes == len(each.rows) for each in steps) else None
-        largest = max(len(each.rows) for each in steps)
+        graphs, largest = self._graphs, max(len(each.rows) for each in steps)
+        if graphs is not None and (largest > graphs.largest
+                                   or any(each.num_decodes < len(each.rows) for each in steps)):
+            graphs = None
         if graphs is not None:
             arrays = graphs.pack(arrays, largest)
         there = self._cross(arrays)

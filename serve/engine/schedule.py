@@ -29,6 +29,13 @@ class Schedule:
     tokens: list[int] = field(default_factory=list)  # [T] token ids, or LAST_SAMPLED
     pages: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (row, first index, pages) newly allocated
 
+    def split(self) -> tuple[Schedule, Schedule]:
+        """The decodes, with all the pages, and the prompts: two steps that do what this one does."""
+        n = self.num_decodes
+        columns = self.rows, self.starts, self.counts, self.logits, self.tokens
+        return (Schedule(n, *(column[:n] for column in columns), self.pages),
+                Schedule(0, *(column[n:] for column in columns)))
+
 
 class Penalties(NamedTuple):
     """What one sequence's logits are penalized by: every token that it holds already."""

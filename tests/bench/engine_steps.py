@@ -2,12 +2,19 @@
 
     python tests/bench/engine_steps.py decode [--batch 1 64 256] [--context 1100] [--out FILE.json]
     python tests/bench/engine_steps.py chats                      # turns of chats, with the prefix cache and without
+    python tests/bench/engine_steps.py prefill                    # 8192 tokens of one prompt, one token out
+    python tests/bench/engine_steps.py load                       # 1000 requests of 128 tokens in, 128 out, at once
+    python tests/bench/engine_steps.py mixed [--batch 1 64 255]   # decodes, with a prompt of 128 tokens in every step
     python tests/bench/engine_steps.py host [--batch 256]         # any machine: scheduling, committing, a step's arrays
+    python tests/bench/engine_steps.py all                        # every one of these
 
 decode: an engine with random weights in the shape of Llama-3.1-8B, bf16, decodes greedily behind so many tokens. Both
 loops say the same tokens, else there is no row. `step` is the mean time between two steps' results, with scheduling,
 sampling and hand-over; `busy` the time that the device computes or copies in a step, from a profile of further steps of
 the same batch; `idle` what is left. chats: prompt tokens per second, over turns that each add new tokens to a chat.
+load: with --max-prefill-ms as it is by default, and without a limit; `gap_ms` is the longest time between two tokens of
+one answer, and its 99th percentile. mixed: the decodes of such a step by a graph, then the prompt kernel by kernel, or
+both in one batch, kernel by kernel.
 `--tiny` takes a small model and works on a CPU: it is there to test this file.
 """
 
@@ -29,7 +36,8 @@ import torch
 from ranks_serving import MODELS, TINY
 
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine.engine import PREFILL_CHUNK, Engine
+from wave64.serve.engine.engine import MAX_PREFILL_MS, PREFILL_CHUNK, Engine
+from wave64.serve.engine.pace import Pace
 from wave64.serve.engine.pages import PagePool
 from wave64.serve.engine.runner import Runner
 from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled
@@ -42,7 +50,9 @@ WARM, CHECKED = 8, 24  # steps before the clock starts; tokens of each sequence 
 
 
 def engine_of(folder: Path, options: argparse.Namespace, **flags: Any) -> Engine:
-    (folder / "config.json").write_text(json.dumps((TINY if options.tiny else MODELS)[MODEL]))
+    config = (TINY if options.tiny else MODELS)[MODEL]
+    config = config | dict(max_position_embeddings=max(config["max_position_embeddings"], 2 * options.context))
+    (folder / "config.json").write_text(json.dumps(config))
     tokens = max(options.batch) * (options.context + options.steps + options.profiled + CHECKED + 64)
     given = dict(model_path=str(folder), load_format="dummy", device="cpu" if options.tiny else "cuda",
                  max_total_tokens=tokens, max_running_requests=max(options.batch)) | flags
@@ -164,6 +174,86 @@ def chats(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def prefill(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The best and the mean of a few prompts, each alone."""
+    options.batch, options.context = [1], 40 if options.tiny else 8192
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_of(Path(folder), options, disable_radix_cache=True)
+        for number in range(7):
+            drawn = random.Random(number)
+            ids = [drawn.randrange(4, engine.config.vocab_size) for _ in range(options.context)]
+            engine.add(Request("a", ids, SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True)))
+            began, tokens = time.perf_counter(), {"a": list[int]()}
+            while engine.has_work:
+                step(engine, tokens)
+            assert len(tokens["a"]) == 1
+            times.append(1e3 * (time.perf_counter() - began))
+    row = dict(prompt_tokens=options.context, best_ms=min(times[2:]), mean_ms=statistics.mean(times[2:]))
+    print(line(row), flush=True)
+    return [row]
+
+
+def load(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All requests at once; a first round, whose times do not count, compiles."""
+    count, length = (8, 12) if options.tiny else (1000, 128)
+    options.batch, options.context = [8 if options.tiny else 256], 2 * length
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_of(Path(folder), options, disable_radix_cache=True)
+        default = engine._pace
+        for limit in (0.0, MAX_PREFILL_MS):
+            for rounds in range(2):
+                engine._pace = Pace(limit, engine.scheduler.prefill_budget)
+                drawn = random.Random(rounds)
+                for number in range(count if rounds else count // 4):
+                    ids = [drawn.randrange(4, engine.config.vocab_size) for _ in range(length)]
+                    engine.add(Request(f"{number}", ids, SamplingParams(
+                        max_new_tokens=length, temperature=0, ignore_eos=True)))
+                began, generated, gaps, heard = time.perf_counter(), 0, [], dict[str, float]()
+                while engine.has_work:
+                    outputs = engine.step()
+                    now = time.perf_counter()
+                    for output in outputs:
+                        assert output.error is None
+                        gaps.append(1e3 * (now - heard.get(output.rid, now)))
+                        heard[output.rid] = now
+                        generated += len(output.token_ids)
+                seconds = time.perf_counter() - began
+            gaps.sort()
+            rows.append(dict(requests=count, max_prefill_ms=limit, output_tokens=generated,
+                             tokens_per_s=generated / seconds, gap_p99_ms=gaps[int(0.99 * len(gaps))], gap_ms=gaps[-1]))
+            print(line(rows[-1]), flush=True)
+        engine._pace = default
+    return rows
+
+
+def mixed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every timed step computes a prompt of its own and decodes `batch` sequences."""
+    rows, length = [], 12 if options.tiny else 128
+    batches, options.batch = options.batch, [max(options.batch) + 8]
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_of(Path(folder), options, disable_radix_cache=True, max_prefill_ms=0)
+        for batch in batches:
+            for splits in (True, False):
+                engine.runner.splits_steps = splits
+                prefills = batch * options.context // PREFILL_CHUNK["cuda"] + 2
+                count = WARM + options.steps + prefills + 8
+                tokens = start(engine, requests(options, batch, engine.config.vocab_size, count))
+                times, drawn = [], random.Random(0)
+                for number in range(WARM + options.steps):
+                    ids = [drawn.randrange(4, engine.config.vocab_size) for _ in range(length)]
+                    tokens[f"new {number}"] = []
+                    engine.add(Request(f"new {number}", ids, SamplingParams(max_new_tokens=1, ignore_eos=True)))
+                    began = time.perf_counter()
+                    step(engine, tokens)
+                    times.append(1e3 * (time.perf_counter() - began))
+                end(engine, tokens)
+                rows.append(dict(batch=batch, prompt=length, splits=splits, step_ms=statistics.mean(times[WARM:])))
+                print(line(rows[-1]), flush=True)
+    return rows
+
+
 def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds of the host's part of a decode step, the best of many: nothing here touches a device."""
     rows, folder = [], Path(tempfile.mkdtemp())
@@ -204,7 +294,8 @@ def line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["decode", "chats", "host"])
+    ways = {"decode": decode, "prefill": prefill, "load": load, "chats": chats, "mixed": mixed, "host": host}
+    parser.add_argument("what", choices=[*ways, "all"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--context", type=int, default=1100)
     parser.add_argument("--steps", type=int, default=100, help="that are timed (default: %(default)s)")
@@ -215,7 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.tiny:
         options.batch, options.context, options.steps, options.profiled = [1, 3], 20, 20, 1
     gc.freeze()  # as a server does
-    rows = {"decode": decode, "chats": chats, "host": host}[options.what](options)
+    rows = []
+    for name in ways if options.what == "all" else [options.what]:
+        rows += [{"what": name} | row for row in ways[name](argparse.Namespace(**vars(options)))]
+        torch.cuda.empty_cache()
     gc.unfreeze()
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -10,6 +10,9 @@ import torch
 @pytest.mark.parametrize(("what", "rows", "columns"), [
     ("decode", 4, {"batch", "loop", "same_tokens", "step_ms", "worst_ms", "busy_ms", "idle_ms"}),
     ("host", 2, {"batch", "schedule_ms", "batch_ms", "commit_ms", "sampling_ms"}),
+    ("prefill", 1, {"prompt_tokens", "best_ms", "mean_ms"}),
+    ("load", 2, {"requests", "max_prefill_ms", "output_tokens", "tokens_per_s", "gap_p99_ms", "gap_ms"}),
+    ("mixed", 4, {"batch", "prompt", "splits", "step_ms"}),
     ("chats", 2, {"prefix_cache", "prompt_tokens", "cached", "tokens_per_s"}),
 ])  # fmt: skip
 def test_it_runs(tmp_path, what, rows, columns):
@@ -17,7 +20,8 @@ def test_it_runs(tmp_path, what, rows, columns):
     out = tmp_path / "rows.json"
     assert engine_steps.main([what, "--tiny", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert [set(row) for row in found] == [columns] * rows
+    assert [set(row) for row in found] == [columns | {"what"}] * rows
+    assert {row["what"] for row in found} == {what}
     if what == "chats":
         assert [row["cached"] > 0 for row in found] == [False, True]
 

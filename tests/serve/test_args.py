@@ -36,6 +36,8 @@ def test_every_flag_sets_its_field():
         (["--tp", "2", "--dp-size", "4", "--enable-dp-attention"],
          "--dp-size: expected a divisor of --tp-size, 2, got 4"),
         (["--watchdog-timeout", "0"], "--watchdog-timeout: expected more than 0, got 0.0"),
+        (["--cuda-graph-bs", "4", "0"], "--cuda-graph-bs: expected sizes of at least 1, got 0"),
+        (["--cuda-graph-max-bs", "0"], "--cuda-graph-max-bs: expected at least 1, got 0"),
         (["--max-prefill-ms", "-1"], "--max-prefill-ms: expected at least 0, got -1.0"),
         (["--rank-timeout", "nan"], "--rank-timeout: expected more than 0, got nan"),
         (["--port", "70000"], "--port: expected 1 to 65535, got 70000"),
@@ -111,6 +113,7 @@ def test_a_repeatable_flag_keeps_all_its_values():
     args = ServerArgs.from_cli(["--ignore-config-key", "a", "--ignore-config-key", "b.c"])
     assert args.ignore_config_key == ("a", "b.c")
     assert ServerArgs.from_cli([]).ignore_config_key == (), "nothing is left over from the call before"
+    assert ServerArgs.from_cli(["--cuda-graph-bs", "1", "8", "--tp", "1"]).cuda_graph_bs == (1, 8)
 
 
 def test_python_gets_the_same_checks():

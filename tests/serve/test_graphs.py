@@ -180,6 +180,57 @@ def test_two_attention_groups_replay_the_graph_of_the_larger_batch(tmp_path, cap
                     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_a_prompt_leaves_decodes_their_graph(tmp_path, capture, name):
+    """Logits and caches are those of one eager batch; a batch beyond the largest graph is launched kernel by kernel."""
+    make_llama(tmp_path) if name == "llama" else make_deepseek(tmp_path, 3)
+    model, config = load(tmp_path, "cpu")
+
+    def runner(sizes: tuple[int, ...]) -> Runner:
+        made = Runner(Captured(model), config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
+        for layer in made.kv_cache:
+            for tensor in layer:
+                tensor.zero_()
+        if sizes:
+            made._graphs = graphs.DecodeGraphs(made.model, made.kv_cache, made.device, 8, made._page_table.shape[1],
+                                               sizes)
+        return made
+
+    eager, replayed = runner(()), runner((1, 3, 99))
+    assert replayed._graphs.largest == 8
+    replayed = runner((1, 3))
+    assert sorted(replayed._graphs._graphs) == [1, 3]
+
+    def both(*columns, pages) -> Graph | None:
+        Graph.ours.replayed = None
+        schedule = Schedule(*columns, pages)
+        torch.testing.assert_close(replayed.forward(schedule), eager.forward(schedule), rtol=0, atol=1e-4)
+        for ours, theirs in zip(replayed.kv_cache, eager.kv_cache, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        return Graph.ours.replayed
+
+    prompts = [(row, 0, [2 * row, 2 * row + 1]) for row in range(5)]
+    assert both(0, [0, 1], [0, 0], [3, 3], [1, 1], [1, 2, 3, 4, 5, 6], pages=prompts) is None
+    mixed = both(2, [0, 1, 2, 3], [3, 3, 0, 0], [1, 1, 3, 2], [1, 1, 2, 1], [7, 8, 1, 2, 3, 4, 5], pages=[])
+    assert mixed is replayed._graphs._graphs[3][0]
+    for row, rows in enumerate(eager._page_table[:4]):
+        assert rows[:2].tolist() == [2 * row, 2 * row + 1]
+    assert both(4, [0, 1, 2, 3], [4, 4, 3, 2], [1] * 4, [1] * 4, [9, 8, 7, 6],
+                pages=[(0, 2, [20]), (1, 2, [21])]) is None, "four are more than three"
+
+
+def test_a_step_is_the_two_that_it_is_split_into():
+    step = Schedule(1, [4, 2], [9, 0], [1, 3], [1, 2], [7, 1, 2, 3], [(2, 0, [5])])
+    assert step.split() == (Schedule(1, [4], [9], [1], [1], [7], [(2, 0, [5])]),
+                            Schedule(0, [2], [0], [3], [2], [1, 2, 3]))
+
+
+@pytest.mark.parametrize(("largest", "wanted", "sizes"), [
+    (8, [4, 1, 4], [1, 4]), (8, [2, 16], [2, 8]), (2, [], [1, 2])])
+def test_the_sizes_that_were_asked_for(largest, wanted, sizes):
+    assert graphs.batch_sizes(largest, wanted) == sizes
+
+
 @pytest.mark.parametrize("largest", [1, 3, 8, 100, 256, 1000])
 def test_graph_sizes_hold_every_batch(largest):
     sizes = graphs.batch_sizes(largest)
