@@ -1,8 +1,9 @@
 """wave64: ROCm operators for LLM inference. `wave64.ops.<name>(...)` or `torch.ops.wave64.<name>(...)`.
 `wave64.Engine(model_path=...)` generates without a server.
 
-`import wave64` imports torch and registers the operators, in every process but the server's own two: the api process
-never needs torch, and the engine process sets its handlers first. There, the first use of an attribute does the same.
+`import wave64` imports torch and registers the operators, in every process but the server's own two and that of
+`bench_serving`: the api process and the client never need torch, and the engine process sets its handlers first. There,
+the first use of an attribute does the same.
 """
 
 import importlib.util
@@ -24,17 +25,18 @@ if TYPE_CHECKING:
 __all__ = ["OPS", "BadArgument", "Case", "Cost", "NotSupported", "emulate", "op", "ops", "platform", "report", "table",
            "use"]
 
-SERVER = ("wave64.launch_server", "wave64.serve.engine.process")
+WITHOUT_TORCH = ("wave64.launch_server", "wave64.serve.engine.process", "wave64.bench_serving")
+VERBS = ("serve", "bench_serving")
 _is_loaded = False
 
 
-def _is_server() -> bool:
-    """Whether Python was started to run the server: `python -m` with a module of SERVER, or `wave64 serve`."""
-    command, verb = os.path.basename(sys.argv[0]) if sys.argv else "", sys.argv[1:2]
+def _needs_no_torch() -> bool:
+    """Whether Python was started to run one of WITHOUT_TORCH: `python -m` with it, or `wave64` with its verb."""
+    command, verb = os.path.basename(sys.argv[0]) if sys.argv else "", "".join(sys.argv[1:2])
     if command == "-m":  # which it is while Python looks for the module to run, and imports this package to do so
         module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
-        return module in SERVER or module == "wave64" and verb == ["serve"]
-    return command == "wave64" and verb == ["serve"]
+        return module in WITHOUT_TORCH or module == "wave64" and verb in VERBS
+    return command == "wave64" and verb in VERBS
 
 
 def _load() -> None:
@@ -67,7 +69,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if not _is_server():
+if not _needs_no_torch():
     try:
         _load()
     except ValueError as error:  # NotSupported

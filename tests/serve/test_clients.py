@@ -1,7 +1,9 @@
-"""Other projects' clients, unmodified, against the real server: SGLang's benchmark, of the wheel on PyPI."""
+"""Other projects' clients, unmodified, against the real server: SGLang's benchmark, of the wheel on PyPI; and ours,
+which has to say the same of that server."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers_server import serve
 
+from wave64.bench_serving.run import main
 from wave64.serve.model_path import BUILT_IN
 
 HERE = Path(__file__).parent
@@ -28,7 +31,12 @@ for backend in backends.split(","):
 
 
 @pytest.mark.skipif(not CLIENTS.exists(), reason="SGLang's client is not in build/clients: python3 setup_rocm.py test")
-def test_sglangs_benchmark(tmp_path):
+def labels(shown: str) -> list[str]:
+    """Of a benchmark's figures, and its headings, in order."""
+    return re.findall(r"^([A-Z][^:\n]*:)  |^[-=]+([^-=\n]+)[-=]+$", shown, re.MULTILINE)
+
+
+def test_sglangs_benchmark_and_ours(tmp_path, capsys):
     with serve("demo-llama", tmp_path / "log", "--max-total-tokens", "2048") as server:
         told = server.get("/model_info").json()
         assert told["model_path"] == told["tokenizer_path"] == str(BUILT_IN["demo-llama"])
@@ -39,6 +47,9 @@ def test_sglangs_benchmark(tmp_path):
         path = os.pathsep.join([str(HERE / "stand_ins"), str(CLIENTS)])
         ran = subprocess.run([sys.executable, "-c", RUN, ",".join(BACKENDS), *flags], capture_output=True, text=True,
                              env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+        ours = tmp_path / "ours"
+        flags[-2] = str(ours)
+        assert all(main(["--backend", backend, *flags]) == 0 for backend in BACKENDS)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert [result["backend"] for result in found] == list(BACKENDS)
@@ -47,4 +58,14 @@ def test_sglangs_benchmark(tmp_path):
         assert (result["completed"], result["output_lens"]) == (PROMPTS, [NEW] * PROMPTS)
         assert result["server_info"]["model_path"] == "demo-llama"
         assert all(result["generated_texts"])
-    assert "Successful requests:" in ran.stdout
+    shown = capsys.readouterr().out
+    assert labels(shown) == labels(ran.stdout[ran.stdout.index("==") :])
+    assert len(labels(shown)) == 40 * len(BACKENDS)
+    same = ("backend", "dataset_name", "request_rate", "max_concurrency", "random_output_len", "completed",
+            "total_input_tokens", "total_output_tokens", "output_lens", "input_lens", "errors", "server_info")
+    for theirs, line in zip(found, map(json.loads, ours.read_text().splitlines()), strict=True):
+        assert theirs.keys() <= line.keys()
+        theirs["server_info"].pop("statistics")
+        line["server_info"].pop("statistics")
+        assert {name: line[name] for name in same} == {name: theirs[name] for name in same}
+        assert all(type(line[name]) is type(theirs[name]) for name in theirs if name not in same)

@@ -321,10 +321,12 @@ def test_in_the_servers_processes_the_first_use_loads():
     assert told.stdout.split() == ["False", "False", "True", "True"], told.stderr
 
 
-@pytest.mark.parametrize(("argv", "python", "is_server"), [
+@pytest.mark.parametrize(("argv", "python", "needs_no_torch"), [
     (["-m"], ["python", "-X", "dev", "-m", "wave64.launch_server"], True),
     (["-m"], ["python", "-m", "wave64.serve.engine.process"], True),
     (["-m", "serve", "--port", "1"], ["python", "-m", "wave64", "serve", "--port", "1"], True),
+    (["-m"], ["python", "-m", "wave64.bench_serving"], True),
+    (["-m", "bench_serving"], ["python", "-m", "wave64", "bench_serving"], True),
     (["-m", "doctor"], ["python", "-m", "wave64", "doctor"], False),
     (["-m", "serve"], ["python", "-m", "somebody.else", "serve"], False),
     (["/usr/bin/wave64", "serve"], ["python", "/usr/bin/wave64", "serve"], True),
@@ -332,10 +334,10 @@ def test_in_the_servers_processes_the_first_use_loads():
     (["mine.py", "-m", "wave64.launch_server"], ["python", "mine.py", "-m", "wave64.launch_server"], False),
     ([""], ["python"], False),
 ])  # fmt: skip
-def test_which_processes_are_the_servers(argv, python, is_server, monkeypatch):
+def test_which_processes_need_no_torch(argv, python, needs_no_torch, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "orig_argv", python)
-    assert wave64._is_server() == is_server
+    assert wave64._needs_no_torch() == needs_no_torch
 
 
 def test_health_tells_starting_from_ready_and_a_killed_server_takes_its_engine_along(model_folder, tmp_path):
