@@ -18,6 +18,15 @@ from wave64.arch import EMULATED
 PACKAGES = ("fastapi", "huggingface_hub", "jinja2", "msgspec", "pydantic", "safetensors", "tokenizers", "transformers",
             "uvicorn", "zmq")
 LEVELS = ("debug", "info", "warning", "error")
+BACKENDS = ("auto", "triton", "aiter", "hip")
+#: Fields that name a backend -> the operators that it is to serve; later ones win.
+SERVED_BY: dict[str, tuple[str, ...]] = {
+    "attention_backend": ("paged_attention", "mla_decode", "mla_decode_rope", "prefill_attention", "varlen_attention"),
+    "prefill_attention_backend": ("prefill_attention", "varlen_attention"),
+    "decode_attention_backend": ("paged_attention", "mla_decode", "mla_decode_rope"),
+    "moe_runner_backend": ("fused_moe",),
+    "fp8_gemm_backend": ("fp8_block_scaled_mm", "fp8_scaled_mm"),
+}
 
 
 class ArgsError(ValueError):
@@ -104,6 +113,12 @@ class ServerArgs:
     )
     disable_custom_all_reduce: bool = _flag(False, "let torch.distributed (RCCL) exchange all that ranks exchange")
 
+    attention_backend: str = _flag("auto", "who serves attention, where it has a kernel", choices=BACKENDS)
+    prefill_attention_backend: str = _flag("auto", "the same, of prompts alone", choices=BACKENDS)
+    decode_attention_backend: str = _flag("auto", "the same, of new tokens alone", choices=BACKENDS)
+    moe_runner_backend: str = _flag("auto", "who serves the experts", choices=BACKENDS)
+    fp8_gemm_backend: str = _flag("auto", "who serves products in FP8", "--fp8-gemm-runner-backend", choices=BACKENDS)
+
     tool_call_parser: str | None = _flag(
         None, "how the model writes tool calls; default: what its chat template teaches", kind=str,
         choices=("llama3", "pythonic", "deepseekv3", "deepseekv31", "qwen25"))  # fmt: skip
@@ -115,11 +130,15 @@ class ServerArgs:
     skip_server_warmup: bool = _flag(False, "be ready without having generated one token first")
     log_level: str = _flag("info", "lowest level that is logged", choices=LEVELS)
     log_format: str = _flag("text", "json: an object per line", choices=("text", "json"))
+    log_requests: bool = _flag(False, "log each request's prompts, parameters and answers; never the API key")
     log_level_http: str | None = _flag(None, "the same, of the access log; warning: none; default: --log-level",
                                        choices=LEVELS, kind=str)  # fmt: skip
+    profile_dir: str | None = _flag(None, "folder for the traces of /start_profile; default: it is refused", kind=str)
     watchdog_timeout: float | None = _flag(
         None, "seconds that a step may take, besides compiling; then stacks are logged and the server ends; default: "
               "300, on an emulated device for ever", kind=float)  # fmt: skip
+    request_timeout: float | None = _flag(None, "seconds from a request's arrival to its last token; then it is ended, "
+                                                "with status 504; default: any number", kind=float)  # fmt: skip
     rank_timeout: float = _flag(8.0, "seconds that a rank of several may be silent; then the server ends")
     timeout_keep_alive: int = _flag(75, "seconds that an idle connection is kept open for its client's next request")
 
@@ -146,7 +165,7 @@ class ServerArgs:
             self._at_least_one(name)
         if self.max_prefill_ms is not None and not self.max_prefill_ms >= 0:
             raise ArgsError(f"--max-prefill-ms: expected at least 0, got {self.max_prefill_ms}")
-        for name in ("watchdog_timeout", "rank_timeout"):
+        for name in ("watchdog_timeout", "rank_timeout", "request_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ArgsError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
@@ -233,13 +252,7 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--num-continuous-decode-steps": (int, "every step is scheduled"),
     "--schedule-conservativeness": (float, "requests are preempted when pages run out, and lose nothing"),
     "--disable-cuda-graph-padding": (None, "a batch runs in the smallest graph that holds it"),
-    "--attention-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
-    "--decode-attention-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
-    "--prefill-attention-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
     "--sampling-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
-    "--fp8-gemm-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
-    "--fp8-gemm-runner-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
-    "--moe-runner-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
     "--triton-attention-num-kv-splits": (int, "the tuned tables say how often a sequence is split"),
     "--triton-attention-reduce-in-fp32": (None, "sums are in fp32 anyway"),
     "--disable-shared-experts-fusion": (None, "the sum is the same"),

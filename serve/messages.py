@@ -2,10 +2,10 @@
 
 Both pipes are ipc:// files in a private temporary directory that the api process makes and hands to `run_engine`:
 
-    requests   the engine binds a PULL socket; the api connects a PUSH socket and sends Request, Abort, FlushCache and
-               Vocabulary.
+    requests   the engine binds a PULL socket; the api connects a PUSH socket and sends ToEngine.
     outputs    the api binds a PULL socket; the engine connects a PUSH socket and sends one Ready or Failed first,
-               then Outputs, at most one message per engine step, and Flushed.
+               then Outputs, at most one message per engine step, and an answer to each FlushCache, StartProfile and
+               StopProfile, in their order.
 
 Every message is one msgpack frame, made by `encode` and read by `decode_to_engine` or `decode_to_api`.
 Stop strings, `n`, text and chat templates belong to the api process and never appear here. `check_request` is the one
@@ -15,7 +15,8 @@ place that says which requests an engine can serve: the api process refuses by i
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -34,6 +35,7 @@ class SamplingParams(Struct):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}  # token -> what is added to its logit
     stop_token_ids: list[int] = []
+    bad_words: list[list[int]] = []  # token sequences that are not generated
     ignore_eos: bool = False
     min_new_tokens: int = 0
     seed: int | None = None  # None: drawn from the engine's own generator
@@ -47,6 +49,8 @@ class Request(Struct, tag=True):
     params: SamplingParams
     top_logprobs: int = -1  # -1: none; 0: the chosen token's; k: the k most likely ones too
     prompt_logprobs: bool = False
+    top_prompt_logprobs: int = 0  # how many of the most likely tokens go with each of the prompt's
+    logprob_ids: list[int] = []  # tokens whose logprobs go with every other one
     grammar: str | None = None  # what the answer has to be, in llguidance's form; a Vocabulary was sent before
 
 
@@ -67,12 +71,28 @@ class FlushCache(Struct, tag=True):
     """Empty the prefix cache. `Flushed` answers it."""
 
 
+class StartProfile(Struct, tag=True):
+    """Record what the engine's process does, and write it to a file in `folder`. `Profiled` answers it."""
+
+    folder: str
+    num_steps: int | None = None  # None: until StopProfile
+    activities: tuple[str, ...] = ("CPU", "GPU")
+    with_stack: bool = False
+    record_shapes: bool = False
+
+
+class StopProfile(Struct, tag=True):
+    """End what StartProfile began. `Profiled` answers it."""
+
+
 class TokenLogprob(Struct, array_like=True):
-    """log_softmax of the raw logits (before penalties and temperature): of token `id`, and of the `top` best."""
+    """log_softmax of the raw logits (before penalties and temperature): of token `id`, of the `top` best, and of the
+    request's `logprob_ids`."""
 
     id: int
     logprob: float
     top: list[tuple[int, float]] = []
+    asked: list[float] = []
 
 
 class Output(Struct):
@@ -100,6 +120,8 @@ class Statistics(Struct):
     preemptions: int = 0  # total
     cached_tokens: int = 0  # total of prompts' tokens that the prefix cache had
     pages_cached: int = 0  # of the prefix cache, used by requests or not
+    steps: int = 0  # total
+    step_seconds: float = 0.0  # total that they took
 
 
 class Outputs(Struct, tag=True):
@@ -113,6 +135,13 @@ class Flushed(Struct, tag=True):
     """Answers FlushCache; not done: requests run or wait."""
 
     done: bool
+
+
+class Profiled(Struct, tag=True):
+    """Answers StartProfile and StopProfile: what is wrong, if anything is, and the file that was written."""
+
+    error: str | None
+    file: str | None = None
 
 
 class Limits(Struct):
@@ -160,12 +189,14 @@ class BadRequest(ValueError):
 
 
 def check_request(input_ids: list[int], params: SamplingParams, limits: Limits, prompt: str = "input_ids",
-                  new: str = "max_new_tokens") -> None:  # fmt: skip
-    """Raises BadRequest if the engine cannot serve it. prompt, new: what the client calls these two fields."""
+                  new: str = "max_new_tokens", logprob_ids: Sequence[int] = ()) -> None:  # fmt: skip
+    """Raises BadRequest if the engine cannot serve it. prompt, new: what the client calls these two fields.
+    logprob_ids: as in Request."""
     vocab = limits.vocab_size
     if not input_ids:
         raise BadRequest(f"{prompt}: empty, expected at least one token", prompt, "empty_prompt")
-    given = ((prompt, input_ids), ("stop_token_ids", params.stop_token_ids), ("logit_bias", list(params.logit_bias)))
+    given = ((prompt, input_ids), ("stop_token_ids", params.stop_token_ids), ("logit_bias", list(params.logit_bias)),
+             ("token_ids_logprob", logprob_ids), *(("bad_words", word) for word in params.bad_words))  # fmt: skip
     for name, ids in given:
         if ids and (min(ids) < 0 or max(ids) >= vocab):
             bad = next(i for i in ids if not 0 <= i < vocab)
@@ -207,21 +238,24 @@ def too_long(limits: Limits, requested: str, shorten: str, param: str) -> BadReq
                       f"reduce the length of the {shorten}.", param, "context_length_exceeded")  # fmt: skip
 
 
+ToEngine: TypeAlias = Request | Abort | FlushCache | Vocabulary | StartProfile | StopProfile
+ToApi: TypeAlias = Outputs | Ready | Failed | Alive | Flushed | Profiled
+
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(Request | Abort | FlushCache | Vocabulary)
-_to_api = msgspec.msgpack.Decoder(Outputs | Ready | Failed | Alive | Flushed)
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_to_api = msgspec.msgpack.Decoder(ToApi)
 
 
-def encode(message: Request | Abort | FlushCache | Vocabulary | Outputs | Ready | Failed | Alive | Flushed) -> bytes:
+def encode(message: ToEngine | ToApi) -> bytes:
     """The msgpack frame of a message."""
     return _encoder.encode(message)
 
 
-def decode_to_engine(frame: bytes) -> Request | Abort | FlushCache | Vocabulary:
+def decode_to_engine(frame: bytes) -> ToEngine:
     """Read a frame of the `requests` pipe. Raises msgspec.DecodeError or ValidationError when it is not one."""
     return _to_engine.decode(frame)
 
 
-def decode_to_api(frame: bytes) -> Outputs | Ready | Failed | Alive | Flushed:
+def decode_to_api(frame: bytes) -> ToApi:
     """Read a frame of the `outputs` pipe. Raises msgspec.DecodeError or ValidationError when it is not one."""
     return _to_api.decode(frame)

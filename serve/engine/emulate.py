@@ -22,7 +22,7 @@ import wave64
 from wave64.arch import EMULATED
 from wave64.serve.args import LEVELS, ArgsError, ServerArgs
 from wave64.serve.engine.engine import Engine
-from wave64.serve.engine.rank import SAID_IN_WORDS
+from wave64.serve.engine.rank import SAID_IN_WORDS, named_backends
 from wave64.serve.logs import LINE
 from wave64.serve.messages import Request, SamplingParams
 from wave64.serve.model_path import resolve_model_path
@@ -67,7 +67,7 @@ class Generation:
 def generate(args: ServerArgs, prompt: str, max_tokens: int) -> None:
     costs = StepCosts(args.device)
     steps: dict[str, Step] = {}
-    with wave64.emulate(args.device, meter=costs) as device:
+    with wave64.emulate(args.device, meter=costs) as device, named_backends(args):
         generation = Generation(args, prompt, max_tokens, costs)
         print(f"{args.model_path} on {device.name}\n{prompt}", flush=True)
         while not generation.is_done:

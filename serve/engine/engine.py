@@ -29,7 +29,8 @@ from wave64.serve.args import ServerArgs
 from wave64.serve.engine.grammar import Grammars
 from wave64.serve.engine.pace import Pace
 from wave64.serve.engine.pages import PagePool
-from wave64.serve.engine.rank import Rank, emulation, one_line, refuse, set_threads, use_interface
+from wave64.serve.engine.profiling import Profiler
+from wave64.serve.engine.rank import Rank, one_line, refuse, set_threads, surroundings, use_interface
 from wave64.serve.engine.sampler import Chosen
 from wave64.serve.engine.schedule import Schedule
 from wave64.serve.engine.scheduler import Scheduler, Sequence
@@ -45,9 +46,12 @@ from wave64.serve.messages import (
     Limits,
     Output,
     Outputs,
+    Profiled,
     Ready,
     Request,
+    StartProfile,
     Statistics,
+    StopProfile,
     Vocabulary,
     check_request,
     decode_to_engine,
@@ -74,6 +78,7 @@ class Throughput:
         self._reported = clock()
         self._began = self._busy = 0.0
         self._prompt = self._generated = 0
+        self.steps, self.seconds = 0, 0.0  # in all
 
     def begin(self) -> None:
         """A step begins."""
@@ -82,6 +87,8 @@ class Throughput:
     def end(self, prompt: int, generated: int) -> str | None:
         """A step ends that computed so many prompt tokens and generated so many; a line, if it is time for one."""
         now = self._clock()
+        self.steps += 1
+        self.seconds += now - self._began
         self._busy += now - self._began
         self._prompt += prompt
         self._generated += generated
@@ -159,7 +166,7 @@ class Engine:
             raise ValueError(f"request {request.rid!r} is already there; every live request needs its own rid")
         params = request.params
         try:
-            check_request(request.input_ids, params, self.limits)
+            check_request(request.input_ids, params, self.limits, logprob_ids=request.logprob_ids)
         except BadRequest as error:
             self._refused.append(Output(request.rid, [], "error", error=str(error)))
             return
@@ -259,7 +266,8 @@ class Engine:
         each = [(len(s.running), len(s.waiting), s.pool.num_pages - s.cache.num_available, s.pool.num_pages,
                  s.preemptions, s.cached_tokens, s.cache.num_pages) for s in self.schedulers]  # fmt: skip
         running, waiting, used, pages, *totals = map(sum, zip(*each, strict=True))
-        return Statistics(running, waiting, used, pages, self._prompt_tokens, self._generated_tokens, *totals)
+        return Statistics(running, waiting, used, pages, self._prompt_tokens, self._generated_tokens, *totals,
+                          steps=self._throughput.steps, step_seconds=self._throughput.seconds)  # fmt: skip
 
 
 def run_engine(args: ServerArgs, requests: str, outputs: str, torchrun: str | None = None) -> None:
@@ -284,7 +292,7 @@ def run_engine(args: ServerArgs, requests: str, outputs: str, torchrun: str | No
         outbox.connect(outputs)
         team = None
         try:
-            stack.enter_context(emulation(args))
+            stack.enter_context(surroundings(args))
             team = _team(args, outputs, torchrun) if args.tp_size > 1 else None
             engine = Engine(args, team)
             threads(engine.runner.weight_bytes)
@@ -339,23 +347,29 @@ def _watchdog(args: ServerArgs, team: Team | None, tell: Callable[[Failed], None
 
 
 def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int, watchdog: Watchdog) -> None:
+    profiler = Profiler()
     while os.getppid() == parent:
         while inbox.poll(0 if engine.has_work else IDLE_POLL_MS):
-            if answer := _receive(engine, inbox.recv()):
+            if answer := _receive(engine, profiler, inbox.recv()):
                 outbox.send(encode(answer))
         with watchdog.watching():
             outputs = engine.step()
+        profiler.step()
         if outputs:
             outbox.send(encode(Outputs(outputs, engine.statistics())))
     log.info("the api process is gone; the engine ends")
 
 
-def _receive(engine: Engine, frame: bytes) -> Flushed | None:
+def _receive(engine: Engine, profiler: Profiler, frame: bytes) -> Flushed | Profiled | None:
     """Do what a message says; what is to be answered at once."""
     try:
         message = decode_to_engine(frame)
         if isinstance(message, FlushCache):
             return Flushed(engine.flush())
+        if isinstance(message, StartProfile):
+            return profiler.start(message)
+        if isinstance(message, StopProfile):
+            return profiler.stop()
         if isinstance(message, Abort):
             engine.abort(message.rid)
         elif isinstance(message, Vocabulary):

@@ -154,11 +154,11 @@ def _open(where: tuple[str, int], introduction: Hello) -> Channel:
 def _serve(args: ServerArgs, place: Place, store: tuple[str, int], steps: Channel, status: Status) -> None:
     from wave64 import distributed
     from wave64.backends import peers
-    from wave64.serve.engine.rank import Rank, emulation, set_threads, use_interface
+    from wave64.serve.engine.rank import Rank, set_threads, surroundings, use_interface
 
     use_interface(steps.own_address)
     threads = set_threads(args)
-    with emulation(args):
+    with surroundings(args):
         rank = Rank(args, place.rank, place.local_rank, distributed.meet(*store), status.say, status.progress)
         threads(rank.runner.weight_bytes)
         status.say(WAITING)

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 import wave64
-from wave64 import NotSupported, quant
+from wave64 import OPS, NotSupported, backends, quant
 from wave64.arch import EMULATED
 from wave64.backends import peers
 from wave64.distributed import Store
-from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.args import SERVED_BY, ArgsError, ServerArgs, flag_of
 from wave64.serve.engine.graphs import batch_sizes
 from wave64.serve.engine.memory import pool_pages
 from wave64.serve.engine.ranks import join, ranks_of, served, smallest
@@ -159,9 +159,30 @@ def use_interface(address: str) -> None:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def emulation(args: ServerArgs) -> contextlib.AbstractContextManager[Any]:
-    """What a rank has to run within."""
-    return wave64.emulate(args.device) if args.device in EMULATED else contextlib.nullcontext()
+@contextlib.contextmanager
+def surroundings(args: ServerArgs) -> Iterator[None]:
+    """What a rank has to run within: an emulated device, where one is asked for, and the backends that flags name.
+    Raises NotSupported where these cannot serve."""
+    with contextlib.ExitStack() as stack:
+        if args.device in EMULATED:
+            stack.enter_context(wave64.emulate(args.device))
+        stack.enter_context(named_backends(args))
+        yield
+
+
+def named_backends(args: ServerArgs) -> contextlib.AbstractContextManager[None]:
+    """Inside, of the operators of a flag that names a backend those that it has a kernel of are served by it. Raises
+    NotSupported where it can serve none of them."""
+    device = "cpu" if args.device == "cpu" else wave64.platform.device_type()
+    chosen = {}
+    for name, operators in SERVED_BY.items():
+        if (backend := getattr(args, name)) == "auto":
+            continue
+        why = {op: backends.reason(OPS[op], backend, device) for op in operators}
+        if all(why.values()):
+            raise NotSupported(f"{flag_of(name)}: {backend} cannot serve {operators[0]}: {why[operators[0]]}")
+        chosen |= {op: backend for op, reason in why.items() if reason is None}
+    return wave64.use(**chosen) if chosen else contextlib.nullcontext()
 
 
 def set_threads(args: ServerArgs) -> Callable[[int], None]:

@@ -40,13 +40,15 @@ class Chosen:
         tensors = [tensor.tolist() for tensor in self._fetched.wait()]
         sampled = Sampled(tensors.pop(0) if self._samples else [])
         sampled.logprobs = [None] * len(sampled.ids)
-        runs = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
+        runs = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         for run, found in zip(self._sampling.scored, runs, strict=False):
-            sampled.prompt_logprobs.append(_entries(run.ids, [run.top] * len(run.ids), *found))
+            count = len(run.ids)
+            sampled.prompt_logprobs.append(_entries(run.ids, [run.top] * count, [len(run.asked)] * count, *found))
         for found in runs[self._num_runs :]:
             wanted = _wanted(self._sampling)
             tops = [self._sampling.top_logprobs[i] for i in wanted]
-            entries = _entries([sampled.ids[i] for i in wanted], tops, *found)
+            asked = [len(self._sampling.asked.get(i, ())) for i in wanted]
+            entries = _entries([sampled.ids[i] for i in wanted], tops, asked, *found)
             for i, entry in zip(wanted, entries, strict=True):
                 sampled.logprobs[i] = entry
         return sampled
@@ -66,7 +68,8 @@ def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor, history: Hi
         return Chosen(sampling, [], [])
     there = cross(arrays)
     found = [_logprobs(torch.log_softmax(logits[run.first_row : run.first_row + len(run.ids)], dim=-1),
-                       there[f"scored {i}"], run.top) for i, run in enumerate(sampling.scored)]  # fmt: skip
+                       there[f"scored {i}"], run.top, there.get(f"asked {i}"))
+             for i, run in enumerate(sampling.scored)]  # fmt: skip
     if not sampling.rows:
         return Chosen(sampling, [], found)
     if "logit_rows" in there:
@@ -90,7 +93,7 @@ def sample(logits: Tensor, sampling: Sampling, last_sampled: Tensor, history: Hi
         history.note(there["penalized_rows"], there["num_output"], ids[there["penalized"]], longest)
     if raw is not None:
         chosen = ids[there["wanted"]] if "wanted" in there else ids
-        found.append(_logprobs(raw, chosen, max(sampling.top_logprobs[i] for i in wanted)))
+        found.append(_logprobs(raw, chosen, max(sampling.top_logprobs[i] for i in wanted), there.get("asked")))
     return Chosen(sampling, [ids], found)
 
 
@@ -98,6 +101,8 @@ def _arrays(sampling: Sampling, num_logits: int, vocab: int) -> dict[str, NDArra
     """All that the device has to know, as far as it is asked for."""
     arrays: dict[str, NDArray] = {f"scored {i}": np.array(run.ids, dtype=np.int64)
                                   for i, run in enumerate(sampling.scored)}
+    arrays |= {f"asked {i}": np.array([run.asked], dtype=np.int64) for i, run in enumerate(sampling.scored)
+               if run.asked}  # fmt: skip
     if not sampling.rows:
         return arrays
     count, wanted = len(sampling.rows), _wanted(sampling)
@@ -106,6 +111,8 @@ def _arrays(sampling: Sampling, num_logits: int, vocab: int) -> dict[str, NDArra
         arrays["logit_rows"] = np.array(sampling.logit_rows, dtype=np.int64)
     if 0 < len(wanted) < count:
         arrays["wanted"] = np.array(wanted, dtype=np.int64)
+    if sampling.asked:
+        arrays["asked"] = np.maximum(_padded([sampling.asked.get(i, []) for i in wanted]), 0)
     if sampling.penalties:
         index, presence, frequency, repetition, _, num_output, _ = zip(*sampling.penalties, strict=True)
         penalized = np.array(index, dtype=np.int64)
@@ -156,18 +163,20 @@ def _wanted(sampling: Sampling) -> list[int]:
     return [i for i, top in enumerate(sampling.top_logprobs) if top >= 0]
 
 
-def _logprobs(raw: Tensor, ids: Tensor, top: int) -> list[Tensor]:
+def _logprobs(raw: Tensor, ids: Tensor, top: int, asked: Tensor | None) -> list[Tensor]:
     """For each row of raw [N, vocab_size]: the logprob of its id [N], its `top` best logprobs and their ids [N, top],
-    best first."""
+    best first, and those of the tokens that are asked for, [N or 1, A]: [N, A], or [N, 0]."""
     values, indices = raw.topk(min(top, raw.shape[1]), dim=-1)
-    return [raw.gather(1, ids[:, None])[:, 0], values, indices]
+    others = raw[:, :0] if asked is None else raw.gather(1, asked.expand(len(raw), -1))
+    return [raw.gather(1, ids[:, None])[:, 0], values, indices, others]
 
 
-def _entries(ids: list[int], top: list[int], chosen: list[float], values: list[list[float]],
-             indices: list[list[int]]) -> list[TokenLogprob]:  # fmt: skip
-    """The same on the host; top: how many of the best each row wants."""
-    return [TokenLogprob(token, logprob, list(zip(best[:k], found[:k], strict=True)))
-            for token, k, logprob, found, best in zip(ids, top, chosen, values, indices, strict=True)]
+def _entries(ids: list[int], top: list[int], asked: list[int], chosen: list[float], values: list[list[float]],
+             indices: list[list[int]], others: list[list[float]]) -> list[TokenLogprob]:  # fmt: skip
+    """The same on the host; top: how many of the best each row wants; asked: of the tokens asked for."""
+    return [TokenLogprob(token, logprob, list(zip(best[:k], found[:k], strict=True)), other[:a])
+            for token, k, a, logprob, found, best, other
+            in zip(ids, top, asked, chosen, values, indices, others, strict=True)]  # fmt: skip
 
 
 def _floats(values: Sequence[float]) -> NDArray[np.float32]:

@@ -56,6 +56,7 @@ class Scored(NamedTuple):
     first_row: int  # of the step's logits: this row scores ids[0], the next one ids[1]
     ids: list[int]
     top: int  # how many of the most likely tokens go with each
+    asked: list[int] = []  # tokens whose logprobs go with each, too
 
 
 @dataclass(slots=True)
@@ -70,9 +71,10 @@ class Sampling:
     min_p: list[float] = field(default_factory=list)  # [S]
     uniform: list[float] = field(default_factory=list)  # [S] in [0, 1): the random number that chooses
     top_logprobs: list[int] = field(default_factory=list)  # [S] -1: no logprobs; k: the chosen token's and the k best
+    asked: dict[int, list[int]] = field(default_factory=dict)  # index -> tokens whose logprobs go with its token's
     penalties: list[Penalties] = field(default_factory=list)  # of the sequences that have any
     biases: list[tuple[int, int, float]] = field(default_factory=list)  # (index, token, what is added to its logit)
-    forbidden: list[tuple[int, int]] = field(default_factory=list)  # (index, token): stops before min_new_tokens
+    forbidden: list[tuple[int, int]] = field(default_factory=list)  # (index, token): early stops, ends of bad words
     scored: list[Scored] = field(default_factory=list)
     grammars: list[tuple[int, Grammar]] = field(default_factory=list)  # (index, its state): read between run and choice
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from bisect import insort
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -199,8 +200,8 @@ class Scheduler:
             samples = start + count == len(seq.tokens)
             if scored := wanted - samples:
                 known = len(seq.prompt_logprobs)
-                sampling.scored.append(
-                    Scored(i, first, seq.tokens[known : known + scored], max(seq.request.top_logprobs, 0)))
+                sampling.scored.append(Scored(i, first, seq.tokens[known : known + scored],
+                                              seq.request.top_prompt_logprobs, seq.request.logprob_ids))  # fmt: skip
             if samples:
                 step.sampled.append(seq)
                 _add_sampling(sampling, seq, end - 1)
@@ -413,8 +414,18 @@ def _add_sampling(sampling: Sampling, seq: Sequence, logit_row: int) -> None:
         sampling.biases += [(index, token, bias) for token, bias in params.logit_bias.items()]
     if seq.grammar is not None:
         sampling.grammars.append((index, seq.grammar))
-    if seq.num_generated < params.min_new_tokens:
-        sampling.forbidden += [(index, token) for token in seq.stop_ids]
+    if seq.request.logprob_ids and seq.request.top_logprobs >= 0:
+        sampling.asked[index] = seq.request.logprob_ids
+    forbidden = seq.stop_ids if seq.num_generated < params.min_new_tokens else ()
+    sampling.forbidden += [(index, token) for token in {*forbidden, *_ends_of_bad_words(seq)}]
+
+
+def _ends_of_bad_words(seq: Sequence) -> Iterator[int]:
+    """The tokens that would end a bad word whose beginning was just generated."""
+    for word in seq.request.params.bad_words:
+        begin = len(word) - 1
+        if begin <= seq.num_generated and seq.tokens[len(seq.tokens) - begin :] == word[:begin]:
+            yield word[-1]
 
 
 def _output(seq: Sequence, logprob: TokenLogprob | None) -> Output:

@@ -1,8 +1,9 @@
 """Around every request: its id, a line in the access log with what it took, and the count of answers.
 
-A line has neither prompts nor answers.
+A line has neither prompts nor answers; with --log-requests a second one has them.
 """
 
+import json
 import logging
 import time
 from uuid import uuid4
@@ -21,8 +22,8 @@ MAX_ID = 128  # characters of a client's own id
 class Access:
     """ASGI middleware. `scope["state"]["choices"]` is where an endpoint leaves what it generated."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, logs_requests: bool) -> None:
+        self._app, self._metrics, self._logs_requests = app, metrics, logs_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,6 +51,11 @@ class Access:
             self._metrics.answered(status)
             if scope["path"] not in OPEN_PATHS:
                 self._note(scope, name, status, time.perf_counter() - began)
+            if self._logs_requests:
+                for choice in state["choices"]:
+                    said = choice.described()
+                    log.info("id %s: %s", name, json.dumps(said),
+                             extra={"fields": {"id": name, **said}})  # fmt: skip
 
     @staticmethod
     def _note(scope: Scope, name: str, status: int, seconds: float) -> None:

@@ -4,6 +4,7 @@ import time
 import warnings
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,22 +19,21 @@ from wave64.serve.http.guard import EventStream, json_response, read, unless_gon
 from wave64.serve.http.metrics import CONTENT_TYPE
 from wave64.serve.http.native import Generate
 from wave64.serve.http.openai import Chat, Completion, Job, answer, stream
+from wave64.serve.http.operator_schemas import AbortRequest, DetokenizeRequest, ProfileRequest, TokenizeRequest
 from wave64.serve.http.responses import Response as Responses
 from wave64.serve.http.responses import ResponsesRequest, renamed
 from wave64.serve.http.schemas import (
-    AbortRequest,
     ApiError,
     Body,
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
     GenerateRequest,
-    TokenizeRequest,
 )
+from wave64.serve.messages import StartProfile, StopProfile
 
 READ = ["GET", "HEAD"]
 BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest,
-          AbortRequest)  # fmt: skip
+          AbortRequest, ProfileRequest)  # fmt: skip
 
 
 def create_app(generator: Generator) -> FastAPI:
@@ -144,6 +144,27 @@ def create_app(generator: Generator) -> FastAPI:
         if not await client.flush_cache():
             raise ApiError("the cache was not flushed: requests run or wait")
         return json_response({"success": True})
+
+    @app.get("/start_profile", include_in_schema=False)
+    @app.post("/start_profile", openapi_extra=takes(ProfileRequest))
+    async def start_profile(request: Request) -> Response:
+        """Record what the engine does, by torch's profiler, until /stop_profile or for `num_steps` steps."""
+        body = await read(request, ProfileRequest, b"{}")
+        if args.profile_dir is None:
+            raise ApiError("no folder for traces: start the server with --profile-dir FOLDER")
+        top = Path(args.profile_dir).resolve()
+        folder = (top / (body.output_dir or "")).resolve()
+        if not folder.is_relative_to(top):
+            raise ApiError(f"output_dir: expected a folder in {top} (--profile-dir), got {folder}", "output_dir")
+        await client.profile(StartProfile(str(folder), body.num_steps, (*(body.activities or ("CPU", "GPU")),),
+                                          bool(body.with_stack), bool(body.record_shapes)))  # fmt: skip
+        return json_response({"success": True, "output_dir": str(folder)})
+
+    @app.get("/stop_profile", include_in_schema=False)
+    @app.post("/stop_profile")
+    async def stop_profile() -> Response:
+        """Write the trace; where `num_steps` were asked for it is written already."""
+        return json_response({"success": True, "files": await client.profile(StopProfile())})
 
     @app.api_route("/version", methods=READ)
     async def own_version() -> Response:

@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import asdict
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -27,9 +28,13 @@ from wave64.serve.messages import (
     FlushCache,
     Flushed,
     Output,
+    Profiled,
     Ready,
     Request,
+    StartProfile,
     Statistics,
+    StopProfile,
+    ToEngine,
     Vocabulary,
     decode_to_api,
     encode,
@@ -55,7 +60,7 @@ class EngineClient:
         self._heard = 0.0  # when the engine last spoke
         self._doing: str | None = None  # what rank 0 of several is doing, as it reports
         self._queues: dict[str, asyncio.Queue[Output | ApiError]] = {}  # by rid, one for all rids of a stream
-        self._flushes: deque[asyncio.Future[bool]] = deque()  # oldest first
+        self._answers: deque[asyncio.Future[Flushed | Profiled]] = deque()  # that the engine owes, oldest first
         self._folder = tempfile.TemporaryDirectory(prefix="wave64-")
         self._context = zmq.Context()
         self._outputs = zmq.asyncio.Socket(  # pyright: ignore[reportGeneralTypeIssues]: pyzmq types `self` otherwise
@@ -114,9 +119,9 @@ class EngineClient:
                 self.ready = message
                 self.is_ready.set()
                 continue
-            if isinstance(message, Flushed):
-                if not (flush := self._flushes.popleft()).done():  # else its client has gone
-                    flush.set_result(message.done)
+            if isinstance(message, Flushed | Profiled):
+                if not (answer := self._answers.popleft()).done():  # else its client has gone
+                    answer.set_result(message)
                 continue
             self.statistics = message.statistics or self.statistics
             for output in message.outputs:
@@ -173,10 +178,20 @@ class EngineClient:
 
     async def flush_cache(self) -> bool:
         """Empty the engine's prefix cache; False where requests run or wait. Raises ApiError (503) as stream()."""
+        return (await self._answer(FlushCache())).done
+
+    async def profile(self, message: StartProfile | StopProfile) -> list[str]:
+        """Begin a profile of the engine, or end it; the files written. Raises ApiError."""
+        answer = await self._answer(message)
+        if answer.error is not None:
+            raise ApiError(answer.error)
+        return [answer.file] if answer.file else []
+
+    async def _answer(self, message: FlushCache | StartProfile | StopProfile) -> Any:
         if self.lost is not None or self.ready is None:
             raise ApiError("there is no engine", status=503)
-        self._flushes.append(answer := asyncio.get_running_loop().create_future())
-        self._send(FlushCache())
+        self._answers.append(answer := asyncio.get_running_loop().create_future())
+        self._send(message)
         return await answer
 
     def abort_all(self, rid: str | None = None) -> None:
@@ -184,11 +199,16 @@ class EngineClient:
         for each in list(self._queues) if rid is None else [rid]:
             self.abort(each)
 
+    def expire(self, rids: Iterable[str], why: str) -> None:
+        """End the streams of some requests with an error of status 504."""
+        for queue in {self._queues[rid] for rid in rids if rid in self._queues}:
+            queue.put_nowait(ApiError(why, code="request_timeout", status=504))
+
     def fail_all(self, why: str) -> None:
         """End every stream with an error of status 503."""
-        for flush in self._flushes:
-            if not flush.done():
-                flush.set_exception(ApiError(why, status=503))
+        for answer in self._answers:
+            if not answer.done():
+                answer.set_exception(ApiError(why, status=503))
         for queue in set(self._queues.values()):
             queue.put_nowait(ApiError(why, status=503))
 
@@ -201,7 +221,7 @@ class EngineClient:
         """Send a message that is not a request, before the next requests."""
         self._send(message)
 
-    def _send(self, message: Request | Abort | FlushCache | Vocabulary) -> None:
+    def _send(self, message: ToEngine) -> None:
         self._requests.send(encode(message))
 
     def kill(self) -> None:

@@ -5,8 +5,10 @@ import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
+
+import msgspec
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.detokenizer import Detokenizer, StopStrings
@@ -34,9 +36,21 @@ from wave64.serve.messages import (
 log = logging.getLogger("wave64")
 
 SHORT_TEXT = 2048  # characters of one prompt that are tokenized at once, without the detour through a thread
+MAX_LOGGED = 2048  # characters of a text with --log-requests
 SLICE = 1 << 18  # characters that a thread tokenizes before it looks whether anyone still waits
 
 Prompt = str | list[int]
+
+
+class Logprobs(NamedTuple):
+    """Which logprobs a request asks for."""
+
+    top: int = -1  # -1: none; k: with each new token those of the k most likely ones
+    prompt: int = -1  # the same, with each token of the prompt
+    ids: list[int] = []  # tokens whose logprobs go with each
+
+
+NO_LOGPROBS = Logprobs()
 
 
 @dataclass(slots=True)
@@ -58,14 +72,15 @@ class Choice:
     """One completion of one prompt: an engine request and its results so far."""
 
     def __init__(self, index: int, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer,
-                 body: Sampling, top_logprobs: int, prompt_logprobs: bool, *,
+                 body: Sampling, logprobs: Logprobs, *,
                  grammar: str | None = None, is_marked: bool = False,
                  stop_tokens: dict[int, str] | None = None) -> None:  # fmt: skip
         """is_marked: special tokens may mark calls and thoughts. stop_tokens: special tokens whose text is among the
         request's stop strings."""
         self.index = index
         self.prompt_ids = prompt_ids
-        self.request = Request(uuid4().hex, prompt_ids, params, top_logprobs, prompt_logprobs, grammar)
+        self.request = Request(uuid4().hex, prompt_ids, params, logprobs.top, logprobs.prompt >= 0,
+                               max(logprobs.prompt, 0), logprobs.ids, grammar)  # fmt: skip
         self.all = Delta()
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.cached_tokens = 0  # of the prompt, in the engine's prefix cache
@@ -73,6 +88,7 @@ class Choice:
         self.matched: int | str | None = None  # the stop token or stop string that ended it
         self.new = Delta()  # not yet streamed
         self._skips_special = body.skip_special_tokens is not False and not is_marked
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, prompt_ids, self._skips_special)
         self._stops = StopStrings(body.stop_strings, keep=body.keeps_stop)
         self._keep_stop = body.keeps_stop
@@ -108,6 +124,12 @@ class Choice:
         delta.logprobs = self._release(len(self.all.text) + len(delta.text))
         self.all += delta
         self.new += delta
+
+    def described(self) -> dict[str, Any]:
+        """For the log: all that was asked and answered, long texts cut."""
+        prompt = self._tokenizer.decode(self.prompt_ids[:MAX_LOGGED], skip_special_tokens=False)
+        return {"prompt": prompt[:MAX_LOGGED], "parameters": msgspec.to_builtins(self.request.params),
+                "answer": self.all.text[:MAX_LOGGED], "finish_reason": self.finish_reason}  # fmt: skip
 
     def take_new(self) -> Delta:
         """The new part since the last call."""
@@ -238,7 +260,7 @@ class Generator:
         return left if default is None else min(default, left)
 
     def choices(self, prompt_ids: list[int], body: Sampling, max_new_tokens: int, names: tuple[str, str],
-                first_index: int = 0, top_logprobs: int = -1, prompt_logprobs: bool = False, *,
+                first_index: int = 0, logprobs: Logprobs = NO_LOGPROBS, *,
                 grammar: str | None = None, is_marked: bool = False) -> list[Choice]:
         """`body.n` choices of one prompt, each with a seed of its own.
 
@@ -247,8 +269,9 @@ class Generator:
         """
         self._check_queue()
         vocab, defaults = self.ready.vocab_size, self.ready.sampling_defaults
+        settled = {"max_new_tokens": max_new_tokens, "bad_words": self._bad_words(body)}
         try:
-            check_request(prompt_ids, body.sampling_params(defaults, max_new_tokens=max_new_tokens), self.ready, *names)
+            check_request(prompt_ids, body.sampling_params(defaults, **settled), self.ready, *names, logprobs.ids)
         except BadRequest as error:
             raise _refusal(error) from None
         if first_index + (body.n or 1) > MAX_CHOICES:
@@ -257,15 +280,20 @@ class Generator:
         named = {added[stop]: stop for stop in body.stop_strings if added.get(stop, vocab) < vocab}
         made = []
         for i in range(body.n or 1):
-            params = body.sampling_params(defaults, max_new_tokens=max_new_tokens)
+            params = body.sampling_params(defaults, **settled)
             ends = set() if params.ignore_eos else {token for token in self.tokenizer.end_ids if token < vocab}
             params.stop_token_ids = sorted({*params.stop_token_ids, *named, *ends})
             if params.seed is not None:
                 params.seed += i
-            choice = Choice(first_index + i, prompt_ids, params, self.tokenizer, body, top_logprobs, prompt_logprobs,
-                            grammar=grammar, is_marked=is_marked, stop_tokens=named)  # fmt: skip
+            choice = Choice(first_index + i, prompt_ids, params, self.tokenizer, body, logprobs, grammar=grammar,
+                            is_marked=is_marked, stop_tokens=named)  # fmt: skip
             made.append(choice)
         return made
+
+    def _bad_words(self, body: Sampling) -> list[list[int]]:
+        """The tokens of the words that must not be in an answer, at its beginning and behind a space."""
+        words = [space + word.lstrip() for word in body.bad_words or () for space in ("", " ")]
+        return [ids for word in words if (ids := self.tokenizer.encode(word, add_special_tokens=False))]
 
     def _check_queue(self) -> None:
         if (limit := self.args.max_queued_requests) is None:
@@ -280,7 +308,10 @@ class Generator:
         """Generate; yields a choice whenever it has new output. Closing the iterator aborts unfinished choices."""
         by_rid = {choice.request.rid: choice for choice in choices}
         watched = {choice.request.rid: Watch(self.metrics, len(choice.prompt_ids)) for choice in choices}
-        why = "abort"
+        why, deadline = "abort", None
+        if limit := self.args.request_timeout:
+            late = f"the request was not done within {limit:g} s (--request-timeout)"
+            deadline = asyncio.get_running_loop().call_later(limit, self.client.expire, [*by_rid], late)
         try:
             async with aclosing(self.client.stream([choice.request for choice in choices])) as outputs:
                 async for output in outputs:
@@ -299,6 +330,8 @@ class Generator:
             why = "error"
             raise
         finally:
+            if deadline is not None:
+                deadline.cancel()
             for each in watched.values():
                 each.end(why)
 

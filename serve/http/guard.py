@@ -38,10 +38,11 @@ class Gone(Exception):
     """The client closed its connection, so no one waits for an answer."""
 
 
-async def read(request: Request, model: type[T]) -> T:
-    """The request's body, checked. Refuses one that is too long before reading it all, and one that does not end."""
+async def read(request: Request, model: type[T], default: bytes = b"") -> T:
+    """The request's body, checked; default: what an empty one means. Refuses one that is too long before reading it
+    all, and one that does not end."""
     try:
-        body = await asyncio.wait_for(_body(request), BODY_S)
+        body = await asyncio.wait_for(_body(request), BODY_S) or default
     except asyncio.TimeoutError:
         raise ApiError(f"the body: expected all of it within {BODY_S:g} s", code="body_timeout", status=408) from None
     if len(body) <= SHORT_BODY:
@@ -210,7 +211,7 @@ def install(app: FastAPI, args: ServerArgs, metrics: Metrics) -> None:
     if args.cors_allow_origins:
         app.add_middleware(CORSMiddleware, allow_origins=args.cors_allow_origins, allow_methods=["*"],
                            allow_headers=["*"], expose_headers=["x-request-id"])  # fmt: skip
-    app.add_middleware(Access, metrics=metrics)
+    app.add_middleware(Access, metrics=metrics, logs_requests=args.log_requests)
 
 
 def _answer_error(error: ApiError, scope: Scope, headers: Any = None) -> Response:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, exposition
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 
 from wave64.serve.messages import Ready, Statistics
 
@@ -93,6 +93,10 @@ class Metrics:
                 yield self._family(kind, f"{prefix}:{name}", text, value(now))
         yield self._family(GaugeMetricFamily, "sglang:cache_hit_rate", "Part of prompts that the prefix cache had.",
                            now.cached_tokens / max(1, now.cached_tokens + now.prompt_tokens))  # fmt: skip
+        steps = SummaryMetricFamily("wave64:step_seconds", "Time that steps of the engine take.",
+                                    labels=self._labels.keys())  # fmt: skip
+        steps.add_metric(list(self._labels.values()), now.steps, now.step_seconds)
+        yield steps
         ready: Ready | None = self._engine.ready
         if ready is None:
             return

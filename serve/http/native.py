@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from wave64.serve.http.generation import Choice, Generator
+from wave64.serve.http.generation import NO_LOGPROBS, Choice, Generator, Logprobs
 from wave64.serve.http.schemas import MAX_TOP_LOGPROBS, ApiError, GenerateRequest, NativeSampling
 from wave64.serve.messages import TokenLogprob
 
@@ -33,6 +33,7 @@ class Generate:
         wanted = body.per_prompt("return_logprob", False)
         starts = body.per_prompt("logprob_start_len", -1)
         tops = body.per_prompt("top_logprobs_num", 0)
+        asked = body.logprob_ids
         rids = body.per_prompt("rid", None)
         if not body.is_batch and isinstance(body.rid, list):
             raise ApiError("rid: expected a string for one prompt, got a list", "rid")
@@ -47,11 +48,9 @@ class Generate:
             sampling = samplings[i]
             new = self.generator.new_tokens(len(ids), sampling.max_new_tokens, NEW_TOKENS)
             scored = wanted[i] and 0 <= starts[i] < len(ids)
-            top = tops[i] if wanted[i] else -1
-            made = self.generator.choices(
-                ids, sampling, new, (names[i], "max_new_tokens"), len(self.choices), top, scored,
-                grammar=await self.generator.grammar(sampling),
-            )
+            logprobs = Logprobs(tops[i], tops[i] if scored else -1, asked[i]) if wanted[i] else NO_LOGPROBS
+            made = self.generator.choices(ids, sampling, new, (names[i], "max_new_tokens"), len(self.choices),
+                                          logprobs, grammar=await self.generator.grammar(sampling))  # fmt: skip
             for k, choice in enumerate(made if rids[i] else ()):
                 choice.request.rid = rids[i] if len(made) == 1 else f"{rids[i]}_{k}"
             self.choices += made
@@ -100,6 +99,10 @@ class Generate:
         if choice.request.top_logprobs > 0:
             tops = [[(logprob, i, text(i)) for i, logprob in entry.top] if entry else None for entry in entries]
             found[f"{side}_top_logprobs"] = tops
+        if asked := choice.request.logprob_ids:
+            found[f"{side}_token_ids_logprobs"] = [
+                [(logprob, i, text(i)) for i, logprob in zip(asked, entry.asked, strict=True)] if entry else None
+                for entry in entries]  # fmt: skip
         return found
 
 

@@ -29,7 +29,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     # generation
     "suffix": (),
     "prediction": (),
-    "bad_words": (),
     "allowed_token_ids": (),
     "logits_processors": (),
     "vllm_xargs": (),

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from wave64.serve.http import tools
 from wave64.serve.http.detokenizer import Detokenizer
-from wave64.serve.http.generation import Choice, Delta, Generator, Prompt
+from wave64.serve.http.generation import Choice, Delta, Generator, Logprobs, Prompt
 from wave64.serve.http.message import Message
 from wave64.serve.http.reasoning import Thoughts, begins_in_thought, grammar_behind
 from wave64.serve.http.schemas import ApiError, ChatRequest, CompletionRequest
@@ -45,6 +45,10 @@ class Job(Generic[B]):
         """The event of a choice before its first token, if it has one."""
         return None
 
+    def about_prompt(self) -> Json:
+        """What a whole answer has that is no choice's own."""
+        return {}
+
     def whole(self, choice: Choice) -> Json:
         """A choice that has ended."""
         raise NotImplementedError
@@ -56,6 +60,19 @@ class Job(Generic[B]):
     def finish_reason(self, choice: Choice) -> str | None:
         """Why a choice has ended."""
         return choice.finish_reason
+
+    def prompt_logprobs(self, choice: Choice) -> Json:
+        """vLLM's form of the logprobs of a choice's prompt, if they are asked for."""
+        top = self.body.num_prompt_logprobs
+        return {"prompt_logprobs": [entry and self._ranked(entry, top) for entry in choice.prompt_logprobs]} \
+            if top >= 0 else {}  # fmt: skip
+
+    def _ranked(self, entry: TokenLogprob, top: int) -> Json:
+        """A token and the most likely ones, by id. The rank of a token that is not among these is not known."""
+        best = [(token, logprob, rank) for rank, (token, logprob) in enumerate(entry.top[:top], start=1)]
+        text = self.tokenizer.token_text
+        return {str(token): {"logprob": _finite(logprob), "rank": rank, "decoded_token": text(token)}
+                for token, logprob, rank in [(entry.id, entry.logprob, None), *best]}  # fmt: skip
 
 
 class Completion(Job[CompletionRequest]):
@@ -73,13 +90,14 @@ class Completion(Job[CompletionRequest]):
         names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
         top = -1 if body.logprobs is None else body.logprobs
         scored = bool(body.echo and top >= 0)
+        logprobs = Logprobs(top, max(top if scored else -1, body.num_prompt_logprobs))
         grammar = await self.generator.grammar(body)
         encoded = await self.generator.encode(prompts, names, body.add_special_tokens is not False,
                                               is_truncated=body.truncate_prompt_tokens is not None)  # fmt: skip
         encoded = [self.generator.truncated(ids, body.truncate_prompt_tokens) for ids in encoded]
         for ids, name in zip(encoded, names, strict=True):
             new = self.generator.new_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS)
-            self.choices += self.generator.choices(ids, body, new, (name, "max_tokens"), len(self.choices), top, scored,
+            self.choices += self.generator.choices(ids, body, new, (name, "max_tokens"), len(self.choices), logprobs,
                                                    grammar=grammar)  # fmt: skip
         if body.echo:
             self._echoes = await asyncio.to_thread(lambda: [self._text(prompt) for prompt in prompts])
@@ -94,7 +112,7 @@ class Completion(Job[CompletionRequest]):
         return self._echoes[choice.index // (self.body.n or 1)] if self.body.echo else ""
 
     def whole(self, choice: Choice) -> Json:
-        return self.part(choice, choice.all, is_first=True)
+        return self.part(choice, choice.all, is_first=True) | self.prompt_logprobs(choice)
 
     def part(self, choice: Choice, delta: Delta, is_first: bool) -> Json:
         before = self._prompt_text(choice)
@@ -122,7 +140,7 @@ class Completion(Job[CompletionRequest]):
         tops: list[Json | None] = []
         for _, _, entry in entries:
             best: Json = {}
-            for token, logprob in [(entry.id, entry.logprob), *entry.top] if entry else []:
+            for token, logprob in [(entry.id, entry.logprob), *entry.top[: self.body.logprobs]] if entry else []:
                 best[text(token)] = max(_finite(logprob), best.get(text(token), MIN_LOGPROB))
             tops.append(best or None)
         return {
@@ -160,7 +178,8 @@ class Chat(Job[ChatRequest]):
         new = self.generator.new_tokens(len(ids), getattr(body, name))
         top = (body.top_logprobs or 0) if body.logprobs else -1
         is_marked = marks is not None or (bool(body.usable_tools) and parser is not None)
-        self.choices = self.generator.choices(ids, body, new, ("messages", name), top_logprobs=top, grammar=grammar,
+        logprobs = Logprobs(top, body.num_prompt_logprobs)
+        self.choices = self.generator.choices(ids, body, new, ("messages", name), logprobs=logprobs, grammar=grammar,
                                               is_marked=is_marked)  # fmt: skip
         separate = marks if body.separate_reasoning is not False else None
         for _ in self.choices:
@@ -177,6 +196,9 @@ class Chat(Job[ChatRequest]):
     def finish_reason(self, choice: Choice) -> str | None:
         has_called = choice.finish_reason == "stop" and self._messages[choice.index].has_called
         return "tool_calls" if has_called else choice.finish_reason
+
+    def about_prompt(self) -> Json:
+        return self.prompt_logprobs(self.choices[0])
 
     def opening(self, choice: Choice) -> Json | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
@@ -214,7 +236,8 @@ async def answer(job: Job) -> Json:
     async for _ in job.generator.run(job.choices):
         pass
     done = [_with_end(job, job.whole(choice), choice) for choice in job.choices]
-    return _envelope(job, job.kind) | {"choices": done, "usage": usage(job.choices, job.body.n or 1)}
+    about = job.about_prompt()
+    return _envelope(job, job.kind) | {"choices": done, "usage": usage(job.choices, job.body.n or 1)} | about
 
 
 async def stream(job: Job) -> AsyncGenerator[Json, None]:

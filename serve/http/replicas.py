@@ -7,7 +7,7 @@ behind a router other servers go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ import msgspec
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.engine_client import EngineClient
-from wave64.serve.messages import Output, Ready, Request, Statistics, Vocabulary
+from wave64.serve.messages import Output, Ready, Request, StartProfile, Statistics, StopProfile, Vocabulary
 
 
 def engines(args: ServerArgs, torchrun: str | None = None) -> EngineClient | Replicas:
@@ -97,10 +97,20 @@ class Replicas:
         """As EngineClient.flush_cache, of every engine; whether all did."""
         return all(await asyncio.gather(*(client.flush_cache() for client in self._clients)))
 
+    async def profile(self, message: StartProfile | StopProfile) -> list[str]:
+        """As EngineClient.profile, of every engine."""
+        files = await asyncio.gather(*(client.profile(message) for client in self._clients))
+        return [file for each in files for file in each]
+
     def abort_all(self, rid: str | None = None) -> None:
         """As EngineClient.abort_all."""
         for client in self._clients:
             client.abort_all(rid)
+
+    def expire(self, rids: Iterable[str], why: str) -> None:
+        """As EngineClient.expire."""
+        for client in self._clients:
+            client.expire(rids, why)
 
     def fail_all(self, why: str) -> None:
         """End every stream with an error of status 503."""

@@ -73,6 +73,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
 First = Field(fail_fast=True)  # report the first fault of a list, and do not look for a million others
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOPS), First]
 TopLogprobs = Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63 - 128)]
 
@@ -118,12 +119,13 @@ class Sampling(Body):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     stop: str | Annotated[list[str], First] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS), First] | None = None
+    stop_token_ids: TokenIds | None = None
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     no_stop_trim: Flag | None = None
     include_stop_str_in_output: Flag | None = None  # vLLM's name for it
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_STOPS), First] | None = None
     # the form of the answer: serve.http.grammar
     json_schema: str | dict[str, Any] | bool | None = None
     regex: str | None = None
@@ -139,6 +141,15 @@ class Sampling(Body):
                            "invalid_value")  # fmt: skip
         if "" in self.stop_strings:
             raise ApiError("stop: expected strings of at least one character, got ''", "stop", "invalid_value")
+        return self
+
+    @model_validator(mode="after")
+    def _check_bad_words(self) -> Any:
+        if (length := sum(map(len, self.bad_words or ()))) > MAX_STOP_LENGTH:
+            raise ApiError(f"bad_words: expected at most {MAX_STOP_LENGTH} characters in all words, got {length}",
+                           "bad_words", "invalid_value")  # fmt: skip
+        if not all(map(str.strip, self.bad_words or ())):
+            raise ApiError("bad_words: expected words, got one without a letter", "bad_words", "invalid_value")
         return self
 
     @model_validator(mode="after")
@@ -189,8 +200,9 @@ class _OpenAI(Sampling):
     min_tokens: Count | None = None
     seed: Seed | None = None
     truncate_prompt_tokens: Annotated[Int, Field(ge=-1)] | None = None  # the last so many; -1: as many as fit
+    prompt_logprobs: TopLogprobs | None = None  # vLLM's, as are the next
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None  # vLLM's, as are the next
+    structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | bool | None = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
@@ -202,6 +214,18 @@ class _OpenAI(Sampling):
         if options and (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise ApiError("stream_options: allowed only with stream: true", "stream_options", "invalid_value")
         return self
+
+
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> Any:
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError("prompt_logprobs: not allowed with stream: true", "prompt_logprobs", "invalid_value")
+        return self
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """How many of the most likely tokens go with each of the prompt's; -1: it is not scored."""
+        return -1 if self.prompt_logprobs is None else self.prompt_logprobs
 
 
 class CompletionRequest(_OpenAI):
@@ -381,6 +405,7 @@ class GenerateRequest(Body):
     return_logprob: Flag | Annotated[list[Flag], First] | None = None
     logprob_start_len: Int | Annotated[list[Int], First] | None = None
     top_logprobs_num: Int | Annotated[list[Int], First] | None = None
+    token_ids_logprob: TokenIds | Annotated[list[TokenIds], First] | None = None
 
     def look_through(self) -> None:
         assert self.prompts
@@ -400,6 +425,14 @@ class GenerateRequest(Body):
             raise ApiError("input_ids: expected token ids, got a string; that goes into text", "input_ids")
         return prompts_of(self.input_ids, "input_ids")
 
+    @property
+    def logprob_ids(self) -> list[list[int]]:
+        """For each prompt the tokens whose logprobs are asked for; one list applies to all."""
+        asked = self.token_ids_logprob or []
+        if asked and isinstance(asked[0], list):
+            return self.per_prompt("token_ids_logprob", [])
+        return [asked] * len(self.prompts)  # pyright: ignore[reportReturnType]: not nested
+
     def per_prompt(self, name: str, default: Any) -> list[Any]:
         """The field's value for each prompt."""
         value, count = getattr(self, name), len(self.prompts)
@@ -408,48 +441,6 @@ class GenerateRequest(Body):
         if len(value) != count:
             raise ApiError(f"{name}: expected an entry for each of {count} prompts, got {len(value)}", name)
         return value
-
-
-class TokenizeRequest(Body):
-    """POST /tokenize: a prompt, or a conversation."""
-
-    model: str | None = None
-    prompt: str | Annotated[list[str], First] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), First] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), First] | None = None
-    add_special_tokens: Flag | None = None
-    add_generation_prompt: Flag | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    return_token_strs: Flag | None = None
-
-    @model_validator(mode="after")
-    def _check_prompt(self) -> Any:
-        if (self.prompt is None) == (self.messages is None):
-            raise ApiError("prompt, messages: expected one of the two", "prompt", "invalid_value")
-        return self
-
-
-class DetokenizeRequest(Body):
-    """POST /detokenize"""
-
-    model: str | None = None
-    tokens: Any = None
-    skip_special_tokens: Flag | None = None
-
-    @cached_property
-    def lists(self) -> list[list[int]]:
-        """The lists of token ids; one where they are not nested."""
-        found = prompts_of(self.tokens, "tokens")
-        if any(isinstance(tokens, str) for tokens in found):
-            raise ApiError("tokens: expected token ids, got a string", "tokens", "invalid_type")
-        return [tokens for tokens in found if not isinstance(tokens, str)]
-
-
-class AbortRequest(Body):
-    """POST /abort_request"""
-
-    rid: str | None = None
-    abort_all: Flag | None = None
 
 
 def prompts_of(value: Any, param: str) -> list[str | list[int]]:

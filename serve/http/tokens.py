@@ -3,7 +3,7 @@
 from typing import Any
 
 from wave64.serve.http.generation import Generator
-from wave64.serve.http.schemas import DetokenizeRequest, TokenizeRequest
+from wave64.serve.http.operator_schemas import DetokenizeRequest, TokenizeRequest
 
 Json = dict[str, Any]
 

@@ -43,6 +43,10 @@ class SameAnswer:
     def tell(self, message) -> None:
         self.told = message
 
+    async def profile(self, message) -> list[str]:
+        self.told = message
+        return []
+
     def abort(self, rid: str) -> None:
         raise AssertionError(f"{rid} was aborted")
 

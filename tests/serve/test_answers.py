@@ -9,7 +9,7 @@ from helpers_server import VOCAB, make_tokenizer
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.bodies import parse
-from wave64.serve.http.generation import Generator
+from wave64.serve.http.generation import Generator, Logprobs
 from wave64.serve.http.guard import json_response
 from wave64.serve.http.native import Generate
 from wave64.serve.http.openai import Completion, answer, usage
@@ -105,7 +105,7 @@ def test_logprobs_come_with_the_text_they_belong_to(tokenizer):
     """Of tokens within what could be a stop string, none is known while it is held back; of the stop string, never."""
     generator = Generator(ServerArgs(), Engine([], 0.0), tokenizer)
     body = parse(CompletionRequest, b'{"stop": ["b!c"]}')
-    choice = generator.choices([5], body, 20, ("prompt", "max_tokens"), top_logprobs=0)[0]
+    choice = generator.choices([5], body, 20, ("prompt", "max_tokens"), logprobs=Logprobs(top=0))[0]
     seen = []
     for char in "ab!xb!c":
         (token,) = tokenizer.encode(char, add_special_tokens=False)

@@ -40,6 +40,8 @@ def test_every_flag_sets_its_field():
         (["--cuda-graph-max-bs", "0"], "--cuda-graph-max-bs: expected at least 1, got 0"),
         (["--max-prefill-ms", "-1"], "--max-prefill-ms: expected at least 0, got -1.0"),
         (["--rank-timeout", "nan"], "--rank-timeout: expected more than 0, got nan"),
+        (["--attention-backend", "fa3"], "--attention-backend: invalid choice: 'fa3' (choose from "),
+        (["--request-timeout", "0"], "--request-timeout: expected more than 0, got 0.0"),
         (["--port", "70000"], "--port: expected 1 to 65535, got 70000"),
         (["--port", "http"], "--port: invalid int value: 'http'"),
         (["--page-size=0"], "--page-size: expected at least 1, got 0"),
@@ -73,7 +75,7 @@ def test_a_bad_flag_is_one_line(argv, words, capsys):
 
 
 RECIPE = ["--trust-remote-code", "--enable-torch-compile", "--torch-compile-max-bs", "8", "--enable-mixed-chunk",
-          "--nnodes", "1", "--node-rank", "0", "--attention-backend=aiter", "--page-size", "32",
+          "--nnodes", "1", "--node-rank", "0", "--sampling-backend=pytorch", "--page-size", "32",
           "--schedule-conservativeness", "0.3"]  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def test_flags_of_recipes_that_change_nothing_are_taken_and_named():
     assert "--trust-remote-code: changes nothing here, the code of a checkpoint is never run" in said
     assert {line.split(":")[0] for line in said} == {
         "--trust-remote-code", "--enable-torch-compile", "--torch-compile-max-bs", "--enable-mixed-chunk",
-        "--attention-backend", "--schedule-conservativeness"}  # fmt: skip
+        "--sampling-backend", "--schedule-conservativeness"}  # fmt: skip
     assert without_effect(["--page-size", "32"]) == []
 
 

@@ -61,8 +61,7 @@ NEUTRAL = {
 
 # The same, where they ask for something.
 ASKING = {
-    "use_beam_search": True, "prompt_logprobs": 1, "allowed_token_ids": [5],
-    "bad_words": ["x"], "return_token_ids": True,
+    "use_beam_search": True, "allowed_token_ids": [5], "return_token_ids": True,
     "detokenize": False, "documents": [{"text": "x"}], "chat_template": "{{ 1 }}", "data_parallel_rank": 1,
     "return_routed_experts": True, "routed_experts_start_len": 1, "stop_regex": "a", "lora_path": "a",
     "bootstrap_host": "h", "tool_choice": "required", "thinking": False,

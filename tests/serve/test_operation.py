@@ -1,15 +1,20 @@
 """What operators see and set: /metrics, the access log, request ids, the limit of the queue, CORS, TLS."""
 
+import gzip
 import json
 import logging
 import re
 import ssl
+from pathlib import Path
 
 import pytest
 from helpers_http import App
+from helpers_server import eventually, serve
 from prometheus_client.parser import text_string_to_metric_families
 
-from wave64.serve.args import ArgsError, ServerArgs
+from wave64 import OPS, NotSupported
+from wave64.serve.args import SERVED_BY, ArgsError, ServerArgs
+from wave64.serve.engine.rank import surroundings
 from wave64.serve.http.launch import http_config
 from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.logs import JsonLines
@@ -35,7 +40,7 @@ def samples(text: str) -> dict[str, float]:
 
 def test_metrics_of_requests(tokenizer):
     app = App(tokenizer, "abcde")
-    app.engine.statistics = Statistics(3, 2, 25, 100, 70, 30, 4)
+    app.engine.statistics = Statistics(3, 2, 25, 100, 70, 30, 4, steps=8, step_seconds=0.5)
     count = len(app.engine.tokens)
     app.engine.end = "stop"
     app.post(COMPLETIONS, prompt="x", n=2)
@@ -51,6 +56,7 @@ def test_metrics_of_requests(tokenizer):
         "vllm:prompt_tokens_total": 70, "vllm:generation_tokens_total": 30, "vllm:num_preemptions_total": 4,
         "sglang:num_requests_total": 3, "sglang:num_aborted_requests_total": 0, "sglang:max_total_num_tokens": 2048,
         "vllm:request_success_total,stop": 2, "vllm:request_success_total,length": 1,
+        "wave64:step_seconds_count": 8, "wave64:step_seconds_sum": 0.5,
         "wave64:http_responses_total,200": 2, "wave64:http_responses_total,400": 1,
     }.items():  # fmt: skip
         assert found[ours] == value, ours
@@ -66,6 +72,7 @@ def test_metrics_of_a_server(server):
     server.complete(prompt="Four score")
     text = server.get("/metrics").text
     assert samples(text)["sglang:prompt_tokens_total"] > 0
+    assert samples(text)["wave64:step_seconds_sum"] > 0 < samples(text)["wave64:step_seconds_count"]
     assert re.search(r'^wave64:backend{backend="\w+",model_name="tiny",op="rms_norm"} 1.0$', text, re.MULTILINE)
 
 
@@ -141,3 +148,86 @@ def test_https(tmp_path):
     assert not http_config(ServerArgs(), None).is_ssl
     with pytest.raises(ArgsError, match="--ssl-certfile: expected the certificate"):
         ServerArgs(ssl_keyfile="k")
+
+
+def test_requests_are_logged_on_demand(tokenizer, caplog):
+    """Each choice on a line of its own, whatever is in it; texts are cut. Not the key."""
+    caplog.set_level(logging.INFO, "wave64.access")
+    app = App(tokenizer, "abc", log_requests=True, api_key="hidden")
+    for prompt in ("my\n\u2028secret", "Four score " * 200):
+        app.request("POST", COMPLETIONS, json={"prompt": prompt, "n": 2, "temperature": 0.5, "user": "u"},
+                    headers={"authorization": "Bearer hidden", "x-request-id": "mine"})  # fmt: skip
+        lines = [record.getMessage() for record in caplog.records[-2:]]
+        for line in lines:
+            assert line.isprintable()
+            said = json.loads(line.removeprefix("id mine: "))
+            assert said["prompt"] == f"<|bos|>{prompt}"[:2048]
+            assert (said["answer"], said["parameters"]["temperature"]) == ("abc", 0.5)
+    assert JsonLines().format(caplog.records[-1]).count('"prompt"') == 1
+    assert "hidden" not in caplog.text
+
+
+def test_a_request_has_so_many_seconds(model_folder, tmp_path):
+    """One that takes longer is answered with 504, in a stream by an error; the engine forgets it."""
+    asked = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True}
+    with serve(model_folder, tmp_path / "log", "--request-timeout", "0.3", "--max-total-tokens", "4096",
+               "--profile-dir", str(tmp_path / "traces"), "--max-running-requests", "4") as server:  # fmt: skip
+        answers = [server.post(COMPLETIONS, **asked, stream=stream, n=2) for stream in (False, True)]
+        assert eventually(lambda: server.get("/server_info").json()["statistics"]["running"] == 0)
+        assert server.complete(prompt="x", max_tokens=1)["choices"][0]["finish_reason"] == "length"
+        traced(server, tmp_path / "traces")
+    error = answers[0].json()["error"]
+    assert (answers[0].status_code, error["code"]) == (504, "request_timeout")
+    assert error["message"] == "the request was not done within 0.3 s (--request-timeout)"
+    *_, last, done = answers[1].text.strip().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"] == error
+    assert done == "data: [DONE]"
+
+
+def traced(server, folder) -> None:
+    """Traces of that server have the engine's operators; they are written in that folder alone."""
+    assert server.post("/stop_profile").json()["error"]["message"] == "no profile is on its way; start one first"
+    assert server.http.post("/start_profile").json() == {"success": True, "output_dir": str(folder)}
+    assert "stop it first" in server.post("/start_profile").json()["error"]["message"]
+    server.complete(prompt="x", max_tokens=2)
+    (file,) = server.get("/stop_profile").json()["files"]
+    assert folder in Path(file).parents
+    with gzip.open(file) as trace:
+        names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    assert "wave64::rms_norm" in names
+    asked = {"output_dir": "b", "num_steps": 1, "activities": ["CPU"], "record_shapes": True}
+    assert server.post("/start_profile", **asked).status_code == 200
+    server.complete(prompt="x", max_tokens=2)
+    assert len(list((folder / "b").iterdir())) == 1, "it has ended by itself"
+    assert server.post("/stop_profile").status_code == 400
+    assert "no GPU" in server.post("/start_profile", activities=["GPU"]).json()["error"]["message"]
+    for outside in ("../b", "/tmp"):
+        error = server.post("/start_profile", output_dir=outside).json()["error"]
+        assert error["param"] == "output_dir"
+
+
+def test_traces_need_a_folder(tokenizer):
+    answer = App(tokenizer).post("/start_profile")
+    assert answer.status_code == 400
+    assert "--profile-dir FOLDER" in answer.json()["error"]["message"]
+
+
+def test_flags_name_backends(device):
+    """They serve what they have a kernel of, of the operators that the flag is about; or it is said why not."""
+    def bound(**flags) -> dict[str, str]:
+        with surroundings(ServerArgs(**flags)):
+            return {name: op.bound[device][0].name for name, op in OPS.items()}
+
+    plain = bound()
+    chosen = bound(attention_backend="triton", fp8_gemm_backend="triton")
+    wanted = dict.fromkeys((*SERVED_BY["attention_backend"], *SERVED_BY["fp8_gemm_backend"]), "triton")
+    assert chosen == plain | wanted
+    assert bound(decode_attention_backend="triton") == plain | dict.fromkeys(SERVED_BY["decode_attention_backend"],
+                                                                            "triton")
+    assert bound() == plain
+    with pytest.raises(NotSupported, match="^--moe-runner-backend: aiter cannot serve fused_moe: wave64 has"):
+        bound(moe_runner_backend="aiter")
+    with pytest.raises(NotSupported, match="^--fp8-gemm-backend: hip cannot serve fp8_block_scaled_mm: "):
+        bound(fp8_gemm_backend="hip", device="cpu")
+    for operators in SERVED_BY.values():
+        assert {*operators} <= {*OPS}
