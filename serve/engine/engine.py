@@ -347,7 +347,7 @@ def _watchdog(args: ServerArgs, team: Team | None, tell: Callable[[Failed], None
 
 
 def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int, watchdog: Watchdog) -> None:
-    profiler = Profiler()
+    profiler, told = Profiler(), engine.statistics()
     while os.getppid() == parent:
         while inbox.poll(0 if engine.has_work else IDLE_POLL_MS):
             if answer := _receive(engine, profiler, inbox.recv()):
@@ -355,8 +355,10 @@ def _serve(engine: Engine, inbox: zmq.Socket, outbox: zmq.Socket, parent: int, w
         with watchdog.watching():
             outputs = engine.step()
         profiler.step()
-        if outputs:
-            outbox.send(encode(Outputs(outputs, engine.statistics())))
+        now = engine.statistics()
+        if outputs or now != told:  # what was aborted gives none
+            outbox.send(encode(Outputs(outputs, now)))
+            told = now
     log.info("the api process is gone; the engine ends")
 
 

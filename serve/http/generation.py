@@ -13,7 +13,7 @@ import msgspec
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.detokenizer import Detokenizer, StopStrings
 from wave64.serve.http.engine_client import EngineClient
-from wave64.serve.http.grammar import Grammars
+from wave64.serve.http.grammar import Forced, Grammars
 from wave64.serve.http.metrics import Metrics, Watch
 from wave64.serve.http.reasoning import PARSERS as REASONING_PARSERS
 from wave64.serve.http.replicas import Replicas
@@ -235,9 +235,9 @@ class Generator:
         except TemplateError as error:
             raise ApiError(f"messages: {error}", "messages", "invalid_value") from None
 
-    async def grammar(self, body: Sampling, forced: str | None = None) -> str | None:
-        """What the answer has to be, for the engine, which knows then what grammars are made of. forced: what it has to
-        be for another reason than the form that `body` asks for. Raises ApiError."""
+    async def grammar(self, body: Sampling, forced: Forced | None = None) -> str | None:
+        """What the answer has to be, for the engine, which knows then what grammars are made of. forced: as for
+        Grammars.of. Raises ApiError."""
         return await self._grammars.of(body, self.ready.vocab_size, forced)
 
     def check_model(self, name: str | None) -> None:

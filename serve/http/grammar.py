@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from wave64.serve.grammar import compiler
 from wave64.serve.http.schemas import SPACES, ApiError, Sampling
@@ -21,6 +21,13 @@ OF_OUTPUTS = {"json": "json", "json_object": "json_object", "regex": "regex", "c
 NO_OBJECTION = ("disable_fallback", "disable_any_whitespace", "disable_additional_properties", "backend")
 
 Json = dict[str, Any]
+
+
+class Forced(NamedTuple):
+    """An answer that has to be a call."""
+
+    grammar: str
+    schemas: dict[str, Json]  # of the tools' parameters, by the field that they came in
 
 
 class Grammars:
@@ -47,10 +54,10 @@ class Grammars:
                 raise ApiError(f"structured output: {error}", status=501) from None
             self._tell(vocabulary)
 
-    async def of(self, body: Sampling, vocab_size: int, forced: str | None = None) -> str | None:
+    async def of(self, body: Sampling, vocab_size: int, forced: Forced | None = None) -> str | None:
         """The grammar that `body` asks for, in the engine's form; None if it asks for none. forced: what its
         tool_choice needs. Raises ApiError."""
-        asked = [("tool_choice", "lark", forced)] if forced else []
+        asked = [("tool_choice", "lark", forced.grammar)] if forced else []
         asked += [(name, kind, value) for name, kind, value in _asked(body) if value not in (None, False, "")]
         if not asked:
             return None
@@ -58,7 +65,12 @@ class Grammars:
             names = " and ".join(name for name, _, _ in asked)
             raise ApiError(f"{names}: expected one of them, as an answer has one form", asked[0][0].partition(".")[0])
         await self.learn(vocab_size)
-        return await self._compiled(*asked[0])
+        try:
+            return await self._compiled(*asked[0])
+        except ApiError:
+            for field, schema in forced.schemas.items() if forced else ():
+                await self._compiled(field, "json", schema)  # alone, which says what is wrong with which
+            raise
 
     async def _compiled(self, field: str, kind: str, value: Any) -> str:
         """The grammar of a kind ("json", "regex", "choice", "grammar", "lark", "tags") in the engine's form.
@@ -116,7 +128,7 @@ class Grammars:
 
 
 def _refused(field: str, why: str) -> ApiError:
-    return ApiError(f"{field}: {why}", field.partition(".")[0], "invalid_grammar")
+    return ApiError(f"{field}: {why}", field.partition(".")[0].partition("[")[0], "invalid_grammar")
 
 
 def _asked(body: Sampling) -> list[tuple[str, str, Any]]:
@@ -140,7 +152,7 @@ def _of_response_format(wanted: Json) -> tuple[str, str, Any]:
         return "response_format", "json_object", True
     if kind == "json_schema":
         inner = wanted.get("json_schema")
-        if not isinstance(inner, dict) or "schema" not in inner:
+        if not isinstance(inner, dict) or inner.get("schema") in (None, False):  # false: no answer is right
             raise ApiError("response_format.json_schema: expected {name, schema}", "response_format", "missing")
         return "response_format.json_schema.schema", "json", inner["schema"]
     if kind == "structural_tag":

@@ -19,6 +19,12 @@ RENAMED = {"messages": "input", "max_completion_tokens": "max_output_tokens", "r
 TEXT_PARTS = ("input_text", "output_text", "text")
 
 
+class TextOptions(Body):
+    """The form of the answer."""
+
+    format: dict[str, Any] | None = None
+
+
 class ResponsesRequest(Body):
     """POST /v1/responses"""
 
@@ -28,7 +34,7 @@ class ResponsesRequest(Body):
     max_output_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
-    text: dict[str, Any] | None = None
+    text: TextOptions | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: Flag | None = None
@@ -45,7 +51,7 @@ class ResponsesRequest(Body):
                   "temperature": self.temperature, "top_p": self.top_p, "stream": self.stream, "model": self.model,
                   "chat_template_kwargs": self.chat_template_kwargs, "parallel_tool_calls": self.parallel_tool_calls,
                   "tools": [_function(tool) for tool in self.tools or []], "tool_choice": self.tool_choice,
-                  "response_format": _format((self.text or {}).get("format"))}  # fmt: skip
+                  "response_format": _format(self.text and self.text.format)}  # fmt: skip
         if isinstance(self.tool_choice, dict):
             fields["tool_choice"] = _function(self.tool_choice)
         try:
@@ -191,7 +197,7 @@ class Response:
                        "metadata": {}, "parallel_tool_calls": body.parallel_tool_calls is not False,
                        "temperature": body.temperature, "top_p": body.top_p, "tools": body.tools or [],
                        "tool_choice": body.tool_choice or "auto", "max_output_tokens": body.max_output_tokens,
-                       "text": body.text or {"format": {"type": "text"}}, "store": False,
+                       "text": {"format": (body.text and body.text.format) or {"type": "text"}}, "store": False,
                        "truncation": "disabled"}  # fmt: skip
 
     async def answer(self) -> Json:

@@ -13,6 +13,7 @@ from typing import Any
 import regex
 from pydantic_core import from_json
 
+from wave64.serve.http.grammar import Forced
 from wave64.serve.http.schemas import SPACES, ChatRequest, NamedTool
 
 Json = dict[str, Any]
@@ -340,17 +341,19 @@ def reader(body: ChatRequest, parser: str | None) -> Reader | None:
     return PythonicReader(names, limit) if parser == "pythonic" else FormatReader(FORMATS[parser], names, limit)
 
 
-def forced(body: ChatRequest) -> str | None:
-    """The grammar of an answer that has to be a call, or several: a list of {name, parameters}; None if it need not."""
+def forced(body: ChatRequest) -> Forced | None:
+    """What an answer has to be that has to be a call, or several: a list of {name, parameters}; None if it need not."""
     if not body.forces_call:
         return None
-    calls = []
-    for tool in body.usable_tools:
-        schema = tool.function.parameters or {"type": "object"}
+    calls, schemas = [], {}
+    for i, tool in enumerate(body.tools or ()):
+        if tool not in body.usable_tools:
+            continue
+        schema = schemas[f"tools[{i}].function.parameters"] = tool.function.parameters or {"type": "object"}
         head = json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "parameters": ')
         calls.append(f'{head} %json {json.dumps({**schema, "x-guidance": {"whitespace_pattern": SPACES}})} "}}"')
     more = "" if body.parallel_tool_calls is False or isinstance(body.tool_choice, NamedTool) else ' (", " call)*'
-    return f'start: "[" call{more} "]"\ncall: ' + "\n    | ".join(calls)
+    return Forced(f'start: "[" call{more} "]"\ncall: ' + "\n    | ".join(calls), schemas)
 
 
 def parser_of(template: str) -> str | None:

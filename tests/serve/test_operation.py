@@ -193,8 +193,8 @@ def traced(server, folder) -> None:
     (file,) = server.get("/stop_profile").json()["files"]
     assert folder in Path(file).parents
     with gzip.open(file) as trace:
-        names = {event.get("name") for event in json.load(trace)["traceEvents"]}
-    assert "wave64::rms_norm" in names
+        events = json.load(trace)["traceEvents"]
+    assert any(event.get("name", "").startswith("aten::") for event in events)
     asked = {"output_dir": "b", "num_steps": 1, "activities": ["CPU"], "record_shapes": True}
     assert server.post("/start_profile", **asked).status_code == 200
     server.complete(prompt="x", max_tokens=2)

@@ -108,6 +108,7 @@ def test_items_become_messages(tokenizer):
     ({"input": "x", "temperature": -1}, "temperature", "got -1"),
     ({"input": "x", "previous_response_id": "r"}, "previous_response_id", "not supported"),
     ({"input": "x", "max_output_tokens": 9999}, "max_output_tokens", "max_output_tokens"),
+    ({"input": "x", "text": {"format": "json"}}, "text", "text.format: expected"),
     ({"input": "x", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "foo"}}}}, "text",
      "cannot be compiled"),
 ])  # fmt: skip

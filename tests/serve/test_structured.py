@@ -49,6 +49,8 @@ FORMS = [
 REFUSED = [
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "w", "schema": {"type": "foo"}}}},
      "response_format", "response_format.json_schema.schema: cannot be compiled: Invalid type: foo"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "w", "schema": False}}},
+     "response_format", r"expected \{name, schema\}"),
     (CHAT, {"response_format": {"type": "json_schema"}}, "response_format", r"expected \{name, schema\}"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format", "got xml"),
     (CHAT, {"regex": "a(b"}, "regex", "regex: cannot be compiled: .*unclosed group"),

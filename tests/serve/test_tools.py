@@ -210,8 +210,8 @@ def test_an_answer_that_calls(tokenizer):
     ({"tools": [{"type": "function"}]}, "tools", "tools[0].function: required"),
     ({"tools": [TIME], "tool_choice": "sometimes"}, "tool_choice", "tool_choice: expected"),
     ({"tools": [TIME], "tool_choice": "required", "regex": "a"}, "tool_choice", "tool_choice and regex"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "foo"}}}],
-      "tool_choice": "required"}, "tool_choice", "cannot be compiled"),
+    ({"tools": [TIME, {"type": "function", "function": {"name": "f", "parameters": {"type": "foo"}}}],
+      "tool_choice": "required"}, "tools", "tools[1].function.parameters: cannot be compiled: Invalid type: foo"),
 ])  # fmt: skip
 def test_tools_that_are_none(tokenizer, fields, param, words):
     answer = App(tokenizer).post(CHAT, messages=USER, **fields)
