@@ -153,6 +153,29 @@ def test_a_run_for_each_load_and_what_requests_hold(tmp_path):
     assert [body["sampling_params"]["temperature"] for body in server.bodies] == [0] * 6
 
 
+def test_the_summary_is_of_three_loads(tmp_path, monkeypatch):
+    loads = []
+
+    async def measured(self, rows, rate, limit):
+        loads.append((len(rows), rows[0].prompt_len, rows[0].output_len, rate, limit))
+        answers = [answer(0.0, 0.01 * (i + 1), [0.002], 2) for i in range(len(rows))]
+        return measures.Run(answers, 4.0, 0, rate, limit, 0.5)
+
+    async def scenario() -> list[tuple[str, str]]:
+        listener = await asyncio.start_server(StandIn().serve, "127.0.0.1", 0)
+        port = str(listener.sockets[0].getsockname()[1])
+        async with listener:
+            return await run.summary(flags.parse(["--port", port, "--tokenize-prompt"]))
+
+    monkeypatch.setattr(run.Bench, "run", measured)
+    table = dict(asyncio.run(scenario()))
+    everything = float("inf")
+    assert loads == [(1000, 128, 128, everything, None), (640, 128, 128, everything, 64), (32, 128, 8, everything, 1)]
+    assert [value for name, value in table.items() if "output tok/s" in name] == ["500", "320"]
+    assert [value for name, value in table.items() if "p99" in name] == ["2.00"]
+    assert [value for name, value in table.items() if "first token" in name] == ["5005", "3205", "165.00"]
+
+
 def test_arrivals_are_a_poisson_process(monkeypatch):
     now, slept = [0.0], []
 

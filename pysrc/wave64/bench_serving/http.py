@@ -63,8 +63,9 @@ async def exchange(method: str, address: str, body: bytes, headers: dict[str, st
     url = urlsplit(address)
     made = _head(method, url, headers, len(body)) + body
     secure = ssl.create_default_context() if url.scheme == "https" else None
+    host, port = url.hostname or "127.0.0.1", url.port or (443 if secure else 80)
     transport, protocol = await asyncio.get_running_loop().create_connection(
-        lambda: _Exchange(made, take), url.hostname or "127.0.0.1", url.port or (443 if secure else 80), ssl=secure)  # fmt: skip
+        lambda: _Exchange(made, take), host, port, ssl=secure)  # fmt: skip
     try:
         return await protocol.done
     finally:
