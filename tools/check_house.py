@@ -115,6 +115,7 @@ PROSE = {
 }
 
 ENVIRONMENT_READERS = ("pysrc/wave64/backends/__init__.py", "pysrc/wave64/backends/hip_library.py",
+                       "pysrc/wave64/tools/doctor/machine.py",
                        "serve/engine/rank.py", "serve/node.py", "tests/", "setup_rocm.py")
 
 
