@@ -34,12 +34,13 @@ def main() -> int:
     parser.add_argument("--arch", choices=EMULATED, default="gfx942")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="default: all")
     parser.add_argument("--hsa", type=Path, help="the wheel, or its hsa folder; default: the installed wheel's")
+    parser.add_argument("--repository", type=Path, help="the hsa folder of AITER's repository, for newer objects")
     parser.add_argument("--small", action="store_true", help="the smallest shape of each family alone")
     parser.add_argument("--coverage", action="store_true", help="count what decodes and binds, and execute nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        objects = Objects(args.hsa)
+        objects = Objects(args.hsa, args.repository)
         objects.verify()
     except (FileNotFoundError, ValueError) as e:
         parser.error(str(e))
@@ -59,6 +60,9 @@ def run(objects: Objects, arch: str, families: list[str], small: bool) -> int:
         if not pieces:
             notes.append(f"{family}: the wheel has no object for {arch}")
         for work in pieces:
+            if why := objects.lacks(work.object):
+                notes.append(f"{work.what}: {why}")
+                continue
             try:
                 rows, theirs = compare(work, objects.read(work.object), arch)
             except AssertionError as e:

@@ -29,24 +29,31 @@ def _int8(m: int, n: int, k: int) -> Launch:
 
 
 BLOCK = 128
+#: rows of AITER's tile, and the product, on gfx942: the last takes the emulator minutes
+PRODUCTS = ((32, 16, 1536, 7168), (64, 64, 512, 1024), (128, 1024, 1536, 7168))
 
 
-def _blocks(m: int, n: int, k: int) -> Launch:
+def _blocks(arch: str, tile: tuple[int, int], m: int, n: int, k: int) -> Launch:
+    """tile: rows and columns of a workgroup."""
     random, mem = np.random.default_rng(1), Arrays()
-    a, a_wide = fp8(random.standard_normal((m, k)) * 20, "gfx950")
-    b, b_wide = fp8(random.standard_normal((n, k)) * 20, "gfx950")
+    a, a_wide = fp8(random.standard_normal((m, k)) * 20, arch)
+    b, b_wide = fp8(random.standard_normal((n, k)) * 20, arch)
     a_scale = (random.random((k // BLOCK, m)) * 1e-2).astype(np.float32)
     b_scale = (random.random((n // BLOCK, k // BLOCK)) * 1e-2).astype(np.float32)
     out = mem.new("out", (m, n), np.uint16, 0xFFFF)
     given = [mem.put(name, value) for name, value in (("XQ", a), ("WQ", preshuffled(b)))]
     by_block = [mem.put(name, value) for name, value in (("x_scale", a_scale), ("w_scale", b_scale))]
-    args = slots(out, *given, None, *by_block, None, None, None, k, n, m, 1, k, k, n * 2, 0, 0, 0, 0, 0, 0, None)
+    if arch == "gfx942":
+        bias = mem.new("bias", (1, n), np.float32, 0)
+        args = slots(out, *given, *by_block, bias, m, n, k, k, k, n * 2, 1, m, n // BLOCK, k // BLOCK)
+    else:
+        args = slots(out, *given, None, *by_block, None, None, None, k, n, m, 1, k, k, n * 2, 0, 0, 0, 0, 0, 0, None)
 
     def error() -> float:
         left = a_wide * np.repeat(a_scale.T.astype(np.float64), BLOCK, 1)
         right = b_wide * np.repeat(np.repeat(b_scale.astype(np.float64), BLOCK, 0), BLOCK, 1)
         return distance(wide(out), left @ right.T)
-    return Launch((-(-n // 256), -(-m // 32), 1), 256, args, mem, error)
+    return Launch((-(-n // tile[1]), -(-m // tile[0]), 1), 256, args, mem, error)
 
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -78,10 +85,15 @@ def gemm(arch: str, small: bool) -> Iterator[Work]:
                        "gfx942/i8gemm/I8gemm_bf16_perTokenI8_BpreShuffle_128x128.co", functools.partial(_int8, m, n, k),
                        1e-2, Ours("fp8_scaled_mm", functools.partial(our_product, m, n, k, bias=True)),
                        "ours is of FP8, as many bytes and multiply-adds")
+        for rows, m, n, k in [(64, 64, 512, 1024)] if small else PRODUCTS:
+            name = f"gfx942/fp8gemm_blockscale/fp8gemm_bf16_blockscale_BpreShuffle_{rows}x{BLOCK}.co"
+            yield Work("gemm", f"FP8 product by blocks {m} x {n} x {k}", name,
+                       functools.partial(_blocks, arch, (rows, BLOCK), m, n, k), 1e-2,
+                       Ours("fp8_block_scaled_mm", functools.partial(our_blocks, m, n, k, [BLOCK] * 2)))
         return
     for m, n, k in [(32, 256, 512)] if small else [(32, 256, 512), (32, 512, 1024)]:
         yield Work("gemm", f"FP8 product by blocks {m} x {n} x {k}", "gfx950/f8_block_scale_mi350_x32.co",
-                   functools.partial(_blocks, m, n, k), 1e-2,
+                   functools.partial(_blocks, arch, (32, 256), m, n, k), 1e-2,
                    Ours("fp8_block_scaled_mm", functools.partial(our_blocks, m, n, k, [BLOCK] * 2)))
     m, n, k = 256, 256, 512
     yield Work("gemm", f"FP4 product by groups {m} x {n} x {k}",

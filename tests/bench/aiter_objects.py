@@ -17,14 +17,26 @@ VERSION = "0.1.7.post2.dev18"
 SHA256 = "2d227046075bdf6b3b9fa0d6693c8c8654a36ec85d930f9767fc4fa06254d712"  # of the objects, see Objects.digest
 HOW = (f"python -m pip download --no-deps amd-aiter=={VERSION}, and --hsa WHEEL; or pip install it, or give --hsa the "
        "hsa folder that is in it")
+#: objects that only AITER's repository has, as of a commit, in its own hsa folder -> their SHA-256
+COMMIT = "e4048607"
+NEWER = {
+    "gfx942/fp8gemm_blockscale/fp8gemm_bf16_blockscale_BpreShuffle_32x128.co":
+        "3d1acfd1e5bf6f16816334d8aede37f93af0cbb3f0d6030dddb1deacf7e38d8f",
+    "gfx942/fp8gemm_blockscale/fp8gemm_bf16_blockscale_BpreShuffle_64x128.co":
+        "b3b0814cdfc6be1cc838ba7e9065aa763dc2dcd72eb0c26afda31efab2884736",
+    "gfx942/fp8gemm_blockscale/fp8gemm_bf16_blockscale_BpreShuffle_128x128.co":
+        "de905e406509c62f78d0760a36e762f7de89ded5d39fd3f98062eb58a8078b99",
+}
 END = bytes.fromhex("000081bf")  # s_endpgm
 
 
 class Objects:
     """Names, as "gfx942/mla/name.co", and bytes. Raises FileNotFoundError where there are none."""
 
-    def __init__(self, source: Path | None = None):
-        """source: an hsa folder, or the wheel; else that of the installed wheel."""
+    def __init__(self, source: Path | None = None, repository: Path | None = None):
+        """source: an hsa folder, or the wheel; else that of the installed wheel. repository: the hsa folder of AITER's
+        repository, for objects that are newer."""
+        self.repository = repository
         source = source or installed()
         if source is None or not source.exists():
             raise FileNotFoundError(f"expected AITER's code objects, got {source or 'no installed amd-aiter'}: {HOW}")
@@ -35,7 +47,19 @@ class Objects:
             paths = {str(path.relative_to(source)): str(path) for path in source.rglob("*.co")}
         self.paths = {name: paths[name] for name in sorted(paths) if name.endswith(".co")}
 
+    def lacks(self, name: str) -> str | None:
+        """None, or why the object is not there."""
+        if name in self.paths or self.repository is not None and name in NEWER:
+            return None
+        return f"not in the wheel; --repository, hsa of AITER's repository at {COMMIT}, has {name}"
+
     def read(self, name: str) -> bytes:
+        """Raises ValueError where a newer object is another one than COMMIT's."""
+        if name not in self.paths and self.repository is not None:
+            found = (self.repository / name).read_bytes()
+            if hashlib.sha256(found).hexdigest() != NEWER[name]:
+                raise ValueError(f"repository: expected the {name} of {COMMIT}, got another one")
+            return found
         return self.wheel.read(self.paths[name]) if self.wheel else Path(self.paths[name]).read_bytes()
 
     def of(self, arch: str) -> list[str]:

@@ -8,7 +8,7 @@ import aiter
 import numpy as np
 import pytest
 import torch
-from aiter_objects import Coverage, Objects, Scan, family_of, table
+from aiter_objects import NEWER, Coverage, Objects, Scan, family_of, table
 from aiter_work import Arrays, Launch, Ours, Work, compare, distance, slots, theirs
 
 sys.path.append(str(Path(__file__).parents[1] / "gfx942"))
@@ -99,6 +99,18 @@ def test_objects_are_those_that_are_pinned(tmp_path):
         objects.verify()
     with pytest.raises(FileNotFoundError, match="expected AITER's code objects, got"):
         Objects(tmp_path / "absent")
+
+
+def test_newer_objects_come_from_the_repository_and_are_pinned(tmp_path):
+    """The wheel's lacks an object until the repository's folder is given, which must hold the one of the commit."""
+    name = next(iter(NEWER))
+    assert "--repository" in str(Objects(tmp_path).lacks(name))
+    objects = Objects(tmp_path, tmp_path)
+    assert objects.lacks(name) is None
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_bytes(code("s_nop 0"))
+    with pytest.raises(ValueError, match=r"repository: expected the gfx942/\S+ of \w+, got another one"):
+        objects.read(name)
 
 
 def test_coverage_says_what_is_missing():

@@ -40,7 +40,8 @@ DRAWN = {
 FLAGSHIPS = [("hip", "rms_norm", "128x7168"), ("hip", "fused_add_rms_norm", "128x7168"),
              ("hip", "silu_and_mul", "128x7168"), ("hip", "per_token_group_quant_fp8", "128x7168"),
              ("hip", "grouped_topk", "64x256-v3"), ("hip", "paged_attention", "1x4096"),
-             ("hip", "paged_attention", "2x1024"), ("triton", "per_token_group_quant_fp8", "128x7168"),
+             ("hip", "paged_attention", "2x1024"), ("hip", "fp8_block_scaled_mm", "64x512x1024"),
+             ("triton", "per_token_group_quant_fp8", "128x7168"),
              *(("triton", op, case.id) for op, cases in DRAWN.items() for case in cases)]
 KEYS = [f"{op} {case} {backend} {arch}" for backend, op, case in FLAGSHIPS for arch in ARCHS]
 

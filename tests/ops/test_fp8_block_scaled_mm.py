@@ -12,6 +12,7 @@ from wave64 import ops, platform, quant
 from wave64.backends import import_hopper_kernels
 from wave64.testing import tune
 from wave64.testing.contract import same_bits
+from wave64.testing.emulator.run import emulate
 from wave64.triton_ops.fp8_mm import Config
 
 quick = examples(25)
@@ -101,6 +102,42 @@ def test_hoppers_own_kernel_keeps_the_bound(device, m, n, k):
     assert import_hopper_kernels() is None
     got = ops.fp8_block_scaled_mm.backends["hopper"].run(*args, [128, 128], torch.bfloat16)
     assert_within_bound(got, *exact(*args, [128, 128]), k)
+
+
+@pytest.mark.skipif(platform.arch() is not None, reason="on gfx942's machine code, executed on a CPU")
+@pytest.mark.skipif("hip" not in ops.fp8_block_scaled_mm.backends, reason="needs the extension")
+@pytest.mark.parametrize(("m", "n", "k", "block_shape"), [
+    (1, 16, 16, [128, 128]), (17, 130, 272, [128, 128]), (33, 31, 1936, [256, 256]), (130, 129, 400, [128, 128]),
+    (131, 2049, 144, [128, 128]), (300, 150, 1168, [128, 256]), (2, 17, 8336, [128, 128]), (30, 9, 6400, [128, 384]),
+    (70, 33, 3216, [128, 128]), (2049, 24, 400, [128, 128])])
+def test_hips_kernels_keep_the_bound(m, n, k, block_shape):
+    """Rows end in NaN that nothing may count, and blocks at the last column; blocks are wider than a step and a tile;
+    the last four have more steps along K than are in flight at a time."""
+    with platform.target("gfx942"), emulate("gfx942"):
+        a, b, *scales = draw(m, n, k, block_shape)
+        scales = [scale.t().contiguous().t() if m % 2 else scale for scale in scales]
+        got = ops.fp8_block_scaled_mm.backends["hip"].run(a, b, *scales, block_shape, torch.float32)
+    assert_within_bound(got, *exact(a, b, *scales, block_shape), k)
+
+
+@pytest.mark.skipif("hip" not in ops.fp8_block_scaled_mm.backends, reason="needs the extension")
+def test_what_hip_declines():
+    supports = ops.fp8_block_scaled_mm.backends["hip"].supports
+
+    def declined(arch="gfx950", flavor=FP8[0], k=256, padded=0, block_shape=(128, 128), far=1):
+        a = torch.zeros(2, k + padded).to(flavor)[:, :k]
+        scale = torch.empty_strided((2, 2), (1, far), device="meta")
+        with platform.target(arch):
+            return supports(a, a, scale, scale, list(block_shape), torch.bfloat16)
+
+    assert declined() is None
+    assert declined("gfx942", FP8[1]) is None
+    assert "instructions of gfx942 and gfx950" in declined("gfx1201")
+    assert "e4m3fn on gfx942" in declined("gfx942")
+    assert "these have 64 and 128" in declined(block_shape=(64, 128))
+    assert "16 bytes" in declined(k=250)
+    assert "16 bytes" in declined(padded=8)
+    assert "too far from each other" in declined(far=2**28)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

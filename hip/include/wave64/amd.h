@@ -164,7 +164,8 @@ WAVE64_DEVICE int wave_max_of_rare(int x, int none) {
 }
 
 // Memory whose end the hardware knows (a buffer resource): loads past it return zero and stores are dropped, word by
-// word of 4 bytes, so no lane branches. `base` must be the same in all lanes; `at` counts bytes.
+// word of 4 bytes, so no lane branches. `base` must be the same in all lanes; `at` counts bytes, and so does `behind`,
+// which is the same in all lanes and added in the instruction.
 class Bounded {
     __amdgpu_buffer_rsrc_t resource;
 
@@ -178,12 +179,12 @@ public:
         resource = __builtin_amdgcn_make_buffer_rsrc(const_cast<void*>(base), 0, bytes, kind);
     }
     template <typename Bits>
-    WAVE64_DEVICE Bits load(int at) const {
-        if constexpr (sizeof(Bits) == 1) return __builtin_amdgcn_raw_buffer_load_b8(resource, at, 0, 0);
-        if constexpr (sizeof(Bits) == 2) return __builtin_amdgcn_raw_buffer_load_b16(resource, at, 0, 0);
-        if constexpr (sizeof(Bits) == 4) return __builtin_amdgcn_raw_buffer_load_b32(resource, at, 0, 0);
-        if constexpr (sizeof(Bits) == 8) return __builtin_amdgcn_raw_buffer_load_b64(resource, at, 0, 0);
-        if constexpr (sizeof(Bits) == 16) return __builtin_amdgcn_raw_buffer_load_b128(resource, at, 0, 0);
+    WAVE64_DEVICE Bits load(int at, int behind = 0) const {
+        if constexpr (sizeof(Bits) == 1) return __builtin_amdgcn_raw_buffer_load_b8(resource, at, behind, 0);
+        if constexpr (sizeof(Bits) == 2) return __builtin_amdgcn_raw_buffer_load_b16(resource, at, behind, 0);
+        if constexpr (sizeof(Bits) == 4) return __builtin_amdgcn_raw_buffer_load_b32(resource, at, behind, 0);
+        if constexpr (sizeof(Bits) == 8) return __builtin_amdgcn_raw_buffer_load_b64(resource, at, behind, 0);
+        if constexpr (sizeof(Bits) == 16) return __builtin_amdgcn_raw_buffer_load_b128(resource, at, behind, 0);
     }
     template <typename Bits>
     WAVE64_DEVICE void store(int at, Bits bits) const {

@@ -119,8 +119,9 @@ public:
     WAVE64_DEVICE Bounded(const void* base, int bytes)
         : base(static_cast<char*>(const_cast<void*>(base))), bytes(bytes) {}
     template <typename Bits>
-    WAVE64_DEVICE Bits load(int at) const {
+    WAVE64_DEVICE Bits load(int at, int behind = 0) const {
         Bits bits{};
+        at += behind;
         if (at < bytes) __builtin_memcpy(&bits, base + at, min(int(sizeof bits), bytes - at));
         return bits;
     }
@@ -142,12 +143,23 @@ inline unsigned fp8_bits(float x, int bias, float largest) {
     return bits == 0 && bias == 8 ? 0 : sign | bits;
 }
 
-inline float fp8_value(unsigned bits, int bias) {
+inline float computed_fp8_value(unsigned bits, int bias) {
     if (bits == (bias == 8 ? 0x80u : 0x7fu) || (bias == 7 && bits == 0xff)) return __builtin_nanf("");
     const int exponent = (bits >> 3) & 15, eighths = bits & 7;
     const float size = exponent ? __builtin_ldexpf(float(8 + eighths), exponent - bias - 3)
                                 : __builtin_ldexpf(float(eighths), -bias - 2);
     return bits & 0x80 ? -size : size;
+}
+
+// The same from a table, since matrix products ask for many.
+inline float fp8_value(unsigned bits, int bias) {
+    static float values[9][256];
+    static bool known[9];
+    if (!known[bias]) {
+        for (unsigned each = 0; each < 256; each++) values[bias][each] = computed_fp8_value(each, bias);
+        known[bias] = true;
+    }
+    return values[bias][bits];
 }
 
 }  // namespace wave64

@@ -115,7 +115,8 @@ public:
     WAVE64_DEVICE Bounded(const void* base, int bytes)
         : base(static_cast<char*>(const_cast<void*>(base))), bytes(bytes) {}
     template <typename Bits>
-    WAVE64_DEVICE Bits load(int at) const {
+    WAVE64_DEVICE Bits load(int at, int behind = 0) const {
+        at += behind;
         return at < bytes ? *reinterpret_cast<const Bits*>(base + at) : Bits{};
     }
     template <typename Bits>

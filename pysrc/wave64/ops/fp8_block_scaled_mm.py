@@ -51,6 +51,11 @@ def cases():
         "prime": dict(m=17, n=37, k=97, block_shape=[64, 32]),
         "rows": dict(m=33, n=50, k=64, block_shape=[1, 32]),
         "padded": dict(m=9, n=40, k=128, padded=64),
+        # of blocks of 128: what HIP's kernels for few and for many tokens tell apart
+        "ragged": dict(m=21, n=37, k=400, out_dtype=torch.float32),
+        "two-tiles": dict(m=70, n=17, k=144),
+        "splits": dict(m=257, n=16, k=1040),
+        "many-tokens": dict(m=2049, n=8, k=16, out_dtype=torch.float16),
         "no-tokens": dict(m=0, n=64, k=128),
         "no-columns": dict(m=4, n=0, k=128),
     }
