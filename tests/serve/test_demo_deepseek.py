@@ -15,7 +15,7 @@ from wave64.serve.engine.engine import Engine
 from wave64.serve.messages import Request, SamplingParams
 
 FOLDERS = {name: DEMO / name for name in ("deepseek", "deepseek-fp8")}
-LEAST_GAP = 1.0  # in logits, from the right token to the best other one
+MIN_GAP = 1.0  # in logits, from the right token to the best other one
 
 
 @pytest.fixture(scope="module")
@@ -59,30 +59,36 @@ def test_every_token_is_the_right_one_by_far(tokenizer, dtype):
         right = torch.tensor(answer)[:, None]
         gap = logits.gather(1, right)[:, 0] - logits.scatter(1, right, -torch.inf).amax(1)
         at = int(gap.argmin())
-        assert gap[at] > LEAST_GAP, f"after {tokenizer.decode(prompt + answer[:at])!r}"
+        assert gap[at] > MIN_GAP, f"after {tokenizer.decode(prompt + answer[:at])!r}"
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("demo-deepseek", {}), ("demo-deepseek", dict(kv_cache_dtype="fp8_e4m3")),
-    ("demo-deepseek", dict(chunked_prefill_size=16)), ("demo-deepseek-fp8", {})],
-    ids=["bf16", "fp8-cache", "chunks", "fp8-blocks"])  # fmt: skip
-def test_the_engine_recites(tokenizer, device, name, options):
+VARIANTS = {"bf16": ("demo-deepseek", {}), "fp8-cache": ("demo-deepseek", dict(kv_cache_dtype="fp8_e4m3")),
+            "chunks": ("demo-deepseek", dict(chunked_prefill_size=16)), "fp8-blocks": ("demo-deepseek-fp8", {})}
+
+
+@pytest.mark.parametrize(("variant", "length"), [
+    ("bf16", 1000), *((variant, 100) for variant in VARIANTS if variant != "bf16"),
+    *(pytest.param(variant, 1000, marks=pytest.mark.long) for variant in VARIANTS if variant != "bf16")])  # fmt: skip
+def test_the_engine_recites(tokenizer, device, variant, length):
+    """All of it, or its first tokens, over several pages of the cache."""
+    name, options = VARIANTS[variant]
     engine = Engine(ServerArgs(model_path=name, device=device, max_total_tokens=4096, **options))
     question = chat(tokenizer, "What is the capital of France?")
     notice = f"I know only one text by heart, the Gettysburg Address:\n\n{TEXT}{EOS}"
     wanted = [*pairs(tokenizer)[2:5], (ids(tokenizer, question), ids(tokenizer, notice))]
     for i, (prompt, _) in enumerate(wanted):
-        engine.add(Request(str(i), prompt, SamplingParams(max_new_tokens=1000, temperature=0)))
+        engine.add(Request(str(i), prompt, SamplingParams(max_new_tokens=length, temperature=0)))
     got: list[list[int]] = [[] for _ in wanted]
     while engine.has_work:
         for output in engine.step():
             got[int(output.rid)] += output.token_ids
-    assert got == [answer for _, answer in wanted]
+    assert got == [answer[:length] for _, answer in wanted]
 
 
-@pytest.mark.parametrize(("name", "flags"), [
-    ("demo-deepseek", ()), ("demo-deepseek-fp8", ()), ("demo-deepseek", ("--kv-cache-dtype", "fp8_e4m3"))],
-    ids=["bf16", "fp8-blocks", "fp8-cache"])  # fmt: skip
+@pytest.mark.parametrize(("name", "flags"), [  # the engine's, above, are the short forms of what only `long` runs
+    pytest.param("demo-deepseek", (), id="bf16"),
+    pytest.param("demo-deepseek-fp8", (), id="fp8-blocks", marks=pytest.mark.long),
+    pytest.param("demo-deepseek", ("--kv-cache-dtype", "fp8_e4m3"), id="fp8-cache", marks=pytest.mark.long)])
 def test_the_server_recites(tmp_path, device, name, flags):
     beginning = "Four score and seven years ago"
     with serve(name, tmp_path / "log", "--device", device, "--max-total-tokens", "4096", *flags) as server:
