@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wave64 import platform
+from wave64 import ops, platform
 
+DECODE_TOKENS = 16  # that the kernels of ops.linear serve on every GPU; more are not bound by reading weights alone
 FEW_TOKENS = 4  # from here on oneDNN's fp32 product is faster than BLAS's
 MANY_TOKENS = 64  # beyond it a plain bf16 weight is better laid out anew than multiplied from the left
 COLUMNS = 16  # of a product with a plain bf16 weight on the left: a vector register's, fewer take as long
@@ -32,10 +33,12 @@ TYPICAL_TOKENS = 8  # oneDNN chooses the blocks for this number, and reads them 
 
 def choose_product(weight: nn.Parameter, plain: bool) -> tuple[Callable[..., Tensor], nn.Parameter]:
     """(function of x, weight and bias that computes a Linear, the weight in the layout that it reads fastest). plain:
-    the layout must stay. On other devices than a CPU, emulated ones among them, and where oneDNN cannot serve, F.linear
-    and the weight itself."""
+    the layout must stay. On other devices than a CPU, emulated ones among them, `by_tokens`, and where oneDNN cannot
+    serve, F.linear, both with the weight itself."""
     dtype = weight.dtype
-    if weight.device.type != "cpu" or platform.emulated() is not None or _why_not(dtype):
+    if weight.device.type != "cpu" or platform.emulated() is not None:
+        return by_tokens, weight
+    if _why_not(dtype):
         return F.linear, weight
     if dtype == torch.float32:
         return (_onednn if _is_amd() else _plain_fp32), weight
@@ -43,6 +46,11 @@ def choose_product(weight: nn.Parameter, plain: bool) -> tuple[Callable[..., Ten
         return (_plain_bf16 if dtype == torch.bfloat16 and not _is_amd() else _onednn), weight
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight.data, TYPICAL_TOKENS)
     return _onednn, nn.Parameter(blocks, requires_grad=False)
+
+
+def by_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """On a GPU: the operator for the few tokens of a small decode step, torch's product for more."""
+    return ops.linear(x, weight, bias) if x.shape[0] <= DECODE_TOKENS else F.linear(x, weight, bias)
 
 
 def products_by(dtype: torch.dtype) -> str:

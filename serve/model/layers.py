@@ -158,7 +158,7 @@ class RMSNorm(Layer):
 
 
 class Rotary(nn.Module):
-    """Applies RoPE to queries and keys; one table for all layers of a model."""
+    """Applies RoPE to queries and keys, and caches keys and values; one table for all layers of a model."""
 
     cos_sin_cache: Tensor
 
@@ -168,9 +168,11 @@ class Rotary(nn.Module):
         table = cos_sin_cache(rope, head_dim, length).to(torch.get_default_device())
         self.register_buffer("cos_sin_cache", table, persistent=False)
 
-    def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> None:
-        """query and key [num_tokens, heads * head_dim] or [num_tokens, heads, head_dim], in place"""
-        ops.rotary_embedding(positions, query, key, self.head_dim, self.cos_sin_cache, self.is_neox)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, kv_cache: KVCache) -> None:
+        """query, key and value [num_tokens, heads, head_dim]; query and key in place, then key and value are written to
+        the slots of the batch's tokens."""
+        ops.rotary_embedding_and_cache(batch.positions, query, key, value, self.cos_sin_cache, *kv_cache,
+                                       batch.slot_mapping, self.is_neox)
 
 
 class Attention(nn.Module):
@@ -179,23 +181,16 @@ class Attention(nn.Module):
     sliding_window  w > 0: a query sees the last w tokens, its own among them; -1: all
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: int = -1):
+    def __init__(self, head_dim: int, sliding_window: int = -1):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale, self.sliding_window = head_dim**-0.5, sliding_window
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """query [num_tokens, num_heads * head_dim], key and value [num_tokens, num_kv_heads * head_dim], each also as
-        [num_tokens, heads, head_dim].
+    def forward(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """query [num_tokens, num_heads, head_dim]; keys and values of the new tokens are in the cache.
 
-        Writes keys and values to their slots, then attends: decodes with the decode kernel, the rest with the
-        prefill kernel. Returns [num_tokens, num_heads * head_dim].
+        Decodes attend with the decode kernel, the rest with the prefill kernel. Returns
+        [num_tokens, num_heads * head_dim].
         """
-        query = query.view(-1, self.num_heads, self.head_dim)
-        key = key.view(-1, self.num_kv_heads, self.head_dim)
-        value = value.view(-1, self.num_kv_heads, self.head_dim)
-        key_cache, value_cache = kv_cache
-        ops.reshape_and_cache(key, value, key_cache, value_cache, batch.slot_mapping)
         n = batch.num_decodes
         if n == query.shape[0]:
             out = self._decode(query, batch, kv_cache)
@@ -229,17 +224,18 @@ class SelfAttention(nn.Module):
         self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias or config.qkv_bias)
         self.o_proj = Linear(width, config.hidden_size, bias=config.attention_bias)
         self.rotary = rotary
-        self.attention = Attention(heads.size, kv_heads.size, config.head_dim, config.sliding_window)
+        self.attention = Attention(config.head_dim, config.sliding_window)
 
     def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        query, key, value = self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.rotary.head_dim))
+                             for part in self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1))
         query, key = self.before_rope(query, key)
-        self.rotary(batch.positions, query, key)
-        return self.o_proj(self.attention(query, key, value, batch, kv_cache))
+        self.rotary(query, key, value, batch, kv_cache)
+        return self.o_proj(self.attention(query, batch, kv_cache))
 
     def before_rope(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """query and key [num_tokens, heads * head_dim], slices of the projection -> what RoPE is applied to, in place,
-        in the same shape or as [num_tokens, heads, head_dim]"""
+        """query and key [num_tokens, heads, head_dim], views of the projection -> what RoPE is applied to, in place, in
+        the same shape"""
         return query, key
 
 

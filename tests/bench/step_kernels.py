@@ -1,7 +1,7 @@
 """Where a step of Llama-3.1-8B goes on one GPU, kernel by kernel, and what each of its products takes next to reading.
 
     python tests/bench/step_kernels.py decode [--batch 1 64 256] [--context 1100]
-    python tests/bench/step_kernels.py prefill [--context 8192]
+    python tests/bench/step_kernels.py prefill [--context 8160]
     python tests/bench/step_kernels.py products [--batch 1 2 4 8 16 32 64 256]
 
 decode and prefill: an engine with random weights, bf16; of its steps a profile, all kernels by name: launches and
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.steps = 0
     options.batch = options.batch or ([1, 2, 4, 8, 16, 32, 64, 256] if options.what == "products" else [1, 64, 256])
-    options.context = options.context or (8192 if options.what == "prefill" else 1100)
+    options.context = options.context or (8160 if options.what == "prefill" else 1100)
     if options.tiny:
         options.batch, options.context, options.profiled = [1, 3], 20, 2
     device = "cpu" if options.tiny else "cuda"

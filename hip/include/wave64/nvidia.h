@@ -57,6 +57,18 @@ WAVE64_DEVICE Bits32 rounded_pair(float a, float b, fp16) {
 
 WAVE64_DEVICE void block_barrier() { __syncthreads(); }
 
+WAVE64_DEVICE void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+WAVE64_DEVICE void wait_for_last_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+WAVE64_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 WAVE64_DEVICE void wave_barrier() { __syncwarp(); }
 WAVE64_DEVICE int from_lane(int x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 WAVE64_DEVICE float from_lane(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }

@@ -14,6 +14,7 @@ from wave64.ops.fused_moe import fused_moe
 from wave64.ops.gelu_and_mul import gelu_and_mul
 from wave64.ops.gelu_tanh_and_mul import gelu_tanh_and_mul
 from wave64.ops.grouped_topk import grouped_topk
+from wave64.ops.linear import linear
 from wave64.ops.merge_attn_states import merge_attn_states
 from wave64.ops.mla_decode import mla_decode
 from wave64.ops.mla_decode_rope import mla_decode_rope
@@ -27,6 +28,7 @@ from wave64.ops.reduce_scatter import reduce_scatter
 from wave64.ops.reshape_and_cache import reshape_and_cache
 from wave64.ops.rms_norm import rms_norm
 from wave64.ops.rotary_embedding import rotary_embedding
+from wave64.ops.rotary_embedding_and_cache import rotary_embedding_and_cache
 from wave64.ops.sample import sample
 from wave64.ops.silu_and_mul import silu_and_mul
 from wave64.ops.silu_and_mul_per_token_group_quant_fp8 import silu_and_mul_per_token_group_quant_fp8
@@ -36,8 +38,9 @@ from wave64.ops.varlen_attention import varlen_attention
 
 __all__ = ["all_gather", "all_reduce", "apply_penalties", "apply_token_bitmask", "concat_and_cache_mla",
            "concat_and_cache_mla_rope_fused", "fp8_block_scaled_mm", "fp8_scaled_mm", "fused_add_rms_norm",
-           "fused_all_reduce_rms_norm", "fused_moe", "gelu_and_mul", "gelu_tanh_and_mul", "grouped_topk",
+           "fused_all_reduce_rms_norm", "fused_moe", "gelu_and_mul", "gelu_tanh_and_mul", "grouped_topk", "linear",
            "merge_attn_states", "mla_decode", "mla_decode_rope", "moe_align_block_size", "paged_attention",
            "per_tensor_quant_fp8", "per_token_group_quant_fp8", "per_token_quant_fp8", "prefill_attention",
-           "reduce_scatter", "reshape_and_cache", "rms_norm", "rotary_embedding", "sample", "silu_and_mul",
-           "silu_and_mul_per_token_group_quant_fp8", "topk_softmax", "transfer_kv", "varlen_attention"]
+           "reduce_scatter", "reshape_and_cache", "rms_norm", "rotary_embedding", "rotary_embedding_and_cache",
+           "sample", "silu_and_mul", "silu_and_mul_per_token_group_quant_fp8", "topk_softmax", "transfer_kv",
+           "varlen_attention"]

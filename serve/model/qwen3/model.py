@@ -17,13 +17,11 @@ from wave64.serve.model.qwen3.config import read_config
 class Qwen3Attention(SelfAttention):
     def __init__(self, config: ModelConfig, ranks: Ranks, rotary: Rotary):
         super().__init__(config, ranks, rotary)
-        self.head_dim = config.head_dim
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def before_rope(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        heads = (-1, self.head_dim)
-        return self.q_norm.alone(query.unflatten(-1, heads)), self.k_norm.alone(key.unflatten(-1, heads))
+        return self.q_norm.alone(query), self.k_norm.alone(key)
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
