@@ -12,7 +12,7 @@ import zmq
 from wave64.serve.args import ServerArgs
 from wave64.serve.engine.follower import Place, end_with, follow
 from wave64.serve.engine.watchdog import dump_stacks_on_signal
-from wave64.serve.logs import configure
+from wave64.serve.logs import close_stdout, configure
 from wave64.serve.messages import Failed, encode
 
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 def _exit(status: int) -> NoReturn:
     logging.shutdown()
-    sys.stdout.flush()
+    close_stdout()
     os._exit(status)  # tearing down torch takes seconds on a busy machine, and the pipes are closed
 
 

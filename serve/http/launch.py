@@ -28,7 +28,7 @@ from wave64.serve.http.generation import Generator
 from wave64.serve.http.replicas import engines
 from wave64.serve.http.schemas import ApiError
 from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
-from wave64.serve.logs import configure
+from wave64.serve.logs import close_stdout, configure, say
 from wave64.serve.model_path import BUILT_IN, TOKENIZER_FILES, resolve_model_path
 from wave64.serve.node import Torchrun, places, run_node
 
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ArgsError, TokenizerError, EngineEnded) as error:
         print(f"wave64.launch_server: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    finally:
+        close_stdout()
 
 
 def run_loop(main: Coroutine[Any, Any, T]) -> T:
@@ -221,4 +223,4 @@ async def _announce(generator: Generator) -> None:
             raise EngineEnded(f"the warm-up request failed: {error}") from None
     generator.is_serving = True
     log.info("listening on http%s://%s:%d", "s" if args.ssl_certfile else "", args.host, args.port)
-    print("The server is fired up and ready to roll!", flush=True)
+    say("The server is fired up and ready to roll!")

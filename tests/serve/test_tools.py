@@ -27,6 +27,7 @@ def weather(place: str) -> tuple[str, dict]:
     return "get_weather", {"location": place}
 
 
+OPEN = '{"name": "get_weather", "parameters": {"location": "A"}, "a": 1}'
 SONGS = ("trending_songs", {"n": "10", "genre": "all"})
 # parser, what a model wrote, the content, the calls
 TRANSCRIPTS = [
@@ -36,6 +37,7 @@ TRANSCRIPTS = [
      [SONGS]),
     ("llama3", '{"name": "trending_songs", "parameters": {"n": "10", "genre": "all"}}', None, [SONGS]),
     ("llama3", '{"parameters": {"location": "}\\"{"}, "name": "get_weather"}', None, [weather('}"{')]),
+    ("llama3", '{"name": "get_weather", "parameters": {"location": "C:\\\\"}} ', None, [weather("C:\\")]),
     ("llama3", '{"name": "get_weather", "parameters": null}', None, [("get_weather", {})]),
     ("llama3", 'I look.\n<|python_tag|>{"name": "get_weather", "parameters": {"location": "Ørsta 🌧"}}; '
                '{"name": "get_weather", "parameters": {"location": "B"}}', "I look.",
@@ -47,6 +49,7 @@ TRANSCRIPTS = [
      '{"name": "get_weather", "parameters": {"location": tru}} <|python_tag|>{}', []),
     ("llama3", '{"name": "get_weather", "parameters": {"location": "Os', '{"name": "get_weather", "parameters": '
                                                                          '{"location": "Os', []),
+    ("llama3", OPEN, OPEN, []),
     ("llama3", '{"name": "get_weather", "parameters": {"location": "A"}} there', " there", [weather("A")]),
     # Llama 3.2's model card, and Llama 4's
     ("pythonic", "[get_user_info(user_id=7890, special='black')]", None,
@@ -194,6 +197,10 @@ def test_an_answer_that_calls(tokenizer):
         (choice,) = app.post(CHAT, messages=USER, **asked).json()["choices"]
         assert choice["finish_reason"] == "stop"
         assert choice["message"] == {"role": "assistant", "content": text}
+    twice = App(tokenizer, f"{text}; {text}", tool_call_parser="llama3")
+    for asked, count in (({}, 2), ({"parallel_tool_calls": True}, 2), ({"parallel_tool_calls": False}, 1)):
+        (choice,) = twice.post(CHAT, messages=USER, tools=[WEATHER], **asked).json()["choices"]
+        assert calls_of(choice["message"]) == [weather("A")] * count
     lines = app.post(CHAT, messages=USER, tools=[WEATHER], stream=True, n=2).text.splitlines()
     events = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
     for index in (0, 1):
