@@ -103,6 +103,9 @@ class ServerArgs:
     schedule_policy: str = _flag("fcfs", "order of waiting requests; lpm: longest match with the prefix cache first",
                                  choices=("fcfs", "lpm"))  # fmt: skip
     disable_radix_cache: bool = _flag(False, "compute every prompt whole, whatever was computed before")
+    enable_hierarchical_cache: bool = _flag(
+        False, "keep what the prefix cache evicts in host memory, from where it is copied back when it is wanted")
+    hicache_ratio: float = _flag(2.0, "with --enable-hierarchical-cache: host memory for it, as so many KV pools")
     disable_overlap_schedule: bool = _flag(False, "schedule a step when the one before has ended, not while it runs")
     disable_cuda_graph: bool = _flag(False, "launch every decode step kernel by kernel")
     cuda_graph_max_bs: int | None = _flag(
@@ -163,6 +166,10 @@ class ServerArgs:
             "cuda_graph_max_bs",
         ):  # fmt: skip
             self._at_least_one(name)
+        if not self.hicache_ratio > 0:
+            raise ArgsError(f"--hicache-ratio: expected more than 0, got {self.hicache_ratio:g}")
+        if self.enable_hierarchical_cache and self.disable_radix_cache:
+            raise ArgsError("--enable-hierarchical-cache: expected the prefix cache, got --disable-radix-cache, too")
         if self.max_prefill_ms is not None and not self.max_prefill_ms >= 0:
             raise ArgsError(f"--max-prefill-ms: expected at least 0, got {self.max_prefill_ms}")
         for name in ("watchdog_timeout", "rank_timeout", "request_timeout"):
@@ -277,7 +284,6 @@ REFUSED: dict[str, str] = {
     "--speculative-algorithm": _DRAFTS,
     "--speculative-draft-model-path": _DRAFTS,
     "--speculative-num-steps": _DRAFTS,
-    "--enable-hierarchical-cache": "the prefix cache is in device memory alone",
     "--enable-deterministic-inference": "how sums are split depends on what else is in the batch",
     "--disaggregation-mode": "an engine computes prompts and answers",
     "--is-embedding": "models generate; they give no embeddings",

@@ -120,7 +120,9 @@ class Engine:
         pools = [PagePool(rank.num_pages, args.page_size) for _ in range(args.groups)]
         self.limits = Limits(self.config.context_length, pools[0].num_tokens, self.config.vocab_size)
         self.schedulers = [Scheduler(pool, rank.max_running, self._prefill_budget(args), policy=args.schedule_policy,
-                                     reuse_prefixes=not args.disable_radix_cache) for pool in pools]  # fmt: skip
+                                     reuse_prefixes=not args.disable_radix_cache,
+                                     host_pool=PagePool(rank.host_pages, args.page_size) if rank.host_pages else None)
+                           for pool in pools]  # fmt: skip
         self.scheduler, self.pool = self.schedulers[0], pools[0]  # all there is, but with data-parallel attention
         self._eos = frozenset(i for i in self.config.eos_token_ids if i < self.config.vocab_size)
         self.grammars = Grammars(self.config.vocab_size, self._eos)

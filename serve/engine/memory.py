@@ -22,11 +22,35 @@ CPU_POOL_BYTES = 1 << 30  # or this much, whichever is less
 
 
 def kv_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
-             ranks: Ranks = ONE) -> list[KVCache]:
+             ranks: Ranks = ONE, pinned: bool = False) -> list[KVCache]:
     """The pool of one of the ranks, layer by layer, uninitialized."""
     shapes = FAMILIES[config.architecture].kv_shapes(config, ranks, num_pages, page_size)
-    return [tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+    return [tuple(torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned) for shape in shapes)
             for _ in range(config.num_layers)]
+
+
+def host_pages(args: ServerArgs, config: ModelConfig, num_pages: int, dtype: torch.dtype, ranks: Ranks = ONE) -> int:
+    """The pages of the prefix cache's host tier, next to a pool of so many; 0 without one.
+
+    Raises ConfigError where this host has no memory for those of all of its ranks.
+    """
+    if not args.enable_hierarchical_cache:
+        return 0
+    pages = max(1, int(num_pages * args.hicache_ratio))
+    size = pages * args.page_size * _token_bytes(config, dtype, ranks)
+    free = _available_ram() // (args.replicas * ranks.world.size // args.nnodes)
+    if size > free:
+        raise ConfigError(f"--hicache-ratio: {args.hicache_ratio:g} times the KV pool is {size / 2**30:.1f} GiB of "
+                          f"host memory for each rank, and {free / 2**30:.1f} GiB are available; give a smaller one, "
+                          "or --max-total-tokens")  # fmt: skip
+    log.info("host tier of the prefix cache: %d pages, %.1f MiB (--hicache-ratio)", pages, size / 2**20)
+    return pages
+
+
+def _token_bytes(config: ModelConfig, dtype: torch.dtype, ranks: Ranks) -> int:
+    """What a token takes in a rank's pool."""
+    shapes = FAMILIES[config.architecture].kv_shapes(config, ranks, 1, 1)
+    return config.num_layers * sum(map(math.prod, shapes)) * dtype.itemsize
 
 
 def pool_pages(args: ServerArgs, config: ModelConfig, dtype: torch.dtype, device: torch.device,
@@ -36,8 +60,7 @@ def pool_pages(args: ServerArgs, config: ModelConfig, dtype: torch.dtype, device
 
     Raises ConfigError when not even one page fits.
     """
-    shapes = FAMILIES[config.architecture].kv_shapes(config, ranks, 1, 1)
-    per_token = config.num_layers * sum(map(math.prod, shapes)) * dtype.itemsize
+    per_token = _token_bytes(config, dtype, ranks)
     if args.max_total_tokens is not None:
         tokens, why = args.max_total_tokens, "--max-total-tokens"
         pages = -(-tokens // args.page_size)

@@ -25,7 +25,7 @@ from wave64.backends import peers
 from wave64.distributed import Store
 from wave64.serve.args import SERVED_BY, ArgsError, ServerArgs, flag_of
 from wave64.serve.engine.graphs import batch_sizes
-from wave64.serve.engine.memory import pool_pages
+from wave64.serve.engine.memory import host_pages, pool_pages
 from wave64.serve.engine.ranks import join, ranks_of, served, smallest
 from wave64.serve.engine.runner import Runner
 from wave64.serve.engine.team import RankLost
@@ -72,6 +72,7 @@ class Rank:
         say("allocating the KV pool", str(self.device))
         kv_dtype = kv_dtype_of(args.kv_cache_dtype, self.dtype, self.device)
         self.num_pages = smallest(pool_pages(args, self.config, kv_dtype, self.device, ranks), ranks, self.device)
+        self.host_pages = host_pages(args, self.config, self.num_pages, kv_dtype, ranks)
         self.max_running = min(-(-args.max_running_requests // args.groups), self.num_pages)
         emulated = wave64.platform.emulated() is not None
         self.is_gpu = self.device.type == "cuda" or emulated
@@ -83,7 +84,8 @@ class Rank:
         if not graph_sizes and args.cuda_graph_max_bs is not None:
             graph_sizes = batch_sizes(min(self.max_running, args.cuda_graph_max_bs))
         self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
-                             self.max_running, capture, ranks=ranks, graph_sizes=graph_sizes)  # fmt: skip
+                             self.max_running, capture, ranks=ranks, graph_sizes=graph_sizes,
+                             host_pages=self.host_pages)  # fmt: skip
 
 
 def _config(folder: Path, args: ServerArgs) -> ModelConfig:

@@ -19,6 +19,7 @@ from wave64.serve.engine import sampler
 from wave64.serve.engine.crossing import Crossing
 from wave64.serve.engine.graphs import DecodeGraphs
 from wave64.serve.engine.history import History
+from wave64.serve.engine.host_tier import HostTier
 from wave64.serve.engine.memory import kv_cache
 from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled, Sampling, Schedule
 from wave64.serve.model import FAMILIES
@@ -33,11 +34,16 @@ class Runner:
     def __init__(
         self, model: nn.Module, config: ModelConfig, kv_dtype: torch.dtype, device: torch.device, num_pages: int,
         page_size: int, max_running: int, capture: bool, *, ranks: Ranks = ONE, graph_sizes: Sequence[int] = (),
+        host_pages: int = 0,
     ) -> None:  # fmt: skip
-        """capture: decode graphs, of these sizes where some are given."""
+        """capture: decode graphs, of these sizes where some are given. host_pages: of the prefix cache's host tier."""
         self.model, self.device, self.page_size = model, device, page_size
         self._reads_prefixes = FAMILIES[config.architecture].reads_prefixes
         self.kv_cache = kv_cache(config, num_pages, page_size, kv_dtype, device, ranks)
+        self._host_tier = None
+        if host_pages:
+            host = kv_cache(config, host_pages, page_size, kv_dtype, torch.device("cpu"), ranks, device.type == "cuda")
+            self._host_tier = HostTier(self.kv_cache, host, device)
         max_pages = -(-config.context_length // page_size)
         self._page_table = np.zeros((max_running, min(max_pages, num_pages)), dtype=np.int32)
         self._table = torch.from_numpy(self._page_table)  # the same memory, or a copy on the device
@@ -79,6 +85,8 @@ class Runner:
         if self._world.size > 1 and any(LAST_SAMPLED in each.tokens for each in steps):  # rank 0 has sampled them
             groups = len(self._last_sampled)
             self._last_sampled.copy_(ops.all_gather(self._last_sampled, self._world.name)[:groups])
+        if self._host_tier is not None:
+            self._host_tier.copy(steps[self._group])
         if (self._graphs is not None and self.splits_steps
                 and 0 < steps[0].num_decodes < len(steps[0].rows) and steps[0].num_decodes <= self._graphs.largest):
             return torch.cat([self._forward(each) for each in steps[0].split()])

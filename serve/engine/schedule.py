@@ -28,12 +28,15 @@ class Schedule:
     logits: list[int] = field(default_factory=list)  # [B] logits are computed for the last so many of them
     tokens: list[int] = field(default_factory=list)  # [T] token ids, or LAST_SAMPLED
     pages: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (row, first index, pages) newly allocated
+    stores: list[tuple[int, int]] = field(default_factory=list)  # (page, host page): to be copied to the host
+    loads: list[tuple[int, int]] = field(default_factory=list)  # (host page, page): to be copied to the device
+    reads_loads: bool = False  # whether this step reads what it loads; otherwise the next one does, first
 
     def split(self) -> tuple[Schedule, Schedule]:
         """The decodes, with all the pages, and the prompts: two steps that do what this one does."""
         n = self.num_decodes
         columns = self.rows, self.starts, self.counts, self.logits, self.tokens
-        return (Schedule(n, *(column[:n] for column in columns), self.pages),
+        return (Schedule(n, *(column[:n] for column in columns), self.pages, self.stores, self.loads, self.reads_loads),
                 Schedule(0, *(column[n:] for column in columns)))
 
 

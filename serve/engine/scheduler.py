@@ -105,6 +105,9 @@ class _Step:
     batch: list[Sequence] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
     sampled: list[Sequence] = field(default_factory=list)  # in the order of `sampling`
+    arriving: list[Node] = field(default_factory=list)  # what it loads from the host tier,
+    loading: list[Sequence] = field(default_factory=list)  # and who has that among its pages
+    stored: list[Node] = field(default_factory=list)  # what it stores there
 
 
 class Scheduler:
@@ -118,10 +121,10 @@ class Scheduler:
     """
 
     def __init__(self, pool: PagePool, max_running: int, prefill_budget: int, *, policy: str = "fcfs",
-                 reuse_prefixes: bool = True) -> None:  # fmt: skip
-        """policy: "fcfs", or "lpm": the longest prefix match goes first."""
+                 reuse_prefixes: bool = True, host_pool: PagePool | None = None) -> None:  # fmt: skip
+        """policy: "fcfs", or "lpm": the longest prefix match goes first. host_pool: of the prefix cache's host tier."""
         self.pool = pool
-        self.cache = PrefixCache(pool, reuse_prefixes)
+        self.cache = PrefixCache(pool, reuse_prefixes, host_pool)
         self.prefill_budget = prefill_budget  # prompt tokens per step
         self.waiting: deque[Sequence] = deque()  # oldest first
         self.running: list[Sequence] = []  # oldest first
@@ -184,6 +187,7 @@ class Scheduler:
         self._add_decodes(step)
         budget = min(self.prefill_budget, max_prompt_tokens or self.prefill_budget)
         self._add_prompts(step, budget, can_admit=self.preemptions == preemptions)
+        self._add_copies(step)
         return step.schedule
 
     def sampling(self) -> Sampling:
@@ -231,10 +235,12 @@ class Scheduler:
         """The step scheduled last has failed, or is not run: forget the sequences that take part in it, and return
         them. Pages that it has for others go with the next step: it may have failed before they were written down."""
         step = self._steps.pop()
-        failed = [seq for seq in step.batch if seq.finish_reason is None]
+        failed = [seq for seq in dict.fromkeys([*step.batch, *step.loading]) if seq.finish_reason is None]
         for seq in failed:
             seq.finish_reason = "error"
             self._remove(seq)
+        self.cache.forget(step.arriving)
+        self.cache.storing |= dict.fromkeys(node for node in step.stored if node.page >= 0 <= node.host)
         rows = {seq.row for seq in self.running}
         self._moved = [entry for entry in step.schedule.pages if entry[0] in rows] + self._moved
         return failed
@@ -266,9 +272,11 @@ class Scheduler:
                 self.cache.match(seq.path, seq.tokens, seq.reusable)
         unfinished = [seq for seq in self.running if len(seq.tokens) - seq.computed > 1]
         while budget:
-            seq = unfinished.pop(0) if unfinished else self._admit(step.schedule) if can_admit else None
+            seq = unfinished.pop(0) if unfinished else self._admit(step) if can_admit else None
             if seq is None:
-                return
+                break
+            if seq in step.loading:
+                continue
             count = min(len(seq.tokens) - seq.computed, budget)
             if seq.scores_prompt:
                 count = min(count, scored_budget)
@@ -277,7 +285,20 @@ class Scheduler:
                 self._take(seq, count, step)
                 budget -= count
             if seq.computed < len(seq.tokens):
-                return  # a younger one must not overtake it
+                break  # a younger one must not overtake it
+        if step.loading and not step.batch:  # nothing to compute while the first one's pages come
+            seq = step.loading[0]
+            count = min(len(seq.tokens) - seq.computed, budget)
+            self._take(seq, min(count, scored_budget) if seq.scores_prompt else count, step)
+            step.schedule.reads_loads = True
+
+    def _add_copies(self, step: _Step) -> None:
+        """What the step copies to and from the host tier. It is settled last: who is evicted for this step is not
+        stored by it."""
+        step.schedule.loads = [(node.host, node.page) for node in step.arriving]
+        step.stored = list(self.cache.storing)
+        step.schedule.stores = [(node.page, node.host) for node in step.stored]
+        self.cache.storing.clear()
 
     def _take(self, seq: Sequence, count: int, step: _Step) -> None:
         """Put the next `count` tokens of a prompt into the step; their pages are there."""
@@ -333,8 +354,9 @@ class Scheduler:
             place += 1
         self.waiting.insert(place, victim)
 
-    def _admit(self, schedule: Schedule) -> Sequence | None:
-        """Let the next waiting sequence run, with pages for all it has; None if it must wait."""
+    def _admit(self, step: _Step) -> Sequence | None:
+        """Let the next waiting sequence run, with pages for all it has; None if it must wait. One that has pages in the
+        host tier only, or finds some on their way, computes nothing before the next step."""
         if not self.waiting or not self._free_rows:
             return None
         seq = self._next()
@@ -342,7 +364,8 @@ class Scheduler:
         missing = self.pool.pages_for(len(seq.tokens)) - len(seq.path)
         # A page is left for each that runs, else the newcomer would be preempted as soon as they grow.
         wanted = missing + len(self.running)
-        if wanted > self.cache.num_available or self._is_on_its_way(seq):
+        hosted = self.cache.hosted(seq.path, seq.tokens, seq.reusable)
+        if wanted > self.cache.num_available or self._is_on_its_way(seq, len(seq.path) + len(hosted)):
             return None
         self.cache.use(seq.path)
         if wanted > self.cache.num_available:  # its own prefix was among what could have been evicted
@@ -352,19 +375,24 @@ class Scheduler:
         self.waiting.remove(seq)
         insort(self.running, seq, key=lambda each: each.arrival)
         seq.row = self._free_rows.pop()
-        seq.pages = [node.page for node in seq.path] + self.cache.allocate(missing)
+        new = self.cache.allocate(missing)
+        self.cache.load(seq.path, hosted, new[: len(hosted)])
+        step.arriving += hosted
+        if step.arriving and any(node in step.arriving for node in seq.path):
+            step.loading.append(seq)
+        seq.pages = [node.page for node in seq.path] + new[len(hosted) :]
         seq.computed = len(seq.path) * self.pool.page_size
         if seq.cached_tokens < 0:
             seq.cached_tokens = seq.computed
             self.cached_tokens += seq.computed
-        schedule.pages.append((seq.row, 0, list(seq.pages)))
+        step.schedule.pages.append((seq.row, 0, list(seq.pages)))
         return seq
 
-    def _is_on_its_way(self, seq: Sequence) -> bool:
+    def _is_on_its_way(self, seq: Sequence, found: int) -> bool:
         """Whether a step that is not committed computes the next page that the prefix cache would have of this waiting
-        sequence: it is there a step later."""
+        sequence, behind so many: it is there a step later."""
         size = self.pool.page_size
-        end = (len(seq.path) + 1) * size
+        end = (found + 1) * size
         if not self.cache.enabled or end > seq.reusable:
             return False
         page, text = seq.tokens[end - size : end], seq.tokens[:end]

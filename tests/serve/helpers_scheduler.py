@@ -6,6 +6,7 @@ to write: a page that is lost, stale, or shared by other tokens than its own cha
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 from wave64.serve.engine.pages import PagePool
 from wave64.serve.engine.prefix_cache import Node
@@ -45,13 +46,18 @@ def prompt_without_stop(length: int, max_new: int = 4, first: int = 0) -> list[i
 class World:
     """A scheduler, and a runner that remembers what was written where.
 
-    overlap: a step is scheduled and computed before the one in front of it is committed.
+    overlap: a step is scheduled and computed before the one in front of it is committed. host_pages: of the host tier.
+    late: a step's copies to and from it are done as late as they may be, behind the step, or else in front of it.
     """
 
     def __init__(self, num_pages: int, max_running: int, budget: int, overlap: bool = False, policy: str = "fcfs",
-                 reuse: bool = True) -> None:  # fmt: skip
+                 reuse: bool = True, host_pages: int = 0, late: bool = True) -> None:  # fmt: skip
         self.pool = PagePool(num_pages, PAGE)
-        self.scheduler = Scheduler(self.pool, max_running, budget, policy=policy, reuse_prefixes=reuse)
+        self.host_pool = PagePool(host_pages, PAGE) if host_pages else None
+        self.scheduler = Scheduler(self.pool, max_running, budget, policy=policy, reuse_prefixes=reuse,
+                                   host_pool=self.host_pool)
+        self.late, self.copies, self.loaded = late, list[Schedule](), 0
+        self.host_memory: dict[int, list[int | None]] = {}
         self.overlap, self.in_order = overlap, policy == "fcfs"
         self.memory: list[int | None] = [None] * (num_pages * PAGE)
         self.table: dict[int, list[int]] = {}  # row -> pages
@@ -64,7 +70,7 @@ class World:
         self.arrivals: list[str] = []
         self.let_in: list[tuple[str, str]] = []  # (who was, the oldest that waited), each time
         admit = self.scheduler._admit
-        self.scheduler._admit = lambda schedule: self._noted(admit, schedule)
+        self.scheduler._admit = lambda step: self._noted(admit, step)
         self.computed = 0  # tokens
 
     def add(self, rid: str, prompt: list[int], max_new: int, scored: bool = False) -> None:
@@ -98,14 +104,17 @@ class World:
         self.check_pages()
         return step
 
-    def _noted(self, admit: Callable[[Schedule], Sequence | None], schedule: Schedule) -> Sequence | None:
+    def _noted(self, admit: Callable[[Any], Sequence | None], step: Any) -> Sequence | None:
         oldest = self.scheduler.waiting[0].request.rid if self.scheduler.waiting else ""
-        if seq := admit(schedule):
+        if seq := admit(step):
             self.let_in.append((seq.request.rid, oldest))
         return seq
 
     def _forward(self, step: Schedule) -> tuple[dict[int, list[int]], dict[int, int]]:
         """The text of each row, and its last row of logits."""
+        self.copies.append(step)
+        while self.copies and (self.copies[0] is not step or step.reads_loads or not self.late):
+            self._copy(self.copies.pop(0))
         for row, first, pages in step.pages:
             old = self.table.get(row, [])
             self.table[row] = old[:first] + pages + old[first + len(pages) :]
@@ -120,6 +129,13 @@ class World:
             ends[row] = end - 1
         self.computed += len(step.tokens)
         return texts, ends
+
+    def _copy(self, step: Schedule) -> None:
+        for page, host in step.stores:
+            self.host_memory[host] = self.memory[page * PAGE : (page + 1) * PAGE]
+        for host, page in step.loads:
+            self.memory[page * PAGE : (page + 1) * PAGE] = self.host_memory[host]
+        self.loaded += len(step.loads)
 
     def _sample(self, step: Schedule, texts: dict[int, list[int]], ends: dict[int, int]) -> Sampled:
         live = {seq.row: seq for seq in self.scheduler.running}
@@ -180,9 +196,10 @@ class World:
         scheduler, cache = self.scheduler, self.scheduler.cache
         nodes = nodes_of(cache._root)
         owned = [page for seq in scheduler.running for page in seq.pages[len(seq.path) :]]
-        kept = [node.page for node in nodes]
+        kept = [node.page for node in nodes if node.page >= 0]
         assert sorted([*owned, *kept, *self.pool._free]) == list(range(self.pool.num_pages))
-        assert cache.num_pages == len(nodes)
+        assert cache.num_pages == len(kept)
+        self._check_host(nodes)
         assert cache.enabled or not nodes
         users: dict[int, int] = {}
         for seq in scheduler.running:
@@ -193,10 +210,23 @@ class World:
                 assert node.parent is parent
                 users[node.page] = users.get(node.page, 0) + 1
         assert all(node.users == users.get(node.page, 0) for node in nodes)
-        assert {node.page for node in cache._unused} == {node.page for node in nodes if not node.users}
+        assert {node.page for node in cache._unused} == {
+            node.page for node in nodes if not node.users and node.page >= 0}
         order = {node.page: i for i, node in enumerate(cache._unused)}
         for node in cache._unused:
-            assert all(order[child.page] < order[node.page] for child in node.children.values())
+            assert all(order[child.page] < order[node.page] for child in node.children.values() if child.page >= 0)
+
+    def _check_host(self, nodes: list[Node]) -> None:
+        """Every host page is free or of one node; what has no other page comes behind all that have, and goes first."""
+        cache, pool = self.scheduler.cache, self.host_pool
+        copies = [node.host for node in nodes if node.host >= 0]
+        assert sorted(copies + (pool._free if pool else [])) == list(range(pool.num_pages if pool else 0))
+        assert set(cache._hosted) == {node for node in nodes if node.page < 0}
+        assert all(node.page >= 0 for node in cache.storing)
+        order = {node: i for i, node in enumerate(cache._hosted)}
+        for node in cache._hosted:
+            assert node.host >= 0
+            assert all(order[child] < order[node] for child in node.children.values())
 
     def check_end(self) -> None:
         """Nothing runs any more: all that is not free is the tree's, and a flush frees it."""
@@ -204,6 +234,7 @@ class World:
         assert self.scheduler.cache.num_available == self.pool.num_pages
         assert self.scheduler.flush()
         assert self.pool.num_free == self.pool.num_pages
+        assert self.host_pool is None or self.host_pool.num_free == self.host_pool.num_pages
         assert len(self.scheduler._free_rows) == len({*self.scheduler._free_rows})
 
 

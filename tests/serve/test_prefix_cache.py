@@ -1,5 +1,7 @@
 """The prefix cache: a state machine over scheduler, pages and tree; what is shared, evicted and said; and models."""
 
+import random
+
 import pytest
 from helpers_scheduler import PAGE, World, alone, nodes_of, prompt_without_stop
 from hypothesis import settings
@@ -19,9 +21,10 @@ class Engine(RuleBasedStateMachine):
 
     @initialize(num_pages=st.integers(10, 20), max_running=st.integers(1, 5), budget=st.integers(1, 30),
                 overlap=st.booleans(), policy=st.sampled_from(["fcfs", "lpm"]),
-                reuse=st.sampled_from([True] * 3 + [False]))  # fmt: skip
-    def start(self, num_pages, max_running, budget, overlap, policy, reuse):
-        self.world = World(num_pages, max_running, budget, overlap, policy, reuse)
+                reuse=st.sampled_from([True] * 3 + [False]), host_pages=st.sampled_from([0, 5, 12, 60]),
+                late=st.booleans())  # fmt: skip
+    def start(self, num_pages, max_running, budget, overlap, policy, reuse, host_pages, late):
+        self.world = World(num_pages, max_running, budget, overlap, policy, reuse, host_pages, late)
         self.asked, self.ended = {}, set()
 
     @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=18), max_new=st.integers(0, 20), scored=st.booleans())
@@ -252,6 +255,97 @@ def test_pages_of_a_step_that_never_ran_reach_the_next_one():
     world.add("c", list(range(200, 205)), 1)
     world.run()
     assert world.generated == {"b": alone(list(range(1, 129)), 1), "c": alone(list(range(200, 205)), 1)}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_was_evicted_comes_back_from_the_host(late):
+    """While it comes, others go on; alone, a request waits for it in its own step."""
+    world = World(num_pages=8, max_running=4, budget=100, host_pages=20, late=late)
+    first = chat(world, "a", prompt_without_stop(13, 4), 4)
+    chat(world, "x", [5], 1)  # a step in which the last page is stored
+    chat(world, "b", prompt_without_stop(24, 4, 1000), 4)  # takes seven of the eight pages
+    before = world.computed
+    chat(world, "c", [*first, 3], 1)
+    assert (world.cached["c"], world.computed - before) == (16, 2)
+    assert world.loaded > 0
+
+
+def test_others_go_on_while_pages_come():
+    world = World(num_pages=12, max_running=4, budget=100, host_pages=40)
+    first = chat(world, "a", prompt_without_stop(21, 4), 4)
+    chat(world, "x", [5], 1)
+    chat(world, "b", prompt_without_stop(37, 4, 1000), 4)
+    world.add("d", prompt_without_stop(2, 9, 2000), 9)
+    world.step()
+    world.add("c", [*first, 3], 1)
+    coming, come = world.step(), world.step()
+    assert (len(coming.loads) > 0, coming.reads_loads, coming.counts) == (True, False, [1])
+    assert (come.loads, come.counts[0], sum(come.logits)) == ([], 1, 2)
+    world.run()
+    assert world.cached["c"] == 24
+
+
+def test_a_step_that_fails_while_pages_come_leaves_none_behind():
+    """Who was to have them fails with it, and the next one computes them."""
+    world = World(num_pages=8, max_running=4, budget=100, host_pages=20)
+    first = chat(world, "a", prompt_without_stop(13, 4), 4)
+    chat(world, "b", prompt_without_stop(24, 4, 1000), 4)
+    world.add("c", [*first, 3], 1)
+    assert world.scheduler.schedule().loads
+    assert [seq.request.rid for seq in world.scheduler.drop()] == ["c"]
+    world.check_pages()
+    text = [*first, 3]
+    world.add("d", text, 1)
+    world.run()
+    assert world.generated["d"] == alone(text, 1)
+
+
+def test_the_host_tier_under_random_traffic():
+    """Chats whose texts together are several times the pool, that start alike and come at once; some are aborted, steps
+    fail before and after they ran. What is not disturbed says what it says alone."""
+    seen = dict(loaded=0, failed=0, anew=0)
+    for seed in range(60):
+        drawn = random.Random(seed)
+        world = World(drawn.randrange(9, 14), drawn.randrange(1, 5), drawn.choice([3, 9, 100]), drawn.random() < 0.7,
+                      drawn.choice(["fcfs", "lpm"]), host_pages=drawn.choice([4, 12, 40]), late=drawn.random() < 0.7)
+        bases = [[base] * drawn.choice([4, 9]) + [drawn.randrange(3) for _ in range(20)] for base in range(5)]
+        asked: dict[str, tuple[list[int], int]] = {}
+        ended = set()
+        scheduler, insert = world.scheduler, world.scheduler.cache.insert
+
+        def noted(path, key, page, insert=insert, root=world.scheduler.cache._root):
+            child = (path[-1] if path else root).children.get(key)
+            seen["anew"] += child is not None and child.page < 0
+            return insert(path, key, page)
+
+        scheduler.cache.insert = noted
+        for turn in range(60):
+            if turn < 45 and drawn.random() < 0.7:
+                base = drawn.choice(bases)
+                prompt = base[: drawn.randrange(4, len(base))]
+                for twin in range(drawn.choice([1, 1, 2])):
+                    asked[rid := f"{turn} {twin}"] = prompt, drawn.randrange(6)
+                    world.add(rid, prompt, asked[rid][1], scored=drawn.random() < 0.1)
+            if len(scheduler) and drawn.random() < 0.08:
+                scheduler.abort(rid := drawn.choice(sorted(scheduler._live)))
+                ended.add(rid)
+            if len(scheduler) and drawn.random() < 0.08:
+                step = scheduler.schedule()
+                if drawn.random() < 0.5:
+                    world._forward(step)
+                world._commit()
+                ended |= {seq.request.rid for seq in scheduler.drop()}
+                world.copies = [each for each in world.copies if each is not step]
+                world.check_pages()
+                seen["failed"] += bool(step.loads)
+            world.step()
+        world.run()
+        for rid, (prompt, max_new) in asked.items():
+            got, expected = world.generated.get(rid, []), alone(prompt, max_new)
+            assert got == (expected[: len(got)] if rid in ended else expected)
+        world.check_end()
+        seen["loaded"] += world.loaded
+    assert all(seen.values()), seen
 
 
 def test_without_reuse_nothing_is_kept():

@@ -25,9 +25,9 @@ requests = st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(requests, st.integers(10, 24), st.integers(1, 6), st.integers(1, 30), st.booleans(), st.booleans(),
-       st.sampled_from(["fcfs", "lpm"]))  # fmt: skip
-def test_random_traffic(traffic, num_pages, max_running, budget, overlap, reuse, policy):
-    world = World(num_pages, max_running, budget, overlap, policy, reuse)
+       st.sampled_from(["fcfs", "lpm"]), st.sampled_from([0, 0, 6, 40]), st.booleans())  # fmt: skip
+def test_random_traffic(traffic, num_pages, max_running, budget, overlap, reuse, policy, host_pages, late):
+    world = World(num_pages, max_running, budget, overlap, policy, reuse, host_pages, late)
     aborted, clock = set(), 0
     pending: list[Any] = [(f"r{i}", *what) for i, what in enumerate(traffic)]
     deadlines = {}
@@ -48,7 +48,7 @@ def test_random_traffic(traffic, num_pages, max_running, budget, overlap, reuse,
         clock += 1
         assert clock < 3000
     world.check_end()
-    if policy == "fcfs":
+    if policy == "fcfs" and not host_pages:  # younger ones go on while the host's pages come
         assert world.first_tokens == [rid for rid in world.arrivals if rid in world.generated]
     for i, (prompt, max_new, scored, _, _) in enumerate(traffic):
         rid, expected = f"r{i}", alone(prompt, max_new)
