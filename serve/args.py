@@ -115,6 +115,9 @@ class ServerArgs:
         (), "the batch sizes to capture, one behind the other; default: a ladder up to --cuda-graph-max-bs", kind=int
     )
     disable_custom_all_reduce: bool = _flag(False, "let torch.distributed (RCCL) exchange all that ranks exchange")
+    quick_reduce_quantization: str = _flag(
+        "none", "what wave64's kernels send of a sum over ranks of 1 MiB and more, in place of 16-bit numbers",
+        choices=("none", "fp8", "int8", "int4"))  # fmt: skip
 
     attention_backend: str = _flag("auto", "who serves attention, where it has a kernel", choices=BACKENDS)
     prefill_attention_backend: str = _flag("auto", "the same, of prompts alone", choices=BACKENDS)

@@ -2,8 +2,9 @@
 //
 // The trick is in ranks.h: what a rank sends says itself that it has come, so that a small message takes one trip over
 // the link, with no barrier before or behind it. Bound by the latency of a launch and that trip; large messages by the
-// links: (world - 1) * bytes out of each rank, in two shots 2 * (world - 1) / world * bytes.
-#include "wave64/exchange.h"
+// links: (world - 1) * bytes out of each rank, in two shots 2 * (world - 1) / world * bytes, of which codes of 8 bits
+// are 9/16, of 4 bits 5/16.
+#include "wave64/coded.h"
 
 namespace wave64 {
 
@@ -136,26 +137,112 @@ WAVE64_DEVICE void all_reduce_two_shot(const AllReduceArgs& args) {
     }
 }
 
+#if WAVE64_HAS_CODED
+// The same with blocks of codes, of which a lane has `lines` for each rank. What a rank sends itself, too, is stored:
+// all ranks' codes count alike, and no more than one block is in registers.
+template <int WORLD, typename Codes>
+WAVE64_DEVICE void reduce_coded(const AllReduceArgs& args) {
+    RankBlock<AllReduceArgs> block(args, kOpAllReduce);
+    const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
+    const bool is_bf16 = args.dtype == kBf16;
+    const int part = args.block * args.lines, begin = block_id() * part * args.world;
+    const int step = args.grid * part * args.world;
+    for (int first = begin, n = 0; n < block.rounds(); n++, first += step) {
+        block.next_round(n == 0);
+        const int first_of_lane = first + lane_in_block();
+#pragma unroll 1
+        for (int j = 0; j < block.lines; j++) {
+            Block16 blocks[WORLD];
+#pragma unroll
+            for (int i = 0; i < WORLD; i++)
+                if (in_world<WORLD>(block, i))
+                    blocks[i] = Block16::load(x, first_of_lane + (args.rank + i) % args.world * part + j * args.block);
+#pragma unroll
+            for (int i = 0; i < WORLD; i++) {
+                if (!in_world<WORLD>(block, i)) break;
+                float numbers[kCoded];
+                is_bf16 ? blocks[i].template numbers<bf16>(numbers) : blocks[i].template numbers<fp16>(numbers);
+                CodedSlot<WORLD, Codes>(block, 0, block.rank)
+                    .store(Shared(args.peers.at[i]), j, Coded<Codes>::of(numbers));
+            }
+        }
+        set_flags<WORLD>(block, 0);
+        wait_for_flags<WORLD>(block, 0);
+#pragma unroll 1
+        for (int j = 0; j < block.lines; j++) {
+            Coded<Codes> all[WORLD];
+            receive_coded(block, 0, j, all);
+            float sum[kCoded] = {};
+#pragma unroll
+            for (int rank = 0; rank < WORLD; rank++)
+                if (in_world<WORLD>(block, rank)) all[rank].add_to(sum);
+            const Coded<Codes> sums = Coded<Codes>::of(sum);
+            const CodedSlot<WORLD, Codes> slot(block, 1, block.rank);
+            slot.store(block.own, j, sums);
+            for_peers<WORLD>(block, [&](int, const Shared& peer) { slot.store(peer, j, sums); });
+        }
+        set_flags<WORLD>(block, 1);
+        wait_for_flags<WORLD>(block, 1);
+#pragma unroll 1
+        for (int j = 0; j < block.lines; j++) {
+            Coded<Codes> all[WORLD];
+            receive_coded(block, 1, j, all);
+#pragma unroll
+            for (int rank = 0; rank < WORLD; rank++) {
+                if (!in_world<WORLD>(block, rank)) break;
+                float sum[kCoded] = {};
+                all[rank].add_to(sum);
+                (is_bf16 ? Block16::rounded<bf16>(sum) : Block16::rounded<fp16>(sum))
+                    .store(out, first_of_lane + rank * part + j * args.block);
+            }
+        }
+    }
+}
+
+template <int WORLD>
+WAVE64_DEVICE void all_reduce_two_shot_fp8(const AllReduceArgs& args) {
+    reduce_coded<WORLD, Fp8Codes>(args);
+}
+template <int WORLD>
+WAVE64_DEVICE void all_reduce_two_shot_int8(const AllReduceArgs& args) {
+    reduce_coded<WORLD, Int8Codes>(args);
+}
+template <int WORLD>
+WAVE64_DEVICE void all_reduce_two_shot_int4(const AllReduceArgs& args) {
+    reduce_coded<WORLD, Int4Codes>(args);
+}
+#endif
+
 }  // namespace wave64
 
 WAVE64_RANK_KERNELS(all_reduce_ll, AllReduceArgs)
 WAVE64_RANK_KERNELS(all_reduce_ll128, AllReduceArgs)
 WAVE64_RANK_KERNELS(all_reduce_one_shot, AllReduceArgs)
 WAVE64_RANK_KERNELS(all_reduce_two_shot, AllReduceArgs)
+#if WAVE64_HAS_CODED
+WAVE64_RANK_KERNELS_OF(all_reduce_two_shot_fp8, AllReduceArgs, wave64::kCodedLanes)
+WAVE64_RANK_KERNELS_OF(all_reduce_two_shot_int8, AllReduceArgs, wave64::kCodedLanes)
+WAVE64_RANK_KERNELS_OF(all_reduce_two_shot_int4, AllReduceArgs, wave64::kCodedLanes)
+#endif
 
 #else
 namespace wave64 {
 namespace {
 
-constexpr const char* kKernels[][3] = {WAVE64_BY_WORLD("all_reduce_ll"), WAVE64_BY_WORLD("all_reduce_ll128"),
-                                       WAVE64_BY_WORLD("all_reduce_one_shot"), WAVE64_BY_WORLD("all_reduce_two_shot")};
+constexpr const char* kKernels[][3] = {
+    WAVE64_BY_WORLD("all_reduce_ll"),           WAVE64_BY_WORLD("all_reduce_ll128"),
+    WAVE64_BY_WORLD("all_reduce_one_shot"),     WAVE64_BY_WORLD("all_reduce_two_shot"),
+    WAVE64_BY_WORLD("all_reduce_two_shot_fp8"), WAVE64_BY_WORLD("all_reduce_two_shot_int8"),
+    WAVE64_BY_WORLD("all_reduce_two_shot_int4")};
 constexpr int64_t kMaxBytes = 1 << 30;
 
 void all_reduce(AllReduceArgs args, const Call& call) {
     plan_ranks(call, args);
     call.expect_float("dtype", args.dtype);
     call.expect_range("count", args.count, 0, kMaxBytes / element_bytes(args.dtype));
-    call.expect_range("protocol", args.protocol, kLowLatency, kTwoShot);
+    call.expect_range("protocol", args.protocol, kLowLatency, kTwoShotInt4);
+    const bool coded = args.protocol >= kTwoShotFp8;
+    call.expect(!coded || args.dtype != kFp32, "dtype", "bf16 or fp16, where codes are sent", "fp32");
     if (args.count == 0) return;
     call.expect_tensors({{"x", args.x}, {"out", args.out}});
 
@@ -165,10 +252,15 @@ void all_reduce(AllReduceArgs args, const Call& call) {
     if (args.protocol == kLow128) plan_blocks(call, args, packs, 15, lines / 2, kRankBlocks);
     if (args.protocol == kOneShot) plan_blocks(call, args, packs, 8, lines, kRankBlocks);
     if (args.protocol == kTwoShot) plan_blocks(call, args, packs, 8 * args.world, lines / 2, kRankBlocks);
+    if (coded) {
+        const int64_t blocks = args.world == 2 ? kCodedBlocks<2> : args.world == 4 ? kCodedBlocks<4> : kCodedBlocks<8>;
+        plan_blocks(call, args, ceil_div(args.count, kCoded), 8 * args.world, blocks, kRankBlocks, kCodedLanes);
+    }
     call.launch(kKernels[args.protocol][world_kernel(args.world)], {args.grid}, args.block, args);
 }
 
-WAVE64_OP_AND_CONSTANTS(all_reduce, AllReduceArgs, ({WAVE64_RANK_CONSTANTS, {"MAX_BYTES", kMaxBytes}}), arenas, rank,
+WAVE64_OP_AND_CONSTANTS(all_reduce, AllReduceArgs,
+                        ({WAVE64_RANK_CONSTANTS, {"MAX_BYTES", kMaxBytes}, {"CODED_LANES", kCodedLanes}}), arenas, rank,
                         world, status, timeout, x, out, count, dtype, protocol)
 
 }  // namespace

@@ -70,6 +70,32 @@ def quantize(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype | None = 
     return (wide * inverse).to(dtype), scale
 
 
+#: What a sum over ranks may send in place of 16-bit numbers -> its largest code; None: the FP8 type's.
+CODES: dict[str, float | None] = {"fp8": None, "int8": 127.0, "int4": 7.0}
+CODED = 32  # elements with one scale
+
+
+def coded(x: Tensor, codes: str) -> Tensor:
+    """x [...] as it is behind `codes` (a key of CODES) and back, in fp32: each 32 consecutive elements are rounded to
+    multiples of a scale, amax / the largest code, rounded up to 8 bits of fraction, so that a code times its scale is
+    exact; FP8 codes are the architecture's. Elements with a NaN or an infinity among their 32 become NaN."""
+    dtype, largest_code = fp8_dtype(), CODES[codes]
+    if largest_code is None:
+        largest_code = limit(dtype)
+    blocks = F.pad(x.flatten().float(), (0, -x.numel() % CODED)).view(-1, CODED)
+    amax = blocks.abs().amax(1, keepdim=True)
+    quotient = amax * amax.new_full((), 1 / largest_code)
+    rounded_up = ((quotient.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32).clamp_min(MIN_SCALE)
+    scale = torch.where(amax.isfinite(), rounded_up, torch.nan)
+    inverse = scale.new_full((), 1 - 2.0**-21) / scale  # a little less, so that no product exceeds the largest code
+    if codes == "fp8":
+        rounded = (blocks * inverse).to(dtype).float()
+    else:
+        rounded = (blocks.double() * inverse.double()).round().float()  # a product in fp64 is exact
+    numbers = (rounded * scale).add_(0.0)  # which makes 0 of -0: integers have one zero
+    return numbers.flatten()[: x.numel()].view(x.shape)
+
+
 def quantize_weight_blocks(weight: Tensor, block_shape: list[int],
                            dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """weight [..., N, K] -> q [..., N, K] and scale [..., ceil(N / bn), ceil(K / bk)], block_shape = [bn, bk]."""

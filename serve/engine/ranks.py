@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 
@@ -37,6 +38,17 @@ def join(args: ServerArgs, rank: int, store: Store, device: torch.device) -> Ran
     if device.type == "cuda" or platform.emulated() is not None:
         for group in {each.name: each for each in (ranks.world, ranks.attention, ranks.data)}.values():
             _connect(args, group, device)
+    return _quantized(args, ranks)
+
+
+def _quantized(args: ServerArgs, ranks: Ranks) -> Ranks:
+    """The ranks, sending large sums as the flag says, if kernels serve their group."""
+    if args.quick_reduce_quantization == "none":
+        return ranks
+    if (why := peers.reason(ranks.attention.name)) is None:
+        return replace(ranks, quantize=args.quick_reduce_quantization)
+    if ranks.world.rank == 0:
+        log.warning("--quick-reduce-quantization: sums over ranks stay exact: %s", why)
     return ranks
 
 

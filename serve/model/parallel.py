@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wave64.distributed import ALONE, Group
-from wave64.ops import all_gather, all_reduce, fused_all_reduce_rms_norm, reduce_scatter
+from wave64.ops import all_gather, all_reduce, fused_add_rms_norm, fused_all_reduce_rms_norm, reduce_scatter
+from wave64.ops.all_reduce import is_quantized
 from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ConfigError
 
@@ -58,12 +59,14 @@ class Ranks:
     attention  those that attend to the same sequences, with some heads each; all, without data-parallel attention
     data       with data-parallel attention, one rank of each of those groups
     ep_size    parts of the set of experts; the ranks of one part split its experts' intermediate features
+    quantize   what large sums are sent as (all_reduce)
     """
 
     world: Group = ALONE
     attention: Group = ALONE
     data: Group = ALONE
     ep_size: int = 1
+    quantize: str = "none"
 
     def query_heads(self, count: int) -> Slice:
         """This rank's of `count` heads. Raises ConfigError if ranks do not divide them."""
@@ -121,10 +124,14 @@ class Ranks:
 
     def sum_attention(self, x: Tensor) -> Tensor:
         """Adds up what the ranks of an attention group have computed of the same tokens."""
-        return x if self.attention.size == 1 else all_reduce(x, self.attention.name)
+        return x if self.attention.size == 1 else all_reduce(x, self.attention.name, self.quantize)
 
     def norm_of_sum(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Adds up as `sum_attention`, adds that to the residual stream, in place, and returns the norm of the sum."""
+        if is_quantized(x, self.quantize):
+            x = self.sum_attention(x)
+            fused_add_rms_norm(x, residual, weight, eps)
+            return x
         return fused_all_reduce_rms_norm(x, residual, weight, eps, self.attention.name)
 
     def gather(self, x: Tensor, rows: int) -> Tensor:

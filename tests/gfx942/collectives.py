@@ -3,6 +3,7 @@ come of it. Launches of all ranks run side by side (execute_together), those of 
 
 import functools
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wave64.backends import hip
-from wave64.testing.emulator import Counts, Place, execute_together
+from wave64 import quant
+from wave64.backends import hip, peers
+from wave64.testing.emulator import Buffer, Counts, Place, execute, execute_together
 
 LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
+FP8, INT8, INT4 = range(4, 7)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,8 +39,9 @@ class Arenas:
     def status(self, rank: int) -> int:
         return int(self.records[rank].ctypes.data)
 
-    def places(self, blocks: int, lanes: int) -> Iterator[Place]:
-        """What blocks of so many lanes use of each arena: lines of their own, so that the views stay small."""
+    def places(self, blocks: int, lanes: int, coded: bool = False) -> Iterator[Place]:
+        """What blocks of so many lanes use of each arena: lines of their own, so that the views stay small. coded:
+        where codes are sent, too."""
         at = layout()
         ranges = [(block * at.LINE, 4) for block in range(blocks)] + [(at.BROKEN_AT, 4)]
         halves = [(block, half) for block in range(blocks) for half in range(2)]
@@ -47,10 +51,18 @@ class Arenas:
         line = 16 * at.LANES
         ranges += [(at.LL_AT + (2 * block + half) * at.LL_HALF + (source * 2 * at.LL_PACKS + i) * line, 16 * lanes)
                    for block, half in halves for source in sources for i in range(2 * at.LL_PACKS)]
-        for region in (at.LL128_AT, at.DATA_AT):
-            slot = at.SLOT_HALF // (2 if self.world == 2 else 4 if self.world == 4 else 8)
-            ranges += [(region + (2 * block + half) * at.SLOT_HALF + source * slot + i * line, 16 * lanes)
-                       for block, half in halves for source in sources for i in range(slot // line)]
+        slot = at.SLOT_HALF // (2 if self.world == 2 else 4 if self.world == 4 else 8)
+        slots = [(2 * block + half) * at.SLOT_HALF + source * slot for block, half in halves for source in sources]
+        ranges += [(region + start + i * line, 16 * lanes) for region in (at.LL128_AT, at.DATA_AT) for start in slots
+                   for i in range(slot // line)]
+        if coded:  # 16 bytes of a lane, 2 of 8-bit codes, then 4 bytes
+            line, blocks_of = 16 * at.CODED_LANES, 8 * slot // at.SLOT_HALF
+            for lines in (1, 2):
+                at_use = [at.DATA_AT + start + use * slot // 2 for start in slots for use in range(2)]
+                ranges += [(start + i * line, 16 * lanes) for start in at_use for i in range(blocks_of * lines)]
+                ranges += [(start + blocks_of * lines * line + i * line // 4, 4 * lanes) for start in at_use
+                           for i in range(blocks_of)]
+            ranges = _merged(ranges)
         yield Place("status records", self.records.ctypes.data, self.records.nbytes)
         for rank, base in enumerate(self.addresses):
             yield from (Place(f"arena {rank}", base + start, size, rank, self.uncached) for start, size in ranges)
@@ -119,6 +131,34 @@ class AllReduce(Call):
         self.same_bits(self.out, [summed([each["x"] for each in self.given])] * len(self.out))
 
 
+class Coded(AllReduce):
+    """Every rank has the sum of what codes keep, bit by bit; off from the exact one by what the operator says."""
+
+    def verify(self) -> None:
+        codes = {protocol: name for name, protocol in peers.QUANTIZED.items()}[self.scalars["protocol"]]
+        x, dtype = [each["x"] for each in self.given], self.scalars["dtype"]
+        parts = [quant.coded(each, codes) for each in x]
+        sums = functools.reduce(torch.add, parts)
+        expected = quant.coded(sums, codes).to(dtype)
+        self.same_bits(self.out, [self.out[0]] * len(self.out))
+        self.same_bits([torch.where(self.out[0].isnan(), torch.nan, self.out[0])],  # of whichever NaN
+                       [torch.where(expected.isnan(), torch.nan, expected)])
+        exact = torch.stack(x).double().sum(0)
+        error = sum(code_error(each, codes) for each in [*x, sums]) + torch.finfo(dtype).eps / 2 * exact.abs()
+        apart = torch.nn.functional.pad(exact, (0, -exact.numel() % 32)).view(-1, 32).isfinite().all(1, keepdim=True)
+        usual = apart.expand(-1, 32).flatten()[: exact.numel()]
+        assert (expected.isnan() == ~usual).all()
+        assert ((expected.double() - exact).abs() <= 1.01 * error + 1e-7)[usual].all()
+
+
+def code_error(x: Tensor, codes: str) -> Tensor:
+    """How far codes may be from x, as all_reduce says."""
+    blocks = torch.nn.functional.pad(x.double(), (0, -x.numel() % 32)).view(-1, 32).abs()
+    amax = blocks.amax(1, keepdim=True).expand_as(blocks)
+    by = {"fp8": torch.maximum(blocks / 16, amax / 2**18), "int8": amax / 251, "int4": amax / 13.8}
+    return by[codes].flatten()[: x.numel()]
+
+
 class AllGather(Call):
     @classmethod
     def drawn(cls, world, count, dtype, protocol, seed, offset=0) -> "AllGather":
@@ -180,6 +220,15 @@ def _aligned(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
     return bytes_[start:start + count * dtype.itemsize].view(dtype).view(shape)
 
 
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, size): those that overlap or touch as one."""
+    merged: list[tuple[int, int]] = []
+    for start, size in sorted(ranges):
+        first, end = (merged.pop(), start + size) if merged and start <= sum(merged[-1]) else ((start, 0), start + size)
+        merged.append((first[0], max(sum(first), end) - first[0]))
+    return merged
+
+
 def in_rounds(launches: list, number: int, rank: int) -> list:
     """The launches with one wave, which does in rounds what their blocks were to do."""
     return [planned(launch, block=64, grid=1, lines=min(2, launch_plan(launch)["lines"])) for launch in launches]
@@ -191,6 +240,7 @@ def by_flags(launches: list, number: int, rank: int, which: Sequence[int]) -> li
             if launch.op in ("all_gather", "reduce_scatter") else launch for launch in launches]
 
 
+CODED = re.compile("_(fp8|int8|int4)_")  # kernels
 #: what the launcher sets: the struct's last fields
 PLAN = ("bytes", "block", "grid", "lines", "rounds", "longer")
 
@@ -204,7 +254,7 @@ def planned(launch, kernel: str = "", **plan: int) -> SimpleNamespace:
     plan, kernel = launch_plan(launch) | plan, kernel or launch.kernel
     of_8 = 15 if "ll128" in kernel else 8 * hip.arguments(launch)["world"] if "two_shot" in kernel else 8
     of_block = plan["block"] // 8 * of_8 * plan["lines"]
-    plan["rounds"], rest = divmod(-(-plan["bytes"] // 16), of_block * plan["grid"])
+    plan["rounds"], rest = divmod(-(-plan["bytes"] // (64 if CODED.search(kernel) else 16)), of_block * plan["grid"])
     plan["longer"] = -(-rest // of_block)
     return SimpleNamespace(op=launch.op, kernel=kernel, code_object=launch.code_object, lds_bytes=0,
                            grid=(plan["grid"], 1, 1), block=(plan["block"], 1, 1), tensors=launch.tensors,
@@ -223,9 +273,27 @@ def run(calls: Sequence[Call], arch: str, seed: int, arenas: Arenas | None = Non
             launches += made
             ranks += [rank] * len(made)
     blocks, lanes = (max(getattr(launch, of)[0] for launch in launches) for of in ("grid", "block"))
-    buffers = [*arenas.places(blocks, lanes)]
+    buffers = [*arenas.places(blocks, lanes, any(CODED.search(launch.kernel) for launch in launches))]
     for number, call in enumerate(calls):
         for rank in range(world):
             buffers += [Place(f"{name} of rank {rank} in call {number}", x.data_ptr(), x.nbytes, rank)
                         for name, x in call.tensors(rank).items() if x.numel()]
     return execute_together(launches, buffers, seed, devices=ranks, streams=ranks, **options)
+
+
+def one_by_one(call: Call, arch: str, shots: int, **options) -> Counts:
+    """The call with each rank's launch by itself, which is quick: peers' flags are set before, so that none waits. A
+    pass for each shot leaves what the next one needs in the arenas; the last one's outputs stay."""
+    counts, arenas, at = Counts(), Arenas(len(call.out)), layout()
+    buffers = [Buffer(f"arena {rank}", base, at.ARENA_BYTES) for rank, base in enumerate(arenas.addresses)]
+    words = [memory[base - memory.ctypes.data:][:at.LL_AT].view(np.int32)
+             for memory, base in zip(arenas.memory, arenas.addresses, strict=True)]
+    for own in words:
+        own[at.FLAGS_AT // 4:] = 1 << 30  # rounds ahead
+    for _ in range(shots + 1):
+        for rank, own in enumerate(words):
+            own[:at.BROKEN_AT // 4] = 0  # the first round
+            tensors = [Buffer(name, x.data_ptr(), x.nbytes) for name, x in call.tensors(rank).items()]
+            for launch in call.launches(arch, rank, arenas):
+                execute(launch, [*buffers, *tensors], counts, **options)
+    return counts

@@ -11,6 +11,7 @@ import pytest
 import torch
 from collectives import LL, LL128, ONE_SHOT, TWO_SHOT, AllReduce, Arenas, planned, run
 
+from wave64 import quant
 from wave64.testing import built
 from wave64.testing.emulator import EmulationError
 from wave64.testing.emulator.checks import (
@@ -102,7 +103,9 @@ def sources(bug: Bug, folder: Path) -> Path:
         (shutil.copytree if part == "include" else shutil.copy)(HIP / part, _parent(made / part))
     others = [f"WAVE64_RANK_KERNELS(all_reduce_{name}, AllReduceArgs)\n" for protocol, name in NAMES.items()
               if protocol != bug.protocol]
-    others += [f"    WAVE64_RANK_KERNEL(OP, ARGS, {world})" for world in (4, 8)]
+    others += [f"WAVE64_RANK_KERNELS_OF(all_reduce_two_shot_{codes}, AllReduceArgs, wave64::kCodedLanes)\n"
+               for codes in quant.CODES]
+    others += [f"    WAVE64_RANK_KERNEL(OP, ARGS, MAX_LANES, {world})" for world in (4, 8)]
     for file, stands, becomes in (*bug.edits, *(((OP if "KERNELS" in each else RANKS), each, "") for each in others)):
         text = (made / file).read_text()
         assert stands in text, (file, stands)

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 from collectives import (
+    FP8,
+    INT4,
+    INT8,
     LL,
     LL128,
     ONE_SHOT,
@@ -16,12 +19,16 @@ from collectives import (
     AllReduce,
     Arenas,
     Call,
+    Coded,
     FusedNorm,
     ReduceScatter,
     by_flags,
     in_rounds,
+    one_by_one,
     run,
 )
+
+from wave64 import platform
 
 ARCHS = ("gfx942", "gfx950")
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,6 +64,20 @@ def every(world: int) -> list[Call]:
             for i, (op, protocol) in enumerate(kinds)]
 
 
+def coded(world: int) -> list[Call]:
+    """A call of each kernel that sends codes: blocks of usual numbers, zeros, tiny, huge, NaN and infinite ones."""
+    calls = [Coded.drawn(world, 393, (FP16, BF16)[protocol % 2], protocol, 7 * world + protocol, offset)
+             for protocol, offset in ((FP8, 0), (INT8, 0), (INT4, 1))]
+    for call in calls:
+        for each in call.given:
+            each["x"][64:96] = 0
+        first, last = call.given[0]["x"], call.given[-1]["x"]
+        first[96:128] *= 2.0**-13
+        first[128:160] *= 2.0**11
+        first[170], last[200], last[230] = torch.nan, torch.inf, -torch.inf
+    return calls
+
+
 def launched(arch: str, worlds: Sequence[int] = WORLDS) -> set[tuple[str, str]]:
     """(operator, kernel) of what test_every_kernel executes."""
     found = set()
@@ -64,6 +85,8 @@ def launched(arch: str, worlds: Sequence[int] = WORLDS) -> set[tuple[str, str]]:
         arenas = Arenas(world)
         for number, call in enumerate(every(world)):
             found |= {(each.op, each.kernel) for each in by_flags(call.launches(arch, 0, arenas), number, 0, FLAGGED)}
+        for call in coded(world):
+            found |= {(each.op, each.kernel) for each in call.launches(arch, 0, arenas)}
     return found
 
 
@@ -84,6 +107,31 @@ def test_every_kernel(arch, world, record_property):
                         **(dict(checks=()) if arch == "gfx950" else {}))
     record_property("emulated", {"arch": arch, "kernels": sorted(launched(arch, [world])),
                                  "instructions": instructions})
+
+
+@pytest.mark.parametrize(("arch", "world"), [("gfx942", 2), ("gfx942", 4), ("gfx942", 8), ("gfx950", 2), ("gfx950", 4),
+                                             ("gfx950", 3)])
+def test_codes(arch, world, record_property):
+    """The kernels for codes are the formula's numbers, bit by bit, whatever is in their blocks."""
+    told = {"arch": arch, "kernels": [], "instructions": 0}
+    for call in coded(world):
+        counts = one_by_one(call, arch, shots=2, **(dict(checks=()) if world == 8 else {}))
+        told["kernels"] += sorted(counts.kernels)
+        told["instructions"] += counts.instructions
+        with platform.target(arch):
+            call.verify()
+        assert call.out[0].isnan().sum() == 3 * 32
+        assert not call.out[0][64:96].any()
+    record_property("emulated", told)
+
+
+def test_codes_of_ranks_that_run_together():
+    """Two calls, of several blocks a lane, then of one."""
+    calls = [Coded.drawn(2, count, BF16, INT4, count) for count in (3000, 40)]
+    run(calls, "gfx942", 9, change=in_rounds)
+    with platform.target("gfx942"):
+        for call in calls:
+            call.verify()
 
 
 def test_eight_ranks():

@@ -11,6 +11,7 @@ import torch
 import wave64
 from wave64 import OPS, BadArgument, Case, distributed, ops, platform
 from wave64.backends import peers
+from wave64.serve.model.parallel import Ranks
 from wave64.testing import contract
 
 CPU, DTYPES = torch.device("cpu"), (torch.bfloat16, torch.float16, torch.float32)
@@ -53,6 +54,17 @@ def gathers(rank: int, dtype: torch.dtype) -> bool:
     return got.dtype == dtype and torch.equal(got.view(torch.uint8), wanted)
 
 
+def sum_and_norm(rank: int, size: int) -> dict[str, float]:
+    """How far a model's sum and its norm are from exact ones, where ranks send FP8."""
+    world, generator = distributed.member("world"), torch.Generator().manual_seed(1)
+    x = [torch.randn(64, 8192, generator=generator).bfloat16() for _ in range(size)]
+    residual, weight = torch.zeros(64, 8192, dtype=torch.bfloat16), torch.ones(8192, dtype=torch.bfloat16)
+    got = Ranks(world, attention=world, quantize="fp8").norm_of_sum(x[rank].clone(), residual, weight, 1e-6)
+    exact = torch.stack(x).double().sum(0)
+    off = (residual.double() - exact).abs().max(), (got.double() - exact / size**0.5).abs().max()
+    return {"sum": round(float(off[0]), 3), "norm": round(float(off[1]), 3)}
+
+
 def refused(act) -> str:
     try:
         act()
@@ -91,6 +103,9 @@ def main(rank: int, size: int, port: int) -> None:
             x, out = torch.full((3000,), rank + 0.5), torch.empty(3000)
             peers.launch_all_reduce(peers.of("world"), x, out, protocol)
             say(protocol=words, right=bool((out == size * size / 2).all()))
+        large = Case("codes", lambda: dict(x=torch.randn(64, 8192).bfloat16(), group="world", quantize="int8"))
+        contract.verify(OPS["all_reduce"], "hip", large, "cpu", seed=rank)
+        say(codes=sum_and_norm(rank, size))
         streams, made = platform.streams(), {}
         graph, x = streams.CUDAGraph(), torch.zeros(8)
         with torch.inference_mode(), streams.graph(graph):

@@ -58,6 +58,14 @@ def test_every_protocol_adds_up(said):
             ("LL", True), ("LL128", True), ("one-shot", True), ("two-shot", True)]
 
 
+def test_large_sums_are_sent_as_codes_on_request(said):
+    """Off by more than bf16 rounds, 2^-9 of numbers up to 6, and less than FP8 may be."""
+    codes = [of(rank, "codes")[0]["codes"] for rank in said]
+    assert codes[0] == codes[1]
+    assert 0.02 < codes[0]["sum"] < 0.7
+    assert codes[0]["norm"] < 0.5
+
+
 def test_a_graph_replays(said):
     for rank in said:
         assert [line["sum"] for line in of(rank, "replay")] == [3.0, 6.0]

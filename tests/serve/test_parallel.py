@@ -350,6 +350,22 @@ def test_the_table_shows_what_a_group_really_uses(monkeypatch, theirs, words):
                             reason="group data: ranks 0 and 1 have the same GPU")
 
 
+def test_sums_are_quantized_on_request_where_kernels_serve(caplog, monkeypatch):
+    args = ServerArgs("m", tp_size=2, quick_reduce_quantization="int8")
+    monkeypatch.delitem(peers._KNOWN, "world", raising=False)
+    group = distributed.register(Group("world", 0, 2))
+    try:
+        with caplog.at_level("WARNING", logger="wave64"):
+            assert ranks._quantized(args, ranks_of(args, 0)).quantize == "none"
+        assert caplog.messages == [
+            "--quick-reduce-quantization: sums over ranks stay exact: group world is not connected"]
+        monkeypatch.setitem(peers._KNOWN, "world", peers.Peers(group, (0, 0), (0, 0), 1.0))
+        assert ranks._quantized(args, ranks_of(args, 0)).quantize == "int8"
+        assert ranks._quantized(ServerArgs("m", tp_size=2), ranks_of(args, 0)).quantize == "none"
+    finally:
+        distributed.leave()
+
+
 def test_groups_that_kernels_are_not_for_are_refused_in_words():
     for size, said in ((1, "a group of 1 ranks"), (9, "a group of 9 ranks")):
         group = distributed.register(Group("odd", 0, size))

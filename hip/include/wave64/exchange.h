@@ -170,7 +170,7 @@ WAVE64_DEVICE void set_flags(const RankBlock<Args>& block, int use) {
     block_barrier();
     if (lane_in_block() == 0)
         for_peers<WORLD>(block, [&](int, const Shared& peer) {
-            peer.store(Bits32(block.round), block.flag(use) + block.rank * kLine);
+            peer.store_flag(block.round, block.flag(use) + block.rank * kLine);
         });
 }
 
@@ -184,7 +184,7 @@ WAVE64_DEVICE void wait_for_flags(const RankBlock<Args>& block, int use) {
             look_again();
             bool missing = false;
             if (source < block.world && source != block.rank)  // a peer may be a round ahead
-                missing = int(block.own.template load<Bits32>(block.flag(use), source * kLine) - block.round) < 0;
+                missing = int(block.own.load_flag(block.flag(use), source * kLine) - block.round) < 0;
             const uint64_t late = ballot(missing);
             if (!late) break;
             if (patience.ends(block)) {

@@ -41,7 +41,10 @@ enum Protocol : int32_t {
     kLowLatency = 0,  // LL: 4 bytes of data and 4 of a tag, stored as one
     kLow128 = 1,      // LL128: 120 bytes of data and 8 of a tag, a line that a store of 8 lanes writes as one
     kOneShot = 2,     // all data to all ranks, then a flag
-    kTwoShot = 3      // each rank adds up its part, and sends the sums to all
+    kTwoShot = 3,     // each rank adds up its part, and sends the sums to all
+    kTwoShotFp8 = 4,  // the same in codes: coded.h
+    kTwoShotInt8 = 5,
+    kTwoShotInt4 = 6
 };
 
 // As a status record names the operators.
@@ -55,31 +58,8 @@ enum RankOp : int32_t { kOpAllReduce = 1, kOpFusedAllReduceRmsNorm = 2, kOpAllGa
 namespace wave64 {
 
 // Memory that other devices write or read: loads and stores pass all caches, and 8 aligned bytes are never torn. `at`
-// is the same in all lanes. 4 bytes are a flag.
-#if defined(WAVE64_CPU)
-class Shared {
-    char* base;
-
-public:
-    WAVE64_DEVICE explicit Shared(const void* base) : base(static_cast<char*>(const_cast<void*>(base))) {}
-    template <typename Bits>
-    WAVE64_DEVICE Bits load(int at, int lane_at = 0) const {
-        Bits bits;
-        __builtin_memcpy(&bits, base + at + lane_at, sizeof bits);
-        return bits;
-    }
-    template <typename Bits>
-    WAVE64_DEVICE void store(Bits bits, int at, int lane_at = 0) const {
-        __builtin_memcpy(base + at + lane_at, &bits, sizeof bits);
-    }
-};
-WAVE64_DEVICE void finish_stores() {}
-WAVE64_DEVICE void system_fence() {}
-WAVE64_DEVICE void look_again() {}
-WAVE64_DEVICE uint64_t steady_clock() { return 0; }
-WAVE64_DEVICE uint32_t load_counter(const uint32_t* at) { return *at; }
-
-#elif defined(__HIP__)
+// is the same in all lanes. A flag that is set says that what its block has stored is there.
+#if defined(__HIP__)
 class Shared {
 #if defined(__gfx942__) || defined(__gfx950__)
     static constexpr int kSystem = 1 | 16;  // sc0 sc1: without sc1 a store stays in this die's cache
@@ -101,6 +81,8 @@ public:
         if constexpr (sizeof(Bits) == 4) __builtin_amdgcn_raw_buffer_store_b32(bits, resource, lane_at, at, kSystem);
         if constexpr (sizeof(Bits) == 16) __builtin_amdgcn_raw_buffer_store_b128(bits, resource, lane_at, at, kSystem);
     }
+    WAVE64_DEVICE Bits32 load_flag(int at, int lane_at = 0) const { return load<Bits32>(at, lane_at); }
+    WAVE64_DEVICE void store_flag(Bits32 flag, int at) const { store(flag, at); }
 };
 // Waits until every rank sees this wave's stores; that they pass the caches spares writing those back. Without it, a
 // flag that another wave sets overtakes them.
@@ -125,11 +107,25 @@ class Shared {
 
 public:
     WAVE64_DEVICE explicit Shared(const void* base) : base(static_cast<char*>(const_cast<void*>(base))) {}
+#if defined(WAVE64_CPU)
+    template <typename Bits>
+    WAVE64_DEVICE Bits load(int at, int lane_at = 0) const {
+        Bits bits;
+        __builtin_memcpy(&bits, base + at + lane_at, sizeof bits);
+        return bits;
+    }
+    template <typename Bits>
+    WAVE64_DEVICE void store(Bits bits, int at, int lane_at = 0) const {
+        __builtin_memcpy(base + at + lane_at, &bits, sizeof bits);
+    }
+    WAVE64_DEVICE Bits32 load_flag(int at, int lane_at = 0) const { return load<Bits32>(at, lane_at); }
+    WAVE64_DEVICE void store_flag(Bits32 flag, int at) const { store(flag, at); }
+#else
     template <typename Bits>
     WAVE64_DEVICE Bits load(int at, int lane_at = 0) const {
         Bits bits;
         if constexpr (sizeof(Bits) == 4)
-            asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(bits) : "l"(base + at + lane_at) : "memory");
+            asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(bits) : "l"(base + at + lane_at) : "memory");
         else
             asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                          : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
@@ -140,13 +136,29 @@ public:
     template <typename Bits>
     WAVE64_DEVICE void store(Bits bits, int at, int lane_at = 0) const {
         if constexpr (sizeof(Bits) == 4)
-            asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(base + at + lane_at), "r"(bits) : "memory");
+            asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(base + at + lane_at), "r"(bits) : "memory");
         else
             asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(base + at + lane_at), "r"(bits.x),
                          "r"(bits.y), "r"(bits.z), "r"(bits.w)
                          : "memory");
     }
+    WAVE64_DEVICE Bits32 load_flag(int at, int lane_at = 0) const {
+        Bits32 flag;
+        asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(flag) : "l"(base + at + lane_at) : "memory");
+        return flag;
+    }
+    WAVE64_DEVICE void store_flag(Bits32 flag, int at) const {
+        asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(base + at), "r"(flag) : "memory");
+    }
+#endif
 };
+#if defined(WAVE64_CPU)
+WAVE64_DEVICE void finish_stores() {}
+WAVE64_DEVICE void system_fence() {}
+WAVE64_DEVICE void look_again() {}
+WAVE64_DEVICE uint64_t steady_clock() { return 0; }
+WAVE64_DEVICE uint32_t load_counter(const uint32_t* at) { return *at; }
+#else
 WAVE64_DEVICE void finish_stores() {}  // the flag's release is of all that its block has stored
 WAVE64_DEVICE void system_fence() { __threadfence_system(); }
 WAVE64_DEVICE void look_again() {}
@@ -156,6 +168,7 @@ WAVE64_DEVICE uint64_t steady_clock() {
     return ns;
 }
 WAVE64_DEVICE uint32_t load_counter(const uint32_t* at) { return *static_cast<const volatile uint32_t*>(at); }
+#endif
 #endif
 
 struct Words {
@@ -229,7 +242,7 @@ public:
         if (++looks % 64 || block.args.timeout == 0) return false;
         const uint64_t now = steady_clock();
         if (looks == 64) since = now;
-        return now - since >= uint64_t(block.args.timeout) || block.own.template load<Bits32>(kBrokenAt);
+        return now - since >= uint64_t(block.args.timeout) || block.own.load_flag(kBrokenAt);
     }
 };
 
@@ -292,12 +305,13 @@ WAVE64_DEVICE Bits128 sum_of(const Bits128 (&packs)[WORLD], int world, Dtype dty
 }  // namespace wave64
 
 // The kernels of OP<WORLD>(args), for 2, 4 and any number of ranks.
-#define WAVE64_RANK_KERNEL(OP, ARGS, WORLD) \
-    WAVE64_KERNEL(wave64::kRankLanes) OP##_##WORLD(wave64::ARGS args) { wave64::OP<WORLD>(args); }
-#define WAVE64_RANK_KERNELS(OP, ARGS) \
-    WAVE64_RANK_KERNEL(OP, ARGS, 2)   \
-    WAVE64_RANK_KERNEL(OP, ARGS, 4)   \
-    WAVE64_RANK_KERNEL(OP, ARGS, 8)
+#define WAVE64_RANK_KERNEL(OP, ARGS, MAX_LANES, WORLD) \
+    WAVE64_KERNEL(MAX_LANES) OP##_##WORLD(wave64::ARGS args) { wave64::OP<WORLD>(args); }
+#define WAVE64_RANK_KERNELS_OF(OP, ARGS, MAX_LANES) \
+    WAVE64_RANK_KERNEL(OP, ARGS, MAX_LANES, 2)      \
+    WAVE64_RANK_KERNEL(OP, ARGS, MAX_LANES, 4)      \
+    WAVE64_RANK_KERNEL(OP, ARGS, MAX_LANES, 8)
+#define WAVE64_RANK_KERNELS(OP, ARGS) WAVE64_RANK_KERNELS_OF(OP, ARGS, wave64::kRankLanes)
 
 #else
 #include "wave64/host.h"
@@ -335,13 +349,14 @@ void plan_rounds(Args& args, int64_t total, int64_t of_block) {
 //     of_8       packs that 8 lanes have in a round with one unit of lines
 //     max_units  of lines that a lane has at once
 template <typename Args>
-void plan_blocks(const Call& call, Args& args, int64_t packs, int64_t of_8, int64_t max_units, int64_t max_blocks) {
+void plan_blocks(const Call& call, Args& args, int64_t packs, int64_t of_8, int64_t max_units, int64_t max_blocks,
+                 int64_t max_lanes = kRankLanes) {
     const auto lanes = [&](int64_t units) {  // of each of the most blocks
         return round_up(ceil_div(ceil_div(packs, units * max_blocks) * 8, of_8), call.device.wave_size);
     };
-    const int64_t units = std::min(max_units, ceil_div(lanes(1), kRankLanes));
+    const int64_t units = std::min(max_units, ceil_div(lanes(1), max_lanes));
     const int64_t alone = round_up(ceil_div(packs * 8, of_8), call.device.wave_size);  // lanes of a single block
-    args.block = int32_t(std::min({alone, std::max<int64_t>(lanes(units), kRankLanes / 2), int64_t(kRankLanes)}));
+    args.block = int32_t(std::min({alone, std::max<int64_t>(lanes(units), max_lanes / 2), max_lanes}));
     args.lines = int32_t(units);
     args.grid = int32_t(std::min(ceil_div(packs, args.block / 8 * of_8 * units), max_blocks));
     plan_rounds(args, packs, args.block / 8 * of_8 * units);

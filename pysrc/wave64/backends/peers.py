@@ -42,6 +42,8 @@ SHARED_FILES = Path("/dev/shm")
 STATUS_BYTES = 64
 LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
 PROTOCOLS = {LL: "LL", LL128: "LL128", ONE_SHOT: "one-shot", TWO_SHOT: "two-shot"}
+#: what all_reduce's `quantize` asks for -> the protocol, two shots of codes
+QUANTIZED = {"fp8": 4, "int8": 5, "int4": 6}
 #: operators as a status record numbers them (ranks.h)
 OPS = {1: "all_reduce", 2: "fused_all_reduce_rms_norm", 3: "all_gather", 4: "reduce_scatter"}
 #: ranks at most -> (bytes at most, protocol): the first row that fits. Larger messages are torch.distributed's. Two
@@ -143,8 +145,10 @@ class Peers:
         self.fields = {"arenas": self.arenas, "rank": self.group.rank, "world": self.group.size,
                        "status": self.record[1], "timeout": int(seconds * per_second)}
 
-    def protocol(self, size: int) -> int:
-        """How to exchange messages of `size` bytes."""
+    def protocol(self, size: int, quantize: str = "none") -> int:
+        """How to exchange messages of `size` bytes, as codes on request."""
+        if quantize != "none":
+            return QUANTIZED[quantize]
         return next(protocol for limit, protocol in self._rows if size <= limit)
 
     def note(self, op: str, x: Tensor) -> None:
