@@ -162,8 +162,9 @@ WAVE64_DEVICE void reduce_coded(const AllReduceArgs& args) {
                 if (!in_world<WORLD>(block, i)) break;
                 float numbers[kCoded];
                 is_bf16 ? blocks[i].template numbers<bf16>(numbers) : blocks[i].template numbers<fp16>(numbers);
-                CodedSlot<WORLD, Codes>(block, 0, block.rank)
-                    .store(Shared(args.peers.at[i]), j, Coded<Codes>::of(numbers));
+                const void* arena = args.peers.at[i];
+                forget_uniform(arena);
+                CodedSlot<WORLD, Codes>(block, 0, block.rank).store(Shared(arena), j, Coded<Codes>::of(numbers));
             }
         }
         set_flags<WORLD>(block, 0);

@@ -40,7 +40,7 @@ def test_error_is_within_the_bound(count, world, codes, arch, dtype, spread, see
 
 @pytest.mark.parametrize("codes", quant.CODES)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_blocks_are_apart(codes, arch):
+def test_no_block_spoils_another(codes, arch):
     """Zeros stay zeros, a number alone in its block is kept, and what is not finite spoils its own block alone."""
     x = torch.zeros(5 * 32, dtype=torch.bfloat16)
     x[40], x[64:96], x[70], x[100] = 3.0, 1.0, torch.nan, -torch.inf
