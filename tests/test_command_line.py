@@ -17,8 +17,10 @@ def test_every_verb_is_listed_and_leads_to_a_module_that_runs_itself(capsys):
     shown = capsys.readouterr().out
     for verb, (module, _) in MODULES.items():
         assert verb in shown.split()
-        loader: Any = importlib.util.find_spec(module).loader
-        source = loader.get_source(module)
+        spec: Any = importlib.util.find_spec(module)
+        runs = module if spec.submodule_search_locations is None else f"{module}.__main__"
+        loader: Any = importlib.util.find_spec(runs).loader
+        source = loader.get_source(runs)
         assert 'if __name__ == "__main__":' in source
 
 

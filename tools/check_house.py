@@ -23,9 +23,10 @@ INIT_WITH_CODE = {"pysrc/wave64/__init__.py", "pysrc/wave64/backends/__init__.py
 #: Where an import of each module (and what lies below it) may stand. Entry points start the server; the hip backend is
 #: the only way into the extension; only triton_ops, and what compiles or probes it, knows Triton.
 MAY_IMPORT = {
-    "wave64.serve": ("serve/", "tests/", "pysrc/wave64/launch_server.py", "pysrc/wave64/__init__.py"),
+    "wave64.serve": ("serve/", "tests/", "pysrc/wave64/launch_server.py", "pysrc/wave64/bench_one_batch.py",
+                     "pysrc/wave64/__init__.py"),
     "wave64.serve.http": ("serve/http/", "tests/", "pysrc/wave64/launch_server.py", "pysrc/wave64/__init__.py"),
-    "wave64.serve.engine": ("serve/engine/", "tests/"),
+    "wave64.serve.engine": ("serve/engine/", "pysrc/wave64/bench_one_batch.py", "tests/"),
     "wave64.serve.model": ("serve/engine/", "serve/model/", "tests/"),
     "wave64.distributed": ("pysrc/wave64/distributed/", "pysrc/wave64/ops/", "pysrc/wave64/backends/", "serve/engine/",
                            "serve/model/", "tests/"),

@@ -14,6 +14,7 @@ MODULES = {
     "serve": ("wave64.launch_server", "serve a model over HTTP: serve --model-path MODEL --port 30000"),
     "bench_serving": ("wave64.bench_serving", "measure a server under load, by SGLang's flags: bench_serving "
                                               "--dataset-name random-ids"),
+    "bench_one_batch": ("wave64.bench_one_batch", "time a batch on the engine alone: bench_one_batch --model-path M"),
     "emulate": ("wave64.serve.engine.emulate",
                 "generate on an emulated MI300X, and say what a step costs: emulate --model-path MODEL --prompt TEXT"),
     "doctor": ("wave64.tools.doctor.cli", "what this machine needs before a server runs well on it, with the commands"),

@@ -15,7 +15,7 @@ from wave64.serve.http.metrics import Metrics
 
 log = logging.getLogger("wave64.access")
 
-OPEN_PATHS = ("/health", "/health_generate", "/metrics", "/ping", "/version")  # asked without a key, and often
+OPEN_PATHS = ("/", "/health", "/health_generate", "/metrics", "/ping", "/version")  # asked without a key, and often
 MAX_ID = 128  # characters of a client's own id
 
 

@@ -13,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from pydantic.json_schema import models_json_schema
 
-from wave64.serve.http import guard, tokens
+from wave64.serve.http import guard, page, tokens
 from wave64.serve.http.generation import Generator
 from wave64.serve.http.guard import EventStream, json_response, read, unless_gone
 from wave64.serve.http.metrics import CONTENT_TYPE
@@ -44,6 +44,10 @@ def create_app(generator: Generator) -> FastAPI:
     started = int(time.time())
     card = {"id": args.model_name, "object": "model", "created": started, "owned_by": "wave64",
             "root": generator.model_path}  # fmt: skip
+
+    @app.api_route("/", methods=READ, include_in_schema=False)
+    async def front() -> Response:
+        return Response(page.HTML, media_type="text/html", headers=page.HEADERS)
 
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:

@@ -57,7 +57,7 @@ class App:
     def __init__(self, tokenizer: Tokenizer, answer: str = "ok", **args) -> None:
         tokens = tokenizer.encode(answer, add_special_tokens=False)
         self.engine = SameAnswer(tokens, tokenizer.vocab_size)
-        self.generator = Generator(ServerArgs(served_model_name="tiny", **args), self.engine, tokenizer)
+        self.generator = Generator(ServerArgs(**{"served_model_name": "tiny", **args}), self.engine, tokenizer)
         self.generator.is_serving = True
         self.asgi = create_app(self.generator)
 
