@@ -9,6 +9,7 @@ tensor reads no other bytes of it.
 import io
 import json
 import math
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn}
 BUFFER_BYTES = 16 << 20
+NEAR_BYTES = 1 << 18  # runs of a shard that begin no further apart are read from the disk together
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
@@ -118,20 +120,23 @@ class StoredTensor:
             inner = math.prod(self.shape[shard.dim + 1 :])
             run, stride, first = ((n * inner) for n in (shard.end - shard.begin, self.shape[shard.dim], shard.begin))
         size, raw = out.element_size(), out.view(torch.uint8).numpy().data
-        done = 0
-        while done < out.numel():
-            index, offset = divmod(start + done, run)
-            count = min(run - offset, out.numel() - done)
-            f.seek(self.begin + (index * stride + first + offset) * size)
-            self._fill(f, raw[done * size : (done + count) * size])
-            done += count
+        run, stride, done, total = run * size, stride * size, 0, out.numel() * size
+        index, offset = divmod(start * size, run)
+        at = self.begin + first * size
+        if run < stride <= NEAR_BYTES:  # what lies between is other ranks', which read it soon, or is read in passing
+            begin, end = at + index * stride, at + -(-(start * size + total) // run) * stride
+            os.posix_fadvise(f.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+        while done < total:
+            count = min(run - offset, total - done)
+            self._fill(f, raw[done : done + count], at + index * stride + offset)
+            index, offset, done = index + 1, 0, done + count
 
-    def _fill(self, f: io.FileIO, raw: memoryview) -> None:
+    def _fill(self, f: io.FileIO, raw: memoryview, at: int) -> None:
         while len(raw):
-            count = f.readinto(raw)
+            count = os.preadv(f.fileno(), (raw,), at)
             if not count:
                 raise WeightsError(f"{self.file}: {self.name}: the file ended {len(raw)} bytes early; fetch it again")
-            raw = raw[count:]
+            raw, at = raw[count:], at + count
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -75,6 +75,13 @@ def fill_from(model: CausalLM, folder: Path, progress: Progress | None = None) -
 
     Raises WeightsError if a weight is missing there or has another shape, or if the model does not have one of them.
     """
+    _read(model, folder, progress)
+    for module in model.modules():  # nothing else holds a weight that is laid out anew: it goes at once
+        if isinstance(module, Layer):
+            module.finish()
+
+
+def _read(model: CausalLM, folder: Path, progress: Progress | None) -> None:
     targets, reads, copies, unused = _plan(model, folder)
     if unused:
         log.info("%s: %d weights of %s... are not used", folder, len(unused), unused[0].rpartition(".")[0])
@@ -92,9 +99,6 @@ def fill_from(model: CausalLM, folder: Path, progress: Progress | None = None) -
         if not tensor.equals(*targets[tensor.name]):
             raise WeightsError(f"{tensor.file}: {tensor.name}: expected the values of {original}, because config.json "
                                "ties the two, got others; set tie_word_embeddings to false there")
-    for module in model.modules():
-        if isinstance(module, Layer):
-            module.finish()
 
 
 def fill_with_noise(model: nn.Module) -> None:

@@ -204,8 +204,8 @@ def test_each_rank_reads_its_bytes_and_together_they_hold_all(monkeypatch, folde
         read, views = Counter(), {}
         fill, load = StoredTensor._fill, StoredTensor.load
         with monkeypatch.context() as patch:
-            patch.setattr(StoredTensor, "_fill", lambda tensor, f, raw, fill=fill, read=read: (
-                read.update({tensor.name: len(raw)}), fill(tensor, f, raw))[1])
+            patch.setattr(StoredTensor, "_fill", lambda tensor, f, raw, at, fill=fill, read=read: (
+                read.update({tensor.name: len(raw)}), fill(tensor, f, raw, at))[1])
             patch.setattr(StoredTensor, "load", lambda tensor, target, shard=None, load=load, views=views: (
                 load(tensor, target, shard), views.update({tensor.name: (target.clone(), shard)}))[0])
             load_model(config, folder, torch.float32, "cpu",
