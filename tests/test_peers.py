@@ -193,6 +193,10 @@ def test_a_table_says_which_protocol_takes_how_many_bytes(connected, size):
         assert found.protocol(limit) == protocol
         if i + 1 < len(rows):
             assert found.protocol(limit + 1) == rows[i + 1][1]
+    (limit, _), *_ = peers.NORM_CHOICE[min(ranks for ranks in peers.NORM_CHOICE if ranks >= size)]
+    norms = [found.norm_protocol(size) for size in (1, limit, limit + 1, found.max_bytes)]
+    assert norms == [peers.LL, peers.LL, peers.ONE_SHOT, peers.ONE_SHOT]
+    assert [found.protocol(1 << 20, codes) for codes in peers.QUANTIZED] == [4, 5, 6]
 
 
 def test_torch_takes_what_is_larger_than_the_table_says(connected):

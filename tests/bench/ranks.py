@@ -124,11 +124,12 @@ def correct(rank: Rank) -> dict[str, Any]:
         found[name] = _right(lambda run=run: [  # noqa: B023
             _one(rank, run, shape, dtype, captured) for dtype in DTYPES for shape in shapes(dtype, rank.dry)
             for captured in (False, True)])
-    others = {"all_gather": _gathered, "reduce_scatter": _scattered, "fused_all_reduce_rms_norm": _normalized}
+    others = {"all_gather": _gathered, "reduce_scatter": _scattered, "fused_all_reduce_rms_norm": _normalized,
+              "all_reduce, quantized": _coded}
     for name, test in others.items():
         found[name] = _right(lambda test=test: [  # noqa: B023
             test(rank, rows, dtype) for dtype in DTYPES for rows in ((1, 3) if rank.dry else (1, 3, 64, 1024))])
-        if "hip" not in OPS[name].backends:
+        if "hip" not in OPS[name.split(",")[0]].backends:
             found[name] = f"by torch.distributed: {found[name]}"
     return found
 
@@ -195,6 +196,18 @@ def _scattered(rank: Rank, rows: int, dtype: torch.dtype) -> None:
     rank.sync()
     exact, bound = (each[rows * rank.me.rank:][:rows] for each in exact_sum(rank, shape, dtype))
     near(f"{rows} rows of {dtype}", got, exact, bound)
+
+
+def _coded(rank: Rank, rows: int, dtype: torch.dtype) -> None:
+    """Codes keep at least 1 / 14 of the largest magnitude, of each rank's and of the sum."""
+    x = [rank.draw(r, (rows, 8192), dtype) for r in range(rank.me.size)]
+    exact = sum(each.double() for each in x)
+    for codes in peers.QUANTIZED:
+        got = ops.all_reduce(x[rank.me.rank], rank.group, codes)
+        rank.sync()
+        bound = (exact.abs().max() + 6.0 * rank.me.size).expand_as(exact) / 13
+        near(f"{rows} rows of {dtype} as {codes}", got, exact, bound)
+        _same_bits(rank, codes, got)
 
 
 def _normalized(rank: Rank, rows: int, dtype: torch.dtype) -> None:
@@ -319,6 +332,9 @@ def speed(rank: Rank) -> dict[str, Any]:
         except (RuntimeError, ImportError, AttributeError) as error:
             row["symm_mem"] = f"FAILED: {' '.join(str(error).split())[:200]}"
         calls |= {name: lambda run=run, x=kept: run(x) for name, run in mine.items()}
+        if size >= MIB:
+            calls |= {f"all_reduce {codes}": lambda codes=codes, x=kept: ops.all_reduce(x, rank.group, codes)
+                      for codes in peers.QUANTIZED}
         if "hip" in OPS["fused_all_reduce_rms_norm"].backends and size <= 512 * KIB:
             rows = kept.view(-1, HIDDEN) if n >= HIDDEN else kept.view(1, -1)
             residual, weight = torch.zeros_like(rows), torch.ones_like(rows[0])

@@ -46,13 +46,21 @@ PROTOCOLS = {LL: "LL", LL128: "LL128", ONE_SHOT: "one-shot", TWO_SHOT: "two-shot
 QUANTIZED = {"fp8": 4, "int8": 5, "int4": 6}
 #: operators as a status record numbers them (ranks.h)
 OPS = {1: "all_reduce", 2: "fused_all_reduce_rms_norm", 3: "all_gather", 4: "reduce_scatter"}
-#: ranks at most -> (bytes at most, protocol): the first row that fits. Larger messages are torch.distributed's. Two
-#: ranks on one H200 (tests/bench/RESULTS.md): LL first to 512 KiB, of the others LL128 to 2 MiB. LL sends twice the
-#: bytes, which costs more on a link: published for MI300X are LL to 64 KiB, LL128 to 2 to 4 MiB, less to more ranks.
+#: ranks at most -> (bytes at most, protocol): the first row that fits. Larger messages are torch.distributed's. For two
+#: ranks by what two linked H200s take (tests/bench/RESULTS_RANKS.md): LL first to 128 KiB, LL128 to 4 MiB. Four and
+#: eight were not measured: LL sends twice the bytes, to more ranks; published for MI300X are LL to 64 KiB, LL128 to
+#: 2 to 4 MiB.
 CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
-    2: ((64 << 10, LL), (2 << 20, LL128), (1 << 28, ONE_SHOT)),
+    2: ((128 << 10, LL), (4 << 20, LL128), (1 << 28, ONE_SHOT)),
     4: ((64 << 10, LL), (1 << 20, LL128), (1 << 28, TWO_SHOT)),
     8: ((32 << 10, LL), (512 << 10, LL128), (1 << 28, TWO_SHOT)),
+}
+#: the same of sums with a norm, which have LL and flags alone. Of two ranks LL is the faster of these to 512 KiB,
+#: measured as above without the norm; four and eight as all_reduce has it.
+NORM_CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
+    2: ((512 << 10, LL), (1 << 28, ONE_SHOT)),
+    4: ((64 << 10, LL), (1 << 28, ONE_SHOT)),
+    8: ((32 << 10, LL), (1 << 28, ONE_SHOT)),
 }
 
 
@@ -132,9 +140,9 @@ class Peers:
     release: list[Callable[[], object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        rows = next(CHOICE[size] for size in sorted(CHOICE) if self.group.size <= size)
-        self._rows = rows
-        self.max_bytes = rows[-1][0]
+        self._rows, self._norm_rows = (next(table[size] for size in sorted(table) if self.group.size <= size)
+                                       for table in (CHOICE, NORM_CHOICE))
+        self.max_bytes = self._rows[-1][0]
         self.wait_at_most(self.timeout_s)
 
     def wait_at_most(self, seconds: float) -> None:
@@ -150,6 +158,10 @@ class Peers:
         if quantize != "none":
             return QUANTIZED[quantize]
         return next(protocol for limit, protocol in self._rows if size <= limit)
+
+    def norm_protocol(self, size: int) -> int:
+        """How to exchange messages of `size` bytes whose sum is normalized."""
+        return next(protocol for limit, protocol in self._norm_rows if size <= limit)
 
     def note(self, op: str, x: Tensor) -> None:
         """This rank calls an operator next. Raises CallsDiffer where another rank calls something else."""

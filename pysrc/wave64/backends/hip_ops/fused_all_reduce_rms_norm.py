@@ -19,5 +19,5 @@ def fused_all_reduce_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: 
     ranks.note("fused_all_reduce_rms_norm", x)
     (num_tokens, hidden), out = x.shape, torch.empty_like(x)
     launch("fused_all_reduce_rms_norm", **ranks.fields, x=x, residual=residual, weight=weight, out=out,
-           num_tokens=num_tokens, hidden=hidden, eps=eps, dtype=x.dtype, protocol=ranks.protocol(x.nbytes))
+           num_tokens=num_tokens, hidden=hidden, eps=eps, dtype=x.dtype, protocol=ranks.norm_protocol(x.nbytes))
     return out
