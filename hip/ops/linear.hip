@@ -24,7 +24,6 @@ struct LinearArgs {
 };
 
 constexpr int kWaves = 8;        // of a block, which take the steps of its rows in turn
-constexpr int kTokenTiles = 2;   // of kTileHeads tokens, at most
 constexpr int kPackNumbers = 8;  // of 16 bits, in a pack of 16 bytes
 
 }  // namespace wave64
@@ -132,14 +131,17 @@ WAVE64_DEVICE void linear(const LinearArgs& args) {
     for (int i = 0; i < kInFlight; i++)
         if (const int step = wave + i * kWaves; step < steps)
             weights[i] = rows.load(step * kStep), x[i] = tokens.load(step * kStep);
-    for (int first = wave; first < steps; first += kInFlight * kWaves)
+    int first = wave;
+    for (; first + (kInFlight - 1) * kWaves < steps; first += kInFlight * kWaves)
 #pragma unroll
         for (int i = 0; i < kInFlight; i++) {
-            const int step = first + i * kWaves, next = step + kInFlight * kWaves;
-            if (step >= steps) break;
             multiply_step<T, TILES>(weights[i], x[i], sums);
-            if (next < steps) weights[i] = rows.load(next * kStep), x[i] = tokens.load(next * kStep);
+            if (const int next = first + (i + kInFlight) * kWaves; next < steps)
+                weights[i] = rows.load(next * kStep), x[i] = tokens.load(next * kStep);
         }
+#pragma unroll
+    for (int i = 0; i < kInFlight - 1; i++)
+        if (first + i * kWaves < steps) multiply_step<T, TILES>(weights[i], x[i], sums);
     if (steps * kStep < columns && wave == steps % kWaves)
         multiply_step<T, TILES>(rows.load_before(steps * kStep, columns), tokens.load_before(steps * kStep, columns),
                                 sums);
@@ -185,6 +187,7 @@ WAVE64_LINEAR(fp16_two, wave64::fp16, 2)
 namespace wave64 {
 namespace {
 
+constexpr int kTokenTiles = 2;  // of kTileHeads tokens, at most
 constexpr const char* kKernels[][kTokenTiles] = {{"linear_bf16_one", "linear_bf16_two"},
                                                  {"linear_fp16_one", "linear_fp16_two"}};
 

@@ -140,8 +140,17 @@ def _arrays(sampling: Sampling, num_logits: int, vocab: int) -> dict[str, NDArra
 def _choose(logits: Tensor, there: dict[str, Tensor]) -> Tensor:
     """The chosen token of each row, [S] int64."""
     if "temperature" not in there:
+        if logits.is_cuda:
+            return _greedy(logits)
         return logits.max(dim=-1).indices  # the lowest index of a tie; on a CPU three times as fast as argmax
     return ops.sample(logits, *(there[name] for name in ("temperature", "top_k", "top_p", "min_p", "uniform")))
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    """The lowest index of each row's maximum, [S] int64, by the operator: torch's maximum reads a few long rows with a
+    few of a GPU's compute units."""
+    temperature, top_p, min_p, uniform = logits.new_zeros(4, len(logits))
+    return ops.sample(logits, temperature, top_p.int(), top_p, min_p, uniform)
 
 
 def _penalize(logits: Tensor, sampling: Sampling, there: dict[str, Tensor], history: History) -> None:

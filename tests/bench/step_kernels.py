@@ -2,12 +2,12 @@
 
     python tests/bench/step_kernels.py decode [--batch 1 64 256] [--context 1100]
     python tests/bench/step_kernels.py prefill [--context 8160]
-    python tests/bench/step_kernels.py products [--batch 1 2 4 8 16 32 64 256]
+    python tests/bench/step_kernels.py products [--batch 1 4 16 64]
 
 decode and prefill: an engine with random weights, bf16; of its steps a profile, all kernels by name: launches and
 microseconds a step, the longest first, then one layer's kernels in their order with the time from each one's start to
-the next one's. products: each product of a step by torch, after the cache was overwritten, next to a kernel that only
-reads as many bytes.
+the next one's. products: each product of a step by torch and, of few tokens, by `linear`, after the cache was
+overwritten, next to a kernel that only reads as many bytes; both results agree, else it ends.
 `--tiny` takes a small model and works on a CPU, whose operators stand for kernels: it is there to test this file.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import gc
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from floor import read_us
 from ranks_serving import MODELS, TINY
 from torch.nn import functional as F
 
+from wave64 import ops
+from wave64.serve.model.cpu import DECODE_TOKENS
 from wave64.testing import timing
 
 MODEL = "llama-8b"
@@ -127,14 +130,21 @@ def products(options: argparse.Namespace, device: str) -> None:
     width, kv_width = of["num_attention_heads"] * head, of["num_key_value_heads"] * head
     shapes = {"qkv": (width + 2 * kv_width, hidden), "o": (hidden, width), "gate_up": (2 * inter, hidden),
               "down": (hidden, inter), "head": (of["vocab_size"], hidden)}
-    print("| M | product | N x K | torch us | reading us | torch, % of reading |\n|---:|---|---|---:|---:|---:|")
+    print("| M | product | N x K | torch us | linear us | reading us | torch, % of reading | linear, % |\n"
+          "|---:|---|---|---:|---:|---:|---:|---:|")
     for m in options.batch:
         for name, (n, k) in shapes.items():
             x, weight = (torch.randn(rows, k, device=device, dtype=torch.bfloat16) for rows in (m, n))
-            call = timing.captured(lambda x=x, weight=weight: F.linear(x, weight), device)
-            us = timing.median_ms(call, device, repeat_ms=30) * 1e3
+            calls = [F.linear, ops.linear] if m <= DECODE_TOKENS else [F.linear]
+            us = [timing.median_ms(timing.captured(functools.partial(call, x, weight), device), device, repeat_ms=20)
+                  * 1e3 for call in calls]  # fmt: skip
+            if len(us) > 1:
+                torch.testing.assert_close(ops.linear(x, weight), F.linear(x, weight), rtol=0.02, atol=0.02 * k**0.5)
             floor = read_us(weight.nbytes + x.nbytes + 2 * m * n, device)
-            print(f"| {m} | {name} | {n} x {k} | {us:.1f} | {floor:.1f} | {100 * floor / us:.0f} |", flush=True)
+            took, shares = ([*map(form.format, values), "-"][:2] for form, values in (
+                ("{:.1f}", us), ("{:.0f}", [100 * floor / each for each in us])))
+            row = [m, name, f"{n} x {k}", *took, f"{floor:.1f}", *shares]
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(argv)
     options.steps = 0
-    options.batch = options.batch or ([1, 2, 4, 8, 16, 32, 64, 256] if options.what == "products" else [1, 64, 256])
+    options.batch = options.batch or ([1, 4, 16, 64] if options.what == "products" else [1, 64, 256])
     options.context = options.context or (8160 if options.what == "prefill" else 1100)
     if options.tiny:
         options.batch, options.context, options.profiled = [1, 3], 20, 2

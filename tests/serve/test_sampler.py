@@ -90,6 +90,15 @@ def test_top_k_counts_up_to_the_whole_vocabulary(monkeypatch):
     assert seen[0].tolist() == [0, 0, 1, 8, 0]
 
 
+def test_greedy_is_the_same_by_the_operator_and_by_a_maximum():
+    """With ties, of which the lowest index counts, and masked tokens."""
+    logits = torch.randint(9, (6, 400), generator=torch.Generator().manual_seed(1)).float()
+    logits[:, :7] = -torch.inf
+    greedy = replace(HOT, temperature=[0.0] * 2)
+    assert torch.equal(sampler._greedy(logits), sampler._choose(logits, there(greedy, logits)))
+    assert torch.equal(sampler._greedy(logits), logits.max(dim=-1).indices)
+
+
 def test_what_the_device_has_chosen_counts_in_the_next_step():
     """Without being sent again: row 3 gets a newcomer, row 1 goes on; row 3 is then another's."""
     history, last = History(4, torch.device("cpu")), torch.zeros(4, dtype=torch.int64)

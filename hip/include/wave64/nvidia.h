@@ -92,7 +92,7 @@ WAVE64_DEVICE void forget(Bits32& bits) { asm volatile("" : "+r"(bits)); }
 WAVE64_DEVICE void forget(Bits64& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y)); }
 WAVE64_DEVICE void forget(Bits128& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w)); }
 
-WAVE64_DEVICE int load_uniform(const int32_t* at) { return __ldg(at); }
+WAVE64_DEVICE int load_uniform(const int32_t* at) { return *at; }  // not __ldg: it could pass wait_for_last_launch
 WAVE64_DEVICE void keep_order() { __syncwarp(); }  // which the assembler does not move loads of global memory across
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {

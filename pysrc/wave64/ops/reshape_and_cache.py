@@ -124,7 +124,7 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
     raises       BadArgument (a ValueError) for other shapes or dtypes
     """
     tokens = slot_mapping.shape[0]
-    if tokens == 0:
+    if tokens == 0 or key_cache.numel() == 0:  # without a page every slot is -1
         return
     # A skipped token repeats one that is not: the same value to the same slot, so order cannot matter and no shape
     # depends on data. Where all are skipped, slot 0 is written with what it holds.

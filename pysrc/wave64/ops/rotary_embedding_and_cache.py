@@ -31,7 +31,7 @@ def _draw(tokens, heads, kv_heads, head_dim, pages=2, rot_dim=None, dtype=torch.
 
 
 def _contiguous():
-    args = _draw(5, 3, 2, 64, skip=(1,))
+    args = _draw(5, 3, 2, 64, skip=(1,), angles_dtype=torch.bfloat16)
     return args | {name: args[name].contiguous() for name in ("query", "key", "value")}
 
 
@@ -44,25 +44,22 @@ def _heads_of_keys_and_values():
 
 
 def cases():
-    for dtype in DTYPES:
-        for is_neox in (True, False):
-            style = "neox" if is_neox else "interleaved"
-            yield Case(f"llama-8b-{dtype}-{style}", lambda d=dtype, n=is_neox: _draw(3, 32, 8, 128, dtype=d, is_neox=n,
-                                                                                     skip=(1,)))
-            yield Case(f"odd-{dtype}-{style}", lambda d=dtype, n=is_neox: _draw(
-                7, 5, 3, 37, 5, 22, d, n, page_size=3, skip=(0, 4)))
-        for fp8 in FP8:
-            yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 3, 2, 64, dtype=d, cache_dtype=c,
-                                                                           skip=(1,), scale=0.03))
-        yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype: _draw(
-            4, 5, 3, 37, 5, 22, d, cache_dtype=quant.fp8_dtype(), page_size=3, skip=(2,), scale=0.03))
+    for dtype, is_neox in zip(DTYPES, (True, False, True), strict=True):
+        own = quant.fp8_dtype()
+        yield Case(f"heads-{dtype}", lambda d=dtype, n=is_neox: _draw(3, 8, 2, 128, dtype=d, is_neox=n, skip=(1,)))
+        yield Case(f"odd-{dtype}", lambda d=dtype, n=is_neox: _draw(7, 5, 3, 37, 5, 22, d, not n, page_size=3,
+                                                                    skip=(0, 4)))
+        yield Case(f"fp8-from-{dtype}", lambda d=dtype, n=is_neox, f=own: _draw(
+            5, 3, 2, 64, dtype=d, is_neox=n, cache_dtype=f, skip=(1,), scale=0.03))
+        yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype, n=is_neox, f=own: _draw(
+            4, 5, 3, 37, 5, 22, d, not n, f, page_size=3, skip=(2,), scale=0.03))
+    for fp8 in FP8:
+        yield Case(f"{fp8}-scale-1e-40", lambda c=fp8: _draw(5, 3, 2, 64, cache_dtype=c, skip=(1,), scale=1e-40))
     yield Case("partial", lambda: _draw(5, 3, 2, 96, rot_dim=32))
-    yield Case("partial-interleaved", lambda: _draw(5, 3, 2, 96, rot_dim=32, is_neox=False))
     yield Case("fp8-partial-interleaved", lambda: _draw(5, 3, 2, 96, rot_dim=32, is_neox=False,
-                                                        cache_dtype=quant.fp8_dtype(), scale=1e-40))
+                                                        cache_dtype=quant.fp8_dtype(), scale=0.5))
     yield Case("contiguous", _contiguous)
     yield Case("heads-of-keys-and-values", _heads_of_keys_and_values)
-    yield Case("angles-in-dtype", lambda: _draw(5, 4, 2, 64, angles_dtype=torch.bfloat16))
     yield Case("one-token", lambda: _draw(1, 32, 8, 128, page_size=1))
     yield Case("many-tokens", lambda: _draw(70, 2, 1, 32, pages=5, skip=(11,)))
     yield Case("all-skipped", lambda: _draw(4, 3, 2, 32, skip=(0, 1, 2, 3)))
