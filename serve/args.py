@@ -114,6 +114,9 @@ class ServerArgs:
     cuda_graph_bs: Sequence[int] = _flag(
         (), "the batch sizes to capture, one behind the other; default: a ladder up to --cuda-graph-max-bs", kind=int
     )
+    enable_deterministic_inference: bool = _flag(
+        False, "a request has the same logits, to the bit, alone and in any batch, and with a cached prefix: every "
+               "token is computed alone, at what a batch of one costs")  # fmt: skip
     disable_custom_all_reduce: bool = _flag(False, "let torch.distributed (RCCL) exchange all that ranks exchange")
     quick_reduce_quantization: str = _flag(
         "none", "what wave64's kernels send of a sum over ranks of 1 MiB and more, in place of 16-bit numbers",
@@ -173,6 +176,9 @@ class ServerArgs:
             raise ArgsError(f"--hicache-ratio: expected more than 0, got {self.hicache_ratio:g}")
         if self.enable_hierarchical_cache and self.disable_radix_cache:
             raise ArgsError("--enable-hierarchical-cache: expected the prefix cache, got --disable-radix-cache, too")
+        if self.enable_deterministic_inference and self.groups > 1:
+            raise ArgsError("--enable-deterministic-inference: expected no --enable-dp-attention: a group's tokens are "
+                            "padded to those of the others")  # fmt: skip
         if self.max_prefill_ms is not None and not self.max_prefill_ms >= 0:
             raise ArgsError(f"--max-prefill-ms: expected at least 0, got {self.max_prefill_ms}")
         for name in ("watchdog_timeout", "rank_timeout", "request_timeout"):
@@ -287,7 +293,6 @@ REFUSED: dict[str, str] = {
     "--speculative-algorithm": _DRAFTS,
     "--speculative-draft-model-path": _DRAFTS,
     "--speculative-num-steps": _DRAFTS,
-    "--enable-deterministic-inference": "how sums are split depends on what else is in the batch",
     "--disaggregation-mode": "an engine computes prompts and answers",
     "--is-embedding": "models generate; they give no embeddings",
     "--enable-multimodal": "messages are text",

@@ -139,7 +139,8 @@ class Engine:
             team.say("waiting for requests")
 
     def _prefill_budget(self, args: ServerArgs) -> int:
-        chunk = args.chunked_prefill_size or PREFILL_CHUNK["cuda" if self.is_gpu else "cpu"]
+        is_fast = self.is_gpu and not args.enable_deterministic_inference
+        chunk = args.chunked_prefill_size or PREFILL_CHUNK["cuda" if is_fast else "cpu"]
         if chunk == -1:
             return max(self.config.context_length, args.max_prefill_tokens)
         return min(chunk, args.max_prefill_tokens)

@@ -80,12 +80,13 @@ class Rank:
         # What gloo exchanges is no launch that a graph of emulated devices could hold.
         capture = capture and not (emulated and any(group.size > 1 and peers.reason(group.name)
                                                     for group in (ranks.world, ranks.attention, ranks.data)))
-        graph_sizes = args.cuda_graph_bs
+        graph_sizes = (1,) if args.enable_deterministic_inference else args.cuda_graph_bs
         if not graph_sizes and args.cuda_graph_max_bs is not None:
             graph_sizes = batch_sizes(min(self.max_running, args.cuda_graph_max_bs))
         self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
                              self.max_running, capture, ranks=ranks, graph_sizes=graph_sizes,
-                             host_pages=self.host_pages)  # fmt: skip
+                             host_pages=self.host_pages,
+                             one_by_one=args.enable_deterministic_inference)  # fmt: skip
 
 
 def _config(folder: Path, args: ServerArgs) -> ModelConfig:

@@ -4,6 +4,7 @@ rank that samples) and `Sampled` (back to the scheduler). `Batch` (runner -> mod
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,6 +32,14 @@ class Schedule:
     stores: list[tuple[int, int]] = field(default_factory=list)  # (page, host page): to be copied to the host
     loads: list[tuple[int, int]] = field(default_factory=list)  # (host page, page): to be copied to the device
     reads_loads: bool = False  # whether this step reads what it loads; otherwise the next one does, first
+
+    def one_by_one(self) -> Iterator[tuple[Schedule, bool]]:
+        """Of each token a step that decodes it alone, and whether its logits are wanted; the first has all pages."""
+        pages, tokens = self.pages, iter(self.tokens)
+        for row, start, count, logits in zip(self.rows, self.starts, self.counts, self.logits, strict=True):
+            for i in range(count):
+                yield Schedule(1, [row], [start + i], [1], [1], [next(tokens)], pages), i >= count - logits
+                pages = []
 
     def split(self) -> tuple[Schedule, Schedule]:
         """The decodes, with all the pages, and the prompts: two steps that do what this one does."""

@@ -55,7 +55,8 @@ def engine_of(folder: Path, options: argparse.Namespace, **flags: Any) -> Engine
     (folder / "config.json").write_text(json.dumps(config))
     tokens = max(options.batch) * (options.context + options.steps + options.profiled + CHECKED + 64)
     given = dict(model_path=str(folder), load_format="dummy", device="cpu" if options.tiny else "cuda",
-                 max_total_tokens=tokens, max_running_requests=max(options.batch)) | flags
+                 max_total_tokens=tokens, max_running_requests=max(options.batch),
+                 enable_deterministic_inference=options.deterministic) | flags
     return Engine(ServerArgs(**given))
 
 
@@ -236,7 +237,7 @@ def mixed(options: argparse.Namespace) -> list[dict[str, Any]]:
         engine = engine_of(Path(folder), options, disable_radix_cache=True, max_prefill_ms=0)
         for batch in batches:
             for splits in (True, False):
-                engine.runner.splits_steps = splits
+                engine.runner.max_split = batch if splits else 0
                 prefills = batch * options.context // PREFILL_CHUNK["cuda"] + 2
                 count = WARM + options.steps + prefills + 8
                 tokens = start(engine, requests(options, batch, engine.config.vocab_size, count))
@@ -300,6 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=1100)
     parser.add_argument("--steps", type=int, default=100, help="that are timed (default: %(default)s)")
     parser.add_argument("--profiled", type=int, default=10, help="further ones (default: %(default)s)")
+    parser.add_argument("--deterministic", action="store_true", help="with --enable-deterministic-inference")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)

@@ -38,6 +38,8 @@ def test_every_flag_sets_its_field():
         (["--watchdog-timeout", "0"], "--watchdog-timeout: expected more than 0, got 0.0"),
         (["--hicache-ratio", "0"], "--hicache-ratio: expected more than 0, got 0"),
         (["--enable-hierarchical-cache", "--disable-radix-cache"], "--enable-hierarchical-cache: expected the prefix"),
+        (["--enable-deterministic-inference", "--enable-dp-attention", "--dp-size=2", "--tp=2"],
+         "--enable-deterministic-inference: expected no --enable-dp-attention: a group's tokens"),
         (["--cuda-graph-bs", "4", "0"], "--cuda-graph-bs: expected sizes of at least 1, got 0"),
         (["--cuda-graph-max-bs", "0"], "--cuda-graph-max-bs: expected at least 1, got 0"),
         (["--max-prefill-ms", "-1"], "--max-prefill-ms: expected at least 0, got -1.0"),
