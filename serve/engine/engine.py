@@ -33,7 +33,7 @@ from wave64.serve.engine.profiling import Profiler
 from wave64.serve.engine.rank import Rank, one_line, refuse, set_threads, surroundings, use_interface
 from wave64.serve.engine.sampler import Chosen
 from wave64.serve.engine.schedule import Schedule
-from wave64.serve.engine.scheduler import Scheduler, Sequence
+from wave64.serve.engine.scheduler import Scheduler, Sequence, group_of
 from wave64.serve.engine.team import Team
 from wave64.serve.engine.watchdog import CHECK_S, Watchdog
 from wave64.serve.messages import (
@@ -177,7 +177,7 @@ class Engine:
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         seq = Sequence(request, stops, random.Random(seed))
         if request.grammar is None:
-            min(self.schedulers, key=len).add(seq)
+            group_of(seq, self.schedulers).add(seq)
         else:
             self.grammars.attach(request.rid, seq, request.grammar)
 
@@ -198,7 +198,7 @@ class Engine:
         outputs, self._refused = self._refused, []
         for rid, seq, wrong in self.grammars.ready(is_idle=not any(map(len, self.schedulers))):
             if wrong is None:
-                min(self.schedulers, key=len).add(seq)
+                group_of(seq, self.schedulers).add(seq)
             else:
                 outputs.append(Output(rid, [], "error", error=wrong))
         if not any(map(len, self.schedulers)) and self._chosen is None:

@@ -28,6 +28,9 @@ from wave64.serve.messages import Output, Request, TokenLogprob
 PROMPT_LOGITS_PER_STEP = 128
 LPM_WINDOW = 128  # so many of the oldest that wait are looked at for what the prefix cache has of them,
 MAX_OVERTAKES = 64  # and so many younger ones are let in before the oldest
+# By how many requests a group may exceed the one that has the fewest, to take one whose prefix it has: by so many,
+MIN_IMBALANCE = 4
+RELATIVE_IMBALANCE = 0.125  # or by this part of the other's
 
 
 @dataclass(slots=True, eq=False)
@@ -142,6 +145,12 @@ class Scheduler:
 
     def __len__(self) -> int:
         return len(self._live)
+
+    def cached_pages(self, seq: Sequence) -> int:
+        """How many of its first pages the prefix cache has, of the host tier or not."""
+        path: list[Node] = []
+        self.cache.match(path, seq.tokens, seq.reusable)
+        return len(path) + len(self.cache.hosted(path, seq.tokens, seq.reusable))
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. Raises ValueError if its rid is taken or if it could never fit into the pool."""
@@ -420,6 +429,17 @@ class Scheduler:
         self.cache.release(seq.path)
         self._free_rows.append(seq.row)
         seq.pages, seq.row, seq.is_noted = [], -1, False
+
+
+def group_of(seq: Sequence, groups: list[Scheduler]) -> Scheduler:
+    """Which of several takes a new sequence: of those that are not much longer than the shortest, the one whose prefix
+    cache has most of it; of several, the shortest."""
+    if len(groups) == 1:
+        return groups[0]
+    fewest = min(map(len, groups))
+    most = fewest + max(MIN_IMBALANCE, int(RELATIVE_IMBALANCE * fewest))
+    return max((group for group in groups if len(group) < most or len(group) == fewest),
+               key=lambda group: (group.cached_pages(seq), -len(group)))
 
 
 def _add_sampling(sampling: Sampling, seq: Sequence, logit_row: int) -> None:

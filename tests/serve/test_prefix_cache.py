@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from helpers_scheduler import PAGE, World, alone, nodes_of, prompt_without_stop
+from helpers_scheduler import PAGE, World, alone, nodes_of, prompt_without_stop, sequence
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -346,6 +346,43 @@ def test_the_host_tier_under_random_traffic():
         world.check_end()
         seen["loaded"] += world.loaded
     assert all(seen.values()), seen
+
+
+def test_a_group_gets_what_its_cache_has_unless_it_has_far_more_to_do():
+    worlds = [World(num_pages=60, max_running=4, budget=100, host_pages=60) for _ in range(3)]
+    groups = [world.scheduler for world in worlds]
+    text = list(range(40))
+    chat(worlds[1], "short", text[:13], 1)
+    chat(worlds[2], "long", text[:29], 1)
+
+    def home(prompt: list[int]) -> int:
+        return groups.index(scheduler_module.group_of(sequence("new", prompt, 1), groups))
+
+    assert (home(text), home(text[:14]), home([90, 91])) == (2, 1, 0)
+    for i in range(4):
+        worlds[2].add(f"{i}", [50 + i], 1)
+        assert home(text) == (2 if i < 3 else 1)
+    for world in worlds[:2]:
+        world.add("one", [60], 1)
+    assert home(text) == 2
+    assert home([90, 91]) == 0
+    worlds[2].run()
+    chat(worlds[2], "x", [5], 1)
+    chat(worlds[2], "other", list(range(100, 330)), 1)  # all else is in the host tier now
+    assert home(text) == 2
+
+
+def test_groups_that_are_long_may_differ_by_more():
+    worlds = [World(num_pages=60, max_running=4, budget=100) for _ in range(2)]
+    groups = [world.scheduler for world in worlds]
+    chat(worlds[1], "a", list(range(13)), 1)
+    for i in range(80):
+        worlds[0].add(f"{i}", [50], 1)
+    new = sequence("new", list(range(13)), 1)
+    for i in range(90):  # an eighth of the other's 80 more
+        assert scheduler_module.group_of(new, groups) is groups[1]
+        worlds[1].add(f"{i}", [50], 1)
+    assert scheduler_module.group_of(new, groups) is groups[0]
 
 
 def test_without_reuse_nothing_is_kept():
