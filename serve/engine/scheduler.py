@@ -437,8 +437,8 @@ def group_of(seq: Sequence, groups: list[Scheduler]) -> Scheduler:
     if len(groups) == 1:
         return groups[0]
     fewest = min(map(len, groups))
-    most = fewest + max(MIN_IMBALANCE, int(RELATIVE_IMBALANCE * fewest))
-    return max((group for group in groups if len(group) < most or len(group) == fewest),
+    limit = fewest + max(MIN_IMBALANCE, int(RELATIVE_IMBALANCE * fewest))
+    return max((group for group in groups if len(group) < limit or len(group) == fewest),
                key=lambda group: (group.cached_pages(seq), -len(group)))
 
 
