@@ -144,7 +144,8 @@ def others(rng: random.Random, helpful: str | None) -> list[str]:
     """Names of tools, the helpful one among them; None: any but those that the question is about."""
     names = [name for name in PARAMETERS if rng.random() < 0.4 and name != helpful]
     names += rng.sample(["search", "send_email", "get_news", "read_file"], rng.choice([0, 0, 0, 1]))
-    names += [helpful] * (helpful is not None)
+    if helpful is not None:
+        names.append(helpful)
     rng.shuffle(names)
     return names
 

@@ -5,7 +5,7 @@ rank that samples) and `Sampled` (back to the scheduler). `Batch` (runner -> mod
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from wave64.serve.engine.grammar import Grammar
@@ -43,10 +43,12 @@ class Schedule:
 
     def split(self) -> tuple[Schedule, Schedule]:
         """The decodes, with all the pages, and the prompts: two steps that do what this one does."""
+        def cut(part: slice) -> dict[str, list[int]]:
+            return {name: getattr(self, name)[part] for name in ("rows", "starts", "counts", "logits", "tokens")}
+
         n = self.num_decodes
-        columns = self.rows, self.starts, self.counts, self.logits, self.tokens
-        return (Schedule(n, *(column[:n] for column in columns), self.pages, self.stores, self.loads, self.reads_loads),
-                Schedule(0, *(column[n:] for column in columns)))
+        return (replace(self, **cut(slice(n))),
+                Schedule(0, **cut(slice(n, None))))
 
 
 class Penalties(NamedTuple):

@@ -94,7 +94,7 @@ class Metrics:
         yield self._family(GaugeMetricFamily, "sglang:cache_hit_rate", "Part of prompts that the prefix cache had.",
                            now.cached_tokens / max(1, now.cached_tokens + now.prompt_tokens))  # fmt: skip
         steps = SummaryMetricFamily("wave64:step_seconds", "Time that steps of the engine take.",
-                                    labels=self._labels.keys())  # fmt: skip
+                                    labels=list(self._labels))  # fmt: skip
         steps.add_metric(list(self._labels.values()), now.steps, now.step_seconds)
         yield steps
         ready: Ready | None = self._engine.ready

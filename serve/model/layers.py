@@ -171,7 +171,8 @@ class Rotary(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, kv_cache: KVCache) -> None:
         """query, key and value [num_tokens, heads, head_dim]; query and key in place, then key and value are written to
         the slots of the batch's tokens."""
-        ops.rotary_embedding_and_cache(batch.positions, query, key, value, self.cos_sin_cache, *kv_cache,
+        key_cache, value_cache = kv_cache
+        ops.rotary_embedding_and_cache(batch.positions, query, key, value, self.cos_sin_cache, key_cache, value_cache,
                                        batch.slot_mapping, self.is_neox)
 
 

@@ -105,8 +105,9 @@ def decode_batch(sequences: int, length: int, tokens: int, device: str, ids: Ten
 def replay_of(graphs: DecodeGraphs, batch: Batch) -> Callable[[], Tensor]:
     """A captured step of this batch, its inputs on the device."""
     fields = ("input_ids", "positions", "slot_mapping", "seq_lens")
-    packed = graphs.pack({name: getattr(batch, name).cpu().numpy() for name in fields})["packed"]
-    return functools.partial(graphs.replay, torch.from_numpy(packed).to(batch.page_table.device), batch.page_table)
+    packed = graphs.pack({name: getattr(batch, name).cpu().numpy() for name in fields}, batch.num_decodes)["packed"]
+    return functools.partial(graphs.replay, torch.from_numpy(packed).to(batch.page_table.device), batch.page_table,
+                             batch.num_decodes)
 
 
 def experts_chosen(model: Any, run: Callable[[], object]) -> dict[str, int]:

@@ -203,6 +203,7 @@ def load(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_of(Path(folder), options, disable_radix_cache=True)
         default = engine._pace
+        generated, seconds, gaps = 0, 0.0, list[float]()
         for limit in (0.0, MAX_PREFILL_MS):
             for rounds in range(2):
                 engine._pace = Pace(limit, engine.scheduler.prefill_budget)

@@ -70,11 +70,11 @@ def padding_rows_write_to_the_cache():
     """Rows of a graph beyond the batch keep a slot of the step before."""
     pack = DecodeGraphs.pack
 
-    def without_padding(self, arrays):
+    def without_padding(self, arrays, largest):
         staged = self._staged
         self._staged = {**staged, "slot_mapping": _Unfilled(staged["slot_mapping"])}
         try:
-            return pack(self, arrays)
+            return pack(self, arrays, largest)
         finally:
             self._staged = staged
 
@@ -97,9 +97,9 @@ class _Unfilled:
 def the_page_table_of_the_step_before_is_read():
     replay = DecodeGraphs.replay
 
-    def with_what_is_there(self, packed, page_table, replaced=None):
+    def with_what_is_there(self, packed, page_table, largest, replaced=None):
         count, width = page_table.shape
-        return replay(self, packed, self._inputs.page_table[:count, :width].clone(), replaced)
+        return replay(self, packed, self._inputs.page_table[:count, :width].clone(), largest, replaced)
 
     with replaced(DecodeGraphs, "replay", with_what_is_there):
         yield

@@ -39,7 +39,7 @@ def _doubled(x):
 @triton.jit
 def _powers_kernel(y_ptr, COUNT: tl.constexpr):
     x = tl.program_id(0) + 1
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues]
         tl.store(y_ptr + i, x)
         x = _doubled(x)
 

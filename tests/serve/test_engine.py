@@ -19,14 +19,13 @@ from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.engine import PREFILL_CHUNK, Engine, Throughput, run_engine
 from wave64.serve.messages import (
     Abort,
-    Alive,
     Failed,
     FlushCache,
     Flushed,
-    Outputs,
     Ready,
     Request,
     SamplingParams,
+    ToApi,
     decode_to_api,
     encode,
 )
@@ -367,7 +366,7 @@ class Process:
         self.process = multiprocessing.get_context("spawn").Process(target=run_engine, args=(args, *ends), daemon=True)
         self.process.start()
 
-    def receive(self) -> Outputs | Ready | Failed | Alive | Flushed:
+    def receive(self) -> ToApi:
         assert self.outputs.poll(60_000), "the engine process said nothing for a minute"
         return decode_to_api(self.outputs.recv())
 

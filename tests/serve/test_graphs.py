@@ -131,7 +131,7 @@ class Exchange:
 
     def patch(self, monkeypatch, rank_of: Callable[[], int]) -> None:
         def reduce_scatter(x: torch.Tensor, group: str) -> torch.Tensor:
-            return sum(self._all(rank_of(), x)).chunk(2)[rank_of()]
+            return torch.stack(self._all(rank_of(), x)).sum(0).chunk(2)[rank_of()]
 
         monkeypatch.setattr(parallel, "all_gather", lambda x, group: torch.cat(self._all(rank_of(), x)))
         monkeypatch.setattr(parallel, "reduce_scatter", reduce_scatter)
@@ -201,9 +201,9 @@ def test_a_prompt_leaves_decodes_their_graph(tmp_path, capture, name):
     replayed = runner((1, 3))
     assert sorted(replayed._graphs._graphs) == [1, 3]
 
-    def both(*columns, pages) -> Graph | None:
+    def both(num_decodes, rows, starts, counts, logits, tokens, pages) -> Graph | None:
         Graph.ours.replayed = None
-        schedule = Schedule(*columns, pages)
+        schedule = Schedule(num_decodes, rows, starts, counts, logits, tokens, pages)
         torch.testing.assert_close(replayed.forward(schedule), eager.forward(schedule), rtol=0, atol=1e-4)
         for ours, theirs in zip(replayed.kv_cache, eager.kv_cache, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

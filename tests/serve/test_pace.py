@@ -108,7 +108,7 @@ def test_the_scheduler_keeps_to_the_chunk():
     world.add("b", list(range(60)), 1)
     counts = []
     schedule = world.scheduler.schedule
-    world.scheduler.schedule = lambda: schedule(25)
+    world.scheduler.schedule = lambda max_prompt_tokens=None: schedule(25)
     for _ in range(3):
         counts.append(world.step().counts)
     assert counts == [[1, 25], [1, 25], [1, 10]]

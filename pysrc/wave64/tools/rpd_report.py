@@ -47,7 +47,7 @@ def top(profile: Profile, window: tuple[int, int] | None, limit: int) -> list[st
     lines += [f"{count:>9,} {ns / 1e3:>13,.1f} {ns / count / 1e3:>11,.2f} {low / 1e3:>10,.2f} {high / 1e3:>11,.2f} "
               f"{100 * ns / whole:>6.2f}  {short(name)}" for name, count, ns, low, high in rows[:limit]]
     if len(rows) > limit:
-        count, ns = (sum(row[column] for row in rows[limit:]) for column in (1, 2))
+        count, ns = sum(row[1] for row in rows[limit:]), sum(row[2] for row in rows[limit:])
         lines.append(f"{count:>9,} {ns / 1e3:>13,.1f} {'':>34} {100 * ns / whole:>6.2f}  {len(rows) - limit} others")
     lines += [f"GPU {gpu}: busy {100 * part:.1f} % of the time" for gpu, part in sorted(busy(profile, window).items())]
     return lines if rows else ["no operation of a GPU in this window"]
@@ -58,7 +58,6 @@ def diff(before: Profile, after: Profile, limit: int) -> list[str]:
     names = sorted({*a, *b})
     changes = [(b[name][2] if name in b else 0) - (a[name][2] if name in a else 0) for name in names]
     order = sorted(range(len(names)), key=lambda i: (-abs(changes[i]), names[i]))
-    totals = [sum(row[2] for row in rows.values()) for rows in (a, b)]
     lines = [f"{'calls':>19} {'before us':>13} {'after us':>13} {'change us':>13} {'change':>8}  name"]
 
     def line(calls: str, old: int, new: int, name: str) -> str:
@@ -68,7 +67,8 @@ def diff(before: Profile, after: Profile, limit: int) -> list[str]:
     for i in order[:limit]:
         old, new = a.get(names[i], ("", 0, 0)), b.get(names[i], ("", 0, 0))
         lines.append(line(f"{old[1]:,} -> {new[1]:,}", old[2], new[2], short(names[i])))
-    return [*lines, line(f"{sum(r[1] for r in a.values()):,} -> {sum(r[1] for r in b.values()):,}", *totals,
+    calls = f"{sum(row[1] for row in a.values()):,} -> {sum(row[1] for row in b.values()):,}"
+    return [*lines, line(calls, sum(row[2] for row in a.values()), sum(row[2] for row in b.values()),
                          f"all {len(names)} operations")]
 
 
