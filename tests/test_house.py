@@ -84,3 +84,21 @@ def test_the_readme_reads_on_a_package_index_too():
     """Where it is shown without the files next to it: links that name a file would lead nowhere."""
     links = re.findall(r"\]\(([^)]*)\)", (ROOT / "README.md").read_text())
     assert [link for link in links if not link.startswith("https://")] == []
+
+
+def test_figures_are_of_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import house_figures
+
+    root = repository(tmp_path, {
+        "pysrc/wave64/a.py": "from wave64.b import g\n\n\ndef f(x, y):\n    return g(x, y)\n",
+        "pysrc/wave64/b.py": "import wave64.a\nfrom wave64 import c\n\n\ndef g(*, x):\n    return x\n\n",
+        "serve/c.py": "import math\n", "pysrc/wave64/c.py": "def h():\n    from wave64 import a\n    return a\n",
+        "hip/d.h": "int d;\n", "tests/e.py": "def long(a, b, c, d):\n    pass\n    pass\n    pass\n"})
+    subprocess.run(["git", "add", "."], cwd=root, check=True)
+    assert house_figures.report(root) == [
+        "files: 6, 1 of them in tests/", "lines of Python: 16 outside tests/, 4 in it",
+        "lines of C++ and HIP: 1 outside tests/, 0 in it", "lines of documents: 0 outside tests/, 0 in it",
+        "longest file: 7 lines, pysrc/wave64/b.py",
+        "longest function: 3 lines, pysrc/wave64/c.py:h; most parameters: 2, pysrc/wave64/a.py:f",
+        "imports against the arrows of the design: 0", "circles of imports: 1\n  wave64.a, wave64.b"]
