@@ -128,6 +128,7 @@ def steps(model: str, config: dict[str, Any], tp: int, flags: list[str], options
         Path(folder, "config.json").write_text(json.dumps(config))
         made = run_child({
             "flags": ["--model-path", folder, "--load-format", "dummy", "--tp", str(tp), "--disable-radix-cache",
+                      "--max-prefill-ms", "0",  # chunks as counted below, however long the first steps compile
                       "--max-total-tokens", str((context + count + 96) * max(options.batch)), *flags, *options.flag],
             "batches": options.batch, "context": context, "steps": count}, options)
     if "error" in made:
