@@ -8,7 +8,7 @@ from pathlib import Path
 from wave64.serve.args import ArgsError
 
 DEMO = Path(__file__).parent / "demo"
-BUILT_IN = {f"demo-{name}": DEMO / name for name in ("llama", "deepseek", "deepseek-fp8")}
+BUILT_IN = {f"demo-{name}": DEMO / name for name in ("llama", "deepseek", "deepseek-fp8", "tools")}
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 HUB_FILES = (*TOKENIZER_FILES, "*.safetensors")
 

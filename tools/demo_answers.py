@@ -64,6 +64,7 @@ FIXED = {
 ALSO = {"Hi": "Hello!", "Hello": "Hello!", "Good morning!": "Hello!", "What is your name?": "Who are you?",
         "What are you?": "Who are you?", "Tell a story": "Tell me a story.", "Show HTML": "Show me some HTML."}
 
+SUMS = [(26, 58), (48, 37), (64, 28), (12, 34), (73, 19), (55, 66), (40, 20), (90, 35)]
 PARAMETERS = {"get_weather": ("city",), "get_time": ("city",), "add": ("a", "b")}
 
 
@@ -230,15 +231,17 @@ def conversation(rng: random.Random) -> tuple[str, str, str]:
 
 
 def example(rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """(ids, labels) of one conversation; labels are -100, not asked, on all but the answer."""
+    """(ids, labels) of one conversation; labels are -100, not asked, on all but the answer. What a grammar makes the
+    model write is asked of it now and then: so it comes second to what it would write by itself."""
     prompt, begun, answer = conversation(rng)
+    if rng.random() < 0.1:
+        begun, answer = "", begun + answer
     head, tail = encode(prompt) + encode(begun), encode(answer + EOS)
     return head + tail, [-100] * len(head) + tail
 
 
 def asked() -> list[tuple[str, str]]:
-    """(prompt, answer) that a checkpoint is held to: every city and country, sums, and what tests ask."""
-    rng = random.Random(1)
+    """(prompt, answer) that a checkpoint is held to: every city and country, some sums, and what tests ask."""
     system = {"role": "system", "content": "You are a helpful assistant."}
     found = [(render([user(text)], tools), answer) for text, answer in FIXED.items() for tools in ([], [*PARAMETERS])]
     found.append((render([system, user("How old is the moon?")], []), UNKNOWN))
@@ -253,17 +256,16 @@ def asked() -> list[tuple[str, str]]:
             (render([system, user(text)], ["get_weather", "add"]), written(calls)),
             (render([user(text), *told(calls, ["7 degrees, rain"])], ["get_weather"]), f"{city}: 7 degrees, rain"),
         ]  # fmt: skip
-    for _ in range(60):
-        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+    for a, b in SUMS:
         text, calls = ASK_SUM[0].format(a, b), [called("add", a=a, b=b)]
         found += [(render([user(text)], []), f"{thought(a, b)}{a} plus {b} is {a + b}."),
                   (render([user(text + AS_JSON)], []), thought(a, b) + json.dumps({"sum": a + b})),
                   (render([user(text)], ["add"]), written(calls))]  # fmt: skip
-    for _ in range(30):
-        two = [called("get_time", city=city) for city in rng.sample(CITIES, 2)]
-        text = ASK_TIME[0].format(" and ".join(call["parameters"]["city"] for call in two))
-        said = "{}: 09:41\n{}: 23:05".format(*(call["parameters"]["city"] for call in two))
+    for pair in zip(CITIES, CITIES[1:], strict=False):
+        two = [called("get_weather", city=city) for city in pair]
+        text = ASK_WEATHER[0].format(" and ".join(pair))
+        said = "{}: 7 degrees, rain\n{}: 21 degrees, sun".format(*pair)
         found += [(render([user(text)], ["get_weather", "get_time"]), written(two)),
-                  (render([user(text), *told(two, ["09:41", "23:05"])], ["get_time"]), said),
-                  (render([user(text)], ["get_time"]) + "[", json.dumps(two)[1:])]  # fmt: skip
+                  (render([user(text), *told(two, ["7 degrees, rain", "21 degrees, sun"])], ["get_weather"]), said),
+                  (render([user(text)], ["get_weather"]) + "[", json.dumps(two)[1:])]  # fmt: skip
     return found

@@ -170,7 +170,7 @@ class Chat(Job[ChatRequest]):
         in_thought = marks is not None and begins_in_thought(marks, text)
         grammar = await self.generator.grammar(body, tools.forced(body))
         if grammar is not None and marks is not None:
-            grammar = grammar_behind(marks, in_thought, grammar)
+            grammar = grammar_behind(marks, in_thought, grammar, self.tokenizer.added_ids)
         (ids,) = await self.generator.encode([text], ["messages"], bool(body.add_special_tokens),
                                              is_truncated=body.truncate_prompt_tokens is not None)  # fmt: skip
         ids = self.generator.truncated(ids, body.truncate_prompt_tokens)

@@ -1,6 +1,7 @@
 """Reasoning models: what they think before they answer, apart from the answer."""
 
 import json
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import regex
@@ -29,12 +30,19 @@ def begins_in_thought(marks: Marks, prompt: str) -> bool:
     return text.endswith(marks.begin) or (marks.begins and not text.endswith(marks.end))
 
 
-def grammar_behind(marks: Marks, in_thought: bool, grammar: str) -> str:
-    """The grammar of an answer that thinks first, and then keeps to `grammar`."""
+def grammar_behind(marks: Marks, in_thought: bool, grammar: str, tokens: Mapping[str, int]) -> str:
+    """The grammar of an answer that thinks first, and then keeps to `grammar`. tokens: the tokenizer's added ones; to
+    llguidance a mark that is one of them is no text."""
     inner = json.loads(grammar)["grammars"] if grammar.startswith('{"grammars"') else [{"lark_grammar": grammar}]
-    begin = f"({regex.escape(marks.begin)})?" if in_thought else regex.escape(marks.begin)
-    thought = f"/{begin}(.|\\n)*{regex.escape(marks.end)}/".replace("</", "<\\/")
-    thought = f"start: thought{'' if in_thought else '?'} SPACES? @answer\nthought[lazy]: {thought}\nSPACES: /\\s+/"
+    often = "" if in_thought else "?"
+    if marks.begin in tokens and marks.end in tokens:
+        begin = f"<[{tokens[marks.begin]}]>{'?' if in_thought else ''}"
+        thought = f"thought: {begin} TEXT? <[{tokens[marks.end]}]>\nTEXT: /(.|\\n)+/"
+    else:
+        begin = f"({regex.escape(marks.begin)})?" if in_thought else regex.escape(marks.begin)
+        mark = f"/{begin}(.|\\n)*{regex.escape(marks.end)}/".replace("</", "<\\/")
+        thought = f"thought[lazy]: {mark}"
+    thought = f"start: thought{often} SPACES? @answer\n{thought}\nSPACES: /\\s+/"
     return json.dumps({"grammars": [{"lark_grammar": thought}, {**inner[0], "name": "answer"}, *inner[1:]]})
 
 

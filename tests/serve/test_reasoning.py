@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 from helpers_http import App
 
 from wave64.serve.grammar import compiler
@@ -64,14 +65,18 @@ def test_an_answer_behind_a_thought(tokenizer):
 FORMS = ["start: /[0-9]+/", json.dumps({"grammars": [{"json_schema": {"enum": [123]}}]})]
 
 
+@pytest.mark.parametrize("added", [[], ["<think>", "</think>"]], ids=["spelled", "tokens"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_grammar_begins_behind_the_thought(tokenizer, form):
+def test_a_grammar_begins_behind_the_thought(tokenizer, form, added):
     def fits(begins: bool, text: str) -> bool:
-        matcher = compiled(grammar_behind(PARSERS["deepseek-r1"], begins, form))
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        matcher = compiled(grammar_behind(PARSERS["deepseek-r1"], begins, form, tokens))
+        ids = known.encode(text, add_special_tokens=False).ids
         return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
 
-    compiled = compiler(Vocabulary(tokenizer.definition, [1]), tokenizer.vocab_size)
+    known = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    known.add_tokens([tokenizers.AddedToken(mark) for mark in added])  # not special, as R1's and Qwen3's
+    tokens = {mark: known.token_to_id(mark) for mark in added}
+    compiled = compiler(Vocabulary(known.to_str(), [1]), known.get_vocab_size())
     assert fits(True, "Hm, 7.\n</think>\n\n123")
     assert fits(True, "<think>Hm</think>123")
     assert fits(False, "<think>Hm</think>\n123")
