@@ -413,7 +413,8 @@ class Scheduler:
         """Which of the waiting sequences is let in next."""
         if self._policy == "fcfs" or self._overtakes >= MAX_OVERTAKES:
             return self.waiting[0]
-        return max(islice(self.waiting, LPM_WINDOW), key=lambda seq: len(seq.path))  # the oldest of several
+        return max(islice(self.waiting, LPM_WINDOW), key=lambda seq: len(seq.path) + len(  # the oldest of several
+            self.cache.hosted(seq.path, seq.tokens, seq.reusable)))
 
     def _remove(self, seq: Sequence) -> None:
         del self._live[seq.request.rid]

@@ -148,7 +148,7 @@ def test_logprobs_are_those_of_transformers(make, llama, chunk):
     params = SamplingParams(max_new_tokens=12, temperature=2.0, repetition_penalty=1.3, seed=3, ignore_eos=True)
     prompt = PROMPTS[3]
     others = [request("none", [7, 8]), request("chosen", [1, 5], params, top_logprobs=0)]
-    wanted = request("all", prompt, params, top_logprobs=4, prompt_logprobs=True)
+    wanted = request("all", prompt, params, top_logprobs=4, prompt_logprobs=True, top_prompt_logprobs=4)
     got = collect(make(chunked_prefill_size=chunk), *others, wanted)
     assert got["none"].logprobs == []
     assert got["none"].prompt_logprobs is None

@@ -403,6 +403,18 @@ def test_lpm_lets_in_first_what_is_cached(policy, order):
     assert "".join(world.first_tokens[1:]) == order
 
 
+def test_lpm_counts_what_is_in_the_host_tier():
+    world = World(num_pages=12, max_running=1, budget=100, policy="lpm", host_pages=40)
+    chat(world, "0", list(range(20)), 1)
+    chat(world, "x", [5], 1)
+    chat(world, "1", list(range(100, 144)), 1)
+    assert world.scheduler.cache._hosted
+    for rid, prompt in (("a", [90] * 20), ("b", [*range(18), 91]), ("c", [*range(10), 92])):
+        world.add(rid, prompt, 2)
+    world.run()
+    assert "".join(world.first_tokens[3:]) == "bca"
+
+
 def test_lpm_passes_over_the_oldest_a_few_times_only():
     world = World(num_pages=100, max_running=1, budget=100, policy="lpm")
     chat(world, "0", list(range(20)))
