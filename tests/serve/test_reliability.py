@@ -226,3 +226,21 @@ def test_whatever_is_in_a_field_is_served_or_refused_in_words(app, data):
     assert answer.status_code in (200, 400, 413), answer.text
     if answer.status_code == 400:
         assert answer.json()["error"]["message"]
+
+
+@pytest.mark.long
+def test_schemathesis(model_folder, tmp_path):
+    """Requests drawn from /openapi.json, for every endpoint: none is answered by a status of 500 or more.
+    SCHEMATHESIS_CASES: how many for each endpoint."""
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install 'wave64[clients]'")
+    cases = os.environ.get("SCHEMATHESIS_CASES", "20")
+    with serve(model_folder, tmp_path / "log", "--context-length", "64") as server:
+        flags = ["run", f"{server.url}/openapi.json", "--checks=not_a_server_error", f"--max-examples={cases}",
+                 "--phases=fuzzing", "--workers=1", "--request-timeout=60", "--generation-database=none"]  # fmt: skip
+        code = "from schemathesis.cli import schemathesis; schemathesis()"
+        ran = subprocess.run([sys.executable, "-c", code, *flags],
+                             capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"})
+        print(ran.stdout[-3000:])
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert server.stop() == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()

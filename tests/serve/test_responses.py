@@ -92,6 +92,20 @@ def test_thoughts_and_calls_are_items(tokenizer):
         item.get("content", item.get("arguments")) for item in items]  # fmt: skip
 
 
+@pytest.mark.parametrize(("end", "status", "of_item", "event"), [
+    ("stop", "completed", "completed", "completed"), ("length", "incomplete", "incomplete", "incomplete"),
+    ("abort", "cancelled", "incomplete", "completed")])  # fmt: skip
+def test_how_a_response_ends(tokenizer, end, status, of_item, event):
+    app = App(tokenizer, "So.")
+    app.engine.end = end
+    whole = app.post(RESPONSES, input="x").json()
+    assert (whole["status"], whole["output"][0]["status"]) == (status, of_item)
+    assert whole["incomplete_details"] == ({"reason": "max_output_tokens"} if end == "length" else None)
+    lines = app.post(RESPONSES, input="x", stream=True).text.splitlines()
+    last = json.loads([line for line in lines if line.startswith("data: {")][-1][6:])
+    assert (last["type"], last["response"]["status"]) == (f"response.{event}", status)
+
+
 def test_items_become_messages(tokenizer):
     app = App(tokenizer)
     assert app.post(RESPONSES, input=ITEMS, tools=[WEATHER], max_output_tokens=1).status_code == 200

@@ -193,6 +193,9 @@ def test_an_answer_that_calls(tokenizer):
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
     assert calls_of(choice["message"]) == [weather("A")]
+    app.engine.end = "length"
+    assert app.post(CHAT, messages=USER, tools=[WEATHER]).json()["choices"][0]["finish_reason"] == "length"
+    app.engine.end = "stop"
     for asked in ({}, {"tools": [WEATHER], "tool_choice": "none"}, {"tools": [TIME]}):
         (choice,) = app.post(CHAT, messages=USER, **asked).json()["choices"]
         assert choice["finish_reason"] == "stop"
