@@ -12,6 +12,7 @@ from wave64.serve.http.schemas import (
     Body,
     First,
     Flag,
+    Ids,
     Int,
     Message,
     Tool,
@@ -42,7 +43,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: Any = None
+    tokens: Annotated[Any, Ids] = None
     skip_special_tokens: Flag | None = None
 
     @cached_property

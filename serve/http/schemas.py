@@ -9,7 +9,7 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from wave64.serve.http.neutral import asks_for_nothing, objection
 from wave64.serve.messages import SamplingParams
@@ -74,6 +74,12 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
 First = Field(fail_fast=True)  # report the first fault of a list, and do not look for a million others
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOPS), First]
+# For /openapi.json; prompts_of() reads them, which says what is wrong of a long list sooner.
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Ids = WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS, "minItems": 1}]})
+Prompts = WithJsonSchema({"anyOf": [
+    {"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}, _IDS,
+    {"type": "array", "items": _IDS, "minItems": 1}]})  # fmt: skip
 TopLogprobs = Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63 - 128)]
 
@@ -231,7 +237,7 @@ class _OpenAI(Sampling):
 class CompletionRequest(_OpenAI):
     """POST /v1/completions"""
 
-    prompt: Any = None
+    prompt: Annotated[Any, Prompts] = None
     add_special_tokens: Flag | None = None
     echo: Flag | None = None
     logprobs: Annotated[TopLogprobs | None, BeforeValidator(_number_of_logprobs)] = None
@@ -399,7 +405,7 @@ class GenerateRequest(Body):
     model: str | None = None  # added by routers
     rid: str | Annotated[list[str], First] | None = None  # for /abort_request; of several choices with _0, _1, ...
     text: str | Annotated[list[str], First] | None = None
-    input_ids: Any = None
+    input_ids: Annotated[Any, Ids] = None
     sampling_params: NativeSampling | Annotated[list[NativeSampling], First] | None = None
     stream: Flag | None = None
     return_logprob: Flag | Annotated[list[Flag], First] | None = None

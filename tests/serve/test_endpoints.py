@@ -68,6 +68,9 @@ def test_openapi_names_every_endpoint_and_what_it_takes(tokenizer):
         assert ref.removeprefix("#/components/schemas/") in said["components"]["schemas"], ref
     chat = said["components"]["schemas"]["ChatRequest"]
     assert {"messages", "tools", "response_format"} <= set(chat["properties"])
+    typed = (("CompletionRequest", "prompt"), ("GenerateRequest", "input_ids"), ("DetokenizeRequest", "tokens"))
+    for model, field in typed:
+        assert said["components"]["schemas"][model]["properties"][field]["anyOf"], field
 
 
 def test_a_request_is_aborted_by_its_name(server):
