@@ -81,9 +81,11 @@ def test_what_the_rules_allow(tmp_path):
 
 
 def test_the_readme_reads_on_a_package_index_too():
-    """Where it is shown without the files next to it: links that name a file would lead nowhere."""
-    links = re.findall(r"\]\(([^)]*)\)", (ROOT / "README.md").read_text())
-    assert [link for link in links if not link.startswith("https://")] == []
+    """Where it is shown without the files next to it: links that name a file would lead nowhere, and a picture's words
+    stand in its place."""
+    links = re.findall(r"(!?)\[([^]]*)\]\(([^)]*)\)", (ROOT / "README.md").read_text())
+    assert [link for is_picture, _, link in links if not is_picture and not link.startswith("https://")] == []
+    assert all(len(words) > 20 and (ROOT / link).is_file() for is_picture, words, link in links if is_picture)
 
 
 def test_figures_are_of_what_is_there(tmp_path, monkeypatch):
