@@ -90,7 +90,7 @@ def one_layer(found: list[Span], marks: str) -> None:
 
 def decode(options: argparse.Namespace, device: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        engine = engine_of(Path(folder), options, disable_radix_cache=True)
+        engine = engine_of(Path(folder), options, disable_radix_cache=True, max_prefill_ms=0)
         for batch in options.batch:
             tokens = start(engine, requests(options, batch, engine.config.vocab_size, options.profiled + 100))
             for _ in range(8):
@@ -110,7 +110,7 @@ def decode(options: argparse.Namespace, device: str) -> None:
 def prefill(options: argparse.Namespace, device: str) -> None:
     options.batch = [1]
     with tempfile.TemporaryDirectory() as folder:
-        engine = engine_of(Path(folder), options, disable_radix_cache=True)
+        engine = engine_of(Path(folder), options, disable_radix_cache=True, max_prefill_ms=0)
         end(engine, start(engine, requests(options, 1, engine.config.vocab_size, 2)))
         tokens: dict[str, list[int]] = {}
 
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--marks", default="paged_attention", help="of the kernel that a layer begins with")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(argv)
-    options.steps = 0
+    options.steps, options.deterministic = 0, False
     options.batch = options.batch or ([1, 4, 16, 64] if options.what == "products" else [1, 64, 256])
     options.context = options.context or (8160 if options.what == "prefill" else 1100)
     if options.tiny:
