@@ -118,7 +118,7 @@ def busy_ms(engine: Engine, tokens: dict[str, list[int]], count: int) -> float:
 def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        # Chunks of prompts by their size alone: by time they would differ from one loop to the other, and so would tokens.
+        # Chunks of prompts by size alone: by time they would differ from one loop to the other, and so would tokens.
         engine = engine_of(Path(folder), options, disable_radix_cache=True, max_prefill_ms=0)
         for batch in options.batch:
             said, found = {}, {}
