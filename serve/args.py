@@ -118,6 +118,8 @@ class ServerArgs:
         False, "a request has the same logits, to the bit, alone and in any batch, and with a cached prefix: every "
                "token is computed alone, at what a batch of one costs")  # fmt: skip
     disable_custom_all_reduce: bool = _flag(False, "let torch.distributed (RCCL) exchange all that ranks exchange")
+    enable_mscclpp: bool = _flag(
+        False, "let the package mscclpp, where there is one, sum what 4 ranks and more exchange, 512 bytes to 8 MiB")
     quick_reduce_quantization: str = _flag(
         "none", "what wave64's kernels send of a sum over ranks of 1 MiB and more, in place of 16-bit numbers",
         choices=("none", "fp8", "int8", "int4"))  # fmt: skip
@@ -272,8 +274,6 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--triton-attention-num-kv-splits": (int, "the tuned tables say how often a sequence is split"),
     "--triton-attention-reduce-in-fp32": (None, "sums are in fp32 anyway"),
     "--disable-shared-experts-fusion": (None, "the sum is the same"),
-    "--enable-mscclpp": (None, "wave64's kernels exchange small messages, RCCL large ones; the package mscclpp " + (
-        "takes no part" if find_spec("mscclpp") else "is missing")),
     "--enable-aiter-allreduce-fusion": (None, "a sum over ranks and the norm of it are one kernel anyway"),
     "--enable-p2p-check": (None, "ranks find out at the start whether they reach each other's memory"),
     "--enable-metrics": (None, "/metrics is served in any case"),

@@ -56,6 +56,15 @@ def _connect(args: ServerArgs, group: Group, device: torch.device) -> None:
     """Let kernels exchange what the ranks of a group have, or say why torch.distributed does."""
     if group.size == 1:
         return
+    if args.enable_mscclpp:
+        from wave64.distributed import mscclpp
+
+        why = mscclpp.connect(group)
+        if why is None:
+            peers.disconnect(group.name, "--enable-mscclpp: MSCCL++ sums messages of 512 bytes to 8 MiB")
+            return
+        if group.rank == 0:
+            log.warning("group %s: --enable-mscclpp: MSCCL++ takes no part: %s", group.name, why)
     if args.disable_custom_all_reduce:
         peers.disconnect(group.name, why := "--disable-custom-all-reduce")
     else:  # a rank that waits says for whom before its step has taken too long

@@ -52,7 +52,7 @@ def test_every_flag_sets_its_field():
         (["--mem-fraction-static", "1.5"], "--mem-fraction-static: expected more than 0 and less than 1, got 1.5"),
         (["--chunked-prefill-size", "-2"], "--chunked-prefill-size: expected at least 1, got -2"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        (["--enable-lorax"], "--enable-lorax: wave64 has no such flag; see --help"),
+        (["--with-lorax"], "--with-lorax: wave64 has no such flag; see --help"),
         (["--enable-lora"], "--enable-lora: adapters are not applied; merge them"),
         (["--quantization", "fp8"], "--quantization: weights are served as the checkpoint has them"),
         (["--lora-paths", "a", "--tp=1", "--quantizaton=fp8"],

@@ -16,7 +16,8 @@ from wave64.distributed.groups import (
     register,
     registered,
     said,
+    serve_by,
 )
 
 __all__ = ["ALONE", "WORLD", "Group", "Store", "all_gather", "all_reduce", "at_leave", "join", "leave", "meet",
-           "member", "names", "partition", "reduce_scatter", "register", "registered", "said"]
+           "member", "names", "partition", "reduce_scatter", "register", "registered", "said", "serve_by"]

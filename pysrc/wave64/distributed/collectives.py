@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wave64.distributed.groups import member, registered
+from wave64.distributed.groups import member, registered, summing
 
 # torch 2.13 renamed these two, and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -19,7 +19,9 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     registered."""
     out = x.clone()
     if member(group).size > 1 and x.numel():
-        dist.all_reduce(out, group=registered(group))
+        other = summing(group)
+        if other is None or not other.all_reduce(out):
+            dist.all_reduce(out, group=registered(group))
     return out
 
 

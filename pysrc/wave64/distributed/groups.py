@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 WORLD = "world"
@@ -29,6 +30,7 @@ ALONE = Group("alone", 0, 1)
 
 #: by name: where this process stands, and what torch has for the group; None: nothing
 _REGISTERED: dict[str, tuple[Group, dist.ProcessGroup | None]] = {ALONE.name: (ALONE, None)}
+_SUMMING: dict[str, Summing] = {}
 _AT_LEAVE: list[Callable[[], None]] = []
 
 
@@ -75,6 +77,27 @@ def register(group: Group, made: dist.ProcessGroup | None = None) -> Group:
     return group
 
 
+class Summing(Protocol):
+    """What sums tensors of a group in torch.distributed's stead, as far as it can."""
+
+    def all_reduce(self, x: Tensor) -> bool:
+        """Sum x over the ranks, in place, on the current stream; whether that was done."""
+        ...
+
+
+def serve_by(name: str, other: Summing | None) -> None:
+    """Let `other` sum what the ranks of a group have, where it can; None: torch.distributed alone."""
+    member(name)
+    _SUMMING.pop(name, None)
+    if other is not None:
+        _SUMMING[name] = other
+
+
+def summing(name: str) -> Summing | None:
+    """What `serve_by` has named."""
+    return _SUMMING.get(name)
+
+
 def at_leave(run: Callable[[], None]) -> None:
     """`run` is called once, when this process leaves its groups."""
     _AT_LEAVE.append(run)
@@ -85,6 +108,7 @@ def leave() -> None:
     while _AT_LEAVE:
         _AT_LEAVE.pop()()
     _REGISTERED.clear()
+    _SUMMING.clear()
     register(ALONE)
     if dist.is_initialized():
         dist.destroy_process_group()
