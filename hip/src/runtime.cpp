@@ -99,12 +99,14 @@ std::string path_of(void* library, const char* fallback) {
     return dlinfo(library, RTLD_DI_LINKMAP, &map) == 0 && map->l_name[0] ? map->l_name : fallback;
 }
 
-// Finds a driver's entry points, or fails with the names of all that are missing and what they need.
+// Finds a driver's entry points, those that have a name in its library, or fails with the names of all that are missing
+// and what they need.
 int32_t find_all(const Driver& driver, void* library, std::initializer_list<EntryPoint> entry_points,
                  const char* needed) {
     std::string missing;
     for (const auto& [hip, cuda, address] : entry_points) {
         const char* const symbol = driver.is_hip ? hip : cuda;
+        if (!*symbol) continue;
         void* const found = dlsym(library, symbol);
         if (!found) missing += std::string(missing.empty() ? "" : ", ") + symbol;
         std::memcpy(address, &found, sizeof found);
@@ -113,55 +115,42 @@ int32_t find_all(const Driver& driver, void* library, std::initializer_list<Entr
                            : fail(kUnavailable, "%s lacks %s%s", driver.library.c_str(), missing.c_str(), needed);
 }
 
-int32_t open_hip(Driver& driver, void* library) {
-    driver.name = "HIP", driver.library = path_of(library, "libamdhip64.so"), driver.is_hip = true;
-    driver.handle = library;
-    return find_all(driver, library,
-                    {{"hipInit", "", &driver.init},
-                     {"hipGetDeviceCount", "", &driver.count},
-                     {"hipGetDevice", "", &driver.current},
-                     {"hipModuleLoadData", "", &driver.load},
-                     {"hipModuleGetFunction", "", &driver.function},
-                     {"hipThreadExchangeStreamCaptureMode", "", &driver.exchange_capture_mode},
-                     {"hipModuleLaunchKernel", "", &driver.launch},
-                     {"hipGetDevicePropertiesR0600", "", &driver.properties},
-                     {"hipGetErrorString", "", &driver.hip_error},
-                     {"hipGetLastError", "", &driver.last_error}},
-                    "; ROCm 6.0 or later is needed");
-}
-
-int32_t open_cuda(Driver& driver, void* library) {
-    driver.name = "CUDA", driver.library = path_of(library, "libcuda.so.1"), driver.is_hip = false;
-    driver.handle = library;
-    return find_all(driver, library,
-                    {{"", "cuInit", &driver.init},
-                     {"", "cuDeviceGetCount", &driver.count},
-                     {"", "cuCtxGetDevice", &driver.current},
-                     {"", "cuModuleLoadData", &driver.load},
-                     {"", "cuModuleGetFunction", &driver.function},
-                     {"", "cuThreadExchangeStreamCaptureMode", &driver.exchange_capture_mode},
-                     {"", "cuLaunchKernel", &driver.launch},
-                     {"", "cuLaunchKernelEx", &driver.launch_with},
-                     {"", "cuDeviceGetAttribute", &driver.attribute},
-                     {"", "cuGetErrorString", &driver.cuda_error}},
-                    "");
+int32_t use_library(Driver& driver, void* library, bool is_hip) {
+    driver.name = is_hip ? "HIP" : "CUDA", driver.is_hip = is_hip, driver.handle = library;
+    driver.library = path_of(library, is_hip ? "libamdhip64.so" : "libcuda.so.1");
+    return find_all(
+        driver, library,
+        {{"hipInit", "cuInit", &driver.init},
+         {"hipGetDeviceCount", "cuDeviceGetCount", &driver.count},
+         {"hipGetDevice", "cuCtxGetDevice", &driver.current},
+         {"hipModuleLoadData", "cuModuleLoadData", &driver.load},
+         {"hipModuleGetFunction", "cuModuleGetFunction", &driver.function},
+         {"hipThreadExchangeStreamCaptureMode", "cuThreadExchangeStreamCaptureMode", &driver.exchange_capture_mode},
+         {"hipModuleLaunchKernel", "cuLaunchKernel", &driver.launch},
+         {"", "cuLaunchKernelEx", &driver.launch_with},
+         {"hipGetDevicePropertiesR0600", "", &driver.properties},
+         {"", "cuDeviceGetAttribute", &driver.attribute},
+         {"hipGetErrorString", "", &driver.hip_error},
+         {"hipGetLastError", "", &driver.last_error},
+         {"", "cuGetErrorString", &driver.cuda_error}},
+        is_hip ? "; ROCm 6.0 or later is needed" : "");
 }
 
 // The runtime that the process has loaded, else the first candidate that can be opened: never a second one. Where
 // torch's devices take no part, the one that is named serves, whatever is loaded.
 int32_t open_driver(Driver& driver, const std::vector<std::string>& candidates, bool is_named) {
     if (is_named) {
-        if (void* hip = dlopen(candidates[0].c_str(), RTLD_NOW)) return open_hip(driver, hip);
+        if (void* hip = dlopen(candidates[0].c_str(), RTLD_NOW)) return use_library(driver, hip, true);
         return fail(kUnavailable, "%s", dlerror());
     }
-    if (void* hip = already_loaded("libamdhip64")) return open_hip(driver, hip);
+    if (void* hip = already_loaded("libamdhip64")) return use_library(driver, hip, true);
     std::string broken;
     if (!already_loaded("libcuda.so"))
         for (const std::string& candidate : candidates) {
-            if (void* hip = dlopen(candidate.c_str(), RTLD_NOW)) return open_hip(driver, hip);
+            if (void* hip = dlopen(candidate.c_str(), RTLD_NOW)) return use_library(driver, hip, true);
             if (broken.empty() && candidate[0] == '/') broken = std::string(" (") + dlerror() + ")";
         }
-    if (void* cuda = dlopen("libcuda.so.1", RTLD_NOW)) return open_cuda(driver, cuda);
+    if (void* cuda = dlopen("libcuda.so.1", RTLD_NOW)) return use_library(driver, cuda, false);
     return fail(kUnavailable, "no libamdhip64.so (ROCm's runtime) can be opened on this machine%s", broken.c_str());
 }
 
