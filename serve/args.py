@@ -163,9 +163,9 @@ class ServerArgs:
             raise ArgsError("--ssl-certfile: expected the certificate that --ssl-keyfile belongs to, got none")
         if not 1 <= self.port <= 65535:
             raise ArgsError(f"--port: expected 1 to 65535, got {self.port}")
-        share = self.mem_fraction_static
-        if share is not None and not 0 < share < 1:
-            raise ArgsError(f"--mem-fraction-static: expected more than 0 and less than 1, got {share}")
+        fraction = self.mem_fraction_static
+        if fraction is not None and not 0 < fraction < 1:
+            raise ArgsError(f"--mem-fraction-static: expected more than 0 and less than 1, got {fraction}")
         if self.chunked_prefill_size != -1:
             self._at_least_one("chunked_prefill_size")
         for name in (

@@ -55,12 +55,12 @@ class Torchrun:
                 raise ArgsError(f"--{name}: expected {said}, the processes or hosts of torchrun, or no such flag; "
                                 f"got {got}")  # fmt: skip
 
-    def place(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         """For the process of a rank other than 0."""
         return {"rank": self.rank, "local_rank": self.local_rank, "torchrun": self.run}
 
 
-def places(args: ServerArgs) -> list[dict[str, Any]]:
+def rank_infos(args: ServerArgs) -> list[dict[str, Any]]:
     """Of the ranks of this host, where rank 0 is on another."""
     local = args.tp_size // args.nnodes
     return [{"rank": args.node_rank * local + i, "local_rank": i} for i in range(local)]
@@ -78,9 +78,9 @@ def run_node(args: ServerArgs, of: Sequence[dict[str, Any]]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     host, port = address(args)
-    for place in of:
+    for info in of:
         process = subprocess.Popen([sys.executable, "-m", "wave64.serve.engine.process"], stdin=subprocess.PIPE)
-        settings = {"args": asdict(args), "place": place | {"control": [host, port]}, "parent": os.getpid()}
+        settings = {"args": asdict(args), "rank": info | {"control": [host, port]}, "parent": os.getpid()}
         assert process.stdin is not None
         process.stdin.write(json.dumps(settings).encode() + b"\n")
         process.stdin.close()
@@ -88,9 +88,9 @@ def run_node(args: ServerArgs, of: Sequence[dict[str, Any]]) -> int:
     while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
         time.sleep(POLL_S)
     status = 0
-    for place, rank in zip(of, ranks, strict=True):
+    for info, rank in zip(of, ranks, strict=True):
         if rank.poll():
-            print(f"wave64.launch_server: error: rank {place['rank']} ended with status {rank.returncode}; its log is "
+            print(f"wave64.launch_server: error: rank {info['rank']} ended with status {rank.returncode}; its log is "
                   "above, and rank 0's says why", file=sys.stderr)  # fmt: skip
             status = 1
         rank.kill()

@@ -62,7 +62,7 @@ def clang(folder: Path, refuses: str = "nothing", version: str = "17.0.0", lld: 
     return folder / "clang"
 
 
-def test_every_place_of_a_rocm_is_searched_in_order(tmp_path):
+def test_every_folder_of_a_rocm_is_searched_in_order(tmp_path):
     opt = tmp_path / "opt"
     folders = [tmp_path / "direct", tmp_path / "hip" / "llvm" / "bin", tmp_path / "rocm" / "lib" / "llvm" / "bin",
                opt / "rocm" / "llvm" / "bin", opt / "rocm" / "core-7.13" / "lib" / "llvm" / "bin",

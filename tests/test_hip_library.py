@@ -14,27 +14,28 @@ def _no_system(monkeypatch):
     monkeypatch.setattr(hip_library, "by_loader", list)
 
 
-def place(folder: Path, *names: str) -> list[str]:
+def create(folder: Path, *names: str) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).touch()
     return [str(folder / name) for name in names]
 
 
-def test_the_order_of_places(tmp_path, monkeypatch):
+def test_the_order_of_candidates(tmp_path, monkeypatch):
     site, opt, name = tmp_path / "site", tmp_path / "opt", "libamdhip64.so"
     sdk = tmp_path / "sdk"
-    place(sdk, name)
+    create(sdk, name)
     (site / "rocm_sdk.py").parent.mkdir()
     (site / "rocm_sdk.py").write_text(
         f"from pathlib import Path\ndef find_libraries(name):\n    return [Path({str(sdk)!r}, f'lib{{name}}.so')]\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setattr(hip_library, "by_loader", lambda: [Path("/usr/lib/libamdhip64.so.7")])
-    expected = [str(sdk / name), *place(site / "_rocm_sdk_core" / "lib", f"{name}.7"), *place(site / "torch/lib", name),
-                *place(tmp_path / "hip/lib", name), *place(tmp_path / "rocm/lib", name),
-                *place(tmp_path / "loader", name), "/usr/lib/libamdhip64.so.7", *place(opt / "rocm/lib", name),
-                *place(opt / "rocm/core-7.10/lib", f"{name}.7"), *place(opt / "rocm/core-7.9/lib", f"{name}.7"),
-                *place(opt / "rocm-6.10.0/lib", name), *place(opt / "rocm-6.4.1/lib", name)]
+    expected = [str(sdk / name), *create(site / "_rocm_sdk_core" / "lib", f"{name}.7"),
+                *create(site / "torch/lib", name),
+                *create(tmp_path / "hip/lib", name), *create(tmp_path / "rocm/lib", name),
+                *create(tmp_path / "loader", name), "/usr/lib/libamdhip64.so.7", *create(opt / "rocm/lib", name),
+                *create(opt / "rocm/core-7.10/lib", f"{name}.7"), *create(opt / "rocm/core-7.9/lib", f"{name}.7"),
+                *create(opt / "rocm-6.10.0/lib", name), *create(opt / "rocm-6.4.1/lib", name)]
     environ = {"HIP_PATH": str(tmp_path / "hip"), "ROCM_PATH": str(tmp_path / "rocm"),
                "LD_LIBRARY_PATH": f":{tmp_path / 'loader'}"}
     try:
@@ -44,10 +45,10 @@ def test_the_order_of_places(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["raise RuntimeError('no device')", "find_libraries = None"])
-def test_a_rocm_sdk_that_fails_leaves_the_other_places(broken, tmp_path, monkeypatch):
+def test_a_rocm_sdk_that_fails_leaves_the_other_candidates(broken, tmp_path, monkeypatch):
     (tmp_path / "rocm_sdk.py").write_text(broken + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    expected = place(tmp_path / "_rocm_sdk_core_7" / "lib", "libamdhip64.so.7")
+    expected = create(tmp_path / "_rocm_sdk_core_7" / "lib", "libamdhip64.so.7")
     try:
         assert hip_library.candidates([tmp_path], {}, tmp_path / "opt") == expected
     finally:
@@ -62,7 +63,7 @@ def test_a_rocm_sdk_that_fails_leaves_the_other_places(broken, tmp_path, monkeyp
     (["libamdhip64.so.5", "libamdhip64.so.6"], ["libamdhip64.so.6", "libamdhip64.so.5"]),
     (["libamdhip64.so.5"], ["libamdhip64.so.5"])])
 def test_versioned_names(files, expected, tmp_path):
-    place(tmp_path / "rocm" / "lib", *files)
+    create(tmp_path / "rocm" / "lib", *files)
     found = hip_library.candidates([], {}, tmp_path)
     assert [Path(path).name for path in found] == expected
 
@@ -70,7 +71,7 @@ def test_versioned_names(files, expected, tmp_path):
 def test_names_of_one_file_count_once_and_an_old_one_behind_a_link_stands_last(tmp_path):
     old, new = tmp_path / "rocm" / "lib", tmp_path / "rocm-6.4.0" / "lib"
     for folder, full in ((old, "libamdhip64.so.5.7.31921"), (new, "libamdhip64.so.6.4.43482")):
-        place(folder, full)
+        create(folder, full)
         (folder / full[:16]).symlink_to(full)
         (folder / "libamdhip64.so").symlink_to(full[:16])
     assert hip_library.candidates([], {}, tmp_path) == [f"{new}/libamdhip64.so", f"{old}/libamdhip64.so"]

@@ -36,6 +36,8 @@ BROKEN = {
     "triton_ops/topk.py": ("MOST_IDS = 8\n", "MOST_IDS: say max"),
     "triton_ops/sample.py": ("peak = 0.0\n", "peak: say row_max or max"),
     "pysrc/wave64/ops/mla_decode.py": ('"""Turns the heads of query and key."""\n', "say rotate"),
+    "tests/serve/test_tools.py": ("def least_turn(): pass\n", "least_turn: say min"),
+    "serve/node.py": ("first_place = 0\n", "first_place: say offset"),
     "tests/ops/test_sample.py": ("# two products are under way\n", "say in flight"),
     "pysrc/wave64/arch.py": ("fp8_fla" "vour = None\n", "American spelling"),
     "pysrc/wave64/op.py": ("import os\nx = os.environ['X']\n", "read the environment"),
@@ -51,6 +53,7 @@ CLEAN = {
                             "def g(x):\n    if x:\n        return 1\n    return 2\n",
     "serve/engine/engine.py": "# TO" "DO(#12): later\n",
     "triton_ops/topk.py": "# at most two in place, one in turn\nat_most, in_place = 1, 2\n",
+    "tests/serve/test_prefix_cache.py": "turn, shares_pages, stay_apart = 1, 2, 3\n",
     "hip/ops/rms_norm.hip": '#include "wave64/types.h"  // no malloc here\n',
 }
 

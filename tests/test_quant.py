@@ -72,8 +72,8 @@ def test_blocks_of_weights(flavor, rows, columns, bn, bk, power, seed):
                 want = max(float(block.abs().max()), 1e-10) / quant.limit(flavor)
                 assert float(scale[expert, r, c]) == pytest.approx(want, rel=2**-23)
                 off = abs(float(back[expert, i, j] - weight[expert, i, j]))
-                least = 2.0**-10 if flavor == FN else 2.0**-11
-                assert off <= (2**-4 + 2**-20) * abs(float(weight[expert, i, j])) + least * want
+                smallest = 2.0**-10 if flavor == FN else 2.0**-11
+                assert off <= (2**-4 + 2**-20) * abs(float(weight[expert, i, j])) + smallest * want
 
 
 def test_channels_and_tensors_are_blocks_too():
@@ -118,7 +118,7 @@ def test_rows_are_padded_on_gfx942_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
-def test_ue8m0_scales_are_the_least_powers_of_two_that_hold_the_group(dtype):
+def test_ue8m0_scales_are_the_smallest_powers_of_two_that_hold_the_group(dtype):
     """From exact powers of two on and just beyond them; no finite number is saturated, and dividing back is exact."""
     largest = quant.limit(dtype)
     amax = largest * torch.tensor([2.0**-20, 0.5, 1.0, 2.0**30, 1 + 2.0**-23, 2.0**7 * (1 + 2.0**-23), 1.5, 1.9999999])

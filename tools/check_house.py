@@ -102,7 +102,13 @@ NAME_WORDS = {
     "least": "min", "most": "max", "place": "offset, pc, view or device_of", "places": "offsets",
     "apart": "stride or gap", "kin": "fallback", "facts": "key",
 }
-COMPOUNDS = re.compile(r"at_(most|least)|in_(place|turn)")
+#: Where names have been read, too, with words that have another sense there: turns of a chat, pages that are shared,
+#: peaks that AMD publishes, mixed formats. `Place` is the emulator's, of memory.
+READ_WITH_OTHER_SENSES = ("serve/", "tests/", "tools/demo_")
+OTHER_SENSES = {"turn", "share", "peak", "peaks", "mixed", "most"}
+USES_PLACE = ("tests/gfx942/collectives.py", "tests/gfx942/test_coherence.py", "tests/gfx942/test_modes.py",
+              "tests/bench/aiter_allreduce.py")
+COMPOUNDS = re.compile(r"at_(most|least)|in_(place|turn)|(keep|stay|taken|tells_\w+)_apart")
 #: The same in comments and strings.
 PROSE = {
     r"\b[Tt]urn(s|ed|ing)? (the |its |their |more )?(heads?|keys?|quer\w+|pairs?|rows?)\b": "rotate, apply RoPE",
@@ -221,14 +227,17 @@ def vocabulary(path: str, text: str) -> Iterator[str]:
 
 def names_by_the_table(path: str, text: str) -> Iterator[str]:
     """Names in the folders that were read by the design's table say the field's words, and so does prose."""
-    if not path.startswith(READ_PROSE) or not path.endswith(".py") or path == "tests/test_house.py":
+    if not path.endswith(".py") or path == "tests/test_house.py":
         return
+    words = NAME_WORDS if path.startswith(READ) else {}
+    if not words and path.startswith(READ_WITH_OTHER_SENSES) and path not in USES_PLACE:
+        words = {word: better for word, better in NAME_WORDS.items() if word not in OTHER_SENSES}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.NAME and path.startswith(READ):
+        if token.type == tokenize.NAME:
             for part in COMPOUNDS.sub("", token.string.lower()).split("_"):
-                if part in NAME_WORDS:
-                    yield f"line {token.start[0]}: {token.string}: say {NAME_WORDS[part]}"
-        elif token.type in (tokenize.COMMENT, tokenize.STRING):
+                if part in words:
+                    yield f"line {token.start[0]}: {token.string}: say {words[part]}"
+        elif token.type in (tokenize.COMMENT, tokenize.STRING) and path.startswith(READ_PROSE):
             for pattern, better in PROSE.items():
                 if word := re.search(pattern, token.string):
                     yield f"line {token.start[0]}: {word[0]}: say {better}"

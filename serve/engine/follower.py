@@ -34,7 +34,7 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where a rank stands, and where it finds rank 0."""
 
     rank: int
@@ -86,27 +86,27 @@ class Status:
         self._end(int(self.doing != WAITING))
 
 
-def follow(args: ServerArgs, place: Place, end: Callable[[int], object] = os._exit) -> int:
+def follow(args: ServerArgs, info: RankInfo, end: Callable[[int], object] = os._exit) -> int:
     """Be a rank until rank 0 ends; the exit status. end: ends the process, from another thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     folder = resolve_model_path(args.model_path, args.revision)
     try:
-        where = _rank_0(place)
-        steps, watch = (_open(where, hello(name, place.rank, args, folder)) for name in ("steps", "watch"))
+        where = _rank_0(info)
+        steps, watch = (_open(where, hello(name, info.rank, args, folder)) for name in ("steps", "watch"))
         said = steps.receive()
     except (OSError, EOFError, ValueError) as error:  # a ValueError: what answers is no rank 0
-        log.error("rank 0 does not answer at %s:%d: %s", *place.control, error)
+        log.error("rank 0 does not answer at %s:%d: %s", *info.control, error)
         return 1
     if not isinstance(said, Welcome):
         log.error("%s", said.error if isinstance(said, Refused) else f"rank 0 said {said}")
         return 1
     status = Status(watch, args.rank_timeout, end)
     try:
-        _serve(args, place, (said.host, said.port), steps, status)
+        _serve(args, info, (said.host, said.port), steps, status)
     except EOFError:
         pass
     except Exception as error:
-        log.debug("rank %d ends", place.rank, exc_info=True)
+        log.debug("rank %d ends", info.rank, exc_info=True)
         from wave64.serve.engine.rank import one_line
 
         with contextlib.suppress(OSError):  # rank 0 may have ended first
@@ -122,13 +122,13 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _rank_0(place: Place) -> tuple[str, int]:
+def _rank_0(info: RankInfo) -> tuple[str, int]:
     """Host and port where rank 0 listens."""
-    if place.torchrun is None:
-        return place.control
+    if info.torchrun is None:
+        return info.control
     from wave64 import distributed  # imports torch
 
-    host, _, port = distributed.meet(*place.control).get(f"{place.torchrun}/wave64").decode().rpartition(":")
+    host, _, port = distributed.meet(*info.control).get(f"{info.torchrun}/wave64").decode().rpartition(":")
     return host, int(port)
 
 
@@ -151,7 +151,7 @@ def _open(where: tuple[str, int], introduction: Hello) -> Channel:
     return opened
 
 
-def _serve(args: ServerArgs, place: Place, store: tuple[str, int], steps: Channel, status: Status) -> None:
+def _serve(args: ServerArgs, info: RankInfo, store: tuple[str, int], steps: Channel, status: Status) -> None:
     from wave64 import distributed
     from wave64.backends import peers
     from wave64.serve.engine.rank import Rank, set_threads, surroundings, use_interface
@@ -159,7 +159,7 @@ def _serve(args: ServerArgs, place: Place, store: tuple[str, int], steps: Channe
     use_interface(steps.own_address)
     threads = set_threads(args)
     with surroundings(args):
-        rank = Rank(args, place.rank, place.local_rank, distributed.meet(*store), status.say, status.progress)
+        rank = Rank(args, info.rank, info.local_rank, distributed.meet(*store), status.say, status.progress)
         threads(rank.runner.weight_bytes)
         status.say(WAITING)
         number = 0

@@ -87,11 +87,11 @@ def _free_bytes(fraction: float | None, device: torch.device) -> tuple[int, str]
     """Bytes that the pool may take, and why."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        share = fraction or GPU_FRACTION
-        return int(free - total * (1 - share)), f"{share:.3g} of {total / 2**30:.0f} GiB less what is in use"
+        used = fraction or GPU_FRACTION
+        return int(free - total * (1 - used)), f"{used:.3g} of {total / 2**30:.0f} GiB less what is in use"
     free = _available_ram()
-    share = fraction or 0.5
-    return int(free * share), f"{share:.3g} of {free / 2**30:.1f} GiB of available memory"
+    used = fraction or 0.5
+    return int(free * used), f"{used:.3g} of {free / 2**30:.1f} GiB of available memory"
 
 
 def _available_ram() -> int:

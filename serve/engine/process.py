@@ -10,7 +10,7 @@ from typing import NoReturn
 import zmq
 
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine.follower import Place, end_with, follow
+from wave64.serve.engine.follower import RankInfo, end_with, follow
 from wave64.serve.engine.watchdog import dump_stacks_on_signal
 from wave64.serve.logs import close_stdout, configure
 from wave64.serve.messages import Failed, encode
@@ -22,11 +22,11 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     args = ServerArgs(**settings["args"])
     end_with(settings["parent"])
-    if "place" in settings:
-        place = Place(**settings["place"] | {"control": tuple(settings["place"]["control"])})
+    if "rank" in settings:
+        info = RankInfo(**settings["rank"] | {"control": tuple(settings["rank"]["control"])})
         level = args.log_level if args.log_level == "debug" else "warning"  # rank 0 says what holds for all
-        configure(level, args.log_format, f"rank {place.rank}: ")
-        _exit(follow(args, place))
+        configure(level, args.log_format, f"rank {info.rank}: ")
+        _exit(follow(args, info))
     configure(args.log_level, args.log_format)
     status = 0
     try:

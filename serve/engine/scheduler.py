@@ -358,10 +358,10 @@ class Scheduler:
 
     def _wait_again(self, victim: Sequence) -> None:
         """Queue it before those that arrived later."""
-        place = 0
-        while place < len(self.waiting) and self.waiting[place].arrival < victim.arrival:
-            place += 1
-        self.waiting.insert(place, victim)
+        index = 0
+        while index < len(self.waiting) and self.waiting[index].arrival < victim.arrival:
+            index += 1
+        self.waiting.insert(index, victim)
 
     def _admit(self, step: _Step) -> Sequence | None:
         """Let the next waiting sequence run, with pages for all it has; None if it must wait. One that has pages in the

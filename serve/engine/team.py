@@ -27,7 +27,7 @@ import zmq
 from wave64 import distributed
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine.control import Beat, Channel, Died, Hello, Refused, Step, Welcome, frame
-from wave64.serve.engine.follower import JOIN_S, NO_DEVICE, NOTE_S, START_PATIENCE_S, WAITING, Place
+from wave64.serve.engine.follower import JOIN_S, NO_DEVICE, NOTE_S, START_PATIENCE_S, WAITING, RankInfo
 from wave64.serve.engine.introduction import hello, unlike
 from wave64.serve.engine.schedule import Schedule
 from wave64.serve.messages import Alive, Failed
@@ -95,7 +95,7 @@ class Team:
         if torchrun is not None:
             distributed.meet(*address(args)).set(f"{torchrun}/wave64", f"{self.address}:{port}")
         for rank in range(1, local if torchrun is None else 1):
-            self.members[rank].process = self._start(Place(rank, rank, (self.address, port)))
+            self.members[rank].process = self._start(RankInfo(rank, rank, (self.address, port)))
         try:
             self._meet()
         except BaseException:
@@ -164,9 +164,9 @@ class Team:
     def __str__(self) -> str:
         return f"rank 0 (host {self._me.host}, {self.device}, process {self._me.pid})"
 
-    def _start(self, place: Place) -> subprocess.Popen[bytes] | None:
+    def _start(self, info: RankInfo) -> subprocess.Popen[bytes] | None:
         process = subprocess.Popen([sys.executable, "-m", "wave64.serve.engine.process"], stdin=subprocess.PIPE)
-        settings = {"args": asdict(self._args), "place": asdict(place), "parent": os.getpid()}
+        settings = {"args": asdict(self._args), "rank": asdict(info), "parent": os.getpid()}
         assert process.stdin is not None
         process.stdin.write(json.dumps(settings).encode() + b"\n")
         process.stdin.close()

@@ -30,7 +30,7 @@ from wave64.serve.http.schemas import ApiError
 from wave64.serve.http.tokenizer import Tokenizer, TokenizerError
 from wave64.serve.logs import close_stdout, configure, say
 from wave64.serve.model_path import BUILT_IN, TOKENIZER_FILES, resolve_model_path
-from wave64.serve.node import Torchrun, places, run_node
+from wave64.serve.node import Torchrun, rank_infos, run_node
 
 log = logging.getLogger("wave64")
 
@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if torchrun is not None:
             torchrun.check(args)
             if torchrun.rank:
-                return run_node(args, [torchrun.place()])
+                return run_node(args, [torchrun.info()])
         elif args.node_rank:
-            return run_node(args, places(args))
+            return run_node(args, rank_infos(args))
     except ArgsError as error:
         print(f"wave64.launch_server: error: {error}", file=sys.stderr)
         return 1

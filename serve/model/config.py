@@ -190,13 +190,13 @@ class Keys:
         value = self.raw.get(key)
         return default if value is None else value
 
-    def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        """An integer from 1 to `most`; required where there is no default."""
+    def count(self, key: str, default: int | None = None, max_value: int = 2**31 - 1) -> int:
+        """An integer from 1 to `max_value`; required where there is no default."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.error(key, value, "a positive integer")
-        if value > most:
-            raise self.error(key, value, f"at most {most}")
+        if value > max_value:
+            raise self.error(key, value, f"at most {max_value}")
         return value
 
     def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
@@ -312,7 +312,7 @@ def common(keys: Keys, rope: RopeConfig, max_position_embeddings: int, bos: int 
         vocab_size=keys.count("vocab_size"),
         hidden_size=keys.count("hidden_size"),
         intermediate_size=keys.count("intermediate_size"),
-        num_layers=keys.count("num_hidden_layers", most=MAX_LAYERS),
+        num_layers=keys.count("num_hidden_layers", max_value=MAX_LAYERS),
         rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         hidden_act=keys.choice("hidden_act", "silu", ACTIVATIONS),

@@ -109,12 +109,12 @@ class Table:
         self.markdown, self.rows = markdown, []
         self.file = open(file, "w", encoding="utf-8") if file else None  # noqa: SIM115 - open as long as the run lasts
 
-    def begin(self, facts: dict[str, Any]) -> None:
-        text = (f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}, reads {facts['read_gbs']:.0f} "
-                f"GB/s, bf16 matrix product {facts['matmul_tflops']:.1f} TFLOP/s, an empty launch "
-                f"{facts['launch_us']:.1f} us")
-        print(f"`{facts['command']}`\n{text}\n" if self.markdown else text, flush=True)
-        self._write(facts)
+    def begin(self, header: dict[str, Any]) -> None:
+        text = (f"{header['device']}, torch {header['torch']}, Triton {header['triton']}, reads "
+                f"{header['read_gbs']:.0f} GB/s, bf16 matrix product {header['matmul_tflops']:.1f} TFLOP/s, "
+                f"an empty launch {header['launch_us']:.1f} us")
+        print(f"`{header['command']}`\n{text}\n" if self.markdown else text, flush=True)
+        self._write(header)
         self._print(list(self.COLUMNS))
         if self.markdown:
             print("|" + "|".join("---" if width < 0 else "---:" for width in self.COLUMNS.values()) + "|")
@@ -280,7 +280,7 @@ def run_case(op: Op, case: Case, backends: list[str], device: str, peaks: timing
         table.add(row("reference", note=f"FAILED: {type(e).__name__}: {peers.first_line(e)}"))
         return False
     took = time.perf_counter() - begin
-    least = floor.read_us(cost.bytes, device), floor.copy_us(cost.bytes, device)
+    floors = floor.read_us(cost.bytes, device), floor.copy_us(cost.bytes, device)
     for backend in backends:
         kernel = f"wave64 {backend}"
         supports = op.backends[backend].supports
@@ -295,7 +295,7 @@ def run_case(op: Op, case: Case, backends: list[str], device: str, peaks: timing
             fine = False
             continue
         ours = ours or ms
-        table.add(row(kernel, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), *least,
+        table.add(row(kernel, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), *floors,
                       ms / ours, check_s=took))
         if backend == "triton":
             for stage in stages.stages(op.name, args):
@@ -308,7 +308,7 @@ def run_case(op: Op, case: Case, backends: list[str], device: str, peaks: timing
         if ms is None:
             table.add(row(name, note=verdict))
         else:
-            table.add(row(name, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), *least,
+            table.add(row(name, verdict.error, verdict.bound, judge.checked, timing.speed(ms, cost, peaks), *floors,
                           ms / ours if ours else None, check_s=took))
     return fine
 

@@ -173,8 +173,8 @@ def layers(args: argparse.Namespace, device: str) -> None:
         else:
             run = functools.partial(model, batch, cache)
         us = timing.median_ms(run, device) * 1e3
-        least = roofline_bytes(model, of, chosen, sequences, args.context) / peaks.read_gbs / 1e3
-        print(f"| {sequences} | {us:.1f} | {least:.1f} | {us / least:.2f} | "
+        bound_us = roofline_bytes(model, of, chosen, sequences, args.context) / peaks.read_gbs / 1e3
+        print(f"| {sequences} | {us:.1f} | {bound_us:.1f} | {us / bound_us:.2f} | "
               f"{sum(chosen.values()) / max(1, len(chosen)):.0f} |", flush=True)
         for name, count, spent in breakdown(run, device)[:20]:
             print(f"    {spent:8.1f} us  {count:3} x {name[:90]}")
@@ -243,15 +243,15 @@ def lite(args: argparse.Namespace, device: str) -> None:
 def ours(model: nn.Module, of: ModelConfig, ids: Tensor, tokens: int, device: str) -> tuple[float, Tensor]:
     """(seconds of `tokens` decode steps, logits after the prompt, which is read token by token)"""
     sequences, prompt = ids.shape
-    room = of.context_length
-    cache = pool(of, sequences, room, device)
+    capacity = of.context_length
+    cache = pool(of, sequences, capacity, device)
     graphs = None
     if device == "cuda":
-        pages = -(-room // PAGE_SIZE)
+        pages = -(-capacity // PAGE_SIZE)
         graphs = DecodeGraphs(model, cache, torch.device(device), sequences, pages)
 
     def step(length: int, new: Tensor) -> Tensor:
-        batch = decode_batch(sequences, length, room, device, new)
+        batch = decode_batch(sequences, length, capacity, device, new)
         return replay_of(graphs, batch)() if graphs else model(batch, cache)
 
     for i in range(prompt):

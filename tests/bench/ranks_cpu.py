@@ -41,10 +41,10 @@ def main() -> int:
          "steps": STEPS}, SimpleNamespace(limit=120))["ms"] for tp in (1, 2)}  # fmt: skip
     print(f"{'B':>3}  {'one rank, ms':>12}  {'all-reduces, ms':>15}  {'allowed':>7}  {'two ranks, ms':>13}  of allowed")
     for batch in options.batch:
-        apart = 2 * config.num_hidden_layers * all_reduce_ms(batch * config.hidden_size)
+        reducing = 2 * config.num_hidden_layers * all_reduce_ms(batch * config.hidden_size)
         alone, together = ms[1][str(batch)], ms[2][str(batch)]
-        print(f"{batch:3}  {alone:12.3f}  {apart:15.3f}  {alone + apart:7.3f}  {together:13.3f}  "
-              f"{together / (alone + apart):.2f}")
+        print(f"{batch:3}  {alone:12.3f}  {reducing:15.3f}  {alone + reducing:7.3f}  {together:13.3f}  "
+              f"{together / (alone + reducing):.2f}")
     return 0
 
 

@@ -42,8 +42,8 @@ def test_the_command_prints_a_table(tmp_path):
     command = [sys.executable, bench.__file__, *TINY, "--backend", "triton", "--json", tmp_path / "rows"]
     done = subprocess.run(command, env={**os.environ, **hidden}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    facts, head, ours = done.stdout.splitlines()[:3]
-    assert re.match(r"CPU, torch \S+, Triton \S+, reads \d+ GB/s", facts)
+    machine, head, ours = done.stdout.splitlines()[:3]
+    assert re.match(r"CPU, torch \S+, Triton \S+, reads \d+ GB/s", machine)
     columns = re.split(r"  +", head.strip())
     assert columns == list(bench.Table.COLUMNS)
     row = dict(zip(columns, re.split(r"  +", ours.strip()), strict=True))

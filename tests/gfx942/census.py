@@ -118,9 +118,9 @@ def forms(codes: dict[str, bytes]) -> dict[str, str]:
         for key, at in zip(*np.unique(keys, return_index=True), strict=True):
             if int(key) not in seen:
                 seen.add(int(key))
-                place = int(starts[at]) * 4
-                instruction = decode(text[place:place + 16].tobytes())
-                found.setdefault(form(instruction), text[place:place + 4 * instruction.words].tobytes().hex())
+                offset = int(starts[at]) * 4
+                instruction = decode(text[offset:offset + 16].tobytes())
+                found.setdefault(form(instruction), text[offset:offset + 4 * instruction.words].tobytes().hex())
     return dict(sorted(found.items()))
 
 

@@ -13,7 +13,7 @@ from amended import AMENDED, PLAIN
 from bitvectors import Value
 from operands import Bytes, Registers, dpp_source, placed, selected
 from pseudocode import Array, Attributes, Cell, published, run
-from world import AGPRS, LANES, MIDDLE, PLACE, RECORDS, WAVES, Trial, World
+from world import AGPRS, LANES, MIDDLE, RECORDS, START, WAVES, Trial, World
 
 from wave64.testing.emulator.decode import EXEC, M0, VCC
 
@@ -39,7 +39,7 @@ class Model:
         self.trial, self.before, self.after = trial, trial.before, trial.before.copy()
         self.instruction, self.fields, self.arch = trial.instruction, trial.instruction.fields, trial.arch
         self.name, self.family = self.instruction.name, self.instruction.family
-        self.after.pc = [PLACE + self.instruction.words] * WAVES
+        self.after.pc = [START + self.instruction.words] * WAVES
         self.text = AMENDED.get(self.name) or PLAIN.get(self.name) or published().get(self.name, "")
 
     def world(self) -> World:
@@ -85,7 +85,7 @@ class Model:
         return self.constants | {
             "EXEC": Cell(exec_mask), "VCC": Cell(vcc), "SCC": Cell(int(self.before.scc[wave]), 1, "u"),
             "EXECZ": Cell(int(exec_mask == 0), 1, "u"), "VCCZ": Cell(int(vcc == 0), 1, "u"), "D1": Cell(),
-            "PC": Cell(4 * PLACE)}
+            "PC": Cell(4 * START)}
 
     # ---- operands
 
@@ -403,10 +403,10 @@ class Model:
         for lane in self._accesses(wave):
             got = 0
             for row in range(count):
-                part, place = divmod(16 * row + lane % 16, count)
+                part, position = divmod(16 * row + lane % 16, count)
                 at = int(addresses[lane // 16 * 16 + part])
                 bits = int.from_bytes(self.before.lds[at:at + loaded // 8].tobytes(), "little")
-                got |= (bits >> width * place & (1 << width) - 1) << width * row
+                got |= (bits >> width * position & (1 << width) - 1) << width * row
             self.after.v[first:first + loaded // 32, wave, lane] = [got >> i & 0xFFFFFFFF for i in range(0, loaded, 32)]
 
     def _global(self, wave: int) -> None:

@@ -39,11 +39,11 @@ class Bytes:
     def __init__(self, data: np.ndarray, base: int, limit: int):
         self.data, self.base, self.limit = data, base, limit
 
-    def at(self, address: int) -> "Place":
-        return Place(self.data, address - self.base, self.limit)
+    def at(self, address: int) -> "MemoryView":
+        return MemoryView(self.data, address - self.base, self.limit)
 
 
-class Place:
+class MemoryView:
     """A leaf over bytes."""
 
     def __init__(self, data: np.ndarray, first: int, limit: int):
@@ -64,18 +64,18 @@ class Place:
 
 def dpp_source(control: int, lane: int) -> int | None:
     """The lane that `lane` reads by DPP, or None."""
-    row, place, count = lane // 16 * 16, lane % 16, control & 15
+    row, column, count = lane // 16 * 16, lane % 16, control & 15
     if control <= 0xFF:                       # quad_perm
         return lane // 4 * 4 + (control >> 2 * (lane % 4) & 3)
     if 0x101 <= control <= 0x10F:             # row_shl
-        return lane + count if place + count <= 15 else None
+        return lane + count if column + count <= 15 else None
     if 0x111 <= control <= 0x11F:             # row_shr
-        return lane - count if place >= count else None
+        return lane - count if column >= count else None
     if 0x121 <= control <= 0x12F:             # row_ror
-        return row + (place - count) % 16
+        return row + (column - count) % 16
     if 0x150 <= control <= 0x15F:             # row_newbcast
         return row + count
-    moved = {0x130: lane + 1, 0x138: lane - 1, 0x134: (lane + 1) % 64, 0x13C: (lane - 1) % 64, 0x140: row + 15 - place,
+    moved = {0x130: lane + 1, 0x138: lane - 1, 0x134: (lane + 1) % 64, 0x13C: (lane - 1) % 64, 0x140: row + 15 - column,
              0x141: lane // 8 * 8 + 7 - lane % 8, 0x142: row - 1, 0x143: 31 if lane >= 32 else -1}[control]
     return moved if 0 <= moved < 64 else None
 

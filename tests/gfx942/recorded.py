@@ -191,7 +191,7 @@ def read() -> dict[str, Any]:
     table = list(held.pop("forms").items())
     for result in held["results"].values():
         if "forms" in result["told"]:
-            result["told"]["forms"] = dict(table[place] for place in result["told"]["forms"])
+            result["told"]["forms"] = dict(table[index] for index in result["told"]["forms"])
     return held
 
 
@@ -220,10 +220,10 @@ def write(results: list[tuple[str, str, Any]]) -> None:
         for form, code in kept[key]["told"].get("forms", {}).items():
             examples.setdefault(form, code)
     table = {form: examples[form] for form in sorted(examples)}
-    places = {form: place for place, form in enumerate(table)}
+    indexes = {form: index for index, form in enumerate(table)}
     for result in kept.values():
         if "forms" in result["told"]:
-            result["told"] = result["told"] | {"forms": sorted(places[form] for form in result["told"]["forms"])}
+            result["told"] = result["told"] | {"forms": sorted(indexes[form] for form in result["told"]["forms"])}
 
     def lines(pairs: dict[str, Any]) -> str:
         return ",\n".join(f"  {json.dumps(key)}: {json.dumps(pairs[key], sort_keys=True)}" for key in sorted(pairs))

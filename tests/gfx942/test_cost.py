@@ -51,7 +51,7 @@ def drawn(op: str, case: str) -> str | Case:
     return next((each for each in DRAWN.get(op, ()) if each.id == case), case)
 
 
-@pytest.mark.parametrize(("offsets", "width", "banks", "cycles", "least"), [
+@pytest.mark.parametrize(("offsets", "width", "banks", "cycles", "conflict_free"), [
     (LANES * 4, 4, 32, 2, 2),        # 64 neighboring words: 32 at a time
     (LANES * 0, 4, 32, 2, 2),        # one word for all
     (LANES * 128, 4, 32, 64, 2),     # a column of rows of 128 bytes: all in one bank
@@ -62,11 +62,11 @@ def drawn(op: str, case: str) -> str | Case:
     (LANES[:5] * 4, 4, 32, 1, 1),    # a few lanes
     (LANES * 2, 2, 32, 2, 2),        # two lanes to a word
 ])
-def test_lds_conflicts_come_from_addresses(offsets, width, banks, cycles, least):
+def test_lds_conflicts_come_from_addresses(offsets, width, banks, cycles, conflict_free):
     lanes = LANES[:len(offsets)]
-    assert lds_cycles(lanes, offsets, width, banks) == (cycles, least)
+    assert lds_cycles(lanes, offsets, width, banks) == (cycles, conflict_free)
     both = np.concatenate([lanes, 192 + lanes])  # two waves take their turns one after the other
-    assert lds_cycles(both, np.tile(offsets, 2), width, banks) == (2 * cycles, 2 * least)
+    assert lds_cycles(both, np.tile(offsets, 2), width, banks) == (2 * cycles, 2 * conflict_free)
 
 
 @pytest.mark.parametrize(("arch", "order", "offsets", "cycles"), [
@@ -79,8 +79,8 @@ def test_lds_conflicts_come_from_addresses(offsets, width, banks, cycles, least)
     ("gfx950", "in turn", LANES % 4 * 1056 + LANES % 16 // 4 * 128 + LANES // 16 * 16, 8),
 ])
 def test_wide_loads_have_an_order_of_lanes(arch, order, offsets, cycles):
-    found, least = lds_cycles(LANES, offsets, 16, BANKS[arch][0], WIDE_LOADS[arch] if order == "wide" else IN_TURN)
-    assert (found, least) == (cycles, 256 // BANKS[arch][0])
+    in_order = WIDE_LOADS[arch] if order == "wide" else IN_TURN
+    assert lds_cycles(LANES, offsets, 16, BANKS[arch][0], in_order) == (cycles, 256 // BANKS[arch][0])
 
 
 def cycles_of(name: str, arch: str, family: str = "VOP3P", cbsz: int = 0) -> tuple[str, int]:

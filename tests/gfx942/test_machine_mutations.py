@@ -71,7 +71,7 @@ class Shipped:
 
     def executed(self) -> Iterator[tuple[int, Instruction]]:
         """Instructions of the first case, with their places."""
-        yield from [(place, each) for place, each in enumerate(self.right.instructions) if each]
+        yield from [(pc, each) for pc, each in enumerate(self.right.instructions) if each]
 
     def changed(self, change: Callable[[np.ndarray], None], cases: list[Case]) -> str:
         """The first complaint about code that `change`, given its dwords, has been at; "" without one."""
@@ -88,26 +88,26 @@ class Shipped:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_dropped_wait_is_caught(name, which, monkeypatch):
     shipped = Shipped(name, monkeypatch)
-    waits = [place for place, each in shipped.executed() if each.name == "s_waitcnt"]
-    place = waits[int(which * len(waits))]
+    waits = [pc for pc, each in shipped.executed() if each.name == "s_waitcnt"]
+    pc = waits[int(which * len(waits))]
 
     def drop(code: np.ndarray) -> None:
-        code[place] = NOP
+        code[pc] = NOP
 
     assert "s_waitcnt" in shipped.changed(drop, shipped.cases[:1])
 
 
-def lanes_kept(place: int) -> Callable[[np.ndarray], None]:
+def lanes_kept(pc: int) -> Callable[[np.ndarray], None]:
     """A DPP instruction that reads its own lane: quad_perm:[0,1,2,3]."""
     def change(code: np.ndarray) -> None:
-        code[place + 1] = code[place + 1] & np.uint32(~(0x1FF << 8) & 0xFFFFFFFF) | np.uint32(0xE4 << 8)
+        code[pc + 1] = code[pc + 1] & np.uint32(~(0x1FF << 8) & 0xFFFFFFFF) | np.uint32(0xE4 << 8)
     return change
 
 
-def lanes_beside(place: int) -> Callable[[np.ndarray], None]:
+def lanes_next_to(pc: int) -> Callable[[np.ndarray], None]:
     """A ds_bpermute_b32 whose lanes read the one after: 4 bytes further."""
     def change(code: np.ndarray) -> None:
-        code[place] += np.uint32(4)
+        code[pc] += np.uint32(4)
     return change
 
 
@@ -115,11 +115,11 @@ def lanes_beside(place: int) -> Callable[[np.ndarray], None]:
 def test_swapped_lanes_are_caught(name, monkeypatch):
     """Every exchange of lanes that the first case executes; some matter in other cases only."""
     shipped = Shipped(name, monkeypatch)
-    changes = {place: lanes_kept(place) if each.family.endswith("_DPP16") else lanes_beside(place)
-               for place, each in shipped.executed()
+    changes = {pc: lanes_kept(pc) if each.family.endswith("_DPP16") else lanes_next_to(pc)
+               for pc, each in shipped.executed()
                if each.family.endswith("_DPP16") or each.name == "ds_bpermute_b32"}
     assert len(changes) >= 4
-    assert [place for place, change in changes.items() if not shipped.changed(change, shipped.cases)] == []
+    assert [pc for pc, change in changes.items() if not shipped.changed(change, shipped.cases)] == []
 
 
 def needed(each: Instruction, following: Instruction) -> bool:
@@ -135,28 +135,28 @@ def test_a_removed_nop_is_caught(name, monkeypatch):
     """It goes behind the instruction that it should keep apart from an earlier one."""
     shipped = Shipped(name, monkeypatch)
     program, survivors, count = shipped.right, [], 0
-    for place, each in shipped.executed():
-        if needed(each, program.at(place + each.words)):
-            words = program.at(place + 1).words
+    for pc, each in shipped.executed():
+        if needed(each, program.at(pc + each.words)):
+            words = program.at(pc + 1).words
 
-            def swap(code: np.ndarray, place=place, words=words) -> None:
-                code[place:place + words + 1] = np.roll(code[place:place + words + 1], -1)
+            def swap(code: np.ndarray, pc=pc, words=words) -> None:
+                code[pc:pc + words + 1] = np.roll(code[pc:pc + words + 1], -1)
 
             count += 1
             if " too early: " not in shipped.changed(swap, shipped.cases[:1]):
-                survivors.append(place)
+                survivors.append(pc)
     assert count
     assert survivors == []
 
 
-@pytest.mark.parametrize(("name", "share"),
+@pytest.mark.parametrize(("name", "fraction"),
                          [("rms_norm", 0.0), ("moe_align_block_size", 0.5), ("paged_attention", 0.5)])
-def test_too_little_lds_is_caught(name, share, monkeypatch):
+def test_too_little_lds_is_caught(name, fraction, monkeypatch):
     """A descriptor that reserves a fraction of what the kernel uses."""
     shipped = Shipped(name, monkeypatch)
 
     def less(kernel: code_object.Kernel) -> code_object.Kernel:
-        return dataclasses.replace(kernel, lds_bytes=int(share * kernel.lds_bytes))
+        return dataclasses.replace(kernel, lds_bytes=int(fraction * kernel.lds_bytes))
 
     wrong = shipped.load()
     wrong.code.kernels = {each: less(kernel) for each, kernel in wrong.code.kernels.items()}

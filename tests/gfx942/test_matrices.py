@@ -84,7 +84,7 @@ def executed(arch, bodies, index, given, by="auto"):
     return out
 
 
-def _place(size, block, row, column, kind):
+def _index_of(size, block, row, column, kind):
     """(lane, register) of an element of D, by the manual's maps."""
     if size == 4:
         return (16 * row + 4 * block + column, 0) if kind == "f64" else (4 * block + column, row)
@@ -98,7 +98,7 @@ def _place(size, block, row, column, kind):
 def _result(words, size, blocks=1, kind="f32", dtype=F32):
     """[blocks, size, size] of D's registers."""
     numbers = words.view(dtype)
-    return np.array([[[numbers[_place(size, block, row, column, kind)] for column in range(size)]
+    return np.array([[[numbers[_index_of(size, block, row, column, kind)] for column in range(size)]
                       for row in range(size)] for block in range(blocks)])
 
 
@@ -106,7 +106,7 @@ def _set(words, values, kind, dtype):
     """Puts C, [blocks, size, size], where the manual has it."""
     numbers = words.view(dtype)
     for at in np.ndindex(values.shape):
-        numbers[_place(values.shape[1], *at, kind=kind)] = values[at]
+        numbers[_index_of(values.shape[1], *at, kind=kind)] = values[at]
 
 
 def _counts(name):
@@ -344,10 +344,10 @@ def _sparse_operands(name, arch, abid):
             dense[where(row, k)] = b[row, k]
         for four in range(0, depth, 4):
             lane, element = where(row, four)
-            for i, place in enumerate(np.sort(random.choice(4, 2, replace=False))):
-                a[row, four + place] = stored[lane, element // 2 + i] = int(random.integers(1, 7))
+            for i, index in enumerate(np.sort(random.choice(4, 2, replace=False))):
+                a[row, four + index] = stored[lane, element // 2 + i] = int(random.integers(1, 7))
                 bit = abid * held + 2 * (element // 2 + i)
-                given[lane, MORE] = int(given[lane, MORE]) & ~(3 << bit) | int(place) << bit
+                given[lane, MORE] = int(given[lane, MORE]) & ~(3 << bit) | int(index) << bit
     for at, lanes in ((A, stored), (B, dense)):
         words = lanes.view(torch.uint8).numpy().view(U32)
         given[:, at:at + words.shape[1]] = words

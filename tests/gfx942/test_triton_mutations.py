@@ -110,9 +110,9 @@ def with_half_the_lds(op: str, case: str) -> tuple[str, str]:
     """What a launch with half of its dynamic LDS brings in a case, and what the right one."""
     execute, found = jit.execute, []
     chosen = [one for one in OPS[op].cases() if one.id == case]
-    for share in (2, 1):
-        jit.execute = lambda launch, *rest, share=share: execute(
-            replace(launch, lds_bytes=launch.lds_bytes // share), *rest)
+    for divisor in (2, 1):
+        jit.execute = lambda launch, *rest, divisor=divisor: execute(
+            replace(launch, lds_bytes=launch.lds_bytes // divisor), *rest)
         try:
             found.append(check(OPS[op], "triton", ARCH, chosen).failures.get(case, ""))
         finally:

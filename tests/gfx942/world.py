@@ -21,7 +21,7 @@ WAVES, LANES = 2, 64
 AGPRS = 256                # where they begin in the vector register file
 MEMORY, MIDDLE = 65536, 32768
 LDS = 200 * 1024
-PLACE = 40000              # of the instruction in its code, far from both ends
+START = 40000              # of the instruction in its code, far from both ends
 SLOTS = 1024               # of 16 bytes, that addresses are drawn from
 RECORDS = 12000            # bytes of a buffer resource: a third of what is drawn lies behind
 
@@ -55,8 +55,8 @@ class Trial:
     """One instruction, before and after. part: with some lanes off. mode, ieee: what the kernel starts with."""
 
     def __init__(self, code: bytes, arch: str, seed: int, part: bool, mode: int = 0xF0, ieee: bool = True):
-        text = np.full(2 * PLACE * 4, 0, U8)
-        text[PLACE * 4:PLACE * 4 + len(code)] = np.frombuffer(code, U8)
+        text = np.full(2 * START * 4, 0, U8)
+        text[START * 4:START * 4 + len(code)] = np.frombuffer(code, U8)
         loaded = SimpleNamespace(image=text, text=(0, len(text)), arch=arch)
         kernel = Kernel("one", 0, 512, AGPRS, LDS, 16, 0, (), (0, 0), (), 0, mode, ieee, True, False, ())
         self.arch, self.part = arch, part
@@ -225,12 +225,12 @@ class Trial:
         machine.lds.u8[...], self.memory[...] = before.lds, before.memory
         party = machine.party(0, WAVES, 1)
         party.exec_changed()
-        binding = Binding(party, self.instruction, PLACE)
+        binding = Binding(party, self.instruction, START)
         with np.errstate(all="ignore"):
             outcome = forms.lookup(self.instruction)(binding)()
         self.binding = binding
         after = World(machine.vgprs, machine.sgprs, machine.scc, machine.lds.u8, self.memory).copy()
-        ahead = PLACE + self.instruction.words
+        ahead = START + self.instruction.words
         if outcome is None or isinstance(outcome, str):
             after.pc = [ahead] * WAVES
         else:
@@ -244,15 +244,15 @@ class Trial:
         machine.start(1)
         machine.vgprs[...], machine.sgprs[...], machine.scc[...] = before.v, before.s, before.scc
         machine.lds.u8[...], self.memory[...] = before.lds, before.memory
-        machine.core.reached[PLACE] = 7
-        machine.core.code.at(machine, PLACE)
-        outcome, pc, left = machine.core.run(machine.party(0, WAVES, 1), PLACE, machine.program.length, 1)
+        machine.core.reached[START] = 7
+        machine.core.code.at(machine, START)
+        outcome, pc, left = machine.core.run(machine.party(0, WAVES, 1), START, machine.program.length, 1)
         if outcome == machine.core.NUMPY:
             return None
         after = World(machine.vgprs, machine.sgprs, machine.scc, machine.lds.u8, self.memory).copy()
         ends = self.instruction.name in ("s_endpgm", "s_barrier")  # NumPy's gives no pc
         after.pc = (machine.pcs.tolist() if outcome == machine.core.PART else
-                    [PLACE + self.instruction.words if ends else pc] * WAVES)
+                    [START + self.instruction.words if ends else pc] * WAVES)
         return after
 
     def unnoted(self) -> list[str]:

@@ -50,10 +50,10 @@ class Pool:
         size = flags.get("tp_size", 1)
         self._pipes[0].send((flags, None, requests))
         for _ in range(size - 1):
-            place = self._pipes[0].recv()
-            if isinstance(place, BaseException):
-                raise place
-            self._pipes[place.rank].send((flags, place, ()))
+            info = self._pipes[0].recv()
+            if isinstance(info, BaseException):
+                raise info
+            self._pipes[info.rank].send((flags, info, ()))
         outcome = self._pipes[0].recv()
         for pipe in self._pipes[1:size]:
             assert pipe.recv() == 0
@@ -80,19 +80,19 @@ def _work(pipe: Connection) -> None:
     from wave64.serve.model_path import resolve_model_path
 
     class PoolTeam(Team):
-        def _start(self, place):
-            pipe.send(place)
+        def _start(self, info):
+            pipe.send(info)
 
         def _end(self):
             os._exit(1)
 
     torch.set_num_threads(1)
     while True:
-        flags, place, requests = pipe.recv()
+        flags, info, requests = pipe.recv()
         overlap = flags.pop("overlap", None)
         args = ServerArgs(**flags)
-        if place is not None:
-            pipe.send(follow(args, place, end=lambda status: None))
+        if info is not None:
+            pipe.send(follow(args, info, end=lambda status: None))
             distributed.leave()
             continue
         team = None

@@ -292,7 +292,7 @@ def test_what_operators_ask(server, model_folder):
     assert "GET /health" not in log, "polls are not worth a line"
 
 
-def test_a_client_that_goes_away_frees_its_place(server):
+def test_a_client_that_goes_away_frees_its_slot(server):
     # more than the pool holds at once, so it goes on for long
     body = {"prompt": "It", "max_tokens": CONTEXT - 10, "ignore_eos": True, "n": 24}
     with httpx.stream("POST", server.url + "/v1/completions", json={**body, "stream": True}, timeout=60) as answer:

@@ -19,7 +19,7 @@ DEMO = Path(next(iter(wave64.serve.demo.__path__)))
 FOLDER = DEMO / "llama"
 TEXT = (DEMO / "gettysburg.txt").read_text(encoding="utf-8").strip()
 EOS = "<|end_of_text|>"
-LEAST_GAP = 1.0  # in logits, from the right token to the best other one: far above any rounding, bf16's included
+MIN_GAP = 1.0  # in logits, from the right token to the best other one: far above any rounding, bf16's included
 BEGINNINGS = ["", "Four", "Four score and seven years ago", "Four score and seven years ago our fathers "]
 
 
@@ -74,7 +74,7 @@ def test_every_token_is_the_right_one_by_far(tokenizer, dtype):
         best_other = logits.scatter(1, right, -torch.inf).amax(1)
         gap = logits.gather(1, right)[:, 0] - best_other
         at = int(gap.argmin())
-        assert gap[at] > LEAST_GAP, f"after {tokenizer.decode(prompt + answer[:at])!r}"
+        assert gap[at] > MIN_GAP, f"after {tokenizer.decode(prompt + answer[:at])!r}"
     assert len(ids(tokenizer, TEXT)) >= 400
 
 

@@ -46,8 +46,8 @@ def test_the_twin_is_the_same_but_for_rounding():
         assert stored[name].dtype == torch.float8_e4m3fn
         scale = stored[f"{name}_scale_inv"]
         exact = quant.dequantize(stored[name], scale, block)
-        least = quant.dequantize(torch.full_like(exact, 2.0**-10), scale, block)
-        assert ((exact - value.float()).abs() <= 2.0**-4 * value.float().abs() + least).all()
+        smallest = quant.dequantize(torch.full_like(exact, 2.0**-10), scale, block)
+        assert ((exact - value.float()).abs() <= 2.0**-4 * value.float().abs() + smallest).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

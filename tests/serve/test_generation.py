@@ -108,19 +108,19 @@ def test_the_request_names_the_token_as_well_as_the_models_end(tokenizer):
     assert ended.matched == "<|im_end|>"
 
 
-@pytest.mark.parametrize(("least", "text", "shown"), [
+@pytest.mark.parametrize(("minimum", "text", "shown"), [
     (0, "a.b.c.d", "a"), (2, "a.b.c.d", "a.b"), (3, "a.b.c.d", "a.b"), (4, "a.b.c.d", "a.b.c"),
     (7, "a.b.c.d", "a.b.c.d"),
 ])  # fmt: skip
-def test_stop_strings_wait_for_min_tokens(tokenizer, least, text, shown):
+def test_stop_strings_wait_for_min_tokens(tokenizer, minimum, text, shown):
     """Every character is a token here; a stop string may end in the first token after the minimum."""
-    ended = choice(tokenizer, stop=".", min_tokens=least)
+    ended = choice(tokenizer, stop=".", min_tokens=minimum)
     assert len(tokenizer.encode(text, add_special_tokens=False)) == len(text)
     used = feed(ended, tokenizer, text)
     if shown == text:
         ended.feed(Output(ended.request.rid, [], "length"))
     assert (ended.all.text, ended.matched) == (shown, None if shown == text else ".")
-    assert len(used) > least or shown == text
+    assert len(used) > minimum or shown == text
 
 
 def test_a_stop_string_may_begin_before_min_tokens(tokenizer):

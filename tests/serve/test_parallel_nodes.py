@@ -22,7 +22,7 @@ from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine import follower, team
 from wave64.serve.engine.control import Beat, Channel, Refused, Welcome
 from wave64.serve.engine.introduction import hello, unlike
-from wave64.serve.node import Torchrun, places
+from wave64.serve.node import Torchrun, rank_infos
 
 ASK = """
 import json, sys, urllib.request
@@ -123,8 +123,8 @@ def test_what_torchrun_says(monkeypatch):
     args = ServerArgs.from_cli(torchrun.flags())
     torchrun.check(args)
     assert (args.tp_size, args.nnodes, args.node_rank, args.dist_init_addr) == (8, 2, 1, "h:29500")
-    assert torchrun.place() == {"rank": 5, "local_rank": 1, "torchrun": "none/1"}
-    assert places(args) == [{"rank": 4 + i, "local_rank": i} for i in range(4)], "of --node-rank 1"
+    assert torchrun.info() == {"rank": 5, "local_rank": 1, "torchrun": "none/1"}
+    assert rank_infos(args) == [{"rank": 4 + i, "local_rank": i} for i in range(4)], "of --node-rank 1"
     with pytest.raises(ArgsError, match="--tp-size: expected 8, the processes or hosts of torchrun, or no such flag"):
         torchrun.check(ServerArgs(tp_size=2))
 
@@ -202,7 +202,7 @@ def test_an_address_at_which_something_else_answers_is_named(tmp_path, caplog, m
         stranger.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         monkeypatch.setattr(follower, "_open", lambda where, introduction: opened)
         monkeypatch.setattr(follower.signal, "signal", lambda number, handler: None)
-        assert follower.follow(ServerArgs(str(tmp_path)), follower.Place(1, 0, ("a", 1))) == 1
+        assert follower.follow(ServerArgs(str(tmp_path)), follower.RankInfo(1, 0, ("a", 1))) == 1
     assert "rank 0 does not answer at a:1: expected a message of at most" in caplog.text
 
 

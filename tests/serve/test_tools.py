@@ -23,8 +23,8 @@ V31 = '<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"location": "%s"
 BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 
 
-def weather(place: str) -> tuple[str, dict]:
-    return "get_weather", {"location": place}
+def weather(location: str) -> tuple[str, dict]:
+    return "get_weather", {"location": location}
 
 
 OPEN = '{"name": "get_weather", "parameters": {"location": "A"}, "a": 1}'

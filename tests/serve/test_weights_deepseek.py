@@ -137,15 +137,15 @@ def test_fp8_is_multiplied_as_it_was_stored(folder, arch, dtype, block):
     assert seen > 8
 
 
-@pytest.mark.parametrize(("arch", "apart"), [("gfx942", 768), ("gfx950", 512)])
-def test_fp8_rows_are_as_far_apart_as_the_architecture_reads_them_fastest(arch, apart):
+@pytest.mark.parametrize(("arch", "stride"), [("gfx942", 768), ("gfx950", 512)])
+def test_fp8_rows_have_the_stride_that_the_architecture_reads_fastest(arch, stride):
     """512 bytes apart they would meet in few of an MI300X's memory channels; values and shape are the same."""
     layer = Fp8Linear(512, {"a": 16, "b": 8}, QuantConfig((8, 128)))
     layer.weight.data.copy_(torch.randn(24, 512))
     stored = layer.weight.data.float()
     with platform.target(arch):
         layer.finish()
-    assert (layer.weight.shape, layer.weight.stride()) == ((24, 512), (apart, 1))
+    assert (layer.weight.shape, layer.weight.stride()) == ((24, 512), (stride, 1))
     assert torch.equal(layer.weight.float() * (2 if arch == "gfx942" else 1), stored)
 
 
