@@ -108,7 +108,7 @@ READ_WITH_OTHER_SENSES = ("serve/", "tests/", "tools/demo_")
 OTHER_SENSES = {"turn", "share", "peak", "peaks", "mixed", "most"}
 USES_PLACE = ("tests/gfx942/collectives.py", "tests/gfx942/test_coherence.py", "tests/gfx942/test_modes.py",
               "tests/bench/aiter_allreduce.py")
-COMPOUNDS = re.compile(r"at_(most|least)|in_(place|turn)|(keep|stay|taken|tells_\w+)_apart")
+COMPOUNDS = re.compile(r"at_(most|least)|in_(place|turn)|(are|keep|stay|taken|tells_\w+)_apart")
 #: The same in comments and strings.
 PROSE = {
     r"\b[Tt]urn(s|ed|ing)? (the |its |their |more )?(heads?|keys?|quer\w+|pairs?|rows?)\b": "rotate, apply RoPE",
