@@ -17,7 +17,8 @@ CONTEXT = 96
 CALM = dict(disable_radix_cache=True, chunked_prefill_size=-1, max_running_requests=1)
 #: A pool of one context and two pages: who is as long as the context fits just alone.
 CROWDED = [dict(max_total_tokens=CONTEXT + 8, chunked_prefill_size=7, max_running_requests=5, schedule_policy="lpm"),
-           dict(max_total_tokens=CONTEXT, chunked_prefill_size=33, max_running_requests=9)]  # fmt: skip
+           dict(max_total_tokens=CONTEXT, chunked_prefill_size=33, max_running_requests=9, hicache_ratio=3.0,
+                enable_hierarchical_cache=True)]  # fmt: skip
 KINDS = [
     dict(temperature=0), dict(temperature=1.0), dict(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01),
     dict(temperature=0, repetition_penalty=1.3, presence_penalty=0.4), dict(frequency_penalty=0.9),

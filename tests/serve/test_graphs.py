@@ -225,6 +225,20 @@ def test_a_step_is_the_two_that_it_is_split_into():
                             Schedule(0, [2], [0], [3], [2], [1, 2, 3]))
 
 
+def test_the_log_says_how_far_capturing_is_and_what_it_took(tmp_path, capture, monkeypatch, caplog):
+    make_llama(tmp_path)
+    model, config = load(tmp_path, "cpu")
+    made = Runner(Captured(model), config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
+    monkeypatch.setattr(graphs, "NOTE_S", -1.0)
+    free = iter([5 << 20, 2 << 20])
+    monkeypatch.setattr(graphs, "_free_bytes", lambda device: next(free))
+    with caplog.at_level("INFO", "wave64"):
+        graphs.DecodeGraphs(made.model, made.kv_cache, made.device, 8, made._page_table.shape[1], [4, 2])
+    first, second, last = caplog.messages
+    assert (first, second) == tuple(f"decode graphs: {i} of 2 batch sizes captured" for i in (1, 2))
+    assert last.startswith("decode graphs: 2 batch sizes up to 4, 3 MiB in all, in ")
+
+
 @pytest.mark.parametrize(("largest", "wanted", "sizes"), [
     (8, [4, 1, 4], [1, 4]), (8, [2, 16], [2, 8]), (2, [], [1, 2])])
 def test_the_sizes_that_were_asked_for(largest, wanted, sizes):
