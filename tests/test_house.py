@@ -91,6 +91,17 @@ def test_the_readme_reads_on_a_package_index_too():
     assert all(len(words) > 20 and (ROOT / link).is_file() for is_picture, words, link in links if is_picture)
 
 
+@pytest.mark.parametrize("title", ["The life of a kernel", "The life of a request"])
+def test_a_walk_is_short_and_names_what_is_there(title):
+    text = (ROOT / "CONTRIBUTING.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    assert sum(bool(line) for line in text.splitlines()) <= 40
+    folders = ("hip", "cmake", "pysrc/wave64", "serve", "triton_ops", "tests")
+    files = ["CMakeLists.txt", *(path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    named = {name for name in re.findall(r"`([\w/]+\.(?:py|h|hip|cpp|cmake|json|txt))[`:]", text)}
+    assert len(named) > 15
+    assert {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)} == set()
+
+
 def test_figures_are_of_what_is_there(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import house_figures
