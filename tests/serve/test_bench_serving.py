@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from wave64.bench_serving import flags, measures, plot, run
+from wave64.bench_serving import backends, flags, measures, plot, run
 from wave64.bench_serving.backends import PATHS, Answer, Target
 from wave64.bench_serving.datasets import BadSetting, Row, Words, load
 
@@ -64,6 +64,7 @@ class StandIn:
             if self.alive >= self.gate:
                 self.is_open.set()
             await self.is_open.wait()
+            await asyncio.sleep(0.02)  # so that others are alive, too, if they may be
             self.alive -= 1
             answer = native(body) if path == "/generate" else openai("chat" if "messages" in body else "text")
             answer = self.broken if self.broken is not None else answer
@@ -118,6 +119,23 @@ def test_answers_are_read_however_they_are_split(tmp_path, backend, size):
     assert whole["cached_tokens"] == [2, 2]
     assert all(first > 0 for first in whole["ttfts"])
     assert len(server.bodies) == 3  # one to warm it up
+
+
+def test_tokens_that_come_together_share_their_gap(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(backends.time, "perf_counter", lambda: now[0])
+    found = Answer(start=4.0)
+    reader = backends._Reader(found)
+    for seconds, count in ((0.0, 2), (0.5, 3), (0.6, 6)):
+        now[0] += seconds
+        reader.take(event({"text": "x" * count, "meta_info": {"prompt_tokens": 1, "completion_tokens": count}}))
+    assert (found.ttft, found.output_len) == (1.0, 6)
+    assert found.itl == pytest.approx([0.5, 0.2, 0.2, 0.2])
+    with pytest.raises(ValueError, match="ended without"):
+        reader.finish(200, is_stream=True)
+    reader.take(event(b"[DONE]"))
+    reader.finish(200, is_stream=True)
+    assert found.latency == pytest.approx(2.1)
 
 
 @pytest.mark.parametrize(("stand_in", "reason"), [
@@ -181,7 +199,7 @@ def test_arrivals_are_a_poisson_process(monkeypatch):
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
-        now[0] += seconds + 0.001  # later than it was to be, which must not add up
+        now[0] += seconds + 0.01  # later than it was to be, which must not add up
 
     monkeypatch.setattr(run.asyncio, "sleep", sleep)
     monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
