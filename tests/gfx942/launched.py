@@ -50,7 +50,7 @@ def hip_launched(arch: str, cases: list[tuple[Op, Case]]) -> set[tuple[str, str]
             if own.supports is None or own.supports(**args) is None:
                 with hip.record(arch) as launches:
                     own.run(**args)
-                found |= {(op.name, launch.kernel) for launch in launches}
+                found |= {(launch.op, launch.kernel) for launch in launches}
     return found
 
 

@@ -14,6 +14,7 @@ from wave64 import OPS, ops, platform
 from wave64.backends import import_hopper_kernels
 from wave64.ops.fused_moe import make_case
 from wave64.testing import contract, tune
+from wave64.testing.emulator.run import emulate
 
 HALF, FULL = torch.float16, torch.float32
 quick = examples(12)
@@ -119,6 +120,37 @@ def test_equals_a_dense_mixture_within_its_bound(backend, device, tokens, expert
     args = on(device, make_case(tokens, experts, min(top_k, routed or experts), hidden, inter, dtype, routed=routed,
                                 one=one, dropped=dropped, padded=padded, activation=activation, **kind))
     holds(run(backend, args), args)
+
+
+BLOCKS = dict(scales="block", block_shape=[128, 128])
+
+
+@pytest.mark.skipif(platform.arch() is not None, reason="on gfx942's machine code, executed on a CPU")
+@pytest.mark.skipif("hip" not in ops.fused_moe.backends, reason="needs the extension")
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "hidden", "inter", "options"), [
+    (17, 3, 2, 256, 384, dict(dropped=0.3)), (40, 7, 2, 384, 128, dict(one=True)),
+    (33, 3, 1, 128, 256, dict(apply_router_weight_on_input=True, dtype=torch.float16)), (17, 3, 2, 7168, 128, {}),
+    (20, 4, 4, 640, 128, dict(routed=9))])
+def test_hips_kernels_keep_the_bound(tokens, experts, top_k, hidden, inter, options):
+    """Full and partial blocks of pairs, experts without any, and more steps than are in flight at a time."""
+    with platform.target("gfx942"), emulate("gfx942"), contract.poisoned():
+        torch.manual_seed(tokens)
+        args = make_case(tokens, experts, top_k, hidden, inter, **options, **BLOCKS)
+        got = ops.fused_moe.backends["hip"].run(**args)
+    holds(got, args)
+
+
+@pytest.mark.skipif("hip" not in ops.fused_moe.backends, reason="needs the extension")
+@pytest.mark.parametrize(("options", "words"), [
+    ({}, None), (dict(block_shape=[64, 128]), "blocks of 128"), (dict(dtype=torch.float32), "bf16 and fp16"),
+    (dict(activation="gelu"), "silu"), (dict(scale_ue8m0=True), "powers of two"), (dict(hidden=192), "192 and 128"),
+    (dict(tokens=65), "up to 16 tokens"), (dict(tokens=16), "up to 32 pairs"),
+    (dict(padded=8), "16 bytes"), (dict(fp8=FP8[1]), "e4m3fnuz on gfx950")])
+def test_what_hip_declines(options, words):
+    with platform.target("gfx950"):
+        given = dict(tokens=17, experts=4, top_k=2, hidden=256, inter=128) | BLOCKS | options
+        why = ops.fused_moe.backends["hip"].supports(**make_case(**given))
+    assert why is None if words is None else words in why
 
 
 @pytest.mark.skipif(platform.arch() is None or platform.arch().matrix != "wgmma", reason="a kernel for Hopper")

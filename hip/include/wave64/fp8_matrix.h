@@ -91,11 +91,11 @@ class Factor {
     int row_bytes, at, last_step, low, high;  // low, high: where the lane's bytes of the last step are
 
 public:
-    // num_rows * row_bytes is below 2^30, as is what a load asks for.
+    // num_rows * row_bytes is below 2^30, as is what a load asks for. A lane without a row has -1: zeros.
     WAVE64_DEVICE Factor(const void* base, int num_rows, int row_bytes, int columns, int row, int chunk)
         : memory(base, num_rows > 0 ? (num_rows - 1) * row_bytes + columns : 0),
           row_bytes(row_bytes),
-          at(row * row_bytes + 16 * chunk),
+          at(row < 0 ? kNowhere : row * row_bytes + 16 * chunk),
           last_step((columns - 1) / kStepColumns) {
         const int left = columns - last_step * kStepColumns;
         low = 16 * chunk < left ? at : kNowhere;

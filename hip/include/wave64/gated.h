@@ -31,6 +31,8 @@ namespace wave64 {
 // 1 / (1 + exp(-x))
 WAVE64_DEVICE float logistic(float x) { return reciprocal(1 + exp2(-1.44269504f * x)); }
 
+WAVE64_DEVICE float silu(float x) { return x * logistic(x); }
+
 template <typename T, int N, float F(float)>
 WAVE64_DEVICE Pack<T, N> gated(const Pack<T, N>& gate, const Pack<T, N>& up) {
     const auto gates = gate.values();

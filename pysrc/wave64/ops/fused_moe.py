@@ -47,6 +47,7 @@ def make_case(tokens: int, experts: int = 4, top_k: int = 2, hidden: int = 64, i
 
 def cases():
     blocks = dict(scales="block", block_shape=[32, 32])
+    wide: dict[str, Any] = dict(scales="block", block_shape=[128, 128])
     drawn = {
         "small": dict(tokens=5),
         "many": dict(tokens=33, experts=5),
@@ -76,13 +77,15 @@ def cases():
         "ue8m0": dict(tokens=20, inter=64, scale_ue8m0=True, **blocks),
         "ue8m0-few": dict(tokens=3, inter=64, scale_ue8m0=True, **blocks),
         "padded": dict(tokens=3, padded=16),
+        "block-128": dict(tokens=20, experts=5, hidden=384, inter=128, padded=16, **wide),
+        "block-128-fp16": dict(tokens=36, top_k=1, hidden=128, inter=256, dtype=torch.float16, routed=9,
+                               apply_router_weight_on_input=True, **wide),
         "no-tokens": dict(tokens=0),
     }
     for name, settings in drawn.items():
         yield Case(name, lambda settings=settings: make_case(**settings))
-    fp8: dict[str, Any] = dict(scales="block", block_shape=[128, 128])
     for tokens in (1, 16, 64, 256, 1024, 4096):
-        for name, kind in (("bf16", {}), ("fp8", fp8)):
+        for name, kind in (("bf16", {}), ("fp8", wide)):
             yield Case(f"{tokens}x256x256-{name}", lambda t=tokens, kind=kind: make_case(t, 256, 8, 7168, 256, **kind),
                        large=True)
     yield Case("64x256x256-channel", lambda: make_case(64, 256, 8, 7168, 256, scales="channel"), large=True)

@@ -199,6 +199,8 @@ def hip_rows(op: Op, arch: str) -> Rows:
             if backend.supports is None or backend.supports(**args) is None:
                 backend.run(**args)
         for launch in launches:
+            if launch.op != op.name:  # another operator's kernel, whose own rows have it
+                continue
             kernel, shape = kernels[launch.kernel], (launch.kernel, launch.block, launch.lds_bytes)
             if shape not in reached:
                 rows[f"{case.id} {kernel.name}"] = isa.figures(

@@ -1,0 +1,346 @@
+// Mixture of experts with FP8 weights in blocks of 128, for few pairs of token and expert: each block of 16 pairs of
+// one expert is multiplied with that expert's weights.
+//
+// The trick: weights go from memory straight into the registers that the matrix instructions read them from
+// (fp8_matrix.h). In the first product the waves of a block take the steps along K in turn; they meet once, in LDS, for
+// gate and up of the same columns, so that the activation happens there. The second product quantizes h as it loads it:
+// a group of its columns lies in four lanes. Bound by reading the chosen experts' weights.
+#include "wave64/types.h"
+
+namespace wave64 {
+
+// out[t] = sum over j of topk_weights[t, j] W2 h, h = silu(G x[t]) * (U x[t]), with the weights of expert topk_ids[t,
+// j]. A pair is an index into topk_ids.
+struct FusedMoeArgs {
+    const void* x;              // [num_tokens, hidden], FP8, contiguous
+    const float* x_scale;       // [num_tokens, hidden / 128]
+    const void* w13;            // [num_experts, 2 inter, hidden], FP8
+    const float* w13_scale;     // [num_experts, 2 inter / 128, hidden / 128]
+    const void* w2;             // [num_experts, hidden, inter], FP8
+    const float* w2_scale;      // [num_experts, hidden / 128, inter / 128]
+    const float* topk_weights;  // [num_tokens, top_k]
+    const int32_t* topk_ids;    // [num_tokens, top_k]
+    const int32_t* expert_map;  // [num_routed]: local experts of the router's ids, or null
+    const int32_t* block_ids;   // [num_blocks]: the router's id of a block of 16 pairs
+    const int32_t* pairs;       // [16 num_blocks]: sorted by expert, in blocks; those of no token are padding
+    const int32_t* num_padded;  // how many of them there are, padding included
+    void* h;                    // [num_tokens * top_k, inter] to work in
+    void* y;                    // [num_tokens * top_k, hidden] to work in
+    void* out;                  // [num_tokens, hidden], contiguous
+    int64_t w13_expert_stride;
+    int64_t w13_stride;
+    int64_t w2_expert_stride;
+    int64_t w2_stride;
+    int32_t num_tokens;
+    int32_t top_k;
+    int32_t num_experts;
+    int32_t num_routed;
+    int32_t hidden;  // a multiple of 128, as inter
+    int32_t inter;
+    int32_t num_blocks;
+    int32_t weigh_input;  // not 0: G x and U x are multiplied by the weight, not y
+    Dtype dtype;          // of h, y and out
+    // set by the launcher
+    int32_t num_pairs;
+    int32_t waves;       // of a block of the first product, of which each has
+    int32_t turns;       // steps, and
+    int32_t more_steps;  // the first so many one more
+    IntDivider by_top_k;
+    IntDivider by_up_tiles;
+    IntDivider by_down_tiles;
+    IntDivider by_out_tiles;
+};
+
+constexpr int kBlockPairs = 16;
+constexpr int kUpColumns = 16;                    // of h, of a block of the first product
+constexpr int kMaxUpWaves = 16;                   // of such a block
+constexpr int kDownWaves = 4, kDownColumns = 64;  // of y: of a wave of the second product
+constexpr int kOutLanes = 256, kOutPack = 8;      // of the sum over a token's pairs
+
+}  // namespace wave64
+
+#ifdef WAVE64_DEVICE_CODE
+#include "wave64/fp8_matrix.h"
+#include "wave64/gated.h"
+
+#if WAVE64_HAS_FP8_MATRIX
+#include "wave64/quant.h"
+
+namespace wave64 {
+
+// The local expert of a router's id, which is the same in all lanes; -1: none.
+WAVE64_DEVICE int local_expert(const FusedMoeArgs& args, int id) {
+    if (id < 0 || id >= args.num_routed) return -1;
+    if (!args.expert_map) return id;
+    const int expert = load_uniform(args.expert_map + id);
+    return expert < args.num_experts ? expert : -1;
+}
+
+// What a workgroup computes: a block of pairs of one expert, and a tile of columns.
+struct Part {
+    int tile, expert = -1;
+    int pair = -1;  // of the lane's line; -1: none
+
+    WAVE64_DEVICE Part(const FusedMoeArgs& args, int tiles, const IntDivider& by_tiles) {
+        const int block = int(unsigned(block_id()) / by_tiles);
+        tile = block_id() - block * tiles;
+        if (block * kBlockPairs >= load_uniform(args.num_padded)) return;
+        expert = local_expert(args, load_uniform(args.block_ids + block));
+        const int found = args.pairs[block * kBlockPairs + line_of_lane()];
+        if (found < args.num_pairs) pair = found;
+    }
+};
+
+struct UpStep {
+    Columns gate, up, token;
+    float gate_scale, up_scale, token_scale;
+};
+
+WAVE64_DEVICE float load_scale(const float* scales, int at) {
+    return __builtin_bit_cast(float, load_uniform(reinterpret_cast<const int32_t*>(scales + at)));
+}
+
+// h = silu(gate) * up of kUpColumns columns.
+template <typename T>
+WAVE64_DEVICE void up(const FusedMoeArgs& args) {
+    constexpr int depth = 3;  // steps that a wave has in flight
+    WAVE64_LDS static Floats4 lds[kMaxUpWaves][2][64];
+    const Part mine(args, args.inter / kUpColumns, args.by_up_tiles);
+    if (mine.expert < 0) return;
+    const int wave = uniform(lane_in_block() / 64), lane = lane_in_block() % 64;
+    const int part = part_of_lane(), n = mine.tile * kUpColumns, groups = args.hidden / 128;
+    const char* const expert = static_cast<const char*>(args.w13) + mine.expert * args.w13_expert_stride;
+    const auto rows = [&](int first) {
+        return Factor(expert + first * args.w13_stride, kUpColumns, int(args.w13_stride), args.hidden, line_of_lane(),
+                      part);
+    };
+    const Factor gates = rows(n), ups = rows(args.inter + n);
+    const int token = mine.pair < 0 ? -1 : int(unsigned(mine.pair) / args.by_top_k);
+    const Factor tokens(args.x, args.num_tokens, args.hidden, args.hidden, token, part);
+    const Bounded token_scales(args.x_scale, args.num_tokens * groups * 4);
+    const int scale_at = token < 0 ? 0 : token * groups * 4;
+    const float* const gate_scales = args.w13_scale + (int64_t(mine.expert) * (args.inter / 64) + n / 128) * groups;
+    const float* const up_scales = gate_scales + args.inter / 128 * groups;
+    const int count = args.turns + (wave < args.more_steps);
+
+    const auto load = [&](UpStep& into, int turn) {
+        const bool there = turn < count;
+        const int step = wave + (there ? turn : count - 1) * args.waves;
+        into.gate = gates.load(0, step, there);
+        into.up = ups.load(0, step, there);
+        into.token = tokens.load(0, step, there);
+        into.token_scale = __builtin_bit_cast(float, token_scales.load<Bits32>(scale_at, step * 4));
+        into.gate_scale = load_scale(gate_scales, step);
+        into.up_scale = load_scale(up_scales, step);
+        keep_order();
+    };
+    Floats4 gate = {}, up = {};
+    const auto multiply = [&](const UpStep& step) {
+        add_scaled(gate, product(step.gate, step.token), step.token_scale * step.gate_scale);
+        add_scaled(up, product(step.up, step.token), step.token_scale * step.up_scale);
+    };
+    UpStep ring[depth];
+#pragma unroll
+    for (int d = 0; d < depth; d++) load(ring[d], d);
+    int turn = 0;
+    for (; turn + depth < count; turn += depth)
+#pragma unroll
+        for (int d = 0; d < depth; d++) {
+            multiply(ring[d]);
+            load(ring[d], turn + d + depth);
+        }
+#pragma unroll
+    for (int d = 0; d < depth; d++)
+        if (turn + d < count) multiply(ring[d]);
+
+    lds[wave][0][lane] = gate, lds[wave][1][lane] = up;
+    block_barrier();
+    if (wave > 0 || mine.pair < 0) return;
+    for (int other = 1; other < args.waves; other++) gate += lds[other][0][lane], up += lds[other][1][lane];
+    const float weight = args.weigh_input ? args.topk_weights[mine.pair] : 1;
+    float h[4];
+    for (int i = 0; i < 4; i++) h[i] = silu(gate[i] * weight) * (up[i] * weight);
+    store_pack(static_cast<T*>(args.h) + int64_t(mine.pair) * args.inter + n + 4 * part, Pack<T, 4>::rounded(h));
+}
+
+// A lane's columns of a group of h, as they are in memory.
+template <typename T>
+struct Hidden {
+    Pack<T, 8> packs[4];
+
+    WAVE64_DEVICE float amax() const {
+        float amax = 0;
+        for (const auto& pack : packs) amax = max(amax, amax_of(pack));
+        amax = max(amax, from_other_half<16>(amax));
+        return max(amax, from_other_half<32>(amax));
+    }
+    WAVE64_DEVICE Columns quantized_by(float inverse) const {
+        struct {
+            Pack<Bits8, 8> packs[4];
+        } all;
+        for (int i = 0; i < 4; i++) all.packs[i] = quantized(packs[i], inverse);
+        return __builtin_bit_cast(Columns, all);
+    }
+};
+
+template <typename T>
+struct DownStep {
+    Columns weight[kDownColumns / 16];
+    Hidden<T> h;
+    float weight_scale;
+};
+
+// y = weight * h w2^T, kDownColumns columns a wave. The rows of weights of two products are in turns of 4 in each, so
+// that a lane has 8 neighboring columns.
+template <typename T>
+WAVE64_DEVICE void down(const FusedMoeArgs& args) {
+    constexpr int columns = kDownWaves * kDownColumns, depth = 2, tiles = kDownColumns / 16;
+    const Part mine(args, (args.hidden + columns - 1) / columns, args.by_down_tiles);
+    const int wave = uniform(lane_in_block() / 64), n = mine.tile * columns + wave * kDownColumns;
+    if (mine.expert < 0 || n >= args.hidden) return;
+    const int line = line_of_lane(), part = part_of_lane(), steps = args.inter / 128;
+    const Factor weights(static_cast<const char*>(args.w2) + mine.expert * args.w2_expert_stride + n * args.w2_stride,
+                         kDownColumns, int(args.w2_stride), args.inter, line / 4 * 8 + line % 4, part);
+    constexpr int nowhere = 1 << 30;
+    const Bounded hidden(args.h, args.num_pairs * args.inter * 2);
+    const int h_at = mine.pair < 0 ? nowhere : mine.pair * args.inter * 2 + 32 * part;
+    const float* const scales = args.w2_scale + (int64_t(mine.expert) * (args.hidden / 128) + n / 128) * steps;
+
+    const auto load = [&](DownStep<T>& into, int step) {
+        const bool there = step < steps;
+        const int at = there ? h_at : nowhere;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            into.h.packs[i] = {hidden.load<Bits128>(at + (i / 2 * 64 + i % 2 * 8) * 2, step * 256)};
+#pragma unroll
+        for (int j = 0; j < tiles; j++) into.weight[j] = weights.load(j / 2 * 32 + j % 2 * 4, step, there);
+        into.weight_scale = load_scale(scales, there ? step : steps - 1);
+        keep_order();
+    };
+    Floats4 acc[tiles] = {};
+    const auto multiply = [&](const DownStep<T>& step) {
+        const Scale scale = scale_of(step.h.amax());
+        const Columns h = step.h.quantized_by(scale.inverse);
+#pragma unroll
+        for (int j = 0; j < tiles; j++) add_scaled(acc[j], product(step.weight[j], h), scale.scale * step.weight_scale);
+    };
+    DownStep<T> ring[depth];
+#pragma unroll
+    for (int d = 0; d < depth; d++) load(ring[d], d);
+    for (int step = 0; step < steps; step += depth)
+#pragma unroll
+        for (int d = 0; d < depth; d++) {
+            if (step + d >= steps) break;
+            multiply(ring[d]);
+            load(ring[d], step + d + depth);
+        }
+    if (mine.pair < 0) return;
+    const float weight = args.weigh_input ? 1 : args.topk_weights[mine.pair];
+#pragma unroll
+    for (int j = 0; j < tiles; j += 2) {
+        float y[8];
+        for (int i = 0; i < 8; i++) y[i] = acc[j + i / 4][i % 4] * weight;
+        store_pack(static_cast<T*>(args.y) + int64_t(mine.pair) * args.hidden + n + 16 * j + 8 * part,
+                   Pack<T, 8>::rounded(y));
+    }
+}
+
+// out = for each token the sum of its pairs' rows of y, in order.
+template <typename T>
+WAVE64_DEVICE void sum_pairs(const FusedMoeArgs& args) {
+    const int chunks = (args.hidden + kOutLanes * kOutPack - 1) / (kOutLanes * kOutPack);
+    const int token = int(unsigned(block_id()) / args.by_out_tiles);
+    const int n = ((block_id() - token * chunks) * kOutLanes + lane_in_block()) * kOutPack;
+    if (n >= args.hidden) return;
+    float sum[kOutPack] = {};
+    for (int j = 0; j < args.top_k; j++) {
+        const int pair = token * args.top_k + j;
+        if (local_expert(args, load_uniform(args.topk_ids + pair)) < 0) continue;
+        const auto y = load_pack<T, kOutPack>(static_cast<const T*>(args.y) + int64_t(pair) * args.hidden + n).values();
+        for (int i = 0; i < kOutPack; i++) sum[i] += float(y.at[i]);
+    }
+    store_pack(static_cast<T*>(args.out) + int64_t(token) * args.hidden + n, Pack<T, kOutPack>::rounded(sum));
+}
+
+}  // namespace wave64
+
+#define FUSED_MOE(NAME, MAX_LANES, KERNEL, T) \
+    WAVE64_KERNEL(MAX_LANES) NAME(wave64::FusedMoeArgs args) { wave64::KERNEL<T>(args); }
+
+FUSED_MOE(fused_moe_up_bf16, wave64::kMaxUpWaves * 64, up, wave64::bf16)
+FUSED_MOE(fused_moe_up_fp16, wave64::kMaxUpWaves * 64, up, wave64::fp16)
+FUSED_MOE(fused_moe_down_bf16, wave64::kDownWaves * 64, down, wave64::bf16)
+FUSED_MOE(fused_moe_down_fp16, wave64::kDownWaves * 64, down, wave64::fp16)
+FUSED_MOE(fused_moe_sum_bf16, wave64::kOutLanes, sum_pairs, wave64::bf16)
+FUSED_MOE(fused_moe_sum_fp16, wave64::kOutLanes, sum_pairs, wave64::fp16)
+#endif
+
+#else
+#include "wave64/host.h"
+
+namespace wave64 {
+namespace {
+
+constexpr int64_t kMaxBytes = 1 << 30;  // of a tile's rows, of x and of h
+constexpr int64_t kMaxStride = kMaxBytes / 64 - 1;
+
+constexpr const char* kUp[] = {"fused_moe_up_bf16", "fused_moe_up_fp16"};
+constexpr const char* kDown[] = {"fused_moe_down_bf16", "fused_moe_down_fp16"};
+constexpr const char* kSum[] = {"fused_moe_sum_bf16", "fused_moe_sum_fp16"};
+
+void fused_moe(FusedMoeArgs args, const Call& call) {
+    call.expect(args.dtype == kBf16 || args.dtype == kFp16, "dtype", std::string("bf16 or fp16"),
+                Call::name_of(args.dtype));
+    call.expect_min("num_tokens", args.num_tokens, 0);
+    if (args.num_tokens == 0) return;
+    call.expect_min("top_k", args.top_k, 1);
+    call.expect_min("num_experts", args.num_experts, 1);
+    call.expect(args.hidden > 0 && args.hidden % 128 == 0, "hidden", "a multiple of 128", args.hidden);
+    call.expect(args.inter > 0 && args.inter % 128 == 0, "inter", "a multiple of 128", args.inter);
+    call.expect_tensors({{"x", args.x},
+                         {"x_scale", args.x_scale},
+                         {"w13", args.w13},
+                         {"w13_scale", args.w13_scale},
+                         {"w2", args.w2},
+                         {"w2_scale", args.w2_scale},
+                         {"topk_weights", args.topk_weights},
+                         {"topk_ids", args.topk_ids},
+                         {"block_ids", args.block_ids},
+                         {"pairs", args.pairs},
+                         {"num_padded", args.num_padded},
+                         {"h", args.h},
+                         {"y", args.y},
+                         {"out", args.out}});
+    call.expect(is_16_aligned({args.x, args.w13, args.w2, args.h, args.y, args.out},
+                              {args.w13_expert_stride, args.w13_stride, args.w2_expert_stride, args.w2_stride}),
+                "x, w13, w2", std::string("rows that begin at multiples of 16 bytes"), "others");
+    call.expect_range("w13_stride", args.w13_stride, 0, kMaxStride);
+    call.expect_range("w2_stride", args.w2_stride, 0, kMaxStride);
+    const int64_t pairs = int64_t(args.num_tokens) * args.top_k;
+    call.expect(int64_t(args.num_tokens) * args.hidden < kMaxBytes && pairs * args.inter * 2 < kMaxBytes, "num_tokens",
+                "fewer: less than 2^30 bytes of x and of h", args.num_tokens);
+    args.num_pairs = int32_t(pairs);
+    const int64_t up_tiles = args.inter / kUpColumns, down_tiles = ceil_div(args.hidden, kDownWaves * kDownColumns);
+    const int64_t out_tiles = ceil_div(args.hidden, kOutLanes * kOutPack);
+    call.expect(args.num_blocks * std::max(up_tiles, down_tiles) <= INT32_MAX / (kMaxUpWaves * 64), "num_blocks",
+                "fewer workgroups", args.num_blocks);
+    const int32_t steps = args.hidden / 128;
+    args.waves = int32_t(ceil_div(steps, ceil_div(steps, kMaxUpWaves)));
+    args.turns = steps / args.waves, args.more_steps = steps % args.waves;
+    args.by_top_k = divider(uint32_t(args.top_k));
+    args.by_up_tiles = divider(uint32_t(up_tiles)), args.by_down_tiles = divider(uint32_t(down_tiles));
+    args.by_out_tiles = divider(uint32_t(out_tiles));
+    call.launch(kUp[args.dtype], {args.num_blocks * up_tiles}, args.waves * 64, args);
+    call.launch(kDown[args.dtype], {args.num_blocks * down_tiles}, kDownWaves * 64, args);
+    call.launch(kSum[args.dtype], {args.num_tokens * out_tiles}, kOutLanes, args);
+}
+
+WAVE64_OP_AND_CONSTANTS(fused_moe, FusedMoeArgs,
+                        ({{"BLOCK_PAIRS", kBlockPairs}, {"MAX_STRIDE", kMaxStride}, {"MAX_BYTES", kMaxBytes}}), x,
+                        x_scale, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, expert_map, block_ids, pairs,
+                        num_padded, h, y, out, w13_expert_stride, w13_stride, w2_expert_stride, w2_stride, num_tokens,
+                        top_k, num_experts, num_routed, hidden, inter, num_blocks, weigh_input, dtype)
+
+}  // namespace
+}  // namespace wave64
+#endif
