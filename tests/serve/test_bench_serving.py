@@ -56,7 +56,7 @@ class StandIn:
         if path == "/v1/models":
             answer = [json.dumps({"data": [{"id": "stand-in"}]}).encode()]
         elif path == "/model_info":
-            answer = [json.dumps({"vocab_size": 50}).encode()]
+            answer = [json.dumps({"vocab_size": 1 << 40}).encode()]
         elif path in PATHS.values():
             self.bodies.append(body)
             self.alive += 1
@@ -172,9 +172,13 @@ def test_a_run_for_each_load_and_what_requests_hold(tmp_path):
 
 
 def test_the_summary_is_of_three_loads(tmp_path, monkeypatch):
-    loads = []
+    loads, seen = [], set()
 
     async def measured(self, rows, rate, limit):
+        asked = {tuple(row.turns[0]) for row in rows}
+        assert len(asked) == len(rows)
+        assert not asked & seen, "none may be in the server's prefix cache"
+        seen.update(asked)
         loads.append((len(rows), rows[0].prompt_len, rows[0].output_len, rate, limit))
         answers = [answer(0.0, 0.01 * (i + 1), [0.002], 2) for i in range(len(rows))]
         return measures.Run(answers, 4.0, 0, rate, limit, 0.5)
@@ -188,7 +192,9 @@ def test_the_summary_is_of_three_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(run.Bench, "run", measured)
     table = dict(asyncio.run(scenario()))
     everything = float("inf")
-    assert loads == [(1000, 128, 128, everything, None), (640, 128, 128, everything, 64), (32, 128, 8, everything, 1)]
+    assert loads[::2] == [(count, 128, 8, everything, limit) for count, limit in ((1000, None), (640, 64), (32, 1))]
+    assert loads[1::2] == [(1000, 128, 128, everything, None), (640, 128, 128, everything, 64),
+                           (32, 128, 8, everything, 1)]  # fmt: skip
     assert [value for name, value in table.items() if "output tok/s" in name] == ["500", "320"]
     assert [value for name, value in table.items() if "p99" in name] == ["2.00"]
     assert [value for name, value in table.items() if "first token" in name] == ["5005", "3205", "165.00"]

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ Json = dict[str, Any]
 
 PAUSE_S = 1.0  # before a run, for what warmed the server up to end
 BUSY = 0.9  # fraction of a core above which the client itself may be what limits
-IDLE_REQUESTS, IDLE_TOKENS = 32, 8  # of --summary's last load
+#: --summary's loads: what they are, requests, how many run at a time, tokens to generate.
+SUMMARY = (("1000 x 128/128 at once", 1000, None, 128),
+           ("64 clients of 128/128, the next request as the last ends", 640, 64, 128),
+           ("an idle server, 128 tokens", 32, 1, 8))  # fmt: skip
 
 
 class Unreachable(RuntimeError):
@@ -253,16 +257,15 @@ def say_what_is_wrong(run: measures.Run) -> None:
 async def summary(args: Namespace) -> list[tuple[str, str]]:
     """The lines of --summary's table: what was measured, and the figure. Raises Unreachable or BadSetting."""
     sizes = dict(dataset_name="random-ids", random_input_len=128, random_output_len=128, random_range_ratio=1.0,
-                 num_prompts=1000)  # fmt: skip
+                 num_prompts=2 * sum(count for _, count, *_ in SUMMARY))  # fmt: skip
     args = Namespace(**{**vars(args), **sizes})
     made = Bench(args)
     await made.open()
-    rows = made.rows()
+    rows = iter(made.rows())  # none is asked twice: the server would have it in its prefix cache
     table = []
-    for load_name, count, limit in (("1000 x 128/128 at once", 1000, None),
-                                    ("64 clients of 128/128, the next request as the last ends", 640, 64),
-                                    ("an idle server, 128 tokens", IDLE_REQUESTS, 1)):  # fmt: skip
-        chosen = [replace(row, output_len=IDLE_TOKENS) for row in rows[-count:]] if limit == 1 else rows[-count:]
+    for load_name, count, limit, output_len in SUMMARY:
+        warm, chosen = ([replace(row, output_len=length) for row in islice(rows, count)] for length in (8, output_len))
+        await made.run(warm, float("inf"), limit)  # what a server makes at a load's first sight, it makes now
         run = await made.run(chosen, float("inf"), limit)
         found = run.measures()
         say_what_is_wrong(run)
