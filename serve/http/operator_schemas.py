@@ -1,9 +1,10 @@
 """The fields of request bodies of endpoints that do not generate."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from wave64.serve.http.schemas import (
     MAX_MESSAGES,
@@ -32,11 +33,9 @@ class TokenizeRequest(Body):
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: Flag | None = None
 
-    @model_validator(mode="after")
-    def _check_prompt(self) -> Any:
+    def faults(self) -> Iterator[tuple[str, str]]:
         if (self.prompt is None) == (self.messages is None):
-            raise ApiError("prompt, messages: expected one of the two", "prompt", "invalid_value")
-        return self
+            yield "prompt", "expected either prompt or messages"
 
 
 class DetokenizeRequest(Body):

@@ -6,6 +6,7 @@ be without effect on the answer (`neutral`), or refused by name: nothing that wo
 
 import difflib
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -109,6 +110,16 @@ class Body(BaseModel):
                 raise ApiError(f"{name}: unknown field{hint}", name, "unknown_parameter")
         return known
 
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """(field, what was expected and what was given) where that depends on several fields, or on a whole list."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _look_for_faults(self) -> Any:
+        for field, why in self.faults():
+            raise ApiError(f"{field}: {why}", field.partition(".")[0], "invalid_value")
+        return self
+
 
 class Sampling(Body):
     """Fields with the same names in both families of endpoints."""
@@ -138,32 +149,19 @@ class Sampling(Body):
     ebnf: str | None = None
     structural_tag: str | dict[str, Any] | None = None
 
-    @model_validator(mode="after")
-    def _check_stop(self) -> Any:
+    def faults(self) -> Iterator[tuple[str, str]]:
         if (count := len(self.stop_strings)) > MAX_STOPS:
-            raise ApiError(f"stop: expected at most {MAX_STOPS} strings, got {count}", "stop", "invalid_value")
-        if (length := sum(map(len, self.stop_strings))) > MAX_STOP_LENGTH:
-            raise ApiError(f"stop: expected at most {MAX_STOP_LENGTH} characters in all strings, got {length}", "stop",
-                           "invalid_value")  # fmt: skip
+            yield "stop", f"expected at most {MAX_STOPS} strings, got {count}"
+        for name, texts in (("stop", self.stop_strings), ("bad_words", self.bad_words or [])):
+            if (length := sum(map(len, texts))) > MAX_STOP_LENGTH:
+                yield name, f"expected at most {MAX_STOP_LENGTH} characters in all strings, got {length}"
         if "" in self.stop_strings:
-            raise ApiError("stop: expected strings of at least one character, got ''", "stop", "invalid_value")
-        return self
-
-    @model_validator(mode="after")
-    def _check_bad_words(self) -> Any:
-        if (length := sum(map(len, self.bad_words or ()))) > MAX_STOP_LENGTH:
-            raise ApiError(f"bad_words: expected at most {MAX_STOP_LENGTH} characters in all words, got {length}",
-                           "bad_words", "invalid_value")  # fmt: skip
+            yield "stop", "expected strings of at least one character, got ''"
         if not all(map(str.strip, self.bad_words or ())):
-            raise ApiError("bad_words: expected words, got one without a letter", "bad_words", "invalid_value")
-        return self
-
-    @model_validator(mode="after")
-    def _check_logit_bias(self) -> Any:
+            yield "bad_words", "expected words, got one without a letter"
         for token in self.logit_bias or ():
             if not (token.isascii() and token.isdecimal() and len(token) < 10):
-                raise ApiError(f"logit_bias: expected token ids as keys, got {short(token)}", "logit_bias")
-        return self
+                yield "logit_bias", f"expected token ids as keys, got {short(token)}"
 
     @property
     def keeps_stop(self) -> bool:
@@ -214,19 +212,13 @@ class _OpenAI(Sampling):
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
     guided_grammar: str | None = None
 
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> Any:
+    def faults(self) -> Iterator[tuple[str, str]]:
+        yield from super().faults()
         options = self.stream_options
         if options and (options.include_usage or options.continuous_usage_stats) and not self.stream:
-            raise ApiError("stream_options: allowed only with stream: true", "stream_options", "invalid_value")
-        return self
-
-
-    @model_validator(mode="after")
-    def _check_prompt_logprobs(self) -> Any:
+            yield "stream_options", "allowed only with stream: true"
         if self.prompt_logprobs is not None and self.stream:
-            raise ApiError("prompt_logprobs: not allowed with stream: true", "prompt_logprobs", "invalid_value")
-        return self
+            yield "prompt_logprobs", "not allowed with stream: true"
 
     @property
     def num_prompt_logprobs(self) -> int:
@@ -243,12 +235,10 @@ class CompletionRequest(_OpenAI):
     logprobs: Annotated[TopLogprobs | None, BeforeValidator(_number_of_logprobs)] = None
     best_of: Annotated[Int, Field(ge=1)] | None = None
 
-    @model_validator(mode="after")
-    def _check_best_of(self) -> Any:
+    def faults(self) -> Iterator[tuple[str, str]]:
+        yield from super().faults()
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ApiError(f"best_of: not supported by wave64 other than n, {self.n or 1}, got {self.best_of}",
-                           "best_of", "unsupported_parameter")  # fmt: skip
-        return self
+            yield "best_of", f"not supported by wave64 other than n, {self.n or 1}, got {self.best_of}"
 
     def look_through(self) -> None:
         assert self.prompts
@@ -341,15 +331,24 @@ class ChatRequest(_OpenAI):
     parallel_tool_calls: Flag | None = None
     separate_reasoning: Flag | None = None
 
-    @model_validator(mode="after")
-    def _check_tool_choice(self) -> Any:
+    def faults(self) -> Iterator[tuple[str, str]]:
+        yield from super().faults()
         if self.forces_call and not self.usable_tools:
             if isinstance(self.tool_choice, NamedTool) and self.tools:
-                wanted, names = self.tool_choice.function.name, [tool.function.name for tool in self.tools]
-                raise ApiError(f"tool_choice: expected one of the tools, {', '.join(names)}, got {wanted}",
-                               "tool_choice", "invalid_value")  # fmt: skip
-            raise ApiError("tool_choice: allowed only with tools", "tool_choice", "invalid_value")
-        return self
+                names = ", ".join(tool.function.name for tool in self.tools)
+                yield "tool_choice", f"expected one of the tools, {names}, got {self.tool_choice.function.name}"
+            else:
+                yield "tool_choice", "allowed only with tools"
+        if self.top_logprobs and not self.logprobs:
+            yield "top_logprobs", "allowed only with logprobs: true"
+        if self.continue_final_message and self.add_generation_prompt:
+            yield "continue_final_message", "not allowed with add_generation_prompt: true"
+        if self.continue_final_message and (role := self.messages[-1].role) != "assistant":
+            yield "continue_final_message", f"expected an assistant's message at the end, got one of {role}"
+        for name in self.chat_template_kwargs or {}:
+            if name in TEMPLATE_FIELDS or name.endswith("_token"):
+                yield (f"chat_template_kwargs.{name}", "set by the server, expected variables of the template's own, "
+                                                       "such as enable_thinking")
 
     @property
     def forces_call(self) -> bool:
@@ -363,30 +362,6 @@ class ChatRequest(_OpenAI):
         tools = [] if choice == "none" else self.tools or []
         name = choice.function.name if isinstance(choice, NamedTool) else None
         return [tool for tool in tools if name in (None, tool.function.name)]
-
-    @model_validator(mode="after")
-    def _check_top_logprobs(self) -> Any:
-        if self.top_logprobs and not self.logprobs:
-            raise ApiError("top_logprobs: allowed only with logprobs: true", "top_logprobs", "invalid_value")
-        return self
-
-    @model_validator(mode="after")
-    def _check_final_message(self) -> Any:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ApiError("continue_final_message: not allowed with add_generation_prompt: true",
-                           "continue_final_message", "invalid_value")  # fmt: skip
-        if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise ApiError("continue_final_message: expected an assistant's message at the end, got one of "
-                           f"{self.messages[-1].role}", "continue_final_message", "invalid_value")  # fmt: skip
-        return self
-
-    @model_validator(mode="after")
-    def _check_template_variables(self) -> Any:
-        for name in self.chat_template_kwargs or {}:
-            if name in TEMPLATE_FIELDS or name.endswith("_token"):
-                raise ApiError(f"chat_template_kwargs.{name}: set by the server, expected variables of the template's "
-                               "own, such as enable_thinking", "chat_template_kwargs", "invalid_value")  # fmt: skip
-        return self
 
 
 class NativeSampling(Sampling):

@@ -90,9 +90,10 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(app, name):
 
 
 def test_a_switch_that_is_on_by_default_says_where_it_belongs(app):
-    error = app.post(CHAT, messages=USER, enable_thinking=False).json()["error"]
-    assert error["message"] == 'enable_thinking: not a field of wave64; put it into chat_template_kwargs: ' \
-                               '{"enable_thinking": ...}'  # fmt: skip
+    for value in (False, True):
+        error = app.post(CHAT, messages=USER, enable_thinking=value).json()["error"]
+        assert error["message"] == 'enable_thinking: not a field of wave64; put it into chat_template_kwargs: ' \
+                                   '{"enable_thinking": ...}'  # fmt: skip
 
 
 def test_numbers_and_switches_in_the_forms_that_clients_have(app, tokenizer):
@@ -109,6 +110,9 @@ def test_numbers_and_switches_in_the_forms_that_clients_have(app, tokenizer):
     assert app.post(COMPLETIONS, prompt="x", logprobs=False, seed=0, n=2).status_code == 200
     assert [request.params.seed for request in app.engine.requests[2:]] == [0, 1]
     assert app.post(COMPLETIONS, prompt="x", logprobs=False).json()["choices"][0]["logprobs"] is None
+    for given, temperature in ((1e-7, 0), (1e-3, 1e-3)):  # dividing by less would overflow
+        app.post(COMPLETIONS, prompt="x", temperature=given)
+        assert app.engine.requests[-1].params.temperature == temperature
     assert app.post(COMPLETIONS, prompt=[5.0, 6]).status_code == 200
     assert app.engine.requests[-1].input_ids == [5, 6]
     assert app.post(GENERATE, input_ids=[[5, 6.0]], top_logprobs_num=[1.0], return_logprob=[1]).status_code == 200

@@ -168,6 +168,27 @@ def test_readers_that_do_not_read(sturdy, count):
         client.close()
 
 
+LOG = """
+import logging
+from wave64.serve.logs import close_stdout, configure, say
+configure("info")
+say("ready")
+logging.getLogger("wave64").info("a request")
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("close_stdout()", 0), ("", 120)])
+def test_what_a_full_disk_does_not_take_fails_nothing(end, status):
+    """status: 120 is Python's own, for what it could not write at the end."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as sink:
+        ran = subprocess.run([sys.executable, "-c", LOG + end], stdout=sink, stderr=subprocess.PIPE, text=True,
+                             env=buffered)  # fmt: skip
+    assert ran.returncode == status, ran.stderr
+    assert "Logging error" not in ran.stderr
+
+
+@pytest.mark.long
 def test_a_log_on_a_full_disk_ends_nothing(model_folder):
     """What cannot be logged is lost; requests are answered."""
     port = free_port()
