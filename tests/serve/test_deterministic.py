@@ -13,7 +13,7 @@ from wave64.serve.messages import Request, SamplingParams
 
 VOCAB = 100
 FLAGS = dict(dtype="bfloat16", page_size=4, max_total_tokens=512, enable_deterministic_inference=True)
-CROWDED = dict(max_total_tokens=84, chunked_prefill_size=7, schedule_policy="lpm", enable_hierarchical_cache=True)
+CROWDED = dict(chunked_prefill_size=7, schedule_policy="lpm", enable_hierarchical_cache=True)
 
 
 def requests() -> list[Request]:
@@ -39,12 +39,13 @@ def test_alone_and_in_company(tmp_path, device, name, more):
     folder = name if name.startswith("demo") else str(tmp_path)
     flags = dict(model_path=folder, device=device) | FLAGS | more
     alone = Engine(ServerArgs(**flags | dict(disable_radix_cache=True)))
-    crowded = Engine(ServerArgs(**flags | CROWDED), overlap=True)
+    asked, pool = (requests(), 84) if name == "llama" else (requests()[:4], 60)  # a DeepSeek's token takes longer
+    crowded = Engine(ServerArgs(**flags | CROWDED | dict(max_total_tokens=pool)), overlap=True)
     want = {}
-    for each in requests():
+    for each in asked:
         want |= collect(alone, each)
-    together = collect(crowded, *requests())
-    again = collect(crowded, *reversed(requests()))  # with the answers' own pages in the cache
+    together = collect(crowded, *asked)
+    again = collect(crowded, *reversed(asked))  # with the answers' own pages in the cache
     statistics = crowded.statistics()
     assert statistics.preemptions > 0
     assert statistics.cached_tokens > 0

@@ -45,8 +45,10 @@ def loads_of(engine: Engine) -> list[tuple[int, int]]:
     return seen
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize(("name", "kv"), [("llama", "auto"), ("llama", "fp8_e4m3"), ("deepseek", "auto")])
+@pytest.mark.parametrize(("name", "kv", "overlap"), [
+    ("llama", "auto", True), ("llama", "fp8_e4m3", False), ("deepseek", "auto", True),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (
+        ("llama", "auto", False), ("llama", "fp8_e4m3", True), ("deepseek", "auto", False)))])
 def test_answers_are_those_without_it(folders, device, name, kv, overlap):
     """One after another, and many at once, with preemption."""
     flags = FLAGS | dict(model_path=str(folders[name]), device=device, kv_cache_dtype=kv)
