@@ -22,8 +22,7 @@ def make_latents(seq_lens: list[int], page_size: int, width: int, dtype: torch.d
     slots, taken = [], 0
     for i, (n, used) in enumerate(zip(seq_lens, pages, strict=True)):
         table[i, :used] = order[taken: taken + used]
-        positions = torch.arange(n)
-        own = order[taken + positions // page_size].long() * page_size + positions % page_size
+        own = (order[taken: taken + used, None].long() * page_size + torch.arange(page_size)).flatten()[:n]
         filled = own[:max(0, n - written)]
         pool[filled] = torch.randn(len(filled), width, dtype=dtype)
         new = torch.full((written,), -1)

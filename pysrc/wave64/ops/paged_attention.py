@@ -20,8 +20,7 @@ def make_cache(seq_lens: list[int], page_size: int, kv_heads: int, head_dim: int
     for i, (n, used) in enumerate(zip(seq_lens, pages, strict=True)):
         first = max(0, n - window) if window > 0 else 0
         table[i, first // page_size: used] = order[taken + first // page_size: taken + used]
-        positions = torch.arange(first, n)
-        slots = order[taken + positions // page_size].long() * page_size + positions % page_size
+        slots = (order[taken: taken + used, None].long() * page_size + torch.arange(page_size)).flatten()[first:n]
         pool[:, slots] = torch.randn(2, n - first, kv_heads, head_dim, dtype=dtype)
         taken += used
     key_cache, value_cache = pool.to(kv_dtype or dtype).unflatten(1, (-1, page_size))
