@@ -2,9 +2,8 @@
 //
 // The trick: weights go from memory straight into the registers that the matrix instructions read them from (matrix.h),
 // 16 rows to a block, whose waves split the columns in turn, so that a block reads its rows one piece after another.
-// Each weight is read once, with no barrier before the sums of the waves are added at the end. On sm_90 a block asks
-// for its weights before the launch before it has ended. Bound by memory: the weight, 16 bytes per lane and access,
-// several in flight.
+// Each weight is read once, with no barrier before the sums of the waves are added at the end. Bound by memory: the
+// weight, 16 bytes per lane and access, several in flight.
 #include "wave64/matrix.h"
 
 namespace wave64 {
@@ -37,7 +36,6 @@ constexpr int kPacks = 2;                              // of a row in a step, fo
 constexpr int kStep = kPacks * kParts * kPackNumbers;  // columns of a step
 constexpr int kOperands = kPackNumbers / kNumbers;     // in a pack
 constexpr int kInFlight = 3;                           // steps
-constexpr int kLineBytes = 128, kPrefetched = 4;       // lines that a lane asks for ahead
 
 template <typename T, int N>
 struct Columns {
@@ -98,17 +96,9 @@ struct Lines {
 template <typename T, int TILES>
 WAVE64_DEVICE void linear(const LinearArgs& args) {
     WAVE64_LDS static float lds[kWaves - 1][TILES * kHeads * kRows][kLanes];
-    allow_next_launch();
     const LanePosition lane = lane_position();
     const int wave = uniform(lane_in_block() / kLanes), first_row = block_id() * 16, columns = args.in_features;
     const auto row_of = [&](int row) { return row < args.out_features ? row : args.out_features - 1; };
-
-    const int lines = (columns * int(sizeof(T)) + kLineBytes - 1) / kLineBytes;  // of a row
-    for (int i = 0, item = lane_in_block(); i < kPrefetched && item < 16 * lines; i++, item += kWaves * kLanes) {
-        const int line = item / 16, row = row_of(first_row + item % 16);
-        prefetch(static_cast<const T*>(args.weight) + row * args.weight_stride + line * (kLineBytes / int(sizeof(T))));
-    }
-    wait_for_last_launch();
 
     Lines<T, kTiles> rows;
     Lines<T, TILES> tokens;
@@ -202,14 +192,12 @@ void linear(LinearArgs args, const Call& call) {
     call.expect_tensors({{"x", args.x}, {"weight", args.weight}, {"out", args.out}});
     call.expect(is_16_aligned({args.x, args.weight}, {args.x_stride * 2, args.weight_stride * 2}), "weight",
                 "rows of x and weight that begin at multiples of 16 bytes", "others");
-    call.launch_early(kKernels[args.dtype][args.num_tokens > tile], {ceil_div(args.out_features, 16)},
-                      kWaves * call.device.wave_size, args);
+    call.launch(kKernels[args.dtype][args.num_tokens > tile], {ceil_div(args.out_features, 16)},
+                kWaves * call.device.wave_size, args);
 }
 
-WAVE64_OP_AND_CONSTANTS(linear, LinearArgs,
-                        ({{"AMD_MAX_TOKENS", kTokenTiles * kAmdTileHeads},
-                          {"NVIDIA_MAX_TOKENS", kTokenTiles * kNvidiaTileHeads}}),
-                        x, weight, bias, out, x_stride, weight_stride, num_tokens, in_features, out_features, dtype)
+WAVE64_OP_AND_CONSTANTS(linear, LinearArgs, ({{"MAX_TOKENS", kTokenTiles * kAmdTileHeads}}), x, weight, bias, out,
+                        x_stride, weight_stride, num_tokens, in_features, out_features, dtype)
 
 }  // namespace
 }  // namespace wave64

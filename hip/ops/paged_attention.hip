@@ -130,8 +130,6 @@ WAVE64_DEVICE void store_finished(const PagedAttentionArgs& args, int64_t row, i
 
 template <typename T, typename Stored, int D>
 WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
-    allow_next_launch();
-    wait_for_last_launch();
     const int item = unsigned(block_id()) / unsigned(args.tiles), tile = block_id() - item * args.tiles;
     const int head_tile = unsigned(tile) / unsigned(args.num_kv_heads), kv_head = tile - head_tile * args.num_kv_heads;
     const int num_heads = args.group - kTileHeads * head_tile;
@@ -239,8 +237,6 @@ template <typename T>
 WAVE64_DEVICE void merge(const PagedAttentionArgs& args) {
     WAVE64_LDS static Array<float, 4> lds_acc[kMergeLanes];
     WAVE64_LDS static Array<float, 2> lds_stats[kMergeLanes];
-    allow_next_launch();
-    wait_for_last_launch();
     const int lanes = args.head_dim / 4, runs = unsigned(kMergeLanes) / unsigned(lanes);
     const int run = unsigned(lane_in_block()) / unsigned(lanes), lane = lane_in_block() - run * lanes;
     const auto store = [&](Merged& found, int64_t row, int head) {
@@ -363,12 +359,12 @@ void paged_attention(PagedAttentionArgs args, const Call& call) {
     call.expect(blocks <= kMaxInt && args.num_rows <= kMaxInt, "num_seqs", "fewer, or fewer heads", args.num_seqs);
     args.tiles = int32_t(tiles);
     args.step_entries = kWaves * kGroup / args.page_size, args.step_rows = kWaves * kGroup % args.page_size;
-    call.launch_early(kKernels[args.dtype][args.cache_dtype == kFp8][args.head_dim == 128], {blocks},
-                      kWaves * call.device.wave_size, args);
+    call.launch(kKernels[args.dtype][args.cache_dtype == kFp8][args.head_dim == 128], {blocks},
+                kWaves * call.device.wave_size, args);
     if (args.num_splits == 0) return;
     args.merge_grid = int32_t(std::min<int64_t>(ceil_div(args.num_rows, kMergeLanes * 4 / args.head_dim),
                                                 int64_t(call.device.compute_units) * kMergeBlocksPerUnit));
-    call.launch_early(kMergeKernels[args.dtype], {args.merge_grid}, kMergeLanes, args);
+    call.launch(kMergeKernels[args.dtype], {args.merge_grid}, kMergeLanes, args);
 }
 
 WAVE64_OP_AND_CONSTANTS(paged_attention, PagedAttentionArgs,

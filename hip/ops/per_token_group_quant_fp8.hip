@@ -42,8 +42,6 @@ namespace wave64 {
 // read twice.
 template <typename T, int N>
 WAVE64_DEVICE void per_token_group_quant_fp8(const PerTokenGroupQuantFp8Args& args) {
-    allow_next_launch();
-    wait_for_last_launch();
     const unsigned row = block_id(), in_row = unsigned(block_id_y()) * args.chunk;
     const uint64_t in_q = uint64_t(row) * unsigned(args.columns) + in_row;
     const int left_of_row = int(args.columns) - in_row;
@@ -150,7 +148,7 @@ void per_token_group_quant_fp8(PerTokenGroupQuantFp8Args args, const Call& call)
     args.row_groups = int32_t(ceil_div(args.columns, args.group_size));
     call.expect(rows * block <= UINT32_MAX, "num_tokens", "at most 2^32 lanes", rows * block);
     call.expect(chunks <= kMaxGridY, "columns", "at most 65535 blocks", chunks);
-    call.launch_early(kKernels[args.dtype].of(aligned), {rows, chunks}, block, args);
+    call.launch(kKernels[args.dtype].of(aligned), {rows, chunks}, block, args);
 }
 
 WAVE64_OP(per_token_group_quant_fp8, PerTokenGroupQuantFp8Args, x, q, scale, x_stride, num_tokens, columns, group_size,

@@ -81,8 +81,6 @@ WAVE64_DEVICE Pairs<T, N> rotate(const RotaryEmbeddingAndCacheArgs& args, T* hea
 
 template <typename T, typename Out, int N>
 WAVE64_DEVICE void rotary_embedding_and_cache(const RotaryEmbeddingAndCacheArgs& args) {
-    allow_next_launch();
-    wait_for_last_launch();
     int block = block_id();
     if (block < args.query_blocks) {
         const Item at(unsigned(block) * kLanesOfBlock + lane_in_block(), args.by_pair_packs, args.pair_packs,
@@ -176,9 +174,9 @@ void rotary_embedding_and_cache(RotaryEmbeddingAndCacheArgs args, const Call& ca
     args.query_blocks = int32_t(blocks(args.num_heads, args.pair_packs));
     args.key_blocks = int32_t(blocks(args.num_kv_heads, args.pair_packs));
     const CacheKernels& kernels = kKernels[args.dtype];
-    call.launch_early((args.cache_dtype == kFp8 ? kernels.to_fp8 : kernels.copy)[!aligned],
-                      {args.query_blocks + args.key_blocks + blocks(args.num_kv_heads, args.copy_packs)}, kLanesOfBlock,
-                      args);
+    call.launch((args.cache_dtype == kFp8 ? kernels.to_fp8 : kernels.copy)[!aligned],
+                {args.query_blocks + args.key_blocks + blocks(args.num_kv_heads, args.copy_packs)}, kLanesOfBlock,
+                args);
 }
 
 WAVE64_OP_AND_CONSTANTS(rotary_embedding_and_cache, RotaryEmbeddingAndCacheArgs, ({{"MAX_ROT_DIM", kMaxRotaryDim}}),

@@ -32,19 +32,6 @@ struct Recording {
 };
 thread_local std::optional<Recording> recording;
 
-// CUlaunchConfig with one attribute, as cuda.h lays them out.
-struct CudaAttribute {
-    int32_t id, padding;
-    int32_t value[16];
-};
-struct CudaLaunch {
-    uint32_t grid[3], block[3], lds_bytes;
-    void* stream;
-    const CudaAttribute* attributes;
-    uint32_t num_attributes;
-};
-constexpr int32_t kCudaProgrammaticSerialization = 6;
-
 struct Driver {
     const char* name;
     std::string library;  // its path
@@ -58,9 +45,8 @@ struct Driver {
     int (*exchange_capture_mode)(int* mode);
     int (*launch)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned lds,
                   void* stream, void** args, void** extra);
-    int (*launch_with)(const CudaLaunch* how, void* function, void** args, void** extra);  // CUDA
-    int (*properties)(void* properties, int device);                                       // HIP
-    int (*attribute)(int* value, int attribute, int device);                               // CUDA
+    int (*properties)(void* properties, int device);          // HIP
+    int (*attribute)(int* value, int attribute, int device);  // CUDA
     const char* (*hip_error)(int);
     int (*last_error)();  // HIP
     int (*cuda_error)(int, const char**);
@@ -127,7 +113,6 @@ int32_t use_library(Driver& driver, void* library, bool is_hip) {
          {"hipModuleGetFunction", "cuModuleGetFunction", &driver.function},
          {"hipThreadExchangeStreamCaptureMode", "cuThreadExchangeStreamCaptureMode", &driver.exchange_capture_mode},
          {"hipModuleLaunchKernel", "cuLaunchKernel", &driver.launch},
-         {"", "cuLaunchKernelEx", &driver.launch_with},
          {"hipGetDevicePropertiesR0600", "", &driver.properties},
          {"", "cuDeviceGetAttribute", &driver.attribute},
          {"hipGetErrorString", "", &driver.hip_error},
@@ -412,11 +397,6 @@ int32_t launch(const Launch& launch, const void* args, size_t args_size, void* s
     if (int32_t status = check(*opened, "asking for the current device", opened->current(&index))) return status;
     if (int32_t status = load_function(*opened, index, launch, function)) return status;
     void* parameters[] = {const_cast<void*>(args)};
-    if (launch.early) {
-        const CudaAttribute attribute = {kCudaProgrammaticSerialization, 0, {1}};
-        const CudaLaunch how = {{gx, gy, gz}, {bx, by, bz}, launch.lds_bytes, stream, &attribute, 1};
-        return check(*opened, launch.kernel, opened->launch_with(&how, function, parameters, nullptr));
-    }
     return check(*opened, launch.kernel,
                  opened->launch(function, gx, gy, gz, bx, by, bz, launch.lds_bytes, stream, parameters, nullptr));
 }

@@ -48,16 +48,6 @@ WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
 WAVE64_DEVICE int wave_max_of_rare(int x, int) { return wave_max(x); }
 #endif
 
-#if defined(__HIP__) || defined(WAVE64_CPU)
-// A launch begins when the one before it in its stream has ended; sm_90 begins one that is launched with launch_early
-// (host.h) as soon as all blocks of the one before have called allow_next_launch or ended. It then calls
-// wait_for_last_launch in every lane, before it reads or writes what another launch may; ahead of that it may prefetch,
-// which takes a line of 128 bytes to the L2 cache.
-WAVE64_DEVICE void allow_next_launch() {}
-WAVE64_DEVICE void wait_for_last_launch() {}
-WAVE64_DEVICE void prefetch(const void*) {}
-#endif
-
 template <int BYTES>
 struct BitsOf;
 template <>

@@ -44,8 +44,6 @@ WAVE64_DEVICE Pack<T, N> gated(const Pack<T, N>& gate, const Pack<T, N>& up) {
 
 template <typename T, int N, float F(float)>
 WAVE64_DEVICE void gated(const GatedArgs& args) {
-    allow_next_launch();
-    wait_for_last_launch();
     const LaneRows rows = lane_rows(args.partition);
     const T* x = static_cast<const T*>(args.x) + rows.pack * N;
     T* out = static_cast<T*>(args.out) + rows.pack * N;
@@ -91,7 +89,7 @@ inline void launch_gated(GatedArgs args, const Call& call, const KernelPairs& ke
     const int64_t bytes = element_bytes(args.dtype);
     const bool aligned = is_16_aligned({args.x, args.out}, {args.x_stride * bytes, args.d * bytes});
     launch_over_rows(call, kernels[args.dtype].of(aligned), args.num_tokens, aligned ? args.d * bytes / 16 : args.d,
-                     kGatedRows, args, true);
+                     kGatedRows, args);
 }
 
 }  // namespace wave64

@@ -35,8 +35,6 @@ struct Device {
     int lds_bytes;
 
     bool is_nvidia() const { return arch.rfind("sm_", 0) == 0; }
-    // Whether launches may begin before the launch before them has ended: from sm_90 on.
-    bool begins_early() const { return is_nvidia() && (arch.size() > 5 || arch >= "sm_90"); }
 };
 
 // The device launches go to: the recorded one inside a recording, else the runtime's current device.
@@ -48,7 +46,6 @@ struct Launch {
     uint32_t grid[3];    // blocks
     uint32_t block[3];   // lanes
     uint32_t lds_bytes;  // on top of what the kernel declares itself
-    bool early;          // may begin before the launch before it has ended: the kernel waits (device.h)
 };
 
 int32_t launch(const Launch& launch, const void* args, size_t args_size, void* stream);
@@ -110,18 +107,7 @@ public:
 
     template <typename Args>
     void launch(const char* kernel, Grid grid, int64_t lanes, const Args& args) const {
-        launch(kernel, grid, lanes, args, false);
-    }
-    // For a kernel that calls wait_for_last_launch (device.h) in every lane.
-    template <typename Args>
-    void launch_early(const char* kernel, Grid grid, int64_t lanes, const Args& args) const {
-        launch(kernel, grid, lanes, args, device.begins_early());
-    }
-
-private:
-    template <typename Args>
-    void launch(const char* kernel, Grid grid, int64_t lanes, const Args& args, bool early) const {
-        const Launch one = {op, kernel, {uint32_t(grid.x), uint32_t(grid.y), 1}, {uint32_t(lanes), 1, 1}, 0, early};
+        const Launch one = {op, kernel, {uint32_t(grid.x), uint32_t(grid.y), 1}, {uint32_t(lanes), 1, 1}, 0};
         if (int32_t status = wave64::launch(one, &args, sizeof args, stream)) throw Failed{status};
     }
 };

@@ -57,18 +57,6 @@ WAVE64_DEVICE Bits32 rounded_pair(float a, float b, fp16) {
 
 WAVE64_DEVICE void block_barrier() { __syncthreads(); }
 
-WAVE64_DEVICE void allow_next_launch() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-WAVE64_DEVICE void wait_for_last_launch() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-WAVE64_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
 WAVE64_DEVICE void wave_barrier() { __syncwarp(); }
 WAVE64_DEVICE int from_lane(int x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 WAVE64_DEVICE float from_lane(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
@@ -92,7 +80,7 @@ WAVE64_DEVICE void forget(Bits32& bits) { asm volatile("" : "+r"(bits)); }
 WAVE64_DEVICE void forget(Bits64& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y)); }
 WAVE64_DEVICE void forget(Bits128& bits) { asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w)); }
 
-WAVE64_DEVICE int load_uniform(const int32_t* at) { return *at; }  // not __ldg: it could pass wait_for_last_launch
+WAVE64_DEVICE int load_uniform(const int32_t* at) { return __ldg(at); }
 WAVE64_DEVICE void keep_order() { __syncwarp(); }  // which the assembler does not move loads of global memory across
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {

@@ -38,8 +38,6 @@ WAVE64_DEVICE Pack<T, N> scaled(const Pack<T, N>& x, const Pack<T, N>& weight, f
 //   store(i, y)   writes pack i of the result
 template <typename T, int N, int MAX_LANES, typename TokenRow, typename Args>
 WAVE64_DEVICE void normalize_rows(const Args& args) {
-    allow_next_launch();
-    wait_for_last_launch();
     WAVE64_LDS static float lds[2][MAX_LANES / 32];  // two, so that a row's sum may begin while the last one's is read
     const int num_packs = args.hidden / N, first = lane_in_block(), block = args.block;
     const float inverse_hidden = 1 / float(args.hidden);  // here, so that no row waits for a division
@@ -90,7 +88,7 @@ void launch_rms_rows(const Call& call, const char* kernel, int64_t num_packs, in
     constexpr int64_t kBlocksPerUnit = 32;  // fill a compute unit; a block of more tokens reads its weights once
     args.block = int32_t(std::min<int64_t>(round_up(ceil_div(num_packs, kRmsHeld), call.device.wave_size), max_lanes));
     args.grid = int32_t(std::min(args.num_tokens, call.device.compute_units * kBlocksPerUnit));
-    call.launch_early(kernel, {args.grid}, args.block, args);
+    call.launch(kernel, {args.grid}, args.block, args);
 }
 
 }  // namespace wave64

@@ -55,10 +55,9 @@ WAVE64_DEVICE LaneRows lane_rows(const RowPartition& partition) {
 namespace wave64 {
 
 // Launches a kernel over rows of which a lane holds up to `held` at a time, with the partition in `args`. num_rows and
-// packs are at least 1, and a row is at most 2^30 packs. early: the kernel waits for the launch before it (device.h).
+// packs are at least 1, and a row is at most 2^30 packs.
 template <typename Args>
-void launch_over_rows(const Call& call, const char* kernel, int64_t num_rows, int64_t packs, int held, Args& args,
-                      bool early = false) {
+void launch_over_rows(const Call& call, const char* kernel, int64_t num_rows, int64_t packs, int held, Args& args) {
     constexpr int64_t kRowLanes = 256, kBlockLanes = 512, kLanesThatFill = 1024;
     const int64_t units = call.device.compute_units, wave_size = call.device.wave_size;
     // Few rows: small blocks, on many compute units. Many: blocks that are nearly full, each lane with rows in flight.
@@ -71,10 +70,7 @@ void launch_over_rows(const Call& call, const char* kernel, int64_t num_rows, in
     grid = std::min(grid, kMaxGridY);
     args.partition = {int32_t(packs), int32_t(row_lanes), divider(uint32_t(row_lanes)), int32_t(block_rows),
                       int32_t(grid)};
-    if (early)
-        call.launch_early(kernel, {pieces, grid}, block, args);
-    else
-        call.launch(kernel, {pieces, grid}, block, args);
+    call.launch(kernel, {pieces, grid}, block, args);
 }
 
 }  // namespace wave64

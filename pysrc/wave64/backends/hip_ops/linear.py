@@ -9,13 +9,14 @@ CONSTANTS = constants("linear")
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     arch = platform.arch()
+    if arch and arch.vendor == "nvidia":  # measured on an H200: tests/bench/step_kernels.py products
+        return "is slower than torch's product on NVIDIA: 71 to 92 % of what reading alone reaches, torch's 83 to 94 %"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"multiplies bf16 and fp16, not {x.dtype}"
     if arch and arch.matrix is None:
         return f"knows no matrix instructions of {arch.name}"
-    max_tokens = CONSTANTS.NVIDIA_MAX_TOKENS if arch and arch.vendor == "nvidia" else CONSTANTS.AMD_MAX_TOKENS
-    if len(x) > max_tokens:
-        return f"serves {max_tokens} tokens at most"
+    if len(x) > CONSTANTS.MAX_TOKENS:
+        return f"serves {CONSTANTS.MAX_TOKENS} tokens at most"
     if x.shape[1] % 8 or any(tensor.data_ptr() % 16 or tensor.stride(0) % 8 for tensor in (x, weight)):
         return "reads 16 bytes at a time, and the rows do not begin or end at multiples of 16 bytes"
     return None
