@@ -12,7 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-MIN_CHUNK = 64  # prompts get on, however slow the device is
+# Prompts get on by at least so many tokens, however slow the device is. Chunks are multiples of it: kernels compute
+# whole tiles, and Triton compiles others for numbers that are no multiples of 16.
+MIN_CHUNK = 64
 GROWTH = 2.0  # at most so many times the chunk before: one step that was measured short is no reason for a long one
 SMOOTHING = 0.25  # weight of the newest step among those that only decode
 
@@ -52,4 +54,6 @@ class Pace:
         if seconds <= self._limit and 2 * prompt < self.chunk:
             return  # so few tokens are mostly launches, and say nothing of a chunk
         fitting = int(prompt * self._limit / seconds) if seconds > 0 else self._largest
+        if fitting < self._largest:
+            fitting = fitting // MIN_CHUNK * MIN_CHUNK
         self.chunk = max(MIN_CHUNK, min(fitting, int(GROWTH * self.chunk), self._largest))
