@@ -84,7 +84,7 @@ class ServerArgs:
                                              "pool of its own; all hold experts for all")  # fmt: skip
 
     mem_fraction_static: float | None = _flag(
-        None, "share of device memory for weights and KV pool, 0 to 1; default: by device", kind=float
+        None, "fraction of device memory for weights and KV pool, 0 to 1; default: by device", kind=float
     )
     max_total_tokens: int | None = _flag(None, "size of the KV pool; default: from --mem-fraction-static", kind=int)
     max_running_requests: int = _flag(256, "requests in one batch")

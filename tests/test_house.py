@@ -39,6 +39,7 @@ BROKEN = {
     "tests/serve/test_tools.py": ("def least_turn(): pass\n", "least_turn: say min"),
     "serve/node.py": ("first_place = 0\n", "first_place: say offset"),
     "tests/ops/test_sample.py": ("# two products are under way\n", "say in flight"),
+    "serve/engine/scheduler.py": ("# a page is dealt to a sequence\n", "say assign"),
     "pysrc/wave64/arch.py": ("fp8_fla" "vour = None\n", "American spelling"),
     "pysrc/wave64/op.py": ("import os\nx = os.environ['X']\n", "read the environment"),
     "serve/engine/engine.py": ("# TO" "DO: later\n", "without the number"),

@@ -94,7 +94,7 @@ WORDS = {
 #: Where names and prose have been read by the table of the design's section 7, and keep to it.
 READ = ("triton_ops/", "pysrc/wave64/ops/", "pysrc/wave64/backends/", "tests/ops/")
 #: Where prose alone has been read so.
-READ_PROSE = (*READ, "serve/http/", "tests/", "pysrc/wave64/testing/", "pysrc/wave64/arch.py")
+READ_PROSE = (*READ, "serve/", "tests/", "pysrc/wave64/", "tools/")
 #: Parts of names -> what to say. `at_most`, `in_place` and the like are other words.
 NAME_WORDS = {
     "turn": "rotate", "turned": "rotated", "share": "split, partition or fraction", "deal": "assign",

@@ -131,7 +131,7 @@ def number(rng: random.Random) -> int:
 
 
 def result(rng: random.Random) -> str:
-    """What a tool may say of the weather: a short text, to be told as it is."""
+    """What a tool may say of the weather: a short text, to be repeated as it is."""
     if rng.random() < 0.5:
         return f"{rng.randrange(-20, 41)} degrees, {rng.choice(SKIES)}"
     return " ".join(rng.choices([*WORDS, *SKIES, *map(str, range(100))], k=rng.randint(1, 5)))

@@ -102,7 +102,7 @@ LEAST_GAP = 1.0  # in logits, from the right token to the best other one
 
 class Balance:
     """Loads all experts alike without a loss for it: after each step the correction bias of an expert that got more
-    than its share of the tokens falls by BIAS_STEP, that of one that got less rises.   (DeepSeek-V3, section 2.1.2)"""
+    than its fraction of the tokens falls by BIAS_STEP, that of one that got less rises. (DeepSeek-V3, section 2.1.2)"""
 
     def __init__(self, model: PreTrainedModel):
         self.routers: dict[Any, Any] = {module: None for module in model.modules()

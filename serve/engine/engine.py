@@ -163,7 +163,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. One that cannot be served is answered by the next step(), with finish_reason "error".
 
-        Raises ValueError if a live request has the same rid: its answers could not be told apart.
+        Raises ValueError if a live request has the same rid: one could not tell which answers are whose.
         """
         if any(request.rid in live for live in (*self.schedulers, self.grammars)):
             raise ValueError(f"request {request.rid!r} is already there; every live request needs its own rid")

@@ -17,7 +17,7 @@ from wave64.serve.messages import Failed, encode
 
 
 def main() -> None:
-    """Run the engine until it is told to end, or its parent is gone."""
+    """Run the engine until a signal ends it, or its parent is gone."""
     dump_stacks_on_signal()
     settings = json.loads(sys.stdin.readline())
     args = ServerArgs(**settings["args"])

@@ -54,7 +54,7 @@ class Rank:
     def __init__(self, args: ServerArgs, rank: int = 0, local_rank: int = 0, store: Store | None = None,
                  say: Callable[[str, str], None] = lambda doing, device: None,
                  progress: Progress | None = None) -> None:  # fmt: skip
-        """local_rank: the number of its device on this host. store: where the ranks meet. say: is told what comes next,
+        """local_rank: the number of its device on this host. store: where the ranks meet. say: gets what comes next,
         and the device. progress: as for load_model."""
         folder = resolve_model_path(args.model_path, args.revision)
         self.device = _device(args.device, args.base_gpu_id + local_rank)

@@ -166,7 +166,7 @@ class Scheduler:
         self.waiting.append(seq)
 
     def abort(self, rid: str) -> Sequence | None:
-        """Forget a request at once; None if there is none of that name."""
+        """Forget a request at once; None if no live one has that name."""
         seq = self._live.get(rid)
         if seq is not None:
             seq.finish_reason = "abort"

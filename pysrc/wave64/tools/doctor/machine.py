@@ -50,7 +50,7 @@ class Machine:
     shm_bytes: int | None = None  # of /dev/shm
 
     def read(self, path: str) -> str | None:
-        """The text of a file without white space around it; None where there is none to be read."""
+        """The text of a file without white space around it; None where it cannot be read."""
         try:
             with open(self.root / path.lstrip("/"), "rb") as file:
                 return file.read(LIMIT).decode("utf-8", "replace").strip("\0 \t\r\n") or None
