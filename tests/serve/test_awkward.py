@@ -72,6 +72,7 @@ def alone(folder):
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "flags"), [
     (1, CROWDED[1]), *(pytest.param(seed, flags, marks=pytest.mark.long) for seed in (2, 3) for flags in CROWDED)])
 def test_every_answer_is_the_one_alone(folder, alone, seed, flags):

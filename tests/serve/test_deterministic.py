@@ -28,6 +28,7 @@ def requests() -> list[Request]:
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), [
     ("llama", {}), ("deepseek", {}), *(pytest.param(*case, marks=pytest.mark.long) for case in (
         ("llama", dict(kv_cache_dtype="fp8_e4m3")), ("demo-deepseek-fp8", dict(dtype="auto"))))])
