@@ -15,6 +15,7 @@ from wave64.serve.model.parallel import Ranks
 
 log = logging.getLogger("wave64")
 
+PATIENCE = 0.8  # of the time that a step may take: then a kernel that waits for a rank says for which
 TIMEOUT_S = 24 * 3600.0  # of a collective: rank 0 notices sooner which rank is to blame (team.py)
 
 
@@ -67,8 +68,9 @@ def _connect(args: ServerArgs, group: Group, device: torch.device) -> None:
             log.warning("group %s: --enable-mscclpp: MSCCL++ takes no part: %s", group.name, why)
     if args.disable_custom_all_reduce:
         peers.disconnect(group.name, why := "--disable-custom-all-reduce")
-    else:  # a rank that waits says for whom before its step has taken too long
-        why = peers.connect(group.name, device, min(peers.TIMEOUT_S, args.watchdog_timeout or peers.TIMEOUT_S))
+    else:
+        step_s = args.watchdog_timeout or peers.TIMEOUT_S
+        why = peers.connect(group.name, device, min(peers.TIMEOUT_S, PATIENCE * step_s))
     if why is not None and group.rank == 0:
         log.warning("group %s: torch.distributed exchanges its tensors: %s", group.name, why)
 

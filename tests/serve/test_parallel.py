@@ -366,6 +366,38 @@ def test_sums_are_quantized_on_request_where_kernels_serve(caplog, monkeypatch):
         distributed.leave()
 
 
+@pytest.mark.parametrize(("flags", "seconds"), [({}, 240), (dict(watchdog_timeout=5.0), 4), (dict(
+    watchdog_timeout=1000.0), 300)])
+def test_a_kernel_waits_less_long_than_its_step_may_take(monkeypatch, flags, seconds):
+    waits = []
+    monkeypatch.setattr(peers, "connect", lambda group, device, timeout_s: waits.append(timeout_s))
+    ranks._connect(ServerArgs("m", tp_size=2, **flags), Group("world", 0, 2), torch.device("cpu"))
+    assert waits == [seconds]
+
+
+def test_ranks_that_share_sequences_are_neighbors_and_those_of_the_same_heads_meet():
+    """Eight ranks in two groups and in four: each rank's place among those that attend together, and among those that
+    exchange tokens. KV heads that are fewer than ranks lie on neighbors."""
+    def places(groups: int) -> list[tuple[int, int, int, int]]:
+        args = ServerArgs("m", tp_size=8, dp_size=groups, enable_dp_attention=True)
+        return [(r.attention.rank, r.attention.size, r.data.rank, r.data.size)
+                for r in (ranks_of(args, rank) for rank in range(8))]
+
+    assert places(2) == [(rank % 4, 4, rank // 4, 2) for rank in range(8)]
+    assert places(4) == [(rank % 2, 2, rank // 2, 4) for rank in range(8)]
+    split = [ranks_of(ServerArgs("m", tp_size=8), rank) for rank in range(8)]
+    assert [(each.kv_heads(2).begin, each.kv_heads(2).size) for each in split] == [(rank // 4, 1) for rank in range(8)]
+    assert [(each.query_heads(16).begin, each.query_heads(16).size) for each in split] == [
+        (2 * rank, 2) for rank in range(8)]
+
+
+def test_the_smallest_of_all_ranks_values_is_every_ranks(monkeypatch):
+    monkeypatch.setattr(distributed, "all_gather", lambda x, group: torch.tensor([7, int(x), 9]))
+    world = Group("world", 1, 3)
+    assert [ranks.smallest(value, Ranks(world, world), torch.device("cpu")) for value in (5, 8)] == [5, 7]
+    assert ranks.smallest(5, Ranks(), torch.device("cpu")) == 5
+
+
 def test_groups_that_kernels_are_not_for_are_refused_in_words():
     for size, said in ((1, "a group of 1 ranks"), (9, "a group of 9 ranks")):
         group = distributed.register(Group("odd", 0, size))
