@@ -376,15 +376,15 @@ def test_a_kernel_waits_less_long_than_its_step_may_take(monkeypatch, flags, sec
 
 
 def test_ranks_that_share_sequences_are_neighbors_and_those_of_the_same_heads_meet():
-    """Eight ranks in two groups and in four: each rank's place among those that attend together, and among those that
+    """Eight ranks in two groups and in four: its rank among those that attend together, and among those that
     exchange tokens. KV heads that are fewer than ranks lie on neighbors."""
-    def places(groups: int) -> list[tuple[int, int, int, int]]:
+    def standing(groups: int) -> list[tuple[int, int, int, int]]:
         args = ServerArgs("m", tp_size=8, dp_size=groups, enable_dp_attention=True)
         return [(r.attention.rank, r.attention.size, r.data.rank, r.data.size)
                 for r in (ranks_of(args, rank) for rank in range(8))]
 
-    assert places(2) == [(rank % 4, 4, rank // 4, 2) for rank in range(8)]
-    assert places(4) == [(rank % 2, 2, rank // 2, 4) for rank in range(8)]
+    assert standing(2) == [(rank % 4, 4, rank // 4, 2) for rank in range(8)]
+    assert standing(4) == [(rank % 2, 2, rank // 2, 4) for rank in range(8)]
     split = [ranks_of(ServerArgs("m", tp_size=8), rank) for rank in range(8)]
     assert [(each.kv_heads(2).begin, each.kv_heads(2).size) for each in split] == [(rank // 4, 1) for rank in range(8)]
     assert [(each.query_heads(16).begin, each.query_heads(16).size) for each in split] == [
