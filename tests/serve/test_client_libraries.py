@@ -11,10 +11,13 @@ import math
 import os
 import subprocess
 import sys
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import httpx
 import pytest
+
+from wave64.serve.model_path import BUILT_IN
 
 TOOL = {"type": "function", "function": {"name": "look_up", "description": "Looks up a word.", "parameters": {
     "type": "object", "additionalProperties": False, "required": ["word"],
@@ -22,8 +25,7 @@ TOOL = {"type": "function", "function": {"name": "look_up", "description": "Look
 
 
 def litellm(url: str) -> None:
-    import litellm
-
+    litellm: Any = import_module("litellm")
     user = [{"role": "user", "content": "Four score"}]
     how = {"model": "openai/tiny", "api_base": f"{url}/v1", "api_key": "none", "temperature": 0}
     whole = litellm.completion(messages=user, max_tokens=6, **how)
@@ -48,10 +50,8 @@ def litellm(url: str) -> None:
 
 def lm_eval(url: str) -> None:
     """Likelihoods of continuations that the model knows and does not, next to those of our own requests."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
-    from wave64.serve.model_path import BUILT_IN
+    Instance: Any = import_module("lm_eval.api.instance").Instance
+    LocalCompletionsAPI: Any = import_module("lm_eval.models.openai_completions").LocalCompletionsAPI
 
     def ask(path: str, **body) -> dict:
         return httpx.post(url + path, json=body, timeout=60).json()
@@ -76,8 +76,9 @@ def lm_eval(url: str) -> None:
 
 def agents(url: str) -> None:
     """An agent that has to look something up calls the function, then says what the model goes on with."""
-    import agents
     import openai
+
+    agents: Any = import_module("agents")
 
     seen = []
 

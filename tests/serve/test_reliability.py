@@ -65,9 +65,15 @@ def left_behind(server: Server) -> dict[str, int]:
     return found
 
 
-def answers_as_ever(server: Server) -> None:
+@pytest.fixture(scope="module")
+def quiet(sturdy):
+    """prompt -> what it is answered when nothing else happens."""
+    return {prompt: sturdy.complete(prompt=prompt)["choices"][0]["text"] for prompt in PROMPTS}
+
+
+def answers_as_ever(server: Server, quiet: dict[str, str]) -> None:
     for prompt in PROMPTS[:2]:
-        assert server.complete(prompt=prompt)["choices"][0]["text"] == server.quiet[prompt]
+        assert server.complete(prompt=prompt)["choices"][0]["text"] == quiet[prompt]
 
 
 @pytest.fixture(autouse=True)
@@ -76,23 +82,21 @@ def _clean(request):
     if "sturdy" not in request.fixturenames:
         yield
         return
-    server = request.getfixturevalue("sturdy")
-    if not hasattr(server, "quiet"):
-        server.quiet = {prompt: server.complete(prompt=prompt)["choices"][0]["text"] for prompt in PROMPTS}
+    server, quiet = map(request.getfixturevalue, ("sturdy", "quiet"))
     before = left_behind(server)
     yield
-    answers_as_ever(server)
+    answers_as_ever(server, quiet)
     assert eventually(lambda: all(count <= before[name] + 1 for name, count in left_behind(server).items())), before
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.long)])
-def test_of_four_times_as_many_as_the_queue_holds_each_is_answered_or_told_to_come_again(sturdy, rounds):
+def test_of_four_times_as_many_as_the_queue_holds_each_is_answered_or_told_to_come_again(sturdy, quiet, rounds):
     """And those that are answered get the tokens of a quiet server."""
     def ask(i: int) -> int:
         answer = httpx.post(f"{sturdy.url}{COMPLETIONS}", timeout=120, json={
             "prompt": PROMPTS[i % 4], "max_tokens": 24, "temperature": 0})  # fmt: skip
         if answer.status_code == 200:
-            assert answer.json()["choices"][0]["text"] == sturdy.quiet[PROMPTS[i % 4]]
+            assert answer.json()["choices"][0]["text"] == quiet[PROMPTS[i % 4]]
         else:
             assert answer.headers["retry-after"]
         return answer.status_code
@@ -106,14 +110,14 @@ def test_of_four_times_as_many_as_the_queue_holds_each_is_answered_or_told_to_co
 
 @pytest.mark.parametrize("seconds", [0.5, pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize("who", ["engine", "api"])
-def test_a_process_that_stands_still_for_a_while_goes_on(sturdy, who, seconds):
+def test_a_process_that_stands_still_for_a_while_goes_on(sturdy, quiet, who, seconds):
     pid = sturdy.engine_pid if who == "engine" else sturdy.process.pid
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(sturdy.complete, prompt=PROMPTS[0])
         os.kill(pid, signal.SIGSTOP)
         time.sleep(seconds)
         os.kill(pid, signal.SIGCONT)
-        assert answer.result()["choices"][0]["text"] == sturdy.quiet[PROMPTS[0]]
+        assert answer.result()["choices"][0]["text"] == quiet[PROMPTS[0]]
 
 
 def raw(body: dict) -> bytes:
@@ -155,7 +159,7 @@ def test_random_bytes_on_the_socket(sturdy):
 
 
 @pytest.mark.parametrize("count", [RUNNING + QUEUED, pytest.param(100, marks=pytest.mark.long)])
-def test_readers_that_do_not_read(sturdy, count):
+def test_readers_that_do_not_read(sturdy, quiet, count):
     """Others are served meanwhile; when the readers leave, what was made for them is gone."""
     clients = [connected(sturdy) for _ in range(count)]
     for client in clients:
@@ -163,7 +167,7 @@ def test_readers_that_do_not_read(sturdy, count):
         client.sendall(raw(BODY | {"stream": True, "logprobs": 5, "max_tokens": 200}))
     assert eventually(lambda: sturdy.running > 0)
     assert eventually(lambda: sturdy.running == 0, 120), "the engine does not wait for readers"
-    answers_as_ever(sturdy)
+    answers_as_ever(sturdy, quiet)
     for client in clients:
         client.close()
 
