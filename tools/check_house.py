@@ -6,6 +6,7 @@ function from a path (relative, with /) and its text to messages; the rule it ho
 """
 
 import ast
+import functools
 import io
 import re
 import subprocess
@@ -126,6 +127,9 @@ ENVIRONMENT_READERS = ("pysrc/wave64/backends/__init__.py", "pysrc/wave64/backen
                        "serve/engine/rank.py", "serve/node.py", "tests/", "setup_rocm.py")
 
 
+parsed = functools.lru_cache(maxsize=1)(ast.parse)  # several checks in turn look at one file
+
+
 def length(path: str, text: str) -> Iterator[str]:
     """No file over 500 lines."""
     lines = text.count("\n")
@@ -137,7 +141,7 @@ def init_lists(path: str, text: str) -> Iterator[str]:
     """An `__init__` has a docstring, imports and assignments of literals or names, nothing else."""
     if not path.endswith("__init__.py") or path in INIT_WITH_CODE:
         return
-    for node in ast.parse(text).body:
+    for node in parsed(text).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         names_only = isinstance(node, ast.Assign) and not any(isinstance(n, ast.Call) for n in ast.walk(node.value))
         if not (docstring or names_only or isinstance(node, ast.Import | ast.ImportFrom)):
@@ -145,7 +149,7 @@ def init_lists(path: str, text: str) -> Iterator[str]:
 
 
 def imported(text: str) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -183,7 +187,7 @@ def few_parameters(path: str, text: str) -> Iterator[str]:
     unless it has the signature of an operator. Beyond that: a struct, or a second file."""
     if not path.startswith(("triton_ops/", "serve/")) or not path.endswith(".py"):
         return
-    for function in ast.walk(ast.parse(text)):
+    for function in ast.walk(parsed(text)):
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         decorators = " ".join(map(ast.unparse, function.decorator_list))
@@ -219,7 +223,8 @@ def vocabulary(path: str, text: str) -> Iterator[str]:
         words[r"(?i)\b(warps?|smem)\b"] = "wave, or lds"
     if path.startswith("tests/"):
         del words[r"\b[Nn]obody\b"]  # names of those who are not there
-    for i, line in enumerate(text.splitlines(), 1):
+    words = {pattern: better for pattern, better in words.items() if re.search(pattern, text)}
+    for i, line in enumerate(text.splitlines() if words else (), 1):
         for pattern, better in words.items():
             if word := re.search(pattern, line):
                 yield f"line {i}: {word[0]}: say {better}"
@@ -232,13 +237,18 @@ def names_by_the_table(path: str, text: str) -> Iterator[str]:
     words = NAME_WORDS if path.startswith(READ) else {}
     if not words and path.startswith(READ_WITH_OTHER_SENSES) and path not in USES_PLACE:
         words = {word: better for word, better in NAME_WORDS.items() if word not in OTHER_SENSES}
+    words = {word: better for word, better in words.items() if word in text.lower()}
+    prose = {pattern: better for pattern, better in PROSE.items()
+             if path.startswith(READ_PROSE) and re.search(pattern, text)}
+    if not words and not prose:
+        return
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.NAME:
             for part in COMPOUNDS.sub("", token.string.lower()).split("_"):
                 if part in words:
                     yield f"line {token.start[0]}: {token.string}: say {words[part]}"
-        elif token.type in (tokenize.COMMENT, tokenize.STRING) and path.startswith(READ_PROSE):
-            for pattern, better in PROSE.items():
+        elif token.type in (tokenize.COMMENT, tokenize.STRING):
+            for pattern, better in prose.items():
                 if word := re.search(pattern, token.string):
                     yield f"line {token.start[0]}: {word[0]}: say {better}"
 
@@ -248,7 +258,7 @@ def one_return(path: str, text: str) -> Iterator[str]:
     condition is compiled all the same, and must give the same types, which only some configurations show."""
     if not path.startswith("triton_ops/") or not path.endswith(".py"):
         return
-    for function in ast.walk(ast.parse(text)):
+    for function in ast.walk(parsed(text)):
         if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in function.decorator_list):
             returns = sum(isinstance(node, ast.Return) and node.value is not None for node in ast.walk(function))
             if returns > 1:
