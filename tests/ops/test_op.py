@@ -37,10 +37,11 @@ def test_one_stem(request):
         p.stem for p in (root / "triton_ops").glob("*.py")}
 
 
-def test_every_operator_but_collectives_has_a_triton_kernel():
+def test_every_operator_but_collectives_and_linear_has_a_triton_kernel():
+    """What hip's linear declines is torch's product, the reference."""
     collectives = [op.name for op in OPS.values() if "group" in op.signature.parameters]
     assert sorted(collectives) == ["all_gather", "all_reduce", "fused_all_reduce_rms_norm", "reduce_scatter"]
-    assert [op.name for op in OPS.values() if "triton" not in op.backends] == collectives
+    assert sorted(op.name for op in OPS.values() if "triton" not in op.backends) == sorted([*collectives, "linear"])
 
 
 def test_torch_ops_serve_the_same_call(x):
