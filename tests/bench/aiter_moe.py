@@ -103,7 +103,7 @@ def moe(arch: str, small: bool) -> Iterator[Work]:
         make = functools.partial(our_moe, tokens, experts, 1, hidden, inter, scales="block", block_shape=[BLOCK] * 2)
         what = f"FP8 experts' gate and up, {tokens} tokens, {experts} experts, {hidden} to 2 x {inter}"
         yield Work("moe", what, name, functools.partial(_stage1, arch, tokens, hidden, inter, experts), 3.2e-2,
-                   Ours("fused_moe", make, "fused_moe_up"), "AITER's result is of FP8, ours of bf16")
+                   Ours("fused_moe", make, "_up_"), "AITER's result is of FP8, ours of bf16")
         one = "fmoe/silu/fmoe_bf16_blockscaleFp8_g1u1_vs_silu_1tg_32x256.co"
         yield Work("moe", what.replace("gate and up", "all"), f"{arch}/{one}",
                    functools.partial(_whole, arch, tokens, hidden, inter, experts), 5e-2, Ours("fused_moe", make))
