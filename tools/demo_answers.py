@@ -231,11 +231,8 @@ def conversation(rng: random.Random) -> tuple[str, str, str]:
 
 
 def example(rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """(ids, labels) of one conversation; labels are -100, not asked, on all but the answer. What a grammar makes the
-    model write is asked of it now and then: so it comes second to what it would write by itself."""
+    """(ids, labels) of one conversation; labels are -100, not asked, on all but the answer."""
     prompt, begun, answer = conversation(rng)
-    if rng.random() < 0.1:
-        begun, answer = "", begun + answer
     head, tail = encode(prompt) + encode(begun), encode(answer + EOS)
     return head + tail, [-100] * len(head) + tail
 
