@@ -11,10 +11,11 @@ struct AllGatherArgs {
     Addresses arenas;  // of all ranks, as this process maps them
     int32_t rank;
     int32_t world;
-    int64_t status;   // address of 64 bytes of host memory: where a wait that times out says so; see RankBlock
-    int64_t timeout;  // of a wait, in ticks of the device's steady clock; 0: none
-    const void* x;    // [count]
-    void* out;        // [world, count]
+    int64_t status;      // address of 64 bytes of host memory: where a wait that times out says so; see RankBlock
+    int64_t timeout;     // of a wait, in ticks of the device's steady clock; 0: none
+    int32_t max_blocks;  // of a launch; the same on all ranks
+    const void* x;       // [count]
+    void* out;           // [world, count]
     int64_t count;
     // set by the launcher
     Addresses peers;  // arenas, from this rank's own on
@@ -97,7 +98,7 @@ void all_gather(AllGatherArgs args, const Call& call) {
 }
 
 WAVE64_OP_AND_CONSTANTS(all_gather, AllGatherArgs, ({{"MAX_BYTES", kMaxBytes}, {"LL_BYTES", kLowLatencyBytes}}), arenas,
-                        rank, world, status, timeout, x, out, count)
+                        rank, world, status, timeout, max_blocks, x, out, count)
 
 }  // namespace
 }  // namespace wave64

@@ -13,10 +13,11 @@ struct AllReduceArgs {
     Addresses arenas;  // of all ranks, as this process maps them
     int32_t rank;
     int32_t world;
-    int64_t status;   // address of 64 bytes of host memory: where a wait that times out says so; see RankBlock
-    int64_t timeout;  // of a wait, in ticks of the device's steady clock; 0: none
-    const void* x;    // [count]
-    void* out;        // [count]
+    int64_t status;      // address of 64 bytes of host memory: where a wait that times out says so; see RankBlock
+    int64_t timeout;     // of a wait, in ticks of the device's steady clock; 0: none
+    int32_t max_blocks;  // of a launch; the same on all ranks
+    const void* x;       // [count]
+    void* out;           // [count]
     int64_t count;
     Dtype dtype;       // of x and out
     int32_t protocol;  // a Protocol
@@ -137,7 +138,7 @@ WAVE64_DEVICE void all_reduce_two_shot(const AllReduceArgs& args) {
     }
 }
 
-#if WAVE64_HAS_CODED
+#if WAVE64_EXCHANGES
 // The same with blocks of codes, of which a lane has `lines` for each rank. What a rank sends itself, too, is stored:
 // all ranks' codes count alike, and no more than one block is in registers.
 template <int WORLD, typename Codes>
@@ -220,7 +221,7 @@ WAVE64_RANK_KERNELS(all_reduce_ll, AllReduceArgs)
 WAVE64_RANK_KERNELS(all_reduce_ll128, AllReduceArgs)
 WAVE64_RANK_KERNELS(all_reduce_one_shot, AllReduceArgs)
 WAVE64_RANK_KERNELS(all_reduce_two_shot, AllReduceArgs)
-#if WAVE64_HAS_CODED
+#if WAVE64_EXCHANGES
 WAVE64_RANK_KERNELS_OF(all_reduce_two_shot_fp8, AllReduceArgs, wave64::kCodedLanes)
 WAVE64_RANK_KERNELS_OF(all_reduce_two_shot_int8, AllReduceArgs, wave64::kCodedLanes)
 WAVE64_RANK_KERNELS_OF(all_reduce_two_shot_int4, AllReduceArgs, wave64::kCodedLanes)
@@ -262,7 +263,7 @@ void all_reduce(AllReduceArgs args, const Call& call) {
 
 WAVE64_OP_AND_CONSTANTS(all_reduce, AllReduceArgs,
                         ({WAVE64_RANK_CONSTANTS, {"MAX_BYTES", kMaxBytes}, {"CODED_LANES", kCodedLanes}}), arenas, rank,
-                        world, status, timeout, x, out, count, dtype, protocol)
+                        world, status, timeout, max_blocks, x, out, count, dtype, protocol)
 
 }  // namespace
 }  // namespace wave64

@@ -12,10 +12,11 @@ struct ReduceScatterArgs {
     Addresses arenas;  // of all ranks, as this process maps them
     int32_t rank;
     int32_t world;
-    int64_t status;   // address of 64 bytes of host memory: where a wait that times out says so; see RankBlock
-    int64_t timeout;  // of a wait, in ticks of the device's steady clock; 0: none
-    const void* x;    // [world, count]
-    void* out;        // [count]
+    int64_t status;      // address of 64 bytes of host memory: where a wait that times out says so; see RankBlock
+    int64_t timeout;     // of a wait, in ticks of the device's steady clock; 0: none
+    int32_t max_blocks;  // of a launch; the same on all ranks
+    const void* x;       // [world, count]
+    void* out;           // [count]
     int64_t count;
     Dtype dtype;  // of x and out
     // set by the launcher
@@ -100,7 +101,7 @@ void reduce_scatter(ReduceScatterArgs args, const Call& call) {
 }
 
 WAVE64_OP_AND_CONSTANTS(reduce_scatter, ReduceScatterArgs, ({{"MAX_BYTES", kMaxBytes}, {"LL_BYTES", kLowLatencyBytes}}),
-                        arenas, rank, world, status, timeout, x, out, count, dtype)
+                        arenas, rank, world, status, timeout, max_blocks, x, out, count, dtype)
 
 }  // namespace
 }  // namespace wave64

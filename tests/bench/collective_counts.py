@@ -2,28 +2,69 @@
 next to each other; then the first rank's again, alone, over what the others have left in its arena, so that it waits
 for none.
 
-    python tests/bench/collective_counts.py [--world 8] [--bytes 8192] [--arch gfx942]
+    python tests/bench/collective_counts.py [--world 8] [--bytes 8192] [--arch gfx942] [--peers FILE.co]
+
+--peers: a code object with SGLang's or vLLM's cross_device_reduce_1stage and _2stage for 8 ranks and bf16, in the form
+that pulls, with signals per block that grow; its rows then follow. They have no flags to wait for either: those of all
+ranks are set beforehand.
 """
 
 import argparse
+import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gfx942"))
 from collectives import AllReduce, Arenas, layout, run  # noqa: E402
 
-from wave64.testing.emulator import Buffer, execute  # noqa: E402
+from wave64.testing.emulator import Buffer, Counts, code_object, execute  # noqa: E402
 
 PROTOCOLS = ("LL", "LL128", "one shot", "two shots")
+RANKS = 8  # of peers' kernels
 BYTES = {"dwordx4": 16, "dword": 4, "short": 2, "ushort": 2}
 
 
 def moved(by_name: dict[str, int], kind: str) -> int:
     """Bytes that loads or stores of all lanes ask for; a flag is one lane's."""
-    return sum(count * (4 if name == "buffer_store_dword" else 64 * BYTES[name.rpartition("_")[2]])
-               for name, count in by_name.items() if name.startswith(f"buffer_{kind}_"))
+    return sum(count * (4 if name.endswith("store_dword") else 64 * BYTES[name.rpartition("_")[2]])
+               for name, count in by_name.items() if name.startswith((f"buffer_{kind}_", f"global_{kind}_")))
+
+
+SIGNALS = 2 * 64 * 8 * 4 + 64 * 4  # bytes: flags at the start and at the end by block and rank, counters by block
+THREADS, MAX_BLOCKS = 512, 16      # as they are launched on AMD
+
+
+def of_a_peer(path: Path, kernel: str, count: int) -> tuple[SimpleNamespace, Counts]:
+    """The launch of rank 0, and what it executed; the sums are held to fp64's."""
+    packs = count // 8
+    x = [each.contiguous() for each in torch.randn(RANKS, count).bfloat16()]
+    out = torch.empty(RANKS, count, dtype=torch.bfloat16)
+    signals = torch.zeros(RANKS, SIGNALS + count * 2 + 128, dtype=torch.uint8)
+    at = [-(-row.data_ptr() // 128) * 128 for row in signals]
+    pointers = torch.tensor([each.data_ptr() for each in x])
+    flags = [each[first - each.data_ptr():][:SIGNALS - 256].view(torch.int32)
+             for each, first in zip(signals, at, strict=True)]
+    buffers = [Buffer(name, each.data_ptr(), each.nbytes) for name, each in
+               (("out", out), ("signals", signals), ("pointers", pointers),
+                *((f"x of rank {rank}", each) for rank, each in enumerate(x)))]
+    blocks = min(MAX_BLOCKS, -(-packs // THREADS))
+    for _ in range(2):  # the second finds what the first has left
+        for rank in reversed(range(RANKS)):
+            flags[rank].fill_(1 << 30)
+            args = struct.pack("<Q8QQQii", pointers.data_ptr(), *at, at[rank], out[rank].data_ptr(), rank, packs)
+            launch = SimpleNamespace(op=None, kernel=kernel, code_object=str(path), lds_bytes=0, grid=(blocks, 1, 1),
+                                     block=(THREADS, 1, 1), tensors={}, args=args)
+            ran = execute(launch, buffers, checks=(), seconds=60)
+    torch.testing.assert_close(out.double(), sum(each.double() for each in x).expand(RANKS, -1), rtol=2**-8, atol=2**-6)
+    return launch, ran
+
+
+def row(name: str, launch, ran: Counts) -> str:
+    figures = (ran.instructions, ran.instructions // ran.waves, moved(ran.by_name, "load"), moved(ran.by_name, "store"))
+    return f"| {name} | {launch.grid[0]} x {launch.block[0] // 64} | " + " | ".join(f"{n:,}" for n in figures) + " |"
 
 
 def main() -> None:
@@ -31,6 +72,7 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=8)
     parser.add_argument("--bytes", type=int, default=8192)
     parser.add_argument("--arch", default="gfx942")
+    parser.add_argument("--peers", type=Path)
     options = parser.parse_args()
     print("| protocol | blocks x waves | instructions | a wave | bytes loaded | bytes stored |")
     print("|---|---|---:|---:|---:|---:|")
@@ -47,10 +89,11 @@ def main() -> None:
         buffers += [Buffer(field, x.data_ptr(), x.nbytes) for field, x in call.tensors(0).items()]
         ran = execute(launch, buffers, checks=())
         call.verify()
-        figures = (ran.instructions, ran.instructions // ran.waves, moved(ran.by_name, "load"),
-                   moved(ran.by_name, "store"))
-        print(f"| {name} | {launch.grid[0]} x {launch.block[0] // 64} | " +
-              " | ".join(f"{figure:,}" for figure in figures) + " |", flush=True)
+        print(row(name, launch, ran), flush=True)
+    if options.peers:
+        for kernel in code_object.load(options.peers.read_bytes()).kernels:
+            if "cross_device_reduce_" in kernel:
+                print(row(kernel, *of_a_peer(options.peers, kernel, options.bytes // 2)), flush=True)
 
 
 if __name__ == "__main__":

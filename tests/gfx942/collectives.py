@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wave64 import quant
 from wave64.backends import hip, peers
+from wave64.ops.per_token_group_quant_fp8 import grouped
 from wave64.testing.emulator import Buffer, Counts, Place, execute, execute_together
 
 LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
@@ -31,7 +32,7 @@ class Arenas:
     """Memory of each rank that all of them map, zeros at first; what a test does not touch costs nothing."""
 
     def __init__(self, world: int, uncached: bool = True, timeout: int = 0):
-        self.world, self.uncached, self.timeout = world, uncached, timeout
+        self.world, self.uncached, self.timeout, self.max_blocks = world, uncached, timeout, layout().BLOCKS
         self.records = np.zeros((world, 16), np.int32)
         self.memory = [np.zeros(layout().ARENA_BYTES + 4096, np.uint8) for _ in range(world)]
         self.addresses = tuple(-(-memory.ctypes.data // 4096) * 4096 for memory in self.memory)
@@ -81,7 +82,8 @@ class Call:
     def launches(self, arch: str, rank: int, arenas: Arenas) -> list:
         with hip.record(arch) as launches:
             hip.launch(self.op, arenas=arenas.addresses, rank=rank, world=arenas.world, status=arenas.status(rank),
-                       timeout=arenas.timeout, **self.given[rank], out=self.out[rank], **self.scalars)
+                       timeout=arenas.timeout, max_blocks=arenas.max_blocks, **self.given[rank], out=self.out[rank],
+                       **self.scalars)
         return launches
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
@@ -212,6 +214,31 @@ class FusedNorm(Call):
         assert ((self.out[0].double() - exact).abs() <= bound).all()
 
 
+class FusedNormQuant(Call):
+    """The bits of the norm alone, as `norm` has them, quantized."""
+
+    norm: FusedNorm
+
+    @classmethod
+    def drawn(cls, world, count, dtype, protocol, seed, offset=0) -> "FusedNormQuant":
+        norm = FusedNorm.drawn(world, count, dtype, protocol, seed, offset)
+        again = FusedNorm.drawn(world, count, dtype, protocol, seed, offset)
+        shape, size = norm.out[0].shape, 32
+        given = [{**each, "scale": torch.full((shape[0], shape[1] // size), torch.nan)} for each in again.given]
+        made = cls("fused_all_reduce_rms_norm_quant_fp8", given,
+                   [torch.full(shape, 0x7F, dtype=torch.uint8) for _ in range(world)],
+                   norm.scalars | {"group_size": size})
+        made.norm = norm
+        return made
+
+    def verify(self) -> None:
+        self.norm.verify()
+        q, scale = grouped(self.norm.out[0].float(), self.scalars["group_size"])
+        self.same_bits(self.out, [q.view(torch.uint8)] * len(self.out))
+        self.same_bits([each["scale"] for each in self.given], [scale] * len(self.out))
+        self.same_bits([each["residual"] for each in self.given], [self.norm.expected] * len(self.out))
+
+
 def _aligned(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
     """In a storage of its own."""
     count = math.prod(shape)
@@ -282,17 +309,22 @@ def run(calls: Sequence[Call], arch: str, seed: int, arenas: Arenas | None = Non
 
 
 def one_by_one(call: Call, arch: str, shots: int, **options) -> Counts:
-    """The call with each rank's launch by itself, which is quick: peers' flags are set before, so that none waits. A
-    pass for each shot leaves what the next one needs in the arenas; the last one's outputs stay."""
-    counts, arenas, at = Counts(), Arenas(len(call.out)), layout()
-    buffers = [Buffer(f"arena {rank}", base, at.ARENA_BYTES) for rank, base in enumerate(arenas.addresses)]
+    """The call with each rank's launch by itself, which is quick: peers' flags are set before, so that none waits, and
+    tags are waited for for a moment. A pass for each shot leaves what the next one needs in the arenas; the last one's
+    outputs stay."""
+    counts, arenas, at = Counts(), Arenas(len(call.out), timeout=1), layout()
+    buffers = [Buffer("status records", arenas.records.ctypes.data, arenas.records.nbytes)]
+    buffers += [Buffer(f"arena {rank}", base, at.ARENA_BYTES) for rank, base in enumerate(arenas.addresses)]
     words = [memory[base - memory.ctypes.data:][:at.LL_AT].view(np.int32)
              for memory, base in zip(arenas.memory, arenas.addresses, strict=True)]
     for own in words:
         own[at.FLAGS_AT // 4:] = 1 << 30  # rounds ahead
+    before = [{name: x.clone() for name, x in given.items()} for given in call.given]
     for _ in range(shots + 1):
         for rank, own in enumerate(words):
-            own[:at.BROKEN_AT // 4] = 0  # the first round
+            for name, x in before[rank].items():  # some are written in place
+                call.given[rank][name].copy_(x)
+            own[:at.FLAGS_AT // 4] = 0  # the first round, no wait given up
             tensors = [Buffer(name, x.data_ptr(), x.nbytes) for name, x in call.tensors(rank).items()]
             for launch in call.launches(arch, rank, arenas):
                 execute(launch, [*buffers, *tensors], counts, **options)

@@ -21,14 +21,17 @@ from collectives import (
     Call,
     Coded,
     FusedNorm,
+    FusedNormQuant,
     ReduceScatter,
     by_flags,
     in_rounds,
+    launch_plan,
     one_by_one,
     run,
 )
 
 from wave64 import platform
+from wave64.backends import peers
 
 ARCHS = ("gfx942", "gfx950")
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -78,6 +81,11 @@ def coded(world: int) -> list[Call]:
     return calls
 
 
+def quantized_norm(world: int, protocol: int) -> FusedNormQuant:
+    hidden, dtype, offset = (96, BF16, 0) if protocol == LL else (64, FP32, 1)
+    return FusedNormQuant.drawn(world, hidden, dtype, protocol, 9 * world + hidden, offset)
+
+
 def launched(arch: str, worlds: Sequence[int] = WORLDS) -> set[tuple[str, str]]:
     """(operator, kernel) of what test_every_kernel executes."""
     found = set()
@@ -85,7 +93,7 @@ def launched(arch: str, worlds: Sequence[int] = WORLDS) -> set[tuple[str, str]]:
         arenas = Arenas(world)
         for number, call in enumerate(every(world)):
             found |= {(each.op, each.kernel) for each in by_flags(call.launches(arch, 0, arenas), number, 0, FLAGGED)}
-        for call in coded(world):
+        for call in [*coded(world), quantized_norm(world, LL), quantized_norm(world, ONE_SHOT)]:
             found |= {(each.op, each.kernel) for each in call.launches(arch, 0, arenas)}
     return found
 
@@ -123,6 +131,38 @@ def test_codes(arch, world, record_property):
         assert call.out[0].isnan().sum() == 3 * 32
         assert not call.out[0][64:96].any()
     record_property("emulated", told)
+
+
+@pytest.mark.parametrize("protocol", [LL, ONE_SHOT])
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_norm_and_quantization(arch, world, protocol, record_property):
+    """The bits of the two operators one after another."""
+    call = quantized_norm(world, protocol)
+    one_by_one(call.norm, arch, shots=1, checks=())
+    counts = one_by_one(call, arch, shots=1, **(dict(checks=()) if arch == "gfx950" else {}))
+    with platform.target(arch):
+        call.verify()
+    record_property("emulated", {"arch": arch, "kernels": sorted(counts.kernels), "instructions": counts.instructions})
+
+
+def test_norm_and_quantization_of_ranks_that_run_together():
+    call = quantized_norm(2, LL)
+    run([call], "gfx942", 4)
+    one_by_one(call.norm, "gfx942", shots=1, checks=())
+    with platform.target("gfx942"):
+        call.verify()
+
+
+def test_blocks_are_as_few_as_a_card_has_capacity_for():
+    arenas, call = Arenas(4), AllReduce.drawn(4, 1 << 18, BF16, TWO_SHOT, 1)
+    arenas.max_blocks = peers.blocks_that_fit(4, 132)
+    launch, = call.launches("gfx942", 0, arenas)
+    plan = launch_plan(launch)
+    assert [peers.blocks_that_fit(size, 132) for size in (2, 4, 8)] == [128, 33, 16]
+    assert launch.grid[0] <= arenas.max_blocks
+    per_block = plan["block"] * plan["lines"] * 4
+    assert (plan["rounds"] * plan["grid"] + plan["longer"]) * per_block >= (1 << 18) // 8
 
 
 def test_codes_of_ranks_that_run_together():

@@ -40,7 +40,8 @@ def test_one_stem(request):
 def test_every_operator_but_collectives_and_linear_has_a_triton_kernel():
     """What hip's linear declines is torch's product, the reference."""
     collectives = [op.name for op in OPS.values() if "group" in op.signature.parameters]
-    assert sorted(collectives) == ["all_gather", "all_reduce", "fused_all_reduce_rms_norm", "reduce_scatter"]
+    assert sorted(collectives) == ["all_gather", "all_reduce", "fused_all_reduce_rms_norm",
+                                   "fused_all_reduce_rms_norm_quant_fp8", "reduce_scatter"]
     assert sorted(op.name for op in OPS.values() if "triton" not in op.backends) == sorted([*collectives, "linear"])
 
 

@@ -16,9 +16,7 @@ template <int WORLD>
 constexpr int kCodedBlocks = 8 / WORLD;
 }  // namespace wave64
 
-// Where ranks exchange (plan_ranks): these kernels take long to compile.
-#if defined(__gfx942__) || defined(__gfx950__) || defined(__CUDACC__)
-#define WAVE64_HAS_CODED 1
+#if defined(WAVE64_DEVICE_CODE) && WAVE64_EXCHANGES
 #include "wave64/fp8.h"
 
 namespace wave64 {
@@ -171,6 +169,4 @@ WAVE64_DEVICE void receive_coded(const RankBlock<Args>& block, int use, int i, C
 }
 
 }  // namespace wave64
-#else
-#define WAVE64_HAS_CODED 0
 #endif

@@ -48,12 +48,26 @@ enum Protocol : int32_t {
 };
 
 // As a status record names the operators.
-enum RankOp : int32_t { kOpAllReduce = 1, kOpFusedAllReduceRmsNorm = 2, kOpAllGather = 3, kOpReduceScatter = 4 };
+enum RankOp : int32_t {
+    kOpAllReduce = 1,
+    kOpFusedAllReduceRmsNorm = 2,
+    kOpAllGather = 3,
+    kOpReduceScatter = 4,
+    kOpFusedAllReduceRmsNormQuantFp8 = 5
+};
 
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
 #include "wave64/device.h"
+
+// Whether ranks exchange on this architecture (plan_ranks): kernels that take long to compile, or need FP8, are left
+// out on others.
+#if defined(__gfx942__) || defined(__gfx950__) || defined(__CUDACC__)
+#define WAVE64_EXCHANGES 1
+#else
+#define WAVE64_EXCHANGES 0
+#endif
 
 namespace wave64 {
 
@@ -327,6 +341,7 @@ void plan_ranks(const Call& call, Args& args) {
     call.expect_range("world", args.world, 1, kMaxRanks);
     call.expect_range("rank", args.rank, 0, args.world - 1);
     call.expect_min("timeout", args.timeout, 0);
+    call.expect_range("max_blocks", args.max_blocks, 1, kRankBlocks);
     call.expect(args.timeout == 0 || args.status, "status", "an address, with a timeout", "0");
     args.peers = {};
     for (int32_t i = 0; i < args.world; i++) {
@@ -351,6 +366,7 @@ void plan_rounds(Args& args, int64_t total, int64_t of_block) {
 template <typename Args>
 void plan_blocks(const Call& call, Args& args, int64_t packs, int64_t of_8, int64_t max_units, int64_t max_blocks,
                  int64_t max_lanes = kRankLanes) {
+    max_blocks = std::min<int64_t>(max_blocks, args.max_blocks);
     const auto lanes = [&](int64_t units) {  // of each of the most blocks
         return round_up(ceil_div(ceil_div(packs, units * max_blocks) * 8, of_8), call.device.wave_size);
     };

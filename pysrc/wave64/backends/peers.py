@@ -38,6 +38,7 @@ log = logging.getLogger("wave64")
 TIMEOUT_S = 300.0  # of a wait in a kernel: another rank may compile something first
 SELF_TEST_S = 0.4  # of a wait, for each protocol: 2 s for all
 MAX_RANKS = 8
+MAX_BLOCKS = 128  # of a launch (ranks.h)
 SHARED_FILES = Path("/dev/shm")
 STATUS_BYTES = 64
 LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
@@ -45,7 +46,8 @@ PROTOCOLS = {LL: "LL", LL128: "LL128", ONE_SHOT: "one-shot", TWO_SHOT: "two-shot
 #: what all_reduce's `quantize` asks for -> the protocol, two shots of codes
 QUANTIZED = {"fp8": 4, "int8": 5, "int4": 6}
 #: operators as a status record numbers them (ranks.h)
-OPS = {1: "all_reduce", 2: "fused_all_reduce_rms_norm", 3: "all_gather", 4: "reduce_scatter"}
+OPS = {1: "all_reduce", 2: "fused_all_reduce_rms_norm", 3: "all_gather", 4: "reduce_scatter",
+       5: "fused_all_reduce_rms_norm_quant_fp8"}
 #: ranks at most -> (bytes at most, protocol): the first row that fits. Larger messages are torch.distributed's. For two
 #: ranks by what two linked H200s take (tests/bench/RESULTS_RANKS.md): LL first to 128 KiB, LL128 to 4 MiB. Four and
 #: eight were not measured: LL sends twice the bytes, to more ranks; published for MI300X are LL to 64 KiB, LL128 to
@@ -138,6 +140,7 @@ class Peers:
     timeout_s: float
     calls: Calls | None = None  # None: the ranks have no memory of the host in common
     release: list[Callable[[], object]] = field(default_factory=list)
+    max_blocks: int = MAX_BLOCKS
 
     def __post_init__(self) -> None:
         self._rows, self._norm_rows = (next(table[size] for size in sorted(table) if self.group.size <= size)
@@ -151,7 +154,8 @@ class Peers:
         per_second = 100e6 if arch is not None and arch.name.startswith("gfx") else 1e9
         self.timeout_s = seconds
         self.fields = {"arenas": self.arenas, "rank": self.group.rank, "world": self.group.size,
-                       "status": self.record[1], "timeout": int(seconds * per_second)}
+                       "status": self.record[1], "timeout": int(seconds * per_second),
+                       "max_blocks": self.max_blocks}
 
     def protocol(self, size: int, quantize: str = "none") -> int:
         """How to exchange messages of `size` bytes, as codes on request."""
@@ -267,12 +271,19 @@ def local(name: str, size: int, device: torch.device, timeout_s: float = TIMEOUT
         arenas, memory = tuple(hip._hip.allocate_shared(_arena_bytes()) for _ in range(size)), bytearray(
             Calls.memory_bytes(size))
         groups = [distributed.register(Group(f"{name}.{rank}", rank, size)) for rank in range(size)]
+        blocks = blocks_that_fit(size, torch.cuda.get_device_properties(device).multi_processor_count)
         for arena, group in zip(arenas, groups, strict=True):
             record = hip._hip.allocate_mapped(STATUS_BYTES)
             release = [lambda at=arena: hip._hip.free_shared(at), lambda at=record[0]: hip._hip.free_mapped(at)]
-            _KNOWN[group.name] = Peers(group, arenas, record, timeout_s, Calls(group, memory), release)
+            _KNOWN[group.name] = Peers(group, arenas, record, timeout_s, Calls(group, memory), release, blocks)
             distributed.at_leave(lambda name=group.name: disconnect(name, "has been left"))
     return [group.name for group in groups]
+
+
+def blocks_that_fit(size: int, units: int) -> int:
+    """Blocks of a launch, so that those of `size` ranks, which wait for each other, fit on a card of so many compute
+    units at a time. Two ranks' kernels take few enough registers for two blocks to a unit; one fits in any case."""
+    return min(MAX_BLOCKS, (2 if size == 2 else 1) * units // size)
 
 
 def _arena_bytes() -> int:
