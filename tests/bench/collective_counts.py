@@ -24,7 +24,7 @@ from wave64.testing.emulator import Buffer, Counts, code_object, execute  # noqa
 
 PROTOCOLS = ("LL", "LL128", "one shot", "two shots")
 RANKS = 8  # of peers' kernels
-BYTES = {"dwordx4": 16, "dword": 4, "short": 2, "ushort": 2}
+BYTES = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2}
 
 
 def moved(by_name: dict[str, int], kind: str) -> int:
@@ -54,7 +54,7 @@ def of_a_peer(path: Path, kernel: str, count: int) -> tuple[SimpleNamespace, Cou
     for _ in range(2):  # the second finds what the first has left
         for rank in reversed(range(RANKS)):
             flags[rank].fill_(1 << 30)
-            args = struct.pack("<Q8QQQii", pointers.data_ptr(), *at, at[rank], out[rank].data_ptr(), rank, packs)
+            args = struct.pack("<Q8x8QQQii", pointers.data_ptr(), *at, at[rank], out[rank].data_ptr(), rank, packs)
             launch = SimpleNamespace(op=None, kernel=kernel, code_object=str(path), lds_bytes=0, grid=(blocks, 1, 1),
                                      block=(THREADS, 1, 1), tensors={}, args=args)
             ran = execute(launch, buffers, checks=(), seconds=60)
