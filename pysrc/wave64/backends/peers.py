@@ -58,8 +58,7 @@ CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
     8: ((32 << 10, LL), (512 << 10, LL128), (1 << 28, TWO_SHOT)),
 }
 #: the same of sums with a norm, which have LL and flags alone. Of two ranks, on the same machine, LL takes 4.9 us of
-#: 128 KiB where flags take 5.8, as much of 256 KiB, and 8.0 of 512 KiB where flags take 6.7; four and eight as all_reduce
-#: has it.
+#: 128 KiB where flags take 5.8, as much of 256 KiB, and 8.0 of 512 KiB where flags take 6.7; four and eight: as CHOICE.
 NORM_CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
     2: ((128 << 10, LL), (1 << 28, ONE_SHOT)),
     4: ((64 << 10, LL), (1 << 28, ONE_SHOT)),
