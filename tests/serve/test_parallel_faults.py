@@ -161,3 +161,21 @@ def test_a_rank_that_stands_still_while_it_says_that_it_lives(tmp_path):
     assert "error: a step has not ended for " in last
     assert re.search(rf"rank 0 \(host .*\): step \d+ .*; rank 1 \(host .*process {pids['rank 1']}\): ", last), last
     assert re.search(r'File ".*", line \d+ in all_reduce', log), "no stack of what rank 0 waits in"
+
+
+@pytest.mark.long
+def test_a_kernel_that_waits_in_vain_ends_the_server_and_says_for_whom(tmp_path):
+    """Two emulated devices; the main thread of rank 1 stands still, so that rank 0's machine code waits for its part
+    of a sum, before the step has taken too long."""
+    flags = (*FLAGS[:2], "--max-total-tokens", "512", "--max-running-requests", "1", "--skip-server-warmup", "--device",
+             "gfx942", "--disable-cuda-graph", "--watchdog-timeout", "30")  # fmt: skip
+    with serve("demo-llama", tmp_path / "log", *flags) as server:
+        pids = processes(server)
+        stop_main_thread(pids["rank 1"])
+        answer = server.post("/v1/completions", prompt="Four", max_tokens=2)
+        assert answer.status_code == 503
+        assert server.process.wait(WITHIN_S) == 1
+        assert eventually(lambda: not any(map(is_alive, pids.values())))
+    last = server.log.read_text().splitlines()[-1]
+    assert re.search(r"rank 0 \(host .*\) failed while step 1 .*: rank 0 waited 24 s for rank 1 of group world in "
+                     r"fused_all_reduce_rms_norm, round \d+ of block \d+$", last), last
