@@ -3,6 +3,7 @@
 import ctypes
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ class Algorithm:
 
 @pytest.fixture
 def package(monkeypatch):
-    made = types.ModuleType("mscclpp")
+    made: Any = types.ModuleType("mscclpp")
     made.calls, made.status, made.groups = [], 0, []
     made.algorithms = [
         Algorithm(made, "default_allgather_fullmesh", "allgather", 0, 1 << 40),
@@ -55,7 +56,7 @@ def package(monkeypatch):
         def to_dlpack(self, data_type):
             assert data_type == "torch.float16"
             made.scratch = torch.empty(self.size // 2, dtype=torch.float16)
-            return torch.utils.dlpack.to_dlpack(made.scratch)
+            return made.scratch.__dlpack__()
 
     class AlgorithmCollectionBuilder:
         def build_default_algorithms(self, scratch_buffer, scratch_buffer_size, rank):
@@ -65,7 +66,7 @@ def package(monkeypatch):
     made.CommGroup, made.RawGpuBuffer = CommGroup, RawGpuBuffer
     made.AlgorithmCollectionBuilder = AlgorithmCollectionBuilder
     made.ReduceOp = types.SimpleNamespace(SUM="sum")
-    utils = types.ModuleType("mscclpp.utils")
+    utils: Any = types.ModuleType("mscclpp.utils")
     utils.torch_dtype_to_mscclpp_dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get
     monkeypatch.setitem(sys.modules, "mscclpp", made)
     monkeypatch.setitem(sys.modules, "mscclpp.utils", utils)

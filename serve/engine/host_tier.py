@@ -22,7 +22,7 @@ class HostTier:
         self._pairs = [pair for pools in zip(kv_cache, host_cache, strict=True) for pair in zip(*pools, strict=True)]
         self._device = device
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ended: torch.cuda.Event | None = None  # the copies of the step before
+        self._ended: torch.Event | None = None  # the copies of the step before
 
     def copy(self, step: Schedule) -> None:
         """Launch the copies of a step; what is launched afterwards follows those of the step before, and these, too, if
@@ -41,9 +41,9 @@ class HostTier:
         self._side.wait_stream(computing)
         with torch.cuda.stream(self._side):
             self._launch(step)
-            self._ended = self._side.record_event()
+            ended = self._ended = self._side.record_event()
         if step.reads_loads:
-            computing.wait_event(self._ended)
+            computing.wait_event(ended)
 
     def _launch(self, step: Schedule) -> None:
         if step.stores:

@@ -43,12 +43,10 @@ class Schedule:
 
     def split(self) -> tuple[Schedule, Schedule]:
         """The decodes, with all the pages, and the prompts: two steps that do what this one does."""
-        def cut(part: slice) -> dict[str, list[int]]:
-            return {name: getattr(self, name)[part] for name in ("rows", "starts", "counts", "logits", "tokens")}
-
         n = self.num_decodes
-        return (replace(self, **cut(slice(n))),
-                Schedule(0, **cut(slice(n, None))))
+        return (replace(self, rows=self.rows[:n], starts=self.starts[:n], counts=self.counts[:n],
+                        logits=self.logits[:n], tokens=self.tokens[:n]),
+                Schedule(0, self.rows[n:], self.starts[n:], self.counts[n:], self.logits[n:], self.tokens[n:]))
 
 
 class Penalties(NamedTuple):

@@ -201,7 +201,7 @@ def _scattered(rank: Rank, rows: int, dtype: torch.dtype) -> None:
 def _coded(rank: Rank, rows: int, dtype: torch.dtype) -> None:
     """Codes keep at least 1 / 14 of the largest magnitude, of each rank's and of the sum."""
     x = [rank.draw(r, (rows, 8192), dtype) for r in range(rank.me.size)]
-    exact = sum(each.double() for each in x)
+    exact = torch.stack([each.double() for each in x]).sum(0)
     for codes in peers.QUANTIZED:
         got = ops.all_reduce(x[rank.me.rank], rank.group, codes)
         rank.sync()

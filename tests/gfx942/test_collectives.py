@@ -69,8 +69,8 @@ def every(world: int) -> list[Call]:
 
 def coded(world: int) -> list[Call]:
     """A call of each kernel that sends codes: blocks of usual numbers, zeros, tiny, huge, NaN and infinite ones."""
-    calls = [Coded.drawn(world, 393, (FP16, BF16)[protocol % 2], protocol, 7 * world + protocol, offset)
-             for protocol, offset in ((FP8, 0), (INT8, 0), (INT4, 1))]
+    calls: list[Call] = [Coded.drawn(world, 393, (FP16, BF16)[protocol % 2], protocol, 7 * world + protocol, offset)
+                         for protocol, offset in ((FP8, 0), (INT8, 0), (INT4, 1))]
     for call in calls:
         for each in call.given:
             each["x"][64:96] = 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import dlpack
 
 from wave64.distributed.groups import WORLD, Group, said, serve_by
 
@@ -34,7 +35,7 @@ class Communicator:
         self._dtype_of = importlib.import_module(f"{package.__name__}.utils").torch_dtype_to_mscclpp_dtype
         self._group = package.CommGroup(torch_group=process_group)
         scratch = package.RawGpuBuffer(SCRATCH_BYTES).to_dlpack(data_type=str(torch.float16))
-        self._scratch = torch.utils.dlpack.from_dlpack(scratch)
+        self._scratch = dlpack.from_dlpack(scratch)
         found = package.AlgorithmCollectionBuilder().build_default_algorithms(
             scratch_buffer=self._scratch.data_ptr(), scratch_buffer_size=self._scratch.nbytes,
             rank=self._group.my_rank)  # fmt: skip
