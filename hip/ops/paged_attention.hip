@@ -58,7 +58,6 @@ struct PagedAttentionArgs {
 constexpr int kWaves = 4;           // of a block, which take the groups of its split in turn
 constexpr int kMinSplitGroups = 8;  // of a split
 constexpr int kMergeLanes = 256;
-constexpr int kRunSplits = 8;  // of a row that a run of lanes merges alone, at most
 
 }  // namespace wave64
 
@@ -206,68 +205,47 @@ struct Merged {
     }
 };
 
-// Merges every step-th split of a row from `split` on, for four columns of it.
-WAVE64_DEVICE Merged merged(const PagedAttentionArgs& args, int64_t first, int count, int head, int column, int split,
-                            int step) {
-    constexpr int at_once = 4;
-    Merged found;
-    for (; split < count; split += at_once * step) {
-        Array<float, 2> stats[at_once];
-        Array<float, 4> acc[at_once];
-#pragma unroll
-        for (int i = 0; i < at_once; i++) {
-            if (split + i * step >= count) break;
-            const int64_t from = (first + split + i * step) * args.num_heads + head;
-            stats[i] = __builtin_bit_cast(Array<float, 2>, load_pack<float, 2>(args.stats + from * 2).bits);
-            acc[i] = __builtin_bit_cast(Array<float, 4>,
-                                        load_pack<float, 4>(args.partial + from * args.head_dim + column).bits);
-        }
-#pragma unroll
-        for (int i = 0; i < at_once; i++) {
-            if (split + i * step >= count) break;
-            found.take(stats[i].at[0], stats[i].at[1], acc[i]);
-        }
-    }
-    return found;
-}
-
-// Consecutive lanes hold a head's columns, and a block has as many runs of them as fit. A run merges a row of few
-// splits alone; the runs of a block take the splits of a longer row in turn.
+// Consecutive lanes hold a head's columns; as many runs of them as fit a block take the splits in turn.
 template <typename T>
 WAVE64_DEVICE void merge(const PagedAttentionArgs& args) {
+    constexpr int at_once = 4;
     WAVE64_LDS static Array<float, 4> lds_acc[kMergeLanes];
     WAVE64_LDS static Array<float, 2> lds_stats[kMergeLanes];
     const int lanes = args.head_dim / 4, runs = unsigned(kMergeLanes) / unsigned(lanes);
     const int run = unsigned(lane_in_block()) / unsigned(lanes), lane = lane_in_block() - run * lanes;
-    const auto store = [&](Merged& found, int64_t row, int head) {
-        const float scale = finish(args, head, found.row_max, found.row_sum);
-        for (float& x : found.acc.at) x *= scale;
-        store_finished<T>(args, row, lane * 4, found.acc);
-    };
-    for (int64_t first_row = block_id() * int64_t(runs); first_row < args.num_rows;
-         first_row += int64_t(args.merge_grid) * runs) {
-        if (const int64_t row = first_row + run; row < args.num_rows) {
-            const int seq = uint32_t(row) / uint32_t(args.num_heads), head = int(row - int64_t(seq) * args.num_heads);
-            const int count = args.plan[2 * seq + 1];
-            if (count > 1 && count <= kRunSplits) {
-                Merged found = merged(args, args.plan[2 * seq], count, head, lane * 4, 0, 1);
-                store(found, row, head);
+    for (int64_t row = block_id(); row < args.num_rows; row += args.merge_grid) {
+        const int seq = uint32_t(row) / uint32_t(args.num_heads), head = int(row - int64_t(seq) * args.num_heads);
+        const int64_t first = load_uniform(args.plan + 2 * seq);
+        const int count = load_uniform(args.plan + 2 * seq + 1);
+        if (count == 1) continue;
+        Merged found;
+        for (int split = run; split < count; split += at_once * runs) {
+            Array<float, 2> stats[at_once];
+            Array<float, 4> acc[at_once];
+#pragma unroll
+            for (int i = 0; i < at_once; i++) {
+                if (split + i * runs >= count) break;
+                const int64_t from = (first + split + i * runs) * args.num_heads + head;
+                stats[i] = __builtin_bit_cast(Array<float, 2>, load_pack<float, 2>(args.stats + from * 2).bits);
+                acc[i] = __builtin_bit_cast(Array<float, 4>,
+                                            load_pack<float, 4>(args.partial + from * args.head_dim + lane * 4).bits);
+            }
+#pragma unroll
+            for (int i = 0; i < at_once; i++) {
+                if (split + i * runs >= count) break;
+                found.take(stats[i].at[0], stats[i].at[1], acc[i]);
             }
         }
-        for (int64_t row = first_row; row < first_row + runs && row < args.num_rows; row++) {
-            const int seq = uint32_t(row) / uint32_t(args.num_heads), head = int(row - int64_t(seq) * args.num_heads);
-            const int count = load_uniform(args.plan + 2 * seq + 1);
-            if (count <= kRunSplits) continue;
-            Merged found = merged(args, load_uniform(args.plan + 2 * seq), count, head, lane * 4, run, runs);
-            lds_stats[lane_in_block()] = {{found.row_max, found.row_sum}}, lds_acc[lane_in_block()] = found.acc;
-            block_barrier();
-            if (run == 0) {
-                for (int other = lane + lanes; other < kMergeLanes; other += lanes)
-                    found.take(lds_stats[other].at[0], lds_stats[other].at[1], lds_acc[other]);
-                store(found, row, head);
-            }
-            block_barrier();
+        lds_stats[lane_in_block()] = {{found.row_max, found.row_sum}}, lds_acc[lane_in_block()] = found.acc;
+        block_barrier();
+        if (run == 0) {
+            for (int other = lane + lanes; other < kMergeLanes; other += lanes)
+                found.take(lds_stats[other].at[0], lds_stats[other].at[1], lds_acc[other]);
+            const float scale = finish(args, head, found.row_max, found.row_sum);
+            for (float& x : found.acc.at) x *= scale;
+            store_finished<T>(args, row, lane * 4, found.acc);
         }
+        block_barrier();
     }
 }
 
@@ -362,8 +340,8 @@ void paged_attention(PagedAttentionArgs args, const Call& call) {
     call.launch(kKernels[args.dtype][args.cache_dtype == kFp8][args.head_dim == 128], {blocks},
                 kWaves * call.device.wave_size, args);
     if (args.num_splits == 0) return;
-    args.merge_grid = int32_t(std::min<int64_t>(ceil_div(args.num_rows, kMergeLanes * 4 / args.head_dim),
-                                                int64_t(call.device.compute_units) * kMergeBlocksPerUnit));
+    args.merge_grid =
+        int32_t(std::min<int64_t>(args.num_rows, int64_t(call.device.compute_units) * kMergeBlocksPerUnit));
     call.launch(kMergeKernels[args.dtype], {args.merge_grid}, kMergeLanes, args);
 }
 

@@ -45,14 +45,14 @@ def _heads_of_keys_and_values():
 
 def cases():
     for dtype, is_neox in zip(DTYPES, (True, False, True), strict=True):
-        own = quant.fp8_dtype()
         yield Case(f"heads-{dtype}", lambda d=dtype, n=is_neox: _draw(3, 8, 2, 128, dtype=d, is_neox=n, skip=(1,)))
         yield Case(f"odd-{dtype}", lambda d=dtype, n=is_neox: _draw(7, 5, 3, 37, 5, 22, d, not n, page_size=3,
                                                                     skip=(0, 4)))
-        yield Case(f"fp8-from-{dtype}", lambda d=dtype, n=is_neox, f=own: _draw(
-            5, 3, 2, 64, dtype=d, is_neox=n, cache_dtype=f, skip=(1,), scale=0.03))
-        yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype, n=is_neox, f=own: _draw(
-            4, 5, 3, 37, 5, 22, d, not n, f, page_size=3, skip=(2,), scale=0.03))
+        for fp8 in FP8:
+            yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, n=is_neox, f=fp8: _draw(
+                3, 8, 2, 128, dtype=d, is_neox=n, cache_dtype=f, skip=(1,), scale=0.03))
+            yield Case(f"odd-{fp8}-from-{dtype}", lambda d=dtype, n=is_neox, f=fp8: _draw(
+                4, 5, 3, 37, 5, 22, d, not n, f, page_size=3, skip=(2,), scale=0.03))
     for fp8 in FP8:
         yield Case(f"{fp8}-scale-1e-40", lambda c=fp8: _draw(5, 3, 2, 64, cache_dtype=c, skip=(1,), scale=1e-40))
     yield Case("partial", lambda: _draw(5, 3, 2, 96, rot_dim=32))
@@ -61,6 +61,7 @@ def cases():
     yield Case("contiguous", _contiguous)
     yield Case("heads-of-keys-and-values", _heads_of_keys_and_values)
     yield Case("one-token", lambda: _draw(1, 32, 8, 128, page_size=1))
+    yield Case("fp8-many-heads", lambda: _draw(2, 32, 8, 128, cache_dtype=quant.fp8_dtype(), scale=0.05))
     yield Case("many-tokens", lambda: _draw(70, 2, 1, 32, pages=5, skip=(11,)))
     yield Case("all-skipped", lambda: _draw(4, 3, 2, 32, skip=(0, 1, 2, 3)))
     yield Case("empty", lambda: _draw(0, 4, 2, 64))
