@@ -57,7 +57,8 @@ def test_hopper_is_a_backend_of_its_own(gpu):
         pytest.skip(why)
     assert sorted(op.name for op in OPS.values() if "hopper" in op.backends) == sorted(HOPPER)
     for name in HOPPER:
-        assert [b.name for b in backends.order(OPS[name], "cuda", {})] == ["hopper", "triton", "reference"]
+        order = [b.name for b in backends.order(OPS[name], "cuda", {})]
+        assert [b for b in order if b != "hip"] == ["hopper", "triton", "reference"]  # hip's are for AMD's, and decline
         assert OPS[name].backends["triton"].tuning.config is not None
         assert not hasattr(OPS[name].backends["triton"].tuning.config, "hopper")
 

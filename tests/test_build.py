@@ -101,12 +101,19 @@ def test_the_hashes_are_of_the_files(capsys):
     assert len([line for line in lines if "  gfx" in line]) == len(OPS) * len(HIP_TARGETS)
 
 
+#: Written for the FP8 instructions of gfx942 and gfx950: other code objects have nothing of them.
+CDNA_ALONE = ("fp8_block_scaled_mm", "fused_moe", "fused_all_reduce_rms_norm_quant_fp8")
+
+
 @pytest.mark.parametrize("arch", HIP_TARGETS)
 @pytest.mark.parametrize("op", OPS)
 def test_no_kernel_spills(op, arch):
     if op.endswith("quant_fp8") and ARCHS[arch].fp8 is None:
         pytest.skip(f"{arch} has no FP8, so nothing of {op}")
     kernels = isa.read_elf(hip.code_object(arch, op))
+    if op in CDNA_ALONE and arch not in ("gfx942", "gfx950"):
+        assert kernels == []
+        return
     assert kernels
     assert [k.name for k in kernels if k.spills or k.scratch_bytes] == []
 

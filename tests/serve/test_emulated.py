@@ -90,7 +90,7 @@ def test_a_model_says_on_the_device_what_it_says_on_a_cpu(case, arch, count, tmp
     assert health["device"] == f"{arch} (emulated)"
     bound = {row["op"]: row["backend"] for row in health["backends"] if row["status"] == "bound"}
     assert bound["rms_norm"] == bound["reshape_and_cache"] == "hip"
-    assert bound["prefill_attention"] == bound["fused_moe"] == "triton"
+    assert bound["prefill_attention"] == bound["mla_decode_rope"] == "triton"
     assert ("group world: 2 ranks reach each other's memory" in log) == (flags[:2] == TP2)
     assert bound["all_reduce"] == "hip"
     assert not re.search(r"(all_\w+|reduce_scatter): backend hip declines", log), log
@@ -136,5 +136,5 @@ def test_one_command_prints_tokens_instructions_and_the_cost_of_a_step(model, ar
     assert int(launches) > 20 < int(decodes)
     product = "MI300X" if arch == "gfx942" else "MI355X"
     assert f"Bounds on {product}" in done.stdout
-    assert "products by torch" in done.stdout
+    assert re.search(r"^linear ", done.stdout, re.MULTILINE)
     assert "Left out" in done.stdout

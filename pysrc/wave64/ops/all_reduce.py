@@ -48,7 +48,7 @@ def is_quantized(x: Tensor, quantize: str) -> bool:
 
 
 @op(cases=cases, check=check, fake=lambda x, group, quantize="none": x.new_empty(x.shape),
-    cost=lambda x, group, quantize: Cost(2 * x.nbytes))
+    cost=lambda x, group, quantize="none": Cost(2 * x.nbytes))
 def all_reduce(x: Tensor, group: str, quantize: str = "none") -> Tensor:
     """The sum of the ranks' x, added up in the order of the ranks in fp32 and rounded once: the same bits on every rank
     and in every run. (The reference's order is torch.distributed's.) Every rank of the group makes the same calls in

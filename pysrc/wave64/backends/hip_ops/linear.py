@@ -15,6 +15,8 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | Non
         return f"multiplies bf16 and fp16, not {x.dtype}"
     if arch and arch.matrix is None:
         return f"knows no matrix instructions of {arch.name}"
+    if arch and arch.name == "gfx1100" and len(x) > CONSTANTS.MAX_TOKENS // 2:
+        return f"serves {CONSTANTS.MAX_TOKENS // 2} tokens at most on gfx1100, where more spill registers"
     if len(x) > CONSTANTS.MAX_TOKENS:
         return f"serves {CONSTANTS.MAX_TOKENS} tokens at most"
     if x.shape[1] % 8 or any(tensor.data_ptr() % 16 or tensor.stride(0) % 8 for tensor in (x, weight)):
