@@ -19,7 +19,8 @@ def lines(told: list[tuple[str, Any]]) -> Iterator[str]:
         of_large = {key for name, value in told if name == "planned" and value["arch"] == arch
                     for key in value["binaries"]}
         tables = sum(len(table.rows) for table in launched.tables(arch).values())
-        words = [f"{len(kernels)} of {len(launched.hip_symbols(arch))} HIP kernels",
+        there = set(launched.hip_symbols(arch))  # an operator's case may launch kernels of other operators, too
+        words = [f"{len(kernels & there)} of {len(there)} HIP kernels",
                  f"{len(rows)} of {tables} tuned rows", f"{len(binaries)} Triton binaries"]
         if of_large:
             words[-1] += f", among them {len(of_large & binaries)} of the {len(of_large)} of large cases"
