@@ -13,13 +13,13 @@ def lines(told: list[tuple[str, Any]]) -> Iterator[str]:
         ran = [value for name, value in told if name == "emulated" and value["arch"] == arch]
         if not ran:
             continue
-        kernels = {tuple(kernel) for value in ran for kernel in value.get("kernels", ())}
+        kernels = {kernel for value in ran for _, kernel in value.get("kernels", ())}  # (operator or object, kernel)
         binaries = {key for value in ran for key in value.get("binaries", ())}
         rows = {tuple(row) for value in ran for row in value.get("rows", ())}
         of_large = {key for name, value in told if name == "planned" and value["arch"] == arch
                     for key in value["binaries"]}
         tables = sum(len(table.rows) for table in launched.tables(arch).values())
-        there = set(launched.hip_symbols(arch))  # an operator's case may launch kernels of other operators, too
+        there = {kernel for _, kernel in launched.hip_symbols(arch)}
         words = [f"{len(kernels & there)} of {len(there)} HIP kernels",
                  f"{len(rows)} of {tables} tuned rows", f"{len(binaries)} Triton binaries"]
         if of_large:
