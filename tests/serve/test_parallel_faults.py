@@ -148,14 +148,20 @@ def stop_main_thread(pid: int) -> None:
         pytest.skip("processes may not be traced here")
 
 
+def ended_by_rank_1_that_stands_still(server: Server) -> dict[str, int]:
+    """The processes, of which none is left once a client has been answered."""
+    pids = processes(server)
+    stop_main_thread(pids["rank 1"])
+    answer = server.post("/v1/completions", prompt="Four", max_tokens=2)
+    assert answer.status_code == 503
+    assert server.process.wait(WITHIN_S) == 1
+    assert eventually(lambda: not any(map(is_alive, pids.values())))
+    return pids
+
+
 def test_a_rank_that_stands_still_while_it_says_that_it_lives(tmp_path):
     with serve("demo-llama", tmp_path / "log", *FLAGS, "--watchdog-timeout", "1") as server:
-        pids = processes(server)
-        stop_main_thread(pids["rank 1"])
-        answer = server.post("/v1/completions", prompt="Four score and", max_tokens=4)
-        assert answer.status_code == 503
-        assert server.process.wait(WITHIN_S) == 1
-        assert eventually(lambda: not any(map(is_alive, pids.values())))
+        pids = ended_by_rank_1_that_stands_still(server)
         log = server.log.read_text()
     last = log.splitlines()[-1]
     assert "error: a step has not ended for " in last
@@ -170,12 +176,7 @@ def test_a_kernel_that_waits_in_vain_ends_the_server_and_says_for_whom(tmp_path)
     flags = (*FLAGS[:2], "--max-total-tokens", "512", "--max-running-requests", "1", "--skip-server-warmup", "--device",
              "gfx942", "--disable-cuda-graph", "--watchdog-timeout", "30")  # fmt: skip
     with serve("demo-llama", tmp_path / "log", *flags) as server:
-        pids = processes(server)
-        stop_main_thread(pids["rank 1"])
-        answer = server.post("/v1/completions", prompt="Four", max_tokens=2)
-        assert answer.status_code == 503
-        assert server.process.wait(WITHIN_S) == 1
-        assert eventually(lambda: not any(map(is_alive, pids.values())))
+        ended_by_rank_1_that_stands_still(server)
     last = server.log.read_text().splitlines()[-1]
     assert re.search(r"rank 0 \(host .*\) failed while step 1 .*: rank 0 waited 24 s for rank 1 of group world in "
                      r"fused_all_reduce_rms_norm, round \d+ of block \d+$", last), last
