@@ -10,6 +10,7 @@ import torch
 
 import wave64
 from wave64 import OPS, NotSupported, backends, ops, platform
+from wave64.arch import known, lookup
 
 
 def python(*args: str, **env: str) -> subprocess.CompletedProcess:
@@ -19,9 +20,11 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine with a GPU that hip and triton can serve, as far as choosing goes."""
+    """A machine with an MI300X that hip and triton can serve, as far as choosing goes."""
     monkeypatch.setattr(platform, "device_type", lambda: "cuda")
     monkeypatch.setattr(backends, "probe", lambda backend, device: "no adapter" if backend == "aiter" else None)
+    with platform.target("gfx942"):
+        yield
 
 
 def test_on_a_gpu_hip_comes_first_then_triton_then_the_reference(gpu):
@@ -57,10 +60,53 @@ def test_hopper_is_a_backend_of_its_own(gpu):
         pytest.skip(why)
     assert sorted(op.name for op in OPS.values() if "hopper" in op.backends) == sorted(HOPPER)
     for name in HOPPER:
-        order = [b.name for b in backends.order(OPS[name], "cuda", {})]
-        assert [b for b in order if b != "hip"] == ["hopper", "triton", "reference"]  # hip's are for AMD's, and decline
+        with platform.target("sm_90"):  # where hip has none of the four, for every call, and is not asked
+            assert [b.name for b in backends.order(OPS[name], "cuda", {})] == ["hopper", "triton", "reference"]
         assert OPS[name].backends["triton"].tuning.config is not None
         assert not hasattr(OPS[name].backends["triton"].tuning.config, "hopper")
+
+
+@pytest.mark.parametrize(("name", "arch", "words"), [
+    ("fp8_block_scaled_mm", "sm_90", "instructions of gfx942 and gfx950"),
+    ("fused_moe", "gfx1201", "instructions of gfx942 and gfx950"), ("linear", "gfx908", "no matrix instructions of"),
+    ("paged_attention", "gfx908", "no matrix instructions of"), ("per_token_quant_fp8", "gfx90a", "no FP8 conversion"),
+    ("per_token_group_quant_fp8", "gfx1100", "no FP8 conversion")])
+def test_what_hip_lacks_on_an_architecture_is_off_there(name, arch, words, gpu):
+    """Off in the table, with the reason, and not asked at each call; a demand for it is refused in the same words."""
+    op = OPS[name]
+    if "hip" not in op.backends:
+        pytest.skip("the extension is not built")
+    with platform.target("gfx942"):
+        assert backends.order(op, "cuda", {})[0].name == "hip"
+    with platform.target(arch):
+        assert words in backends.reason(op, "hip", "cuda")
+        assert "hip" not in [b.name for b in backends.order(op, "cuda", {})]
+        with pytest.raises(NotSupported, match=f"{name}: backend hip was asked for: .*{words}"):
+            backends.order(op, "cuda", {name: "hip"})
+        assert words in op.backends["hip"].supports(*[None] * len(op.signature.parameters))
+
+
+def test_what_was_measured_comes_first(gpu, monkeypatch):
+    """On the card that it was measured on; where a backend is asked for, that one."""
+    for arch, rows in backends.evidence().items():
+        assert known(lookup(arch))
+        for name, row in rows.items():
+            assert set(row) == {"first", "why", "command", "device"}
+            with platform.target(arch):
+                assert backends.order(OPS[name], "cuda", {})[0].name == row["first"]
+                assert row["first"] != "hip"  # which comes first anyway
+            with platform.target("gfx1201"):
+                assert backends.order(OPS[name], "cuda", {})[0].name != row["first"] or "hip" not in OPS[name].backends
+    with platform.target("sm_90"):
+        if "hip" in ops.linear.backends:
+            assert [b.name for b in backends.order(ops.linear, "cuda", {})] == ["reference", "hip"]
+            assert [b.name for b in backends.order(ops.linear, "cuda", {"*": "hip"})] == ["hip", "reference"]
+            assert [b.name for b in backends.order(ops.linear, "cuda", {"linear": "hip"})] == ["hip"]
+            monkeypatch.setattr(backends, "device_types", lambda: ("cuda",))
+            with wave64.use():  # binds anew
+                row, = [r for r in wave64.report("cuda") if (r["op"], r["backend"]) == ("linear", "hip")]
+            assert row["status"] == "available"
+            assert "torch's product" in row["reason"]
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "sm_80"])

@@ -18,7 +18,7 @@ from wave64.testing import compile as compiling  # noqa: F401 - imports every la
 from wave64.testing import problems, tune
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(tuning.FOLDER.glob("**/*.json"))
+FILES = sorted(tuning.FOLDER.glob("*/**/*.json"))
 IDS = ["-".join(f.relative_to(tuning.FOLDER).with_suffix("").parts) for f in FILES]
 #: What every operator that chooses has a table of its own for; gfx90a and the rest may use their fallback arch's.
 OWN = ("gfx942", "gfx950", "gfx1100", "sm_90", "sm_80", tuning.INTERPRETER)

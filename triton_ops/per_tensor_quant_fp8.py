@@ -14,7 +14,7 @@ from wave64 import platform, quant
 from wave64.ops import per_tensor_quant_fp8
 from wave64.triton_ops.attention import is_wide
 from wave64.triton_ops.geometry import num_warps
-from wave64.triton_ops.quant import MIN_SCALE, limits, scales, supports
+from wave64.triton_ops.quant import MIN_SCALE, limits, no_fp8, scales
 
 #: Elements that a program processes at a time.
 BLOCK = 8192
@@ -62,7 +62,7 @@ def _per_tensor_quant_fp8_kernel(q_ptr, scale_ptr, given_ptr, amax_ptr, x_ptr, x
         tl.store(q_ptr + offs_q, x.to(q_ptr.dtype.element_ty), mask=mask)
 
 
-@per_tensor_quant_fp8.backend("triton", supports=supports)
+@per_tensor_quant_fp8.backend("triton", absent=no_fp8)
 def launch(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     q = torch.empty(x.shape, dtype=quant.fp8_dtype(), device=x.device)
     scale_out = torch.empty(1, dtype=torch.float32, device=x.device)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wave64.ops import per_token_group_quant_fp8
-from wave64.triton_ops.quant import group_tile, launch_groups, store_groups, supports
+from wave64.triton_ops.quant import group_tile, launch_groups, no_fp8, store_groups
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -20,6 +20,6 @@ def _per_token_group_quant_fp8_kernel(q_ptr, scale_ptr, x_ptr, groups, x_stride,
     store_groups(q_ptr, scale_ptr, x, offs_q, mask, groups, LIMIT, BELOW, BLOCK_G)
 
 
-@per_token_group_quant_fp8.backend("triton", supports=supports)
+@per_token_group_quant_fp8.backend("triton", absent=no_fp8)
 def launch(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     return launch_groups(_per_token_group_quant_fp8_kernel, x, x.shape[1], group_size, scale_ue8m0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from wave64 import quant
 from wave64.ops import per_token_quant_fp8
 from wave64.triton_ops.geometry import num_warps
-from wave64.triton_ops.quant import limits, scales, supports
+from wave64.triton_ops.quant import limits, no_fp8, scales
 
 #: Elements of a row that fit into registers.
 MAX_BLOCK = 16384
@@ -40,7 +40,7 @@ def _per_token_quant_fp8_kernel(q_ptr, scale_ptr, x_ptr, x_stride, columns, LIMI
     tl.store(scale_ptr + row, scale)
 
 
-@per_token_quant_fp8.backend("triton", supports=supports)
+@per_token_quant_fp8.backend("triton", absent=no_fp8)
 def launch(x: Tensor) -> tuple[Tensor, Tensor]:
     tokens, columns = x.shape
     q = torch.empty((tokens, columns), dtype=quant.fp8_dtype(), device=x.device)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wave64 import platform, quant
+from wave64.arch import Arch
 from wave64.ops.reshape_and_cache import FP8
 from wave64.triton_ops.attention import is_wide
 from wave64.triton_ops.geometry import num_warps
@@ -107,7 +108,6 @@ def unsupported_cache(cache: Tensor) -> str | None:
     return None
 
 
-def supports(*args, **kwargs) -> str | None:
-    """The reason why Triton cannot quantize on this architecture, or None."""
-    arch = platform.arch()
-    return f"{arch.name} has no FP8 conversion" if arch and arch.fp8 is None else None
+def no_fp8(arch: Arch) -> str | None:
+    """The reason why Triton cannot quantize on an architecture, or None."""
+    return f"{arch.name} has no FP8 conversion" if arch.fp8 is None else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wave64.ops import silu_and_mul_per_token_group_quant_fp8
 from wave64.triton_ops.gated import logistic
-from wave64.triton_ops.quant import group_tile, launch_groups, store_groups, supports
+from wave64.triton_ops.quant import group_tile, launch_groups, no_fp8, store_groups
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -22,6 +22,6 @@ def _silu_and_mul_per_token_group_quant_fp8_kernel(q_ptr, scale_ptr, x_ptr, grou
     store_groups(q_ptr, scale_ptr, gate * logistic(gate) * up, offs_q, mask, groups, LIMIT, BELOW, BLOCK_G)
 
 
-@silu_and_mul_per_token_group_quant_fp8.backend("triton", supports=supports)
+@silu_and_mul_per_token_group_quant_fp8.backend("triton", absent=no_fp8)
 def launch(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return launch_groups(_silu_and_mul_per_token_group_quant_fp8_kernel, x, x.shape[1] // 2, group_size)

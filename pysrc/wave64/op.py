@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from wave64 import platform
+from wave64.arch import Arch
 from wave64.arguments import NO_BACKWARD, BadArgument, Examiner, compiled, describe
 
 if TYPE_CHECKING:
@@ -77,12 +79,14 @@ class Case:
 @dataclass(frozen=True)
 class Backend:
     """One implementation of one operator. `supports(*args)` gives None, or why it cannot serve these arguments;
-    `tuning` says how its launch configuration is chosen, where it has one."""
+    `tuning` says how its launch configuration is chosen, where it has one; `absent(arch)` gives None, or why it serves
+    no call on that architecture: there the operator is bound without it, and `supports` gives the same reason."""
 
     name: str
     run: Callable[..., Any]
     supports: Callable[..., str | None] | None = None
     tuning: "Tuning | None" = None
+    absent: Callable[[Arch], str | None] | None = None
 
 
 class Op(Generic[P, R]):
@@ -196,13 +200,19 @@ class Op(Generic[P, R]):
             self._declined.add((backend, reason))
             log.warning("%s: backend %s declines: %s; the next one serves", self.name, backend, reason)
 
-    def backend(self, name: str, supports: Callable[..., str | None] | None = None, tuning: "Tuning | None" = None):
-        """Registers the decorated function, of the same signature, as backend `name` of this operator."""
+    def backend(self, name: str, supports: Callable[..., str | None] | None = None, tuning: "Tuning | None" = None,
+                absent: Callable[[Arch], str | None] | None = None):
+        """Registers the decorated function, of the same signature, as backend `name` of this operator; see Backend."""
         if name not in BACKENDS:
             raise ValueError(f"{self.name}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
+        def supports_here(*args, **kwargs) -> str | None:
+            arch = platform.arch()
+            why = absent(arch) if absent and arch else None
+            return why or (supports(*args, **kwargs) if supports else None)
+
         def register(run: Callable) -> Callable:
-            self.backends[name] = Backend(name, run, supports, tuning)
+            self.backends[name] = Backend(name, run, supports_here if absent else supports, tuning, absent)
             return run
 
         return register

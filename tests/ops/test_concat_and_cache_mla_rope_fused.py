@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import refused
+from helpers_rope import angles, rotated_without_a_slot, same_bits
 
 from wave64 import ops, platform
 from wave64.arch import lookup
@@ -26,11 +27,6 @@ def separately(backend, positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slo
     ops.concat_and_cache_mla.backends[backend].run(kv_c, k_pe, kv_cache, slot_mapping, scale)
 
 
-def assert_same_bits(fused, separate):
-    for name in FUSED.mutates:
-        assert contract.same_bits(fused[name], separate[name]), name
-
-
 @small
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_has_the_bits_of_the_two_operators(backend, case, device):
@@ -41,7 +37,7 @@ def test_has_the_bits_of_the_two_operators(backend, case, device):
     fused, other = contract.copy(args), contract.copy(args)
     FUSED.backends[backend].run(**fused)
     separately(backend, **other)
-    assert_same_bits(fused, other)
+    same_bits(FUSED, fused, other)
 
 
 @pytest.mark.skipif("hip" not in FUSED.backends, reason="the extension is not built, or without this operator")
@@ -60,14 +56,13 @@ def test_hip_has_the_bits_of_the_two_operators(run, arch, case):
             FUSED.backends["hip"].run(**fused)
         with run(arch):
             separately("hip", **other)
-    assert_same_bits(fused, other)
+    same_bits(FUSED, fused, other)
 
 
 def arguments(tokens=3, heads=2, rank=16, rope=8, pages=4) -> dict[str, Any]:
-    angle = torch.rand(40, rope // 2) * 6
     return dict(positions=torch.arange(1, tokens + 1), q_pe=torch.randn(tokens, heads, rope),
                 k_pe=torch.randn(tokens, rope), kv_c=torch.randn(tokens, rank),
-                cos_sin_cache=torch.cat([angle.cos(), angle.sin()], -1), is_neox=True,
+                cos_sin_cache=angles(40, rope // 2), is_neox=True,
                 slot_mapping=torch.arange(tokens), kv_cache=torch.zeros(pages, 1, rank + rope))
 
 
@@ -76,18 +71,7 @@ def arguments(tokens=3, heads=2, rank=16, rope=8, pages=4) -> dict[str, Any]:
 def test_a_token_without_a_slot_is_rotated_and_not_cached(backend, pages, device):
     """Also where the pool has no pages at all."""
     with torch.device(device):
-        args = arguments(pages=pages) | dict(slot_mapping=torch.full((3,), -1))
-    got = contract.copy(args)
-    FUSED.backends[backend].run(**got)
-    assert torch.equal(got["kv_cache"], args["kv_cache"])
-    half = 4
-    cos, sin = args["cos_sin_cache"][args["positions"]].split(half, -1)
-    a, b = args["k_pe"].split(half, -1)
-    expected = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    torch.testing.assert_close(got["k_pe"], expected, rtol=1e-5, atol=1e-5)
-    a, b = args["q_pe"].split(half, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    torch.testing.assert_close(got["q_pe"], torch.cat([a * cos - b * sin, b * cos + a * sin], -1), rtol=1e-5, atol=1e-5)
+        rotated_without_a_slot(FUSED, backend, arguments(pages=pages), "q_pe", "k_pe")
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

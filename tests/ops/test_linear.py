@@ -43,8 +43,8 @@ def test_hip_serves_a_small_decode_step():
         assert "float32" in why(dtype=torch.float32)
         assert "16 bytes" in why(columns=60)
         assert "16 bytes" in why(at=1)
-    with platform.target("sm_90"):
-        assert "on NVIDIA" in why()
+    with platform.target("gfx908"):
+        assert "no matrix instructions of gfx908" in why()
 
 
 @pytest.mark.parametrize(("argument", "wrong", "words"), [

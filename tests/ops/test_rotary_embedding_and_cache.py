@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import refused
+from helpers_rope import angles, rotated_without_a_slot, same_bits
 
 from wave64 import ops, platform
 from wave64.backends import hip
@@ -24,11 +25,6 @@ def separately(backend, positions, query, key, value, cos_sin_cache, key_cache, 
     ops.reshape_and_cache.backends[backend].run(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
 
 
-def assert_same_bits(fused, separate):
-    for name in FUSED.mutates:
-        assert contract.same_bits(fused[name], separate[name]), name
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_has_the_bits_of_the_two_operators(backend, case, device):
@@ -39,7 +35,7 @@ def test_has_the_bits_of_the_two_operators(backend, case, device):
     fused, other = contract.copy(args), contract.copy(args)
     FUSED.backends[backend].run(**fused)
     separately("reference" if backend == "cpu" else backend, **other)
-    assert_same_bits(fused, other)
+    same_bits(FUSED, fused, other)
 
 
 @pytest.mark.skipif("hip" not in FUSED.backends, reason="the extension is not built, or without this operator")
@@ -56,14 +52,13 @@ def test_hip_has_the_bits_of_the_two_operators(run, arch, case):
             FUSED.backends["hip"].run(**fused)
         with run(arch):
             separately("hip", **other)
-    assert_same_bits(fused, other)
+    same_bits(FUSED, fused, other)
 
 
 def arguments(tokens=3, pages=4) -> dict[str, Any]:
-    angle = torch.rand(40, 4) * 6
     caches = torch.zeros(2, pages, 1, 1, 10)
     return dict(positions=torch.arange(1, tokens + 1), query=torch.randn(tokens, 2, 10), key=torch.randn(tokens, 1, 10),
-                value=torch.randn(tokens, 1, 10), cos_sin_cache=torch.cat([angle.cos(), angle.sin()], -1),
+                value=torch.randn(tokens, 1, 10), cos_sin_cache=angles(40, 4),
                 key_cache=caches[0], value_cache=caches[1], slot_mapping=torch.arange(tokens))
 
 
@@ -72,16 +67,7 @@ def arguments(tokens=3, pages=4) -> dict[str, Any]:
 def test_a_token_without_a_slot_is_rotated_and_not_cached(backend, pages, device):
     """Also where the pool has no pages at all."""
     with torch.device(device):
-        args = arguments(pages=pages) | dict(slot_mapping=torch.full((3,), -1))
-    got = contract.copy(args)
-    FUSED.backends[backend].run(**got)
-    assert torch.equal(got["key_cache"], args["key_cache"])
-    assert torch.equal(got["value_cache"], args["value_cache"])
-    cos, sin = args["cos_sin_cache"][args["positions"]][:, None].split(4, -1)
-    for name in ("query", "key"):
-        a, b, rest = args[name].split([4, 4, 2], -1)
-        expected = torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-5)
+        rotated_without_a_slot(FUSED, backend, arguments(pages=pages), "query", "key")
 
 
 @pytest.mark.parametrize(("argument", "wrong", "words"), [

@@ -14,6 +14,7 @@ code. A demanded backend that cannot serve raises `NotSupported` with the reason
 import contextlib
 import functools
 import importlib.util
+import json
 import logging
 import os
 import pkgutil
@@ -21,7 +22,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from wave64 import platform
+from wave64 import platform, tuning
 from wave64.arch import EMULATED
 from wave64.op import BACKENDS, OPS, Backend, NotSupported, Op
 
@@ -113,7 +114,25 @@ def probe(backend: str, device_type: str) -> str | None:
 
 def reason(op: Op, backend: str, device_type: str) -> str | None:
     """None if `backend` can serve `op`, else why not."""
-    return probe(backend, device_type) or (None if backend in op.backends else f"no {backend} kernel of this operator")
+    if why := probe(backend, device_type):
+        return why
+    if backend not in op.backends:
+        return f"no {backend} kernel of this operator"
+    absent, arch = op.backends[backend].absent, platform.arch()
+    return absent(arch) if absent and arch else None
+
+
+@functools.cache
+def evidence() -> dict[str, dict[str, dict[str, str]]]:
+    """{architecture: {operator: what was measured there}} of tuned/first.json: `first`, the backend that comes before
+    the others; `why`, in words; `command`, whose figures these are; `device`, with versions."""
+    return json.loads(tuning.FOLDER.joinpath("first.json").read_text())
+
+
+def measured(op: Op) -> dict[str, str] | None:
+    """What decides which backend of `op` comes first on this architecture, where it is not the general order."""
+    arch = platform.arch()
+    return evidence().get(arch.name, {}).get(op.name) if arch else None
 
 
 def demand(name: str, backend: str, device_type: str) -> None:
@@ -131,6 +150,8 @@ def order(op: Op, device_type: str, overrides: dict[str, str]) -> tuple[Backend,
     emulated = platform.emulated()
     is_gpu = device_type == "cuda" or emulated is not None
     names = ["hip", "hopper", "triton", "reference"] if is_gpu else ["cpu", "reference"]
+    if is_gpu and (row := measured(op)):
+        names.sort(key=lambda name: name != row["first"])
     if preferred := overrides.get("*"):
         demand("*", preferred, device_type)
         names = [preferred, *(n for n in names if n != preferred)]
@@ -244,12 +265,14 @@ def report(device_type: str | None = None) -> list[dict[str, str]]:
     device_type = device_type or platform.device_type()
     if device_type not in device_types():
         raise NotSupported(f"device {device_type}: {probe('hip', device_type)}")
-    rows = []
+    rows, main = [], platform.device_type()
     for op in OPS.values():
         first = op.bound[device_type][0].name
         for backend in BACKENDS:
             why = reason(op, backend, device_type)
             status = "bound" if backend == first else "off" if why else "available"
+            if status == "available" and device_type == main and (row := measured(op)):
+                why = row["why"]
             rows.append({"op": op.name, "backend": backend, "status": status, "reason": why or ""})
     return rows
 
@@ -271,7 +294,7 @@ def table(rows: list[dict[str, str]] | None = None) -> str:
             note = notes.setdefault(row["reason"], len(notes) + 1) if row["reason"] else None
             cells.append(f"{mark[row['status']] + (f' [{note}]' if note else ''):11}")
         lines.append(f"{name:{width}}  {used:9}  " + "  ".join(cells).rstrip())
-    lines.append("* in use   + available   - off, with the reason:")
+    lines.append("* in use   + available   - off; reasons:")
     lines += [f"  [{i}] {why}" for why, i in notes.items()]
     return "\n".join(lines)
 

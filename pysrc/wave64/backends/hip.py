@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wave64 import platform
+from wave64.arch import Arch
 from wave64.backends import hip_library
 from wave64.op import NotSupported
 
@@ -175,9 +176,9 @@ def constants(op: str) -> Any:
     return getattr(_hip, op, None)
 
 
-def bind(op, supports):
+def bind(op, supports, absent=None):
     """Registers the decorated function as backend hip of `op`, if the extension is built and has the operator."""
-    return op.backend("hip", supports=supports) if hasattr(_hip, op.name) else lambda run: run
+    return op.backend("hip", supports=supports, absent=absent) if hasattr(_hip, op.name) else lambda run: run
 
 
 def floats_only(x: Tensor, *args, **kwargs) -> str | None:
@@ -193,7 +194,11 @@ def other_fp8(dtype: torch.dtype) -> str | None:
     return f"{flavor} on {arch.name}, whose kernels have {arch.fp8 or 'no FP8'}"
 
 
-def fp8_only(*args, **kwargs) -> str | None:
-    """`supports` of operators whose kernels exist only for architectures that convert FP8."""
-    arch = platform.arch()
-    return f"{arch.name} has no FP8 conversion" if arch and arch.fp8 is None else None
+def no_fp8(arch: Arch) -> str | None:
+    """`absent` of operators whose kernels exist only for architectures that convert FP8."""
+    return f"{arch.name} has no FP8 conversion" if arch.fp8 is None else None
+
+
+def no_matrix(arch: Arch) -> str | None:
+    """`absent` of operators whose kernels exist only for architectures whose matrix instructions they know."""
+    return f"knows no matrix instructions of {arch.name}" if arch.matrix is None else None

@@ -1,17 +1,14 @@
 from torch import Tensor
 
 from wave64 import ops
-from wave64.backends.hip import FLOATS, bind, constants, launch, other_fp8
+from wave64.backends.hip import bind, constants, launch, other_fp8
+from wave64.backends.hip_ops.rotary_embedding import unsupported
 
 CONSTANTS = constants("concat_and_cache_mla_rope_fused")
 
 
 def supports(positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, kv_cache, scale=None) -> str | None:
-    if cos_sin_cache.dtype not in FLOATS:
-        return f"angles of dtype {cos_sin_cache.dtype}"
-    if q_pe.shape[2] > CONSTANTS.MAX_ROPE_DIM:
-        return f"rope_dim {q_pe.shape[2]}, more than {CONSTANTS.MAX_ROPE_DIM}"
-    return other_fp8(kv_cache.dtype)
+    return unsupported(q_pe.dtype, cos_sin_cache, CONSTANTS.MAX_ROPE_DIM) or other_fp8(kv_cache.dtype)
 
 
 @bind(ops.concat_and_cache_mla_rope_fused, supports=supports)

@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from wave64 import ops, platform
+from wave64.arch import Arch
 from wave64.backends.hip import bind, constants, launch, other_fp8
 
 CONSTANTS = constants("fp8_block_scaled_mm")
@@ -11,11 +12,12 @@ ARCHS = ("gfx942", "gfx950")
 MIN_SPLIT_STEPS = 4
 
 
+def absent(arch: Arch) -> str | None:
+    return None if arch.name in ARCHS else f"written for the FP8 matrix instructions of {' and '.join(ARCHS)}"
+
+
 def supports(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],
              out_dtype: torch.dtype) -> str | None:
-    arch = platform.arch()
-    if arch is None or arch.name not in ARCHS:
-        return f"written for the FP8 matrix instructions of {' and '.join(ARCHS)}"
     if why := other_fp8(a.dtype):
         return why
     if any(size % 128 for size in block_shape):
@@ -40,7 +42,7 @@ def num_splits(m: int, n: int, k: int) -> int:
     return -(-steps // -(-steps // splits))  # none without a step
 
 
-@bind(ops.fp8_block_scaled_mm, supports=supports)
+@bind(ops.fp8_block_scaled_mm, supports=supports, absent=absent)
 def fp8_block_scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],
                         out_dtype: torch.dtype) -> Tensor:
     (m, k), n = a.shape, b.shape[0]

@@ -3,17 +3,17 @@ from torch import Tensor
 
 from wave64 import ops, quant
 from wave64.backends import peers
-from wave64.backends.hip import bind, constants, fp8_only, launch
+from wave64.backends.hip import bind, constants, launch, no_fp8
 
 
 def supports(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group_size: int, group: str) -> str | None:
     limit = constants("fused_all_reduce_rms_norm_quant_fp8").MAX_ROW_BYTES
     if x.shape[1] * x.element_size() > limit:
         return f"rows of more than {limit} bytes"
-    return fp8_only() or peers.too_large(group, x)
+    return peers.too_large(group, x)
 
 
-@bind(ops.fused_all_reduce_rms_norm_quant_fp8, supports=supports)
+@bind(ops.fused_all_reduce_rms_norm_quant_fp8, supports=supports, absent=no_fp8)
 def fused_all_reduce_rms_norm_quant_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group_size: int,
                                         group: str) -> tuple[Tensor, Tensor]:
     ranks = peers.of(group)

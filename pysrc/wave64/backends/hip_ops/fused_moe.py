@@ -1,10 +1,10 @@
 import torch
 from torch import Tensor
 
-from wave64 import ops, platform
+from wave64 import ops
 from wave64.backends.hip import bind, constants, launch, other_fp8
 from wave64.backends.hip_ops import moe_align_block_size, per_token_group_quant_fp8
-from wave64.backends.hip_ops.fp8_block_scaled_mm import ARCHS
+from wave64.backends.hip_ops.fp8_block_scaled_mm import absent
 from wave64.quant import FP8
 
 CONSTANTS = constants("fused_moe")
@@ -20,9 +20,6 @@ def supports(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
              w13_scale: Tensor | None = None, w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
              activation: str = "silu", apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None,
              scale_ue8m0: bool = False) -> str | None:
-    arch = platform.arch()
-    if arch is None or arch.name not in ARCHS:
-        return f"written for the FP8 matrix instructions of {' and '.join(ARCHS)}"
     if w13.dtype not in FP8.values() or block_shape is None or list(block_shape) != [128, 128]:
         return "multiplies FP8 weights in blocks of 128 rows and columns"
     if why := other_fp8(w13.dtype):
@@ -47,7 +44,7 @@ def supports(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
     return moe_align_block_size.supports(topk_ids, CONSTANTS.BLOCK_PAIRS, routed)
 
 
-@bind(ops.fused_moe, supports=supports)
+@bind(ops.fused_moe, supports=supports, absent=absent)
 def fused_moe(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
               w13_scale: Tensor | None = None, w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
               activation: str = "silu", apply_router_weight_on_input: bool = False, expert_map: Tensor | None = None,

@@ -2,19 +2,15 @@ import torch
 from torch import Tensor
 
 from wave64 import ops, platform
-from wave64.backends.hip import bind, constants, launch
+from wave64.backends.hip import bind, constants, launch, no_matrix
 
 CONSTANTS = constants("linear")
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     arch = platform.arch()
-    if arch and arch.vendor == "nvidia":  # measured on an H200: tests/bench/step_kernels.py products
-        return "is slower than torch's product on NVIDIA: 71 to 92 % of what reading alone reaches, torch's 83 to 94 %"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"multiplies bf16 and fp16, not {x.dtype}"
-    if arch and arch.matrix is None:
-        return f"knows no matrix instructions of {arch.name}"
     if arch and arch.name == "gfx1100" and len(x) > CONSTANTS.MAX_TOKENS // 2:
         return f"serves {CONSTANTS.MAX_TOKENS // 2} tokens at most on gfx1100, where more spill registers"
     if len(x) > CONSTANTS.MAX_TOKENS:
@@ -24,7 +20,7 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | Non
     return None
 
 
-@bind(ops.linear, supports=supports)
+@bind(ops.linear, supports=supports, absent=no_matrix)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     num_tokens, in_features = x.shape
     out = torch.empty((num_tokens, len(weight)), dtype=x.dtype, device=x.device)

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from wave64 import ops, platform
-from wave64.backends.hip import bind, constants, launch
+from wave64.backends.hip import bind, constants, launch, no_matrix
 
 CONSTANTS = constants("paged_attention")
 #: Splits of a batch for each compute unit: about two rounds of the blocks that run at once (3 on sm_90, 4 on gfx9), so
@@ -16,8 +16,6 @@ def supports(query, key_cache, value_cache, page_table, *args, **kwargs) -> str 
     arch = platform.arch()
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"multiplies bf16 and fp16, not {query.dtype}"
-    if arch and arch.matrix is None:
-        return f"knows no matrix instructions of {arch.name}"
     if key_cache.dtype != query.dtype and arch and arch.fp8 is None:
         return f"{arch.name} has no FP8 conversion"
     if query.shape[2] not in (64, 128):
@@ -43,7 +41,7 @@ def as_fp32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32)
 
 
-@bind(ops.paged_attention, supports=supports)
+@bind(ops.paged_attention, supports=supports, absent=no_matrix)
 def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
                     scale: float, sliding_window: int = -1, logit_cap: float = 0.0, sinks: Tensor | None = None,
                     k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:

@@ -2,13 +2,13 @@ import torch
 from torch import Tensor
 
 from wave64 import ops, quant
-from wave64.backends.hip import bind, fp8_only, launch
+from wave64.backends.hip import bind, launch, no_fp8
 
 #: Blocks that find amax, at most: as many as the largest GPU runs at a time.
 NUM_PARTS = 2048
 
 
-@bind(ops.per_tensor_quant_fp8, supports=fp8_only)
+@bind(ops.per_tensor_quant_fp8, supports=None, absent=no_fp8)
 def per_tensor_quant_fp8(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     num_tokens, columns = x.shape
     q = torch.empty((num_tokens, columns), dtype=quant.fp8_dtype(), device=x.device)

@@ -2,14 +2,14 @@ import torch
 from torch import Tensor
 
 from wave64 import ops, quant
-from wave64.backends.hip import bind, fp8_only, launch
+from wave64.backends.hip import bind, launch, no_fp8
 
 
 def supports(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> str | None:
-    return "has no scales of powers of two" if scale_ue8m0 else fp8_only()
+    return "has no scales of powers of two" if scale_ue8m0 else None
 
 
-@bind(ops.per_token_group_quant_fp8, supports=supports)
+@bind(ops.per_token_group_quant_fp8, supports=supports, absent=no_fp8)
 def per_token_group_quant_fp8(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     num_tokens, columns = x.shape
     q = torch.empty((num_tokens, columns), dtype=quant.fp8_dtype(), device=x.device)

@@ -2,10 +2,10 @@ import torch
 from torch import Tensor
 
 from wave64 import ops, quant
-from wave64.backends.hip import bind, fp8_only, launch
+from wave64.backends.hip import bind, launch, no_fp8
 
 
-@bind(ops.per_token_quant_fp8, supports=fp8_only)
+@bind(ops.per_token_quant_fp8, supports=None, absent=no_fp8)
 def per_token_quant_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     num_tokens, columns = x.shape
     q = torch.empty((num_tokens, columns), dtype=quant.fp8_dtype(), device=x.device)

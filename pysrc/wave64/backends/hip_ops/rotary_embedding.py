@@ -1,3 +1,4 @@
+import torch
 from torch import Tensor
 
 from wave64 import ops
@@ -15,14 +16,19 @@ def _layout(x: Tensor | None, head_size: int) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.shape[1]
 
 
-def supports(positions, query, key, head_size, cos_sin_cache, is_neox=True) -> str | None:
-    if query.dtype not in FLOATS:
-        return f"dtype {query.dtype}"
+def unsupported(dtype: torch.dtype, cos_sin_cache: Tensor, max_rot_dim: int) -> str | None:
+    """The reason why kernels that rotate numbers of `dtype` do not serve these angles, or None."""
+    if dtype not in FLOATS:
+        return f"dtype {dtype}"
     if cos_sin_cache.dtype not in FLOATS:
         return f"angles of dtype {cos_sin_cache.dtype}"
-    if cos_sin_cache.shape[1] > CONSTANTS.MAX_ROT_DIM:
-        return f"rot_dim {cos_sin_cache.shape[1]}, more than {CONSTANTS.MAX_ROT_DIM}"
+    if cos_sin_cache.shape[1] > max_rot_dim:
+        return f"rot_dim {cos_sin_cache.shape[1]}, more than {max_rot_dim}"
     return None
+
+
+def supports(positions, query, key, head_size, cos_sin_cache, is_neox=True) -> str | None:
+    return unsupported(query.dtype, cos_sin_cache, CONSTANTS.MAX_ROT_DIM)
 
 
 @bind(ops.rotary_embedding, supports=supports)

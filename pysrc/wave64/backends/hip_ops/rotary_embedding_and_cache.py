@@ -1,19 +1,14 @@
 from torch import Tensor
 
 from wave64 import ops
-from wave64.backends.hip import FLOATS, bind, constants, launch, other_fp8
+from wave64.backends.hip import bind, constants, launch, other_fp8
+from wave64.backends.hip_ops.rotary_embedding import unsupported
 
 CONSTANTS = constants("rotary_embedding_and_cache")
 
 
 def supports(positions, query, key, value, cos_sin_cache, key_cache, *args, **kwargs) -> str | None:
-    if query.dtype not in FLOATS:
-        return f"dtype {query.dtype}"
-    if cos_sin_cache.dtype not in FLOATS:
-        return f"angles of dtype {cos_sin_cache.dtype}"
-    if cos_sin_cache.shape[1] > CONSTANTS.MAX_ROT_DIM:
-        return f"rot_dim {cos_sin_cache.shape[1]}, more than {CONSTANTS.MAX_ROT_DIM}"
-    return other_fp8(key_cache.dtype)
+    return unsupported(query.dtype, cos_sin_cache, CONSTANTS.MAX_ROT_DIM) or other_fp8(key_cache.dtype)
 
 
 @bind(ops.rotary_embedding_and_cache, supports=supports)
