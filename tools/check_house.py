@@ -104,11 +104,9 @@ NAME_WORDS = {
     "apart": "stride or gap", "kin": "fallback", "facts": "key",
 }
 #: Where names have been read, too, with words that have another sense there: turns of a chat, pages that are shared,
-#: peaks that AMD publishes, mixed formats. `Place` is the emulator's, of memory.
-READ_WITH_OTHER_SENSES = ("serve/", "tests/", "tools/demo_")
+#: peaks that AMD publishes, mixed formats.
+READ_WITH_OTHER_SENSES = ("serve/", "tests/", "tools/", "pysrc/wave64/")
 OTHER_SENSES = {"turn", "share", "peak", "peaks", "mixed", "most"}
-USES_PLACE = ("tests/gfx942/collectives.py", "tests/gfx942/test_coherence.py", "tests/gfx942/test_modes.py",
-              "tests/bench/aiter_allreduce.py")
 COMPOUNDS = re.compile(r"at_(most|least)|in_(place|turn)|(are|keep|stay|taken|tells_\w+)_apart")
 #: The same in comments and strings.
 PROSE = {
@@ -235,7 +233,7 @@ def names_by_the_table(path: str, text: str) -> Iterator[str]:
     if not path.endswith(".py") or path == "tests/test_house.py":
         return
     words = NAME_WORDS if path.startswith(READ) else {}
-    if not words and path.startswith(READ_WITH_OTHER_SENSES) and path not in USES_PLACE:
+    if not words and path.startswith(READ_WITH_OTHER_SENSES):
         words = {word: better for word, better in NAME_WORDS.items() if word not in OTHER_SENSES}
     words = {word: better for word, better in words.items() if word in text.lower()}
     prose = {pattern: better for pattern, better in PROSE.items()

@@ -7,7 +7,7 @@ in serve/demo, which `--model-path demo-llama`, `demo-deepseek` or `demo-tools` 
 weights, whose name ends in -fp8. Takes some minutes on two CPU cores. Needs wave64, transformers, tokenizers and
 safetensors; nothing is downloaded and no data but those of demo_text.py, or demo_answers.py, are used.
 
-Fails unless the model says what it learned by far: each right token's logit LEAST_GAP above all others.
+Fails unless the model says what it learned by far: each right token's logit MIN_GAP above all others.
 """
 
 import argparse
@@ -97,7 +97,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 
 BIAS_STEP = 2e-3  # of the routers' correction bias
 NOISE = 0.04  # relative, in every product's factors: half as much again as what FP8 rounds off
-LEAST_GAP = 1.0  # in logits, from the right token to the best other one
+MIN_GAP = 1.0  # in logits, from the right token to the best other one
 
 
 class Balance:
@@ -266,8 +266,8 @@ def check(model: PreTrainedModel, tokenizer: Tokenizer, asked: Pairs, folder: Pa
         else:
             gap, after = min_gap(again, tokenizer, asked)
         print(f"{folder.name} in {dtype}: every right token at least {gap:.2f} above the others", flush=True)
-        if gap < LEAST_GAP:
-            raise SystemExit(f"{folder}: expected {LEAST_GAP}; train longer. It is after {after}")
+        if gap < MIN_GAP:
+            raise SystemExit(f"{folder}: expected {MIN_GAP}; train longer. It is after {after}")
 
 
 CONFIGS = {"llama": LLAMA, "deepseek": DEEPSEEK, "tools": TOOLS}

@@ -40,7 +40,7 @@ def _ours(count: int, arch: str) -> tuple[list, list[Buffer], Callable[[], None]
     arenas = collectives.Arenas(RANKS)
     launches = [launch for rank in range(RANKS) for launch in call.launches(arch, rank, arenas)]
     blocks, lanes = (max(getattr(launch, of)[0] for launch in launches) for of in ("grid", "block"))
-    buffers: list[Buffer] = [*arenas.places(blocks, lanes)]
+    buffers: list[Buffer] = [*arenas.buffers(blocks, lanes)]
     for rank in range(RANKS):
         buffers += [Buffer(f"{name} of rank {rank}", x.data_ptr(), x.nbytes) for name, x in call.tensors(rank).items()]
 

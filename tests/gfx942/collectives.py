@@ -16,7 +16,7 @@ from torch import Tensor
 from wave64 import quant
 from wave64.backends import hip, peers
 from wave64.ops.per_token_group_quant_fp8 import grouped
-from wave64.testing.emulator import Buffer, Counts, Place, execute, execute_together
+from wave64.testing.emulator import Buffer, Counts, DeviceBuffer, execute, execute_together
 
 LL, LL128, ONE_SHOT, TWO_SHOT = range(4)
 FP8, INT8, INT4 = range(4, 7)
@@ -40,7 +40,7 @@ class Arenas:
     def status(self, rank: int) -> int:
         return int(self.records[rank].ctypes.data)
 
-    def places(self, blocks: int, lanes: int, coded: bool = False) -> Iterator[Place]:
+    def buffers(self, blocks: int, lanes: int, coded: bool = False) -> Iterator[DeviceBuffer]:
         """What blocks of so many lanes use of each arena: lines of their own, so that the views stay small. coded:
         where codes are sent, too."""
         at = layout()
@@ -64,9 +64,10 @@ class Arenas:
                 ranges += [(start + blocks_of * lines * line + i * line // 4, 4 * lanes) for start in at_use
                            for i in range(blocks_of)]
             ranges = _merged(ranges)
-        yield Place("status records", self.records.ctypes.data, self.records.nbytes)
+        yield DeviceBuffer("status records", self.records.ctypes.data, self.records.nbytes)
         for rank, base in enumerate(self.addresses):
-            yield from (Place(f"arena {rank}", base + start, size, rank, self.uncached) for start, size in ranges)
+            yield from (DeviceBuffer(f"arena {rank}", base + start, size, rank, self.uncached)
+                        for start, size in ranges)
 
 
 @dataclass
@@ -147,8 +148,8 @@ class Coded(AllReduce):
                        [torch.where(expected.isnan(), torch.nan, expected)])
         exact = torch.stack(x).double().sum(0)
         error = sum(code_error(each, codes) for each in [*x, sums]) + torch.finfo(dtype).eps / 2 * exact.abs()
-        apart = torch.nn.functional.pad(exact, (0, -exact.numel() % 32)).view(-1, 32).isfinite().all(1, keepdim=True)
-        usual = apart.expand(-1, 32).flatten()[: exact.numel()]
+        finite = torch.nn.functional.pad(exact, (0, -exact.numel() % 32)).view(-1, 32).isfinite().all(1, keepdim=True)
+        usual = finite.expand(-1, 32).flatten()[: exact.numel()]
         assert (expected.isnan() == ~usual).all()
         assert ((expected.double() - exact).abs() <= 1.01 * error + 1e-7)[usual].all()
 
@@ -300,10 +301,10 @@ def run(calls: Sequence[Call], arch: str, seed: int, arenas: Arenas | None = Non
             launches += made
             ranks += [rank] * len(made)
     blocks, lanes = (max(getattr(launch, of)[0] for launch in launches) for of in ("grid", "block"))
-    buffers = [*arenas.places(blocks, lanes, any(CODED.search(launch.kernel) for launch in launches))]
+    buffers = [*arenas.buffers(blocks, lanes, any(CODED.search(launch.kernel) for launch in launches))]
     for number, call in enumerate(calls):
         for rank in range(world):
-            buffers += [Place(f"{name} of rank {rank} in call {number}", x.data_ptr(), x.nbytes, rank)
+            buffers += [DeviceBuffer(f"{name} of rank {rank} in call {number}", x.data_ptr(), x.nbytes, rank)
                         for name, x in call.tensors(rank).items() if x.numel()]
     return execute_together(launches, buffers, seed, devices=ranks, streams=ranks, **options)
 

@@ -11,7 +11,7 @@ from assembled import assemble, run
 
 from wave64 import OPS, platform
 from wave64.testing import contract
-from wave64.testing.emulator import Buffer, EmulationError, Place, execute_together
+from wave64.testing.emulator import Buffer, DeviceBuffer, EmulationError, execute_together
 from wave64.testing.emulator.checks import ALL
 from wave64.testing.emulator.run import emulate
 from wave64.testing.emulator.unordered import Unordered
@@ -57,9 +57,9 @@ def outcome(first: str, second: str, where=TWO_DEVICES, seed: int = 0, homes=(0,
     made = [SimpleNamespace(kernel="litmus", code_object=code(first, second, at), grid=(groups, 1, 1), block=(64, 1, 1),
                             lds_bytes=0, args=int(tables[i].ctypes.data).to_bytes(8, "little") + bytes(8))
             for i in range(launches)]
-    places = [Place(name, array.ctypes.data, array.nbytes, device, uncached)
+    buffers = [DeviceBuffer(name, array.ctypes.data, array.nbytes, device, uncached)
               for name, array, device in (("x", x, homes[0]), ("y", y, homes[1]))]
-    execute_together(made, [*places, Buffer("results", results.ctypes.data, 8),
+    execute_together(made, [*buffers, Buffer("results", results.ctypes.data, 8),
                             Buffer("tables", tables.ctypes.data, tables.nbytes)], seed, patience=4000, seconds=60,
                      checks=checks, show=show)
     return int(results[0]), int(results[1])
@@ -184,7 +184,7 @@ def test_load_buffering(wait, both_new):
     assert (0, 0) in seen
 
 
-# ---- one place
+# ---- one address
 
 def test_a_wave_sees_its_own_stores_in_order():
     body = ("global_store_dword v0, v1, s[8:9]\nv_mov_b32_e32 v2, 2\nglobal_store_dword v0, v2, s[8:9]\n"

@@ -19,7 +19,7 @@ from wave64.testing import isa
 from wave64.testing.emulator import code_object, core
 from wave64.testing.emulator.memory import EmulationError
 from wave64.testing.emulator.together import execute_together
-from wave64.testing.emulator.views import Place
+from wave64.testing.emulator.views import DeviceBuffer
 
 CORES = ["numpy"] + ["c"] * (core.unfit() is None)
 LOAD = """
@@ -118,9 +118,9 @@ def test_scalar_stores_are_refused_where_views_of_memory_differ(text):
     assert result[0] == 1
     args = given.ctypes.data.to_bytes(8, "little") + result.ctypes.data.to_bytes(8, "little")
     launch = SimpleNamespace(kernel="one", code_object=code, grid=(1, 1, 1), block=(64, 1, 1), lds_bytes=0, args=args)
-    places = [Place(name, x.ctypes.data, x.nbytes) for name, x in (("given", given), ("result", result))]
+    buffers = [DeviceBuffer(name, x.ctypes.data, x.nbytes) for name, x in (("given", given), ("result", result))]
     with pytest.raises(NotImplementedError, match=f"{text.split()[0]} while views of memory differ"):
-        execute_together([launch], places, 0)
+        execute_together([launch], buffers, 0)
 
 
 # ---- skipped instructions

@@ -26,7 +26,7 @@ class Peaks:
     read_gbs: float
     matmul_tflops: float
 
-    def least_ms(self, cost: Cost) -> float:
+    def min_ms(self, cost: Cost) -> float:
         """The roofline: what the call would take if it did nothing but the larger of its reading and its products."""
         return max(cost.bytes / self.read_gbs / 1e6, cost.flops / self.matmul_tflops / 1e9)
 
@@ -44,7 +44,7 @@ class Speed:
 
 def speed(ms: float, cost: Cost, peaks: Peaks) -> Speed:
     gbs = cost.bytes / ms / 1e6
-    return Speed(ms * 1e3, gbs, gbs / peaks.read_gbs, peaks.least_ms(cost) / ms, cost.flops / ms / 1e9)
+    return Speed(ms * 1e3, gbs, gbs / peaks.read_gbs, peaks.min_ms(cost) / ms, cost.flops / ms / 1e9)
 
 
 def measure_peaks(device: str) -> Peaks:

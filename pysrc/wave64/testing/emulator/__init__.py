@@ -3,6 +3,6 @@
 from wave64.testing.emulator.memory import Buffer, EmulationError
 from wave64.testing.emulator.run import Counts, emulate, execute
 from wave64.testing.emulator.together import Deadlock, execute_together
-from wave64.testing.emulator.views import Place
+from wave64.testing.emulator.views import DeviceBuffer
 
-__all__ = ["Buffer", "Counts", "Deadlock", "EmulationError", "Place", "emulate", "execute", "execute_together"]
+__all__ = ["Buffer", "Counts", "Deadlock", "EmulationError", "DeviceBuffer", "emulate", "execute", "execute_together"]

@@ -162,9 +162,10 @@ class Counting(Check):
     def lds(self, b: Binding, offsets: np.ndarray, width: int, access: int, words: np.ndarray | None) -> None:
         arch, loads = self.machine.arch, access == READ
         order = WIDE_LOADS[arch] if loads and width == 16 else IN_TURN
-        cycles, least = lds_cycles(np.flatnonzero(b.party.mask), offsets, width, BANKS[arch][0 if loads else 1], order)
+        banks = BANKS[arch][0 if loads else 1]
+        cycles, conflict_free = lds_cycles(np.flatnonzero(b.party.mask), offsets, width, banks, order)
         self.usage.cycles["lds"] += cycles
-        self.usage.conflict_free += least
+        self.usage.conflict_free += conflict_free
 
 
 def counting() -> type[Counting]:

@@ -59,7 +59,7 @@ _ENDS = ("s_endpgm", "s_branch", "s_setpc", "s_swappc", "s_trap")  # after which
 @dataclass(frozen=True)
 class Window:
     """For `states` wait states after an instruction `did` something with registers, `use` comes too early.
-    forwarded: not to what is of the same kin and reads exactly these registers as C."""
+    forwarded: not to what accumulates as it does and reads exactly these registers as C."""
 
     registers: frozenset[int]
     did: str
@@ -76,7 +76,7 @@ class Step:
     writes: frozenset[int]
     windows: tuple[Window, ...]
     uses: dict[str, frozenset[int]]
-    kin: str = ""                      # what forwards to it without a wait
+    accumulates_as: str = ""           # instructions of one such kind forward C without a wait
     addend: frozenset[int] = NONE      # the C of a matrix instruction or dot product
 
     def joined(self, other: "Step") -> "Step":
@@ -378,7 +378,8 @@ class Hazards(Check):
     def _judge(self, window: Window, earlier: int, pc: int, sought: frozenset[int], between: int) -> None:
         first, use = self.steps[earlier], self.steps[pc]
         touched = window.registers & use.uses.get(window.use, NONE) & sought
-        if not touched or (window.forwarded and first.kin == use.kin and window.registers == use.addend):
+        forwards = window.forwarded and first.accumulates_as == use.accumulates_as
+        if not touched or (forwards and window.registers == use.addend):
             return
         what = f"hardware register {min(touched) - HARDWARE}" if min(touched) >= HARDWARE else name_of(min(touched))
         self.machine.program.lowered.clear()  # who executes it again hears it again

@@ -152,8 +152,8 @@ def swizzle(offset: int) -> np.ndarray:
     """The lane that each lane reads from."""
     if offset >= 0xE000:  # for FFT: lanes of a group of 32, or less, by their bits reversed; offset: the bits kept
         keep = offset & 31
-        turned = sum((LANES >> i & 1) << 4 - i for i in range(5))
-        return LANES & 32 | turned >> keep.bit_count() | LANES & keep
+        reversed_bits = sum((LANES >> i & 1) << 4 - i for i in range(5))
+        return LANES & 32 | reversed_bits >> keep.bit_count() | LANES & keep
     if offset >= 0xC000:
         direction, count, keep = offset >> 10 & 1, offset >> 5 & 31, offset & 31
         moved = LANES - count if direction else LANES + count

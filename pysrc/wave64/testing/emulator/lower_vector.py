@@ -123,7 +123,7 @@ def _result(low: Lowered, kind: str, keep: bool, three: bool, sdwa: bool) -> Non
         if SIZES[kind] == 8 and low.select != 6:
             raise Unknown
     elif SIZES[kind] == 2:
-        low.place = HIGH_KEPT if three and getattr(fields, "opsel", 0) & 8 else LOW_KEPT if keep else PLAIN
+        low.half = HIGH_KEPT if three and getattr(fields, "opsel", 0) & 8 else LOW_KEPT if keep else PLAIN
     low.vector_result(low.number("vdst"), max(1, SIZES[kind] // 4))
     if low.exchange is not None and not (low.exchange[3] and low.exchange[2].all()):
         low.note(low.reads, low.number("vdst"), 1)
@@ -136,7 +136,7 @@ def bitop3(low: Lowered, kind: str) -> str:
     for i in range(3):
         low.source(getattr(fields, f"src{i}").offset, kind, HIGH * (opsel >> i & 1))
     if kind == "w":
-        low.place = HIGH_KEPT if opsel & 8 else LOW_KEPT
+        low.half = HIGH_KEPT if opsel & 8 else LOW_KEPT
     low.vector_result(low.number("vdst"))
     return low.instruction.name
 
@@ -203,8 +203,8 @@ def mix(low: Lowered) -> str:
         modifiers = ABSOLUTE * (fields.neg_hi >> i & 1) | NEGATE * (fields.neg >> i & 1)
         low.source(getattr(fields, f"src{i}").offset, "h" if small else "f",
                    modifiers | (HIGH * (fields.opsel >> i & 1) if small else 0))
-    low.place = LOW_KEPT if "mixlo" in name else HIGH_KEPT if "mixhi" in name else PLAIN
-    low.flush = int(low.place == PLAIN and low.kernel.flushes)
+    low.half = LOW_KEPT if "mixlo" in name else HIGH_KEPT if "mixhi" in name else PLAIN
+    low.flush = int(low.half == PLAIN and low.kernel.flushes)
     low.vector_result(low.number("vdst"))
     return name
 

@@ -52,7 +52,7 @@ class Lowered:
         self.writes: list[tuple[str, int, int]] = []
         self.src: list[tuple] = []
         self.handler = self.suffix = ""
-        self.imm = self.more = self.jump = self.dst = self.mask = self.modifier = self.place = self.omod = 0
+        self.imm = self.more = self.jump = self.dst = self.mask = self.modifier = self.half = self.omod = 0
         self.clamp = self.select = self.unused = 0
         self.flush = 0  # of a result of fp32
         self.canonical = FLUSH * kernel.flushes | QUIET * (not kernel.ieee)  # of sources of fp32
@@ -164,12 +164,12 @@ class Lowered:
         flat: list[int] = []
         for each in self.src + [NO_SOURCE] * (SOURCES - len(self.src)):
             flat += each
-        for ranges, room in ((reads, READS), (writes, WRITES), (watched, WATCHED)):
+        for ranges, capacity in ((reads, READS), (writes, WRITES), (watched, WATCHED)):
             for each in ranges:
                 flat += each
-            flat += [0] * (2 * (room - len(ranges)))
+            flat += [0] * (2 * (capacity - len(ranges)))
         return LAYOUT.pack(address, self.imm, more, self.jump, self.dst, self.mask, self.instruction.words, self.rule,
-                           counter, self.modifier, self.place, self.omod, self.clamp, self.select, self.unused,
+                           counter, self.modifier, self.half, self.omod, self.clamp, self.select, self.unused,
                            len(reads), len(writes), len(watched), self.flush, *flat)
 
 

@@ -248,7 +248,7 @@ def _branch_if(register: int, zero: bool) -> Callable:
     return bind
 
 
-def _set_place(b: Binding, addresses: np.ndarray):
+def _next_pc(b: Binding, addresses: np.ndarray):
     pcs = ((addresses - U64(b.machine.program.address)) >> U64(2)).astype(I64)
     return int(pcs[0]) if (pcs == pcs[0]).all() else pcs
 
@@ -261,7 +261,7 @@ def _get_pc(b: Binding) -> Callable:
 
 def _set_pc(b: Binding) -> Callable:
     get = b.scalar(b.fields.ssrc0.offset, "U")
-    return lambda: _set_place(b, get())
+    return lambda: _next_pc(b, get())
 
 
 def _swap_pc(b: Binding) -> Callable:
@@ -269,7 +269,7 @@ def _swap_pc(b: Binding) -> Callable:
     here = np.array([b.machine.program.address + 4 * (b.pc + 1)], U64)
 
     def run():
-        outcome = _set_place(b, get())
+        outcome = _next_pc(b, get())
         write(here)
         return outcome
     return run

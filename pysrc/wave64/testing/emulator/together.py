@@ -41,10 +41,11 @@ def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 
                      checks: tuple[type, ...] = (*ALL, Unordered), seconds: float = SECONDS,
                      show: Callable[[str], None] | None = None) -> Counts:
     """Makes recorded launches at the same time, all their workgroups resident. `buffers` is all memory that they may
-    touch, and share, besides their arguments and code objects; a `Place` says whose memory it is in, and of which kind.
-    devices: that of each launch; none: each has its own. streams: that of each launch; one begins when those before it
-    in its stream have ended; none: all begin at once. whole_lines: see views.py. show: takes the schedule, a line for
-    what each wave stores and finds and for when stores are seen; of a seed that failed, `show=print` tells how.
+    touch, and share, besides their arguments and code objects; a `DeviceBuffer` says in whose memory it is, and of
+    which kind. devices: that of each launch; none: each has its own. streams: that of each launch; one begins when
+    those before it in its stream have ended; none: all begin at once. whole_lines: see views.py. show: takes the
+    schedule, a line for what each wave stores and finds and for when stores are seen; of a seed that failed,
+    `show=print` tells how.
 
     Raises Deadlock, which says where each launch's waves are, once every wave that has not ended waits at a barrier or
     has executed `patience` instructions since a store or an atomic, to memory or LDS, last changed what was there;

@@ -105,10 +105,10 @@ class Shadow:
             if earlier == READ:
                 accesses.append((page.other_reader[at], page.other_read[at]))
             for others, times in accesses:
-                for place in np.flatnonzero((others != 0) & (others != by)):
-                    first, when = int(others[place]), int(times[place])
-                    if not self.ordered(first, when, earlier, int(by[place]), kind):
-                        return int(place), earlier, first
+                for i in np.flatnonzero((others != 0) & (others != by)):
+                    first, when = int(others[i]), int(times[i])
+                    if not self.ordered(first, when, earlier, int(by[i]), kind):
+                        return int(i), earlier, first
         return None
 
 
@@ -131,9 +131,9 @@ class Unordered(Check):
 
     def _numbers(self, b: Binding) -> np.ndarray:
         """The number of each wave's workgroup."""
-        place = (self.batch - 1) * self.machine.shape.groups
+        before = (self.batch - 1) * self.machine.shape.groups
         named = f"workgroup {{}} of launch {self.launch}" if self.across else "workgroup {}"
-        return np.array([self.shadow.number((self.launch, place + int(group)), named.format(place + int(group)))
+        return np.array([self.shadow.number((self.launch, before + int(group)), named.format(before + int(group)))
                          for group in np.atleast_1d(b.party.group)], np.int32)
 
     def _note(self, times: Times, b: Binding) -> None:

@@ -48,7 +48,7 @@ SYSTEM, DEVICE, DIE = "system", "device", "die"
 
 
 @dataclass(frozen=True)
-class Place(Buffer):
+class DeviceBuffer(Buffer):
     """A buffer with the device whose memory it is in, and whether it was allocated uncached."""
 
     device: int = 0
@@ -61,7 +61,7 @@ def scope_of(sc0: bool, sc1: bool) -> str:
 
 
 class View:
-    """A cache's view: bytes of all places, whole lines of them valid, and bytes that are newer than what lies behind.
+    """A cache's view: bytes of all buffers, whole lines of them valid, and bytes that are newer than what lies behind.
     """
 
     def __init__(self, lines: int):
@@ -84,7 +84,7 @@ class View:
 
 @dataclass(eq=False)
 class UnderWay:
-    """What a wave has issued and not yet waited for. at: the places of the bytes that it accesses."""
+    """What a wave has issued and not yet waited for. at: the positions of the bytes that it accesses."""
 
     number: int  # of the wave's accesses, in the order of issue
     at: np.ndarray
@@ -93,7 +93,7 @@ class UnderWay:
         self.first, self.last = (int(self.at.min()), int(self.at.max())) if self.at.size else (0, -1)
 
     def meets(self, at: np.ndarray, first: int, last: int) -> bool:
-        """Whether it accesses one of these places, which are first to last."""
+        """Whether it accesses one of these positions, which are first to last."""
         return self.first <= last and first <= self.last and bool(np.isin(self.at, at).any())
 
 
@@ -160,20 +160,20 @@ class Wave:
 class World:
     """The views of all devices, and what is on its way. `now` is the wave whose turn it is."""
 
-    def __init__(self, places: Iterable[Buffer], order: random.Random, show: Callable[[str], None] | None = None,
+    def __init__(self, buffers: Iterable[Buffer], order: random.Random, show: Callable[[str], None] | None = None,
                  whole_lines: bool = True):
         self.whole_lines = whole_lines
         self.order, self.lazy, self.show = order, order.random() < LAZY, show
-        self.places = sorted((p for p in places if p.size), key=lambda p: p.start)
-        self.starts = np.array([p.start for p in self.places], np.int64)
-        self.stops = np.array([p.end for p in self.places], np.int64)
-        first = [p.start // LINE * LINE for p in self.places]
-        lines = [(p.end - start + LINE - 1) // LINE for p, start in zip(self.places, first, strict=True)]
+        self.buffers = sorted((p for p in buffers if p.size), key=lambda p: p.start)
+        self.starts = np.array([p.start for p in self.buffers], np.int64)
+        self.stops = np.array([p.end for p in self.buffers], np.int64)
+        first = [p.start // LINE * LINE for p in self.buffers]
+        lines = [(p.end - start + LINE - 1) // LINE for p, start in zip(self.buffers, first, strict=True)]
         self.shift = np.array(first, np.int64) - LINE * np.concatenate([[0], np.cumsum(lines)[:-1]]).astype(np.int64)
         self.lines = sum(lines)
         self.addresses = np.concatenate([start + LINE * np.arange(n) for start, n in zip(first, lines, strict=True)])
-        self.home = np.repeat([getattr(p, "device", 0) for p in self.places], lines)
-        self.uncached = np.repeat([getattr(p, "uncached", False) for p in self.places], lines)
+        self.home = np.repeat([getattr(p, "device", 0) for p in self.buffers], lines)
+        self.uncached = np.repeat([getattr(p, "uncached", False) for p in self.buffers], lines)
         self.base = int(self.addresses[0])
         span = int(self.addresses[-1]) + LINE - self.base
         self.memory = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(self.base))
@@ -189,14 +189,14 @@ class World:
         return View(self.lines)
 
     def spots(self, addresses: np.ndarray, width: int) -> np.ndarray | None:
-        """[accesses, width] places of bytes in views; None: not in any place, so no other wave's."""
-        place = np.searchsorted(self.starts, addresses.view(np.int64), side="right") - 1
-        inside = place >= 0
+        """[accesses, width] positions of bytes in views; None: not in any buffer, so no other wave's."""
+        buffer = np.searchsorted(self.starts, addresses.view(np.int64), side="right") - 1
+        inside = buffer >= 0
         if inside.any():
-            inside &= addresses.view(np.int64) < self.stops[np.maximum(place, 0)]
+            inside &= addresses.view(np.int64) < self.stops[np.maximum(buffer, 0)]
         if not inside.all():
             return None
-        return (addresses.view(np.int64) - self.shift[place])[:, None] + np.arange(width)
+        return (addresses.view(np.int64) - self.shift[buffer])[:, None] + np.arange(width)
 
     def _say(self, wave: Wave, does: str, at: np.ndarray, octets: np.ndarray | None = None) -> None:
         """A line of the schedule, for who reads it."""
@@ -206,8 +206,8 @@ class World:
         if at.size:
             first = int(at.reshape(-1)[0])
             address = int(self.addresses[first // LINE]) + first % LINE
-            place = next(p for p in self.places if p.start <= address < p.end)
-            words += f" {place.name}+{address - place.start}"
+            buffer = next(p for p in self.buffers if p.start <= address < p.end)
+            words += f" {buffer.name}+{address - buffer.start}"
         if octets is not None:
             words += f": {octets.reshape(-1)[:8].tobytes().hex(' ', 4)}" + (", ..." if octets.size > 8 else "")
         self.show(words)
@@ -215,7 +215,7 @@ class World:
     # ---- loads
 
     def load(self, wave: Wave, at: np.ndarray, sc0: bool, sc1: bool, entry: Loaded | None = None) -> np.ndarray:
-        """The bytes at these places as the wave sees them, now or at an `entry` in flight."""
+        """The bytes at these positions as the wave sees them, now or at an `entry` in flight."""
         lines = np.unique(at // LINE)
         elsewhere = self.home[lines] != wave.device
         device, die, unit = self.devices[wave.device], self.dies[wave.die], self.units[wave.unit]
@@ -265,7 +265,7 @@ class World:
         """change: from the bytes that are there to those that are then there."""
         self.stores += 1
         while any(np.isin(entry.at, at).any() for entry in wave.under_way):
-            self.finish(wave, wave.under_way[0])  # a wave's own accesses to a place stay in order
+            self.finish(wave, wave.under_way[0])  # a wave's own accesses to one position stay in order
         self._reach(wave, *self._newer(self.dies[wave.die], np.unique(at // LINE)), DEVICE)
         if sc1:
             self._reach(wave, *self._newer(self.devices[wave.device], np.unique(at // LINE)), SYSTEM)
@@ -278,7 +278,7 @@ class World:
 
     @staticmethod
     def _newer(view: View, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(places, bytes) in these lines that are newer than what lies behind the view."""
+        """(positions, bytes) in these lines that are newer than what lies behind the view."""
         row, column = np.nonzero(view.dirty[lines])
         at = lines[row] * LINE + column
         return at, view.data.reshape(-1)[at]
