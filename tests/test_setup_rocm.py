@@ -2,6 +2,10 @@
 
 import importlib.metadata
 import importlib.util
+import json
+import re
+import shutil
+import subprocess
 import sys
 import venv
 from argparse import Namespace
@@ -100,6 +104,27 @@ def test_requirements_are_read_from_pyproject():
     assert not any("[" in name or name.startswith(("torch", "triton")) for name in listed)
 
 
+EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().partition(
+    "[project.optional-dependencies]")[2].partition("[project.scripts]")[0], re.MULTILINE)  # fmt: skip
+
+
+def test_every_extra_is_resolved():
+    assert {"cpu", "serve", "demo", "bench", "emulator", "test", "clients", "lint"} == {*EXTRAS}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("extras", [",".join(extra for extra in EXTRAS if extra != "cpu"),
+                                    *(extra for extra in EXTRAS if extra != "cpu")])  # fmt: skip
+def test_no_extra_brings_a_torch_or_a_triton(extras, tmp_path):
+    """What pip would install into an empty environment, for each and for all together. [cpu] alone names both."""
+    report = tmp_path / "report.json"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report",
+                    report, *setup_rocm.requirements(extras)], check=True)  # fmt: skip
+    brought = {each["metadata"]["name"].lower() for each in json.loads(report.read_text())["install"]}
+    assert len(brought) >= len(setup_rocm.requirements(extras)) // 2
+    assert not {name for name in brought if re.search("torch|triton|nvidia|cuda|rocm", name)}
+
+
 def test_an_interrupted_environment_is_completed(tmp_path, monkeypatch):
     """As a Ctrl-C leaves it: a Python, and no pip."""
     venv.create(tmp_path / ".venv", with_pip=False)
@@ -125,8 +150,9 @@ def test_a_clone_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
 def test_without_a_compiler_zigs_is_used(monkeypatch, compiler):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(setup_rocm.shutil, "which", lambda name: compiler if name == compiler else None)
-    settings = setup_rocm.build_settings("/env/bin/python", Namespace(archs=None))
+    settings = setup_rocm.build_settings("/env/bin/python", Namespace(archs=["-Cx"]))
     assert any("CMAKE_CXX_COMPILER=/env/bin/python;-m;ziglang;c++" in s for s in settings) is (compiler is None)
+    assert settings[0] == "-Cx"
 
 
 def test_the_build_tools_are_read_from_pyproject():
@@ -141,6 +167,56 @@ def test_a_step_that_fails_shows_why(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"exit status 3"):
         setup_rocm.run("Doing a thing", [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"])
     assert "| the reason" in capsys.readouterr().out
+
+
+@pytest.fixture
+def apt(monkeypatch, tmp_path):
+    """apt(script, uid) puts an apt-get into an otherwise empty PATH, and gives the file of what it was asked."""
+    def describe(script: str | None = "true", uid=0, others=()) -> Path:
+        for name in ("sh", "timeout", "sleep", *others):
+            (tmp_path / name).symlink_to(shutil.which(name) or sys.executable)
+        if script is not None:
+            (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$DEBIAN_FRONTEND $@" >> {tmp_path}/asked\n{script}\n')
+            (tmp_path / "apt-get").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(setup_rocm, "LOGS", tmp_path)
+        monkeypatch.setattr(setup_rocm, "ROOT", tmp_path)
+        monkeypatch.setattr(setup_rocm.os, "geteuid", lambda: uid)
+        return tmp_path / "asked"
+    return describe
+
+
+def test_chromium_is_installed_where_root_may(apt, capsys):
+    asked = apt()
+    setup_rocm.install_chromium()
+    lists, packages = asked.read_text().splitlines()
+    assert lists == "noninteractive -q update"
+    assert packages.startswith("noninteractive -q -y ")
+    assert packages.endswith(" install --no-install-recommends chromium chromium-driver")
+    assert "skipped" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [{"uid": 1000}, {"script": None}], ids=["not root", "no apt"])
+def test_where_chromium_cannot_be_installed_it_is_said_how(apt, capsys, how):
+    assert not apt(**how).exists()
+    setup_rocm.install_chromium()
+    assert "skipped without Chromium and its driver; as root: apt-get" in capsys.readouterr().out
+
+
+def test_a_chromium_that_is_there_is_not_installed_again(apt):
+    asked = apt(others=("chromium", "chromedriver"))
+    setup_rocm.install_chromium()
+    assert not asked.exists()
+
+
+@pytest.mark.parametrize("script", ["echo the reason; exit 100", "sleep 60"])
+def test_an_apt_that_fails_or_hangs_costs_a_test_and_not_the_run(apt, capsys, monkeypatch, script):
+    apt(script)
+    monkeypatch.setattr(setup_rocm, "APT_S", 0.2)
+    setup_rocm.install_chromium()
+    said = capsys.readouterr().out
+    assert said.endswith("without it that test is skipped\n")
+    assert ("| the reason" in said) is ("reason" in script)
 
 
 def test_an_unknown_argument_is_refused(monkeypatch, capsys):
