@@ -8,7 +8,9 @@ import torch
 
 from wave64 import distributed
 from wave64.backends import peers
+from wave64.backends.hip_ops.all_reduce import all_reduce
 from wave64.distributed import Group
+from wave64.ops.all_reduce import QUANTIZED_FROM
 
 CPU, HOST = torch.device("cpu"), "host"
 
@@ -135,6 +137,8 @@ def test_ranks_that_make_the_same_calls_hear_nothing_of_it():
     (("all_gather", torch.bfloat16, 96), "all_gather of 96 bfloat16"),
     (("all_reduce", torch.float16, 96), "all_reduce of 96 float16"),
     (("all_reduce", torch.bfloat16, 97), "all_reduce of 97 bfloat16"),
+    (("all_reduce", torch.bfloat16, 96, "fp8"), "all_reduce of 96 bfloat16 as fp8"),
+    (("all_reduce", torch.bfloat16, 96, "int4"), "all_reduce of 96 bfloat16 as int4"),
     (("a replayed graph", torch.uint8, 8), "a replayed graph of 8 rows")])
 def test_ranks_that_call_different_things_are_told_both(ours, words):
     one, other = noted()
@@ -145,7 +149,7 @@ def test_ranks_that_call_different_things_are_told_both(ours, words):
         other.note(*ours)
     assert str(said.value) == (
         f"call 2 in group pair: rank 0 calls all_reduce of 96 bfloat16, rank 1 calls {words}; every rank has to make "
-        "the same calls in the same order, on tensors of the same size and dtype")
+        "the same calls in the same order, on tensors of the same size and dtype, sent alike")
     with pytest.raises(peers.CallsDiffer, match="rank 1 calls .*, rank 0 calls all_reduce of 96 bfloat16"):
         one.compare()
 
@@ -205,3 +209,17 @@ def test_torch_takes_what_is_larger_than_the_table_says(connected):
     assert peers.too_large("pair", torch.empty(limit, dtype=torch.uint8, device="meta")) is None
     assert peers.too_large("pair", torch.empty(limit + 1, dtype=torch.uint8, device="meta")) == (
         "torch.distributed exchanges messages of more than 256 MiB")
+
+
+def test_ranks_that_send_other_codes_are_told_both(connected):
+    """A small sum is exact whatever was asked for."""
+    assert connected(Runtime()) is None
+    mine = peers.of("pair").calls
+    theirs = peers.Calls(Group("pair", 1, 2), mine._words.obj)
+    small, large = torch.ones(96, dtype=torch.bfloat16), torch.ones(QUANTIZED_FROM // 2, dtype=torch.bfloat16)
+    theirs.note("all_reduce", small.dtype, small.numel())
+    all_reduce(small, "pair", "int8")
+    theirs.note("all_reduce", large.dtype, large.numel())
+    with pytest.raises(peers.CallsDiffer, match=f"rank 1 calls all_reduce of {large.numel()} bfloat16, "
+                       f"rank 0 calls all_reduce of {large.numel()} bfloat16 as int8; "):
+        all_reduce(large, "pair", "int8")

@@ -66,12 +66,13 @@ NORM_CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
 }
 
 
-#: as a noted call numbers them: operators, what a replayed graph is, dtypes
+#: as a noted call numbers them: operators, what a replayed graph is, dtypes, codes
 _CALLS = {name: number for number, name in OPS.items()} | {"a replayed graph": 15}
 _DTYPES = sorted((each for each in vars(torch).values() if isinstance(each, torch.dtype)), key=str)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_CODES = {"none": 0, **{codes: code for code, codes in enumerate(QUANTIZED, 1)}}
 NOTED = 1024  # of each rank's last calls; launches of so many that wait on a device do not fit its queue
-_NUMBER_BITS, _COUNT_BITS = 20, 32
+_NUMBER_BITS, _COUNT_BITS, _DTYPE_BITS, _CODES_BITS = 18, 32, 8, 2
 _NUMBER = (1 << _NUMBER_BITS) - 1
 
 
@@ -81,7 +82,7 @@ class CallsDiffer(RuntimeError):
 
 class Calls:
     """What the ranks of a group have called lately, in memory that all of them see: [NOTED, size] words of 8 bytes,
-    each with its call's number, operator, dtype and elements, so that it is there as a whole or not at all."""
+    each with its call's number, operator, codes, dtype and elements, so that it is there as a whole or not at all."""
 
     def __init__(self, group: Group, memory: mmap.mmap | bytearray) -> None:
         self._group, self._words = group, memoryview(memory).cast("Q")
@@ -92,13 +93,14 @@ class Calls:
         """What so many ranks need."""
         return size * NOTED * 8
 
-    def note(self, what: str, dtype: torch.dtype, count: int) -> None:
-        """This rank's next call. Raises CallsDiffer if another rank's of this number, or the one before, is not the
-        same: of two that note theirs at the same time, both may miss the other's."""
+    def note(self, what: str, dtype: torch.dtype, count: int, quantize: str = "none") -> None:
+        """This rank's next call, and what it sends: codes or the numbers. Raises CallsDiffer if another rank's of this
+        number, or the one before, is not the same: of two that note theirs at the same time, both may miss the
+        other's."""
         number = self._number = self._number + 1
-        call = (_CALLS[what] << 8 | _DTYPE_CODES[dtype]) << _COUNT_BITS | count
+        kind = (_CALLS[what] << _CODES_BITS | _CODES[quantize]) << _DTYPE_BITS | _DTYPE_CODES[dtype]
         size, rank = self._group.size, self._group.rank
-        self._words[number % NOTED * size + rank] = call << _NUMBER_BITS | number & _NUMBER
+        self._words[number % NOTED * size + rank] = (kind << _COUNT_BITS | count) << _NUMBER_BITS | number & _NUMBER
         if self._agreed < number - 1:
             self.compare(number - 1)
         self.compare(number)
@@ -116,14 +118,18 @@ class Calls:
             if theirs != mine and theirs and theirs & _NUMBER == number & _NUMBER:
                 raise CallsDiffer(f"call {number} in group {self._group.name}: rank {rank} calls {_described(theirs)}, "
                                   f"rank {self._group.rank} calls {_described(mine)}; every rank has to make the same "
-                                  "calls in the same order, on tensors of the same size and dtype")
+                                  "calls in the same order, on tensors of the same size and dtype, sent alike")
 
 
 def _described(word: int) -> str:
-    word >>= _NUMBER_BITS
-    count, dtype = word & (1 << _COUNT_BITS) - 1, _DTYPES[word >> _COUNT_BITS & 255]
-    what = next(name for name, number in _CALLS.items() if number == word >> _COUNT_BITS + 8)
-    return f"{what} of {count} {'rows' if what == 'a replayed graph' else str(dtype).removeprefix('torch.')}"
+    fields = []
+    for bits in (_NUMBER_BITS, _COUNT_BITS, _DTYPE_BITS, _CODES_BITS):
+        fields.append(word & (1 << bits) - 1)
+        word >>= bits
+    _, count, dtype, codes = fields
+    what = next(name for name, number in _CALLS.items() if number == word)
+    of = "rows" if what == "a replayed graph" else str(_DTYPES[dtype]).removeprefix("torch.")
+    return f"{what} of {count} {of}" + (f" as {[*_CODES][codes]}" if codes else "")
 
 
 class WaitTimeout(RuntimeError):
@@ -167,10 +173,11 @@ class Peers:
         """How to exchange messages of `size` bytes whose sum is normalized."""
         return next(protocol for limit, protocol in self._norm_rows if size <= limit)
 
-    def note(self, op: str, x: Tensor) -> None:
-        """This rank calls an operator next. Raises CallsDiffer where another rank calls something else."""
+    def note(self, op: str, x: Tensor, quantize: str = "none") -> None:
+        """This rank calls an operator next, and sends x as `quantize` says. Raises CallsDiffer where another rank calls
+        something else."""
         if self.calls is not None:
-            self.calls.note(op, x.dtype, x.numel())
+            self.calls.note(op, x.dtype, x.numel(), quantize)
 
     def check(self) -> None:
         """Raises CallsDiffer if another rank has called something else, WaitTimeout if a wait of a kernel that has

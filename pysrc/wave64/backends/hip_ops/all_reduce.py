@@ -11,7 +11,7 @@ from wave64.ops.all_reduce import is_quantized
 def all_reduce(x: Tensor, group: str, quantize: str = "none") -> Tensor:
     out = torch.empty_like(x)
     ranks = peers.of(group)
-    ranks.note("all_reduce", x)
     codes = quantize if is_quantized(x, quantize) else "none"
+    ranks.note("all_reduce", x, codes)
     peers.launch_all_reduce(ranks, x, out, ranks.protocol(x.nbytes, codes))
     return out
