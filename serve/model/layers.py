@@ -5,6 +5,7 @@ model, then fills the views that `checkpoint()` yields. Activations are token-ma
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,15 @@ KVCache = tuple[Tensor, ...]
 
 #: (name in the checkpoint, view to fill, shard of the stored tensor)
 Stored = tuple[str, Tensor, Shard | None]
+
+
+class Quantized(NamedTuple):
+    """An activation in FP8, as products take it: q [num_tokens, hidden], the architecture's FP8, and scale
+    [num_tokens, hidden / group_size], fp32. dtype is that of what was quantized, and of products."""
+
+    q: Tensor
+    scale: Tensor
+    dtype: torch.dtype
 
 
 class Layer(nn.Module):
@@ -129,10 +139,12 @@ class MergedLinear(Linear):
 
 
 class RMSNorm(Layer):
-    def __init__(self, hidden_size: int, eps: float):
+    """group_size: of the FP8 that the next product takes, in which norms of sums over ranks are handed on; 0: none."""
+
+    def __init__(self, hidden_size: int, eps: float, group_size: int = 0):
         super().__init__()
         self.weight = weight(hidden_size)
-        self.eps = eps
+        self.eps, self.group_size = eps, group_size
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Adds x to the residual stream and returns the norm of the sum. Both are written: residual holds the sum,
@@ -140,13 +152,15 @@ class RMSNorm(Layer):
         ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
         return x
 
-    def of_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor:
+    def of_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor | Quantized:
         """As forward, of what the ranks of an attention group have computed each a part of."""
         if ranks.attention.size == 1:
             return self(x, residual)
+        if self.group_size and ranks.sums_exactly(x):
+            return Quantized(*ranks.quantized_norm_of_sum(x, residual, self.weight, self.eps, self.group_size), x.dtype)
         return ranks.norm_of_sum(x, residual, self.weight, self.eps)
 
-    def of_mlp_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor:
+    def of_mlp_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor | Quantized:
         """As forward, of what all ranks have computed each a part of, for the tokens of all attention groups."""
         if ranks.data.size == 1:
             return self.of_sum(x, residual, ranks)
@@ -256,13 +270,18 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Two sub-layers, attention and MLP, each fed with the norm of the residual stream and added to it. What they
-    compute is this rank's part of a sum."""
+    compute is this rank's part of a sum.
 
-    def __init__(self, config: ModelConfig, ranks: Ranks, self_attn: nn.Module, mlp: nn.Module):
+    groups  of FP8 that attention and the MLP take in place of the norm (RMSNorm's group_size)
+    """
+
+    def __init__(self, config: ModelConfig, ranks: Ranks, self_attn: nn.Module, mlp: nn.Module,
+                 groups: tuple[int, int] = (0, 0)):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        gathers = ranks.data.size > 1  # the norm itself
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, groups[0])
         self.self_attn = self_attn
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, 0 if gathers else groups[1])
         self.mlp = mlp
         self.ranks = ranks
 
@@ -270,8 +289,10 @@ class Block(nn.Module):
         """x: this rank's part of the output of the previous block, not yet added to the residual stream; returns that
         of this block."""
         x = self.self_attn(self.input_layernorm.of_mlp_sum(x, residual, self.ranks), batch, kv_cache)
-        x = self.post_attention_layernorm.of_sum(x, residual, self.ranks)
-        return self.mlp(self.ranks.gather(x, batch.gathered_tokens))
+        normed = self.post_attention_layernorm.of_sum(x, residual, self.ranks)
+        if not isinstance(normed, Quantized):
+            normed = self.ranks.gather(normed, batch.gathered_tokens)
+        return self.mlp(normed)
 
 
 class Decoder(nn.Module):

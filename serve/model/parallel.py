@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wave64.distributed import ALONE, Group
-from wave64.ops import all_gather, all_reduce, fused_add_rms_norm, fused_all_reduce_rms_norm, reduce_scatter
+from wave64.ops import (
+    all_gather,
+    all_reduce,
+    fused_add_rms_norm,
+    fused_all_reduce_rms_norm,
+    fused_all_reduce_rms_norm_quant_fp8,
+    reduce_scatter,
+)
 from wave64.ops.all_reduce import is_quantized
 from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ConfigError
@@ -126,13 +133,22 @@ class Ranks:
         """Adds up what the ranks of an attention group have computed of the same tokens."""
         return x if self.attention.size == 1 else all_reduce(x, self.attention.name, self.quantize)
 
+    def sums_exactly(self, x: Tensor) -> bool:
+        """Whether ranks send x itself, and no codes."""
+        return not is_quantized(x, self.quantize)
+
     def norm_of_sum(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Adds up as `sum_attention`, adds that to the residual stream, in place, and returns the norm of the sum."""
-        if is_quantized(x, self.quantize):
-            x = self.sum_attention(x)
-            fused_add_rms_norm(x, residual, weight, eps)
-            return x
-        return fused_all_reduce_rms_norm(x, residual, weight, eps, self.attention.name)
+        if self.sums_exactly(x):
+            return fused_all_reduce_rms_norm(x, residual, weight, eps, self.attention.name)
+        x = self.sum_attention(x)
+        fused_add_rms_norm(x, residual, weight, eps)
+        return x
+
+    def quantized_norm_of_sum(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float,
+                              group_size: int) -> tuple[Tensor, Tensor]:
+        """As `norm_of_sum`, where ranks send no codes; returns the norm in FP8, with a scale for each group."""
+        return fused_all_reduce_rms_norm_quant_fp8(x, residual, weight, eps, group_size, self.attention.name)
 
     def gather(self, x: Tensor, rows: int) -> Tensor:
         """x [num_tokens, ...] of each attention group, padded with zeros to `rows`, below each other; x itself if there

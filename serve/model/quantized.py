@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from wave64 import ops, quant
+from wave64.ops.fused_all_reduce_rms_norm_quant_fp8 import GROUP_SIZES
 from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ModelConfig, QuantConfig
-from wave64.serve.model.layers import Layer, Linear, MergedLinear, Stored, weight
+from wave64.serve.model.layers import Layer, Linear, MergedLinear, Quantized, Stored, weight
 from wave64.serve.model.parallel import Ranks, Slice
 
 
@@ -44,6 +45,14 @@ def row_parallel(config: ModelConfig, ranks: Ranks, in_features: Slice, name: st
 def block_columns(config: ModelConfig) -> int:
     """Columns of a block of FP8 weights; 1 where they are stored plain."""
     return config.quantization.weight_block_size[1] if config.quantization else 1
+
+
+def norm_groups(config: ModelConfig) -> int:
+    """Group size of the FP8 in which `linear` takes the norm of a sum over ranks; 0 where it takes the norm itself: the
+    operator that makes both at once has some group sizes, and scales of fp32."""
+    size, of = block_columns(config), config.quantization
+    fits = of is not None and not of.scale_ue8m0 and size in GROUP_SIZES and config.hidden_size % size == 0
+    return size if fits else 0
 
 
 class Scales:
@@ -94,7 +103,8 @@ def as_multiplied(stored: nn.Parameter, scale: nn.Parameter) -> nn.Parameter:
 
 
 class Fp8Linear(Layer):
-    """`linear` with a weight in FP8. fp32 accumulation; the result has the dtype of x."""
+    """`linear` with a weight in FP8. fp32 accumulation; the result has the dtype of x, which may be quantized already,
+    in groups of a block's columns."""
 
     def __init__(self, in_features: int | Slice, parts: Mapping[str, int | Slice], quantization: QuantConfig):
         super().__init__()
@@ -119,9 +129,10 @@ class Fp8Linear(Layer):
         self.scales.finish()
         self.weight = as_multiplied(self.weight, self.weight_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale = ops.per_token_group_quant_fp8(x, self.scales.columns, self.scale_ue8m0)
-        return ops.fp8_block_scaled_mm(q, self.weight, scale, self.weight_scale, self.scales.block_shape, x.dtype)
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        if not isinstance(x, Quantized):
+            x = Quantized(*ops.per_token_group_quant_fp8(x, self.scales.columns, self.scale_ue8m0), x.dtype)
+        return ops.fp8_block_scaled_mm(x.q, self.weight, x.scale, self.weight_scale, self.scales.block_shape, x.dtype)
 
 
 class Experts(Layer):

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_deepseek import make_deepseek, quantize
+from helpers_deepseek import LatentDriver, make_deepseek, quantize
 from helpers_llama import edit_json, make_llama
 from helpers_parallel import Pool
 from helpers_server import serve
 from safetensors.torch import load_file
 from test_demo import TEXT, pairs
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 from wave64 import distributed
 from wave64.backends import peers
-from wave64.distributed import Group
+from wave64.distributed import ALONE, Group
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine import ranks
 from wave64.serve.engine.memory import _available_ram
@@ -31,6 +32,7 @@ from wave64.serve.engine.rank import refuse
 from wave64.serve.engine.ranks import ranks_of
 from wave64.serve.engine.team import Member, Team
 from wave64.serve.messages import Request, SamplingParams
+from wave64.serve.model import parallel
 from wave64.serve.model.checkpoint import StoredTensor
 from wave64.serve.model.config import ConfigError, ModelConfig
 from wave64.serve.model.load import load_model
@@ -55,7 +57,8 @@ MODELS = {
     "qwen3": dict(family="Qwen3", num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=102),
     "deepseek-v3": dict(version=3, n_shared_experts=1),
     "deepseek-v2": dict(version=2, n_shared_experts=2, vocab_size=103, topk_method="group_limited_greedy"),
-    "deepseek-fp8": dict(version=3, v_head_dim=16, intermediate_size=128, moe_intermediate_size=64, fp8=(24, 32)),
+    "deepseek-fp8": dict(version=3, hidden_size=64, v_head_dim=16, intermediate_size=128, moe_intermediate_size=64,
+                         fp8=(24, 32)),
 }
 
 
@@ -143,6 +146,44 @@ def test_ranks_follow_a_step_whose_tokens_only_rank_0_has(pool, folders, alone, 
     answers, statistics = pool.run(TINY | flags | dict(model_path=folders(name), overlap=True), requests())
     assert statistics.preemptions > 0 or "dp_size" in flags
     same(answers, alone(name))
+
+
+class Called(TorchDispatchMode):
+    """Counts operators of wave64."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "wave64":
+            self.counts[func._schema.name.removeprefix("wave64::")] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("quantize", "data", "fused", "plain", "alone"), [
+    ("none", ALONE, 4, 2, 3 * 2 + 1), ("int8", ALONE, 0, 0, 3 * 3 + 2),
+    ("none", Group("data", 0, 2), 0, 3, 3 * 3 + 2 + 2 * 2)])
+def test_norms_of_sums_are_handed_on_in_fp8(monkeypatch, folders, quantize, data, fused, plain, alone):
+    """Of three layers all before attention, and the first before its MLP, which is not of experts; not where sums are
+    sent as codes, or norms gathered. alone: what products quantize themselves, those of shared experts of such groups
+    among them."""
+    monkeypatch.setattr(distributed, "all_reduce", lambda x, group: x.clone())
+    monkeypatch.setattr(distributed, "all_gather", lambda x, group: torch.cat((x, x)))
+    monkeypatch.setattr(distributed, "reduce_scatter", lambda x, group: x.chunk(2)[0].clone())
+    monkeypatch.setattr(parallel, "is_quantized", lambda x, codes: codes != "none")
+    folder = folders("deepseek-fp8")
+    config, group = ModelConfig.from_folder(folder), distributed.register(Group("pair", 0, 2))
+    distributed.register(data)
+    try:
+        model = load_model(config, folder, torch.float32, "cpu", "auto", Ranks(ALONE, group, data, 1, quantize))
+        with Called() as called:
+            LatentDriver(model, config, "cpu").step({}, {"a": PROMPTS[0]})
+    finally:
+        distributed.leave()
+    assert called.counts["fused_all_reduce_rms_norm_quant_fp8"] == fused
+    assert called.counts["fused_all_reduce_rms_norm"] == plain
+    assert called.counts["per_token_group_quant_fp8"] == alone
 
 
 @pytest.mark.parametrize(("name", "tp"), [("deepseek-v3", 2), ("deepseek-v3", 4), ("deepseek-v2", 2),

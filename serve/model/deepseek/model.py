@@ -20,13 +20,14 @@ from wave64.serve.model.layers import (
     CausalLM,
     KVCache,
     Layer,
+    Quantized,
     RMSNorm,
     Rotary,
     mm_fp32,
     weight,
 )
 from wave64.serve.model.parallel import Ranks, Slice
-from wave64.serve.model.quantized import Experts, UpProjection, block_columns, linear, row_parallel
+from wave64.serve.model.quantized import Experts, UpProjection, block_columns, linear, norm_groups, row_parallel
 
 LATENT_EPS = 1e-6  # of the norms inside attention, independent of rms_norm_eps
 
@@ -56,14 +57,14 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = UpProjection(config, heads, self.rank, self.nope, self.v_head_dim)
         self.o_proj = row_parallel(config, ranks, heads.times(self.v_head_dim), "o_proj", hidden)
 
-    def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+    def forward(self, x: Tensor | Quantized, batch: Batch, kv_cache: KVCache) -> Tensor:
         q, kv_c, k_pe = self.down_proj(x).split((self.q_width, self.rank, self.rope), dim=-1)
         if self.q_b_proj is not None and self.q_a_layernorm is not None:
             q = self.q_b_proj(self.q_a_layernorm.alone(q))
         q = q.unflatten(-1, (self.num_heads, -1))
         kv_c = self.kv_a_layernorm.alone(kv_c)
         n = batch.num_decodes
-        if n == x.shape[0]:
+        if n == q.shape[0]:
             out = self._decode(q, kv_c, k_pe, batch, *kv_cache)
         elif n == 0:
             out = self._prefill(q, kv_c, k_pe, batch, *kv_cache)
@@ -134,7 +135,7 @@ class GatedMLP(nn.Module):
         self.down_proj = row_parallel(config, ranks, inter, "down_proj", config.hidden_size)
         self.activation_and_mul = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         return self.down_proj(self.activation_and_mul(self.gate_up_proj(x)))
 
 
@@ -166,13 +167,16 @@ class DeepseekForCausalLM(CausalLM):
         assert mla is not None
         rotary = Rotary(config.rope, mla.qk_rope_head_dim, config.context_length, is_neox=not mla.rope_interleave)
 
-        def mlp(number: int) -> nn.Module:
-            if moe is not None and number >= moe.first_dense_layers and number % moe.layer_freq == 0:
-                return MixtureOfExperts(config, ranks)
-            return GatedMLP(config, ranks, ranks.features(config.intermediate_size, block_columns(config)))
+        groups = norm_groups(config)
 
-        super().__init__(config, ranks, (Block(config, ranks, MultiHeadLatentAttention(config, ranks, rotary), mlp(i))
-                                         for i in range(config.num_layers)))
+        def block(number: int) -> Block:
+            attention = MultiHeadLatentAttention(config, ranks, rotary)
+            if moe is not None and number >= moe.first_dense_layers and number % moe.layer_freq == 0:
+                return Block(config, ranks, attention, MixtureOfExperts(config, ranks), (groups, 0))
+            inter = ranks.features(config.intermediate_size, block_columns(config))
+            return Block(config, ranks, attention, GatedMLP(config, ranks, inter), (groups, groups))
+
+        super().__init__(config, ranks, map(block, range(config.num_layers)))
         # layers behind the last one predict the token after next, for speculation, which is not served
         self.unused_weights = tuple(f"model.layers.{config.num_layers + i}."
                                     for i in range(config.num_nextn_predict_layers))
