@@ -5,6 +5,7 @@
     python tests/bench/engine_steps.py prefill                    # 8192 tokens of one prompt, one token out
     python tests/bench/engine_steps.py load                       # 1000 requests of 128 tokens in, 128 out, at once
     python tests/bench/engine_steps.py mixed [--batch 1 64 255]   # decodes, with a prompt of 128 tokens in every step
+    python tests/bench/engine_steps.py grammar [--batch 64]       # decodes, with and without a grammar of its own a row
     python tests/bench/engine_steps.py host [--batch 256]         # any machine: scheduling, committing, a step's arrays
     python tests/bench/engine_steps.py all                        # every one of these
 
@@ -14,7 +15,8 @@ sampling and hand-over; `busy` the time that the device computes or copies in a 
 the same batch; `idle` what is left. chats: prompt tokens per second, over turns that each add new tokens to a chat.
 load: with --max-prefill-ms as it is by default, and without a limit; `gap_ms` is the longest time between two tokens of
 one answer, and its 99th percentile. mixed: the decodes of such a step by a graph, then the prompt kernel by kernel, or
-both in one batch, kernel by kernel.
+both in one batch, kernel by kernel. grammar: JSON schemas, a different one a row, over a vocabulary of made-up words as
+large as the model's; `mask_ms` is what filling the step's masks takes, the mean of further ones.
 `--tiny` takes a small model and works on a CPU: it is there to test this file.
 """
 
@@ -33,16 +35,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llguidance import LLMatcher
 from ranks_serving import MODELS, TINY
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.engine.engine import MAX_PREFILL_MS, PREFILL_CHUNK, Engine
+from wave64.serve.engine.grammar import bitmask
 from wave64.serve.engine.pace import Pace
 from wave64.serve.engine.pages import PagePool
 from wave64.serve.engine.runner import Runner
-from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled
+from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled, Sampling
 from wave64.serve.engine.scheduler import Scheduler, Sequence
-from wave64.serve.messages import Request, SamplingParams
+from wave64.serve.messages import Request, SamplingParams, Vocabulary
 from wave64.serve.model.config import ModelConfig
 
 MODEL = "llama-8b"
@@ -257,6 +265,60 @@ def mixed(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def vocabulary(size: int) -> Vocabulary:
+    """So many tokens: bytes, and words of letters and of JSON."""
+    drawn, words = random.Random(0), dict.fromkeys(sorted(ByteLevel.alphabet()))
+    while len(words) < size - 1:
+        word = "".join(drawn.choices("etaoinshrdlcumwfgypbvkETAOINSHRDL", k=drawn.randint(2, 9)))
+        words[drawn.choice(("", "", "\u0120", '"', "\u0120\"", ',"', "1")) + word] = None
+    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate([*words][: size - 1])}, []))
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens(["<end>"])
+    return Vocabulary(tokenizer.to_str(), [size - 1])
+
+
+def schema(row: int) -> str:
+    """The grammar of answers that do not end for long, in llguidance's form."""
+    item = {"type": "object", "properties": {f"name_{row}": {"type": "string"}, "count": {"type": "integer"}},
+            "required": [f"name_{row}", "count"], "additionalProperties": False}  # fmt: skip
+    return LLMatcher.grammar_from_json_schema({"type": "array", "items": item, "minItems": 10**4})
+
+
+def grammar(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_of(Path(folder), options, disable_radix_cache=True, max_prefill_ms=0)
+        vocab = engine.config.vocab_size
+        engine.grammars.learn(vocabulary(vocab))
+        engine.overlaps = True
+        for batch in options.batch[-1:] if options.tiny else options.batch:
+            for has_grammar in (False, True):
+                count = WARM + options.steps + batch * options.context // PREFILL_CHUNK["cuda"] + 64
+                asked = list(requests(options, batch, vocab, count))
+                for row, each in enumerate(asked):
+                    each.grammar = schema(row) if has_grammar else None
+                tokens = start(engine, iter(asked))
+                for _ in range(WARM):
+                    step(engine, tokens)
+                times = []
+                for _ in range(options.steps):
+                    began = time.perf_counter()
+                    step(engine, tokens)
+                    times.append(1e3 * (time.perf_counter() - began))
+                found = dict(step_ms=statistics.mean(times), worst_ms=max(times), mask_ms=0.0)
+                if has_grammar:
+                    live = [(i, seq.grammar) for i, seq in enumerate(engine.scheduler.running) if seq.grammar]
+                    assert len(live) == batch
+                    began = time.perf_counter()
+                    for _ in range(options.steps):
+                        bitmask(Sampling(rows=[*range(batch)], grammars=live), vocab)
+                    found["mask_ms"] = 1e3 * (time.perf_counter() - began) / options.steps
+                end(engine, tokens)
+                rows.append(dict(batch=batch, grammar=has_grammar) | found)
+                print(line(rows[-1]), flush=True)
+    return rows
+
+
 def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds of the host's part of a decode step, the best of many: nothing here touches a device."""
     rows, folder = [], Path(tempfile.mkdtemp())
@@ -297,7 +359,8 @@ def line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ways = {"decode": decode, "prefill": prefill, "load": load, "chats": chats, "mixed": mixed, "host": host}
+    ways = {"decode": decode, "prefill": prefill, "load": load, "chats": chats, "mixed": mixed, "grammar": grammar,
+            "host": host}
     parser.add_argument("what", choices=[*ways, "all"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--context", type=int, default=1100)
