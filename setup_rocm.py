@@ -6,6 +6,7 @@
     python3 setup_rocm.py install    install with the server
     python3 setup_rocm.py develop    the same, editable, with what tests and style checks need
     python3 setup_rocm.py wheel      build dist/wave64-*.whl
+    python3 setup_rocm.py docs       write the documentation as a site with search to dist/docs
     python3 setup_rocm.py doctor     what is here: GPU, torch, Triton, code objects, and which backend serves what
 
 Outside a virtual environment it makes .venv here, which sees the system's packages if torch is one of them. A torch or
@@ -372,8 +373,10 @@ def do_wheel(args: argparse.Namespace) -> None:
     require_writable()
     python = environment()
     require_pip(python)
-    commit = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
-    env = {"SOURCE_DATE_EPOCH": commit.stdout.strip() or "315532800", **os.environ}  # dates in the wheel: not today's
+    commit = ""
+    with contextlib.suppress(OSError):  # no git, as in the image that builds a container's wheel
+        commit = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True).stdout
+    env = {"SOURCE_DATE_EPOCH": commit.strip() or "315532800", **os.environ}  # dates in the wheel: not today's
     glibc, machine = "2.28", platform.machine()
     with tempfile.TemporaryDirectory() as folder:
         built, tools = Path(folder, "wheel"), Path(folder, "tools")
@@ -463,6 +466,13 @@ def do_demo(args: argparse.Namespace) -> None:
     say(f"Next: {shown(python)} -m wave64.launch_server --model-path <a Hugging Face folder or hub name>")
 
 
+def do_docs(args: argparse.Namespace) -> None:
+    python = install(args, "serve,docs")
+    run("Building the pages of docs/", [python, "-m", "mkdocs", "build", "--strict", "-q"],
+        {**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    next_step(f"{shown(python)} -m http.server --directory dist/docs 8000    (the search needs a server)")
+
+
 def do_doctor(args: argparse.Namespace) -> None:
     python = sys.executable if in_environment() or not VENV.exists() else str(VENV / "bin" / "python")
     if has(python, "wave64"):
@@ -479,7 +489,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     commands = {"demo": do_demo, "test": do_test, "install": do_install, "develop": do_develop, "wheel": do_wheel,
-                "doctor": do_doctor}
+                "docs": do_docs, "doctor": do_doctor}
     parser.add_argument("command", choices=commands, metavar="command", help=", ".join(commands))
     parser.add_argument("--torch", metavar='"PIP ARGUMENTS"', help="the torch to install without one")
     parser.add_argument("--cpu", action="store_true", help="choose torch as on a machine without a GPU")

@@ -126,9 +126,9 @@ def of_a_copy(qkv):
     pytest.param(view_itself, lambda base: base[1:, 8:40], id="input-with-offset"),
     pytest.param(of_a_copy, lambda base: base[1:], id="by-way-of-a-copy"),
     pytest.param(in_place, lambda base: base[1:], id="view-of-input-with-offset", marks=pytest.mark.xfail(
-        strict=True, reason="torch's, of any custom operator: README, Use an operator"))])
+        strict=True, reason="torch's, of any custom operator: docs/operators.md"))])
 def test_what_is_written_under_compile(function, view):
-    """What the README promises; where torch mends its fault, the last one passes and the paragraph can go."""
+    """What docs/operators.md promises; where torch mends its fault, the last one passes and the paragraph can go."""
     torch.compiler.reset()
     eager, compiled = (torch.arange(4.0 * 60).reshape(4, 60) for _ in range(2))
     mine, its = view(eager), view(compiled)
