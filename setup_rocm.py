@@ -55,8 +55,6 @@ def fail(text: str) -> None:
     sys.exit(f"setup_rocm.py: {text}")
 
 
-# ---- running things
-
 def run(title: str, command: list, env: dict | None = None) -> None:
     """Runs a command under one line of what it does. Its output goes to a log; of pip's, the long downloads are shown.
     Where it fails, the log's end is."""
@@ -106,8 +104,6 @@ def run_or_skip(title: str, command: list) -> None:
     except SystemExit:
         say("   without it that test is skipped")
 
-
-# ---- the Python environment
 
 def in_environment() -> bool:
     """Whether this Python belongs to a virtual or conda environment, where installing is what the user expects."""
@@ -205,8 +201,6 @@ def may_change(python: str, needed: list[str], upgrade: bool) -> tuple[str, ...]
     return tuple(found)
 
 
-# ---- torch
-
 def amd_gpus(nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> list[str]:
     """The architectures that the kernel driver lists, such as gfx942."""
     found = []
@@ -300,8 +294,6 @@ def ensure_triton(python: str) -> None:
             run(f"Installing {TRITON}, to interpret GPU kernels", [python, "-m", "pip", "install", *keep, TRITON])
 
 
-# ---- wave64 itself
-
 def build_requirements() -> list[str]:
     """pyproject.toml's, and what scikit-build-core adds on its own only in isolated builds."""
     text = (ROOT / "pyproject.toml").read_text()
@@ -373,9 +365,8 @@ def do_wheel(args: argparse.Namespace) -> None:
     require_writable()
     python = environment()
     require_pip(python)
-    commit = ""
-    with contextlib.suppress(OSError):  # no git, as in the image that builds a container's wheel
-        commit = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True).stdout
+    git = shutil.which("git") or "true"  # an image that builds a container's wheel has none
+    commit = subprocess.run([git, "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True).stdout
     env = {"SOURCE_DATE_EPOCH": commit.strip() or "315532800", **os.environ}  # dates in the wheel: not today's
     glibc, machine = "2.28", platform.machine()
     with tempfile.TemporaryDirectory() as folder:
@@ -468,9 +459,8 @@ def do_demo(args: argparse.Namespace) -> None:
 
 def do_docs(args: argparse.Namespace) -> None:
     python = install(args, "serve,docs")
-    run("Building the pages of docs/", [python, "-m", "mkdocs", "build", "--strict", "-q"],
-        {**os.environ, "NO_MKDOCS_2_WARNING": "1"})
-    next_step(f"{shown(python)} -m http.server --directory dist/docs 8000    (the search needs a server)")
+    run("Building the pages of docs/", [python, "-m", "mkdocs", "build", "--strict", "-q"])
+    say(f"Next: {shown(python)} -m http.server --directory dist/docs 8000    (the search needs a server)")
 
 
 def do_doctor(args: argparse.Namespace) -> None:

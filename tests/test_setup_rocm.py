@@ -109,7 +109,7 @@ EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().partit
 
 
 def test_every_extra_is_resolved():
-    assert {"cpu", "serve", "demo", "bench", "emulator", "test", "clients", "lint"} == {*EXTRAS}
+    assert {"cpu", "serve", "demo", "bench", "emulator", "test", "clients", "docs", "lint"} == {*EXTRAS}
 
 
 @pytest.mark.long
