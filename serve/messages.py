@@ -15,7 +15,7 @@ place that says which requests an engine can serve: the api process refuses by i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -241,21 +241,9 @@ def too_long(limits: Limits, requested: str, shorten: str, param: str) -> BadReq
 ToEngine: TypeAlias = Request | Abort | FlushCache | Vocabulary | StartProfile | StopProfile
 ToApi: TypeAlias = Outputs | Ready | Failed | Alive | Flushed | Profiled
 
-_encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_to_api = msgspec.msgpack.Decoder(ToApi)
-
-
-def encode(message: ToEngine | ToApi) -> bytes:
-    """The msgpack frame of a message."""
-    return _encoder.encode(message)
-
-
-def decode_to_engine(frame: bytes) -> ToEngine:
-    """Read a frame of the `requests` pipe. Raises msgspec.DecodeError or ValidationError when it is not one."""
-    return _to_engine.decode(frame)
-
-
-def decode_to_api(frame: bytes) -> ToApi:
-    """Read a frame of the `outputs` pipe. Raises msgspec.DecodeError or ValidationError when it is not one."""
-    return _to_api.decode(frame)
+#: The msgpack frame of a message.
+encode: Callable[[ToEngine | ToApi], bytes] = msgspec.msgpack.Encoder().encode
+#: Read a frame of the `requests` pipe, of the `outputs` pipe. Each raises msgspec.DecodeError or ValidationError when it is
+#: not one.
+decode_to_engine: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_api: Callable[[bytes], ToApi] = msgspec.msgpack.Decoder(ToApi).decode

@@ -115,7 +115,7 @@ def test_every_extra_is_resolved():
 @pytest.mark.long
 @pytest.mark.parametrize("extras", ["serve", ",".join(extra for extra in EXTRAS if extra != "cpu")])
 def test_no_extra_brings_a_torch_or_a_triton(extras, tmp_path):
-    """What pip would install into an empty environment, for users and for all of them together. [cpu] alone names both."""
+    """What pip would install into an empty environment, for users and for all together. [cpu] alone names both."""
     report = tmp_path / "report.json"
     subprocess.run([sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report",
                     report, *setup_rocm.requirements(extras)], check=True)  # fmt: skip

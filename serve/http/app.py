@@ -18,17 +18,11 @@ from wave64.serve.http.generation import Generator
 from wave64.serve.http.guard import EventStream, json_response, read, unless_gone
 from wave64.serve.http.metrics import CONTENT_TYPE
 from wave64.serve.http.native import Generate
-from wave64.serve.http.openai import Chat, Completion, Job, answer, stream
+from wave64.serve.http.openai import Chat, Completion, Job
 from wave64.serve.http.operator_schemas import AbortRequest, DetokenizeRequest, ProfileRequest, TokenizeRequest
 from wave64.serve.http.responses import Response as Responses
-from wave64.serve.http.responses import ResponsesRequest, renamed
-from wave64.serve.http.schemas import (
-    ApiError,
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    GenerateRequest,
-)
+from wave64.serve.http.responses import ResponsesRequest
+from wave64.serve.http.schemas import ApiError, Body, ChatRequest, CompletionRequest, GenerateRequest
 from wave64.serve.messages import StartProfile, StopProfile
 
 READ = ["GET", "HEAD"]
@@ -51,34 +45,23 @@ def create_app(generator: Generator) -> FastAPI:
 
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
-        return await openai(request, Completion(await read(request, CompletionRequest), generator))
+        return await served(request, Completion(await read(request, CompletionRequest), generator))
 
     @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        return await openai(request, Chat(await read(request, ChatRequest), generator))
+        return await served(request, Chat(await read(request, ChatRequest), generator))
 
     @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest))
     async def responses(request: Request) -> Response:
-        body = await read(request, ResponsesRequest)
-        job = Chat(body.chat(), generator)
-        generator.check_model(body.model)
-        try:
-            await unless_gone(request, job.prepare())
-        except ApiError as error:
-            raise renamed(error) from None
-        request.state.choices = job.choices
-        made = Responses(body, job)
-        if body.stream:
-            return EventStream(made.stream())
-        return json_response(await unless_gone(request, made.answer()))
+        return await served(request, Responses(await read(request, ResponsesRequest), generator))
 
-    async def openai(request: Request, job: Job) -> Response:
+    async def served(request: Request, job: Job | Responses | Generate) -> Response:
         generator.check_model(job.body.model)
         await unless_gone(request, job.prepare())
         request.state.choices = job.choices
         if job.body.stream:
-            return EventStream(stream(job))
-        return json_response(await unless_gone(request, answer(job)))
+            return EventStream(job.stream())
+        return json_response(await unless_gone(request, job.answer()))
 
     @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
@@ -94,13 +77,7 @@ def create_app(generator: Generator) -> FastAPI:
     @app.post("/generate", openapi_extra=takes(GenerateRequest))
     @app.put("/generate", openapi_extra=takes(GenerateRequest), include_in_schema=False)
     async def generate(request: Request) -> Response:
-        job = Generate(await read(request, GenerateRequest), generator)
-        generator.check_model(job.body.model)
-        await unless_gone(request, job.prepare())
-        request.state.choices = job.choices
-        if job.body.stream:
-            return EventStream(job.stream())
-        return json_response(await unless_gone(request, job.answer()))
+        return await served(request, Generate(await read(request, GenerateRequest), generator))
 
     @app.api_route("/get_model_info", methods=READ)
     @app.api_route("/model_info", methods=READ)

@@ -24,80 +24,26 @@ ON_BY_DEFAULT = {
     "detokenize": "the answer has text in any case; /generate gives output_ids, too",
 }
 
-# These would change the answer. Each with its value without effect: the default of the servers that have it.
-NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    # generation
-    "suffix": (),
-    "prediction": (),
-    "allowed_token_ids": (),
-    "logits_processors": (),
-    "vllm_xargs": (),
-    "custom_params": (),
-    "custom_logit_processor": (),
-    "watermark": (),
-    "beam_width": (1,),
-    "use_beam_search": (),
-    "min_length": (0,),
-    "stop_regex": (),
-    "max_thinking_tokens": (),
-    "thinking_token_budget": (),
-    "require_reasoning": (),
-    "repetition_detection": (),
-    "guided_whitespace_pattern": (),
-    # tools and other media
-    "tools": (),
-    "tool_choice": ("none", "auto"),
-    "functions": (),
-    "function_call": ("none", "auto"),
-    "web_search_options": (),
-    "modalities": (["text"],),
-    "audio": (),
-    "image_data": (),
-    "audio_data": (),
-    "video_data": (),
-    "input_embeds": (),
-    "prompt_embeds": (),
-    "positional_embed_overrides": (),
-    # the prompt
-    "chat_template": (),
-    "documents": (),
-    "task": (),
-    "previous_response_id": (),
-    "conversation": (),
-    "session_params": (),
-    # which model, and where
-    "lora_path": (),
-    "lora_id": (),
-    "data_parallel_rank": (0,),
-    "routed_dp_rank": (0,),
-    "disagg_prefill_dp_rank": (),
-    "bootstrap_host": (),
-    "bootstrap_port": (),
-    "bootstrap_room": (),
-    "bootstrap_pair_key": (),
-    "decode_tp_size": (),
-    "kv_transfer_params": (),
-    "http_worker_ipc": (),
-    # the answer
-    "prompt_logprobs": (),
-    "token_ids_logprob": (),
-    "sampling_logprobs_mode": ("selected",),
-    "routed_experts_start_len": (0,),
-    "return_hidden_states": (),
-    "return_routed_experts": (),
-    "return_indexer_topk": (),
-    "return_cached_tokens_details": (),
-    "return_spec_tokens_details": (),
-    "return_token_ids": (),
-    "return_tokens_as_token_ids": (),
-    "return_prompt_token_ids": (),
-    "return_meta_info": (),
-    "return_input_ids_in_sglext": (),
-    "return_output_ids_in_sglext": (),
-    "return_sampling_mask": (),
-    "return_flat_raw_top_logprobs": (),
-    "return_flat_raw_output_top_logprobs": (),
-}
+# These would change the answer: generation, tools, other media, what the prompt is made of, which model and where, what
+# the answer carries. Some have a value without effect, the default of the servers that have it.
+NOT_SERVED: dict[str, tuple[Any, ...]] = dict.fromkeys((
+    "suffix", "prediction", "allowed_token_ids", "logits_processors", "vllm_xargs", "custom_params",
+    "custom_logit_processor", "watermark", "use_beam_search", "stop_regex", "max_thinking_tokens",
+    "thinking_token_budget", "require_reasoning", "repetition_detection", "guided_whitespace_pattern", "tools",
+    "functions", "web_search_options", "audio", "image_data", "audio_data", "video_data", "input_embeds",
+    "prompt_embeds", "positional_embed_overrides", "chat_template", "documents", "task", "previous_response_id",
+    "conversation", "session_params", "lora_path", "lora_id", "disagg_prefill_dp_rank", "bootstrap_host",
+    "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "decode_tp_size", "kv_transfer_params",
+    "http_worker_ipc", "prompt_logprobs", "token_ids_logprob", "return_hidden_states", "return_routed_experts",
+    "return_indexer_topk", "return_cached_tokens_details", "return_spec_tokens_details", "return_token_ids",
+    "return_tokens_as_token_ids", "return_prompt_token_ids", "return_meta_info", "return_input_ids_in_sglext",
+    "return_output_ids_in_sglext", "return_sampling_mask", "return_flat_raw_top_logprobs",
+    "return_flat_raw_output_top_logprobs",
+), ()) | {
+    "beam_width": (1,), "min_length": (0,), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "modalities": (["text"],), "data_parallel_rank": (0,), "routed_dp_rank": (0,), "sampling_logprobs_mode":
+    ("selected",), "routed_experts_start_len": (0,),
+}  # fmt: skip
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:

@@ -25,11 +25,13 @@ Entry = tuple[int, int, TokenLogprob | None]  # a token's offset in the text, it
 
 
 class Job(Generic[B]):
-    """One request to an OpenAI endpoint: prepare() makes its choices; whole() and part() say how one is answered."""
+    """One request to an OpenAI endpoint: prepare() makes its choices, then answer() or stream(); whole() and part() say
+    how a choice is answered."""
 
     id_prefix: str
     kind: str  # the answer's "object"
     chunk_kind: str  # the same, of a part of a stream
+    opening: Json | None = None  # the event of a choice before its first token, if it has one
 
     def __init__(self, body: B, generator: Generator) -> None:
         self.body = body
@@ -41,9 +43,46 @@ class Job(Generic[B]):
         """Check the request and make the choices. Raises ApiError."""
         raise NotImplementedError
 
-    def opening(self, choice: Choice) -> Json | None:
-        """The event of a choice before its first token, if it has one."""
-        return None
+    async def answer(self) -> Json:
+        """The whole answer."""
+        async for _ in self.generator.run(self.choices):
+            pass
+        done = [self._with_end(self.whole(choice), choice) for choice in self.choices]
+        used = {"usage": usage(self.choices, self.body.n or 1)}
+        return self._envelope(self.kind) | {"choices": done} | used | self.about_prompt()
+
+    async def stream(self) -> AsyncGenerator[Json, None]:
+        """The answer in parts; the last of a choice has its finish_reason; usage follows at the end if requested."""
+        options = self.body.stream_options
+        envelope, count = self._envelope(self.chunk_kind), self.body.n or 1
+        each, at_the_end = options and options.continuous_usage_stats, options and options.include_usage
+
+        def event(part: Json) -> Json:
+            """OpenAI's chunks have a null for usage before the one that has it."""
+            extra = {"usage": usage(self.choices, count)} if each else {"usage": None} if at_the_end else {}
+            return envelope | {"choices": [part]} | extra
+
+        seen: set[int] = set()
+        async with aclosing(self.generator.run(self.choices)) as grown:
+            async for choice in grown:
+                is_first = choice.index not in seen
+                seen.add(choice.index)
+                if is_first and self.opening is not None:
+                    yield event({"index": choice.index, **self.opening, "finish_reason": None})
+                part = self.part(choice, delta := choice.take_new(), is_first)
+                if part.get("delta") or part.get("text") or delta.logprobs or choice.finish_reason:
+                    yield event(self._with_end(part, choice))
+        if at_the_end:
+            yield envelope | {"choices": [], "usage": usage(self.choices, count)}
+
+    def _envelope(self, kind: str) -> Json:
+        name = self.generator.args.model_name
+        return {"id": f"{self.id_prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
+
+    def _with_end(self, part: Json, choice: Choice) -> Json:
+        """The part with its choice's index and, once it has ended, why."""
+        return {"index": choice.index, **part, "finish_reason": self.finish_reason(choice),
+                "matched_stop": choice.matched}
 
     def about_prompt(self) -> Json:
         """What a whole answer has that is no choice's own."""
@@ -155,6 +194,7 @@ class Chat(Job[ChatRequest]):
     """One /v1/chat/completions request."""
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    opening: Json | None = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def __init__(self, body: ChatRequest, generator: Generator) -> None:
         super().__init__(body, generator)
@@ -200,9 +240,6 @@ class Chat(Job[ChatRequest]):
     def about_prompt(self) -> Json:
         return self.prompt_logprobs(self.choices[0])
 
-    def opening(self, choice: Choice) -> Json | None:
-        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-
     def _logprobs(self, delta: Delta) -> Json | None:
         if not self.body.logprobs:
             return None
@@ -231,53 +268,9 @@ def _finite(logprob: float) -> float:
     return max(logprob, MIN_LOGPROB)
 
 
-async def answer(job: Job) -> Json:
-    """The whole answer."""
-    async for _ in job.generator.run(job.choices):
-        pass
-    done = [_with_end(job, job.whole(choice), choice) for choice in job.choices]
-    about = job.about_prompt()
-    return _envelope(job, job.kind) | {"choices": done, "usage": usage(job.choices, job.body.n or 1)} | about
-
-
-async def stream(job: Job) -> AsyncGenerator[Json, None]:
-    """The answer in parts; the last of a choice has its finish_reason; usage follows at the end if requested."""
-    options = job.body.stream_options
-    envelope, count = _envelope(job, job.chunk_kind), job.body.n or 1
-    each, at_the_end = options and options.continuous_usage_stats, options and options.include_usage
-
-    def event(part: Json) -> Json:
-        """OpenAI's chunks have a null for usage before the one that has it."""
-        extra = {"usage": usage(job.choices, count)} if each else {"usage": None} if at_the_end else {}
-        return envelope | {"choices": [part]} | extra
-
-    seen: set[int] = set()
-    async with aclosing(job.generator.run(job.choices)) as grown:
-        async for choice in grown:
-            is_first = choice.index not in seen
-            seen.add(choice.index)
-            if is_first and (opening := job.opening(choice)):
-                yield event({"index": choice.index, **opening, "finish_reason": None})
-            part = job.part(choice, delta := choice.take_new(), is_first)
-            if part.get("delta") or part.get("text") or delta.logprobs or choice.finish_reason:
-                yield event(_with_end(job, part, choice))
-    if at_the_end:
-        yield envelope | {"choices": [], "usage": usage(job.choices, count)}
-
-
 def usage(choices: list[Choice], n: int) -> Json:
     """Tokens of the prompts, each counted once, and of all choices so far."""
     prompt = sum(len(choice.prompt_ids) for choice in choices[::n])
     completion = sum(len(choice.all.token_ids) for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in choices[::n])}}
-
-
-def _envelope(job: Job, kind: str) -> Json:
-    name = job.generator.args.model_name
-    return {"id": f"{job.id_prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
-
-
-def _with_end(job: Job, part: Json, choice: Choice) -> Json:
-    """The part with its choice's index and, once it has ended, why."""
-    return {"index": choice.index, **part, "finish_reason": job.finish_reason(choice), "matched_stop": choice.matched}

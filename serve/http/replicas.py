@@ -7,15 +7,17 @@ behind a router other servers go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partialmethod
+from typing import Any
 
 import msgspec
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http.engine_client import EngineClient
-from wave64.serve.messages import Output, Ready, Request, StartProfile, Statistics, StopProfile, Vocabulary
+from wave64.serve.messages import Output, Ready, Request, StartProfile, Statistics, StopProfile
 
 
 def engines(args: ServerArgs, torchrun: str | None = None) -> EngineClient | Replicas:
@@ -83,16 +85,6 @@ class Replicas:
             async for output in outputs:
                 yield output
 
-    def tell(self, message: Vocabulary) -> None:
-        """EngineClient.tell for every engine."""
-        for client in self._clients:
-            client.tell(message)
-
-    def abort(self, rid: str) -> None:
-        """End one request of a stream; the stream takes it as finished."""
-        for client in self._clients:
-            client.abort(rid)
-
     async def flush_cache(self) -> bool:
         """As EngineClient.flush_cache, of every engine; whether all did."""
         return all(await asyncio.gather(*(client.flush_cache() for client in self._clients)))
@@ -102,25 +94,14 @@ class Replicas:
         files = await asyncio.gather(*(client.profile(message) for client in self._clients))
         return [file for each in files for file in each]
 
-    def abort_all(self, rid: str | None = None) -> None:
-        """As EngineClient.abort_all."""
+    def to_each(self, name: str, *args: Any) -> None:
+        """Call EngineClient.<name>(*args) of every engine."""
         for client in self._clients:
-            client.abort_all(rid)
+            getattr(client, name)(*args)
 
-    def expire(self, rids: Iterable[str], why: str) -> None:
-        """As EngineClient.expire."""
-        for client in self._clients:
-            client.expire(rids, why)
-
-    def fail_all(self, why: str) -> None:
-        """End every stream with an error of status 503."""
-        for client in self._clients:
-            client.fail_all(why)
-
-    def kill(self) -> None:
-        """End the engine processes at once."""
-        for client in self._clients:
-            client.kill()
+    tell, abort = partialmethod(to_each, "tell"), partialmethod(to_each, "abort")
+    abort_all, expire = partialmethod(to_each, "abort_all"), partialmethod(to_each, "expire")
+    fail_all, kill = partialmethod(to_each, "fail_all"), partialmethod(to_each, "kill")
 
     async def stop(self) -> None:
         """End the engine processes, by force those that do not end themselves."""

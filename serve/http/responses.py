@@ -9,6 +9,7 @@ from uuid import uuid4
 from pydantic import ValidationError
 
 from wave64.serve.http.bodies import in_words
+from wave64.serve.http.generation import Choice, Generator
 from wave64.serve.http.openai import Chat, usage
 from wave64.serve.http.schemas import ApiError, Body, ChatRequest, Count, Flag
 
@@ -187,18 +188,29 @@ class Output:
 
 
 class Response:
-    """One /v1/responses request, made as a chat."""
+    """One /v1/responses request, made as a chat. Raises ApiError where it is none."""
 
-    def __init__(self, body: ResponsesRequest, job: Chat) -> None:
-        self._body, self._job = body, job
+    def __init__(self, body: ResponsesRequest, generator: Generator) -> None:
+        self.body, self._job = body, Chat(body.chat(), generator)
         self._output = Output()
         self._about = {"id": f"resp_{uuid4().hex}", "object": "response", "created_at": int(time.time()),
-                       "model": job.generator.args.model_name, "instructions": body.instructions, "error": None,
+                       "model": generator.args.model_name, "instructions": body.instructions, "error": None,
                        "metadata": {}, "parallel_tool_calls": body.parallel_tool_calls is not False,
                        "temperature": body.temperature, "top_p": body.top_p, "tools": body.tools or [],
                        "tool_choice": body.tool_choice or "auto", "max_output_tokens": body.max_output_tokens,
                        "text": {"format": (body.text and body.text.format) or {"type": "text"}}, "store": False,
                        "truncation": "disabled"}  # fmt: skip
+
+    @property
+    def choices(self) -> list[Choice]:
+        return self._job.choices
+
+    async def prepare(self) -> None:
+        """As Chat.prepare, with the fields' names of this endpoint."""
+        try:
+            await self._job.prepare()
+        except ApiError as error:
+            raise renamed(error) from None
 
     async def answer(self) -> Json:
         """The whole response."""

@@ -12,7 +12,7 @@ from wave64.serve.http.bodies import parse
 from wave64.serve.http.generation import Generator, Logprobs
 from wave64.serve.http.guard import json_response
 from wave64.serve.http.native import Generate
-from wave64.serve.http.openai import Completion, answer, usage
+from wave64.serve.http.openai import Completion, usage
 from wave64.serve.http.schemas import ApiError, CompletionRequest, GenerateRequest
 from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Output, Ready, TokenLogprob
@@ -53,11 +53,7 @@ def ask(kind, tokenizer, texts: list[str], logprob: float = -1.5, **body):
     generator = Generator(ServerArgs(), Engine(encoded, logprob), tokenizer)
 
     async def run():
-        if kind is CompletionRequest:
-            job = Completion(parse(kind, json.dumps(body).encode()), generator)
-            await job.prepare()
-            return await answer(job)
-        job = Generate(parse(kind, json.dumps(body).encode()), generator)
+        job = (Completion if kind is CompletionRequest else Generate)(parse(kind, json.dumps(body).encode()), generator)
         await job.prepare()
         return await job.answer()
 
