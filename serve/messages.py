@@ -243,7 +243,7 @@ ToApi: TypeAlias = Outputs | Ready | Failed | Alive | Flushed | Profiled
 
 #: The msgpack frame of a message.
 encode: Callable[[ToEngine | ToApi], bytes] = msgspec.msgpack.Encoder().encode
-#: Read a frame of the `requests` pipe, of the `outputs` pipe. Each raises msgspec.DecodeError or ValidationError when it is
-#: not one.
+#: Read a frame of the `requests` pipe, and of the `outputs` pipe. Both raise msgspec.DecodeError or ValidationError
+#: when it is not one.
 decode_to_engine: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
 decode_to_api: Callable[[bytes], ToApi] = msgspec.msgpack.Decoder(ToApi).decode
