@@ -3,6 +3,7 @@ AITER's are held to fp64, and what the emulator's checks find in them is listed.
 
     python tests/bench/aiter.py --coverage                    # how many of its code objects decode and bind
     python tests/bench/aiter.py --arch gfx950 --family mla    # one family's kernels next to ours
+    python tests/bench/aiter.py --calibrate                   # the model that predicts times, from AITER's own
     python tests/bench/aiter.py --hsa amd_aiter-0.1.7.post2.dev18-py3-none-any.whl --small
 
 The objects are those of PyPI's amd-aiter, pinned by version and hash (aiter_objects.py), from the installed wheel or
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from aiter_allreduce import allreduce
 from aiter_attention import fmha, mla, pa
+from aiter_calibrate import count_all, report, stored
 from aiter_dense import gemm, norm
 from aiter_moe import moe, topk
 from aiter_objects import VERSION, Objects, coverage, table
@@ -37,14 +39,24 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, help="the hsa folder of AITER's repository, for newer objects")
     parser.add_argument("--small", action="store_true", help="the smallest shape of each family alone")
     parser.add_argument("--coverage", action="store_true", help="count what decodes and binds, and execute nothing")
+    parser.add_argument("--calibrate", action="store_true",
+                        help="the model of testing/predict.py on AITER's published timings, of which tests/bench/"
+                             "calibration.json keeps what the objects need; with --hsa or --repository counted anew")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.calibrate and not (args.hsa or args.repository):
+        print(report(*stored()))
+        return 0
     try:
         objects = Objects(args.hsa, args.repository)
         objects.verify()
     except (FileNotFoundError, ValueError) as e:
         parser.error(str(e))
     print(f"amd-aiter {VERSION}\n")
+    if args.calibrate:
+        rows = stored()[1]
+        print(report(count_all(objects, rows), rows))
+        return 0
     if args.coverage:
         print(f"{args.arch}\n\n{table(coverage(objects, args.arch))}")
         return 0

@@ -27,14 +27,15 @@ def sorted_by_expert(ids: np.ndarray, rows: int, experts: int) -> tuple[np.ndarr
     return np.array(entries, np.int32), np.array(blocks, np.int32)
 
 
-def _stage1(arch: str, tokens: int, hidden: int, inter: int, experts: int) -> Launch:
+def _stage1(arch: str, tokens: int, hidden: int, inter: int, experts: int, rows: int = ROWS) -> Launch:
+    """rows: of a workgroup's result."""
     random, mem = np.random.default_rng(5), Arrays()
     x, x_wide = fp8(random.standard_normal((tokens, hidden)) * 20, arch)
     weight, weight_wide = fp8(random.standard_normal((experts, 2 * inter, hidden)) * 20, arch)
     x_scale = (random.random((tokens, hidden // BLOCK)) * 1e-3 + 5e-4).astype(np.float32)
     w_scale = (random.random((experts, 2 * inter // BLOCK, hidden // BLOCK)) * 1e-3 + 5e-4).astype(np.float32)
     ids = random.integers(0, experts, (tokens, 1))
-    entries, blocks = sorted_by_expert(ids, ROWS, experts)
+    entries, blocks = sorted_by_expert(ids, rows, experts)
     size = tokens * inter  # bytes of the result, and a scale for each 128 of them behind
     out = mem.new("out", (size + size // BLOCK * 4,), np.uint8, 0xFF)
     given = [mem.put(name, value) for name, value in (

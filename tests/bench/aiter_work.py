@@ -1,11 +1,12 @@
 """One kernel of AITER's on one piece of work: its launch, memory and fp64 result; how it is executed on the emulator,
 held to the checks and counted; and the same counts of our kernels on the same work."""
 
+import contextlib
 import re
 import struct
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,30 +192,34 @@ def _turn(machine: Machine) -> None:
             machine.party(*piece).run(pc, machine.program.length, TURN)
 
 
-def theirs(work: Work, code: bytes, strict: bool = True) -> Row:
-    """AITER's kernel: what the checks find in it, then its result and what it costs. strict: with the checks."""
+@contextlib.contextmanager
+def prepared_by(code: bytes, launch: Launch, grid: tuple[int, int, int] | None = None
+                ) -> Iterator[list[SimpleNamespace]]:
+    """The launch of each rank, as the emulator takes it. grid: instead of the launch's."""
     with tempfile.TemporaryDirectory(prefix="wave64-aiter-") as folder:
         path = Path(folder, "kernel.co")
         path.write_bytes(code)
         kernel = next(iter(code_object.load(code).kernels))
+        ranks = launch.args if isinstance(launch.args, list) else [launch.args]
+        yield [SimpleNamespace(kernel=kernel, code_object=str(path), grid=grid or launch.grid, lds_bytes=0, args=args,
+                               block=(launch.block, 1, 1)) for args in ranks]
 
-        def drawn() -> tuple[Launch, list[SimpleNamespace]]:
-            made = work.make()
-            ranks = made.args if isinstance(made.args, list) else [made.args]
-            return made, [SimpleNamespace(kernel=kernel, code_object=str(path), grid=made.grid, lds_bytes=0, args=args,
-                                          block=(made.block, 1, 1)) for args in ranks]
 
-        def run(checks: tuple[type, ...], beyond: int) -> None:
-            launch, recorded = drawn()
+def theirs(work: Work, code: bytes, strict: bool = True) -> Row:
+    """AITER's kernel: what the checks find in it, then its result and what it costs. strict: with the checks."""
+    def run(checks: tuple[type, ...], beyond: int) -> None:
+        launch = work.make()
+        with prepared_by(code, launch) as recorded:
             if len(recorded) > 1:
                 in_turn(recorded, launch.arrays.buffers(beyond), checks)
             else:
                 execute(recorded[0], launch.arrays.buffers(beyond), checks=checks)
 
-        found = findings(run) if strict else []
-        counter = counting()
-        launch, recorded = drawn()
+    found = findings(run) if strict else []
+    counter, launch = counting(), work.make()
+    with prepared_by(code, launch) as recorded:
         in_turn(recorded, launch.arrays.buffers(BEYOND), (counter,))
+    kernel = recorded[0].kernel
     return Row("AITER", kernel, sum(counter.executed.values()), counter.usages, launch.error(), found)
 
 

@@ -5,7 +5,9 @@
 Prints, per kernel, cycles of each unit per wave and per workgroup, LDS cycles also as they were without bank conflicts,
 bytes of global memory requested, in the lines of 64 and of 128 bytes that each instruction touches, and in those that
 are touched at all, barriers, waves per SIMD, and the bound: the longest of the times that the units and the memory
-need, were each always busy. Kernels run one after another, so the bounds of a call's kernels add up.
+need, were each always busy. Kernels run one after another, so the bounds of a call's kernels add up. Next to the bound
+stands how long the kernel is predicted to take (predict.py, and how far off that is), with its data in the Infinity
+Cache where it fits, and cold.
 
 No kernel that finds its data in device memory is faster than its bound, and most are slower. A kernel whose data an
 earlier one, or an earlier run, left in the caches (4 MiB of L2 on each of 8 dies, 256 MiB of Infinity Cache) can be
@@ -28,13 +30,11 @@ import sys
 from wave64 import OPS, platform
 from wave64.arch import lookup
 from wave64.op import Case
-from wave64.testing import contract, isa
+from wave64.testing import contract, isa, predict
 from wave64.testing.emulator.cost import LINE, Usage, counting
 from wave64.testing.emulator.jit import emulate_triton
 from wave64.testing.emulator.run import emulate
-
-SIMDS = 4  # of a compute unit
-CLOCK_GHZ = {"gfx942": 2.1, "gfx950": 2.4}  # peak engine clocks of the products that wave64.arch names
+from wave64.testing.predict import CLOCK_GHZ, SIMDS
 
 
 def usages(op: str, backend: str, case: str | Case, arch: str) -> dict[str, Usage]:
@@ -96,6 +96,11 @@ def table(found: dict[str, Usage]) -> str:
                      f"bytes in lines of {size}, each once": usage.once(size)}
         lines += [f"    {name:40}{n / waves:14.1f}{n / blocks:16.1f}" for name, n in rows.items()]
         lines.append(f"    {'barriers':40}{usage.barriers / waves:14.1f}{usage.barriers / waves:16.1f}")
+        work = predict.work_of(usage, waves_per_simd(usage))
+        warm, cold = (predict.predicted_us(work, cold) for cold in (False, True))
+        parts = ", ".join(f"{name} {us:.3f}" for name, us in predict.parts_us(work, True).items())
+        lines.append(f"    {'loads that depend on one another':40}{usage.chain:14}")
+        lines.append(f"    predicted: {warm:.2f} us, cold {cold:.2f} us (start {predict.CONSTANTS.start:.2f}, {parts})")
         times = times_us(usage)
         limit = max(times, key=times.__getitem__)
         total += times[limit]

@@ -55,6 +55,8 @@ class Usage:
     #: bytes of the lines of 64 and of 128 bytes that each wave's instructions touched
     touched: dict[int, int] = field(default_factory=lambda: {LINE: 0, 2 * LINE: 0})
     barriers: int = 0
+    #: loads of global memory, each issued when a wave had waited for the one before: the longest chain of any wave
+    chain: int = 0
     lines: set[int] = field(default_factory=set)  # of 64 bytes, that were touched at all
 
     def once(self, line: int = LINE) -> int:
@@ -89,6 +91,46 @@ def lds_cycles(lanes: np.ndarray, offsets: np.ndarray, width: int, banks: int, o
     return int(longest.sum()), int((longest > 0).sum())
 
 
+RING = 64  # vector memory instructions that a wave can have in flight
+
+
+class Chains:
+    """How many loads of global memory come one after another, in the time of a load: a load is back one level after the
+    level at which it was issued, a wait takes a wave to the level of what it waits for, and a barrier takes all waves
+    of a workgroup to the highest of theirs. Loads that are in flight together are on one level."""
+
+    def __init__(self, count: int):
+        self.level = np.zeros(count, np.int64)
+        self.issued = np.zeros(count, np.int64)          # vector memory instructions
+        self.back = np.zeros((RING, count), np.int64)    # the level at which each of the last ones is back
+        self.scalar = np.zeros(count, np.int64)          # ... and at which all scalar loads are
+
+    def start(self) -> None:
+        for array in (self.level, self.issued, self.back, self.scalar):
+            array.fill(0)
+
+    def vector(self, waves: np.ndarray, loads: bool) -> None:
+        """An instruction of vector memory; what it does comes back in order."""
+        last = self.back[(self.issued[waves] - 1) % RING, waves]
+        self.back[self.issued[waves] % RING, waves] = np.maximum(last, self.level[waves] + loads)
+        self.issued[waves] += 1
+
+    def wait(self, waves: np.ndarray, vector: int, scalar: int) -> None:
+        """Until at most so many vector memory, and other instructions are in flight."""
+        if vector < RING - 1:
+            last = np.maximum(self.issued[waves] - vector - 1, -1)
+            back = np.where(last >= 0, self.back[last % RING, waves], 0)
+            self.level[waves] = np.maximum(self.level[waves], back)
+        if scalar == 0:
+            self.level[waves] = np.maximum(self.level[waves], self.scalar[waves])
+
+    def meet(self, met: np.ndarray, group: np.ndarray) -> None:
+        """met: of each workgroup, whether its waves have come to a barrier. group: of each wave."""
+        highest = np.zeros(len(met), np.int64)
+        np.maximum.at(highest, group, self.level)
+        self.level = np.where(met[group], highest[group], self.level)
+
+
 class Counting(Check):
     """Adds to the usage of its machine's kernel. `counting()` makes a class, and with it the usages, for one run."""
 
@@ -105,14 +147,18 @@ class Counting(Check):
         fresh = Usage(machine.arch, shape.waves, shape.lds_bytes, kernel.vgprs, kernel.sgprs)
         self.usage = self.usages.setdefault(label, fresh)
         self._seen: list[np.ndarray] = []
+        self.chains = Chains(machine.count)
 
     def start(self) -> None:
+        self.chains.start()
         live = int((self.machine.states == READY).sum())
         self.usage.waves += live
         self.usage.blocks += live // self.machine.shape.waves
 
     def wrap(self, b: Binding, execute: Callable) -> Callable:
         name, family, count = b.instruction.name, b.instruction.family, b.party.count
+        if name == "s_waitcnt":
+            return self._wait(b.fields.simm16, b.party.numbers, execute)
         unit, cycles = unit_of(b)
         usage, memory = self.usage, self.machine.memory
         barriers = count if name == "s_barrier" else 0
@@ -129,7 +175,13 @@ class Counting(Check):
         if family not in ("SMEM", "GLOBAL", "FLAT", "MUBUF"):
             return counted
 
+        waves, chains, loads = b.party.numbers, self.chains, "load" in name
+
         def located():
+            if family == "SMEM":
+                chains.scalar[waves] = np.maximum(chains.scalar[waves], chains.level[waves] + loads)
+            else:
+                chains.vector(waves, loads)
             self._binding = b
             memory.watch = self._located
             try:
@@ -138,6 +190,18 @@ class Counting(Check):
                 memory.watch = None
                 self._note_lines()
         return located
+
+    def _wait(self, immediate: int, waves: np.ndarray, execute: Callable) -> Callable:
+        vector, scalar = immediate & 15 | immediate >> 10 & 0x30, immediate >> 8 & 15
+
+        def waited():
+            self.chains.wait(waves, vector, scalar)
+            self.usage.chain = max(self.usage.chain, int(self.chains.level[waves].max(initial=0)))
+            return execute()
+        return waited
+
+    def met(self, groups: np.ndarray) -> None:
+        self.chains.meet(groups, self.machine.group)
 
     def _located(self, addresses: np.ndarray, width: int, which: np.ndarray | None) -> None:
         b = self._binding
