@@ -98,7 +98,8 @@ class ServerArgs:
     max_prefill_tokens: int = _flag(16384, "prompt tokens of all requests per step")
     max_prefill_ms: float | None = _flag(
         None, "milliseconds by which prompts may prolong a step in which other requests decode: their chunks are as "
-              "long as that takes, by what steps before took; 0: any; default: 100 on a GPU, else any",
+              "long as that takes, by what steps before took, and shorter where few tokens wait; 0: any; default: 100 "
+              "on a GPU, else any",
         kind=float)  # fmt: skip
     schedule_policy: str = _flag("fcfs", "order of waiting requests; lpm: longest match with the prefix cache first",
                                  choices=("fcfs", "lpm"))  # fmt: skip
@@ -114,6 +115,10 @@ class ServerArgs:
     cuda_graph_bs: Sequence[int] = _flag(
         (), "the batch sizes to capture, one behind the other; default: a ladder up to --cuda-graph-max-bs", kind=int
     )
+    piecewise_cuda_graph_max_tokens: int | None = _flag(
+        None, "prompt tokens of the longest step with prompts that is captured as a graph, whole, its decodes "
+              "included; longer ones are launched kernel by kernel; 0: none; default: 512, on an emulated device 0",
+        kind=int)  # fmt: skip
     enable_deterministic_inference: bool = _flag(
         False, "a request has the same logits, to the bit, alone and in any batch, and with a cached prefix: every "
                "token is computed alone, at what a batch of one costs")  # fmt: skip
@@ -181,8 +186,10 @@ class ServerArgs:
         if self.enable_deterministic_inference and self.groups > 1:
             raise ArgsError("--enable-deterministic-inference: expected no --enable-dp-attention: a group's tokens are "
                             "padded to those of the others")  # fmt: skip
-        if self.max_prefill_ms is not None and not self.max_prefill_ms >= 0:
-            raise ArgsError(f"--max-prefill-ms: expected at least 0, got {self.max_prefill_ms}")
+        for name in ("max_prefill_ms", "piecewise_cuda_graph_max_tokens"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ArgsError(f"{flag_of(name)}: expected at least 0, got {value}")
         for name in ("watchdog_timeout", "rank_timeout", "request_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -270,6 +277,7 @@ WITHOUT_EFFECT: dict[str, tuple[type | None, str]] = {
     "--num-continuous-decode-steps": (int, "every step is scheduled"),
     "--schedule-conservativeness": (float, "requests are preempted when pages run out, and lose nothing"),
     "--disable-cuda-graph-padding": (None, "a batch runs in the smallest graph that holds it"),
+    "--enable-piecewise-cuda-graph": (None, "steps with few prompt tokens are captured anyway, whole"),
     "--sampling-backend": (str, "WAVE64_BACKEND chooses who serves an operator"),
     "--triton-attention-num-kv-splits": (int, "the tuned tables say how often a sequence is split"),
     "--triton-attention-reduce-in-fp32": (None, "sums are in fp32 anyway"),

@@ -205,7 +205,9 @@ class Engine:
             return outputs
         self._throughput.begin()
         before = self._prompt_tokens, self._generated_tokens
-        chunk = self._pace.chunk if any(scheduler.is_decoding for scheduler in self.schedulers) else None
+        chunk = None
+        if any(scheduler.is_decoding for scheduler in self.schedulers):
+            chunk = self._pace.chunk_of(max(scheduler.prompt_tokens for scheduler in self.schedulers))
         steps = [scheduler.schedule(chunk) for scheduler in self.schedulers]
         if any(step.rows for step in steps):
             outputs += self._run(steps)

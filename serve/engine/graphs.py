@@ -40,9 +40,25 @@ def batch_sizes(largest: int, wanted: Sequence[int] = ()) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Of the device's memory; torch's own caches are not counted as free. 0 where graphs take the host's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def capture(model: nn.Module, kv_cache: list[KVCache], batch: Batch, memory: Any) -> tuple[Any, Tensor]:
+    """A graph of the model's forward pass over this batch, and its logits. memory: shared with other graphs, of which
+    none runs at the same time; None: its own."""
+    gpu = platform.streams()
+    if platform.emulated() is None:  # which executes nothing while it captures, and takes seconds for a step
+        side = gpu.Stream()
+        side.wait_stream(gpu.current_stream())
+        with torch.inference_mode(), gpu.stream(side):
+            model(batch, kv_cache)  # compiles what is compiled at the first call, which a capture must not do
+        gpu.current_stream().wait_stream(side)
+    graph = gpu.CUDAGraph()
+    with torch.inference_mode(), gpu.graph(graph, pool=memory):
+        logits = model(batch, kv_cache)
+    return graph, logits
 
 
 def _fields(memory: Tensor, rows: int) -> dict[str, Tensor]:
@@ -65,7 +81,6 @@ class DecodeGraphs:
         self._sizes = batch_sizes(max_batch, sizes)
         self.largest = max_batch = self._sizes[-1]
         # What changes at every step lies in one piece of memory, here and on the device.
-        gpu = platform.streams()
         self._there = torch.zeros(max_batch * ROW_BYTES, dtype=torch.uint8, device=device)
         self._host = np.zeros(max_batch * ROW_BYTES, dtype=np.uint8)
         fixed = _fields(self._there, max_batch)
@@ -86,26 +101,18 @@ class DecodeGraphs:
         )
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
         started = noted = time.perf_counter()
-        free = _free_bytes(device)
-        memory = None  # shared by all: only one of them runs at a time; the largest first, so that it sets the size
+        free = free_bytes(device)
+        memory: Any = None  # shared by all: only one runs at a time; the largest first, so that it sets the size
         for size in reversed(self._sizes):
-            batch = self._cut(size)
-            if platform.emulated() is None:  # which executes nothing while it captures, and takes seconds for a step
-                side = gpu.Stream()
-                side.wait_stream(gpu.current_stream())
-                with torch.inference_mode(), gpu.stream(side):
-                    model(batch, kv_cache)  # compiles what is compiled at the first call, which a capture must not do
-                gpu.current_stream().wait_stream(side)
-            graph = gpu.CUDAGraph()
-            with torch.inference_mode(), gpu.graph(graph, pool=memory):
-                logits = model(batch, kv_cache)
+            graph, logits = capture(model, kv_cache, self._cut(size), memory)
             memory = graph.pool()
             self._graphs[size] = (graph, logits)
             if time.perf_counter() - noted > NOTE_S:
                 noted = time.perf_counter()
                 log.info("decode graphs: %d of %d batch sizes captured", len(self._graphs), len(self._sizes))
+        self.memory = memory
         log.info("decode graphs: %d batch sizes up to %d, %.0f MiB in all, in %.1f s", len(self._sizes), max_batch,
-                 (free - _free_bytes(device)) / 2**20, time.perf_counter() - started)
+                 (free - free_bytes(device)) / 2**20, time.perf_counter() - started)
 
     def pack(self, arrays: dict[str, NDArray], largest: int) -> dict[str, NDArray]:
         """The arrays of a batch that only decodes, its changing fields `packed` as replay() takes them. largest: the

@@ -4,6 +4,10 @@ between two tokens of an answer stays bounded while prompts arrive.
 No model of the device: a step of n prompt tokens took so long, beyond a step that only decodes; so `limit / that` times
 n tokens take as long as is allowed. What a token costs depends on the chunk itself (launches) and on the text before it
 (attention), and each step that uses its chunk corrects both.
+
+Where few tokens wait, chunks are shorter than is allowed: a few are computed while the weights are read for the
+decodes, and cost a step next to nothing. Those that wait are spread over some steps, so that none is much longer than
+the others, and prompts get on as fast as they come.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ from collections.abc import Callable
 # Prompts get on by at least so many tokens, however slow the device is. Chunks are multiples of it: kernels compute
 # whole tiles, and Triton compiles others for numbers that are no multiples of 16.
 MIN_CHUNK = 64
+SHORT_CHUNK = 128  # prompt tokens that a step has in any case: next to 64 decodes products still wait for the weights
+SPREAD = 16  # over so many steps, each of what waits then
 GROWTH = 2.0  # at most so many times the chunk before: one step that was measured short is no reason for a long one
 SMOOTHING = 0.25  # weight of the newest step among those that only decode
 
 
 class Pace:
     """begin() a step when it is launched and end() it when its results are there: with two on their way the oldest one
-    ends. `chunk` is for the next step in which something decodes."""
+    ends. `chunk` is the longest for the next step in which something decodes."""
 
     def __init__(self, limit_ms: float, largest: int, clock: Callable[[], float] = time.monotonic) -> None:
         """limit_ms: by how much prompts may prolong a step; 0: by any time. largest: the chunk to begin with."""
@@ -30,6 +36,12 @@ class Pace:
         self._steps: deque[tuple[float, bool, int]] = deque()  # (launched, whether it decodes, its prompt tokens)
         self._ended = 0.0
         self._decoding = 0.0  # seconds of a step that only decodes
+
+    def chunk_of(self, waiting: int) -> int:
+        """For the next step in which something decodes, where so many prompt tokens wait."""
+        if not self._limit:
+            return self.chunk
+        return min(self.chunk, max(SHORT_CHUNK, -(-waiting // (SPREAD * MIN_CHUNK)) * MIN_CHUNK))
 
     def begin(self, decodes: bool, prompt: int) -> None:
         """A step is launched, with so many prompt tokens."""

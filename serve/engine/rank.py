@@ -39,6 +39,7 @@ from wave64.serve.model_path import resolve_model_path
 log = logging.getLogger("wave64")
 
 SIOCGIFADDR = 0x8915  # ioctl: the address of a network interface
+PROMPT_TOKENS = 512  # of a step that is captured: many more take longer than their launches
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
 SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, RankLost, NotSupported, peers.WaitTimeout,
                  peers.CallsDiffer)  # worded for the operator
@@ -83,9 +84,12 @@ class Rank:
         graph_sizes = (1,) if args.enable_deterministic_inference else args.cuda_graph_bs
         if not graph_sizes and args.cuda_graph_max_bs is not None:
             graph_sizes = batch_sizes(min(self.max_running, args.cuda_graph_max_bs))
+        prompt_tokens = args.piecewise_cuda_graph_max_tokens
+        if prompt_tokens is None:
+            prompt_tokens = 0 if emulated else PROMPT_TOKENS
         self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
                              self.max_running, capture, ranks=ranks, graph_sizes=graph_sizes,
-                             host_pages=self.host_pages,
+                             prompt_tokens=prompt_tokens, host_pages=self.host_pages,
                              one_by_one=args.enable_deterministic_inference)  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The runner: turns a Schedule into a Batch, owns the KV pool, runs the model and samples. Tensors start here.
 
 What a step needs is computed in numpy and crosses to the device at once (crossing.py). On a GPU, steps that only decode
-replay captured graphs (graphs.py). Neither forward() nor sample() waits for the device.
+and those with few prompt tokens replay captured graphs (graphs.py, prompt_graphs.py). Neither forward() nor sample() waits for the device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from wave64.serve.engine.graphs import DecodeGraphs
 from wave64.serve.engine.history import History
 from wave64.serve.engine.host_tier import HostTier
 from wave64.serve.engine.memory import kv_cache
+from wave64.serve.engine.prompt_graphs import PromptGraphs
 from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled, Sampling, Schedule
 from wave64.serve.model import FAMILIES
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.parallel import ONE, Ranks
 
-#: A step with prompts replays a graph for its decodes, if they are so few: that reads the weights twice, and launches
+#: A step with more prompt tokens than are captured replays a graph for its decodes, if they are so few: that reads the weights twice, and launches
 #: little while the device waits. On an H200, with a prompt of 128 tokens and Llama-3.1-8B's shape, 64 decodes take
 #: 13.4 ms so and 15.7 ms in one batch, and 255 take 23.2 and 20.5 ms (tests/bench/engine_steps.py mixed).
 SPLIT_DECODES = 128
@@ -39,9 +40,10 @@ class Runner:
     def __init__(
         self, model: nn.Module, config: ModelConfig, kv_dtype: torch.dtype, device: torch.device, num_pages: int,
         page_size: int, max_running: int, capture: bool, *, ranks: Ranks = ONE, graph_sizes: Sequence[int] = (),
-        host_pages: int = 0, one_by_one: bool = False,
+        prompt_tokens: int = 0, host_pages: int = 0, one_by_one: bool = False,
     ) -> None:  # fmt: skip
-        """capture: decode graphs, of these sizes where some are given. host_pages: of the prefix cache's host tier.
+        """capture: decode graphs, of these sizes where some are given, and of steps with up to so many prompt tokens,
+        where the model's attention reads prefixes by the page table. host_pages: of the prefix cache's host tier.
         one_by_one: every token is computed alone, so that nothing else in its step can change a bit of its logits.
         """
         self.model, self.device, self.page_size = model, device, page_size
@@ -60,10 +62,13 @@ class Runner:
         self._last_sampled = torch.zeros(groups, max_running, dtype=torch.int64, device=device)  # by page table's row
         self._histories = [History(max_running, device) for _ in range(groups)]
         self._cross = Crossing(device)
-        self._graphs = None
+        self._graphs = self._prompt_graphs = None
         if capture:
-            self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, self._page_table.shape[1],
-                                        graph_sizes)
+            width = self._page_table.shape[1]
+            self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, width, graph_sizes)
+            if prompt_tokens and not self._reads_prefixes and not one_by_one and ranks.world.size == 1:
+                self._prompt_graphs = PromptGraphs(model, self.kv_cache, device, self._graphs.largest, width,
+                                                   prompt_tokens, self._graphs.memory)
         self._one_by_one = one_by_one
         self.max_split = SPLIT_DECODES if groups == 1 else 0
 
@@ -99,20 +104,26 @@ class Runner:
             computed = [(self._forward(each).clone(), wanted) for each, wanted in steps[0].one_by_one()]
             return torch.cat([computed[0][0][:0], *(logits for logits, wanted in computed if wanted)])
         if (self._graphs is not None and 0 < steps[0].num_decodes < len(steps[0].rows)
-                and steps[0].num_decodes <= min(self._graphs.largest, self.max_split)):
+                and steps[0].num_decodes <= min(self._graphs.largest, self.max_split)
+                and self._graph_for(steps)[0] is None):
             return torch.cat([self._forward(each) for each in steps[0].split()])
         return self._forward(*steps)
 
+    def _graph_for(self, steps: Sequence[Schedule]) -> tuple[DecodeGraphs | PromptGraphs | None, Any]:
+        """The graphs of which one holds this step of all groups, and which of them; or none."""
+        if self._graphs is None or any(each.num_decodes < len(each.rows) for each in steps):
+            size = self._prompt_graphs.size_of(steps[0]) if self._prompt_graphs is not None else None
+            return (self._prompt_graphs, size) if size is not None else (None, None)
+        largest = max(len(each.rows) for each in steps)
+        return (self._graphs, largest) if largest <= self._graphs.largest else (None, None)
+
     def _forward(self, *steps: Schedule) -> Tensor:
-        """One Batch for each group; a replay where all only decode, and few enough."""
+        """One Batch for each group; a replay where a graph holds them."""
         step = steps[self._group]
         arrays, sizes = self._inputs(step)
-        graphs, largest = self._graphs, max(len(each.rows) for each in steps)
-        if graphs is not None and (largest > graphs.largest
-                                   or any(each.num_decodes < len(each.rows) for each in steps)):
-            graphs = None
+        graphs, size = self._graph_for(steps)
         if graphs is not None:
-            arrays = graphs.pack(arrays, largest)
+            arrays = graphs.pack(arrays, size)
         there = self._cross(arrays)
         if "cells" in there:
             self._table.view(-1)[there.pop("cells")] = there.pop("pages")
@@ -121,8 +132,8 @@ class Runner:
         if "named" in there:
             replaced = there.pop("named"), self._last_sampled[self._group][there.pop("named_rows")]
         if graphs is not None:
-            logits = graphs.replay(there["packed"], table, largest, replaced)
-            return logits if len(steps) > 1 else logits[:largest]
+            logits = graphs.replay(there["packed"], table, size, replaced)
+            return logits if len(steps) > 1 else logits[: sum(step.logits)]
         fields: dict[str, Any] = {**sizes, **there}
         batch = Batch(page_table=table, num_decodes=step.num_decodes, **fields)
         if len(steps) > 1:

@@ -185,6 +185,14 @@ class Scheduler:
         """Whether a sequence decodes in the next step, unless it ends or is preempted."""
         return any(len(seq.tokens) + seq.pending - seq.computed == 1 for seq in self.running)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of what runs, and of what waits and has a row, so many are still to be computed; but for what the prefix
+        cache has."""
+        size = self.pool.page_size
+        return sum(len(seq.tokens) - seq.computed for seq in self.running if len(seq.tokens) - seq.computed > 1) + sum(
+            len(seq.tokens) - len(seq.path) * size for seq in islice(self.waiting, len(self._free_rows)))
+
     def schedule(self, max_prompt_tokens: int | None = None) -> Schedule:
         """The next step; without rows if there is nothing to do. sampling() and commit(), or drop(), follow.
 

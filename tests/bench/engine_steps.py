@@ -14,9 +14,9 @@ loops say the same tokens, else there is no row. `step` is the mean time between
 sampling and hand-over; `busy` the time that the device computes or copies in a step, from a profile of further steps of
 the same batch; `idle` what is left. chats: prompt tokens per second, over turns that each add new tokens to a chat.
 load: with --max-prefill-ms as it is by default, and without a limit; `gap_ms` is the longest time between two tokens of
-one answer, and its 99th percentile. mixed: the decodes of such a step by a graph, then the prompt kernel by kernel, or
-both in one batch, kernel by kernel. grammar: JSON schemas, a different one a row, over a vocabulary of made-up words as
-large as the model's; `mask_ms` is what filling the step's masks takes, the mean of further ones.
+one answer, and its 99th percentile. mixed: decodes and prompt by one graph; the decodes by a graph, then the prompt
+kernel by kernel; or both in one batch, kernel by kernel. grammar: JSON schemas, a different one a row, over a vocabulary
+of made-up words as large as the model's; `mask_ms` is what filling the step's masks takes, the mean of further ones.
 `--tiny` takes a small model and works on a CPU: it is there to test this file.
 """
 
@@ -246,8 +246,10 @@ def mixed(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_of(Path(folder), options, disable_radix_cache=True, max_prefill_ms=0)
         for batch in batches:
-            for splits in (True, False):
-                engine.runner.max_split = batch if splits else 0
+            prompt_graphs = engine.runner._prompt_graphs
+            for launched in ("graph", "split", "eager"):
+                engine.runner._prompt_graphs = prompt_graphs if launched == "graph" else None
+                engine.runner.max_split = batch if launched == "split" else 0
                 prefills = batch * options.context // PREFILL_CHUNK["cuda"] + 2
                 count = WARM + options.steps + prefills + 8
                 tokens = start(engine, requests(options, batch, engine.config.vocab_size, count))
@@ -260,8 +262,10 @@ def mixed(options: argparse.Namespace) -> list[dict[str, Any]]:
                     step(engine, tokens)
                     times.append(1e3 * (time.perf_counter() - began))
                 end(engine, tokens)
-                rows.append(dict(batch=batch, prompt=length, splits=splits, step_ms=statistics.mean(times[WARM:])))
+                rows.append(dict(batch=batch, prompt=length, launched=launched,
+                                 step_ms=statistics.mean(times[WARM:])))  # fmt: skip
                 print(line(rows[-1]), flush=True)
+            engine.runner._prompt_graphs = prompt_graphs
     return rows
 
 

@@ -12,7 +12,7 @@ import torch
     ("host", 2, {"batch", "schedule_ms", "batch_ms", "commit_ms", "sampling_ms"}),
     ("prefill", 1, {"prompt_tokens", "best_ms", "mean_ms"}),
     ("load", 2, {"requests", "max_prefill_ms", "output_tokens", "tokens_per_s", "gap_p99_ms", "gap_ms"}),
-    ("mixed", 4, {"batch", "prompt", "splits", "step_ms"}),
+    ("mixed", 6, {"batch", "prompt", "launched", "step_ms"}),
     ("grammar", 2, {"batch", "grammar", "step_ms", "worst_ms", "mask_ms"}),
     ("chats", 2, {"prefix_cache", "prompt_tokens", "cached", "tokens_per_s"}),
 ])  # fmt: skip

@@ -24,11 +24,12 @@ FLAGS = ("--max-total-tokens", "512", "--max-running-requests", "4", "--skip-ser
 PENALTIES = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
 TP2 = ("--tp-size", "2")
 DP_ATTENTION = (*TP2, "--dp-size", "2", "--enable-dp-attention")
+PROMPT_GRAPHS = ("--piecewise-cuda-graph-max-tokens", "32")
 FP8_CACHE = ("--kv-cache-dtype", "fp8_e4m3")
 
 #: name -> (model, prompts asked at once, flags, fields of each request)
 CASES: dict[str, tuple[str, list[str], tuple[str, ...], dict[str, Any]]] = {
-    "llama": ("demo-llama", PROMPTS, (), {}),  # three in a graph of four: one row is padding
+    "llama": ("demo-llama", PROMPTS, PROMPT_GRAPHS, {}),  # three in a graph of four: one row is padding
     "llama-fp8-cache": ("demo-llama", PROMPTS[:1], FP8_CACHE, {}),
     "llama-penalties": ("demo-llama", PROMPTS, (), PENALTIES),
     "llama-eager": ("demo-llama", PROMPTS, ("--disable-cuda-graph",), {}),
@@ -96,6 +97,7 @@ def test_a_model_says_on_the_device_what_it_says_on_a_cpu(case, arch, count, tmp
     assert not re.search(r"(all_\w+|reduce_scatter): backend hip declines", log), log
     sizes = "2 batch sizes up to 2" if flags == DP_ATTENTION else "3 batch sizes up to 4"
     assert (f"decode graphs: {sizes}" in log) == (flags != ("--disable-cuda-graph",))
+    assert ("prompt graphs: 2, up to 32 prompt tokens next to 4 decodes" in log) == (flags == PROMPT_GRAPHS)
     assert log.count("what torch itself would compute there") == 1
 
 

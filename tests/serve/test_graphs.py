@@ -6,12 +6,12 @@ What it cannot show is that a model can be captured; `test_engine.py` does, on a
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers_deepseek import make_deepseek
+from helpers_graphs import Captured, Graph, captures_on_cpu
 from helpers_llama import load, make_llama
 
 from wave64.serve.args import ServerArgs
@@ -26,51 +26,10 @@ from wave64.serve.model.load import load_model
 PAGE, PAGES = 2, 24
 
 
-class Graph:
-    """What was launched while it was being captured, and where the result lies."""
-
-    ours = threading.local()  # of a thread, which stands for a rank: the graph being captured, and the last replayed
-    call: Callable[[], torch.Tensor]
-    result: torch.Tensor
-
-    def pool(self):
-        return "memory"
-
-    def replay(self):
-        Graph.ours.replayed = self
-        self.result.copy_(self.call())
-
-
 @pytest.fixture
-def capture(monkeypatch):
-    """CUDA as DecodeGraphs uses it."""
-
-    @contextmanager
-    def graph(made, pool):
-        Graph.ours.capturing = made
+def capture():
+    with captures_on_cpu():
         yield
-        Graph.ours.capturing = None
-
-    def stream():
-        return type("Stream", (), {"wait_stream": lambda self, other: None})()
-
-    fakes = dict(Stream=stream, current_stream=stream, stream=lambda _: nullcontext(), CUDAGraph=Graph, graph=graph)
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-
-
-class Captured(torch.nn.Module):
-    """A model that tells the graph being captured how to compute its result again."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch, kv_cache):
-        logits = self.model(batch, kv_cache)
-        if (graph := getattr(Graph.ours, "capturing", None)) is not None:
-            graph.call, graph.result = lambda: self.model(batch, kv_cache), logits
-        return logits
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek"])
@@ -231,7 +190,7 @@ def test_the_log_says_how_far_capturing_is_and_what_it_took(tmp_path, capture, m
     made = Runner(Captured(model), config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
     monkeypatch.setattr(graphs, "NOTE_S", -1.0)
     free = iter([5 << 20, 2 << 20])
-    monkeypatch.setattr(graphs, "_free_bytes", lambda device: next(free))
+    monkeypatch.setattr(graphs, "free_bytes", lambda device: next(free))
     with caplog.at_level("INFO", "wave64"):
         graphs.DecodeGraphs(made.model, made.kv_cache, made.device, 8, made._page_table.shape[1], [4, 2])
     first, second, last = caplog.messages

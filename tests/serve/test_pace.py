@@ -8,7 +8,7 @@ from helpers_server import VOCAB, make_model
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.engine.engine import MAX_PREFILL_MS, Engine
-from wave64.serve.engine.pace import MIN_CHUNK, Pace
+from wave64.serve.engine.pace import MIN_CHUNK, SHORT_CHUNK, SPREAD, Pace
 from wave64.serve.messages import Request, SamplingParams
 
 DECODE_S, LAUNCHES_S = 0.010, 0.005
@@ -98,6 +98,48 @@ def test_a_limit_of_nothing_is_none():
     pace = Pace(0.0, 8000, device)
     step(pace, device, 8000)
     assert pace.chunk == 8000
+
+
+def test_few_tokens_that_wait_are_spread_over_steps():
+    """As many as come get on at once, in chunks of which none is much longer than it has to be."""
+    pace = Pace(1000.0, 8000)
+    assert [pace.chunk_of(waiting) for waiting in (0, 1, SHORT_CHUNK * SPREAD)] == [SHORT_CHUNK] * 3
+    waiting, chunks = 8000, []
+    while waiting > 0:
+        chunks.append(pace.chunk_of(waiting))
+        waiting -= chunks[-1]
+    assert chunks == sorted(chunks, reverse=True)
+    assert chunks[0] == 512 >= 8000 / SPREAD
+    assert len(chunks) < 2.5 * SPREAD
+    assert Pace(1000.0, 8000).chunk_of(10**6) == 8000
+    assert Pace(0.0, 8000).chunk_of(1) == 8000, "without a limit, whole"
+
+
+def test_what_waits_is_counted_as_far_as_it_has_a_row():
+    world = World(num_pages=200, max_running=3, budget=30)
+    for name, length in (("a", 50), ("b", 40), ("c", 7), ("d", 100)):
+        world.add(name, prompt_without_stop(length, 4, 100 * length), 4)
+    assert world.scheduler.prompt_tokens == 50 + 40 + 7
+    world.step()
+    assert world.scheduler.prompt_tokens == 20 + 40 + 7
+    world.step()
+    assert world.scheduler.prompt_tokens == 30 + 7, "a decodes"
+
+
+def test_short_prompts_are_computed_next_to_decodes_a_few_tokens_at_a_time(tmp_path):
+    make_model(tmp_path)
+    made = Engine(ServerArgs(model_path=str(tmp_path), device="cpu", dtype="float32", max_total_tokens=2048,
+                             max_prefill_ms=1e6))  # fmt: skip
+    params = SamplingParams(max_new_tokens=20, temperature=0, ignore_eos=True)
+    made.add(Request("a", [1, 2], params))
+    made.step()
+    forward, launched = made.runner.forward, []
+    made.runner.forward = lambda step: (launched.append(sum(step.counts[step.num_decodes :])), forward(step))[1]
+    for i in range(3):
+        made.add(Request(f"b{i}", [(7 * i + j) % VOCAB for j in range(100)], params))
+    while made.has_work:
+        made.step()
+    assert launched[:4] == [128, 128, 44, 0]
 
 
 def test_the_scheduler_keeps_to_the_chunk():
