@@ -1,7 +1,8 @@
 """The runner: turns a Schedule into a Batch, owns the KV pool, runs the model and samples. Tensors start here.
 
 What a step needs is computed in numpy and crosses to the device at once (crossing.py). On a GPU, steps that only decode
-and those with few prompt tokens replay captured graphs (graphs.py, prompt_graphs.py). Neither forward() nor sample() waits for the device.
+and those with few prompt tokens replay captured graphs (graphs.py, prompt_graphs.py). Neither forward() nor sample()
+waits for the device.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.parallel import ONE, Ranks
 
-#: A step with more prompt tokens than are captured replays a graph for its decodes, if they are so few: that reads the weights twice, and launches
-#: little while the device waits. On an H200, with a prompt of 128 tokens and Llama-3.1-8B's shape, 64 decodes take
-#: 13.4 ms so and 15.7 ms in one batch, and 255 take 23.2 and 20.5 ms (tests/bench/engine_steps.py mixed).
+#: A step with more prompt tokens than are captured replays a graph for its decodes, if they are so few: that reads the
+#: weights twice, and launches little while the device waits. On an H200, with a prompt of 128 tokens and Llama-3.1-8B's
+#: shape, 64 decodes take 13.4 ms so and 15.7 ms in one batch, and 255 take 23.2 and 20.5 ms
+#: (tests/bench/engine_steps.py mixed).
 SPLIT_DECODES = 128
 
 
