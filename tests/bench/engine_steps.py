@@ -15,8 +15,9 @@ sampling and hand-over; `busy` the time that the device computes or copies in a 
 the same batch; `idle` what is left. chats: prompt tokens per second, over turns that each add new tokens to a chat.
 load: with --max-prefill-ms as it is by default, and without a limit; `gap_ms` is the longest time between two tokens of
 one answer, and its 99th percentile. mixed: decodes and prompt by one graph; the decodes by a graph, then the prompt
-kernel by kernel; or both in one batch, kernel by kernel. grammar: JSON schemas, a different one a row, over a vocabulary
-of made-up words as large as the model's; `mask_ms` is what filling the step's masks takes, the mean of further ones.
+kernel by kernel; or both in one batch, kernel by kernel. grammar: JSON schemas, a different one a row, over a
+vocabulary of made-up words as large as the model's; `mask_ms` is what filling the step's masks takes,
+the mean of further ones.
 `--tiny` takes a small model and works on a CPU: it is there to test this file.
 """
 
