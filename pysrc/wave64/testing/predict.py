@@ -47,7 +47,7 @@ class Constants:
 CONSTANTS = Constants()
 #: of held-out rows, the part that is predicted within 25 %, with more workgroups than 304 and with at most as many
 HELD_OUT = (0.99, 0.97)
-#: Predictions whose ratio is below this are told as a tie: of ten held-out rows eight are predicted within it.
+#: Predictions whose ratio is below this count as a tie: of ten held-out rows eight are predicted within it.
 TIE = 1.2
 
 
