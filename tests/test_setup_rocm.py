@@ -152,6 +152,7 @@ def test_without_a_compiler_zigs_is_used(monkeypatch, compiler):
     settings = setup_rocm.build_settings("/env/bin/python", Namespace(archs=["-Cx"]))
     assert any("CMAKE_CXX_COMPILER=/env/bin/python;-m;ziglang;c++" in s for s in settings) is (compiler is None)
     assert settings[0] == "-Cx"
+    assert all(each.startswith("--config-settings=") for each in settings[1:])  # pip of Debian 12 knows no -C
 
 
 def test_the_build_tools_are_read_from_pyproject():

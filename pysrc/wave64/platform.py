@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wave64.arch import Arch, lookup
+from wave64.arch import Arch, lookup, warning
 
 if TYPE_CHECKING:
     from wave64.testing.emulator.device import Device
@@ -66,9 +67,10 @@ def may_have_gpu() -> bool:
 @functools.cache
 def _device_arch(index: int) -> Arch:
     properties = torch.cuda.get_device_properties(index)
-    if is_hip():
-        return lookup(properties.gcnArchName)
-    return lookup(f"sm_{properties.major}{properties.minor}")
+    found = lookup(properties.gcnArchName if is_hip() else f"sm_{properties.major}{properties.minor}")
+    if said := warning(found):
+        logging.getLogger("wave64").warning("GPU %d: %s", index, said)
+    return found
 
 
 def arch() -> Arch | None:

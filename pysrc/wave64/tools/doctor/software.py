@@ -129,7 +129,7 @@ def _code_objects(machine: Machine, software: Software) -> Row:
     lacking = sorted({gpu.arch for gpu in machine.gpus() if not gpu.integrated} - set(software.built))
     if lacking:
         return Row("code objects", WARN, f"{shown}; none for {', '.join(lacking)}", "operators run on portable kernels",
-                   f"WAVE64_ARCHS={';'.join(lacking)} python3 setup_rocm.py install")
+                   f"python3 setup_rocm.py install --archs '{';'.join(lacking)}'")
     return Row("code objects", OK, shown)
 
 
