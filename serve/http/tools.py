@@ -148,8 +148,11 @@ class FormatReader(Reader):
         """What is before the arguments."""
         match = _match(self._form.head, self._text, is_end)
         if match is None:
-            if self._form.head != OBJECT or _match(FIRST_KEY, self._text, is_end) is None:
+            other = _match(FIRST_KEY, self._text, is_end) if self._form.head == OBJECT else None
+            if other is None:
                 return self._no_call()
+            if other.partial:
+                return None
             self._object, self._state = Object(), self._other_order
             return []
         if match.partial:

@@ -50,6 +50,8 @@ TRANSCRIPTS = [
     ("llama3", '{"name": "get_weather", "parameters": {"location": "Os', '{"name": "get_weather", "parameters": '
                                                                          '{"location": "Os', []),
     ("llama3", OPEN, OPEN, []),
+    ("llama3", '{"a": 1, "name": "get_weather"}', '{"a": 1, "name": "get_weather"}', []),
+    ("llama3", '{"name": "get_weather", "parameters": {"location": "A"}', None, [weather("A")]),
     ("llama3", '{"name": "get_weather", "parameters": {"location": "A"}} there', " there", [weather("A")]),
     # Llama 3.2's model card, and Llama 4's
     ("pythonic", "[get_user_info(user_id=7890, special='black')]", None,
@@ -59,6 +61,8 @@ TRANSCRIPTS = [
     ("pythonic", '<|python_start|>[get_weather(location="A")]<|python_end|>', None, [weather("A")]),
     ("pythonic", "[get_weather(location=x)] is how", "[get_weather(location=x)] is how", []),
     ("pythonic", "[1] and [2]", "[1] and [2]", []),
+    ("pythonic", "[get_weather(location=[false, False, -1.5, null, None])]", None,
+     [weather([False, False, -1.5, None, None])]),
     ("pythonic", "[rm(a=1)]", "[rm(a=1)]", []),
     ("pythonic", "[get_weather('A')]", "[get_weather('A')]", []),
     ("pythonic", "[get_weather(location='A'", "[get_weather(location='A'", []),
@@ -78,10 +82,43 @@ TRANSCRIPTS = [
     ("qwen25", 'I look.\n<tool_call>\n{"name": "get_weather", "arguments": {"location": "A"}}\n</tool_call>\n'
                '<tool_call>\n{"name": "get_weather", "arguments": {"location": "B"}}\n</tool_call>', "I look.",
      [weather("A"), weather("B")]),
+    ("qwen25", '<tool_call>\n{"arguments": {"location": "A"}, "name": "get_weather"}\n</tool_call>', None, [weather("A")]),
     # what tool_choice "required" makes any model write
     ("forced", '[{"name": "get_weather", "parameters": {"location": "A"}}, {"name": "get_weather", "parameters": '
                '{"location": "B"}}]', None, [weather("A"), weather("B")]),
 ]  # fmt: skip
+
+
+#: How a format writes a call, what is between two of them, and what is around all.
+WRITERS = {
+    "llama3": ('{"name": "%s", "parameters": %s}', "; ", "<|python_tag|>", ""),
+    "deepseekv3": (V3.replace("get_weather", "%s").replace('{"location": "%s"}', "%s"), "\n", BEGIN, END),
+    "deepseekv31": (V31.replace("get_weather", "%s").replace('{"location": "%s"}', "%s"), "", BEGIN, END),
+    "qwen25": ('<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>', "\n", "", ""),
+    "pythonic": ("%s(%s)", ", ", "[", "]"),
+    "forced": ('{"name": "%s", "parameters": %s}', ", ", "[", "]"),
+}
+#: Arguments of every kind, with the marks of JSON and of the formats in strings.
+ARGUMENTS = [{}, {"location": 'Ørsta 🌧 "}]\\'}, {"a": [1, [{"x": "]});"}], {}], "b": {"c": None, "d": [True, False]}},
+             {"n": -1500.25, "s": "</tool_call>\n```<｜tool▁call▁end｜>'"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("parser", [*tools.PARSERS, "forced"])
+def test_calls_of_every_format_however_they_are_split(parser):
+    form, between, begin, end = WRITERS[parser]
+    for names in (NAMES[:1], NAMES):
+        for arguments in ARGUMENTS:
+            told = ", ".join(f"{k}={v!r}" for k, v in arguments.items()) if parser == "pythonic" else json.dumps(
+                arguments, ensure_ascii=False)  # fmt: skip
+            text = begin + between.join(form % (name, told) for name in names) + end
+            calls = [(name, arguments) for name in names]
+            made = message(parser).whole(text)
+            assert (made["content"], calls_of(made)) == (None, calls)
+            cuts = range(1, len(text), 1 if len(names) == 1 else 9)
+            for parts in [[text[:at], text[at:]] for at in cuts] + [list(text)]:
+                stream = message(parser)
+                got = put_together([stream.delta(part, i == len(parts) - 1) for i, part in enumerate(parts)])
+                assert (got["content"], calls_of(got)) == (None, calls)
 
 
 def message(parser: str, limit: int | None = None) -> Message:
