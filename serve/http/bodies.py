@@ -58,7 +58,7 @@ def in_words(error: ValidationError) -> ApiError:
 def _path(loc: tuple[int | str, ...]) -> list[int | str]:
     """The fields and indices of pydantic's path, without the names of the types it tried."""
     types = ("str", "int", "bool", "float")
-    return [p for p in loc if isinstance(p, int) or not (p[0].isupper() or "[" in p or "-" in p or p in types)]
+    return [p for p in loc if isinstance(p, int) or not (p[:1].isupper() or "[" in p or "-" in p or p in types)]
 
 
 def _wanted(fault: Any) -> str:

@@ -51,7 +51,10 @@ class DetokenizeRequest(Body):
         found = prompts_of(self.tokens, "tokens")
         if any(isinstance(tokens, str) for tokens in found):
             raise ApiError("tokens: expected token ids, got a string", "tokens", "invalid_type")
-        return [tokens for tokens in found if not isinstance(tokens, str)]
+        lists = [tokens for tokens in found if not isinstance(tokens, str)]
+        for odd in (token for tokens in lists for token in tokens if not 0 <= token < 2**31):
+            raise ApiError(f"tokens: expected token ids from 0 to {2**31 - 1}, got {odd}", "tokens", "invalid_token")
+        return lists
 
 
 class ProfileRequest(Body):

@@ -82,7 +82,8 @@ TRANSCRIPTS = [
     ("qwen25", 'I look.\n<tool_call>\n{"name": "get_weather", "arguments": {"location": "A"}}\n</tool_call>\n'
                '<tool_call>\n{"name": "get_weather", "arguments": {"location": "B"}}\n</tool_call>', "I look.",
      [weather("A"), weather("B")]),
-    ("qwen25", '<tool_call>\n{"arguments": {"location": "A"}, "name": "get_weather"}\n</tool_call>', None, [weather("A")]),
+    ("qwen25", '<tool_call>\n{"arguments": {"location": "A"}, "name": "get_weather"}\n</tool_call>', None,
+     [weather("A")]),
     # what tool_choice "required" makes any model write
     ("forced", '[{"name": "get_weather", "parameters": {"location": "A"}}, {"name": "get_weather", "parameters": '
                '{"location": "B"}}]', None, [weather("A"), weather("B")]),
