@@ -232,7 +232,8 @@ class Engine:
         try:
             if self.team is not None:
                 self.team.begin(self._steps, steps)
-            logits = self.runner.forward(*steps)
+            early = {"sampling": self.scheduler.early_sampling()} if self.runner.chooses else {}
+            logits = self.runner.forward(*steps, **early)
         except Exception as error:
             return self._commit() + self._failed(error)
         self._prompt_tokens += sum(prompts)

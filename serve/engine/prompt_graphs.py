@@ -66,7 +66,7 @@ class PromptGraphs:
         for size in reversed(self._sizes):
             self._pad(size)
             self._there.copy_(here)
-            graph, logits = capture(model, kv_cache, self._batch(size), memory)
+            graph, logits = capture(lambda size=size: model(self._batch(size), kv_cache), memory)
             memory = graph.pool()
             self._graphs[size] = (graph, logits)
         log.info("prompt graphs: %d, up to %d prompt tokens next to %d decodes, %.0f MiB in all, in %.1f s",

@@ -61,18 +61,27 @@ class Runner:
         if device.type != "cpu":
             self._table = self._table.to(device)
         self._group, groups, self._world = ranks.data.rank, ranks.data.size, ranks.world
-        self._last_sampled = torch.zeros(groups, max_running, dtype=torch.int64, device=device)  # by page table's row
+        # By row of the page table; the last is of rows that only fill a graph.
+        self._last_sampled = torch.zeros(groups, max_running + 1, dtype=torch.int64, device=device)
         self._histories = [History(max_running, device) for _ in range(groups)]
         self._cross = Crossing(device)
         self._graphs = self._prompt_graphs = None
         if capture:
             width = self._page_table.shape[1]
-            self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, width, graph_sizes)
+            chooses = groups == 1 and not one_by_one and ranks.world.rank == 0
+            self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, width, graph_sizes,
+                                        self._last_sampled[self._group], chooses)
             if prompt_tokens and not self._reads_prefixes and not one_by_one and ranks.world.size == 1:
                 self._prompt_graphs = PromptGraphs(model, self.kv_cache, device, self._graphs.largest, width,
                                                    prompt_tokens, self._graphs.memory)
-        self._one_by_one = one_by_one
+        self._chosen: Tensor | None = None  # by the graph of the last forward()
+        self._one_by_one, self._vocab = one_by_one, config.vocab_size
         self.max_split = SPLIT_DECODES if groups == 1 else 0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether forward() may choose the tokens, too."""
+        return self._graphs is not None and self._graphs.chooses
 
     @property
     def weight_bytes(self) -> int:
@@ -84,19 +93,24 @@ class Runner:
         return self.sample(self.forward(step), [step], [sampling])[0].wait()
 
     def sample(self, logits: Tensor, steps: list[Schedule], samplings: list[Sampling]) -> list[sampler.Chosen]:
-        """Choose the tokens of a step of each attention group, of whose logits forward() has returned."""
+        """The tokens of a step of each attention group: chosen of the logits that forward() has returned, or by it."""
+        if self._chosen is not None:
+            chosen, self._chosen = self._chosen, None
+            return [sampler.Chosen(samplings[0], [chosen], [])]
         rows = len(logits) // len(steps)
         return [sampler.sample(logits[i * rows : i * rows + sum(step.logits)], sampling, self._last_sampled[i],
                                self._histories[i], self._cross)
                 for i, (step, sampling) in enumerate(zip(steps, samplings, strict=True))]  # fmt: skip
 
     @torch.inference_mode()
-    def forward(self, *steps: Schedule) -> Tensor:
+    def forward(self, *steps: Schedule, sampling: Sampling | None = None) -> Tensor:
         """Run the model over this rank's step, one of those of all attention groups, and return the logits,
         [sum(step.logits), vocab_size] float32; of several groups, below each other, each padded to the same length.
 
-        They are valid until the next call.
+        They are valid until the next call. sampling: how the tokens are chosen, where that is known already; if it
+        `chooses` and a graph holds the step, that is launched, too, and sample() has them.
         """
+        self._chosen = None
         if self._world.size > 1 and any(LAST_SAMPLED in each.tokens for each in steps):  # rank 0 has sampled them
             groups = len(self._last_sampled)
             self._last_sampled.copy_(ops.all_gather(self._last_sampled, self._world.name)[:groups])
@@ -109,7 +123,7 @@ class Runner:
                 and steps[0].num_decodes <= min(self._graphs.largest, self.max_split)
                 and self._graph_for(steps)[0] is None):
             return torch.cat([self._forward(each) for each in steps[0].split()])
-        return self._forward(*steps)
+        return self._forward(*steps, sampling=sampling)
 
     def _graph_for(self, steps: Sequence[Schedule]) -> tuple[DecodeGraphs | PromptGraphs | None, Any]:
         """The graphs of which one holds this step of all groups, and which of them; or none."""
@@ -119,12 +133,14 @@ class Runner:
         largest = max(len(each.rows) for each in steps)
         return (self._graphs, largest) if largest <= self._graphs.largest else (None, None)
 
-    def _forward(self, *steps: Schedule) -> Tensor:
+    def _forward(self, *steps: Schedule, sampling: Sampling | None = None) -> Tensor:
         """One Batch for each group; a replay where a graph holds them."""
         step = steps[self._group]
         arrays, sizes = self._inputs(step)
         graphs, size = self._graph_for(steps)
         if graphs is not None:
+            if sampling is not None:
+                arrays |= sampler.choice(sampling, self._vocab)
             arrays = graphs.pack(arrays, size)
         there = self._cross(arrays)
         if "cells" in there:
@@ -133,9 +149,14 @@ class Runner:
         replaced = None
         if "named" in there:
             replaced = there.pop("named"), self._last_sampled[self._group][there.pop("named_rows")]
+        if isinstance(graphs, PromptGraphs):
+            return graphs.replay(there["packed"], table, size, replaced)[: sum(step.logits)]
         if graphs is not None:
-            logits = graphs.replay(there["packed"], table, size, replaced)
-            return logits if len(steps) > 1 else logits[: sum(step.logits)]
+            logits = graphs.replay(there["packed"], table, size)
+            if sampling is not None:
+                ids = graphs.choose(size)[:size]
+                self._chosen = ids if self.device.type == "cuda" else ids.clone()  # on a GPU its copy is queued
+            return logits if len(steps) > 1 else logits[:size]
         fields: dict[str, Any] = {**sizes, **there}
         batch = Batch(page_table=table, num_decodes=step.num_decodes, **fields)
         if len(steps) > 1:

@@ -131,10 +131,15 @@ def _arrays(sampling: Sampling, num_logits: int, vocab: int) -> dict[str, NDArra
     elif sampling.forbidden:
         arrays["forbidden"] = np.array(sampling.forbidden, dtype=np.int64).T.copy()
     if any(sampling.temperature):
-        top_k = np.array([k if 0 < k < vocab else 0 for k in sampling.top_k], dtype=np.int32)
-        arrays |= {"temperature": _floats(sampling.temperature), "top_k": top_k, "top_p": _floats(sampling.top_p),
-                   "min_p": _floats(sampling.min_p), "uniform": np.minimum(_floats(sampling.uniform), BELOW_ONE)}
+        arrays |= choice(sampling, vocab)
     return arrays
+
+
+def choice(sampling: Sampling, vocab: int) -> dict[str, NDArray]:
+    """How ops.sample chooses, [S] each."""
+    top_k = np.array([k if 0 < k < vocab else 0 for k in sampling.top_k], dtype=np.int32)
+    return {"temperature": _floats(sampling.temperature), "top_k": top_k, "top_p": _floats(sampling.top_p),
+            "min_p": _floats(sampling.min_p), "uniform": np.minimum(_floats(sampling.uniform), BELOW_ONE)}
 
 
 def _choose(logits: Tensor, there: dict[str, Tensor]) -> Tensor:

@@ -97,9 +97,9 @@ class _Unfilled:
 def the_page_table_of_the_step_before_is_read():
     replay = DecodeGraphs.replay
 
-    def with_what_is_there(self, packed, page_table, largest, replaced=None):
+    def with_what_is_there(self, packed, page_table, largest):
         count, width = page_table.shape
-        return replay(self, packed, self._inputs.page_table[:count, :width].clone(), largest, replaced)
+        return replay(self, packed, self._inputs.page_table[:count, :width].clone(), largest)
 
     with replaced(DecodeGraphs, "replay", with_what_is_there):
         yield

@@ -1,18 +1,20 @@
-"""A stand-in for CUDA's graphs, which replays what was captured by calling it again, on the CPU."""
+"""A stand-in for a device's graphs, which replays what was captured by computing it again, on the CPU."""
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from wave64.serve.engine import graphs, prompt_graphs
+
 
 class Graph:
-    """What was launched while it was being captured, and where the result lies."""
+    """What was computed while it was captured, and where the result lies."""
 
-    ours = threading.local()  # of a thread, which stands for a rank: the graph being captured, and the last replayed
-    call: Callable[[], torch.Tensor]
+    ours = threading.local()  # of a thread, which stands for a rank: the graph replayed last
+    run: Callable[[], torch.Tensor]
     result: torch.Tensor
 
     def pool(self):
@@ -20,38 +22,21 @@ class Graph:
 
     def replay(self):
         Graph.ours.replayed = self
-        self.result.copy_(self.call())
+        with torch.inference_mode():
+            self.result.copy_(self.run())
 
 
-class Captured(torch.nn.Module):
-    """A model that tells the graph being captured how to compute its result again."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch, kv_cache):
-        logits = self.model(batch, kv_cache)
-        if (graph := getattr(Graph.ours, "capturing", None)) is not None:
-            graph.call, graph.result = lambda: self.model(batch, kv_cache), logits
-        return logits
+def capture(run: Callable[[], torch.Tensor], memory: str | None) -> tuple[Graph, torch.Tensor]:
+    graph = Graph()
+    with torch.inference_mode():
+        graph.run, graph.result = run, run()
+    return graph, graph.result
 
 
 @contextmanager
 def captures_on_cpu() -> Iterator[None]:
-    """CUDA as serve/engine/graphs.py uses it."""
-
-    @contextmanager
-    def graph(made, pool):
-        Graph.ours.capturing = made
-        yield
-        Graph.ours.capturing = None
-
-    def stream():
-        return type("Stream", (), {"wait_stream": lambda self, other: None})()
-
-    fakes = dict(Stream=stream, current_stream=stream, stream=lambda _: nullcontext(), CUDAGraph=Graph, graph=graph)
+    """The engine's graphs are such ones."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, fake in fakes.items():
-            patch.setattr(torch.cuda, name, fake)
+        patch.setattr(graphs, "capture", capture)
+        patch.setattr(prompt_graphs, "capture", capture)
         yield

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers_deepseek import make_deepseek
-from helpers_graphs import Captured, Graph, captures_on_cpu
+from helpers_graphs import Graph, captures_on_cpu
 from helpers_llama import load, make_llama
 
 from wave64.serve.args import ServerArgs
@@ -39,12 +39,13 @@ def test_replays_write_and_say_what_eager_steps_do(tmp_path, capture, name):
     model, config = load(tmp_path, "cpu")
 
     def runner(captures: bool) -> Runner:
-        made = Runner(Captured(model), config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
+        made = Runner(model, config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
         for layer in made.kv_cache:
             for tensor in layer:
                 tensor.fill_(0.5)
         if captures:
-            made._graphs = graphs.DecodeGraphs(made.model, made.kv_cache, made.device, 8, made._page_table.shape[1])
+            made._graphs = graphs.DecodeGraphs(made.model, made.kv_cache, made.device, 8, made._page_table.shape[1],
+                                               last_sampled=made._last_sampled[0])  # fmt: skip
         return made
 
     eager, replayed = runner(False), runner(True)
@@ -57,7 +58,7 @@ def test_replays_write_and_say_what_eager_steps_do(tmp_path, capture, name):
         new = [(row, start // PAGE, [free.pop()]) for row, start in zip(rows, starts, strict=True) if start % PAGE == 0]
         tokens = [(7 * step + 3 * row) % config.vocab_size for row in rows]
         if step % 2:  # what a row sampled last is read on the device
-            replayed._last_sampled[:] = torch.tensor([(5 * step + row) % config.vocab_size for row in range(8)])
+            replayed._last_sampled[:, :8] = torch.tensor([(5 * step + row) % config.vocab_size for row in range(8)])
             named = [LAST_SAMPLED if row % 2 else token for row, token in zip(rows, tokens, strict=True)]
             tokens = [(5 * step + row) % config.vocab_size if row % 2 else token
                       for row, token in zip(rows, tokens, strict=True)]  # fmt: skip
@@ -114,7 +115,7 @@ def test_two_attention_groups_replay_the_graph_of_the_larger_batch(tmp_path, cap
     def be(rank: int) -> list[tuple]:
         me.rank = rank
         ranks = ranks_of(flags, rank)
-        model = Captured(load_model(config, tmp_path, torch.float32, "cpu", ranks=ranks))
+        model = load_model(config, tmp_path, torch.float32, "cpu", ranks=ranks)
         eager, replayed = (Runner(model, config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, captures,
                                   ranks=ranks) for captures in (False, True))  # fmt: skip
         seen = []
@@ -146,7 +147,7 @@ def test_a_prompt_leaves_decodes_their_graph(tmp_path, capture, name):
     model, config = load(tmp_path, "cpu")
 
     def runner(sizes: tuple[int, ...]) -> Runner:
-        made = Runner(Captured(model), config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
+        made = Runner(model, config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
         for layer in made.kv_cache:
             for tensor in layer:
                 tensor.zero_()
@@ -187,7 +188,7 @@ def test_a_step_is_the_two_that_it_is_split_into():
 def test_the_log_says_how_far_capturing_is_and_what_it_took(tmp_path, capture, monkeypatch, caplog):
     make_llama(tmp_path)
     model, config = load(tmp_path, "cpu")
-    made = Runner(Captured(model), config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
+    made = Runner(model, config, torch.float32, torch.device("cpu"), PAGES, PAGE, 8, False)
     monkeypatch.setattr(graphs, "NOTE_S", -1.0)
     free = iter([5 << 20, 2 << 20])
     monkeypatch.setattr(graphs, "free_bytes", lambda device: next(free))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from helpers_graphs import Captured, Graph, captures_on_cpu
+from helpers_graphs import Graph, captures_on_cpu
 from helpers_llama import load, make_llama
 
 from wave64.serve.engine import prompt_graphs
@@ -22,7 +22,7 @@ def runners(tmp_path_factory):
     with captures_on_cpu(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompt_graphs, "MIN_TOKENS", 16)
         patch.setattr(prompt_graphs, "DECODES", (0, 2, 9))
-        return [Runner(Captured(model), config, torch.float32, torch.device("cpu"), PAGES, PAGE, ROWS, captures,
+        return [Runner(model, config, torch.float32, torch.device("cpu"), PAGES, PAGE, ROWS, captures,
                        graph_sizes=(1, 4), prompt_tokens=64) for captures in (False, True)]  # fmt: skip
 
 
