@@ -139,24 +139,26 @@ class MergedLinear(Linear):
 
 
 class RMSNorm(Layer):
-    """group_size: of the FP8 that the next product takes, in which norms of sums over ranks are handed on; 0: none."""
+    """group_size: of the FP8 that the next product takes, in which the norm is handed on, made in the same launch; 0:
+    none."""
 
     def __init__(self, hidden_size: int, eps: float, group_size: int = 0):
         super().__init__()
         self.weight = weight(hidden_size)
         self.eps, self.group_size = eps, group_size
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Adds x to the residual stream and returns the norm of the sum. Both are written: residual holds the sum,
-        x the norm."""
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor | Quantized:
+        """Adds x to the residual stream, in place, and returns the norm of the sum; without a group_size in x."""
+        if self.group_size:
+            return self._quantized(x, residual)
         ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
         return x
 
     def of_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor | Quantized:
         """As forward, of what the ranks of an attention group have computed each a part of."""
-        if ranks.attention.size == 1:
-            return self(x, residual)
-        if self.group_size and ranks.sums_exactly(x):
+        if ranks.attention.size == 1 or self.group_size and not ranks.sums_exactly(x):
+            return self(ranks.sum_attention(x), residual)
+        if self.group_size:
             return Quantized(*ranks.quantized_norm_of_sum(x, residual, self.weight, self.eps, self.group_size), x.dtype)
         return ranks.norm_of_sum(x, residual, self.weight, self.eps)
 
@@ -166,9 +168,14 @@ class RMSNorm(Layer):
             return self.of_sum(x, residual, ranks)
         return self(ranks.sum_mlp(x, residual.shape[0]), residual)
 
-    def alone(self, x: Tensor) -> Tensor:
-        """The norm of x [num_tokens, hidden] or [num_tokens, num_heads, hidden], strided or not; x does not change."""
-        return ops.rms_norm(x, self.weight, self.eps)
+    def alone(self, x: Tensor) -> Tensor | Quantized:
+        """The norm of x [num_tokens, hidden] or, without a group_size, [num_tokens, num_heads, hidden], strided or not;
+        x does not change."""
+        return self._quantized(x, None) if self.group_size else ops.rms_norm(x, self.weight, self.eps)
+
+    def _quantized(self, x: Tensor, residual: Tensor | None) -> Quantized:
+        q, scale = ops.fused_add_rms_norm_quant_fp8(x, residual, self.weight, self.eps, self.group_size)
+        return Quantized(q, scale, x.dtype)
 
 
 class Rotary(nn.Module):

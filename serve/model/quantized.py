@@ -47,11 +47,11 @@ def block_columns(config: ModelConfig) -> int:
     return config.quantization.weight_block_size[1] if config.quantization else 1
 
 
-def norm_groups(config: ModelConfig) -> int:
-    """Group size of the FP8 in which `linear` takes the norm of a sum over ranks; 0 where it takes the norm itself: the
-    operator that makes both at once has some group sizes, and scales of fp32."""
+def norm_groups(config: ModelConfig, columns: int) -> int:
+    """Group size of the FP8 in which `linear` takes a norm of so many columns; 0 where it takes the norm itself: the
+    operators that make both at once have some group sizes, and scales of fp32."""
     size, of = block_columns(config), config.quantization
-    fits = of is not None and not of.scale_ue8m0 and size in GROUP_SIZES and config.hidden_size % size == 0
+    fits = of is not None and not of.scale_ue8m0 and size in GROUP_SIZES and columns % size == 0
     return size if fits else 0
 
 

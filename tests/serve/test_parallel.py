@@ -59,6 +59,8 @@ MODELS = {
     "deepseek-v2": dict(version=2, n_shared_experts=2, vocab_size=103, topk_method="group_limited_greedy"),
     "deepseek-fp8": dict(version=3, hidden_size=64, v_head_dim=16, intermediate_size=128, moe_intermediate_size=64,
                          fp8=(24, 32)),
+    "deepseek-fp8-latents": dict(version=3, hidden_size=64, q_lora_rank=32, v_head_dim=16, intermediate_size=128,
+                                 moe_intermediate_size=64, fp8=(24, 32)),
 }
 
 
@@ -161,19 +163,20 @@ class Called(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(("quantize", "data", "fused", "plain", "alone"), [
-    ("none", ALONE, 4, 2, 3 * 2 + 1), ("int8", ALONE, 0, 0, 3 * 3 + 2),
-    ("none", Group("data", 0, 2), 0, 3, 3 * 3 + 2 + 2 * 2)])
-def test_norms_of_sums_are_handed_on_in_fp8(monkeypatch, folders, quantize, data, fused, plain, alone):
-    """Of three layers all before attention, and the first before its MLP, which is not of experts; not where sums are
-    sent as codes, or norms gathered. alone: what products quantize themselves, those of shared experts of such groups
-    among them."""
+@pytest.mark.parametrize(("size", "quantize", "data", "of_sums", "plain", "fused", "alone"), [
+    (2, "none", ALONE, 4, 2, 3, 4), (1, "none", ALONE, 0, 0, 3 + 4, 4), (2, "int8", ALONE, 0, 0, 3 + 4, 4),
+    (2, "none", Group("data", 0, 2), 0, 3, 3 + 3, 4 + 3 + 2)])
+def test_norms_are_handed_on_in_fp8(monkeypatch, folders, size, quantize, data, of_sums, plain, fused, alone):
+    """Of three layers all before attention and of queries' latents, and the first before its MLP, which is not of
+    experts, but where norms are gathered: by one launch with the sum over ranks (of_sums), or without one (fused),
+    where sums are sent as codes, too. alone: what products quantize themselves, results of attention and of the MLP,
+    and where norms are gathered those, and of shared experts both."""
     monkeypatch.setattr(distributed, "all_reduce", lambda x, group: x.clone())
     monkeypatch.setattr(distributed, "all_gather", lambda x, group: torch.cat((x, x)))
     monkeypatch.setattr(distributed, "reduce_scatter", lambda x, group: x.chunk(2)[0].clone())
     monkeypatch.setattr(parallel, "is_quantized", lambda x, codes: codes != "none")
-    folder = folders("deepseek-fp8")
-    config, group = ModelConfig.from_folder(folder), distributed.register(Group("pair", 0, 2))
+    folder = folders("deepseek-fp8-latents")
+    config, group = ModelConfig.from_folder(folder), distributed.register(Group("pair", 0, size))
     distributed.register(data)
     try:
         model = load_model(config, folder, torch.float32, "cpu", "auto", Ranks(ALONE, group, data, 1, quantize))
@@ -181,7 +184,8 @@ def test_norms_of_sums_are_handed_on_in_fp8(monkeypatch, folders, quantize, data
             LatentDriver(model, config, "cpu").step({}, {"a": PROMPTS[0]})
     finally:
         distributed.leave()
-    assert called.counts["fused_all_reduce_rms_norm_quant_fp8"] == fused
+    assert called.counts["fused_all_reduce_rms_norm_quant_fp8"] == of_sums
+    assert called.counts["fused_add_rms_norm_quant_fp8"] == fused
     assert called.counts["fused_all_reduce_rms_norm"] == plain
     assert called.counts["per_token_group_quant_fp8"] == alone
 

@@ -9,6 +9,7 @@ from wave64.ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope
 from wave64.ops.fp8_block_scaled_mm import fp8_block_scaled_mm
 from wave64.ops.fp8_scaled_mm import fp8_scaled_mm
 from wave64.ops.fused_add_rms_norm import fused_add_rms_norm
+from wave64.ops.fused_add_rms_norm_quant_fp8 import fused_add_rms_norm_quant_fp8
 from wave64.ops.fused_all_reduce_rms_norm import fused_all_reduce_rms_norm
 from wave64.ops.fused_all_reduce_rms_norm_quant_fp8 import fused_all_reduce_rms_norm_quant_fp8
 from wave64.ops.fused_moe import fused_moe
@@ -39,9 +40,9 @@ from wave64.ops.varlen_attention import varlen_attention
 
 __all__ = ["all_gather", "all_reduce", "apply_penalties", "apply_token_bitmask", "concat_and_cache_mla",
            "concat_and_cache_mla_rope_fused", "fp8_block_scaled_mm", "fp8_scaled_mm", "fused_add_rms_norm",
-           "fused_all_reduce_rms_norm", "fused_all_reduce_rms_norm_quant_fp8", "fused_moe", "gelu_and_mul",
-           "gelu_tanh_and_mul", "grouped_topk", "linear", "merge_attn_states", "mla_decode", "mla_decode_rope",
-           "moe_align_block_size", "paged_attention", "per_tensor_quant_fp8", "per_token_group_quant_fp8",
-           "per_token_quant_fp8", "prefill_attention", "reduce_scatter", "reshape_and_cache", "rms_norm",
-           "rotary_embedding", "rotary_embedding_and_cache", "sample", "silu_and_mul",
+           "fused_add_rms_norm_quant_fp8", "fused_all_reduce_rms_norm", "fused_all_reduce_rms_norm_quant_fp8",
+           "fused_moe", "gelu_and_mul", "gelu_tanh_and_mul", "grouped_topk", "linear", "merge_attn_states",
+           "mla_decode", "mla_decode_rope", "moe_align_block_size", "paged_attention", "per_tensor_quant_fp8",
+           "per_token_group_quant_fp8", "per_token_quant_fp8", "prefill_attention", "reduce_scatter",
+           "reshape_and_cache", "rms_norm", "rotary_embedding", "rotary_embedding_and_cache", "sample", "silu_and_mul",
            "silu_and_mul_per_token_group_quant_fp8", "topk_softmax", "transfer_kv", "varlen_attention"]

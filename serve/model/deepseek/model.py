@@ -51,8 +51,10 @@ class MultiHeadLatentAttention(nn.Module):
         self.q_width = mla.q_lora_rank or queries.size
         parts = {"q_a_proj": mla.q_lora_rank} if mla.q_lora_rank else {"q_proj": queries}
         self.down_proj = linear(config, hidden, parts | {"kv_a_proj_with_mqa": self.rank + self.rope})
-        self.q_a_layernorm = RMSNorm(mla.q_lora_rank, LATENT_EPS) if mla.q_lora_rank else None
-        self.q_b_proj = linear(config, mla.q_lora_rank, {"q_b_proj": queries}) if mla.q_lora_rank else None
+        self.q_a_layernorm = self.q_b_proj = None
+        if mla.q_lora_rank:
+            self.q_a_layernorm = RMSNorm(mla.q_lora_rank, LATENT_EPS, norm_groups(config, mla.q_lora_rank))
+            self.q_b_proj = linear(config, mla.q_lora_rank, {"q_b_proj": queries})
         self.kv_a_layernorm = RMSNorm(self.rank, LATENT_EPS)
         self.kv_b_proj = UpProjection(config, heads, self.rank, self.nope, self.v_head_dim)
         self.o_proj = row_parallel(config, ranks, heads.times(self.v_head_dim), "o_proj", hidden)
@@ -167,7 +169,7 @@ class DeepseekForCausalLM(CausalLM):
         assert mla is not None
         rotary = Rotary(config.rope, mla.qk_rope_head_dim, config.context_length, is_neox=not mla.rope_interleave)
 
-        groups = norm_groups(config)
+        groups = norm_groups(config, config.hidden_size)
 
         def block(number: int) -> Block:
             attention = MultiHeadLatentAttention(config, ranks, rotary)
