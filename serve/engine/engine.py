@@ -207,7 +207,9 @@ class Engine:
         before = self._prompt_tokens, self._generated_tokens
         chunk = None
         if any(scheduler.is_decoding for scheduler in self.schedulers):
-            chunk = self._pace.chunk_of(max(scheduler.prompt_tokens for scheduler in self.schedulers))
+            is_full = any(scheduler.is_full for scheduler in self.schedulers)
+            waiting = max(scheduler.prompt_tokens for scheduler in self.schedulers)
+            chunk = self._pace.chunk if is_full else self._pace.chunk_of(waiting)
         steps = [scheduler.schedule(chunk) for scheduler in self.schedulers]
         if any(step.rows for step in steps):
             outputs += self._run(steps)

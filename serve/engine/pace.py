@@ -7,7 +7,8 @@ n tokens take as long as is allowed. What a token costs depends on the chunk its
 
 Where few tokens wait, chunks are shorter than is allowed: a few are computed while the weights are read for the
 decodes, and cost a step next to nothing. Those that wait are spread over some steps, so that none is much longer than
-the others, and prompts get on as fast as they come.
+the others, and prompts get on as fast as they come. Where requests wait for others to end, what counts is how much the
+engine does in all: then chunks are as long as is allowed.
 """
 
 from __future__ import annotations

@@ -117,6 +117,11 @@ class Scheduler:
         return any(len(seq.tokens) + seq.pending - seq.computed == 1 for seq in self.running)
 
     @property
+    def is_full(self) -> bool:
+        """Whether more sequences wait than there are rows for."""
+        return len(self.waiting) > len(self._free_rows)
+
+    @property
     def prompt_tokens(self) -> int:
         """Of what runs, and of what waits and has a row, so many are still to be computed; but for what the prefix
         cache has."""

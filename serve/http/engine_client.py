@@ -1,6 +1,8 @@
 """The api process's side of the engine: it starts the engine process, sends requests, and hands outputs to who waits.
 
 Everything runs on one event loop. A stream that is closed early, for whatever reason, aborts what it left unfinished.
+Where streams are read slower than the engine adds to them, tokens of several steps become one Output: so with many
+streams each token costs less, and answers do not fall behind.
 """
 
 import asyncio
@@ -47,6 +49,53 @@ SILENCE_S = 0.5  # how often it is looked whether the engine still speaks
 STOP_S = 1.0  # how long an engine may take to exit at SIGTERM; it has nothing to save
 
 
+class Inbox:
+    """The Outputs of a stream that were not taken yet, one at most for each rid, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, Output] = {}
+        self._error: ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None  # done when something has come
+
+    def put(self, output: Output) -> None:
+        """Add an Output, to one of the same rid that waits, if there is one. None is added behind an error."""
+        if self._error is not None:
+            return
+        if (waiting := self._outputs.get(output.rid)) is None:
+            self._outputs[output.rid] = output
+        else:
+            _append(waiting, output)
+        self._wake()
+
+    def fail(self, error: ApiError) -> None:
+        """End the stream with an error, once what has come is taken."""
+        self._error = self._error or error
+        self._wake()
+
+    async def get(self) -> Output:
+        """Wait for the next Output, and take it. Raises the error that ends the stream."""
+        while not self._outputs:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._outputs.pop(next(iter(self._outputs)))
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _append(output: Output, later: Output) -> None:
+    """Add what a later step gave the same request."""
+    output.token_ids += later.token_ids
+    if later.logprobs is not None:
+        output.logprobs = (output.logprobs or []) + later.logprobs
+    output.prompt_logprobs = output.prompt_logprobs or later.prompt_logprobs
+    output.cached_tokens += later.cached_tokens
+    output.finish_reason, output.matched_stop, output.error = later.finish_reason, later.matched_stop, later.error
+
+
 class EngineClient:
     """start(), then run() for as long as the engine lives; stream() and abort() meanwhile; stop() at the end."""
 
@@ -59,7 +108,7 @@ class EngineClient:
         self.lost: str | None = None  # why there is no engine any more
         self._heard = 0.0  # when the engine last spoke
         self._doing: str | None = None  # what rank 0 of several is doing, as it reports
-        self._queues: dict[str, asyncio.Queue[Output | ApiError]] = {}  # by rid, one for all rids of a stream
+        self._inboxes: dict[str, Inbox] = {}  # by rid, one for all rids of a stream
         self._answers: deque[asyncio.Future[Flushed | Profiled]] = deque()  # that the engine owes, oldest first
         self._folder = tempfile.TemporaryDirectory(prefix="wave64-")
         self._context = zmq.Context()
@@ -125,8 +174,8 @@ class EngineClient:
                 continue
             self.statistics = message.statistics or self.statistics
             for output in message.outputs:
-                if queue := self._queues.get(output.rid):  # else it was aborted meanwhile
-                    queue.put_nowait(output)
+                if inbox := self._inboxes.get(output.rid):  # else it was aborted meanwhile
+                    inbox.put(output)
 
     async def _silence(self) -> str:
         """Wait until rank 0 of several, which says once a second that it lives, has not for too long; the reason. The
@@ -146,35 +195,35 @@ class EngineClient:
             raise ApiError(f"the engine is gone: {self.lost}", status=503)
         if self.ready is None:
             raise ApiError("the model is still loading; try again when GET /health answers 200", status=503)
-        queue: asyncio.Queue[Output | ApiError] = asyncio.Queue()
+        inbox = Inbox()
         live = {request.rid for request in requests}
-        if taken := live & self._queues.keys() or len(live) < len(requests):
+        if taken := live & self._inboxes.keys() or len(live) < len(requests):
             raise ApiError(f"rid: {taken} is that of another request", "rid", "invalid_value")
         try:
             for request in requests:
-                self._queues[request.rid] = queue
+                self._inboxes[request.rid] = inbox
                 self._send(request)
             while live:
-                output = await queue.get()
-                if isinstance(output, ApiError):
-                    raise output
+                output = await inbox.get()
                 if output.finish_reason == "error":
                     live.discard(output.rid)
+                    if output.token_ids:
+                        yield Output(output.rid, output.token_ids, None, None, output.logprobs, output.prompt_logprobs)
                     raise ApiError(output.error or "the engine gave no reason", status=500)
                 if output.finish_reason is not None:
                     live.discard(output.rid)
-                    self._queues.pop(output.rid, None)
+                    self._inboxes.pop(output.rid, None)
                 yield output
         finally:
             for request in requests:
-                if self._queues.pop(request.rid, None) and request.rid in live:
+                if self._inboxes.pop(request.rid, None) and request.rid in live:
                     self._send(Abort(request.rid))
 
     def abort(self, rid: str) -> None:
         """End one request of a stream; the stream takes it as finished."""
-        if queue := self._queues.pop(rid, None):
+        if inbox := self._inboxes.pop(rid, None):
             self._send(Abort(rid))
-            queue.put_nowait(Output(rid, [], "abort"))
+            inbox.put(Output(rid, [], "abort"))
 
     async def flush_cache(self) -> bool:
         """Empty the engine's prefix cache; False where requests run or wait. Raises ApiError (503) as stream()."""
@@ -196,26 +245,26 @@ class EngineClient:
 
     def abort_all(self, rid: str | None = None) -> None:
         """End requests at once, of one name or all; their answers end with finish_reason "abort"."""
-        for each in list(self._queues) if rid is None else [rid]:
+        for each in list(self._inboxes) if rid is None else [rid]:
             self.abort(each)
 
     def expire(self, rids: Iterable[str], why: str) -> None:
         """End the streams of some requests with an error of status 504."""
-        for queue in {self._queues[rid] for rid in rids if rid in self._queues}:
-            queue.put_nowait(ApiError(why, code="request_timeout", status=504))
+        for inbox in {self._inboxes[rid] for rid in rids if rid in self._inboxes}:
+            inbox.fail(ApiError(why, code="request_timeout", status=504))
 
     def fail_all(self, why: str) -> None:
         """End every stream with an error of status 503."""
         for answer in self._answers:
             if not answer.done():
                 answer.set_exception(ApiError(why, status=503))
-        for queue in set(self._queues.values()):
-            queue.put_nowait(ApiError(why, status=503))
+        for inbox in set(self._inboxes.values()):
+            inbox.fail(ApiError(why, status=503))
 
     @property
     def num_live(self) -> int:
         """Requests that the engine works on."""
-        return len(self._queues)
+        return len(self._inboxes)
 
     def tell(self, message: Vocabulary) -> None:
         """Send a message that is not a request, before the next requests."""

@@ -318,8 +318,9 @@ class Generator:
                     choice = by_rid[output.rid]
                     if choice.finish_reason is not None:
                         continue  # tokens after a stop string
+                    before = len(choice.all.token_ids)
                     choice.feed(output)
-                    watched[output.rid].tokens(len(output.token_ids))
+                    watched[output.rid].tokens(len(choice.all.token_ids) - before)
                     if choice.finish_reason is not None:
                         watched.pop(output.rid).end(choice.finish_reason)
                     if choice.finish_reason is not None and output.finish_reason is None:

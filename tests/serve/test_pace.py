@@ -142,6 +142,23 @@ def test_short_prompts_are_computed_next_to_decodes_a_few_tokens_at_a_time(tmp_p
     assert launched[:4] == [128, 128, 44, 0]
 
 
+@pytest.mark.parametrize(("count", "chunk"), [(1, 128), (2, 200)])
+def test_chunks_are_long_where_requests_wait_for_others_to_end(tmp_path, count, chunk):
+    make_model(tmp_path)
+    made = Engine(ServerArgs(model_path=str(tmp_path), device="cpu", dtype="float32", max_total_tokens=2048,
+                             max_prefill_ms=1e6, max_running_requests=2))  # fmt: skip
+    params = SamplingParams(max_new_tokens=20, temperature=0, ignore_eos=True)
+    made.add(Request("a", [1, 2], params))
+    made.step()
+    for i in range(count):
+        made.add(Request(f"b{i}", [(7 * i + j) % VOCAB for j in range(200)], params))
+    assert made.scheduler.is_full == (count > 1)
+    forward, launched = made.runner.forward, []
+    made.runner.forward = lambda step: (launched.append(sum(step.counts[step.num_decodes :])), forward(step))[1]
+    made.step()
+    assert launched == [chunk]
+
+
 def test_the_scheduler_keeps_to_the_chunk():
     world = World(num_pages=200, max_running=8, budget=100)
     world.add("a", prompt_without_stop(5, 40), 40)
