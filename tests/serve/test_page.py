@@ -16,6 +16,7 @@ from helpers_http import App
 from helpers_server import eventually, free_port
 
 from wave64.serve.http.page import HEADERS, HTML
+from wave64.serve.http.schemas import ApiError
 from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Statistics
 
@@ -197,17 +198,23 @@ def test_what_the_server_does_is_shown(show):
     page = show()
     page.app.engine.ready.backends = ROWS
     page.app.engine.statistics = Statistics(running=3, waiting=2, pages_used=25, pages_total=100, prompt_tokens=300,
-                                            generated_tokens=50, cached_tokens=100)  # fmt: skip
+                                            generated_tokens=50, cached_tokens=100, preemptions=7)  # fmt: skip
+    page.app.generator.metrics.first_token.observe(2.0)
     page.browser.refresh()
     assert eventually(lambda: page.text("#kv") == "25.0 %")
     assert (page.text("#running"), page.text("#queued"), page.text("#hit")) == ("3", "2", "25.0 %")
     assert page("document.getElementById('kv-meter').value") == 0.25
+    assert (page.text("#ttft"), page.text("#preempted")) == ("2000 ms", "7")
     page.app.engine.statistics.generated_tokens += 1000
     assert eventually(lambda: page("document.querySelector('#spark polyline').getAttribute('points')").count(",") >= 2)
     rows = page("[...document.querySelectorAll('#ops tr')].map((row) => [row.querySelector('th').textContent, "
                 "row.querySelector('summary').textContent, row.querySelector('p').textContent])")
     assert rows == [["rms_norm", "hip", "aiter: needs <AITER>"], ["sample", "reference", "hip: needs a GPU"]]
     assert page.text("#status") == "ok"
+    page("(window.asked = window.fetch, window.fetch = () => Promise.reject())")
+    assert eventually(lambda: page.text("#status") == "the server does not answer")
+    page("(window.fetch = window.asked)")
+    assert eventually(lambda: page.text("#status") == "ok")
 
 
 CONTRAST = """(() => {
@@ -254,6 +261,46 @@ def test_it_is_usable_by_keyboard_and_screen_reader_in_the_light_and_in_the_dark
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+def test_what_is_set_is_asked_for_and_what_was_said_is_forgotten_when_it_is_cleared(show):
+    page = show(tool_call_parser="llama3")
+    page("(document.getElementById('system').value = 'Be brief.', document.getElementById('temperature').value = 0.5, "
+         "document.getElementById('limit').value = 7)")  # fmt: skip
+    page.type("One", "\ue008\ue007", "\ue000", "more")  # Shift+Enter
+    assert page("document.getElementById('prompt').value") == "One\nmore"
+    assert page.app.engine.requests == []
+    page.ask("", "Good.")
+    assert page.prompt() == "[system] Be brief.\n[user] One\nmore\n[assistant] "
+    params = page.app.engine.requests[-1].params
+    assert (params.temperature, params.max_new_tokens) == (0.5, 7)
+    page("document.getElementById('limit').value = 99")
+    page("document.getElementById('uses').click()")
+    page.ask("Weather?", CALL)
+    page("document.getElementById('prompt').focus()")
+    page.ask("Never mind", "Well.")  # the call has no result, and is not sent
+    assert page.prompt().endswith("[assistant] Good.\n[user] Weather?\n[user] Never mind\n[assistant] ")
+    page("document.getElementById('clear').click()")
+    assert page("[document.querySelectorAll('.said').length, document.activeElement.id]") == [0, "prompt"]
+    page.ask("Again", "Yes.")
+    assert page.prompt() == "[system] Be brief.\n[user] Again\n[assistant] "
+
+
+def test_an_error_in_the_middle_of_a_stream_is_shown(show):
+    page = show()
+    stream = page.app.engine.stream
+
+    async def lost(requests):
+        async for output in stream(requests):
+            output.finish_reason = None
+            yield output
+        raise ApiError("the engine is gone: lost", status=503)
+
+    page.app.engine.stream, page.app.engine.abort = lost, lambda rid: None
+    page.type("Hello", "\ue007")
+    assert eventually(lambda: page.text(".said.error div") == "the engine is gone: lost")
+    assert page.text(".said.assistant > div") == "ok"
+    assert page("document.getElementById('send').disabled") is False
+
+
 def test_an_answer_can_be_stopped(show):
     page = show()
     go_on = threading.Event()
@@ -271,5 +318,9 @@ def test_an_answer_can_be_stopped(show):
     assert page("document.getElementById('send').disabled") is True
     page.type("\ue00c")
     assert eventually(lambda: not page("document.getElementById('send').disabled"))
-    go_on.set()
     assert page("document.querySelectorAll('.said').length") == 1, "the message, and neither an answer nor an error"
+    page.type("Again", "\ue007")
+    assert eventually(lambda: len(page.app.engine.requests) == 2)
+    page("document.getElementById('stop').click()")
+    assert eventually(lambda: not page("document.getElementById('send').disabled"))
+    go_on.set()

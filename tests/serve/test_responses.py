@@ -113,6 +113,55 @@ def test_items_become_messages(tokenizer):
     assert prompt.endswith("[user] Weather?\n[assistant] \n[tool] rain\n[assistant] Rain.\n[user] And B?\n[assistant] ")
 
 
+TEMPLATE = ("{{ mood }}{{ tools | tojson }}{% for m in messages %}[{{ m.role }}{{ m.tool_call_id }}]{{ m.content }}"
+            "{% for c in m.tool_calls or [] %}<{{ c.id }} {{ c.function.name }} {{ c.function.arguments | tojson }}>"
+            "{% endfor %}{% endfor %}")  # fmt: skip
+
+
+def test_what_a_template_gets_of_items_tools_and_variables(tokenizer_folder, tmp_path):
+    """Calls that follow each other are one message's."""
+    (tmp_path / "template").write_text(TEMPLATE)
+    app = App(Tokenizer(tokenizer_folder, str(tmp_path / "template")))
+    tool = {**WEATHER, "description": None}
+    assert app.post(RESPONSES, input=ITEMS, instructions="Be brief.", tools=[tool], max_output_tokens=1,
+                    chat_template_kwargs={"mood": "calm"}).status_code == 200  # fmt: skip
+    prompt = app.generator.tokenizer.decode(app.engine.requests[-1].input_ids, skip_special_tokens=False)
+    function = {"name": "get_weather", "parameters": WEATHER["parameters"], "strict": True}
+    said = prompt[prompt.index("calm") + 4 : prompt.index("[system]")]
+    assert json.loads(said) == [{"type": "function", "function": function}]
+    assert prompt.endswith('[system]Be brief.[user]Weather?[assistant]<c1 get_weather {"location": "A"}>'
+                           '<c2 get_weather {"location": "B"}>[toolc1]rain[assistant]Rain.[user]And B?')  # fmt: skip
+
+
+def test_calls_are_items_of_their_own(tokenizer):
+    call = '{"name": "get_weather", "parameters": {"location": "%s"}}'
+    app = App(tokenizer, f"{call % 'A'}; {call % 'B'}", tool_call_parser="llama3")
+    app.engine.end = "stop"
+    for more, count in (({}, 2), ({"parallel_tool_calls": False}, 1)):
+        response = app.post(RESPONSES, input="x", tools=[WEATHER], **more).json()
+        assert [json.loads(item["arguments"])["location"] for item in response["output"]] == ["A", "B"][:count]
+        assert len({item["call_id"] for item in response["output"]}) == count
+        lines = app.post(RESPONSES, input="x", tools=[WEATHER], stream=True, **more).text.splitlines()
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        done = [event for event in events if event["type"] == "response.function_call_arguments.done"]
+        assert [(event["output_index"], json.loads(event["arguments"])["location"]) for event in done] == [
+            (0, "A"), (1, "B")][:count]  # fmt: skip
+
+
+def test_the_parts_of_a_message_come_in_openais_order(tokenizer):
+    app = App(tokenizer, "So.")
+    app.engine.end = "stop"
+    lines = app.post(RESPONSES, input="x", stream=True).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    kinds = [event["type"].removeprefix("response.") for event in events if "delta" not in event["type"]]
+    assert kinds == ["created", "in_progress", "output_item.added", "content_part.added", "output_text.done",
+                     "content_part.done", "output_item.done", "completed"]  # fmt: skip
+    item = next(event["item"] for event in events if event["type"] == "response.output_item.added")
+    assert (item["content"], item["status"]) == ([], "in_progress")
+    assert {event["item_id"] for event in events if "item_id" in event} == {item["id"]}
+    assert [event["text"] for event in events if event["type"] == "response.output_text.done"] == ["So."]
+
+
 @pytest.mark.parametrize(("fields", "param", "words"), [
     ({}, "input", "input: required"),
     ({"input": [{"type": "web_search_call"}]}, "input", "input[0].type: not supported by wave64, got web_search_call"),

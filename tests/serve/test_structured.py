@@ -6,9 +6,11 @@ import time
 
 import openai
 import pytest
+from helpers_http import App
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.engine.engine import Engine
+from wave64.serve.grammar import compiler
 from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.messages import Request, SamplingParams, Vocabulary
 
@@ -96,13 +98,65 @@ def test_any_object(server):
     assert not text.lstrip().startswith("{")
 
 
-def test_structures_within_text(server):
-    """Free text, until a trigger begins a structure: the model is made to say one by a bias of its grammar alone."""
-    tags = {**TAGS, "triggers": ["<f="]}
+class Forms:
+    """What grammars that the application hands to its engine allow."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.app = App(tokenizer)
+        self.tokenizer = tokenizer
+        self.compiled = compiler(Vocabulary(tokenizer.definition, sorted(tokenizer.end_ids)), tokenizer.vocab_size)
+        self.known: dict[str, str] = {}  # fields -> grammar
+
+    def of(self, text: str, **fields) -> bool:
+        """Whether an answer of the prescribed form can be `text`, all of it."""
+        if (asked := json.dumps(fields)) not in self.known:
+            answer = self.app.post(CHAT, messages=USER, **fields)
+            assert answer.status_code == 200, answer.text
+            self.known[asked] = self.app.engine.requests[-1].grammar
+        matcher = self.compiled(self.known[asked]).deep_copy()
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
+
+
+@pytest.fixture(scope="module")
+def forms(tokenizer_folder):
+    return Forms(Tokenizer(tokenizer_folder))
+
+
+@pytest.mark.parametrize(("trigger", "begin"), [("<f=", "<f=go>"), ("<|bos|>", "<|bos|>go")])
+def test_structures_within_text(forms, trigger, begin):
+    """Free text, until a trigger begins a structure. A trigger may be a special token."""
+    tags = {"type": "structural_tag", "triggers": [trigger],
+            "structures": [{"begin": begin, "schema": {"enum": [7]}, "end": "</f>"}]}  # fmt: skip
     for fields in ({"response_format": tags}, {"structured_outputs": {"structural_tag": json.dumps(tags)}}):
-        text, _ = ask(server, CHAT, fields, max_tokens=40)
-        for start in re.finditer("<f=", text):
-            assert text[start.start() :].startswith("<f=go>7</f>"[: len(text) - start.start()])
+        assert forms.of("so", **fields)
+        assert forms.of(f"so\n{begin}7</f> and {begin}7</f>", **fields)
+        assert not forms.of(f"so {begin}8</f>", **fields)
+        assert not forms.of(f"so {begin}7", **fields)
+        assert not forms.of(f"so {trigger}x", **fields)
+
+
+def test_spaces_of_json_have_a_limit(forms):
+    """A model must not go on with spaces for ever."""
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    call = '[{"name": "f", "parameters": %s}]'
+    for fields, form in (({"response_format": schema}, "%s"), ({"response_format": {"type": "json_object"}}, "%s"),
+                         ({"tools": [tool], "tool_choice": "required"}, call)):  # fmt: skip
+        assert forms.of(form % ("{" + 32 * " " + "}"), **fields)
+        assert not forms.of(form % ("{" + 33 * " " + "}"), **fields)
+
+
+def test_how_many_calls_there_have_to_be(forms):
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
+    call = '{"name": "%s", "parameters": {}}'
+    one, other, two = f"[{call % 'f'}]", f"[{call % 'g'}]", f"[{call % 'f'}, {call % 'f'}]"
+    named = {"type": "function", "function": {"name": "f"}}
+    for how, allowed in ((dict(tool_choice="required"), (True, True, True)),
+                         (dict(tool_choice=named), (True, False, False)),
+                         (dict(tool_choice="required", parallel_tool_calls=False), (True, True, False))):  # fmt: skip
+        assert tuple(forms.of(text, tools=tools, **how) for text in (one, other, two)) == allowed
+        assert not forms.of("[]", tools=tools, **how)
 
 
 @pytest.mark.parametrize(("path", "fields", "param", "words"), REFUSED, ids=lambda value: str(value)[:40])
