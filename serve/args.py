@@ -108,6 +108,9 @@ class ServerArgs:
         False, "keep what the prefix cache evicts in host memory, from where it is copied back when it is wanted")
     hicache_ratio: float = _flag(2.0, "with --enable-hierarchical-cache: host memory for it, as so many KV pools")
     disable_overlap_schedule: bool = _flag(False, "schedule a step when the one before has ended, not while it runs")
+    prebuilt_kernels: str | None = _flag(
+        None, "folder or tar of Triton kernels that `python -m wave64 prebuild` has compiled; default: the "
+              "architecture's folder in ~/.cache/wave64/prebuilt, where there is one", kind=str)  # fmt: skip
     disable_cuda_graph: bool = _flag(False, "launch every decode step kernel by kernel")
     cuda_graph_max_bs: int | None = _flag(
         None, "requests of the largest batch whose decode step is captured as a graph; larger ones are launched kernel "

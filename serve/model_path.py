@@ -10,6 +10,7 @@ from wave64.serve.args import ArgsError
 DEMO = Path(__file__).parent / "demo"
 BUILT_IN = {f"demo-{name}": DEMO / name for name in ("llama", "deepseek", "deepseek-fp8", "tools")}
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+CONFIG_FILES = ("config.json", "generation_config.json")
 HUB_FILES = (*TOKENIZER_FILES, "*.safetensors")
 
 

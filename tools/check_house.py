@@ -33,8 +33,10 @@ MAY_IMPORT = {
                            "serve/model/", "tests/"),
     "wave64.triton_ops.hopper": ("triton_ops/hopper/", "pysrc/wave64/backends/__init__.py", "tests/"),
     "wave64._hip": ("pysrc/wave64/backends/hip.py", "tests/"),
-    "triton": ("triton_ops/", "pysrc/wave64/backends/__init__.py", "pysrc/wave64/testing/", "tests/"),
-    "wave64.triton_ops": ("triton_ops/", "pysrc/wave64/backends/__init__.py", "pysrc/wave64/testing/", "tests/"),
+    "triton": ("triton_ops/", "pysrc/wave64/backends/__init__.py", "pysrc/wave64/backends/prebuilt.py",
+               "pysrc/wave64/testing/", "tests/"),
+    "wave64.triton_ops": ("triton_ops/", "pysrc/wave64/backends/__init__.py", "pysrc/wave64/backends/prebuilt.py",
+                           "pysrc/wave64/testing/", "tests/"),
 }
 #: What must not be imported below a folder, and why. Imports for type checkers alone count, too.
 NEVER_IMPORT = {

@@ -66,7 +66,7 @@ def _fill(ptr, value, start, end, stride, SIZE: tl.constexpr):
         tl.store(ptr + offs, tl.zeros([SIZE], tl.int32) + value, mask=offs < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids", "part"])
 def _moe_align_block_size_count_kernel(counts_ptr, ids_ptr, num_ids, part, num_experts, EXPERTS: tl.constexpr,
                                        TILE: tl.constexpr):
     """Count the ids of every expert in a part of the ids, which may be empty."""
@@ -78,7 +78,7 @@ def _moe_align_block_size_count_kernel(counts_ptr, ids_ptr, num_ids, part, num_e
     tl.store(counts_ptr + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids", "part", "num_blocks"])
 def _moe_align_block_size_kernel(sorted_ptr, experts_ptr, total_ptr, ids_ptr, counts_ptr, num_ids, part, num_blocks,
                                  num_experts, OVERLAP: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
                                  PARTS: tl.constexpr, FILL: tl.constexpr, BLOCK_SIZE: tl.constexpr,

@@ -18,6 +18,8 @@ MODULES = {
     "emulate": ("wave64.serve.engine.emulate",
                 "generate on an emulated MI300X, and say what a step costs: emulate --model-path MODEL --prompt TEXT"),
     "doctor": ("wave64.tools.doctor.cli", "what this machine needs before a server runs well on it, with the commands"),
+    "prebuild": ("wave64.serve.engine.prebuild",
+                 "compile ahead what a server will launch: prebuild --arch gfx942 --model-path MODEL --tp 8"),
     "rpd2trace": ("wave64.tools.rpd2trace", "a profile of ROCm (RPD, rocpd) as a trace for Perfetto: rpd2trace IN.rpd"),
     "rpd": ("wave64.tools.rpd_report", "where the time of a profile went, what changed: rpd top IN.rpd, rpd diff A B"),
     "check-emulated": ("wave64.testing.emulator.check",

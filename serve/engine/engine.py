@@ -30,7 +30,7 @@ from wave64.serve.engine.grammar import Grammars
 from wave64.serve.engine.pace import Pace
 from wave64.serve.engine.pages import PagePool
 from wave64.serve.engine.profiling import Profiler
-from wave64.serve.engine.rank import Rank, one_line, refuse, set_threads, surroundings, use_interface
+from wave64.serve.engine.rank import Rank, one_line, prefill_budget, refuse, set_threads, surroundings, use_interface
 from wave64.serve.engine.sampler import Chosen
 from wave64.serve.engine.schedule import Schedule
 from wave64.serve.engine.scheduler import Scheduler, Sequence, group_of
@@ -63,7 +63,6 @@ log = logging.getLogger("wave64")
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
 STEP_S = 300.0  # how long a step may take, besides compiling
 REPORT_S = 5.0  # a busy engine says how fast it is this often, at most
-PREFILL_CHUNK = {"cpu": 256, "cuda": 8192}
 # By which prompts may prolong a GPU's steps. Answers then come at some ten tokens a second while prompts are computed,
 # as fast as they are read; and a chunk is still so long (3,800 tokens of an 8B model on an H200) that products are not
 # slower than in the longest ones.
@@ -119,7 +118,8 @@ class Engine:
             self.overlaps = self.device.type == "cuda" and not args.disable_overlap_schedule
         pools = [PagePool(rank.num_pages, args.page_size) for _ in range(args.groups)]
         self.limits = Limits(self.config.context_length, pools[0].num_tokens, self.config.vocab_size)
-        self.schedulers = [Scheduler(pool, rank.max_running, self._prefill_budget(args), policy=args.schedule_policy,
+        budget = prefill_budget(args, self.config.context_length, self.is_gpu)
+        self.schedulers = [Scheduler(pool, rank.max_running, budget, policy=args.schedule_policy,
                                      reuse_prefixes=not args.disable_radix_cache,
                                      host_pool=PagePool(rank.host_pages, args.page_size) if rank.host_pages else None)
                            for pool in pools]  # fmt: skip
@@ -137,13 +137,6 @@ class Engine:
         self._chosen: list[Chosen] | None = None  # of the step on its way: what each group samples in it
         if team is not None:
             team.say("waiting for requests")
-
-    def _prefill_budget(self, args: ServerArgs) -> int:
-        is_fast = self.is_gpu and not args.enable_deterministic_inference
-        chunk = args.chunked_prefill_size or PREFILL_CHUNK["cuda" if is_fast else "cpu"]
-        if chunk == -1:
-            return max(self.config.context_length, args.max_prefill_tokens)
-        return min(chunk, args.max_prefill_tokens)
 
     def ready(self) -> Ready:
         """What a client may ask of this engine, what the model recommends, and which backends serve it."""
@@ -300,10 +293,12 @@ def run_engine(args: ServerArgs, requests: str, outputs: str, torchrun: str | No
         outbox.connect(outputs)
         team = None
         try:
-            stack.enter_context(surroundings(args))
+            reader = stack.enter_context(surroundings(args))
             team = _team(args, outputs, torchrun) if args.tp_size > 1 else None
             engine = Engine(args, team)
             threads(engine.runner.weight_bytes)
+            if reader is not None:
+                log.info(reader.summary())
             gc.collect()
             gc.freeze()  # a collection would look at all that torch has imported, in the middle of a step
             outbox.send(encode(engine.ready()))

@@ -158,7 +158,7 @@ def _serve(args: ServerArgs, info: RankInfo, store: tuple[str, int], steps: Chan
 
     use_interface(steps.own_address)
     threads = set_threads(args)
-    with surroundings(args):
+    with surroundings(args, is_first=False):
         rank = Rank(args, info.rank, info.local_rank, distributed.meet(*store), status.say, status.progress)
         threads(rank.runner.weight_bytes)
         status.say(WAITING)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,6 +37,9 @@ from wave64.serve.model.load import Progress, load_model, refuse_unless_split
 from wave64.serve.model.parallel import ONE
 from wave64.serve.model_path import resolve_model_path
 
+if TYPE_CHECKING:
+    from wave64.backends.prebuilt import Reader
+
 log = logging.getLogger("wave64")
 
 SIOCGIFADDR = 0x8915  # ioctl: the address of a network interface
@@ -43,6 +47,7 @@ PROMPT_TOKENS = 512  # of a step that is captured: many more take longer than th
 ONE_THREAD_BYTES = 32 << 20  # a smaller model is done before a second thread has woken, or waits for it on a busy CPU
 SAID_IN_WORDS = (ArgsError, ConfigError, WeightsError, RankLost, NotSupported, peers.WaitTimeout,
                  peers.CallsDiffer)  # worded for the operator
+PREFILL_CHUNK = {"cpu": 256, "cuda": 8192}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -66,7 +71,7 @@ class Rank:
         self.backends = served(wave64.report(self.device.type), ranks)
         if rank == 0:
             log.info("what serves each operator:\n%s", wave64.table(self.backends))
-        self.config = _config(folder, args)
+        self.config = config_of(folder, args)
         self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
         say("loading weights", str(self.device))
         model = load_model(self.config, folder, self.dtype, self.device, args.load_format, ranks, progress)
@@ -81,19 +86,38 @@ class Rank:
         # What gloo exchanges is no launch that a graph of emulated devices could hold.
         capture = capture and not (emulated and any(group.size > 1 and peers.reason(group.name)
                                                     for group in (ranks.world, ranks.attention, ranks.data)))
-        graph_sizes = (1,) if args.enable_deterministic_inference else args.cuda_graph_bs
-        if not graph_sizes and args.cuda_graph_max_bs is not None:
-            graph_sizes = batch_sizes(min(self.max_running, args.cuda_graph_max_bs))
-        prompt_tokens = args.piecewise_cuda_graph_max_tokens
-        if prompt_tokens is None:
-            prompt_tokens = 0 if emulated else PROMPT_TOKENS
         self.runner = Runner(model, self.config, kv_dtype, self.device, self.num_pages, args.page_size,
-                             self.max_running, capture, ranks=ranks, graph_sizes=graph_sizes,
-                             prompt_tokens=prompt_tokens, host_pages=self.host_pages,
+                             self.max_running, capture, ranks=ranks, graph_sizes=graph_sizes(args, self.max_running),
+                             prompt_tokens=prompt_tokens(args, emulated), host_pages=self.host_pages,
                              one_by_one=args.enable_deterministic_inference)  # fmt: skip
 
 
-def _config(folder: Path, args: ServerArgs) -> ModelConfig:
+def prefill_budget(args: ServerArgs, context_length: int, is_gpu: bool) -> int:
+    """Prompt tokens of a step at most."""
+    is_fast = is_gpu and not args.enable_deterministic_inference
+    chunk = args.chunked_prefill_size or PREFILL_CHUNK["cuda" if is_fast else "cpu"]
+    if chunk == -1:
+        return max(context_length, args.max_prefill_tokens)
+    return min(chunk, args.max_prefill_tokens)
+
+
+def prompt_tokens(args: ServerArgs, emulated: bool) -> int:
+    """Of a step that is captured, at most."""
+    if args.piecewise_cuda_graph_max_tokens is None:
+        return 0 if emulated else PROMPT_TOKENS
+    return args.piecewise_cuda_graph_max_tokens
+
+
+def graph_sizes(args: ServerArgs, max_running: int) -> Sequence[int]:
+    """The batch sizes that flags ask to capture; none: the ladder's."""
+    if args.enable_deterministic_inference:
+        return (1,)
+    if not args.cuda_graph_bs and args.cuda_graph_max_bs is not None:
+        return batch_sizes(min(max_running, args.cuda_graph_max_bs))
+    return args.cuda_graph_bs
+
+
+def config_of(folder: Path, args: ServerArgs) -> ModelConfig:
     """The model's configuration, with the context length that was asked for."""
     config = ModelConfig.from_folder(folder, args.ignore_config_key)
     if config.passed_by:
@@ -147,7 +171,7 @@ def refuse(args: ServerArgs) -> Path:
     model's folder."""
     folder = resolve_model_path(args.model_path, args.revision)
     _device(args.device, args.base_gpu_id + args.tp_size // args.nnodes - 1)
-    config = _config(folder, args)
+    config = config_of(folder, args)
     if config.moe is None and args.ep_size != 1 and args.groups == 1:
         raise ArgsError(f"--ep-size: expected 1, for a model without experts, got {args.ep_size}")
     refuse_unless_split(config, ranks_of(args, 0))
@@ -167,14 +191,27 @@ def use_interface(address: str) -> None:
 
 
 @contextlib.contextmanager
-def surroundings(args: ServerArgs) -> Iterator[None]:
-    """What a rank has to run within: an emulated device, where one is asked for, and the backends that flags name.
-    Raises NotSupported where these cannot serve."""
+def surroundings(args: ServerArgs, is_first: bool = True) -> Iterator[Reader | None]:
+    """What a rank has to run within: an emulated device, where one is asked for, the backends that flags name, and
+    Triton's kernels that were compiled ahead, whose reader is given where Triton is used. is_first: of the ranks, whose
+    log says so. Raises NotSupported where backends cannot serve, and ArgsError for kernels that there are not."""
     with contextlib.ExitStack() as stack:
         if args.device in EMULATED:
             stack.enter_context(wave64.emulate(args.device))
         stack.enter_context(named_backends(args))
-        yield
+        yield _prebuilt_kernels(args, is_first, stack)
+
+
+def _prebuilt_kernels(args: ServerArgs, is_first: bool, stack: contextlib.ExitStack) -> Reader | None:
+    arch = None if args.device == "cpu" else wave64.platform.arch()
+    if arch is None or backends.interpreted() or importlib.util.find_spec("triton") is None:
+        return None
+    from wave64.backends import prebuilt  # which imports Triton
+
+    try:
+        return stack.enter_context(prebuilt.reading(args.prebuilt_kernels, arch.name, is_first))
+    except prebuilt.PrebuiltError as error:
+        raise ArgsError(f"--prebuilt-kernels: {error}") from None
 
 
 def named_backends(args: ServerArgs) -> contextlib.AbstractContextManager[None]:

@@ -54,6 +54,15 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     return model
 
 
+def without_weights(config: ModelConfig, dtype: torch.dtype, ranks: Ranks = ONE) -> CausalLM:
+    """The model, or a rank's part of it, laid out as `load_model` does for a GPU, its tensors without memory."""
+    model = _build(config, dtype, "meta", ranks)
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.finish()
+    return model
+
+
 def refuse_unless_split(config: ModelConfig, ranks: Ranks) -> None:
     """Raises ConfigError if the model cannot be split over `ranks`; allocates nothing."""
     _build(config, config.dtype, "meta", ranks)

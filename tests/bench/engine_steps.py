@@ -44,10 +44,11 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from wave64.serve.args import ServerArgs
-from wave64.serve.engine.engine import MAX_PREFILL_MS, PREFILL_CHUNK, Engine
+from wave64.serve.engine.engine import MAX_PREFILL_MS, Engine
 from wave64.serve.engine.grammar import bitmask
 from wave64.serve.engine.pace import Pace
 from wave64.serve.engine.pages import PagePool
+from wave64.serve.engine.rank import PREFILL_CHUNK
 from wave64.serve.engine.runner import Runner
 from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled, Sampling
 from wave64.serve.engine.scheduler import Scheduler, Sequence

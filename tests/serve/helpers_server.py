@@ -60,7 +60,7 @@ def free_port() -> int:
 class Server:
     """`python -m wave64.launch_server` with a log file, and who it is."""
 
-    def __init__(self, model: Path | str, log: Path, *flags: str) -> None:
+    def __init__(self, model: Path | str, log: Path, *flags: str, **variables: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)
@@ -70,7 +70,7 @@ class Server:
         with log.open("w") as sink:
             self.process = subprocess.Popen(
                 [*command, "--device", "cpu", *flags], stdout=sink, stderr=subprocess.STDOUT,
-                env={**env, "OMP_NUM_THREADS": "1"},
+                env={**env, "OMP_NUM_THREADS": "1", **variables},
                 preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup has ignored
             )  # fmt: skip
 
@@ -112,9 +112,9 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path | str, log: Path, *flags: str) -> Iterator[Server]:
-    """A ready server, which is gone at the end."""
-    server = Server(model, log, *flags)
+def serve(model: Path | str, log: Path, *flags: str, **variables: str) -> Iterator[Server]:
+    """A ready server, which is gone at the end. variables: of its environment."""
+    server = Server(model, log, *flags, **variables)
     try:
         yield server.wait_ready()
     finally:

@@ -16,7 +16,8 @@ from helpers_parallel import collect
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.engine.engine import PREFILL_CHUNK, Engine, Throughput, run_engine
+from wave64.serve.engine.engine import Engine, Throughput, run_engine
+from wave64.serve.engine.rank import PREFILL_CHUNK
 from wave64.serve.messages import (
     Abort,
     Failed,

@@ -19,8 +19,8 @@ import logging
 import os
 import pkgutil
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from wave64 import platform, tuning
 from wave64.arch import EMULATED
@@ -231,13 +231,15 @@ def use(backend: str | None = None, /, **ops: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def emulate(arch: str, meter: "Meter | None" = None) -> "Iterator[Device]":
+def emulate(arch: str, meter: "Meter | None" = None, collect: "Callable[[Any], None] | None" = None
+            ) -> "Iterator[Device]":
     """`with emulate("gfx942") as device:` the CPU's tensors are those of an emulated MI300X (gfx950: MI355X), for the
     whole process, until the block ends. Every call of an operator inside goes through the dispatch of that card,
     backends, tuned tables, FP8 flavor and layouts, and its real launchers, and executes its machine code; torch's own
     operations run on the CPU. `device.counts` has what was executed. Not for one device inside another.
 
-    meter  watches every launch; see wave64.testing.emulator.device
+    meter    watches every launch; see wave64.testing.emulator.device
+    collect  is given Triton's launches, which are then neither compiled nor executed
     Raises NotSupported where the architecture is not emulated, Triton is interpreted (TRITON_INTERPRET=1), or this
     process has opened a GPU's runtime.
     """
@@ -250,13 +252,15 @@ def emulate(arch: str, meter: "Meter | None" = None) -> "Iterator[Device]":
         raise NotSupported(f"emulate: {other.name} is in use; leave its block first")
     from wave64.testing.emulator.device import Device
 
-    device, before = Device(arch, meter=meter), dict(_overrides)
+    device, before = Device(arch, meter=meter, collect=collect), dict(_overrides)
     with contextlib.ExitStack() as stack:
         stack.callback(bind, before)  # last, for the machine itself
         stack.enter_context(device.in_use())
         bind(before)
-        log.info("%s: machine code is executed on this CPU, instruction by instruction; "
-                 "what torch itself would compute there, matrix products above all, torch computes here", device.name)
+        if collect is None:
+            log.info("%s: machine code is executed on this CPU, instruction by instruction; "
+                     "what torch itself would compute there, matrix products above all, torch computes here",
+                     device.name)
         yield device
 
 

@@ -15,6 +15,7 @@ kernels when they are defined.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import sys
@@ -51,6 +52,7 @@ class Launch:
     key: str      # launches of one key are of one binary
     grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]  # as the launcher gave it; of the arguments
     arguments: dict[str, Any]  # by name
+    make: Callable[[], Any]  # compiles it
 
     def leaves(self) -> dict[str, Any]:
         """The arguments with the fields of NamedTuples by their own names; without those that are not passed to the
@@ -114,10 +116,11 @@ def capture(arch: str, perform: Callable[[Launch], None] | None = None,
 
     def record(self, *args, grid, warmup, **kwargs):
         key = _key(self, args, kwargs)
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs) if compiled else None
+        make = functools.partial(run, self, *args, grid=grid, warmup=True, **kwargs)
+        kernel = make() if compiled else None
         given = dict(zip((p.name for p in self.params), args, strict=False))
         bound = {p.name: given.get(p.name, kwargs.get(p.name, p.default)) for p in self.params}
-        launches.append(Launch(kernel, key, grid, bound))
+        launches.append(Launch(kernel, key, grid, bound, make))
         if perform:
             perform(launches[-1])
         return kernel

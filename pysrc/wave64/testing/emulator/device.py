@@ -29,7 +29,7 @@ from wave64.backends import hip
 from wave64.op import Backend, NotSupported
 from wave64.testing.emulator.checks import ALL
 from wave64.testing.emulator.driver import Driver
-from wave64.testing.emulator.graphs import Streams
+from wave64.testing.emulator.graphs import Collecting, Streams
 from wave64.testing.emulator.memory import Buffer, EmulationError
 from wave64.testing.emulator.run import GRANULES, SECONDS, Counts, execute, named
 
@@ -86,13 +86,15 @@ def driver() -> Driver:
 class Device:
     """One emulated card, while it is in use. `counts` is all that was executed on it."""
 
-    def __init__(self, arch: str, checks: tuple[type, ...] = ALL, meter: Meter | None = None):
+    def __init__(self, arch: str, checks: tuple[type, ...] = ALL, meter: Meter | None = None,
+                 collect: Callable[[Any], None] | None = None):
+        """collect: takes Triton's launches (testing/compile.py) as they are, neither compiled nor executed."""
         self.arch: Arch = lookup(arch)
-        self.counts, self.meter = Counts(), meter
+        self.counts, self.meter, self._collect = Counts(), meter, collect
         self._checks = checks
         self._index = EMULATED.index(arch)  # of the stand-in's devices
         self._driver = driver()
-        self.streams = Streams(self._driver)
+        self.streams = Streams(self._driver) if collect is None else Collecting(self._driver)
         self._thread = threading.local()  # tensors whose addresses were asked for since the last launch
         self._op = ""  # which operator is served
         self._folder = tempfile.TemporaryDirectory(prefix="wave64-emulator-")
@@ -141,6 +143,9 @@ class Device:
         from wave64.testing.emulator import jit
 
         launches.clear()  # which would keep all tensors there ever were
+        if self._collect is not None:
+            self._collect(made)
+            return
         tensors = {name: value for name, value in made.leaves().items() if isinstance(value, Tensor)}
         packed = jit._launch_of(made, str(Path(self._folder.name, f"{made.kernel.hash}.hsaco")))
         if math.prod(packed.grid):
@@ -197,7 +202,8 @@ class Device:
                 stack.callback(hip.connect)
             if triton_capture := _triton_capture():
                 launches: list = []
-                stack.enter_context(triton_capture(self.arch.name, functools.partial(self._triton_launched, launches)))
+                perform = functools.partial(self._triton_launched, launches)
+                stack.enter_context(triton_capture(self.arch.name, perform, compiled=self._collect is None))
             yield
 
 

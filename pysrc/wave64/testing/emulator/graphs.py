@@ -78,6 +78,14 @@ class Streams:
             graph.handle = self._driver.new_graph(side.handle)
 
 
+class Collecting(Streams):
+    """Of a device whose launches are collected: what would be recorded in a graph is launched."""
+
+    @contextlib.contextmanager
+    def graph(self, graph: "CUDAGraph", pool: Any = None) -> Iterator[None]:
+        yield
+
+
 class Stream:
     """A stream of HIP's by its handle; 0 is the default stream."""
 

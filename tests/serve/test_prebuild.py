@@ -1,0 +1,172 @@
+"""Kernels compiled ahead: what a server asks for is among them, it finds them, and it says what does not fit."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers_server import serve
+
+prebuilt = pytest.importorskip("wave64.backends.prebuilt", reason="needs Triton")
+
+ARCH = "gfx942"
+FLAGS = ["--max-total-tokens", "512", "--max-running-requests", "2"]
+#: Prints what random steps of a scheduler launch, of argv's model, that no step of prebuild's does.
+MISSING = """
+import random, sys
+import wave64
+from wave64 import distributed
+from wave64.serve.args import ServerArgs
+from wave64.serve.engine import prebuild
+from wave64.serve.model_path import resolve_model_path
+
+arch, count, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+draw = random.Random(1)
+
+def steps(budget, max_running, context):
+    for _ in range(count):
+        decodes = draw.choice([0, draw.randint(0, max_running - 1)])
+        left, prompts = draw.choice([budget, draw.randint(1, 40)]), []
+        for _ in range(draw.randint(0 if decodes else 1, max_running - decodes)):
+            tokens = min(context, draw.randint(1, max(left, 1)))
+            prompts.append((draw.choice([0, draw.randint(0, context - tokens)]), tokens))
+            left -= tokens
+        yield prebuild.schedule(decodes, prompts, draw.randint(1, context))
+
+args, drawn = ServerArgs.from_cli(flags), prebuild.Collected()
+made = prebuild.collect(args, arch)
+config = prebuild.config_of(resolve_model_path(args.model_path), args)
+with wave64.emulate(arch, collect=drawn), prebuild.Plan():
+    ranks = prebuild.ranks_of(args, 0)
+    for group in (ranks.world, ranks.attention, ranks.data):
+        distributed.register(group)
+    prebuild.run_steps(args, config, ranks, steps)
+print(len(made), len(drawn.launches), [key for key in drawn.launches if key not in made])
+"""
+
+
+def python(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=900,
+                          env={**kept, "OMP_NUM_THREADS": "1", **env})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "flags"), [
+    (40, ["demo-llama", "--max-running-requests", "6", "--max-total-tokens", "2048", "--context-length", "2048"]),
+    *[pytest.param(400, flags, marks=pytest.mark.long)
+      for flags in (["demo-llama"], ["demo-deepseek-fp8"], ["demo-deepseek", "--tp", "2"])]])
+def test_whatever_a_scheduler_makes_launches_only_kernels_that_were_found(count, flags):
+    done = python("-c", MISSING, ARCH, str(count), *flags)
+    assert done.returncode == 0, done.stderr
+    made, drawn, missing = done.stdout.strip().split(maxsplit=2)
+    assert missing == "[]"
+    assert 3 <= int(drawn) <= int(made)
+
+
+@pytest.mark.slow
+def test_a_server_compiles_nothing_and_says_so(tmp_path):
+    tar, empty = tmp_path / "kernels.tar.gz", tmp_path / "cache"
+    done = python("-m", "wave64", "prebuild", "--arch", ARCH, "--model-path", "demo-llama", *FLAGS, "--output",
+                  str(tar), HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"a server takes them with --prebuilt-kernels {tar}" in done.stderr
+    with tarfile.open(tar) as archive:
+        manifest = json.load(archive.extractfile(prebuilt.MANIFEST))
+        kinds = Counter(Path(name).suffix for name in archive.getnames())
+    assert manifest["arch"] == ARCH
+    assert manifest["models"] == {"demo-llama tp 1": kinds[".hsaco"]}
+    assert not {".ttir", ".llir", ".amdgcn"} & set(kinds)
+    with serve("demo-llama", tmp_path / "log", *FLAGS, "--device", ARCH, "--prebuilt-kernels", str(tar),
+               "--skip-server-warmup", TRITON_CACHE_DIR=str(empty), HOME=str(tmp_path)) as server:
+        server.http.timeout = 600
+        params = {"max_new_tokens": 2, "temperature": 0}
+        answer = server.post("/generate", text="Four score and", sampling_params=params)
+        assert answer.status_code == 200
+        assert server.stop() == 0
+    log = server.log.read_text()
+    assert f": {kinds['.hsaco']}\n" in log.partition("prebuilt Triton kernels at ")[2], log
+    started, = (line for line in log.splitlines() if "Triton kernels of the start: " in line)
+    assert int(started.split("start: ")[1].split(" prebuilt")[0]) >= 1
+    assert started.endswith(" prebuilt, 0 compiled")
+    assert "compiled _" not in log
+    assert not list(empty.rglob("*.hsaco"))
+
+
+def folder_for(path: Path, arch: str = ARCH, **changes) -> Path:
+    path.mkdir(parents=True)
+    (path / prebuilt.KERNELS).mkdir()
+    prebuilt.write_manifest(path, prebuilt.made_for(arch) | changes)
+    return path
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, None),
+    ({"arch": "gfx950"}, "the architecture: made for gfx950, this is gfx942"),
+    ({"triton": "3.0.0"}, "Triton: made for 3.0.0, this is "),
+    ({"compiler": "0"}, "the build of Triton: made for 0, this is "),
+    ({"environment": {"USE_IR_LOC": "ttir"}}, "Triton's variables of the environment: made for {'USE_IR_LOC'"),
+    ({"sources": "0"}, "the sources of wave64's kernels: made for 0, this is ")])
+def test_kernels_that_do_not_fit_are_told_in_one_line_and_not_used(changes, words, tmp_path, caplog):
+    caplog.set_level("INFO", logger="wave64")
+    folder = folder_for(tmp_path / "kernels", **changes)
+    with prebuilt.reading(str(folder), ARCH) as reader:
+        assert (reader.folder is None) == (words is not None)
+    line, = caplog.messages
+    assert "\n" not in line
+    assert (words or "prebuilt Triton kernels at") in line
+    assert ("are not used" in line) == (words is not None)
+
+
+def test_a_group_is_found_wherever_the_folder_lies_and_only_whole(tmp_path):
+    """Triton writes the paths of a kernel's files as they were."""
+    folder = folder_for(tmp_path / "moved")
+    entry = folder / prebuilt.KERNELS / "KEY"
+    entry.mkdir()
+    for name in ("k.json", "k.hsaco"):
+        (entry / name).write_text("{}")
+    (entry / "__grp__k.json").write_text(json.dumps({"child_paths": {n: f"/gone/{n}" for n in ("k.json", "k.hsaco")}}))
+    with prebuilt.reading(str(folder), ARCH) as reader:
+        manager = prebuilt.Manager("KEY")
+        assert manager.get_group("k.json") == {name: str(entry / name) for name in ("k.json", "k.hsaco")}
+        assert reader.prebuilt == {"k": 1}
+        (entry / "k.hsaco").unlink()
+        assert manager.get_group("k.json") is None
+        assert "1 prebuilt, 0 compiled" in reader.summary()
+
+
+def test_a_tar_is_unpacked_once_and_what_is_none_is_refused(tmp_path):
+    folder, tar = folder_for(tmp_path / "kernels"), tmp_path / "k.tar.xz"
+    prebuilt.pack(folder, tar)
+    first = prebuilt.unpacked(tar, tmp_path / "unpacked")
+    (first / "kept").touch()
+    assert prebuilt.unpacked(tar, tmp_path / "unpacked") == first
+    assert (first / "kept").exists()
+    tar.write_bytes(tar.read_bytes()[:100])
+    for path in (tar, tmp_path / "none.tar", tmp_path):
+        with pytest.raises(prebuilt.PrebuiltError, match=str(path)):
+            prebuilt.read_manifest(prebuilt.unpacked(path, tmp_path / "unpacked"))
+    assert {each.name for each in (tmp_path / "unpacked").iterdir()} == {first.name, prebuilt.LOCK}
+
+
+def test_a_killed_process_holds_no_lock(tmp_path):
+    code = ("import sys; from pathlib import Path; from wave64.backends import prebuilt\n"
+            "with prebuilt.locked(Path(sys.argv[1])): print('held', flush=True); input()")
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.kill()
+    with prebuilt.locked(tmp_path):
+        pass
+
+
+def test_the_command_refuses_in_words():
+    done = python("-m", "wave64", "prebuild", "--arch", ARCH, "--model-path", "demo-lama", HOME="/nonexistent")
+    assert done.returncode == 1
+    assert done.stderr.startswith("wave64 prebuild: error: demo-lama: neither a folder nor a built-in name")
+    assert done.stderr.count("\n") == 1
