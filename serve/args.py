@@ -63,6 +63,9 @@ class ServerArgs:
     dtype: str = _flag(
         "auto", "auto: the checkpoint's", choices=("auto", "half", "float16", "bfloat16", "float32", "float")
     )
+    quantization: str | None = _flag(
+        None, "fp8: quantize plain weights while they are loaded; else what the checkpoint says of itself anyway",
+        choices=("fp8", "quark", "compressed-tensors", "fbgemm_fp8", "modelopt"), kind=str)
     device: str = _flag("auto", "auto: a GPU where there is one; gfx942, gfx950: an emulated MI300X, MI355X",
                         choices=("auto", "cuda", "cpu", *EMULATED))  # fmt: skip
     ignore_config_key: Sequence[str] = _flag(
@@ -91,7 +94,9 @@ class ServerArgs:
     max_queued_requests: int | None = _flag(None, "requests that may wait; more are answered with status 429; default: "
                                                   "any number", kind=int)  # fmt: skip
     page_size: int = _flag(16, "tokens per KV page")
-    kv_cache_dtype: str = _flag("auto", "auto: the model's; fp8_e4m3: the device's", choices=("auto", "fp8_e4m3"))
+    kv_cache_dtype: str = _flag(
+        "auto", "auto: the model's, FP8 where the checkpoint has scales for it; fp8_e4m3: the device's",
+        choices=("auto", "bf16", "fp8_e4m3"))
     chunked_prefill_size: int | None = _flag(
         None, "prompt tokens per step; -1: whole prompts; default: 256 on a CPU, 8192 on a GPU", kind=int
     )
@@ -298,7 +303,6 @@ ONLY: dict[str, tuple[type, Any, str]] = {
 _ADAPTERS, _DRAFTS = "adapters are not applied; merge them into the checkpoint", "no tokens are drafted"
 #: Flags that ask for what there is not -> why they are refused.
 REFUSED: dict[str, str] = {
-    "--quantization": "weights are served as the checkpoint has them, FP8 as its config.json says; quantize it first",
     "--enable-lora": _ADAPTERS,
     "--lora-paths": _ADAPTERS,
     "--speculative-algorithm": _DRAFTS,

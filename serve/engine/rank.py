@@ -35,6 +35,7 @@ from wave64.serve.model.checkpoint import WeightsError
 from wave64.serve.model.config import DTYPES, ConfigError, ModelConfig
 from wave64.serve.model.load import Progress, load_model, refuse_unless_split
 from wave64.serve.model.parallel import ONE
+from wave64.serve.model.schemes import ONLINE
 from wave64.serve.model_path import resolve_model_path
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Rank:
         say("loading weights", str(self.device))
         model = load_model(self.config, folder, self.dtype, self.device, args.load_format, ranks, progress)
         say("allocating the KV pool", str(self.device))
-        kv_dtype = kv_dtype_of(args.kv_cache_dtype, self.dtype, self.device)
+        kv_dtype = kv_dtype_of(args.kv_cache_dtype, self.dtype, self.device, has_kv_scales(self.config))
         self.num_pages = smallest(pool_pages(args, self.config, kv_dtype, self.device, ranks), ranks, self.device)
         self.host_pages = host_pages(args, self.config, self.num_pages, kv_dtype, ranks)
         self.max_running = min(-(-args.max_running_requests // args.groups), self.num_pages)
@@ -124,6 +125,7 @@ def config_of(folder: Path, args: ServerArgs) -> ModelConfig:
         log.info("%s: not known and passed by: %s", folder / "config.json", ", ".join(config.passed_by))
     if args.ignore_config_key:
         log.info("ignored, as --ignore-config-key says: %s", ", ".join(args.ignore_config_key))
+    config = _quantized(config, folder, args.quantization)
     defaults: dict[str, Any] = config.sampling_defaults
     try:
         check_params(SamplingParams(**defaults))
@@ -136,6 +138,22 @@ def config_of(folder: Path, args: ServerArgs) -> ModelConfig:
             f"--context-length: expected at most {config.context_length}, the model's own, got {args.context_length}"
         )
     return replace(config, context_length=args.context_length)
+
+
+def _quantized(config: ModelConfig, folder: Path, method: str | None) -> ModelConfig:
+    """With schemes for quantizing plain weights while they are loaded, if `method` asks for that."""
+    own = "fp8" if config.quantization else config.schemes.method if config.schemes else None
+    if method in (None, own):
+        return config
+    if own is not None:
+        raise ArgsError(f"--quantization: expected {own}, as {folder / 'config.json'} has it, or no such flag, got "
+                        f"{method}")
+    if method != "fp8":
+        raise ArgsError(f"--quantization: expected fp8, which quantizes the plain weights of {folder}, got {method}")
+    if config.mla is not None:
+        raise ArgsError(f"--quantization: {config.architecture} is not quantized while it is loaded; expected a "
+                        "checkpoint in FP8 blocks and no such flag, got fp8")
+    return replace(config, schemes=ONLINE)
 
 
 def _device(name: str, number: int = 0) -> torch.device:
@@ -156,12 +174,20 @@ def _device(name: str, number: int = 0) -> torch.device:
     return torch.device("cuda", number)
 
 
-def kv_dtype_of(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What keys, values and latents are kept in. A CPU keeps OCP's FP8."""
-    if name == "auto":
-        return model_dtype
+def has_kv_scales(config: ModelConfig) -> bool:
+    return bool(config.schemes and config.schemes.kv_scales)
+
+
+def kv_dtype_of(name: str, model_dtype: torch.dtype, device: torch.device, scaled: bool = False) -> torch.dtype:
+    """What keys, values and latents are kept in; scaled: the checkpoint has scales of them. A CPU keeps OCP's FP8."""
     arch = wave64.platform.arch() if device.type == "cuda" or wave64.platform.emulated() else None
-    if arch and arch.fp8 is None:
+    has_fp8 = arch is None or arch.fp8 is not None
+    if name == "bf16" and model_dtype != torch.bfloat16:
+        raise ArgsError(f"--kv-cache-dtype: expected auto or fp8_e4m3, or --dtype bfloat16, got bf16 for a model in "
+                        f"{str(model_dtype).removeprefix('torch.')}")
+    if name == "bf16" or name == "auto" and not (scaled and has_fp8):
+        return model_dtype
+    if arch and not has_fp8:
         raise ArgsError(f"--kv-cache-dtype: {arch.name} has no FP8, got {name}; use auto")
     return quant.fp8_dtype()
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn}
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
+FP8 = ("F8_E4M3",)
+SCALES = ("F8_E8M0",)  # powers of two, which only scales are
 BUFFER_BYTES = 16 << 20
 NEAR_BYTES = 1 << 18  # runs of a shard that begin no further apart are read from the disk together
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
@@ -37,6 +39,11 @@ class Shard:
     dim: int
     begin: int
     end: int
+
+
+def is_scale(name: str) -> bool:
+    """Whether a stored name is that of scales of an FP8 weight, input or cache."""
+    return name.endswith(("_scale", "_scale_inv"))
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,11 @@ class StoredTensor:
         """Whether `target` holds what `load` would write to it."""
         return all(torch.equal(piece, values.to(piece)) for piece, values in self.chunks(target, shard))
 
+    def check(self, target: Tensor, shard: Shard | None = None) -> None:
+        """Raises WeightsError as `chunks` does; reads nothing."""
+        self._check_shape(target, shard)
+        self._plain_dtype(target)
+
     def nbytes(self, shard: Shard | None = None) -> int:
         """The stored bytes of a shard, of the whole tensor for None."""
         size = self.end - self.begin
@@ -90,6 +102,9 @@ class StoredTensor:
     def _check_shape(self, target: Tensor, shard: Shard | None) -> None:
         expected: list[int | str] = list(target.shape)
         found = list(self.shape)
+        if is_scale(self.name):  # one number is stored as [] or [1], a number per row as [rows] or [rows, 1]
+            found = found[: max(1, len(expected))] if all(n == 1 for n in found[len(expected):]) else found
+            found = found or [1]
         if shard is not None and len(found) == len(expected) and found[shard.dim] >= shard.end:
             found[shard.dim] = shard.end - shard.begin
         if found != expected:
@@ -100,7 +115,8 @@ class StoredTensor:
     def _plain_dtype(self, target: Tensor) -> torch.dtype:
         """FP8 is read as such, where there are scales for it, and nothing else is."""
         fp8 = target.dtype == torch.float8_e4m3fn
-        accepted = ["F8_E4M3"] if fp8 else [name for name in DTYPES if name != "F8_E4M3"]
+        accepted = list(FP8) if fp8 else [name for name in DTYPES if name not in FP8 + SCALES or
+                                          name in SCALES and is_scale(self.name)]
         if self.dtype not in accepted:
             hint = "config.json's quantization_config says FP8" if fp8 else (
                 "config.json has no quantization_config that says so" if self.dtype in DTYPES else

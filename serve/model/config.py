@@ -16,6 +16,7 @@ import torch
 
 from wave64.serve.model.checkpoint import DTYPES as STORED_DTYPES
 from wave64.serve.model.checkpoint import stored_tensors
+from wave64.serve.model.schemes import Scheme, Schemes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ACTIVATIONS = {
@@ -148,11 +149,20 @@ class ModelConfig:
     sampling_defaults: dict[str, float] = field(default_factory=dict)
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
-    quantization: QuantConfig | None = None
+    quantization: QuantConfig | None = None  # DeepSeek's
+    schemes: Schemes | None = None  # of linear layers in FP8, of the other families
     qkv_bias: bool = False  # of q, k and v projections alone
     sliding_window: int = -1  # w > 0: a query sees the last w tokens, its own among them; -1: all
     num_nextn_predict_layers: int = 0  # stored behind the last layer, for predicting the token after next
     passed_by: tuple[str, ...] = field(default=(), compare=False)  # keys that were not understood
+
+    def layer(self, number: int) -> "ModelConfig":
+        """The same, for building one layer: `scheme` is asked for names within it."""
+        return replace(self, schemes=self.schemes and self.schemes.within(f"model.layers.{number}."))
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the linear layer `name` is stored in FP8; None: it is not."""
+        return self.schemes.of(name) if self.schemes else None
 
     @classmethod
     def from_folder(cls, path: str | Path, ignored: Collection[str] = ()) -> "ModelConfig":
@@ -225,7 +235,7 @@ class Keys:
         value = self.get(key, {})
         if not isinstance(value, dict):
             raise self.error(key, value, "an object or null")
-        return Keys(self.file, value, f"{key}.", self.ignored)
+        return Keys(self.file, value, f"{self.prefix}{key}.", self.ignored)
 
     def refused(self, key: str, why: str) -> ConfigError:
         return ConfigError(f"{self.error(key, self.raw[key], 'no such key')}: {why}; if it does not matter here, start "
@@ -264,14 +274,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{file}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def refuse_quantization(keys: Keys, family: str) -> None:
-    """Raises ConfigError if config.json says that the weights are quantized."""
-    if found := keys.get("quantization_config") or keys.get("compression_config"):
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise keys.error("quantization_config", method, f"none: quantized {family} checkpoints are not served yet, use "
-                                                        "the float16 or bfloat16 original")
 
 
 def read_heads(keys: Keys, num_kv_heads: int | None = None, head_dim: int | None = None) -> dict[str, int]:

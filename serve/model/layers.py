@@ -4,8 +4,7 @@ Weights are allocated uninitialized, on the default device and in the default dt
 model, then fills the views that `checkpoint()` yields. Activations are token-major, [num_tokens, ...].
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,11 @@ from torch.nn import functional as F
 
 from wave64 import ops
 from wave64.serve.model.batch import Batch
-from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ModelConfig, RopeConfig
-from wave64.serve.model.cpu import choose_product
+from wave64.serve.model.linear import Layer, Quantized, Stored, weight
 from wave64.serve.model.parallel import Ranks, Slice
 from wave64.serve.model.rope import cos_sin_cache
+from wave64.serve.model.scaled import CacheScales, head, projections, row_parallel
 
 ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
 
@@ -27,37 +26,8 @@ MIXED_ON_ROCM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 #: of one layer: keys and values, each [num_pages, page_size, num_kv_heads, head_dim], or latents alone
 KVCache = tuple[Tensor, ...]
 
-#: (name in the checkpoint, view to fill, shard of the stored tensor)
-Stored = tuple[str, Tensor, Shard | None]
-
-
-class Quantized(NamedTuple):
-    """An activation in FP8, as products take it: q [num_tokens, hidden], the architecture's FP8, and scale
-    [num_tokens, hidden / group_size], fp32. dtype is that of what was quantized, and of products."""
-
-    q: Tensor
-    scale: Tensor
-    dtype: torch.dtype
-
-
-class Layer(nn.Module):
-    """A module that holds weights and knows under which names a checkpoint stores them."""
-
-    def checkpoint(self, name: str) -> Iterator[Stored]:
-        """Yields, for each weight, its name in the checkpoint, the contiguous view to fill, and the shard of the stored
-        tensor that belongs there, None for all of it.
-
-        name  of this module within the model
-        """
-        for own_name, parameter in self.named_parameters(recurse=False):
-            yield f"{name}.{own_name}", parameter.data, None
-
-    def finish(self) -> None:
-        """Called once, when all weights are loaded."""
-
-
-def weight(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+#: of keys and of values in an FP8 cache; None: 1
+KVScales = tuple[Tensor | None, Tensor | None]
 
 
 def mm_fp32(x: Tensor, matrix: Tensor) -> Tensor:
@@ -88,54 +58,6 @@ class Embedding(Layer):
         elsewhere = (ids < self.rows.begin) | (ids >= self.rows.end)
         rows = F.embedding((ids - self.rows.begin).masked_fill(elsewhere, 0), self.weight)
         return rows.masked_fill(elsewhere.unsqueeze(-1), 0)
-
-
-class Linear(Layer):
-    """y = x @ weight.T + bias, weight [out_features, in_features]; `tied` is the weight of an Embedding to use.
-
-    Of sliced in_features y is this rank's part of a sum over ranks, to which the first one adds the bias.
-    """
-
-    def __init__(self, in_features: int | Slice, out_features: int | Slice, bias: bool = False,
-                 tied: nn.Parameter | None = None):
-        super().__init__()
-        self.columns, self.rows = Slice.of(in_features), Slice.of(out_features)
-        self.weight = weight(self.rows.held, self.columns.size) if tied is None else tied
-        self.bias = weight(self.rows.held) if bias else None
-        self.is_tied, self.product = tied is not None, F.linear
-
-    def checkpoint(self, name: str) -> Iterator[Stored]:
-        for own_name, parameter in self.named_parameters(recurse=False):
-            columns = self.columns.shard(1) if parameter.ndim == 2 else None
-            yield f"{name}.{own_name}", parameter.data[: self.rows.size], columns or self.rows.shard(0)
-
-    def finish(self) -> None:
-        """Choose the product, and the layout of the weight that it reads fastest. A tied weight stays plain, because
-        the embedding looks up its rows."""
-        self.weight.data[self.rows.size :].zero_()
-        self.product, self.weight = choose_product(self.weight, self.is_tied)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias if self.columns.begin == 0 else None)
-
-
-class MergedLinear(Linear):
-    """Several projections of the same input in one matrix product, their outputs concatenated in the last dimension;
-    the checkpoint stores each under its own name.
-
-    parts  {name in the checkpoint, instead of the last part of this module's name: out_features}, in order
-    """
-
-    def __init__(self, in_features: int, parts: Mapping[str, int | Slice], bias: bool = False):
-        self.parts = {name: Slice.of(rows) for name, rows in parts.items()}
-        self.widths = [rows.size for rows in self.parts.values()]
-        super().__init__(in_features, sum(self.widths), bias)
-
-    def checkpoint(self, name: str) -> Iterator[Stored]:
-        parent = name.rpartition(".")[0]
-        for own_name, parameter in self.named_parameters(recurse=False):
-            for (part, rows), view in zip(self.parts.items(), parameter.data.split(self.widths), strict=True):
-                yield f"{parent}.{part}.{own_name}", view, rows.shard(0)
 
 
 class RMSNorm(Layer):
@@ -189,12 +111,13 @@ class Rotary(nn.Module):
         table = cos_sin_cache(rope, head_dim, length).to(torch.get_default_device())
         self.register_buffer("cos_sin_cache", table, persistent=False)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, kv_cache: KVCache) -> None:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, kv_cache: KVCache,
+                scales: KVScales = (None, None)) -> None:
         """query, key and value [num_tokens, heads, head_dim]; query and key in place, then key and value are written to
         the slots of the batch's tokens."""
         key_cache, value_cache = kv_cache
         ops.rotary_embedding_and_cache(batch.positions, query, key, value, self.cos_sin_cache, key_cache, value_cache,
-                                       batch.slot_mapping, self.is_neox)
+                                       batch.slot_mapping, self.is_neox, *scales)
 
 
 class Attention(nn.Module):
@@ -207,7 +130,7 @@ class Attention(nn.Module):
         super().__init__()
         self.scale, self.sliding_window = head_dim**-0.5, sliding_window
 
-    def forward(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+    def forward(self, query: Tensor, batch: Batch, kv_cache: KVCache, scales: KVScales = (None, None)) -> Tensor:
         """query [num_tokens, num_heads, head_dim]; keys and values of the new tokens are in the cache.
 
         Decodes attend with the decode kernel, the rest with the prefill kernel. Returns
@@ -215,22 +138,24 @@ class Attention(nn.Module):
         """
         n = batch.num_decodes
         if n == query.shape[0]:
-            out = self._decode(query, batch, kv_cache)
+            out = self._decode(query, batch, kv_cache, scales)
         elif n == 0:
-            out = self._prefill(query, batch, kv_cache)
+            out = self._prefill(query, batch, kv_cache, scales)
         else:
-            out = torch.cat((self._decode(query[:n], batch, kv_cache), self._prefill(query[n:], batch, kv_cache)))
+            out = torch.cat((self._decode(query[:n], batch, kv_cache, scales),
+                             self._prefill(query[n:], batch, kv_cache, scales)))
         return out.flatten(1)
 
-    def _decode(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+    def _decode(self, query: Tensor, batch: Batch, kv_cache: KVCache, scales: KVScales) -> Tensor:
         n, (key_cache, value_cache) = batch.num_decodes, kv_cache
         return ops.paged_attention(query, key_cache, value_cache, batch.page_table[:n], batch.seq_lens[:n], self.scale,
-                                   self.sliding_window)
+                                   self.sliding_window, k_scale=scales[0], v_scale=scales[1])
 
-    def _prefill(self, query: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+    def _prefill(self, query: Tensor, batch: Batch, kv_cache: KVCache, scales: KVScales) -> Tensor:
         n, (key_cache, value_cache) = batch.num_decodes, kv_cache
         out, _ = ops.prefill_attention(query, key_cache, value_cache, batch.page_table[n:], batch.cu_seqlens_q,
-                                       batch.seq_lens[n:], batch.max_seqlen_q, self.scale, True, self.sliding_window)
+                                       batch.seq_lens[n:], batch.max_seqlen_q, self.scale, True, self.sliding_window,
+                                       k_scale=scales[0], v_scale=scales[1])
         return out
 
 
@@ -243,8 +168,12 @@ class SelfAttention(nn.Module):
         heads, kv_heads = ranks.query_heads(config.num_heads), ranks.kv_heads(config.num_kv_heads)
         width, kv_width = heads.times(config.head_dim), kv_heads.times(config.head_dim)
         parts = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
-        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias or config.qkv_bias)
-        self.o_proj = Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.qkv_proj = projections(config, "self_attn", config.hidden_size, parts,
+                                    config.attention_bias or config.qkv_bias)
+        self.o_proj = row_parallel(config, ranks, "self_attn", "o_proj", width, config.hidden_size,
+                                   config.attention_bias)
+        kv_scales = config.schemes and config.schemes.kv_scales
+        self.cache_scales = CacheScales(kv_scales) if kv_scales else None
         self.rotary = rotary
         self.attention = Attention(config.head_dim, config.sliding_window)
 
@@ -252,8 +181,9 @@ class SelfAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.rotary.head_dim))
                              for part in self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1))
         query, key = self.before_rope(query, key)
-        self.rotary(query, key, value, batch, kv_cache)
-        return self.o_proj(self.attention(query, batch, kv_cache))
+        scales = self.cache_scales.of(kv_cache[0]) if self.cache_scales is not None else (None, None)
+        self.rotary(query, key, value, batch, kv_cache, scales)
+        return self.o_proj(self.attention(query, batch, kv_cache, scales))
 
     def before_rope(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """query and key [num_tokens, heads, head_dim], views of the projection -> what RoPE is applied to, in place, in
@@ -266,9 +196,11 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        inter = ranks.features(config.intermediate_size)
-        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": inter, "up_proj": inter}, config.mlp_bias)
-        self.down_proj = Linear(inter, config.hidden_size, bias=config.mlp_bias)
+        scheme = config.scheme("mlp.down_proj")
+        inter = ranks.features(config.intermediate_size, scheme.block[1] if scheme and scheme.block else 1)
+        self.gate_up_proj = projections(config, "mlp", config.hidden_size, {"gate_proj": inter, "up_proj": inter},
+                                        config.mlp_bias)
+        self.down_proj = row_parallel(config, ranks, "mlp", "down_proj", inter, config.hidden_size, config.mlp_bias)
         self.activation_and_mul = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -336,7 +268,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = Decoder(config, ranks, blocks)
         tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
-        self.lm_head = Linear(config.hidden_size, ranks.vocabulary(config.vocab_size), tied=tied)
+        self.lm_head = head(config, ranks.vocabulary(config.vocab_size), tied)
         self.ranks, self.vocab_size = ranks, config.vocab_size
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:

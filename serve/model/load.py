@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wave64 import platform
+from wave64 import platform, quant
 from wave64.serve.model import FAMILIES
-from wave64.serve.model.checkpoint import Shard, StoredTensor, WeightsError, stored_tensors
+from wave64.serve.model.checkpoint import Shard, StoredTensor, WeightsError, is_scale, stored_tensors
 from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.cpu import products_by, slow_dtype
-from wave64.serve.model.layers import CausalLM, Layer, RMSNorm
+from wave64.serve.model.layers import CausalLM, RMSNorm
+from wave64.serve.model.linear import Layer
 from wave64.serve.model.parallel import ONE, Ranks
 
 log = logging.getLogger(__name__)
 
 DUMMY_SEED = 0
+MANY_ROWS = 1024  # quantized at once
 
 Progress = Callable[[int, int], None]
 
@@ -38,7 +40,7 @@ def load_model(config: ModelConfig, folder: str | Path, dtype: torch.dtype, devi
     """
     started = time.perf_counter()
     if load_format != "dummy":
-        _plan(_build(config, dtype, "meta", ranks), Path(folder))  # refuse before memory is allocated
+        _refuse_scales(_plan(_build(config, dtype, "meta", ranks), Path(folder)))  # before memory is allocated
     model = _build(config, dtype, device, ranks)
     if load_format == "dummy":
         fill_with_noise(model)
@@ -94,18 +96,23 @@ def _read(model: CausalLM, folder: Path, progress: Progress | None) -> None:
     targets, reads, copies, unused = _plan(model, folder)
     if unused:
         log.info("%s: %d weights of %s... are not used", folder, len(unused), unused[0].rpartition(".")[0])
-    size, quiet = sum(t.nbytes(targets[t.name][1]) for t in reads), not sys.stderr.isatty() or progress is not None
+    size, quiet = sum(t.nbytes(targets[t.name].shard) for t in reads), not sys.stderr.isatty() or progress is not None
     read = 0
     with tqdm(total=size, unit="B", unit_scale=True, desc="weights", disable=quiet) as bar:
         for tensor in sorted(reads, key=lambda t: (t.file, t.begin)):
-            view, shard = targets[tensor.name]
-            tensor.load(view, shard)
+            view, shard, scale = targets[tensor.name]
+            if scale is None:
+                tensor.load(view, shard)
+                if is_scale(tensor.name):
+                    _refuse_unless_positive(tensor, view)
+            else:
+                _load_quantized(tensor, view, shard, scale)
             bar.update(tensor.nbytes(shard))
             read += tensor.nbytes(shard)
             if progress is not None:
                 progress(read, size)
     for tensor, original in copies:
-        if not tensor.equals(*targets[tensor.name]):
+        if not tensor.equals(*targets[tensor.name][:2]):
             raise WeightsError(f"{tensor.file}: {tensor.name}: expected the values of {original}, because config.json "
                                "ties the two, got others; set tie_word_embeddings to false there")
 
@@ -130,25 +137,66 @@ def fill_with_noise(model: nn.Module) -> None:
             module.finish()
 
 
-def _targets(model: nn.Module) -> dict[str, tuple[Tensor, Shard | None]]:
-    """Checkpoint name -> the view to fill and the shard that it wants. Tied weights are two names of one view."""
+class Target(NamedTuple):
+    view: Tensor  # to fill
+    shard: Shard | None  # that it wants
+    scale: Tensor | None = None  # to fill with the scales of the view's rows, where the stored weight is not FP8
+
+    def check(self, tensor: StoredTensor) -> None:
+        tensor.check(self.view if self.scale is None else torch.empty_like(self.view, dtype=torch.bfloat16,
+                                                                           device="meta"), self.shard)
+
+
+def _targets(model: nn.Module) -> dict[str, Target]:
+    """Checkpoint name -> what to fill. Tied weights are two names of one view."""
     return {
-        name: (view, shard)
+        name: Target(*target)
         for module_name, module in model.named_modules() if isinstance(module, Layer)
-        for name, view, shard in module.checkpoint(module_name)
+        for name, *target in module.checkpoint(module_name)
     }  # fmt: skip
 
 
+def _load_quantized(tensor: StoredTensor, view: Tensor, shard: Shard | None, scale: Tensor) -> None:
+    """Fill an FP8 view and the scales of its rows with a stored weight that is not FP8: one tensor at a time is in
+    memory twice."""
+    plain = torch.empty(view.shape, dtype=torch.float32 if tensor.dtype == "F32" else torch.bfloat16 if
+                        tensor.dtype == "BF16" else torch.float16, device=view.device)
+    tensor.load(plain, shard)
+    for begin in range(0, len(view), MANY_ROWS):
+        rows = slice(begin, begin + MANY_ROWS)
+        q, scale[rows] = quant.quantize_weight_channels(plain[rows], view.dtype)
+        view[rows] = q
+
+
+def _refuse_scales(plan: "Plan") -> None:
+    """Raises WeightsError for a scale that is not a positive finite number. Reads no weights, and of scales not those
+    of blocks, which are many and of which a rank reads its own once, when they are needed."""
+    for tensor in plan.reads:
+        if is_scale(tensor.name) and plan.targets[tensor.name].view.ndim == 1:
+            values = torch.empty(tensor.shape or 1, dtype=torch.float32, device="cpu")
+            tensor.load(values)
+            _refuse_unless_positive(tensor, values)
+
+
+def _refuse_unless_positive(tensor: StoredTensor, scales: Tensor) -> None:
+    good = scales.isfinite() & (scales > 0)
+    if not good.all():
+        first = int((~good).flatten().nonzero()[0])
+        raise WeightsError(f"{tensor.file}: {tensor.name}: expected positive finite scales, got "
+                           f"{float(scales.flatten()[first]):g} at {first} of {good.numel()}; quantize the model "
+                           "again, with calibration where scales of activations are static")
+
+
 class Plan(NamedTuple):
-    targets: dict[str, tuple[Tensor, Shard | None]]
+    targets: dict[str, Target]
     reads: list[StoredTensor]
     copies: list[tuple[StoredTensor, str]]  # what is stored a second time, and the name it is read under
     unused: list[str]
 
 
 def _plan(model: CausalLM, folder: Path) -> Plan:
-    """Which stored tensor fills which view. Raises WeightsError as fill_from does, except for shapes and dtypes; reads
-    no weight, and works for a model on the meta device."""
+    """Which stored tensor fills which view. Raises WeightsError as fill_from does; reads no weight, and works for a
+    model on the meta device."""
     stored, targets = stored_tensors(folder), _targets(model)
     derived = tuple(f".{name}" for name in model.derived_weights)
     unused = [name for name in stored if name.startswith(model.unused_weights)]
@@ -158,7 +206,7 @@ def _plan(model: CausalLM, folder: Path) -> Plan:
         raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model config.json "
                            "describes has no such weight; does it belong to these weights?")
     names: dict[tuple, list[str]] = {}
-    for name, (view, shard) in targets.items():
+    for name, (view, shard, _) in targets.items():
         names.setdefault((view.untyped_storage()._cdata, view.storage_offset(), view.shape, shard), []).append(name)
     reads, copies, missing = [], [], []
     for tied in names.values():
@@ -169,6 +217,8 @@ def _plan(model: CausalLM, folder: Path) -> Plan:
         copies += [(stored[name], found[0]) for name in found[1:]]
     if missing:
         raise WeightsError(f"{folder}: {_listed(missing)}: expected by the model, not in any of its safetensors files")
+    for tensor in (*reads, *(tensor for tensor, _ in copies)):
+        targets[tensor.name].check(tensor)
     return Plan(targets, reads, copies, unused)
 
 

@@ -17,7 +17,7 @@ from wave64 import ops, quant
 from wave64.ops.fused_all_reduce_rms_norm_quant_fp8 import GROUP_SIZES
 from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ModelConfig, QuantConfig
-from wave64.serve.model.layers import Layer, Linear, MergedLinear, Quantized, Stored, weight
+from wave64.serve.model.linear import Layer, Linear, MergedLinear, Quantized, Stored, weight
 from wave64.serve.model.parallel import Ranks, Slice
 
 
@@ -106,8 +106,10 @@ class Fp8Linear(Layer):
     """`linear` with a weight in FP8. fp32 accumulation; the result has the dtype of x, which may be quantized already,
     in groups of a block's columns."""
 
-    def __init__(self, in_features: int | Slice, parts: Mapping[str, int | Slice], quantization: QuantConfig):
+    def __init__(self, in_features: int | Slice, parts: Mapping[str, int | Slice], quantization: QuantConfig,
+                 scale_name: str = "weight_scale_inv", bias: bool = False):
         super().__init__()
+        self.scale_name = scale_name
         self.columns, self.scale_ue8m0 = Slice.of(in_features), quantization.scale_ue8m0
         self.parts = {name: Slice.of(rows) for name, rows in parts.items()}
         self.widths = [rows.size for rows in self.parts.values()]
@@ -115,14 +117,16 @@ class Fp8Linear(Layer):
         self.scales = Scales(quantization.weight_block_size, starts)
         self.weight = weight(sum(self.widths), self.columns.size, dtype=torch.float8_e4m3fn)
         self.weight_scale = weight(*self.scales.shape(*self.weight.shape), dtype=torch.float32)
+        self.bias = weight(sum(self.widths)) if bias else None
 
     def checkpoint(self, name: str) -> Iterator[Stored]:
-        parent, first = name.rpartition(".")[0], 0
+        first = 0
         for part, rows in self.parts.items():
-            view = self.weight.data[first : first + rows.size]
-            yield f"{parent}.{part}.weight", view, self.columns.shard(1) or rows.shard(0)
-            yield f"{parent}.{part}.weight_scale_inv", *self.scales.stored(self.weight_scale.data, first, rows,
-                                                                          self.columns)
+            view, stored = self.weight.data[first : first + rows.size], self.sibling(name, part)
+            yield f"{stored}.weight", view, self.columns.shard(1) or rows.shard(0)
+            yield f"{stored}.{self.scale_name}", *self.scales.stored(self.weight_scale.data, first, rows, self.columns)
+            if self.bias is not None:
+                yield f"{stored}.bias", self.bias.data[first : first + rows.size], rows.shard(0)
             first += rows.size
 
     def finish(self) -> None:
@@ -132,7 +136,8 @@ class Fp8Linear(Layer):
     def forward(self, x: Tensor | Quantized) -> Tensor:
         if not isinstance(x, Quantized):
             x = Quantized(*ops.per_token_group_quant_fp8(x, self.scales.columns, self.scale_ue8m0), x.dtype)
-        return ops.fp8_block_scaled_mm(x.q, self.weight, x.scale, self.weight_scale, self.scales.block_shape, x.dtype)
+        y = ops.fp8_block_scaled_mm(x.q, self.weight, x.scale, self.weight_scale, self.scales.block_shape, x.dtype)
+        return y if self.bias is None or self.columns.begin else y.add_(self.bias)
 
 
 class Experts(Layer):

@@ -28,7 +28,7 @@ from wave64.serve.engine.graphs import DecodeGraphs
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import MLAConfig, ModelConfig, MoEConfig, QuantConfig, RopeConfig
 from wave64.serve.model.deepseek import DeepseekForCausalLM
-from wave64.serve.model.layers import Layer
+from wave64.serve.model.linear import Layer
 from wave64.serve.model.load import fill_with_noise
 from wave64.serve.model.parallel import ONE
 from wave64.serve.model.quantized import Experts

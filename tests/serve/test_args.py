@@ -54,7 +54,7 @@ def test_every_flag_sets_its_field():
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["--with-lorax"], "--with-lorax: wave64 has no such flag; see --help"),
         (["--enable-lora"], "--enable-lora: adapters are not applied; merge them"),
-        (["--quantization", "fp8"], "--quantization: weights are served as the checkpoint has them"),
+        (["--quantization", "awq"], "--quantization: invalid choice: 'awq' (choose from "),
         (["--lora-paths", "a", "--tp=1", "--quantizaton=fp8"],
          "merge them into the checkpoint; --quantizaton: wave64 has no such flag"),
         (["--grammar-backend", "outlines"], "--grammar-backend: expected llguidance, got outlines: it says"),

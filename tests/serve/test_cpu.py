@@ -5,9 +5,10 @@ import torch
 from helpers_llama import load, make_llama
 from torch.nn import functional as F
 
-from wave64.serve.model import cpu, layers
+from wave64.serve.model import cpu, linear
 from wave64.serve.model.cpu import _filled, products_by
-from wave64.serve.model.layers import Embedding, Linear
+from wave64.serve.model.layers import Embedding
+from wave64.serve.model.linear import Linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -90,7 +91,7 @@ def test_a_cpu_without_the_instructions_is_told_of(dtype, probe, monkeypatch, ca
     for supported, lines in ((True, 0), (False, 1)):
         monkeypatch.setattr(torch.ops.mkldnn, probe, lambda supported=supported: supported)
         assert cpu.slow_dtype(torch.float32) is None
-        monkeypatch.setattr(layers, "choose_product", lambda weight, plain: (F.linear, weight))
+        monkeypatch.setattr(linear, "choose_product", lambda weight, plain: (F.linear, weight))
         caplog.clear()
         with caplog.at_level("INFO", logger="wave64"):
             load(tmp_path, "cpu", dtype)

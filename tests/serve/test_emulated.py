@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ PENALTIES = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
 TP2 = ("--tp-size", "2")
 DP_ATTENTION = (*TP2, "--dp-size", "2", "--enable-dp-attention")
 PROMPT_GRAPHS = ("--piecewise-cuda-graph-max-tokens", "32")
+QUARK = str(Path(__file__).with_name("quantized") / "demo-quark-kv")
 FP8_CACHE = ("--kv-cache-dtype", "fp8_e4m3")
 
 #: name -> (model, prompts asked at once, flags, fields of each request)
@@ -35,6 +37,8 @@ CASES: dict[str, tuple[str, list[str], tuple[str, ...], dict[str, Any]]] = {
     "llama-eager": ("demo-llama", PROMPTS, ("--disable-cuda-graph",), {}),
     "llama-drawn": ("demo-llama", PROMPTS, (), {"temperature": 0.1, "top_p": 0.9}),  # where others have no chance
     "llama-tp2": ("demo-llama", PROMPTS[:1], TP2, {}),
+    "llama-quark": (QUARK, PROMPTS, (), {}),  # FP8 weights, and keys and values with the checkpoint's scales
+    "llama-quark-tp2": (QUARK, PROMPTS[:1], TP2, {}),
     "deepseek": ("demo-deepseek", PROMPTS, (), {}),
     "deepseek-experts": ("demo-deepseek", PROMPTS[:1], (*TP2, "--ep-size", "2"), {}),
     "deepseek-dp-attention": ("demo-deepseek", PROMPTS[:2], DP_ATTENTION, {}),

@@ -70,7 +70,7 @@ def test_missing_keys_mean_what_transformers_takes_them_for(read):
     (NAMES[0], dict(attention_bias=True), "attention_bias"), (NAMES[2], dict(attention_bias=True), "attention_bias"),
     (NAMES[1], dict(mlp_bias=True), "mlp_bias"), (NAMES[2], dict(sliding_window=0), "sliding_window: expected"),
     (NAMES[2], dict(layer_types=["full_attention"] * 2), "layer_types: expected sliding_attention"),
-    (NAMES[1], dict(quantization_config=dict(quant_method="fp8")), "quantized Qwen"),
+    (NAMES[1], dict(quantization_config=dict(quant_method="gptq")), "gptq"),
     (NAMES[0], dict(use_mrope=True), "use_mrope"), (NAMES[1], dict(head_dim=15), "head_dim: expected an even"),
 ])  # fmt: skip
 def test_what_changes_the_mathematics_is_refused(read, name, keys, words):

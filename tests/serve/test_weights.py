@@ -16,7 +16,7 @@ from wave64.serve.args import ArgsError
 from wave64.serve.model import FAMILIES
 from wave64.serve.model.checkpoint import INDEX, Shard, WeightsError, read_header
 from wave64.serve.model.config import ModelConfig
-from wave64.serve.model.layers import Layer, Linear
+from wave64.serve.model.linear import Layer, Linear
 from wave64.serve.model.load import load_model
 from wave64.serve.model_path import TOKENIZER_FILES, resolve_model_path
 

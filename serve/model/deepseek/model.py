@@ -19,13 +19,11 @@ from wave64.serve.model.layers import (
     Block,
     CausalLM,
     KVCache,
-    Layer,
-    Quantized,
     RMSNorm,
     Rotary,
     mm_fp32,
-    weight,
 )
+from wave64.serve.model.linear import Layer, Quantized, weight
 from wave64.serve.model.parallel import Ranks, Slice
 from wave64.serve.model.quantized import Experts, UpProjection, block_columns, linear, norm_groups, row_parallel
 

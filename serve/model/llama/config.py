@@ -7,12 +7,11 @@ from wave64.serve.model.config import (
     read_heads,
     read_rope,
     refuse_other_layers,
-    refuse_quantization,
 )
+from wave64.serve.model.formats import schemes_of
 
 
 def read_config(architecture: str, keys: Keys) -> ModelConfig:
-    refuse_quantization(keys, "Llama")
     refuse_other_layers(keys, "full_attention", "a Llama")
     heads = read_heads(keys)
     max_position_embeddings = keys.count("max_position_embeddings", 2048)
@@ -21,6 +20,7 @@ def read_config(architecture: str, keys: Keys) -> ModelConfig:
         raise keys.error("sliding_window", window, "null: a Llama attends to the whole context")
     return ModelConfig(
         architecture=architecture,
+        schemes=schemes_of(keys),
         attention_bias=keys.flag("attention_bias"),
         mlp_bias=keys.flag("mlp_bias"),
         **heads,

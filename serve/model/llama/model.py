@@ -16,8 +16,9 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig, ranks: Ranks):
         rotary = Rotary(config.rope, config.head_dim, config.context_length)
-        super().__init__(config, ranks, (Block(config, ranks, self.attention(config, ranks, rotary), MLP(config, ranks))
-                                         for _ in range(config.num_layers)))
+        layers = (config.layer(number) for number in range(config.num_layers))
+        super().__init__(config, ranks, (Block(layer, ranks, self.attention(layer, ranks, rotary), MLP(layer, ranks))
+                                         for layer in layers))
 
 
 FAMILY = Family(read_config, keys_and_values, LlamaForCausalLM)

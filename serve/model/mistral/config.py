@@ -7,12 +7,11 @@ from wave64.serve.model.config import (
     read_heads,
     read_rope,
     refuse_other_layers,
-    refuse_quantization,
 )
+from wave64.serve.model.formats import schemes_of
 
 
 def read_config(architecture: str, keys: Keys) -> ModelConfig:
-    refuse_quantization(keys, "Mistral")
     window = -1  # null: no window; the first Mistral's configuration has 4096, which a missing key stands for
     if "sliding_window" not in keys.raw or keys.get("sliding_window") is not None:
         window = keys.count("sliding_window", 4096)
@@ -20,6 +19,7 @@ def read_config(architecture: str, keys: Keys) -> ModelConfig:
     max_position_embeddings = keys.count("max_position_embeddings", 131072)
     return ModelConfig(
         architecture=architecture,
+        schemes=schemes_of(keys),
         attention_bias=False,
         mlp_bias=False,
         sliding_window=window,

@@ -9,8 +9,8 @@ from wave64.serve.model.config import (
     read_heads,
     read_rope,
     refuse_other_layers,
-    refuse_quantization,
 )
+from wave64.serve.model.formats import schemes_of
 
 
 def read_config(architecture: str, keys: Keys) -> ModelConfig:
@@ -19,7 +19,6 @@ def read_config(architecture: str, keys: Keys) -> ModelConfig:
 
 def qwen(architecture: str, keys: Keys, head_dim: int | None, **biases: Any) -> ModelConfig:
     """The configuration, with transformers' defaults; head_dim and biases: what the two families differ in."""
-    refuse_quantization(keys, "Qwen")
     refuse_other_layers(keys, "full_attention", "a Qwen")
     keys.optional_number("sliding_window")  # has no effect unless use_sliding_window
     first_windowed, num_layers = keys.number("max_window_layers", 28, above=-1), keys.count("num_hidden_layers")
@@ -28,6 +27,7 @@ def qwen(architecture: str, keys: Keys, head_dim: int | None, **biases: Any) -> 
     max_position_embeddings = keys.count("max_position_embeddings", 32768)
     return ModelConfig(
         architecture=architecture,
+        schemes=schemes_of(keys),
         mlp_bias=False,
         **biases,
         **read_heads(keys, num_kv_heads=32, head_dim=head_dim),

@@ -1,0 +1,172 @@
+"""Linear layers of FP8 checkpoints, each as its scheme says, and the scales of keys and values.
+
+A weight's scales are kept as a number per output feature, also where it has one for all of it: projections that are
+merged keep each its own, and nothing is rounded a second time. Their input is quantized once, so that of their stored
+input scales the largest counts, with which no number saturates that would not with its own.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from wave64 import ops, quant
+from wave64.serve.model.config import ModelConfig, QuantConfig
+from wave64.serve.model.linear import Layer, Linear, MergedLinear, Stored, weight
+from wave64.serve.model.parallel import Ranks, Slice
+from wave64.serve.model.quantized import Fp8Linear, as_multiplied
+from wave64.serve.model.schemes import Scheme
+
+
+def projections(config: ModelConfig, where: str, in_features: int, parts: Mapping[str, int | Slice],
+                bias: bool = False) -> nn.Module:
+    """y = x @ weight.T + bias of several projections of the same input, their outputs concatenated.
+
+    where  name of the module that the checkpoint has them in, within the layer
+    parts  {name there: out_features}, in order
+    """
+    schemes = {name: config.scheme(f"{where}.{name}") for name in parts}
+    if len(set(schemes.values())) == 1:
+        return _linear(config, next(iter(schemes.values())), in_features, parts, bias)
+    return SideBySide(_linear(config, schemes[name], in_features, {name: rows}, bias) for name, rows in parts.items())
+
+
+def row_parallel(config: ModelConfig, ranks: Ranks, where: str, name: str, in_features: Slice, out_features: int,
+                 bias: bool = False) -> nn.Module:
+    """y = x @ weight.T + bias of one projection, of which this rank has some columns: its part of a sum over ranks.
+
+    Raises ConfigError for columns that are not whole blocks of an FP8 weight.
+    """
+    scheme = config.scheme(f"{where}.{name}")
+    if scheme is None:
+        return Linear(in_features, out_features, bias)
+    if scheme.block:
+        ranks.on_borders(f"columns of {name}", in_features, scheme.block[1])
+    return _linear(config, scheme, in_features, {name: out_features}, bias)
+
+
+def head(config: ModelConfig, rows: Slice, tied: nn.Parameter | None) -> nn.Module:
+    """The projection on the vocabulary; a tied one is the embedding, which is not quantized."""
+    scheme = config.scheme("lm_head")
+    if scheme is None or tied is not None:
+        return Linear(config.hidden_size, rows, tied=tied)
+    return _linear(config, scheme, config.hidden_size, {"lm_head": rows}, False)
+
+
+def _linear(config: ModelConfig, scheme: Scheme | None, in_features: int | Slice, parts: Mapping[str, int | Slice],
+            bias: bool) -> nn.Module:
+    if scheme is None:
+        return MergedLinear(in_features, parts, bias)
+    if scheme.block:
+        return Fp8Linear(in_features, parts, QuantConfig(scheme.block, scheme.ue8m0), scheme.scale_name, bias)
+    assert config.schemes is not None
+    return ScaledLinear(in_features, parts, scheme, bias, config.schemes.online)
+
+
+class SideBySide(nn.Module):
+    """Projections of the same input that are stored in different ways: one product each."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        for layer in self.layers:
+            layer.levels = 3  # down from this module's name
+        self.widths = [width for layer in self.layers for width in layer.widths]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+
+class ScaledLinear(Layer):
+    """y = x @ weight.T + bias of one or several projections side by side, weights in FP8 with a scale per output
+    feature. fp32 accumulation; the result has the dtype of x.
+
+    online  the stored weights are plain: they are quantized while they are loaded
+    """
+
+    def __init__(self, in_features: int | Slice, parts: Mapping[str, int | Slice], scheme: Scheme, bias: bool = False,
+                 online: bool = False):
+        super().__init__()
+        self.scheme, self.online, self.columns = scheme, online, Slice.of(in_features)
+        self.parts = {name: Slice.of(rows) for name, rows in parts.items()}
+        self.widths = [rows.size for rows in self.parts.values()]
+        held = sum(rows.held for rows in self.parts.values())
+        self.weight = weight(held, self.columns.size, dtype=torch.float8_e4m3fn)
+        self.weight_scale = weight(held, dtype=torch.float32)
+        self.input_scale = weight(1, dtype=torch.float32) if scheme.activations == "static" else None
+        self.bias = weight(held) if bias else None
+        self._of_tensors: list[tuple[Tensor, Tensor]] = []
+        self._of_inputs: list[Tensor] = []
+
+    def checkpoint(self, name: str) -> Iterator[Stored]:
+        first = 0
+        for part, rows in self.parts.items():
+            stored, end = self.sibling(name, part), first + rows.size
+            view, scale = self.weight.data[first:end], self.weight_scale.data[first:end]
+            shard = self.columns.shard(1) or rows.shard(0)
+            if self.online:
+                yield f"{stored}.weight", view, shard, scale
+            else:
+                yield f"{stored}.weight", view, shard
+                yield f"{stored}.{self.scheme.scale_name}", *self._scales(scale, rows)
+            if self.input_scale is not None:
+                self._of_inputs.append(torch.empty_like(self.input_scale.data))
+                yield f"{stored}.input_scale", self._of_inputs[-1], None
+            if self.bias is not None:
+                yield f"{stored}.bias", self.bias.data[first:end], rows.shard(0)
+            first = end
+
+    def _scales(self, scale: Tensor, rows: Slice) -> tuple:
+        """What to fill with the stored scales of one projection, and their shard."""
+        if self.scheme.weight == "channel":
+            return scale, rows.shard(0)
+        one = torch.empty_like(scale[:1])
+        self._of_tensors.append((one, scale))
+        return one, None
+
+    def finish(self) -> None:
+        for one, scale in self._of_tensors:
+            scale.copy_(one.expand_as(scale))
+        if self.input_scale is not None and self._of_inputs:
+            self.input_scale.data.copy_(torch.cat(self._of_inputs).amax(0, keepdim=True))
+        self._of_tensors.clear()
+        self._of_inputs.clear()
+        size = sum(self.widths)
+        self.weight.data[size:].view(torch.uint8).zero_()
+        self.weight_scale.data[size:].fill_(1.0)
+        if self.input_scale is not None and quant.fp8_dtype() != self.weight.dtype:
+            self.input_scale.data.mul_(2)
+        self.weight = as_multiplied(self.weight, self.weight_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scheme.bound is not None:
+            x = x.clamp(-self.scheme.bound, self.scheme.bound)
+        if self.input_scale is not None:
+            q, scale = ops.per_tensor_quant_fp8(x, self.input_scale)
+        else:
+            q, scale = ops.per_token_quant_fp8(x)
+        bias = self.bias if self.columns.begin == 0 else None
+        return ops.fp8_scaled_mm(q, self.weight, scale, self.weight_scale, x.dtype, bias)
+
+
+class CacheScales(Layer):
+    """The scales of cached keys and values, a number each: stored = key / k_scale."""
+
+    def __init__(self, names: tuple[str, str]):
+        super().__init__()
+        self.names = names
+        self.k_scale, self.v_scale = weight(1, dtype=torch.float32), weight(1, dtype=torch.float32)
+
+    def checkpoint(self, name: str) -> Iterator[Stored]:
+        layer = name.rsplit(".", 2)[0]
+        for stored, scale in zip(self.names, (self.k_scale, self.v_scale), strict=True):
+            yield f"{layer}.{stored}", scale.data, None
+
+    def finish(self) -> None:
+        if quant.fp8_dtype() == torch.float8_e4m3fnuz:
+            for scale in (self.k_scale, self.v_scale):
+                scale.data.copy_(quant.fn_to_fnuz_kv_scale(scale.data))
+
+    def of(self, cache: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(k_scale, v_scale) as kernels take them: caches in other dtypes than FP8 have none."""
+        return (self.k_scale, self.v_scale) if cache.dtype in quant.FP8.values() else (None, None)

@@ -1,0 +1,131 @@
+"""demo-llama as AMD publishes its Llamas, made by Quark: FP8 weights and inputs, scales of keys and values. It recites,
+and what reads it wrongly is found."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_llama import edit_json
+from helpers_server import serve
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import wave64
+import wave64.serve.demo
+from wave64 import platform
+from wave64.serve.args import ArgsError, ServerArgs
+from wave64.serve.engine import accuracy
+from wave64.serve.engine.engine import Engine
+from wave64.serve.engine.rank import kv_dtype_of
+from wave64.serve.messages import Request, SamplingParams
+
+FOLDER = Path(__file__).with_name("quantized") / "demo-quark-kv"
+TEXT = (Path(next(iter(wave64.serve.demo.__path__))) / "gettysburg.txt").read_text(encoding="utf-8").strip()
+BEGINNING = "Four score and seven years ago"
+FLAGS = ["--max-total-tokens", "1024", "--max-running-requests", "2"]
+
+
+def recite(count: int, *flags: str) -> tuple[str, torch.dtype]:
+    """`count` tokens behind the beginning of the text, and what keys were kept in."""
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    engine = Engine(ServerArgs.from_cli(["--model-path", str(FOLDER), *FLAGS, *flags]))
+    engine.add(Request("0", tokenizer(BEGINNING).input_ids, SamplingParams(max_new_tokens=count, temperature=0)))
+    got: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None
+            got += output.token_ids
+    return BEGINNING + tokenizer.decode(got, skip_special_tokens=True), engine.runner.kv_cache[0][0].dtype
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [((), torch.float8_e4m3fn),
+                                              (("--kv-cache-dtype", "bf16"), torch.bfloat16)])
+def test_the_engine_recites(flags, dtype):
+    text, kept_in = recite(60, "--device", "cpu", *flags)
+    assert TEXT.startswith(text)
+    assert len(text) > 150
+    assert kept_in == dtype
+
+
+@pytest.mark.slow
+def test_it_recites_by_machine_code():
+    """The short form of what test_emulated asks over HTTP, of both architectures and of two ranks."""
+    command = [sys.executable, "-m", "wave64", "emulate", "--model-path", str(FOLDER), "--prompt", "Four score and",
+               "--device", "gfx942", "--max-tokens", "2", "--disable-cuda-graph"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"^'(.*)' +(?:prompt, \d+ tokens|a decode step): ", done.stdout, re.MULTILINE)
+    assert len(said) == 2
+    assert TEXT.startswith("Four score and" + "".join(said))
+    assert re.search(r"^fp8_scaled_mm ", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [(), ("--tp-size", "2")])
+def test_the_server_recites(tmp_path, flags):
+    with serve(str(FOLDER), tmp_path / "log", "--device", "cpu", *flags, "--max-total-tokens", "1024") as server:
+        answer = server.complete(prompt=BEGINNING, max_tokens=1000)
+    assert BEGINNING + answer["choices"][0]["text"] == TEXT
+
+
+def test_auto_is_fp8_where_there_are_scales_and_an_architecture_that_has_it():
+    cuda = torch.device("cuda")
+    for arch, dtype in (("gfx942", torch.float8_e4m3fnuz), ("gfx950", torch.float8_e4m3fn), ("gfx90a", torch.bfloat16)):
+        with platform.target(arch):
+            assert kv_dtype_of("auto", torch.bfloat16, cuda, scaled=True) == dtype
+            assert kv_dtype_of("auto", torch.bfloat16, cuda) == torch.bfloat16
+            assert kv_dtype_of("bf16", torch.bfloat16, cuda, scaled=True) == torch.bfloat16
+    with pytest.raises(ArgsError, match="--kv-cache-dtype: expected auto or fp8_e4m3, or --dtype bfloat16, got bf16"):
+        kv_dtype_of("bf16", torch.float16, cuda)
+
+
+@pytest.mark.parametrize(("model", "method", "words"), [
+    (str(FOLDER), "fp8", "--quantization: expected quark, as .* has it, or no such flag, got fp8"),
+    ("demo-llama", "quark", "--quantization: expected fp8, which quantizes the plain weights of .*, got quark"),
+    ("demo-deepseek", "fp8", "--quantization: DeepseekV3ForCausalLM is not quantized while it is loaded")])
+def test_what_quantization_cannot_mean_is_refused(model, method, words):
+    with pytest.raises(ArgsError, match=words):
+        Engine(ServerArgs(model_path=model, device="cpu", quantization=method))
+
+
+QUICK = ["--device", "cpu", "--max-total-tokens", "1024"]
+
+
+def test_accuracy_finds_a_wrong_flavor(tmp_path, capsys, monkeypatch):
+    """Weights of e4m3fn that are taken for e4m3fnuz without larger scales are half of what they should be."""
+    monkeypatch.setattr(accuracy, "MAX_TOKENS", 96)
+    assert accuracy.main(["--model-path", str(FOLDER), "--against", "demo-llama", *QUICK]) == 0
+    assert "as expected" in capsys.readouterr().out
+    assert accuracy.main(["--model-path", "demo-llama", "--quantization", "fp8", *QUICK]) == 0
+    shown = capsys.readouterr().out
+    folder = Path(shutil.copytree(FOLDER, tmp_path / "wrong"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight / 2 if name.endswith("weight_scale") else weight for name, weight in weights.items()},
+              folder / "model.safetensors")
+    assert accuracy.main(["--model-path", str(folder), "--against", "demo-llama", *QUICK]) == 1
+    wrong = capsys.readouterr().out
+    assert "gettysburg.txt             95" in shown
+    assert "WRONG: the perplexity of gettysburg.txt is 1.4" in wrong
+    edit_json(folder / "config.json", lambda c: c.update(quantization_config=dict(quant_method="awq")))
+    with pytest.raises(SystemExit):
+        accuracy.main(["--model-path", str(folder), *QUICK])
+    assert "quantization_config.quant_method: expected FP8" in capsys.readouterr().err
+
+
+def test_the_verdict_against_another_checkpoint():
+    def found(*perplexities: float, recited: int = 8) -> accuracy.Found:
+        return accuracy.Found({name: (9, p) for name, p in zip("abc", perplexities, strict=True)}, recited)
+
+    sound = found(2.0, 3.0, 900.0)  # the third is a text that it does not know
+    assert accuracy.verdict(found(2.4, 3.6, 5000.0), sound) is None
+    assert "b is 4, expected at most 1.25 times 3" in str(accuracy.verdict(found(2.0, 4.0, 900.0), sound))
+    assert "a is nan" in str(accuracy.verdict(found(float("nan"), 3.0, 900.0), sound))
+    assert "5 phrases" in str(accuracy.verdict(found(2.0, 3.0, 900.0, recited=5), sound))
+    assert accuracy.verdict(sound, None) is None
+    assert "the best perplexity is 30" in str(accuracy.verdict(found(30.0, 40.0, 900.0), None))
