@@ -104,6 +104,8 @@ CHANGES = {
              {"kernel command line": WARN}),
     "boot, in GRUB only": ({"/proc/cmdline": "ro quiet"}, {}, {"kernel command line": WARN}),
     "boot, not in GRUB": ({"/etc/default/grub": 'GRUB_CMDLINE_LINUX="quiet"'}, {}, {"kernel command line": WARN}),
+    "boot, in a comment of GRUB": ({"/etc/default/grub": '#GRUB_CMDLINE_LINUX="pci=realloc=off iommu=pt"'}, {},
+                                   {"kernel command line": WARN}),
     "numa": ({"/proc/sys/kernel/numa_balancing": 1}, {}, {"NUMA balancing": WARN}),
     "governor": ({"/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave"}, {}, {"CPU governor": WARN}),
     "pages": ({"/sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]"}, {},

@@ -1,0 +1,1 @@
+"""wave64 inside other libraries: `hugging_face.register()`."""
