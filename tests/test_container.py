@@ -84,7 +84,7 @@ class Root:
         self.folder, self.arguments, self.environment = folder, arguments, {}
         self.user, self.work = "0", "/"
 
-    def command(self, words: list[str]) -> list[str]:
+    def command(self, words: list[str]) -> list:
         settings = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": self.work,
                     **{name: value for name, value in os.environ.items() if name.startswith("PIP_")},
                     **self.arguments, **self.environment}
