@@ -7,6 +7,7 @@
     python tests/bench/engine_steps.py mixed [--batch 1 64 255]   # decodes, with a prompt of 128 tokens in every step
     python tests/bench/engine_steps.py grammar [--batch 64]       # decodes, with and without a grammar of its own a row
     python tests/bench/engine_steps.py host [--batch 256]         # any machine: scheduling, committing, a step's arrays
+    python tests/bench/engine_steps.py fp8 [--batch 1 64]         # decode and prefill in bf16 and in FP8, one run
     python tests/bench/engine_steps.py all                        # every one of these
 
 decode: an engine with random weights in the shape of Llama-3.1-8B, bf16, decodes greedily behind so many tokens. Both
@@ -66,7 +67,7 @@ def engine_of(folder: Path, options: argparse.Namespace, **flags: Any) -> Engine
     tokens = max(options.batch) * (options.context + options.steps + options.profiled + CHECKED + 64)
     given = dict(model_path=str(folder), load_format="dummy", device="cpu" if options.tiny else "cuda",
                  max_total_tokens=tokens, max_running_requests=max(options.batch),
-                 enable_deterministic_inference=options.deterministic) | flags
+                 enable_deterministic_inference=options.deterministic, quantization=options.quantization) | flags
     return Engine(ServerArgs(**given))
 
 
@@ -358,6 +359,24 @@ def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def fp8(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Decodes and prompts with weights in bf16, then in FP8, and how many times as fast those are."""
+    rows = []
+    for method in (None, "fp8"):
+        for way in (decode, prefill):
+            given = argparse.Namespace(**vars(options) | dict(quantization=method))
+            rows += [dict(weights=method or "bf16") | row for row in way(given) if row.get("loop") != "plain"]
+            gc.collect()
+            torch.cuda.empty_cache()
+    half = len(rows) // 2
+    for plain, small in zip(rows[:half], rows[half:], strict=True):
+        key = "step_ms" if "step_ms" in plain else "best_ms"
+        if key in plain and key in small:
+            small["times_as_fast"] = plain[key] / small[key]
+            print(line(small), flush=True)
+    return rows
+
+
 def line(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
                      for name, value in row.items())
@@ -366,13 +385,14 @@ def line(row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ways = {"decode": decode, "prefill": prefill, "load": load, "chats": chats, "mixed": mixed, "grammar": grammar,
-            "host": host}
+            "host": host, "fp8": fp8}
     parser.add_argument("what", choices=[*ways, "all"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--context", type=int, default=1100)
     parser.add_argument("--steps", type=int, default=100, help="that are timed (default: %(default)s)")
     parser.add_argument("--profiled", type=int, default=10, help="further ones (default: %(default)s)")
     parser.add_argument("--deterministic", action="store_true", help="with --enable-deterministic-inference")
+    parser.add_argument("--quantization", choices=["fp8"], help="weights per output feature, inputs per token")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)

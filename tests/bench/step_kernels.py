@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int)
     parser.add_argument("--profiled", type=int, default=10, help="steps (default: %(default)s)")
     parser.add_argument("--marks", default="paged_attention", help="of the kernel that a layer begins with")
+    parser.add_argument("--quantization", choices=["fp8"], help="weights per output feature, inputs per token")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(argv)
     options.steps, options.deterministic = 0, False

@@ -40,3 +40,12 @@ def test_loops_that_differ_have_no_row(monkeypatch, capsys):
     monkeypatch.setattr(engine_steps, "step", other)
     assert engine_steps.main(["decode", "--tiny"]) == 1
     assert "step_ms" not in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_fp8_says_how_many_times_as_fast(tmp_path):
+    out = tmp_path / "rows.json"
+    assert engine_steps.main(["fp8", "--tiny", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [row["weights"] for row in rows] == ["bf16"] * 3 + ["fp8"] * 3
+    assert ["times_as_fast" in row for row in rows] == [False] * 3 + [True] * 3
