@@ -23,5 +23,5 @@ def _silu_and_mul_per_token_group_quant_fp8_kernel(q_ptr, scale_ptr, x_ptr, grou
 
 
 @silu_and_mul_per_token_group_quant_fp8.backend("triton", absent=no_fp8)
-def launch(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    return launch_groups(_silu_and_mul_per_token_group_quant_fp8_kernel, x, x.shape[1] // 2, group_size)
+def launch(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    return launch_groups(_silu_and_mul_per_token_group_quant_fp8_kernel, x, x.shape[1] // 2, group_size, scale_ue8m0)

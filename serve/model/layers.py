@@ -13,12 +13,10 @@ from torch.nn import functional as F
 from wave64 import ops
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import ModelConfig, RopeConfig
-from wave64.serve.model.linear import Layer, Quantized, Stored, weight
+from wave64.serve.model.linear import ACTIVATIONS, Layer, Quantized, Stored, weight
 from wave64.serve.model.parallel import Ranks, Slice
 from wave64.serve.model.rope import cos_sin_cache
 from wave64.serve.model.scaled import CacheScales, head, projections, row_parallel
-
-ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
 
 #: whether ROCm's torch has a product of 16-bit matrices with an fp32 result
 MIXED_ON_ROCM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
@@ -69,35 +67,36 @@ class RMSNorm(Layer):
         self.weight = weight(hidden_size)
         self.eps, self.group_size = eps, group_size
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor | Quantized:
-        """Adds x to the residual stream, in place, and returns the norm of the sum; without a group_size in x."""
-        if self.group_size:
-            return self._quantized(x, residual)
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Adds x to the residual stream and returns the norm of the sum. Both are written: residual holds the sum,
+        x the norm."""
         ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
         return x
 
+    def handed_on(self, x: Tensor, residual: Tensor | None) -> Tensor | Quantized:
+        """As forward, or without a residual as alone, in the form that the next product takes."""
+        if self.group_size:
+            q, scale = ops.fused_add_rms_norm_quant_fp8(x, residual, self.weight, self.eps, self.group_size)
+            return Quantized(q, scale, x.dtype)
+        return self.alone(x) if residual is None else self(x, residual)
+
     def of_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor | Quantized:
-        """As forward, of what the ranks of an attention group have computed each a part of."""
+        """As handed_on, of what the ranks of an attention group have computed each a part of."""
         if ranks.attention.size == 1 or self.group_size and not ranks.sums_exactly(x):
-            return self(ranks.sum_attention(x), residual)
+            return self.handed_on(ranks.sum_attention(x), residual)
         if self.group_size:
             return Quantized(*ranks.quantized_norm_of_sum(x, residual, self.weight, self.eps, self.group_size), x.dtype)
         return ranks.norm_of_sum(x, residual, self.weight, self.eps)
 
     def of_mlp_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor | Quantized:
-        """As forward, of what all ranks have computed each a part of, for the tokens of all attention groups."""
+        """As handed_on, of what all ranks have computed each a part of, for the tokens of all attention groups."""
         if ranks.data.size == 1:
             return self.of_sum(x, residual, ranks)
-        return self(ranks.sum_mlp(x, residual.shape[0]), residual)
+        return self.handed_on(ranks.sum_mlp(x, residual.shape[0]), residual)
 
-    def alone(self, x: Tensor) -> Tensor | Quantized:
-        """The norm of x [num_tokens, hidden] or, without a group_size, [num_tokens, num_heads, hidden], strided or not;
-        x does not change."""
-        return self._quantized(x, None) if self.group_size else ops.rms_norm(x, self.weight, self.eps)
-
-    def _quantized(self, x: Tensor, residual: Tensor | None) -> Quantized:
-        q, scale = ops.fused_add_rms_norm_quant_fp8(x, residual, self.weight, self.eps, self.group_size)
-        return Quantized(q, scale, x.dtype)
+    def alone(self, x: Tensor) -> Tensor:
+        """The norm of x [num_tokens, hidden] or [num_tokens, num_heads, hidden], strided or not; x does not change."""
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class Rotary(nn.Module):
@@ -273,8 +272,7 @@ class CausalLM(nn.Module):
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows, those of all attention groups below each other,
-        each padded to batch.gathered_logits; in batch.logits, if there is one. Writes what attention caches of the new
-        tokens to kv_cache, one tuple of tensors per layer, shaped as the family's kv_shapes says."""
+        each padded to batch.gathered_logits. Writes what attention caches of the new tokens to kv_cache, one tuple of
+        tensors per layer, shaped as the family's kv_shapes says."""
         x = self.ranks.gather(self.model(batch, kv_cache), batch.gathered_logits)
-        logits = self.ranks.whole_vocabulary(self.lm_head(x), self.vocab_size)
-        return logits.float().contiguous() if batch.logits is None else batch.logits.copy_(logits)
+        return self.ranks.whole_vocabulary(self.lm_head(x), self.vocab_size).float().contiguous()

@@ -1,4 +1,4 @@
-"""Linear layers with plain weights, and what every layer with weights is."""
+"""Linear layers with plain weights, what every layer with weights is, and what stands between gated products."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wave64 import ops
 from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.cpu import choose_product
 from wave64.serve.model.parallel import Slice
+
+ACTIVATIONS = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}
 
 #: (name in the checkpoint, view to fill, shard of the stored tensor), and where the view is FP8 and what is stored is
 #: not, the scales to fill, a number per row

@@ -8,7 +8,7 @@ and scales are repeated. Columns are split over ranks at boundaries only.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from wave64 import ops, quant
 from wave64.ops.fused_all_reduce_rms_norm_quant_fp8 import GROUP_SIZES
 from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ModelConfig, QuantConfig
-from wave64.serve.model.linear import Layer, Linear, MergedLinear, Quantized, Stored, weight
+from wave64.serve.model.linear import ACTIVATIONS, Layer, Linear, MergedLinear, Quantized, Stored, weight
 from wave64.serve.model.parallel import Ranks, Slice
 
 
@@ -53,6 +53,20 @@ def norm_groups(config: ModelConfig, columns: int) -> int:
     size, of = block_columns(config), config.quantization
     fits = of is not None and not of.scale_ue8m0 and size in GROUP_SIZES and columns % size == 0
     return size if fits else 0
+
+
+def activation(config: ModelConfig) -> Callable[[Tensor], Tensor | Quantized]:
+    """Of the first product of a gated MLP, [num_tokens, 2 * inter], what its second one takes: `row_parallel`'s in FP8
+    takes silu's result quantized, from the same launch."""
+    of = config.quantization
+    if of is None or config.hidden_act != "silu":
+        return ACTIVATIONS[config.hidden_act]
+
+    def silu_in_fp8(x: Tensor) -> Quantized:
+        q, scale = ops.silu_and_mul_per_token_group_quant_fp8(x, of.weight_block_size[1], of.scale_ue8m0)
+        return Quantized(q, scale, x.dtype)
+
+    return silu_in_fp8
 
 
 class Scales:

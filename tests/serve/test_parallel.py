@@ -164,13 +164,14 @@ class Called(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("size", "quantize", "data", "of_sums", "plain", "fused", "alone"), [
-    (2, "none", ALONE, 4, 2, 3, 4), (1, "none", ALONE, 0, 0, 3 + 4, 4), (2, "int8", ALONE, 0, 0, 3 + 4, 4),
-    (2, "none", Group("data", 0, 2), 0, 3, 3 + 3, 4 + 3 + 2)])
-def test_norms_are_handed_on_in_fp8(monkeypatch, folders, size, quantize, data, of_sums, plain, fused, alone):
-    """Of three layers all before attention and of queries' latents, and the first before its MLP, which is not of
-    experts, but where norms are gathered: by one launch with the sum over ranks (of_sums), or without one (fused),
-    where sums are sent as codes, too. alone: what products quantize themselves, results of attention and of the MLP,
-    and where norms are gathered those, and of shared experts both."""
+    (2, "none", ALONE, 4, 2, 3, 3), (1, "none", ALONE, 0, 0, 3 + 4, 3), (2, "int8", ALONE, 0, 0, 3 + 4, 3),
+    (2, "none", Group("data", 0, 2), 0, 3, 3 + 3, 3 + 3)])
+def test_norms_and_activations_are_handed_on_in_fp8(monkeypatch, folders, size, quantize, data, of_sums, plain, fused,
+                                                    alone):
+    """Norms of three layers: all before attention and of queries' latents, and the first before its MLP, which is not
+    of experts, but where norms are gathered; by one launch with the sum over ranks (of_sums), or without one (fused),
+    where sums are sent as codes, too. alone: what products quantize themselves, results of attention, and where norms
+    are gathered those, of the MLP and of shared experts."""
     monkeypatch.setattr(distributed, "all_reduce", lambda x, group: x.clone())
     monkeypatch.setattr(distributed, "all_gather", lambda x, group: torch.cat((x, x)))
     monkeypatch.setattr(distributed, "reduce_scatter", lambda x, group: x.chunk(2)[0].clone())
@@ -188,6 +189,8 @@ def test_norms_are_handed_on_in_fp8(monkeypatch, folders, size, quantize, data, 
     assert called.counts["fused_add_rms_norm_quant_fp8"] == fused
     assert called.counts["fused_all_reduce_rms_norm"] == plain
     assert called.counts["per_token_group_quant_fp8"] == alone
+    assert called.counts["silu_and_mul_per_token_group_quant_fp8"] == (1 if data == ALONE else 3)
+    assert called.counts["silu_and_mul"] == 0
 
 
 @pytest.mark.parametrize(("name", "tp"), [("deepseek-v3", 2), ("deepseek-v3", 4), ("deepseek-v2", 2),

@@ -27,11 +27,11 @@ def _strided():
 
 
 def _rows_of_zeros(group_size):
-    drawn = _draw(4, 256, group_size=group_size)
-    drawn["x"][1], drawn["residual"][1] = 0, 0
-    drawn["residual"][2] = -drawn["x"][2]
-    drawn["x"][3, 128:], drawn["residual"][3, 128:] = 0, 0
-    return drawn
+    x, residual = torch.randn(2, 4, 256, dtype=torch.bfloat16)
+    x[1], residual[1] = 0, 0
+    residual[2] = -x[2]
+    x[3, 128:], residual[3, 128:] = 0, 0
+    return _draw(4, 256, group_size=group_size) | dict(x=x.clone(), residual=residual.clone())
 
 
 def cases():

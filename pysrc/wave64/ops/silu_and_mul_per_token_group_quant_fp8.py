@@ -25,12 +25,13 @@ def cases():
     yield Case("extremes", lambda: dict(x=torch.tensor([-200.0, -88.0, -9.0, -0.0, 0.0, 9.0, 200.0, 3.0]).repeat(3, 8),
                                         group_size=32))
     yield Case("far-below", lambda: dict(x=far_below(), group_size=32))
+    yield Case("ue8m0", lambda: dict(x=torch.randn(3, 256), group_size=64, scale_ue8m0=True))
     for tokens in (1, 128, 4096):
         yield Case(f"{tokens}x2048", lambda t=tokens: dict(x=torch.randn(t, 4096, dtype=torch.bfloat16),
                                                            group_size=128), large=True)
 
 
-def check(x, group_size):
+def check(x, group_size, scale_ue8m0=False):
     check_x(x)
     check_group_size(group_size)
 
@@ -44,23 +45,25 @@ def agree(args, result, exact) -> None:
     agrees(activated(args["x"]), result, exact, [1, args["group_size"]], SLACK)
 
 
-def cost(x, group_size) -> Cost:
+def cost(x, group_size, scale_ue8m0=False) -> Cost:
     tokens, d = x.shape[0], x.shape[1] // 2
     return Cost(bytes=x.nbytes + tokens * d + 4 * tokens * -(-d // group_size))
 
 
 @op(cases=cases, check=check, cost=cost, agree=agree)
-def silu_and_mul_per_token_group_quant_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def silu_and_mul_per_token_group_quant_fp8(x: Tensor, group_size: int,
+                                           scale_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """Apply SwiGLU, then quantize the result to FP8 in groups of columns: y = silu(x[:, :d]) * x[:, d:] in fp32, not
     rounded; q[t, i] = y[t, i] / scale[t, i // group_size], rounded to nearest even; scale = max(amax, 1e-10) / limit,
     with the amax of the group and limit the largest value of the FP8 dtype.   (Shazeer 2020; DeepSeek-AI 2024)
 
     x           [num_tokens, 2 * d]  bf16, fp16 or fp32: gate then up; last dim contiguous, rows may be strided
     group_size  a power of two up to 1024; the last group of a row may be shorter
+    scale_ue8m0 round scales up to powers of two, stored as fp32
     returns     q [num_tokens, d]  the architecture's FP8, contiguous, and
                 scale [num_tokens, ceil(d / group_size)]  fp32, contiguous
     raises      BadArgument (a ValueError) for other shapes, dtypes or group sizes
 
     Errors, NaN and infinities of y are those of per_token_group_quant_fp8.
     """
-    return grouped(activated(x), group_size)
+    return grouped(activated(x), group_size, scale_ue8m0)

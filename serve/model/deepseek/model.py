@@ -15,7 +15,6 @@ from wave64.serve.model.config import ModelConfig, MoEConfig
 from wave64.serve.model.deepseek.config import read_config
 from wave64.serve.model.family import Family
 from wave64.serve.model.layers import (
-    ACTIVATIONS,
     Block,
     CausalLM,
     KVCache,
@@ -25,7 +24,15 @@ from wave64.serve.model.layers import (
 )
 from wave64.serve.model.linear import Layer, Quantized, weight
 from wave64.serve.model.parallel import Ranks, Slice
-from wave64.serve.model.quantized import Experts, UpProjection, block_columns, linear, norm_groups, row_parallel
+from wave64.serve.model.quantized import (
+    Experts,
+    UpProjection,
+    activation,
+    block_columns,
+    linear,
+    norm_groups,
+    row_parallel,
+)
 
 LATENT_EPS = 1e-6  # of the norms inside attention, independent of rms_norm_eps
 
@@ -60,7 +67,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: Tensor | Quantized, batch: Batch, kv_cache: KVCache) -> Tensor:
         q, kv_c, k_pe = self.down_proj(x).split((self.q_width, self.rank, self.rope), dim=-1)
         if self.q_b_proj is not None and self.q_a_layernorm is not None:
-            q = self.q_b_proj(self.q_a_layernorm.alone(q))
+            q = self.q_b_proj(self.q_a_layernorm.handed_on(q, None))
         q = q.unflatten(-1, (self.num_heads, -1))
         kv_c = self.kv_a_layernorm.alone(kv_c)
         n = batch.num_decodes
@@ -133,10 +140,10 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = linear(config, config.hidden_size, {"gate_proj": inter, "up_proj": inter})
         self.down_proj = row_parallel(config, ranks, inter, "down_proj", config.hidden_size)
-        self.activation_and_mul = ACTIVATIONS[config.hidden_act]
+        self.activation = activation(config)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
-        return self.down_proj(self.activation_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.activation(self.gate_up_proj(x)))
 
 
 class MixtureOfExperts(nn.Module):
