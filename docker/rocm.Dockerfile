@@ -25,6 +25,14 @@ RUN groupadd --force video && groupadd --force render && \
     useradd --create-home --uid 10001 --groups video,render wave64
 USER 10001
 WORKDIR /home/wave64
+# Triton's kernels of MODEL, where a server finds them; no GPU is needed to compile them.
+ARG GPU_ARCH=gfx942
+ARG MODEL=demo-llama
+RUN IFS=";"; for arch in ${GPU_ARCH}; do \
+        case "${arch}" in \
+            gfx942|gfx950) python3 -m wave64 prebuild --arch "${arch}" --model-path "${MODEL}" || exit 1 ;; \
+        esac; \
+    done
 EXPOSE 30000
 # ready after weights, Triton's kernels and graphs: minutes for a large model
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=6 \

@@ -33,7 +33,7 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 def commands(text: str) -> list[str]:
     """Lines of shell blocks, those that end in a backslash joined with the next, and inline code that is a command of
-    ours. A block without a language may have output between its commands."""
+    ours. A block without a language may have output between its commands; inline a verb alone is a name."""
     found = []
     for language, content in blocks(text):
         if language in ("bash", ""):
@@ -41,6 +41,7 @@ def commands(text: str) -> list[str]:
             found += [line for line in lines if (language or OWN.match(line)) and line.strip() and line[0] != "#"]
     inline = re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))
     inline = [" ".join(code.split()) for code in inline]
+    inline = [f"{line} --help" if re.fullmatch(r"python -m wave64 [\w-]+", line) else line for line in inline]  # names
     return found + [line for line in inline if OWN.match(line) and "..." not in line]
 
 

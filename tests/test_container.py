@@ -102,6 +102,9 @@ class Root:
                 self.copy_tree()
             elif instruction == "ENV":
                 self.environment |= dict(pair.split("=") for pair in text.split())
+            elif instruction == "ARG":
+                name, _, default = text.partition("=")
+                self.arguments.setdefault(name, default)
             elif instruction == "USER":
                 self.user = f"{text}:{text}"
             elif instruction == "RUN":

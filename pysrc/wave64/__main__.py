@@ -27,6 +27,7 @@ MODULES = {
     "check-emulated": ("wave64.testing.emulator.check",
                        "hold machine code for gfx942 or gfx950 to the contract on the emulator"),
     "step": ("wave64.testing.emulator.step", "step through a kernel's machine code, an instruction at a time"),
+    "trace": ("wave64.testing.emulator.trace", "what the waves of a launch do, by cycle, for Perfetto: trace rms_norm"),
     "cost": ("wave64.testing.cost", "what limits a kernel on MI300X or MI355X, by its execution on the emulator"),
     "compile": ("wave64.testing.compile", "compile Triton kernels for an architecture; figures as JSON"),
     "tune": ("wave64.testing.tune", "find launch configurations: timed on a GPU, else by machine code"),

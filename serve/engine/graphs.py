@@ -81,10 +81,12 @@ class DecodeGraphs:
 
     def __init__(
         self, model: nn.Module, kv_cache: list[KVCache], device: torch.device, max_batch: int,
-        max_pages: int, sizes: Sequence[int] = (), last_sampled: Tensor | None = None, chooses: bool = False,
+        max_pages: int, sizes: Sequence[int] = (), last_sampled: Tensor | None = None,
+        logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         """max_batch: of what runs. sizes: of the batches that are captured; none: batch_sizes(max_batch). last_sampled:
-        int64, of each row of the page table and of one more, for padding. chooses: with graphs for choose()."""
+        int64, of each row of the page table and of one more, for padding. logits: where those of every graph go, [rows,
+        vocab_size] fp32, and of which other graphs choose(); None: each graph has its own."""
         self._sizes = batch_sizes(max_batch, sizes)
         self.largest = max_batch = self._sizes[-1]
         # What changes at every step lies in one piece of memory, here and on the device.
@@ -93,7 +95,7 @@ class DecodeGraphs:
         self._fixed = fixed = _fields(self._there, max_batch)
         if last_sampled is None:
             last_sampled = torch.zeros(max_batch + 1, dtype=torch.int64, device=device)
-        self._last_sampled = last_sampled
+        self._last_sampled, self._logits = last_sampled, logits
         self._staged = {name: field.numpy() for name, field in _fields(torch.from_numpy(self._host), max_batch).items()}
         fixed["slot_mapping"].fill_(-1)
         self._inputs = Batch(
@@ -109,7 +111,7 @@ class DecodeGraphs:
             gathered_tokens=max_batch,
             gathered_logits=max_batch,
         )
-        self.chooses = chooses
+        self.chooses = logits is not None
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
         self._choices: dict[int, tuple[Any, Tensor]] = {}
         started = noted = time.perf_counter()
@@ -119,7 +121,7 @@ class DecodeGraphs:
             graph, logits = capture(lambda size=size: model(self._cut(size), kv_cache), memory)
             memory = graph.pool()
             self._graphs[size] = (graph, logits)
-            if chooses:
+            if self.chooses:
                 self._choices[size] = capture(lambda size=size, logits=logits: self._choose(logits, size), memory)
             if time.perf_counter() - noted > NOTE_S:
                 noted = time.perf_counter()
@@ -191,4 +193,5 @@ class DecodeGraphs:
             logit_rows=whole.logit_rows[:size],
             gathered_tokens=size,
             gathered_logits=size,
+            logits=self._logits[:size] if self._logits is not None else None,
         )

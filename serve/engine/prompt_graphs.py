@@ -25,6 +25,7 @@ from wave64.serve.model.layers import KVCache
 log = logging.getLogger("wave64")
 
 DECODES = (0, 16, 64, 128, 192, 256)  # few graphs, and few rows that pad
+MAX_DECODES = DECODES[-1]  # where more decode, products take longer than their launches
 MIN_TOKENS = 64
 TOKENS_PER_PROMPT = 16  # at least so many on average, else a larger graph holds them: each costs attention a block
 Size = tuple[int, int]  # decodes, prompt tokens
@@ -39,6 +40,11 @@ def sizes(max_decodes: int, max_tokens: int) -> list[Size]:
     return [(count, length) for length in tokens for count in decodes]
 
 
+def max_rows(max_decodes: int, max_tokens: int) -> int:
+    """Of logits, at most, of such graphs."""
+    return max_decodes + _prompts((max_decodes, max_tokens))
+
+
 def _prompts(size: Size) -> int:
     """How many prompts a graph holds."""
     return max(1, size[1] // TOKENS_PER_PROMPT)
@@ -49,10 +55,11 @@ class PromptGraphs:
     tokens, of sequences of up to `max_pages` pages each."""
 
     def __init__(self, model: nn.Module, kv_cache: list[KVCache], device: torch.device, max_decodes: int,
-                 max_pages: int, max_tokens: int, memory: Any = None) -> None:  # fmt: skip
-        """memory: of graphs of which none runs at the same time."""
+                 max_pages: int, max_tokens: int, memory: Any = None,
+                 logits: Tensor | None = None) -> None:  # fmt: skip
+        """memory: of graphs of which none runs at the same time. logits: as for DecodeGraphs."""
         self._sizes = sizes(max_decodes, max_tokens)
-        largest = self._sizes[-1]
+        self._logits, largest = logits, self._sizes[-1]
         self._there = torch.zeros(_bytes(largest), dtype=torch.uint8, device=device)
         self._host = np.zeros(_bytes(largest), dtype=np.uint8)
         here = torch.from_numpy(self._host)
@@ -135,7 +142,8 @@ class PromptGraphs:
         decodes, tokens = size
         fields = self._inputs[size]
         return Batch(**fields, page_table=self._page_table[: len(fields["seq_lens"])], num_decodes=decodes,
-                     max_seqlen_q=tokens)  # fmt: skip
+                     max_seqlen_q=tokens,
+                     logits=None if self._logits is None else self._logits[: len(fields["logit_rows"])])  # fmt: skip
 
 
 def _fields(memory: Tensor, size: Size) -> dict[str, Tensor]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from wave64 import ops
 from wave64.serve.engine import sampler
 from wave64.serve.engine.crossing import Crossing
-from wave64.serve.engine.graphs import DecodeGraphs
+from wave64.serve.engine.graphs import DecodeGraphs, batch_sizes
 from wave64.serve.engine.history import History
 from wave64.serve.engine.host_tier import HostTier
 from wave64.serve.engine.memory import kv_cache
-from wave64.serve.engine.prompt_graphs import PromptGraphs
+from wave64.serve.engine.prompt_graphs import MAX_DECODES, PromptGraphs, max_rows
 from wave64.serve.engine.schedule import LAST_SAMPLED, Sampled, Sampling, Schedule
 from wave64.serve.model import FAMILIES
 from wave64.serve.model.batch import Batch
@@ -68,12 +68,18 @@ class Runner:
         self._graphs = self._prompt_graphs = None
         if capture:
             width = self._page_table.shape[1]
-            chooses = groups == 1 and not one_by_one and ranks.world.rank == 0
-            self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, width, graph_sizes,
-                                        self._last_sampled[self._group], chooses)
-            if prompt_tokens and not self._reads_prefixes and not one_by_one and ranks.world.size == 1:
-                self._prompt_graphs = PromptGraphs(model, self.kv_cache, device, self._graphs.largest, width,
-                                                   prompt_tokens, self._graphs.memory)
+            largest, last_sampled = batch_sizes(max_running, graph_sizes)[-1], self._last_sampled[self._group]
+            decodes = min(largest, MAX_DECODES)
+            captures_prompts = prompt_tokens and not self._reads_prefixes and not one_by_one and ranks.world.size == 1
+            logits = None
+            if groups == 1:
+                rows = max(largest, max_rows(decodes, prompt_tokens) if captures_prompts else 0)
+                logits = torch.zeros(rows, config.vocab_size, device=device)
+            self._graphs = DecodeGraphs(model, self.kv_cache, device, max_running, width, graph_sizes, last_sampled,
+                                        logits)
+            if captures_prompts:
+                self._prompt_graphs = PromptGraphs(model, self.kv_cache, device, decodes, width, prompt_tokens,
+                                                   self._graphs.memory, logits)
         self._chosen: Tensor | None = None  # by the graph of the last forward()
         self._one_by_one, self._vocab = one_by_one, config.vocab_size
         self.max_split = SPLIT_DECODES if groups == 1 else 0

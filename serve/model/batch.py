@@ -27,3 +27,4 @@ class Batch:
     # With data-parallel attention, what every attention group pads its tokens and its logits' rows to in this step:
     gathered_tokens: int = 0
     gathered_logits: int = 0
+    logits: Tensor | None = None  # [rows of the logits, vocab_size] fp32: where they go, if that is settled

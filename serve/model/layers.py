@@ -272,7 +272,8 @@ class CausalLM(nn.Module):
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows, those of all attention groups below each other,
-        each padded to batch.gathered_logits. Writes what attention caches of the new tokens to kv_cache, one tuple of
-        tensors per layer, shaped as the family's kv_shapes says."""
+        each padded to batch.gathered_logits; in batch.logits, if there is one. Writes what attention caches of the new
+        tokens to kv_cache, one tuple of tensors per layer, shaped as the family's kv_shapes says."""
         x = self.ranks.gather(self.model(batch, kv_cache), batch.gathered_logits)
-        return self.ranks.whole_vocabulary(self.lm_head(x), self.vocab_size).float().contiguous()
+        logits = self.ranks.whole_vocabulary(self.lm_head(x), self.vocab_size)
+        return logits.float().contiguous() if batch.logits is None else batch.logits.copy_(logits)

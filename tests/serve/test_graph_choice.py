@@ -1,6 +1,8 @@
 """Tokens that the graph of a step chooses, where nothing else is wanted of it: they are those that are chosen behind
 it, and little is launched between two replays. On a CPU, by the stand-in for graphs."""
 
+import random
+
 import pytest
 import torch
 from helpers_graphs import Graph, captures_on_cpu
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wave64.serve.args import ServerArgs
 from wave64.serve.engine.engine import Engine
 from wave64.serve.engine.graphs import DecodeGraphs
+from wave64.serve.engine.sequence import Sequence
 from wave64.serve.messages import Request, SamplingParams
 
 PLAIN = [dict(temperature=0), dict(seed=1), dict(seed=2, top_k=5, temperature=1.3), dict(seed=3, top_p=0.7, min_p=0.01),
@@ -29,7 +32,7 @@ def engines(tmp_path_factory):
                                   max_running_requests=8, disable_radix_cache=True)) for _ in range(2)]  # fmt: skip
         runner = made[1].runner
         runner._graphs = DecodeGraphs(runner.model, runner.kv_cache, runner.device, 8, runner._page_table.shape[1],
-                                      (1, 8), runner._last_sampled[0], chooses=True)  # fmt: skip
+                                      (1, 8), runner._last_sampled[0], torch.zeros(8, 100))  # fmt: skip
     return made
 
 
@@ -51,6 +54,20 @@ def test_the_same_tokens_are_chosen_in_the_graph(engines, monkeypatch, overlap):
         assert {rid: (each.token_ids, each.finish_reason) for rid, each in got.items()} == {
             rid: (each.token_ids, each.finish_reason) for rid, each in want.items()}
         assert {len(chosen)} == counts
+
+
+@pytest.mark.parametrize(("wants", "is_plain"), [
+    *((kind, True) for kind in PLAIN), *((kind, False) for kind in OTHERS), (dict(frequency_penalty=0.1), False),
+    (dict(repetition_penalty=1.1), False), (dict(bad_words=[[3]]), False)])
+def test_which_requests_want_nothing_else(wants, is_plain):
+    request, = requests([wants])
+    assert Sequence(request, frozenset(), random.Random(0)).is_plain == is_plain
+    for more in (dict(top_logprobs=0), dict(prompt_logprobs=True)):
+        other = Request("a", [1], request.params, **more)
+        assert not Sequence(other, frozenset(), random.Random(0)).is_plain
+    seq = Sequence(request, frozenset(), random.Random(0))
+    seq.grammar = object()
+    assert not seq.is_plain
 
 
 class Launches(TorchDispatchMode):

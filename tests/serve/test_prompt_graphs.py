@@ -94,6 +94,15 @@ def test_what_no_graph_holds_is_launched_kernel_by_kernel(runners, why, step):
     assert Graph.ours.replayed is None, why
 
 
+def test_all_graphs_write_their_logits_to_the_same_memory(runners):
+    """The largest step's: those of every graph would take as much as a small model."""
+    graphs, prompts = runners[1]._graphs, runners[1]._prompt_graphs
+    found = [logits for _, logits in (*graphs._graphs.values(), *prompts._graphs.values())]
+    assert len(found) == 2 + 9
+    assert len({logits.data_ptr() for logits in found}) == 1
+    assert max(len(logits) for logits in found) * 101 * 4 == found[0].untyped_storage().nbytes()
+
+
 def test_sizes():
     assert prompt_graphs.sizes(1, 64) == [(0, 64), (1, 64)]
     assert prompt_graphs.sizes(64, 300) == [(d, t) for t in (75, 150, 300) for d in (0, 16, 64)]
