@@ -216,9 +216,7 @@ class Response:
         """The whole response."""
         async for _ in self._job.generator.run(self._job.choices):
             pass
-        message = self._job.whole(self._job.choices[0])["message"]
-        calls = [{"index": i, **call} for i, call in enumerate(message.get("tool_calls", ()))]
-        self._output.take({**message, "tool_calls": calls})
+        self._output.take(self._job.whole(self._job.choices[0])["message"])
         return self._ended()[-1]["response"]
 
     async def stream(self) -> AsyncGenerator[Json, None]:
