@@ -7,6 +7,8 @@ the logits of the tool's own quantized model in fp32, and of the model as it was
 needs, next to torch and transformers: pip install amd-quark compressed-tensors nvidia-modelopt accelerate
 """
 
+# pyright: reportMissingImports=false, reportArgumentType=false
+
 import copy
 import importlib.metadata
 import json

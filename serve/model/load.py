@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ class Target(NamedTuple):
 def _targets(model: nn.Module) -> dict[str, Target]:
     """Checkpoint name -> what to fill. Tied weights are two names of one view."""
     return {
-        name: Target(*target)
+        name: Target(*cast(Any, target))
         for module_name, module in model.named_modules() if isinstance(module, Layer)
         for name, *target in module.checkpoint(module_name)
     }  # fmt: skip

@@ -5,7 +5,7 @@ merged keep each its own, and nothing is rounded a second time. Their input is q
 input scales the largest counts, with which no number saturates that would not with its own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ def projections(config: ModelConfig, where: str, in_features: int, parts: Mappin
     """
     schemes = {name: config.scheme(f"{where}.{name}") for name in parts}
     if len(set(schemes.values())) == 1:
-        return _linear(config, next(iter(schemes.values())), in_features, parts, bias)
-    return SideBySide(_linear(config, schemes[name], in_features, {name: rows}, bias) for name, rows in parts.items())
+        return _merged(config, next(iter(schemes.values())), in_features, parts, bias)
+    return SideBySide([_merged(config, schemes[name], in_features, {name: rows}, bias) for name, rows in parts.items()])
 
 
 def row_parallel(config: ModelConfig, ranks: Ranks, where: str, name: str, in_features: Slice, out_features: int,
@@ -53,10 +53,15 @@ def head(config: ModelConfig, rows: Slice, tied: nn.Parameter | None) -> nn.Modu
     return _linear(config, scheme, config.hidden_size, {"lm_head": rows}, False)
 
 
-def _linear(config: ModelConfig, scheme: Scheme | None, in_features: int | Slice, parts: Mapping[str, int | Slice],
-            bias: bool) -> nn.Module:
+def _merged(config: ModelConfig, scheme: Scheme | None, in_features: int, parts: Mapping[str, int | Slice],
+            bias: bool) -> "MergedLinear | Fp8Linear | ScaledLinear":
     if scheme is None:
         return MergedLinear(in_features, parts, bias)
+    return _linear(config, scheme, in_features, parts, bias)
+
+
+def _linear(config: ModelConfig, scheme: Scheme, in_features: int | Slice, parts: Mapping[str, int | Slice],
+            bias: bool) -> "Fp8Linear | ScaledLinear":
     if scheme.block:
         return Fp8Linear(in_features, parts, QuantConfig(scheme.block, scheme.ue8m0), scheme.scale_name, bias)
     assert config.schemes is not None
@@ -66,12 +71,12 @@ def _linear(config: ModelConfig, scheme: Scheme | None, in_features: int | Slice
 class SideBySide(nn.Module):
     """Projections of the same input that are stored in different ways: one product each."""
 
-    def __init__(self, layers):
+    def __init__(self, layers: "Sequence[MergedLinear | Fp8Linear | ScaledLinear]"):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        for layer in self.layers:
+        for layer in layers:
             layer.levels = 3  # down from this module's name
-        self.widths = [width for layer in self.layers for width in layer.widths]
+        self.layers = nn.ModuleList(layers)
+        self.widths = [width for layer in layers for width in layer.widths]
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([layer(x) for layer in self.layers], dim=-1)

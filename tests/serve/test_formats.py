@@ -6,10 +6,12 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers_llama import PagedDriver, edit_json, load
+from helpers_llama import PagedDriver, edit_json
+from helpers_llama import load as load_with_config
 from safetensors.torch import load_file, save_file
 
 from wave64 import platform, quant
@@ -49,13 +51,18 @@ class Fp8Driver(PagedDriver):
         return super().pool(config, num_pages, page_size, quant.fp8_dtype(), device)
 
 
+def load(folder: Path) -> Any:
+    """The model, in fp32 on the CPU."""
+    return load_with_config(folder, "cpu", torch.float32)[0]
+
+
 def rms(x: torch.Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
 def error(name: str, driver=PagedDriver) -> float:
     """How far our logits are from the tool's, as a fraction of how far those are from the plain model's."""
-    model, config = load(MADE / name, "cpu", torch.float32)
+    model, config = load(MADE / name), ModelConfig.from_folder(MADE / name)
     expected = load_file(MADE / name / "expected.safetensors")
     got = driver(model, config, "cpu").step({}, {"a": expected["ids"].tolist()})
     return rms(got - expected["logits"]) / rms(expected["logits"] - expected["unquantized"])
@@ -80,6 +87,7 @@ def test_each_row_of_the_table_has_a_checkpoint():
     for name, (row, kinds) in CHECKPOINTS.items():
         config = ModelConfig.from_folder(MADE / name)
         schemes = config.schemes
+        assert schemes is not None
         assert (schemes.method, config.passed_by) == (FORMATS[row].method, ())
         found = {s for layer in range(config.num_layers) for s in map(config.layer(layer).scheme, (
             "self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"))}
@@ -107,7 +115,7 @@ def test_keys_and_values_in_fp8_as_the_tool_rounds_them():
 def test_on_an_architecture_whose_fp8_means_half_the_number(name):
     """With stored scales twice as large, e4m3fnuz has the numbers of e4m3fn: nothing is rounded in another way."""
     with platform.target("gfx942"):
-        model, _ = load(MADE / name, "cpu", torch.float32)
+        model = load(MADE / name)
         assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.float8_e4m3fnuz
         assert error(name, Fp8Driver if name == "modelopt-kv" else PagedDriver) < TOLERANCE
 
@@ -125,12 +133,13 @@ def test_the_newer_file_of_modelopt_says_what_config_json_says(tmp_path):
 
 @pytest.mark.parametrize("name", ["quark-fp8-kv", "quark-channel", "compressed-block"])
 def test_each_of_two_ranks_holds_its_part(name):
-    whole, _ = load(MADE / name, "cpu", torch.float32)
+    whole = load(MADE / name)
     config = ModelConfig.from_folder(MADE / name)
-    parts = []
+    parts: list[Any] = []
     for rank in range(2):
         group = Group("", rank, 2)
-        parts.append(load_model(config, MADE / name, torch.float32, "cpu", ranks=Ranks(group, group)).model.layers[0])
+        held: Any = load_model(config, MADE / name, torch.float32, "cpu", ranks=Ranks(group, group))
+        parts.append(held.model.layers[0])
     whole = whole.model.layers[0]
 
     def bits(layer, path: str) -> torch.Tensor:
@@ -153,7 +162,7 @@ def test_each_of_two_ranks_holds_its_part(name):
 
 def test_merged_projections_keep_each_its_scale():
     weights = load_file(MADE / "quark-tensor" / "model.safetensors")
-    layer = load(MADE / "quark-tensor", "cpu", torch.float32)[0].model.layers[0].self_attn.qkv_proj
+    layer = load(MADE / "quark-tensor").model.layers[0].self_attn.qkv_proj
     scales = [weights[f"model.layers.0.self_attn.{part}_proj.weight_scale"] for part in "qkv"]
     assert len(set(scales)) == 3
     expected = torch.cat([scale.expand(width) for scale, width in zip(scales, (64, 32, 32), strict=True)])
@@ -163,7 +172,7 @@ def test_merged_projections_keep_each_its_scale():
 def test_of_input_scales_the_largest_counts(copy):
     names = [f"model.layers.0.self_attn.{part}_proj.input_scale" for part in "qkv"]
     change(copy, lambda w: w.update(zip(names, map(torch.tensor, (0.25, 0.5, 0.125)), strict=True)))
-    assert load(copy, "cpu", torch.float32)[0].model.layers[0].self_attn.qkv_proj.input_scale == 0.5
+    assert load(copy).model.layers[0].self_attn.qkv_proj.input_scale == 0.5
 
 
 def test_projections_of_one_input_may_be_stored_in_different_ways(copy):
@@ -175,7 +184,7 @@ def test_projections_of_one_input_may_be_stored_in_different_ways(copy):
 
     change(copy, plain)
     edit_json(copy / "config.json", lambda c: c["quantization_config"]["ignored_layers"].append("*.k_proj"))
-    mixed, whole = (load(folder, "cpu", torch.float32)[0].model.layers[0].self_attn.qkv_proj
+    mixed, whole = (load(folder).model.layers[0].self_attn.qkv_proj
                     for folder in (copy, MADE / "quark-fp8-kv"))
     x = torch.randn(5, 64)
     assert mixed.widths == whole.widths
@@ -199,7 +208,7 @@ def test_a_damaged_scale_is_refused_before_memory_is_taken(copy, monkeypatch, na
     taken = []
     monkeypatch.setattr("wave64.serve.model.load.fill_from", lambda *_: taken.append(1))
     with pytest.raises(WeightsError) as refused:
-        load(copy, "cpu", torch.float32)
+        load(copy)
     assert re.search(words, str(refused.value))
     assert name in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -210,7 +219,7 @@ def test_a_damaged_scale_of_a_block_is_refused_when_it_is_read(tmp_path):
     folder, name = Path(shutil.copytree(MADE / "deepseek-blocks", tmp_path / "copy")), f"{Q}.weight_scale_inv"
     change(folder, lambda w: w.update({name: w[name].fill_(float("inf"))}))
     with pytest.raises(WeightsError, match=f"{name}: expected positive finite scales, got inf at 0 of 4"):
-        load(folder, "cpu", torch.float32)
+        load(folder)
 
 
 FP8 = dict(num_bits=8, type="float", strategy="tensor", dynamic=False)
@@ -290,7 +299,7 @@ def test_online_holds_one_tensor_twice(tmp_path):
     shutil.copy(MADE / "quark-tensor" / "config.json", tmp_path)
     edit_json(tmp_path / "config.json", lambda c: c.pop("quantization_config"))
     config = replace(ModelConfig.from_folder(tmp_path), schemes=ONLINE)
-    model = load_model(config, tmp_path, torch.float32, "cpu")
+    model: Any = load_model(config, tmp_path, torch.float32, "cpu")
     down = model.model.layers[0].mlp.down_proj
     q, scale = quant.quantize_weight_channels(plain["model.layers.0.mlp.down_proj.weight"])
     assert torch.equal(down.weight.view(torch.uint8), q.view(torch.uint8))
