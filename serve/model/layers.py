@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wave64 import ops
+from wave64.ops.fused_add_rms_norm_quant_fp8 import PER_TOKEN
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import ModelConfig, RopeConfig
 from wave64.serve.model.linear import ACTIVATIONS, Layer, Quantized, Stored, weight
@@ -82,7 +83,7 @@ class RMSNorm(Layer):
 
     def of_sum(self, x: Tensor, residual: Tensor, ranks: Ranks) -> Tensor | Quantized:
         """As handed_on, of what the ranks of an attention group have computed each a part of."""
-        if ranks.attention.size == 1 or self.group_size and not ranks.sums_exactly(x):
+        if ranks.attention.size == 1 or self.group_size == PER_TOKEN or self.group_size and not ranks.sums_exactly(x):
             return self.handed_on(ranks.sum_attention(x), residual)
         if self.group_size:
             return Quantized(*ranks.quantized_norm_of_sum(x, residual, self.weight, self.eps, self.group_size), x.dtype)
@@ -176,7 +177,7 @@ class SelfAttention(nn.Module):
         self.rotary = rotary
         self.attention = Attention(config.head_dim, config.sliding_window)
 
-    def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+    def forward(self, x: Tensor | Quantized, batch: Batch, kv_cache: KVCache) -> Tensor:
         query, key, value = (part.unflatten(-1, (-1, self.rotary.head_dim))
                              for part in self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1))
         query, key = self.before_rope(query, key)
@@ -202,7 +203,7 @@ class MLP(nn.Module):
         self.down_proj = row_parallel(config, ranks, "mlp", "down_proj", inter, config.hidden_size, config.mlp_bias)
         self.activation_and_mul = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         return self.down_proj(self.activation_and_mul(self.gate_up_proj(x)))
 
 

@@ -5,14 +5,15 @@ merged keep each its own, and nothing is rounded a second time. Their input is q
 input scales the largest counts, with which no number saturates that would not with its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from wave64 import ops, quant
+from wave64.ops.fused_add_rms_norm_quant_fp8 import GROUP_SIZES, PER_TOKEN
 from wave64.serve.model.config import ModelConfig, QuantConfig
-from wave64.serve.model.linear import Layer, Linear, MergedLinear, Stored, weight
+from wave64.serve.model.linear import Layer, Linear, MergedLinear, Quantized, Stored, weight
 from wave64.serve.model.parallel import Ranks, Slice
 from wave64.serve.model.quantized import Fp8Linear, as_multiplied
 from wave64.serve.model.schemes import Scheme
@@ -66,6 +67,19 @@ def _linear(config: ModelConfig, scheme: Scheme, in_features: int | Slice, parts
         return Fp8Linear(in_features, parts, QuantConfig(scheme.block, scheme.ue8m0), scheme.scale_name, bias)
     assert config.schemes is not None
     return ScaledLinear(in_features, parts, scheme, bias, config.schemes.online)
+
+
+def norm_groups(config: ModelConfig, where: str, names: Iterable[str]) -> int:
+    """In which groups the norm in front of `projections` is quantized by the launch that makes it, as RMSNorm's group_size
+    says it; 0 where they take the norm itself."""
+    schemes = {config.scheme(f"{where}.{name}") for name in names}
+    scheme = schemes.pop()
+    if schemes or scheme is None or scheme.bound is not None:
+        return 0
+    if scheme.activations == "token":
+        return PER_TOKEN
+    size = scheme.block[1] if scheme.block else 0
+    return size if size in GROUP_SIZES and not scheme.ue8m0 and config.hidden_size % size == 0 else 0
 
 
 class SideBySide(nn.Module):
@@ -143,15 +157,19 @@ class ScaledLinear(Layer):
             self.input_scale.data.mul_(2)
         self.weight = as_multiplied(self.weight, self.weight_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """x may be quantized already, with a scale per token."""
+        if not isinstance(x, Quantized):
+            x = self._quantized(x)
+        bias = self.bias if self.columns.begin == 0 else None
+        return ops.fp8_scaled_mm(x.q, self.weight, x.scale, self.weight_scale, x.dtype, bias)
+
+    def _quantized(self, x: Tensor) -> Quantized:
         if self.scheme.bound is not None:
             x = x.clamp(-self.scheme.bound, self.scheme.bound)
         if self.input_scale is not None:
-            q, scale = ops.per_tensor_quant_fp8(x, self.input_scale)
-        else:
-            q, scale = ops.per_token_quant_fp8(x)
-        bias = self.bias if self.columns.begin == 0 else None
-        return ops.fp8_scaled_mm(q, self.weight, scale, self.weight_scale, x.dtype, bias)
+            return Quantized(*ops.per_tensor_quant_fp8(x, self.input_scale), x.dtype)
+        return Quantized(*ops.per_token_quant_fp8(x), x.dtype)
 
 
 class CacheScales(Layer):

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from wave64 import platform, quant
 from wave64.distributed import Group
+from wave64.ops.fused_add_rms_norm_quant_fp8 import PER_TOKEN
 from wave64.serve.model.checkpoint import WeightsError
 from wave64.serve.model.config import ConfigError, ModelConfig
 from wave64.serve.model.formats import FORMATS, schemes_of, table
+from wave64.serve.model.linear import Quantized
 from wave64.serve.model.load import load_model
 from wave64.serve.model.parallel import Ranks
 from wave64.serve.model.schemes import ONLINE, Scheme, Schemes, matches
@@ -158,6 +160,16 @@ def test_each_of_two_ranks_holds_its_part(name):
     if name == "quark-fp8-kv":
         for path in ("self_attn.cache_scales.k_scale", "self_attn.o_proj.input_scale"):
             assert all(torch.equal(bits(part, path), bits(whole, path)) for part in parts)
+
+
+@pytest.mark.parametrize(("name", "groups"), [("quark-channel", PER_TOKEN), ("compressed-block", 32),
+                                              ("deepseek-ue8m0", 0), ("quark-tensor", 0), ("fbgemm", 0)])
+def test_the_norm_is_made_in_fp8_where_a_product_takes_it_so(name, groups, monkeypatch):
+    layer, seen = load(MADE / name).model.layers[0], []
+    assert (layer.input_layernorm.group_size, layer.post_attention_layernorm.group_size) == (groups, groups)
+    monkeypatch.setattr(type(layer.mlp), "forward", lambda self, x: seen.append(x) or torch.zeros(3, 64))
+    layer.mlp(layer.post_attention_layernorm.of_sum(torch.randn(3, 64), torch.randn(3, 64), Ranks()))
+    assert isinstance(seen[0], Quantized) == bool(groups)
 
 
 def test_merged_projections_keep_each_its_scale():

@@ -9,6 +9,7 @@ from wave64.serve.model.family import Family, keys_and_values
 from wave64.serve.model.layers import MLP, Block, CausalLM, Rotary, SelfAttention
 from wave64.serve.model.llama.config import read_config
 from wave64.serve.model.parallel import Ranks
+from wave64.serve.model.scaled import norm_groups
 
 
 class LlamaForCausalLM(CausalLM):
@@ -16,9 +17,14 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig, ranks: Ranks):
         rotary = Rotary(config.rope, config.head_dim, config.context_length)
-        layers = (config.layer(number) for number in range(config.num_layers))
-        super().__init__(config, ranks, (Block(layer, ranks, self.attention(layer, ranks, rotary), MLP(layer, ranks))
-                                         for layer in layers))
+
+        def block(number: int) -> Block:
+            layer = config.layer(number)
+            groups = (norm_groups(layer, "self_attn", ("q_proj", "k_proj", "v_proj")),
+                      norm_groups(layer, "mlp", ("gate_proj", "up_proj")))
+            return Block(layer, ranks, self.attention(layer, ranks, rotary), MLP(layer, ranks), groups)
+
+        super().__init__(config, ranks, map(block, range(config.num_layers)))
 
 
 FAMILY = Family(read_config, keys_and_values, LlamaForCausalLM)
