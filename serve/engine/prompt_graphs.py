@@ -140,10 +140,10 @@ class PromptGraphs:
 
     def _batch(self, size: Size) -> Batch:
         decodes, tokens = size
-        fields = self._inputs[size]
+        fields: dict[str, Any] = {**self._inputs[size]}
+        logits = None if self._logits is None else self._logits[: len(fields["logit_rows"])]
         return Batch(**fields, page_table=self._page_table[: len(fields["seq_lens"])], num_decodes=decodes,
-                     max_seqlen_q=tokens,
-                     logits=None if self._logits is None else self._logits[: len(fields["logit_rows"])])  # fmt: skip
+                     max_seqlen_q=tokens, logits=logits)  # fmt: skip
 
 
 def _fields(memory: Tensor, size: Size) -> dict[str, Tensor]:

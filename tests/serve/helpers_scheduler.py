@@ -48,10 +48,12 @@ class World:
 
     overlap: a step is scheduled and computed before the one in front of it is committed. host_pages: of the host tier.
     late: a step's copies to and from it are done as late as they may be, behind the step, or else in front of it.
+    early: how tokens are chosen is said before the step in front is committed, where it can be.
     """
 
     def __init__(self, num_pages: int, max_running: int, budget: int, overlap: bool = False, policy: str = "fcfs",
-                 reuse: bool = True, host_pages: int = 0, late: bool = True) -> None:  # fmt: skip
+                 reuse: bool = True, host_pages: int = 0, late: bool = True, early: bool = False) -> None:  # fmt: skip
+        self.early, self.num_early, self.max_running = early, 0, max_running
         self.pool = PagePool(num_pages, PAGE)
         self.host_pool = PagePool(host_pages, PAGE) if host_pages else None
         self.scheduler = Scheduler(self.pool, max_running, budget, policy=policy, reuse_prefixes=reuse,
@@ -85,14 +87,15 @@ class World:
         while self.has_work:
             self.step()
 
-    def step(self) -> Schedule:
+    def step(self, max_prompt_tokens: int | None = None) -> Schedule:
         scheduler = self.scheduler
-        step = scheduler.schedule()
+        step = scheduler.schedule(max_prompt_tokens)
         self._check(step)
         if not step.rows:
             assert scheduler.drop() == []
             self._commit()
             return step
+        self.num_early += self.early and scheduler.early_sampling() is not None
         texts, ends = self._forward(step)
         if self.overlap:
             self._commit()
@@ -184,6 +187,9 @@ class World:
         assert len(set(step.rows)) == len(step.rows)
         assert self.overlap or LAST_SAMPLED not in step.tokens
         assert all(not seq.pages for seq in scheduler.waiting)
+        for at in (0, 1):  # a page is on its way in one direction only, and once; so is a host page
+            touched = [pair[at] for pair in step.stores] + [pair[1 - at] for pair in step.loads]
+            assert len(touched) == len(set(touched))
         for queue in (scheduler.running, scheduler.waiting):
             assert [seq.arrival for seq in queue] == sorted(seq.arrival for seq in queue)
         if self.in_order:
@@ -235,7 +241,9 @@ class World:
         assert self.scheduler.flush()
         assert self.pool.num_free == self.pool.num_pages
         assert self.host_pool is None or self.host_pool.num_free == self.host_pool.num_pages
-        assert len(self.scheduler._free_rows) == len({*self.scheduler._free_rows})
+        assert sorted(self.scheduler._free_rows) == list(range(self.max_running))
+        assert not len(self.scheduler)
+        assert not self.scheduler._steps
 
 
 def nodes_of(node: Node) -> list[Node]:

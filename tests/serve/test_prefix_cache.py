@@ -22,9 +22,9 @@ class Engine(RuleBasedStateMachine):
     @initialize(num_pages=st.integers(10, 20), max_running=st.integers(1, 5), budget=st.integers(1, 30),
                 overlap=st.booleans(), policy=st.sampled_from(["fcfs", "lpm"]),
                 reuse=st.sampled_from([True] * 3 + [False]), host_pages=st.sampled_from([0, 5, 12, 60]),
-                late=st.booleans())  # fmt: skip
-    def start(self, num_pages, max_running, budget, overlap, policy, reuse, host_pages, late):
-        self.world = World(num_pages, max_running, budget, overlap, policy, reuse, host_pages, late)
+                late=st.booleans(), early=st.booleans())  # fmt: skip
+    def start(self, num_pages, max_running, budget, overlap, policy, reuse, host_pages, late, early):
+        self.world = World(num_pages, max_running, budget, overlap, policy, reuse, host_pages, late, early)
         self.asked, self.ended = {}, set()
 
     @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=18), max_new=st.integers(0, 20), scored=st.booleans())
@@ -42,10 +42,11 @@ class Engine(RuleBasedStateMachine):
         text = data.draw(st.sampled_from([text for text in texts if len(text) < 18]))
         self.add(text + [1] * new, max_new, False)
 
-    @rule(times=st.integers(1, 8))
-    def step(self, times):
+    @rule(times=st.integers(1, 8), chunk=st.one_of(st.none(), st.integers(1, 9)))
+    def step(self, times, chunk=None):
+        """chunk: of prompts, where that is less than of any step."""
         for _ in range(times):
-            self.world.step()
+            self.world.step(chunk)
 
     @precondition(lambda self: len(self.world.scheduler))
     @rule(data=st.data())

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from helpers_scheduler import PAGE, World, alone, sequence
+from helpers_scheduler import PAGE, World, alone, prompt_without_stop, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +139,20 @@ def test_drop_forgets_the_step_and_nothing_else():
     while len(world.scheduler):
         world.step()
     assert world.generated == {"c": alone([1, 2, 3], 5)}
+
+
+def test_tokens_may_be_chosen_before_the_step_in_front_is_committed():
+    """Of steps that only decode; one that ends in the step in front is chosen for nothing."""
+    world = World(num_pages=40, max_running=4, budget=40, overlap=True, early=True)
+    for i in range(3):
+        world.add(f"r{i}", prompt_without_stop(5 + i), 4 - i)
+    world.run()
+    assert world.generated == {f"r{i}": alone(prompt_without_stop(5 + i), 4 - i) for i in range(3)}
+    assert world.num_early == 3
+    world.add("scored", prompt_without_stop(6), 3, scored=True)
+    world.run()
+    assert world.num_early == 3
+    world.check_end()
 
 
 def test_what_cannot_be_queued_raises():
