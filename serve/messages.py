@@ -76,7 +76,7 @@ class StartProfile(Struct, tag=True):
 
     folder: str
     num_steps: int | None = None  # None: until StopProfile
-    activities: tuple[str, ...] = ("CPU", "GPU")
+    activities: tuple[str, ...] = ("CPU", "GPU")  # RPD: by ROCm's rocmProfileData, else by torch's profiler
     with_stack: bool = False
     record_shapes: bool = False
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from wave64.backends import emulate, report, table, use
     from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op
     from wave64.serve.http.offline import Engine as Engine
+    from wave64.tools.profile import profile
 
-__all__ = ["OPS", "BadArgument", "Case", "Cost", "NotSupported", "emulate", "op", "ops", "platform", "report", "table",
-           "use"]
+__all__ = ["OPS", "BadArgument", "Case", "Cost", "NotSupported", "emulate", "op", "ops", "platform", "profile",
+           "report", "table", "use"]
 
 WITHOUT_TORCH = ("wave64.launch_server", "wave64.serve.engine.process", "wave64.bench_serving")
 VERBS = ("serve", "bench_serving")
@@ -42,11 +43,13 @@ def _needs_no_torch() -> bool:
 def _load() -> None:
     """Import the operators, which registers them with torch. Raises NotSupported for what WAVE64_BACKEND demands in
     vain."""
-    global OPS, BadArgument, Case, Cost, NotSupported, op, ops, platform, emulate, report, table, use, _is_loaded
+    global OPS, BadArgument, Case, Cost, NotSupported, op, ops, platform, emulate, profile, report, table, use
+    global _is_loaded
     _is_loaded = True
     from wave64 import backends, flops, ops, platform
     from wave64.backends import emulate, report, table, use
     from wave64.op import OPS, BadArgument, Case, Cost, NotSupported, op
+    from wave64.tools.profile import profile
 
     backends.load()
     flops.register_at_import()

@@ -1,4 +1,4 @@
-"""What the engine's process does while it serves, by torch's profiler: traces for chrome://tracing or Perfetto."""
+"""What the engine's process does while it serves, recorded by torch's profiler or RPD: traces for Perfetto."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import time
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from wave64.op import NotSupported
 from wave64.serve.messages import Profiled, StartProfile
-
-ACTIVITIES = {"CPU": ProfilerActivity.CPU, "GPU": ProfilerActivity.CUDA}
+from wave64.tools.profile import Recording, recording
 
 
 class Profiler:
     """One trace at a time, of this process: rank 0. Every method is called from the thread that runs the steps."""
 
     def __init__(self) -> None:
-        self._running: profile | None = None
+        self._running: Recording | None = None
         self._asked = StartProfile("")
         self._steps = 0  # since the start
 
@@ -25,17 +24,19 @@ class Profiler:
         """Record from here on, until stop() or for `asked.num_steps` steps."""
         if self._running is not None:
             return Profiled("a profile is on its way; stop it first")
-        kinds = [kind for kind in asked.activities if kind != "GPU" or torch.cuda.is_available()]
-        if not kinds:
+        kind = "rpd" if "RPD" in asked.activities else "torch"
+        kinds = tuple(each for each in asked.activities if each == "CPU" or each == "GPU" and torch.cuda.is_available())
+        if kind == "torch" and not kinds:
             return Profiled("activities: expected CPU, as this engine uses no GPU, got GPU")
         try:
-            Path(asked.folder).mkdir(parents=True, exist_ok=True)
+            made = recording(Path(asked.folder) / f"{time.time_ns()}-TP-0", kind, activities=kinds,
+                             with_stack=asked.with_stack, record_shapes=asked.record_shapes)  # fmt: skip
         except OSError as error:
             return Profiled(f"{asked.folder}: {error.strerror}")
-        self._asked, self._steps = asked, 0
-        self._running = profile(activities=[ACTIVITIES[kind] for kind in kinds], with_stack=asked.with_stack,
-                                record_shapes=asked.record_shapes)  # fmt: skip
-        self._running.start()
+        except NotSupported as error:
+            return Profiled(str(error))
+        self._asked, self._steps, self._running = asked, 0, made
+        made.start()
         return Profiled(None)
 
     def step(self) -> None:
@@ -49,10 +50,8 @@ class Profiler:
         if self._running is None:
             return Profiled("no profile is on its way; start one first")
         running, self._running = self._running, None
-        running.stop()
-        file = Path(self._asked.folder) / f"{time.time_ns()}-TP-0.trace.json.gz"
         try:
-            running.export_chrome_trace(str(file))
+            running.stop()
         except (OSError, RuntimeError) as error:
-            return Profiled(f"{file}: {error}")
-        return Profiled(None, str(file))
+            return Profiled(f"{running.path}: {error}")
+        return Profiled(None, str(running.path))

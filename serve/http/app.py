@@ -129,7 +129,7 @@ def create_app(generator: Generator) -> FastAPI:
     @app.get("/start_profile", include_in_schema=False)
     @app.post("/start_profile", openapi_extra=takes(ProfileRequest))
     async def start_profile(request: Request) -> Response:
-        """Record what the engine does, by torch's profiler, until /stop_profile or for `num_steps` steps."""
+        """Record what the engine does, by torch's profiler or RPD, until /stop_profile or for `num_steps` steps."""
         body = await read(request, ProfileRequest, b"{}")
         if args.profile_dir is None:
             raise ApiError("no folder for traces: start the server with --profile-dir FOLDER")

@@ -12,6 +12,7 @@ code. A demanded backend that cannot serve raises `NotSupported` with the reason
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("wave64")
 
 _overrides: dict[str, str] = {}
+_around: Callable[[str, Callable], Callable] | None = None
 _first = threading.RLock()
 
 
@@ -160,9 +162,14 @@ def order(op: Op, device_type: str, overrides: dict[str, str]) -> tuple[Backend,
 
 
 def _served(op: Op, chain: tuple[Backend, ...]) -> tuple[Backend, ...]:
-    """The backends that serve `op`; on an emulated device their launches count as the operator's."""
+    """The backends that serve `op`; on an emulated device their launches count as the operator's, and what `around`
+    was given is around them."""
     emulated = platform.emulated()
-    return chain if emulated is None else tuple(emulated.serving(op.name, backend) for backend in chain)
+    if emulated is not None:
+        chain = tuple(emulated.serving(op.name, backend) for backend in chain)
+    if _around is not None:
+        chain = tuple(dataclasses.replace(backend, run=_around(op.name, backend.run)) for backend in chain)
+    return chain
 
 
 def parse(text: str) -> dict[str, str]:
@@ -228,6 +235,19 @@ def use(backend: str | None = None, /, **ops: str) -> Iterator[None]:
         yield
     finally:
         bind(before)
+
+
+@contextlib.contextmanager
+def around(wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
+    """Inside, wrap(operator, run) is called in place of the `run` that serves an operator."""
+    global _around
+    before, _around = _around, wrap
+    try:
+        bind(dict(_overrides))
+        yield
+    finally:
+        _around = before
+        bind(dict(_overrides))
 
 
 @contextlib.contextmanager
