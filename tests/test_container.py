@@ -152,7 +152,7 @@ def debian(tmp_path):
     if os.geteuid() or not shutil.which("debootstrap"):
         pytest.skip("a chroot needs root and debootstrap (Debian: apt-get install debootstrap)")
     folder = tmp_path / "debian"
-    packages = "python3-venv,python3-pip,ca-certificates"
+    packages = "python3-dev,python3-venv,python3-pip,ca-certificates"
     made = subprocess.run(["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", folder, MIRROR],
                           capture_output=True, text=True)
     if made.returncode:
