@@ -70,8 +70,8 @@ def _linear(config: ModelConfig, scheme: Scheme, in_features: int | Slice, parts
 
 
 def norm_groups(config: ModelConfig, where: str, names: Iterable[str]) -> int:
-    """In which groups the norm in front of `projections` is quantized by the launch that makes it, as RMSNorm's group_size
-    says it; 0 where they take the norm itself."""
+    """RMSNorm's group_size in front of `projections`: the groups in which the launch that makes the norm quantizes it;
+    0 where they take the norm itself."""
     schemes = {config.scheme(f"{where}.{name}") for name in names}
     scheme = schemes.pop()
     if schemes or scheme is None or scheme.bound is not None:

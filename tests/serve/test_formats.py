@@ -302,6 +302,16 @@ def test_the_first_rule_counts_and_names_come_before_kinds():
     assert (within.of("mlp.up_proj"), schemes.of("lm_head")) == (c, None)
 
 
+def test_a_target_by_its_name_comes_before_an_expression(copy):
+    static = dict(weights=FP8, input_activations=FP8)
+    dynamic = dict(weights=FP8, input_activations=FP8 | dict(strategy="token", dynamic=True))
+    edit_json(copy / "config.json", lambda c: c.update(quantization_config=compressed(config_groups=dict(
+        a=dict(targets=["re:.*_proj"]) | static, b=dict(targets=[Q]) | dynamic))))
+    layer = ModelConfig.from_folder(copy).layer(0)
+    found = [layer.scheme(f"self_attn.{part}_proj") for part in "qk"]
+    assert [scheme and scheme.activations for scheme in found] == ["token", "static"]
+
+
 def test_online_holds_one_tensor_twice(tmp_path):
     """A plain checkpoint in FP8: as if each output feature had been quantized before."""
     weights = load_file(MADE / "quark-tensor" / "model.safetensors")
