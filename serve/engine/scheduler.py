@@ -150,9 +150,13 @@ class Scheduler:
         if not step.batch or step.schedule.num_decodes < len(step.batch) or not all(
                 seq.is_plain for seq in step.batch):
             return None
-        for i, seq in enumerate(step.batch):
-            add_sampling(step.sampling, seq, i)
-        step.sampled = list(step.batch)
+        step.sampled, count = list(step.batch), len(step.batch)
+        params = [seq.request.params for seq in step.batch]
+        step.sampling = Sampling(
+            list(step.schedule.rows), list(range(count)), [each.temperature for each in params],
+            [each.top_k for each in params], [each.top_p for each in params], [each.min_p for each in params],
+            [seq.random.random() if each.temperature else 0.0 for seq, each in zip(step.batch, params, strict=True)],
+            [-1] * count)  # fmt: skip
         return step.sampling
 
     def sampling(self) -> Sampling:

@@ -35,11 +35,16 @@ class Sequence:
     finish_reason: str | None = None
     matched_stop: int | None = None
     error: str | None = None  # the reason in words, when finish_reason is "error"
+    wants_tokens: bool = field(init=False)  # and nothing else, of logits that nothing changes
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.input_ids)
         self.num_prompt = len(self.tokens)
-        self.max_tokens = self.num_prompt + max(self.request.params.max_new_tokens, 1)
+        params = self.request.params
+        self.max_tokens = self.num_prompt + max(params.max_new_tokens, 1)
+        self.wants_tokens = not (
+            self.penalized or params.logit_bias or params.bad_words or params.min_new_tokens
+            or self.request.prompt_logprobs or self.request.top_logprobs >= 0)  # fmt: skip
 
     @property
     def num_generated(self) -> int:
@@ -61,9 +66,7 @@ class Sequence:
     def is_plain(self) -> bool:
         """Whether its next token is drawn from the logits as they are, and nothing else is wanted of them: which does
         not depend on its tokens so far."""
-        params = self.request.params
-        return not (self.penalized or params.logit_bias or params.bad_words or params.min_new_tokens
-                    or self.grammar is not None or self.request.prompt_logprobs or self.request.top_logprobs >= 0)
+        return self.wants_tokens and self.grammar is None
 
     @property
     def reusable(self) -> int:
