@@ -7,7 +7,7 @@ Nothing here imports torch: the api process, the tests and `--help` read this fi
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -31,6 +31,19 @@ SERVED_BY: dict[str, tuple[str, ...]] = {
 
 class ArgsError(ValueError):
     """A setting that cannot be; the message is one line that names the flag, what was expected and what was given."""
+
+
+#: Fields, what is expected of them where they are not None, and whether a value is that; a NaN is none of it.
+BOUNDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("port",), "1 to 65535", lambda value: 1 <= value <= 65535),
+    (("mem_fraction_static",), "more than 0 and less than 1", lambda value: 0 < value < 1),
+    (("chunked_prefill_size",), "at least 1", lambda value: value >= 1 or value == -1),
+    (("tp_size", "ep_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "max_running_requests",
+      "page_size", "max_prefill_tokens", "stream_interval", "timeout_keep_alive", "max_queued_requests",
+      "cuda_graph_max_bs"), "at least 1", lambda value: value >= 1),
+    (("max_prefill_ms", "piecewise_cuda_graph_max_tokens", "base_gpu_id"), "at least 0", lambda value: value >= 0),
+    (("hicache_ratio", "watchdog_timeout", "rank_timeout", "request_timeout"), "more than 0", lambda value: value > 0),
+)  # fmt: skip
 
 
 def _flag(default: Any, text: str, *aliases: str, choices: tuple[str, ...] = (), kind: type | None = None) -> Any:
@@ -174,34 +187,15 @@ class ServerArgs:
             raise ArgsError(f"--cuda-graph-bs: expected sizes of at least 1, got {min(self.cuda_graph_bs)}")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ArgsError("--ssl-certfile: expected the certificate that --ssl-keyfile belongs to, got none")
-        if not 1 <= self.port <= 65535:
-            raise ArgsError(f"--port: expected 1 to 65535, got {self.port}")
-        fraction = self.mem_fraction_static
-        if fraction is not None and not 0 < fraction < 1:
-            raise ArgsError(f"--mem-fraction-static: expected more than 0 and less than 1, got {fraction}")
-        if self.chunked_prefill_size != -1:
-            self._at_least_one("chunked_prefill_size")
-        for name in (
-            "tp_size", "ep_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "max_running_requests",
-            "page_size", "max_prefill_tokens", "stream_interval", "timeout_keep_alive", "max_queued_requests",
-            "cuda_graph_max_bs",
-        ):  # fmt: skip
-            self._at_least_one(name)
-        if not self.hicache_ratio > 0:
-            raise ArgsError(f"--hicache-ratio: expected more than 0, got {self.hicache_ratio:g}")
+        for names, expected, fits in BOUNDS:
+            for name in names:
+                if (value := getattr(self, name)) is not None and not fits(value):
+                    raise ArgsError(f"{flag_of(name)}: expected {expected}, got {value}")
         if self.enable_hierarchical_cache and self.disable_radix_cache:
             raise ArgsError("--enable-hierarchical-cache: expected the prefix cache, got --disable-radix-cache, too")
         if self.enable_deterministic_inference and self.groups > 1:
             raise ArgsError("--enable-deterministic-inference: expected no --enable-dp-attention: a group's tokens are "
                             "padded to those of the others")  # fmt: skip
-        for name in ("max_prefill_ms", "piecewise_cuda_graph_max_tokens"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ArgsError(f"{flag_of(name)}: expected at least 0, got {value}")
-        for name in ("watchdog_timeout", "rank_timeout", "request_timeout"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ArgsError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
         if self.replicas > 1 and self.dist_init_addr is not None:
             raise ArgsError("--dp-size: expected 1 or --enable-dp-attention where hosts are several, or torchrun's, "
                             f"got {self.dp_size}; a router serves several servers as one")  # fmt: skip
@@ -218,8 +212,6 @@ class ServerArgs:
                 raise ArgsError(f"{flag_of(item.name)}: expected one of {', '.join(choices)}, got {value!r}")
 
     def _check_nodes(self) -> None:
-        if self.base_gpu_id < 0:
-            raise ArgsError(f"--base-gpu-id: expected at least 0, got {self.base_gpu_id}")
         if self.tp_size % self.nnodes:
             raise ArgsError(f"--nnodes: expected a divisor of --tp-size, {self.tp_size}, got {self.nnodes}")
         if not 0 <= self.node_rank < self.nnodes:
@@ -231,11 +223,6 @@ class ServerArgs:
             host, _, port = address.rpartition(":")
             if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
                 raise ArgsError(f"--dist-init-addr: expected host:port, got {address!r}")
-
-    def _at_least_one(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and value < 1:
-            raise ArgsError(f"{flag_of(name)}: expected at least 1, got {value}")
 
     @property
     def groups(self) -> int:

@@ -61,7 +61,7 @@ class ProfileRequest(Body):
     """POST /start_profile"""
 
     output_dir: str | None = None  # in --profile-dir
-    num_steps: Annotated[Int, Field(ge=1)] | None = None
+    num_steps: Annotated[Int, Field(ge=1, lt=2**31)] | None = None
     activities: Annotated[list[Literal["CPU", "GPU", "RPD"]], Field(min_length=1), First] | None = None
     with_stack: Flag | None = None
     record_shapes: Flag | None = None

@@ -18,7 +18,7 @@ from wave64.serve.engine.rank import surroundings
 from wave64.serve.http.launch import http_config
 from wave64.serve.http.tokenizer import Tokenizer
 from wave64.serve.logs import JsonLines
-from wave64.serve.messages import Statistics
+from wave64.serve.messages import Statistics, encode
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -210,6 +210,13 @@ def test_traces_need_a_folder(tokenizer):
     answer = App(tokenizer).post("/start_profile")
     assert answer.status_code == 400
     assert "--profile-dir FOLDER" in answer.json()["error"]["message"]
+
+
+def test_a_number_of_steps_fits_into_a_message(tokenizer, tmp_path):
+    app = App(tokenizer, profile_dir=str(tmp_path))
+    for steps, status in ((2**31 - 1, 200), (2**31, 400), (0, 400)):
+        assert app.post("/start_profile", num_steps=steps).status_code == status
+    encode(app.engine.told)
 
 
 def test_flags_name_backends(device):
