@@ -127,3 +127,4 @@ def test_python_gets_the_same_checks():
         ServerArgs(dtype="int8")
     with pytest.raises(ArgsError, match="--schedule-policy: expected one of fcfs, lpm, got 'dfs'"):
         ServerArgs(schedule_policy="dfs")
+    assert ServerArgs(chunked_prefill_size=-1).chunked_prefill_size == -1, "whole prompts"
