@@ -9,7 +9,7 @@ from typing import Any
 
 #: Heading -> operators below it, in this order; what is in no list stands below "More".
 GROUPS = {
-    "Norms and activations": ("rms_norm", "fused_add_rms_norm", "silu_and_mul",
+    "Norms and activations": ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_quant_fp8", "silu_and_mul",
                               "silu_and_mul_per_token_group_quant_fp8",
                               "gelu_and_mul", "gelu_tanh_and_mul"),
     "Rotary embedding and cache writes": (

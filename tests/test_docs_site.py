@@ -92,6 +92,14 @@ def test_every_operator_is_in_the_reference_with_its_contract():
     assert {name for names in hooks.GROUPS.values() for name in names} <= set(OPS)
 
 
+def test_every_verb_is_in_the_documentation():
+    from wave64.__main__ import MODULES
+
+    text = "".join(document.read_text() for document in DOCUMENTS)
+    names = [*MODULES, "check", "report"]
+    assert [verb for verb in names if not re.search(rf"wave64[ .]{verb}\b", text)] == []
+
+
 def test_each_of_thirty_symptoms_has_an_answer_with_a_way_to_look():
     text = (DOCS / "troubleshooting.md").read_text().split("\n## Also reported")[0]
     answers = re.split(r"^### .*$", text, flags=re.MULTILINE)[1:]
