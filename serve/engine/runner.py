@@ -31,8 +31,8 @@ from wave64.serve.model.parallel import ONE, Ranks
 
 #: A step with more prompt tokens than are captured replays a graph for its decodes, if they are so few: that reads the
 #: weights twice, and launches little while the device waits. On an H200, with a prompt of 128 tokens and Llama-3.1-8B's
-#: shape, 64 decodes take 13.4 ms so and 15.7 ms in one batch, and 255 take 23.2 and 20.5 ms
-#: (tests/bench/engine_steps.py mixed).
+#: shape, 64 decodes take 16.9 ms so and 25.2 ms in one batch, and 255 take 22.9 and 20.2 ms, where one graph of both
+#: takes 9.5 and 19.7 (tests/bench/engine_steps.py mixed).
 SPLIT_DECODES = 128
 
 
