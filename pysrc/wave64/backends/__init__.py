@@ -111,7 +111,9 @@ def probe(backend: str, device_type: str) -> str | None:
         from wave64.backends import hip
 
         return hip.reason(device_type) if emulated is None else hip.emulated_reason(emulated.arch.name)
-    return "wave64 has no adapter to AITER yet"
+    from wave64.backends import aiter
+
+    return aiter.missing(device_type)
 
 
 def reason(op: Op, backend: str, device_type: str) -> str | None:
@@ -212,8 +214,9 @@ def bind_first(op: Op) -> None:
 def load() -> None:
     """Registers what kernels there are and takes the environment's overrides; called once, when `wave64` is imported.
     Raises NotSupported where what they ask for cannot serve; nothing else is probed yet."""
-    from wave64.backends import cpu_ops, hip_ops
+    from wave64.backends import aiter_ops, cpu_ops, hip_ops
 
+    import_modules(aiter_ops)
     import_modules(cpu_ops)
     import_modules(hip_ops)
     if interpreted() or platform.may_have_gpu():
