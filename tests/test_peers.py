@@ -191,15 +191,14 @@ def test_the_first_rank_that_cannot_is_named_on_all(monkeypatch):
 @pytest.mark.parametrize("size", range(2, peers.MAX_RANKS + 1))
 def test_a_table_says_which_protocol_takes_how_many_bytes(connected, size):
     found = peers.Peers(Group("pair", 0, size), (), (0, 0), 1.0)
-    rows = peers.CHOICE[min(ranks for ranks in peers.CHOICE if ranks >= size)]
-    assert [limit for limit, _ in rows] == sorted({limit for limit, _ in rows})
-    for i, (limit, protocol) in enumerate(rows):
-        assert found.protocol(limit) == protocol
-        if i + 1 < len(rows):
-            assert found.protocol(limit + 1) == rows[i + 1][1]
-    (limit, _), *_ = peers.NORM_CHOICE[min(ranks for ranks in peers.NORM_CHOICE if ranks >= size)]
-    norms = [found.norm_protocol(size) for size in (1, limit, limit + 1, found.max_bytes)]
-    assert norms == [peers.LL, peers.LL, peers.ONE_SHOT, peers.ONE_SHOT]
+    for table, chosen in ((peers.CHOICE, found.protocol), (peers.NORM_CHOICE, found.norm_protocol)):
+        rows = table[min(ranks for ranks in table if ranks >= size)]
+        assert [limit for limit, _ in rows] == sorted({limit for limit, _ in rows})
+        assert rows[-1][0] == found.max_bytes
+        for i, (limit, protocol) in enumerate(rows):
+            assert chosen(limit) == protocol
+            if i + 1 < len(rows):
+                assert chosen(limit + 1) == rows[i + 1][1]
     assert [found.protocol(1 << 20, codes) for codes in peers.QUANTIZED] == [4, 5, 6]
 
 

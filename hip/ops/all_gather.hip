@@ -49,7 +49,7 @@ WAVE64_DEVICE void gather(const AllGatherArgs& args) {
         const auto sent = [&](int, int line) { return own[line]; };
         if constexpr (FLAGGED)
             exchange_flagged(block, 0, 0, block.lines, sent, own, all);
-        else if (!exchange_low_latency(block, sent, own[0], all[0]))
+        else if (!exchange_low_latency(block, sent, all[0]))
             continue;
 #pragma unroll
         for (int rank = 0; rank < WORLD; rank++) {

@@ -46,46 +46,39 @@ WAVE64_DEVICE void all_reduce_ll(const AllReduceArgs& args) {
         const Bits128 own = x.load(first + lane_in_block());
         block.next_round(n == 0);
         Bits128 all[WORLD];
-        if (exchange_low_latency(block, [&](int, int) { return own; }, own, all))
+        if (exchange_low_latency(block, [&](int, int) { return own; }, all))
             out.store(first + lane_in_block(), sum_of(all, block.world, args.dtype));
     }
 }
 
-// Of 16 packs of 8 lanes in a pair of lines there are 15: the last lane sends the halves of one, each before a tag.
 template <int WORLD>
 WAVE64_DEVICE void all_reduce_ll128(const AllReduceArgs& args) {
-    constexpr int LINES = kSlotLines<WORLD>, kNone = 1 << 26;  // a pack behind the end of any tensor
+    constexpr int LINES = kSlotLines<WORLD>;
     RankBlock<AllReduceArgs> block(args, kOpAllReduce);
     const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
-    const int lane = lane_in_block() % 8, packs = args.block / 8 * 15, begin = block_id() * packs * args.lines;
-    const bool is_last = lane == 7;
+    const int packs = args.block / 8 * kLow128Packs, begin = block_id() * packs * args.lines;
     const int step = args.grid * packs * args.lines;
     for (int first = begin, n = 0; n < block.rounds(); n++, first += step) {
-        const int pack = first + lane_in_block() / 8 * 15 + (is_last ? 14 : lane);
+        const int one = first + low_128_pack(0), other = first + low_128_pack(1);
         Bits128 own[LINES], all[LINES][WORLD];
 #pragma unroll
         for (int i = 0; i < LINES / 2; i++) {
             if (i >= block.lines) break;
-            own[2 * i] = x.load(pack + i * packs);
-            own[2 * i + 1] = x.load(is_last ? kNone : pack + i * packs + 7);
+            own[2 * i] = x.load(one + i * packs);
+            own[2 * i + 1] = x.load(other + i * packs);
         }
         block.next_round(n == 0);
 #pragma unroll
-        for (int i = 0; i < LINES / 2; i++) {
-            const Words words = Words::of(own[2 * i]);
-            if (i < block.lines && is_last) own[2 * i + 1] = Words{{words.at[2], words.at[3], 0, 0}}.bits();
-        }
+        for (int i = 0; i < LINES / 2; i++)
+            if (i < block.lines) to_low_128(own[2 * i], own[2 * i + 1]);
         if (!exchange_low_128(block, 2 * block.lines, own, all)) continue;
 #pragma unroll
         for (int i = 0; i < LINES / 2; i++) {
             if (i >= block.lines) break;
 #pragma unroll
-            for (int rank = 0; rank < WORLD; rank++) {
-                const Words a = Words::of(all[2 * i][rank]), b = Words::of(all[2 * i + 1][rank]);
-                if (is_last) all[2 * i][rank] = Words{{a.at[0], a.at[1], b.at[0], b.at[1]}}.bits();
-            }
-            out.store(pack + i * packs, sum_of(all[2 * i], block.world, args.dtype));
-            out.store(is_last ? kNone : pack + i * packs + 7, sum_of(all[2 * i + 1], block.world, args.dtype));
+            for (int rank = 0; rank < WORLD; rank++) from_low_128(all[2 * i][rank], all[2 * i + 1][rank]);
+            out.store(one + i * packs, sum_of(all[2 * i], block.world, args.dtype));
+            out.store(other + i * packs, sum_of(all[2 * i + 1], block.world, args.dtype));
         }
     }
 }
@@ -140,9 +133,11 @@ WAVE64_DEVICE void all_reduce_two_shot(const AllReduceArgs& args) {
 
 #if WAVE64_EXCHANGES
 // The same with blocks of codes, of which a lane has `lines` for each rank. What a rank sends itself, too, is stored:
-// all ranks' codes count alike, and no more than one block is in registers.
+// all ranks' codes count alike, and no more than one block is in registers. Blocks of a few ranks at a time are under
+// way: those of eight would take more registers than leave a wave to each SIMD.
 template <int WORLD, typename Codes>
 WAVE64_DEVICE void reduce_coded(const AllReduceArgs& args) {
+    constexpr int RANKS = kCodedRanks<WORLD>;
     RankBlock<AllReduceArgs> block(args, kOpAllReduce);
     const Packs<> x(args.x, args.bytes), out(args.out, args.bytes);
     const bool is_bf16 = args.dtype == kBf16;
@@ -153,49 +148,59 @@ WAVE64_DEVICE void reduce_coded(const AllReduceArgs& args) {
         const int first_of_lane = first + lane_in_block();
 #pragma unroll 1
         for (int j = 0; j < block.lines; j++) {
-            Block16 blocks[WORLD];
+#pragma unroll 1
+            for (int some = 0; some < WORLD; some += RANKS) {
+                Block16 blocks[RANKS];
 #pragma unroll
-            for (int i = 0; i < WORLD; i++)
-                if (in_world<WORLD>(block, i))
-                    blocks[i] = Block16::load(x, first_of_lane + (args.rank + i) % args.world * part + j * args.block);
+                for (int i = 0; i < RANKS; i++) {
+                    if (!in_world<WORLD>(block, some + i)) break;
+                    const int owner = args.rank + some + i;
+                    blocks[i] = Block16::load(
+                        x, first_of_lane + (owner - (owner < args.world ? 0 : args.world)) * part + j * args.block);
+                }
 #pragma unroll
-            for (int i = 0; i < WORLD; i++) {
-                if (!in_world<WORLD>(block, i)) break;
-                float numbers[kCoded];
-                is_bf16 ? blocks[i].template numbers<bf16>(numbers) : blocks[i].template numbers<fp16>(numbers);
-                const void* arena = args.peers.at[i];
-                forget_uniform(arena);
-                CodedSlot<WORLD, Codes>(block, 0, block.rank).store(Shared(arena), j, Coded<Codes>::of(numbers));
+                for (int i = 0; i < RANKS; i++) {
+                    if (!in_world<WORLD>(block, some + i)) break;
+                    float numbers[kCoded];
+                    is_bf16 ? blocks[i].template numbers<bf16>(numbers) : blocks[i].template numbers<fp16>(numbers);
+                    CodedSlot<WORLD, Codes>(block, 0, block.rank)
+                        .store(Shared(args.peers.at[some + i]), j, Coded<Codes>::of(numbers));
+                }
             }
         }
-        set_flags<WORLD>(block, 0);
+        set_flags<WORLD, RANKS>(block, 0);
         wait_for_flags<WORLD>(block, 0);
 #pragma unroll 1
         for (int j = 0; j < block.lines; j++) {
-            Coded<Codes> all[WORLD];
-            receive_coded(block, 0, j, all);
             float sum[kCoded] = {};
+#pragma unroll 1
+            for (int some = 0; some < WORLD; some += RANKS) {
+                Coded<Codes> codes[RANKS];
+                receive_coded<WORLD>(block, 0, j, some, codes);
 #pragma unroll
-            for (int rank = 0; rank < WORLD; rank++)
-                if (in_world<WORLD>(block, rank)) all[rank].add_to(sum);
+                for (int i = 0; i < RANKS; i++)
+                    if (in_world<WORLD>(block, some + i)) codes[i].add_to(sum);
+            }
             const Coded<Codes> sums = Coded<Codes>::of(sum);
             const CodedSlot<WORLD, Codes> slot(block, 1, block.rank);
-            slot.store(block.own, j, sums);
-            for_peers<WORLD>(block, [&](int, const Shared& peer) { slot.store(peer, j, sums); });
+            for_ranks<WORLD, RANKS>(block, [&](int, const Shared& arena) { slot.store(arena, j, sums); });
         }
-        set_flags<WORLD>(block, 1);
+        set_flags<WORLD, RANKS>(block, 1);
         wait_for_flags<WORLD>(block, 1);
 #pragma unroll 1
         for (int j = 0; j < block.lines; j++) {
-            Coded<Codes> all[WORLD];
-            receive_coded(block, 1, j, all);
+#pragma unroll 1
+            for (int some = 0; some < WORLD; some += RANKS) {
+                Coded<Codes> codes[RANKS];
+                receive_coded<WORLD>(block, 1, j, some, codes);
 #pragma unroll
-            for (int rank = 0; rank < WORLD; rank++) {
-                if (!in_world<WORLD>(block, rank)) break;
-                float sum[kCoded] = {};
-                all[rank].add_to(sum);
-                (is_bf16 ? Block16::rounded<bf16>(sum) : Block16::rounded<fp16>(sum))
-                    .store(out, first_of_lane + rank * part + j * args.block);
+                for (int i = 0; i < RANKS; i++) {
+                    if (!in_world<WORLD>(block, some + i)) break;
+                    float sum[kCoded] = {};
+                    codes[i].add_to(sum);
+                    (is_bf16 ? Block16::rounded<bf16>(sum) : Block16::rounded<fp16>(sum))
+                        .store(out, first_of_lane + (some + i) * part + j * args.block);
+                }
             }
         }
     }
@@ -207,11 +212,11 @@ WAVE64_DEVICE void all_reduce_two_shot_fp8(const AllReduceArgs& args) {
 }
 template <int WORLD>
 WAVE64_DEVICE void all_reduce_two_shot_int8(const AllReduceArgs& args) {
-    reduce_coded<WORLD, Int8Codes>(args);
+    reduce_coded<WORLD, IntCodes<8>>(args);
 }
 template <int WORLD>
 WAVE64_DEVICE void all_reduce_two_shot_int4(const AllReduceArgs& args) {
-    reduce_coded<WORLD, Int4Codes>(args);
+    reduce_coded<WORLD, IntCodes<4>>(args);
 }
 #endif
 
@@ -251,7 +256,7 @@ void all_reduce(AllReduceArgs args, const Call& call) {
     args.bytes = int32_t(args.count * element_bytes(args.dtype));
     const int64_t packs = ceil_div(args.bytes, 16), lines = slot_lines(args.world);
     if (args.protocol == kLowLatency) plan_blocks(call, args, packs, 8, 1, kLowLatencyBlocks);
-    if (args.protocol == kLow128) plan_blocks(call, args, packs, 15, lines / 2, kRankBlocks);
+    if (args.protocol == kLow128) plan_blocks(call, args, packs, kLow128Packs, lines / 2, kRankBlocks);
     if (args.protocol == kOneShot) plan_blocks(call, args, packs, 8, lines, kRankBlocks);
     if (args.protocol == kTwoShot) plan_blocks(call, args, packs, 8 * args.world, lines / 2, kRankBlocks);
     if (coded) {

@@ -24,7 +24,7 @@ struct FusedAllReduceRmsNormArgs {
     int32_t hidden;
     float eps;
     Dtype dtype;       // of x, residual, weight and out
-    int32_t protocol;  // a Protocol: LL, or flags for any other
+    int32_t protocol;  // a Protocol: LL, LL128 for rows that fit, or flags for any other
     // set by the launcher
     Addresses peers;  // arenas, from this rank's own on
     int32_t bytes;    // of a row
@@ -40,27 +40,32 @@ struct FusedAllReduceRmsNormArgs {
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
 
-template <int WORLD, bool FLAGGED>
+template <int WORLD, int PROTOCOL>
 WAVE64_DEVICE void reduce_and_normalize(const FusedAllReduceRmsNormArgs& args) {
-    reduce_and_normalize<WORLD, FLAGGED>(
+    reduce_and_normalize<WORLD, PROTOCOL>(
         args, kOpFusedAllReduceRmsNorm,
-        [&](int64_t token, int i, const Bits128& row, const Bits128& weight, float scale) {
+        [&](int64_t token, int pack, const Bits128& row, const Bits128& weight, float scale) {
             Packs<>(static_cast<char*>(args.out) + token * args.bytes, args.bytes)
-                .store(lane_in_block() + i * args.block, scaled_pack(row, weight, scale, args.dtype));
+                .store(pack, scaled_pack(row, weight, scale, args.dtype));
         });
 }
 template <int WORLD>
 WAVE64_DEVICE void fused_all_reduce_rms_norm_ll(const FusedAllReduceRmsNormArgs& args) {
-    reduce_and_normalize<WORLD, false>(args);
+    reduce_and_normalize<WORLD, kLowLatency>(args);
+}
+template <int WORLD>
+WAVE64_DEVICE void fused_all_reduce_rms_norm_ll128(const FusedAllReduceRmsNormArgs& args) {
+    reduce_and_normalize<WORLD, kLow128>(args);
 }
 template <int WORLD>
 WAVE64_DEVICE void fused_all_reduce_rms_norm_flagged(const FusedAllReduceRmsNormArgs& args) {
-    reduce_and_normalize<WORLD, true>(args);
+    reduce_and_normalize<WORLD, kOneShot>(args);
 }
 
 }  // namespace wave64
 
 WAVE64_RANK_KERNELS(fused_all_reduce_rms_norm_ll, FusedAllReduceRmsNormArgs)
+WAVE64_RANK_KERNELS(fused_all_reduce_rms_norm_ll128, FusedAllReduceRmsNormArgs)
 WAVE64_RANK_KERNELS(fused_all_reduce_rms_norm_flagged, FusedAllReduceRmsNormArgs)
 
 #else
@@ -68,13 +73,14 @@ namespace wave64 {
 namespace {
 
 constexpr const char* kKernels[][3] = {WAVE64_BY_WORLD("fused_all_reduce_rms_norm_ll"),
+                                       WAVE64_BY_WORLD("fused_all_reduce_rms_norm_ll128"),
                                        WAVE64_BY_WORLD("fused_all_reduce_rms_norm_flagged")};
 
 void fused_all_reduce_rms_norm(FusedAllReduceRmsNormArgs args, const Call& call) {
-    const bool flagged = plan_rows(call, args);
+    const Protocol protocol = plan_rows(call, args, true);
     if (args.grid == 0) return;
     call.expect_tensors({{"out", args.out}});
-    call.launch(kKernels[flagged][world_kernel(args.world)], {args.grid}, args.block, args);
+    call.launch(kKernels[protocol][world_kernel(args.world)], {args.grid}, args.block, args);
 }
 
 WAVE64_OP_AND_CONSTANTS(fused_all_reduce_rms_norm, FusedAllReduceRmsNormArgs, ({{"MAX_ROW_BYTES", kMaxRowBytes}}),

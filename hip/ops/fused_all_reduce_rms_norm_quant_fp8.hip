@@ -63,12 +63,11 @@ WAVE64_DEVICE void store_quantized(const FusedAllReduceRmsNormQuantFp8Args& args
             .store(pack / args.group_lanes, Pack<float, 1>::of({scale.scale}));
 }
 
-template <int WORLD, bool FLAGGED>
+template <int WORLD, int PROTOCOL>
 WAVE64_DEVICE void reduce_and_normalize(const FusedAllReduceRmsNormQuantFp8Args& args) {
-    reduce_and_normalize<WORLD, FLAGGED>(
+    reduce_and_normalize<WORLD, PROTOCOL>(
         args, kOpFusedAllReduceRmsNormQuantFp8,
-        [&](int64_t token, int i, const Bits128& row, const Bits128& weight, float scale) {
-            const int pack = lane_in_block() + i * args.block;
+        [&](int64_t token, int pack, const Bits128& row, const Bits128& weight, float scale) {
             const Bits128 y = scaled_pack(row, weight, scale, args.dtype);
             if (args.dtype == kBf16) return store_quantized<bf16>(args, token, pack, y);
             if (args.dtype == kFp16) return store_quantized<fp16>(args, token, pack, y);
@@ -77,11 +76,11 @@ WAVE64_DEVICE void reduce_and_normalize(const FusedAllReduceRmsNormQuantFp8Args&
 }
 template <int WORLD>
 WAVE64_DEVICE void fused_all_reduce_rms_norm_quant_fp8_ll(const FusedAllReduceRmsNormQuantFp8Args& args) {
-    reduce_and_normalize<WORLD, false>(args);
+    reduce_and_normalize<WORLD, kLowLatency>(args);
 }
 template <int WORLD>
 WAVE64_DEVICE void fused_all_reduce_rms_norm_quant_fp8_flagged(const FusedAllReduceRmsNormQuantFp8Args& args) {
-    reduce_and_normalize<WORLD, true>(args);
+    reduce_and_normalize<WORLD, kOneShot>(args);
 }
 
 }  // namespace wave64
@@ -101,7 +100,7 @@ void fused_all_reduce_rms_norm_quant_fp8(FusedAllReduceRmsNormQuantFp8Args args,
     call.expect(args.group_size == 32 || args.group_size == 64 || args.group_size == 128, "group_size", "32, 64 or 128",
                 args.group_size);
     call.expect(args.hidden % args.group_size == 0, "hidden", "a multiple of group_size", args.hidden);
-    const bool flagged = plan_rows(call, args);
+    const bool flagged = plan_rows(call, args, false) != kLowLatency;
     if (args.grid == 0) return;
     call.expect_tensors({{"out", args.out}, {"scale", args.scale}});
     args.groups = args.hidden / args.group_size;

@@ -58,7 +58,7 @@ WAVE64_DEVICE void scatter(const ReduceScatterArgs& args) {
         const auto sent = [&](int i, int line) { return parts[i][line]; };
         if constexpr (FLAGGED)
             exchange_flagged(block, 0, 0, block.lines, sent, parts[0], all);
-        else if (!exchange_low_latency(block, sent, parts[0][0], all[0]))
+        else if (!exchange_low_latency(block, sent, all[0]))
             continue;
 #pragma unroll
         for (int i = 0; i < LINES; i++)

@@ -49,9 +49,9 @@ class Arenas:
         sources = range(self.world)
         ranges += [(at.FLAGS_AT + ((use * at.BLOCKS + block) * at.MAX_RANKS + source) * at.LINE, 4)
                    for block, use in halves for source in sources]
-        line = 16 * at.LANES
+        line, slots_of = 16 * at.LANES, self.world if self.world in (2, 4) else at.MAX_RANKS  # that a kernel is for
         ranges += [(at.LL_AT + (2 * block + half) * at.LL_HALF + (source * 2 * at.LL_PACKS + i) * line, 16 * lanes)
-                   for block, half in halves for source in sources for i in range(2 * at.LL_PACKS)]
+                   for block, half in halves for source in range(slots_of) for i in range(2 * at.LL_PACKS)]
         slot = at.SLOT_HALF // (2 if self.world == 2 else 4 if self.world == 4 else 8)
         slots = [(2 * block + half) * at.SLOT_HALF + source * slot for block, half in halves for source in sources]
         ranges += [(region + start + i * line, 16 * lanes) for region in (at.LL128_AT, at.DATA_AT) for start in slots
@@ -309,24 +309,29 @@ def run(calls: Sequence[Call], arch: str, seed: int, arenas: Arenas | None = Non
     return execute_together(launches, buffers, seed, devices=ranks, streams=ranks, **options)
 
 
-def one_by_one(call: Call, arch: str, shots: int, **options) -> Counts:
+def one_by_one(call: Call, arch: str, shots: int, code: str | None = None, **options) -> Counts:
     """The call with each rank's launch by itself, which is quick: peers' flags are set before, so that none waits, and
     tags are waited for for a moment. A pass for each shot leaves what the next one needs in the arenas; the last one's
-    outputs stay."""
+    outputs stay, and no wait may end in vain there. code: of a code object that stands in for the package's."""
     counts, arenas, at = Counts(), Arenas(len(call.out), timeout=1), layout()
     buffers = [Buffer("status records", arenas.records.ctypes.data, arenas.records.nbytes)]
     buffers += [Buffer(f"arena {rank}", base, at.ARENA_BYTES) for rank, base in enumerate(arenas.addresses)]
     words = [memory[base - memory.ctypes.data:][:at.LL_AT].view(np.int32)
              for memory, base in zip(arenas.memory, arenas.addresses, strict=True)]
-    for own in words:
-        own[at.FLAGS_AT // 4:] = 1 << 30  # rounds ahead
     before = [{name: x.clone() for name, x in given.items()} for given in call.given]
     for _ in range(shots + 1):
+        arenas.records[:] = 0
         for rank, own in enumerate(words):
             for name, x in before[rank].items():  # some are written in place
                 call.given[rank][name].copy_(x)
             own[:at.FLAGS_AT // 4] = 0  # the first round, no wait given up
+            own[at.FLAGS_AT // 4:] = 1 << 30  # rounds ahead
             tensors = [Buffer(name, x.data_ptr(), x.nbytes) for name, x in call.tensors(rank).items()]
             for launch in call.launches(arch, rank, arenas):
+                if code is not None:
+                    launch = planned(launch)
+                    launch.code_object = code
                 execute(launch, [*buffers, *tensors], counts, **options)
+    for rank, record in enumerate(arenas.records):
+        assert not record.any(), f"rank {rank} waited in vain: {record[:5].tolist()}"
     return counts

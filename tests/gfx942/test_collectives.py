@@ -54,14 +54,14 @@ def drawn(world: int, seed: int, number: int) -> list[Call]:
 
 
 WORLDS = (2, 4, 3)  # three ranks have the kernels for any number
-FLAGGED = (8, 9)    # of `every`: as large messages are sent, which would take long
+FLAGGED = (9, 10)   # of `every`: as large messages are sent, which would take long
 
 
 def every(world: int) -> list[Call]:
     """A call of each kernel for so many ranks."""
     order = random.Random(world)
-    kinds = [*((AllReduce, protocol) for protocol in PROTOCOLS), (FusedNorm, LL), (FusedNorm, ONE_SHOT),
-             (AllGather, LL), (ReduceScatter, LL), (AllGather, LL), (ReduceScatter, LL)]
+    kinds = [*((AllReduce, protocol) for protocol in PROTOCOLS), (FusedNorm, LL), (FusedNorm, LL128),
+             (FusedNorm, ONE_SHOT), (AllGather, LL), (ReduceScatter, LL), (AllGather, LL), (ReduceScatter, LL)]
     return [op.drawn(world, order.choice(SIZES), order.choice(DTYPES), protocol, 10 * world + i,
                      order.choice((0, 0, 1, 3)))
             for i, (op, protocol) in enumerate(kinds)]
@@ -160,9 +160,21 @@ def test_blocks_are_as_few_as_a_card_has_capacity_for():
     launch, = call.launches("gfx942", 0, arenas)
     plan = launch_plan(launch)
     assert [peers.blocks_that_fit(size, 132) for size in (2, 4, 8)] == [128, 33, 16]
+    with pytest.raises(ValueError, match="size: expected at most 4 ranks on a card of 4 compute units, .*, got 5"):
+        peers.blocks_that_fit(5, 4)
     assert launch.grid[0] <= arenas.max_blocks
     per_block = plan["block"] * plan["lines"] * 4
     assert (plan["rounds"] * plan["grid"] + plan["longer"]) * per_block >= (1 << 18) // 8
+
+
+@pytest.mark.parametrize(("dtype", "hidden", "kernel"), [
+    (BF16, 7680, "ll128"), (BF16, 7681, "flagged"), (FP32, 3840, "ll128"), (FP32, 4096, "flagged")])
+def test_rows_that_do_not_fit_ll128s_lines_go_by_flags(dtype, hidden, kernel):
+    """64 lines of 120 bytes, twice."""
+    call = FusedNorm.drawn(2, hidden, dtype, LL128, 1)
+    launch, = call.launches("gfx942", 0, Arenas(2))
+    assert launch.kernel == f"fused_all_reduce_rms_norm_{kernel}_2"
+    assert launch.block == (512, 1, 1)
 
 
 def test_codes_of_ranks_that_run_together():

@@ -14,6 +14,9 @@ constexpr int kCodedLanes = 192;  // of a workgroup, at most
 // Blocks that a lane has for each rank in a round, by the ranks that a kernel is for.
 template <int WORLD>
 constexpr int kCodedBlocks = 8 / WORLD;
+// Ranks whose blocks a lane has in registers at once.
+template <int WORLD>
+constexpr int kCodedRanks = WORLD < 8 ? WORLD : 2;
 }  // namespace wave64
 
 #if defined(WAVE64_DEVICE_CODE) && WAVE64_EXCHANGES
@@ -27,28 +30,19 @@ WAVE64_DEVICE Bits32 rounded_bits(float x, float inverse) {
     return __builtin_bit_cast(Bits32, fma(x, inverse, 0x1.8p23f));
 }
 
-struct Int8Codes {
-    static constexpr int kWords = 8, kInWord = 4;
-    static constexpr float kLimit = 127;
+template <int BITS>
+struct IntCodes {
+    static constexpr int kInWord = 32 / BITS, kWords = kCoded / kInWord;
+    static constexpr float kLimit = (1 << (BITS - 1)) - 1;
 
     WAVE64_DEVICE static Bits32 word(const float* x, float inverse) {
         Bits32 word = 0;
-        for (int i = 0; i < kInWord; i++) word |= (rounded_bits(x[i], inverse) & 255) << 8 * i;
+        for (int i = 0; i < kInWord; i++) word |= (rounded_bits(x[i], inverse) & ((1 << BITS) - 1)) << BITS * i;
         return word;
     }
-    WAVE64_DEVICE static float code(Bits32 word, int i) { return float(int(word << (24 - 8 * i)) >> 24); }
-};
-
-struct Int4Codes {
-    static constexpr int kWords = 4, kInWord = 8;
-    static constexpr float kLimit = 7;
-
-    WAVE64_DEVICE static Bits32 word(const float* x, float inverse) {
-        Bits32 word = 0;
-        for (int i = 0; i < kInWord; i++) word |= (rounded_bits(x[i], inverse) & 15) << 4 * i;
-        return word;
+    WAVE64_DEVICE static float code(Bits32 word, int i) {
+        return float(int(word << (32 - BITS - BITS * i)) >> (32 - BITS));
     }
-    WAVE64_DEVICE static float code(Bits32 word, int i) { return float(int(word << (28 - 4 * i)) >> 28); }
 };
 
 struct Fp8Codes {
@@ -159,13 +153,14 @@ public:
     }
 };
 
-// A lane's block i of every rank.
+// A lane's block i of the ranks from `first` on.
 template <int WORLD, typename Codes, typename Args>
-WAVE64_DEVICE void receive_coded(const RankBlock<Args>& block, int use, int i, Coded<Codes> (&all)[WORLD]) {
+WAVE64_DEVICE void receive_coded(const RankBlock<Args>& block, int use, int i, int first,
+                                 Coded<Codes> (&some)[kCodedRanks<WORLD>]) {
 #pragma unroll
-    for (int source = 0; source < WORLD; source++)
-        if (in_world<WORLD>(block, source))
-            all[source] = CodedSlot<WORLD, Codes>(block, use, source).load(block.own, i);
+    for (int j = 0; j < kCodedRanks<WORLD>; j++)
+        if (in_world<WORLD>(block, first + j))
+            some[j] = CodedSlot<WORLD, Codes>(block, use, first + j).load(block.own, i);
 }
 
 }  // namespace wave64

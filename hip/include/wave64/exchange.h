@@ -27,7 +27,21 @@ WAVE64_DEVICE bool is_peer(const RankBlock<Args>& block, int rank) {
     return rank != block.rank && in_world<WORLD>(block, rank);
 }
 
-// Calls each(i, arena) for the other ranks, from the next one on.
+// Calls each(i, arena) for the ranks from this one on, itself among them. AT_ONCE arenas' addresses are in registers at
+// the same time.
+template <int WORLD, int AT_ONCE = WORLD, typename Args, typename Each>
+WAVE64_DEVICE void for_ranks(const RankBlock<Args>& block, Each each) {
+#pragma unroll 1
+    for (int some = 0; some < WORLD; some += AT_ONCE)
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (!in_world<WORLD>(block, some + i)) break;
+            const void* arena = block.args.peers.at[some + i];
+            forget_uniform(arena);
+            each(some + i, Shared(arena));
+        }
+}
+// The same for the others alone.
 template <int WORLD, typename Args, typename Each>
 WAVE64_DEVICE void for_peers(const RankBlock<Args>& block, Each each) {
 #pragma unroll
@@ -39,6 +53,13 @@ WAVE64_DEVICE void for_peers(const RankBlock<Args>& block, Each each) {
     }
 }
 
+// The lowest and the highest of tags: all are alike where these are. An instruction finds those of three, where a
+// comparison of each takes two.
+WAVE64_DEVICE void widen(Bits32& lowest, Bits32& highest, Bits32 tag) {
+    lowest = lowest < tag ? lowest : tag;
+    highest = highest > tag ? highest : tag;
+}
+
 constexpr int kLineOfAll = 16 * kRankLanes;  // one of each lane
 
 template <typename Args>
@@ -48,20 +69,24 @@ WAVE64_DEVICE int low_latency_at(const RankBlock<Args>& block, int source, int l
     return block.slot(kLowLatencyAt, kLowLatencyHalf, source, kSource) + 2 * line * kLineOfAll;
 }
 
+// A rank sends to itself, too, and tags the slots of ranks that there are not: the other side asks which rank is which
+// of none.
 template <int WORLD, typename Args, typename Sent>
 WAVE64_DEVICE void send_low_latency(const RankBlock<Args>& block, int line, const Sent& sent) {
-    const int lane_at = lane_in_block() * 16, to = low_latency_at(block, block.rank, line);
     const Bits32 tag = block.round;
-    for_peers<WORLD>(block, [&](int i, const Shared& peer) {
-        const Words words = Words::of(sent(i, line));
-        peer.store(Words{{words.at[0], tag, words.at[1], tag}}.bits(), to, lane_at);
-        peer.store(Words{{words.at[2], tag, words.at[3], tag}}.bits(), to + kLineOfAll, lane_at);
-    });
+    const auto store = [&](const Shared& arena, int source, const Words& words) {
+        const int lane_at = lane_in_block() * 16, to = low_latency_at(block, source, line);
+        arena.store(Words{{words.at[0], tag, words.at[1], tag}}.bits(), to, lane_at);
+        arena.store(Words{{words.at[2], tag, words.at[3], tag}}.bits(), to + kLineOfAll, lane_at);
+    };
+    for_ranks<WORLD>(block, [&](int i, const Shared& arena) { store(arena, block.rank, Words::of(sent(i, line))); });
+    if constexpr (WORLD == kMaxRanks)
+#pragma unroll 1
+        for (int source = block.world; source < WORLD; source++) store(block.own, source, Words{});
 }
 
 template <int WORLD, typename Args>
-WAVE64_DEVICE bool receive_low_latency(const RankBlock<Args>& block, int line, const Bits128& own,
-                                       Bits128 (&all)[WORLD]) {
+WAVE64_DEVICE bool receive_low_latency(const RankBlock<Args>& block, int line, Bits128 (&all)[WORLD]) {
     const int lane_at = lane_in_block() * 16;
     const Bits32 tag = block.round;
     Patience patience;
@@ -70,26 +95,24 @@ WAVE64_DEVICE bool receive_low_latency(const RankBlock<Args>& block, int line, c
         Bits128 found[WORLD][2];
 #pragma unroll
         for (int source = 0; source < WORLD; source++)
-            if (is_peer<WORLD>(block, source))
 #pragma unroll
-                for (int i = 0; i < 2; i++)
-                    found[source][i] =
-                        block.own.template load<Bits128>(low_latency_at(block, source, line) + i * kLineOfAll, lane_at);
-        Bits32 missing = 0;
+            for (int i = 0; i < 2; i++)
+                found[source][i] =
+                    block.own.template load<Bits128>(low_latency_at(block, source, line) + i * kLineOfAll, lane_at);
+        Bits32 lowest = tag, highest = tag;
 #pragma unroll
         for (int source = 0; source < WORLD; source++) {
-            all[source] = own;
-            if (!is_peer<WORLD>(block, source)) continue;
             const Words a = Words::of(found[source][0]), b = Words::of(found[source][1]);
-            missing |= (a.at[1] ^ tag) | (a.at[3] ^ tag) | (b.at[1] ^ tag) | (b.at[3] ^ tag);
+            const Bits32 tags[] = {a.at[1], a.at[3], b.at[1], b.at[3]};
+            for (Bits32 each : tags) widen(lowest, highest, each);
             all[source] = Words{{a.at[0], a.at[2], b.at[0], b.at[2]}}.bits();
         }
-        if (!ballot(missing != 0)) return true;
+        if (!ballot(lowest != highest)) return true;
         if (patience.ends(block)) {
             int late = block.rank;
 #pragma unroll
             for (int source = 0; source < WORLD; source++)
-                if (is_peer<WORLD>(block, source) && ballot(Words::of(found[source][1]).at[3] != tag)) late = source;
+                if (ballot(Words::of(found[source][1]).at[3] != tag)) late = source;
             block.give_up(late);
             return false;
         }
@@ -97,10 +120,9 @@ WAVE64_DEVICE bool receive_low_latency(const RankBlock<Args>& block, int line, c
 }
 
 template <int WORLD, typename Args, typename Sent>
-WAVE64_DEVICE bool exchange_low_latency(const RankBlock<Args>& block, const Sent& sent, const Bits128& own,
-                                        Bits128 (&all)[WORLD]) {
+WAVE64_DEVICE bool exchange_low_latency(const RankBlock<Args>& block, const Sent& sent, Bits128 (&all)[WORLD]) {
     send_low_latency<WORLD>(block, 0, sent);
-    return receive_low_latency(block, 0, own, all);
+    return receive_low_latency(block, 0, all);
 }
 
 // Lines of 16 bytes that each lane has for every other rank, as many as fit into a slot.
@@ -112,6 +134,25 @@ WAVE64_DEVICE int line_at(const RankBlock<Args>& block, int region, int source, 
     return block.slot(region, kSlotHalf, source, kSlotHalf / WORLD) + line * 16 * kRankLanes;
 }
 
+// Which of a block's packs a lane sends in the first line of a pair, and in the second: the last lane of 8 sends the
+// halves of one, each before a tag, and has none that it could send in the second.
+constexpr int kNoPack = 1 << 26;  // behind the end of any tensor
+WAVE64_DEVICE bool is_before_tag() { return lane_in_block() % 8 == 7; }
+WAVE64_DEVICE int low_128_pack(int line) {
+    const int lane = lane_in_block() % 8, first = lane_in_block() / 8 * kLow128Packs;
+    if (is_before_tag()) return line ? kNoPack : first + kLow128Packs - 1;
+    return first + lane + line * 7;
+}
+// A pair of a lane's packs as lines, and a pair of lines as packs.
+WAVE64_DEVICE void to_low_128(const Bits128& pack, Bits128& second) {
+    const Words words = Words::of(pack);
+    if (is_before_tag()) second = Words{{words.at[2], words.at[3], 0, 0}}.bits();
+}
+WAVE64_DEVICE void from_low_128(Bits128& first, const Bits128& second) {
+    const Words a = Words::of(first), b = Words::of(second);
+    if (is_before_tag()) first = Words{{a.at[0], a.at[1], b.at[0], b.at[1]}}.bits();
+}
+
 // Of each line, the last lane of 8 gives and gets no more than the first 8 bytes.
 template <int WORLD, int LINES, typename Args>
 WAVE64_DEVICE bool exchange_low_128(const RankBlock<Args>& block, int count, const Bits128 (&own)[LINES],
@@ -119,7 +160,7 @@ WAVE64_DEVICE bool exchange_low_128(const RankBlock<Args>& block, int count, con
     static_assert(LINES <= kSlotLines<WORLD>);
     const int lane_at = lane_in_block() * 16;
     const Bits32 tag = block.round;
-    const bool has_tag = lane_in_block() % 8 == 7;
+    const bool has_tag = is_before_tag();
 
     for_peers<WORLD>(block, [&](int, const Shared& peer) {
 #pragma unroll
@@ -164,14 +205,19 @@ WAVE64_DEVICE bool exchange_low_128(const RankBlock<Args>& block, int count, con
 }
 
 // Sets this block's flag, of one of its two uses in a round, at all ranks: all that its waves have stored is there.
-template <int WORLD, typename Args>
+// AT_ONCE: as for_ranks, which sets the flag here, too.
+template <int WORLD, int AT_ONCE = 0, typename Args>
 WAVE64_DEVICE void set_flags(const RankBlock<Args>& block, int use) {
     finish_stores();
     block_barrier();
-    if (lane_in_block() == 0)
-        for_peers<WORLD>(block, [&](int, const Shared& peer) {
-            peer.store_flag(block.round, block.flag(use) + block.rank * kLine);
-        });
+    if (lane_in_block() != 0) return;
+    const auto set = [&](int, const Shared& peer) {
+        peer.store_flag(block.round, block.flag(use) + block.rank * kLine);
+    };
+    if constexpr (AT_ONCE > 0)
+        for_ranks<WORLD, AT_ONCE>(block, set);
+    else
+        for_peers<WORLD>(block, set);
 }
 
 // Waits for the flags of all ranks. That a wait timed out is told; what follows is of no use then.

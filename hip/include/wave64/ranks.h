@@ -21,6 +21,8 @@ constexpr int kLowLatencyBlocks = 64;
 constexpr int kLowLatencyPacks = 2;  // of 16 bytes, that a lane sends at once
 // Up to here operators without a choice of their own send tags.
 constexpr int kLowLatencyBytes = 1 << 16;
+// Of 16 packs that 8 lanes have in a pair of LL128's lines, all but one: tags take the rest.
+constexpr int kLow128Packs = 15;
 
 // Offsets in an arena, in bytes. A line of 128 bytes of its own for what different ranks or blocks write.
 constexpr int kLine = 128;
@@ -291,6 +293,17 @@ public:
     }
 };
 
+// a += x, b += y: one instruction on AMD, if it is told so.
+WAVE64_DEVICE void add_pair(float& a, float& b, float x, float y) {
+#if defined(__HIP__)
+    using Pair = float __attribute__((ext_vector_type(2)));
+    const Pair sum = Pair{a, b} + Pair{x, y};
+    a = sum.x, b = sum.y;
+#else
+    a += x, b += y;
+#endif
+}
+
 // The sum of a pack of every rank, in the order of the ranks, in fp32: the same bits on every rank.
 template <typename T, int WORLD>
 WAVE64_DEVICE void add_up(float (&sum)[16 / sizeof(T)], const Bits128 (&packs)[WORLD], int world) {
@@ -299,7 +312,13 @@ WAVE64_DEVICE void add_up(float (&sum)[16 / sizeof(T)], const Bits128 (&packs)[W
     for (int rank = 0; rank < WORLD; rank++) {
         if (WORLD == kMaxRanks && rank > 0 && rank >= world) break;
         const auto values = Pack<T, N>{packs[rank]}.values();
-        for (int i = 0; i < N; i++) sum[i] = rank ? sum[i] + float(values.at[i]) : float(values.at[i]);
+        for (int i = 0; i < N; i += 2) {
+            const float a = values.at[i], b = values.at[i + 1];
+            if (rank)
+                add_pair(sum[i], sum[i + 1], a, b);
+            else
+                sum[i] = a, sum[i + 1] = b;
+        }
     }
 }
 template <typename T, int WORLD>

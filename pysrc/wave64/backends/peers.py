@@ -57,12 +57,13 @@ CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
     4: ((64 << 10, LL), (1 << 20, LL128), (1 << 28, TWO_SHOT)),
     8: ((32 << 10, LL), (512 << 10, LL128), (1 << 28, TWO_SHOT)),
 }
-#: the same of sums with a norm, which have LL and flags alone. Of two ranks, on the same machine, LL takes 4.9 us of
-#: 128 KiB where flags take 5.8, as much of 256 KiB, and 8.0 of 512 KiB where flags take 6.7; four and eight: as CHOICE.
+#: the same of sums with a norm, whose rows go by flags where they do not fit LL128's lines (reduced_rows.h), or are
+#: quantized. Of two ranks, on the same machine, LL takes 4.9 us of 128 KiB where flags take 5.8, and of 512 KiB 8.0
+#: where flags take 6.7; where LL128 begins is as CHOICE, and so are four and eight.
 NORM_CHOICE: dict[int, tuple[tuple[int, int], ...]] = {
-    2: ((128 << 10, LL), (1 << 28, ONE_SHOT)),
-    4: ((64 << 10, LL), (1 << 28, ONE_SHOT)),
-    8: ((32 << 10, LL), (1 << 28, ONE_SHOT)),
+    2: ((128 << 10, LL), (1 << 20, LL128), (1 << 28, ONE_SHOT)),
+    4: ((64 << 10, LL), (1 << 20, LL128), (1 << 28, ONE_SHOT)),
+    8: ((32 << 10, LL), (512 << 10, LL128), (1 << 28, ONE_SHOT)),
 }
 
 
@@ -275,10 +276,10 @@ def local(name: str, size: int, device: torch.device, timeout_s: float = TIMEOUT
     """For development: all ranks of a group in this process, on one GPU, each under a name of its own, which are
     returned in the order of the ranks. Each rank's calls have to be made on a stream of its own."""
     with _on(device):
+        blocks = blocks_that_fit(size, torch.cuda.get_device_properties(device).multi_processor_count)
         arenas, memory = tuple(hip._hip.allocate_shared(_arena_bytes()) for _ in range(size)), bytearray(
             Calls.memory_bytes(size))
         groups = [distributed.register(Group(f"{name}.{rank}", rank, size)) for rank in range(size)]
-        blocks = blocks_that_fit(size, torch.cuda.get_device_properties(device).multi_processor_count)
         for arena, group in zip(arenas, groups, strict=True):
             record = hip._hip.allocate_mapped(STATUS_BYTES)
             release = [lambda at=arena: hip._hip.free_shared(at), lambda at=record[0]: hip._hip.free_mapped(at)]
@@ -289,7 +290,11 @@ def local(name: str, size: int, device: torch.device, timeout_s: float = TIMEOUT
 
 def blocks_that_fit(size: int, units: int) -> int:
     """Blocks of a launch, so that those of `size` ranks, which wait for each other, fit on a card of so many compute
-    units at a time. Two ranks' kernels take few enough registers for two blocks to a unit; one fits in any case."""
+    units at a time. Two ranks' kernels take few enough registers for two blocks to a unit; one fits in any case. Raises
+    ValueError where not even a block of each rank fits."""
+    if size > units:
+        raise ValueError(f"size: expected at most {units} ranks on a card of {units} compute units, since each has a "
+                         f"block there that waits for the others', got {size}")
     return min(MAX_BLOCKS, (2 if size == 2 else 1) * units // size)
 
 
