@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ranks_ways
 import torch
 from torch import Tensor
 
@@ -300,20 +302,6 @@ def timed(rank: Rank, call: Callable[[], Any], count: int = ONE_BY_ONE) -> float
     return round(max(said), 2)
 
 
-def symmetric(rank: Rank, n: int) -> dict[str, Callable[[], Any]]:
-    """torch's own collectives on symmetric memory."""
-    import torch.distributed._symmetric_memory as symm_mem
-
-    name = distributed.registered(rank.group).group_name
-    x = symm_mem.empty(n, dtype=torch.bfloat16, device=rank.device)
-    symm_mem.rendezvous(x, name)
-    x.zero_()
-    torch.cuda.synchronize()
-    torch.distributed.barrier()
-    return {"symm_mem one-shot": lambda: torch.ops.symm_mem.one_shot_all_reduce(x, "sum", name),
-            "symm_mem two-shot": lambda: torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", name)}
-
-
 def speed(rank: Rank) -> dict[str, Any]:
     """Bytes -> way -> microseconds."""
     table: dict[str, Any] = {}
@@ -328,18 +316,19 @@ def speed(rank: Rank) -> dict[str, Any]:
 
         calls: dict[str, Callable[[], Any]] = {"NCCL": nccl}
         try:
-            calls |= symmetric(rank, n)
+            calls |= ranks_ways.symmetric(rank.group, n)
         except (RuntimeError, ImportError, AttributeError) as error:
             row["symm_mem"] = f"FAILED: {' '.join(str(error).split())[:200]}"
         calls |= {name: lambda run=run, x=kept: run(x) for name, run in mine.items()}
         if size >= MIB:
             calls |= {f"all_reduce {codes}": lambda codes=codes, x=kept: ops.all_reduce(x, rank.group, codes)
                       for codes in peers.QUANTIZED}
-        if "hip" in OPS["fused_all_reduce_rms_norm"].backends and size <= 512 * KIB:
-            rows = kept.view(-1, HIDDEN) if n >= HIDDEN else kept.view(1, -1)
-            residual, weight = torch.zeros_like(rows), torch.ones_like(rows[0])
-            calls["fused_all_reduce_rms_norm"] = lambda rows=rows, residual=residual, weight=weight: (
-                ops.fused_all_reduce_rms_norm(rows, residual, weight, 1e-5, rank.group))
+        if "hip" in OPS["fused_all_reduce_rms_norm"].backends and size <= MIB:
+            rows = kept.view(-1, HIDDEN)
+            for protocol in (None, peers.LL, peers.LL128, peers.ONE_SHOT):
+                by = "" if protocol is None else f" {peers.PROTOCOLS[protocol]}"
+                calls[f"fused_all_reduce_rms_norm{by}"] = functools.partial(
+                    ranks_ways.normed, rank.group, rows, torch.zeros_like(rows), torch.ones_like(rows[0]), protocol)
         for name, call in calls.items():
             if name == f"all_reduce {peers.PROTOCOLS[peers.LL]}" and size > MIB:
                 continue  # twice the bytes, and every rank's to every rank: for small messages
