@@ -241,6 +241,17 @@ def modelopt_kv(folder: Path) -> None:
     export_hf_checkpoint(model, export_dir=folder)
 
 
+@maker("nvidia-modelopt")
+def modelopt_channel(folder: Path) -> None:
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+
+    model = mtq.quantize(tiny(), copy.deepcopy(mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG),
+                         lambda m: [m(tokens(m, 4, seed)) for seed in range(2)])
+    save_expected(folder, copy.deepcopy(model), tiny())
+    export_hf_checkpoint(model, export_dir=folder)
+
+
 # transformers, which writes DeepSeek's form
 
 

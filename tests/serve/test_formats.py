@@ -35,7 +35,7 @@ CHECKPOINTS = {
     "demo-quark-kv": (2, {("tensor", "static")}), "compressed-tensor": (3, {("tensor", "static")}),
     "compressed-channel": (3, {("channel", "token"), ("tensor", "static")}),
     "compressed-block": (3, {("block", "group")}), "fbgemm": (4, {("channel", "token")}),
-    "modelopt-kv": (5, {("tensor", "static")}),
+    "modelopt-kv": (5, {("tensor", "static")}), "modelopt-channel": (5, {("channel", "token")}),
 }  # fmt: skip
 #: In fp32 a tool's sums and these differ by some 1e-6 of an activation, and its neighbors in FP8 are 2^-4 apart: of ten
 #: thousand activations less than one is rounded the other way, which changes one row of 24 by a part of what all of the
