@@ -7,6 +7,7 @@ status 1, whatever runs.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -221,6 +222,8 @@ async def _announce(generator: Generator) -> None:
             await generator.warm_up()
         except ApiError as error:
             raise EngineEnded(f"the warm-up request failed: {error}") from None
+    gc.collect()
+    gc.freeze()  # a collection would look at all that was imported, and hold up every stream for that long
     generator.is_serving = True
     log.info("listening on http%s://%s:%d", "s" if args.ssl_certfile else "", args.host, args.port)
     say("The server is fired up and ready to roll!")

@@ -1,6 +1,7 @@
 """`python -m wave64.launch_server` as an operator meets it: flags, refusals to start, and every way it can end."""
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,6 +27,7 @@ import wave64
 from wave64.serve.args import ServerArgs
 from wave64.serve.http import launch
 from wave64.serve.http.tokenizer import Tokenizer
+from wave64.serve.messages import Ready
 
 LONG = {"prompt": "It", "max_tokens": CONTEXT - 10, "ignore_eos": True}
 
@@ -214,6 +217,26 @@ def test_a_head_that_does_not_end_closes_the_connection_and_a_long_answer_does_n
             await serving
 
     asyncio.run(both())
+
+
+def test_collections_leave_out_what_is_there_at_the_start(monkeypatch):
+    """They would hold up every stream for as long as it takes to look at all that was imported."""
+    frozen: list[int] = []
+    monkeypatch.setattr(launch, "say", lambda line: frozen.append(gc.get_freeze_count()))
+
+    async def announce() -> None:
+        (is_ready := asyncio.Event()).set()
+        made = SimpleNamespace(client=SimpleNamespace(is_ready=is_ready), args=ServerArgs(skip_server_warmup=True),
+                               ready=Ready(9, 9, 9, "cpu", "float32", [], {}), is_serving=False)
+        await launch._announce(made)
+        assert made.is_serving
+
+    gc.unfreeze()
+    try:
+        asyncio.run(announce())
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 10_000
 
 
 def test_a_graceful_end(model_folder, tmp_path):
