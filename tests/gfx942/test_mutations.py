@@ -108,13 +108,28 @@ BUGS = {
         "fused_moe", "ops/fused_moe.hip", "max(amax, from_other_half<32>(amax))", "amax", FAR),
     "up's scales for gate": (
         "fused_moe", "ops/fused_moe.hip", "load_scale(up_scales, step)", "load_scale(gate_scales, step)", FAR),
+    "latents transposed to the next column": (
+        "mla_decode", "include/wave64/latents.h", "n == lane.line ? 1", "n == (lane.line ^ 1) ? 1", FAR),
+    "waves' sums joined before they are there": (
+        "mla_decode", "include/wave64/latents.h", "            }\n            block_barrier();\n", "            }\n",
+        RACE),
+    "queries that see each other's keys": (
+        "mla_decode", "include/wave64/latents.h", "keys - args.new_tokens + 1 + state.token", "keys", FAR),
+    "new latents not rotated": (
+        "mla_decode_rope", "include/wave64/latents.h", ": rotated_columns<T>(args, pe, index, column - kRank)",
+        ": load_pack<T, 8>(pe + column - kRank)", FAR),
+    "new tokens that see later ones": (
+        "mla_decode_rope", "include/wave64/latents.h", "key <= state.token && ", "", FAR),
+    "latents of all tiles and columns at one place": (
+        "mla_decode_rope", "include/wave64/latents.h", "+ State::kPack * part;", ";", FAR),
     "pages of 32 bits": (
         "paged_attention", "include/wave64/attention.h", "page * page_bytes", "int(page * page_bytes)", OUTSIDE),
 }
 #: Others of the same kernels stay in every tier.
 LONG = ("a lane's amax for its group's", "the gate's amax for the product's", "columns behind the last",
         "scales of the first group", "tokens of the next step over this one's", "amax of half a group",
-        "up's scales for gate")
+        "up's scales for gate", "queries that see each other's keys", "new latents not rotated",
+        "latents of all tiles and columns at one place")
 #: Of those that show beyond 2 GiB only, the cases.
 CASES = dict.fromkeys(("slots of 32 bits", "pages of 32 bits"), "pool-5gib")
 

@@ -1,0 +1,80 @@
+"""The HIP kernels of MLA decode on shapes that no case of the operators has: sequences in several splits, other dtypes,
+pages of any size, several tiles of rows; what they decline; and how much they execute for a key."""
+
+import pytest
+import torch
+
+from wave64 import OPS, platform
+from wave64.backends.hip_ops import mla_decode as adapter
+from wave64.op import Case
+from wave64.ops.mla_decode import make_case as make_decode
+from wave64.ops.mla_decode_rope import make_case as make_rope
+from wave64.testing import contract
+from wave64.testing.emulator.run import emulate
+
+HALF = torch.float16
+#: of both operators
+SHAPES = {
+    "in-splits": dict(seq_lens=[270, 0, 5], heads=3, page_size=64),
+    "fp16": dict(seq_lens=[19, 3], heads=16, dtype=HALF, page_size=7),
+    "fp16-from-fp8": dict(seq_lens=[33], heads=2, dtype=HALF, fp8=True),
+    "two-tiles-in-splits": dict(seq_lens=[200, 260], heads=20, page_size=32),
+}
+ROPE = {
+    "new-tokens": dict(seq_lens=[3, 40], heads=5, queries=5, is_neox=True),
+    "fp8-neox": dict(seq_lens=[17, 1], heads=4, queries=2, fp8=True, is_neox=True),
+}
+CASES = [("mla_decode", Case(name, lambda options=options: make_decode(**options)))
+         for name, options in SHAPES.items()]
+CASES += [("mla_decode_rope", Case(name, lambda options=options: make_rope(**options)))
+          for name, options in {**SHAPES, **ROPE}.items()]
+
+
+def executed(arch: str, op: str, case: Case) -> int:
+    """Launches of kernels, of a call that keeps the contract."""
+    launches = 0
+
+    def call(**args):
+        nonlocal launches
+        with emulate(arch) as ran:
+            result = OPS[op].backends["hip"].run(**args)
+        launches = ran.launches
+        return result
+
+    with platform.target(arch):
+        assert OPS[op].backends["hip"].supports(**contract.draw(case, "cpu", 0)) is None
+        contract.verify(OPS[op], "hip", case, "cpu", run=call)
+    return launches
+
+
+@pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{op}-{case.id}") for op, case in CASES])
+def test_machine_code_keeps_the_contract(op, case):
+    """Where sequences can have several splits, their merge runs, too."""
+    for arch in ("gfx942", "gfx950") if case.id in ("in-splits", "fp16-from-fp8") else ("gfx942",):
+        assert executed(arch, op, case) == (2 if "in-splits" in case.id else 1)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (dict(rank=256), "serves latents of 512 + 64, these are 256 + 64"),
+    (dict(dtype=torch.float32), "multiplies bf16 and fp16, not torch.float32"),
+    (dict(heads=33), "serves up to 32 rows"), (dict(heads=8, queries=5), "serves up to 32 rows"),
+    (dict(seq_lens=[1] * 64, heads=17), "serves up to 16 rows (heads of new tokens) per sequence from 64 sequences on"),
+])
+def test_what_is_declined(options, words):
+    args = make_decode(**dict(seq_lens=[3]) | options)
+    with platform.target("gfx942"):
+        assert words in OPS["mla_decode"].backends["hip"].supports(**args)
+    with platform.target("gfx1201"):
+        assert "CDNA's matrix instructions" in OPS["mla_decode"].backends["hip"].supports(**args)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_instructions_for_a_key(arch, monkeypatch):
+    """Of 16 heads, of all waves of an unsplit sequence, in the steady state: AITER's assembly takes 26.5 on gfx942."""
+    monkeypatch.setattr(adapter, "num_splits", lambda *args: 0)
+    counts = []
+    for keys in (256, 512):
+        with platform.target(arch), emulate(arch) as ran:
+            OPS["mla_decode"].backends["hip"].run(**make_decode([keys], page_size=64))
+        counts.append(ran.instructions)
+    assert 12 < (counts[1] - counts[0]) / 256 < 20
