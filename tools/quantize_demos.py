@@ -4,7 +4,8 @@ the logits of the tool's own quantized model in fp32, and of the model as it was
 
     python tools/quantize_demos.py [NAME ...]
 
-needs, next to torch and transformers: pip install amd-quark compressed-tensors nvidia-modelopt accelerate
+needs, next to torch and transformers: pip install amd-quark llmcompressor nvidia-modelopt accelerate. LLM Compressor
+finds no KV cache in transformers newer than it asks for (5.17 for 0.14), and leaves out the scales without a word.
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false
