@@ -91,6 +91,15 @@ def test_another_signature_is_a_reason_and_no_crash(op, package):
     assert ", strange besides" in absent(None)
 
 
+def test_each_difference_is_named():
+    module = ModuleType("aiter")
+    module.norm = lambda input, weight, epsilon, layout, fast=True: None
+    given = ["input", "weight", "epsilon"]
+    assert aiter.differs(module, "norm", [*given, "layout"]) is None
+    assert aiter.differs(module, "norm", given) == "this aiter's norm takes layout besides"
+    assert aiter.differs(module, "norm", [*given, "layout", "slow"]) == "this aiter's norm takes no slow"
+
+
 def test_why_aiter_does_not_serve_is_said(monkeypatch):
     assert aiter.missing("cpu") == "AITER's kernels want a GPU"
     monkeypatch.setattr(aiter.platform, "is_hip", lambda: False)
