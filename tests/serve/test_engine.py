@@ -310,7 +310,8 @@ def test_a_failing_step_fails_only_its_requests(make, expected, monkeypatch):
         raise RuntimeError("out of magic")
 
     monkeypatch.setattr(engine.runner, "model", broken)
-    monkeypatch.setattr(engine.runner, "_graphs", None)
+    for captured in ("_graphs", "_prompt_graphs"):  # they would replay the model that is whole
+        monkeypatch.setattr(engine.runner, captured, None)
     failed = engine.step()
     assert [(each.rid, each.finish_reason) for each in failed] == [("0", "error"), ("1", "error")]
     assert "out of magic" in failed[0].error
