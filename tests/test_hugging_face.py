@@ -117,6 +117,14 @@ def test_a_mask_that_has_more_in_it_is_refused_by_name():
     assert hugging_face.mask(1, 6, 6, mask_function=masking_utils.sliding_window_causal_mask_function(3)) is None
 
 
+def test_slots_of_a_static_cache_that_are_not_written_do_not_count():
+    assert hugging_face.mask(2, 3, 16, q_offset=torch.tensor(4)).tolist() == [[True] * 7] * 2
+    assert hugging_face.mask(2, 3, 7, q_offset=4) is None
+    padding = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
+    assert hugging_face.mask(1, 3, 5, q_offset=4, kv_offset=2, attention_mask=padding) is None
+    assert hugging_face.mask(1, 3, 16, q_offset=4, attention_mask=padding).tolist() == padding.bool().tolist()
+
+
 def test_what_the_kernels_do_not_compute_is_refused():
     query, key = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
     module = torch.nn.Module()
