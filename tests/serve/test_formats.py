@@ -315,7 +315,7 @@ def test_a_target_by_its_name_comes_before_an_expression(copy):
     assert [scheme and scheme.activations for scheme in found] == ["token", "static"]
 
 
-def test_online_holds_one_tensor_twice(tmp_path):
+def test_online_quantizes_while_loading(tmp_path):
     """A plain checkpoint in FP8: as if each output feature had been quantized before."""
     weights = load_file(MADE / "quark-tensor" / "model.safetensors")
     plain = {name: w.float() * weights.get(f"{name}_scale", torch.tensor(1.0)) for name, w in weights.items()
