@@ -133,7 +133,9 @@ class Runner:
 
     def _graph_for(self, steps: Sequence[Schedule]) -> tuple[DecodeGraphs | PromptGraphs | None, Any]:
         """The graphs of which one holds this step of all groups, and which of them; or none."""
-        if self._graphs is None or any(each.num_decodes < len(each.rows) for each in steps):
+        if self._graphs is None:
+            return None, None
+        if any(each.num_decodes < len(each.rows) for each in steps):
             size = self._prompt_graphs.size_of(steps[0]) if self._prompt_graphs is not None else None
             return (self._prompt_graphs, size) if size is not None else (None, None)
         largest = max(len(each.rows) for each in steps)

@@ -94,6 +94,17 @@ def test_what_no_graph_holds_is_launched_kernel_by_kernel(runners, why, step):
     assert Graph.ours.replayed is None, why
 
 
+def test_without_graphs_of_decodes_none_is_replayed(runners, monkeypatch):
+    """As tests launch a step kernel by kernel."""
+    eager, graphed = cleared(runners)
+    monkeypatch.setattr(graphed, "_graphs", None)
+    Graph.ours.replayed = None
+    prompt = Schedule(0, [0], [0], [3], [1], [1, 2, 3], [(0, 0, [5])])
+    for step in (prompt, Schedule(1, [0], [3], [1], [1], [4])):
+        torch.testing.assert_close(graphed.forward(step), eager.forward(step), rtol=0, atol=1e-4)
+    assert Graph.ours.replayed is None
+
+
 def test_all_graphs_write_their_logits_to_the_same_memory(runners):
     """The largest step's: those of every graph would take as much as a small model."""
     graphs, prompts = runners[1]._graphs, runners[1]._prompt_graphs
