@@ -115,10 +115,11 @@ def distinct(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def ladder(limit: int) -> list[int]:
-    """Sizes up to `limit` that stand for all: powers of two and what follows them, since kernels are chosen by ranges
-    of sizes, and specialized on 1 and on multiples of 16."""
+    """Sizes up to `limit` that stand for all: powers of two, quarters between them, and what follows a power, since
+    kernels are chosen by ranges of sizes, some of a multiple of these, and specialized on 1 and on multiples of 16."""
     powers = [1 << i for i in range(limit.bit_length())]
-    return sorted({n for p in powers for n in (p, p + 1) if n <= limit} | {limit})
+    near = {n for p in powers for n in (p, p + 1, p + p // 4, p + p // 2, p + 3 * p // 4)}
+    return sorted({n for n in near if n <= limit} | {limit})
 
 
 def schedule(num_decodes: int, prompts: Sequence[tuple[int, int]], length: int) -> Schedule:
