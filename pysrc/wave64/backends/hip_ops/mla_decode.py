@@ -11,8 +11,8 @@ CONSTANTS = constants("mla_decode")
 SPLITS_PER_UNIT = 2
 #: Rows (heads of new tokens) of a sequence that are served, and the batch from which on only one tile of them is. Each
 #: tile reads the latents and transposes them anew, where a block of Triton's kernel has 32 rows: of two tiles for 512
-#: sequences of 1024 keys, the decode alone is predicted (testing/predict.py) to take 1.25 times as long as Triton's, and
-#: with the merge, which a batch that needs no splits does not have, 0.95 times.
+#: sequences of 1024 keys, the decode alone is predicted (testing/predict.py) to take 1.25 times as long as Triton's,
+#: and with the merge, which a batch that needs no splits does not have, 0.95 times.
 MAX_ROWS, MANY_SEQS = 32, 64
 
 
