@@ -115,6 +115,18 @@ def test_in_a_container_each_command_is_its_starters(tmp_path):
         "--ulimit memlock=-1", "--ulimit nofile=1048576"]
     assert not any(row.now for row in found.values())
     assert found["/dev/shm"].found == "0.06 GiB"
+    assert found["groups"].status == FAIL  # the devices are closed because of it
+    opened = Machine(box.root, SETTINGS, frozenset(), "ann")
+    assert [row.status for row in host_rows(opened) if row.name == "groups"] == [WARN]
+
+
+def test_a_small_gpu_is_an_integrated_one_though_its_node_has_no_processor(tmp_path):
+    files = gpu_files(["gfx1100", "gfx1036"])
+    name = "/sys/class/kfd/kfd/topology/nodes/2/properties"
+    files[name] = str(files[name]).replace("cpu_cores_count 16", "cpu_cores_count 0")
+    box = machine(tmp_path, host() | files)
+    assert [gpu.integrated for gpu in box.gpus()] == [False, True]
+    assert ("integrated GPU", WARN) in {(row.name, row.status) for row in gpu_rows(box)}
 
 
 TREE = host() | gpu_files(["gfx942"] * 2)
