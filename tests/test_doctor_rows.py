@@ -118,6 +118,8 @@ def test_in_a_container_each_command_is_its_starters(tmp_path):
     assert found["groups"].status == FAIL  # the devices are closed because of it
     opened = Machine(box.root, SETTINGS, frozenset(), "ann")
     assert [row.status for row in host_rows(opened) if row.name == "groups"] == [WARN]
+    root = Machine(box.root, SETTINGS, frozenset(), "root")  # who needs no group
+    assert [(row.status, row.found) for row in host_rows(root) if row.name == "groups"] == [(OK, "root")]
 
 
 def test_a_small_gpu_is_an_integrated_one_though_its_node_has_no_processor(tmp_path):
