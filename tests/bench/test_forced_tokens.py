@@ -1,4 +1,4 @@
-"""What of RESULTS.md's table on forced tokens needs no other tokenizer."""
+"""What of RESULTS_ENGINE.md's table on forced tokens needs no other tokenizer."""
 
 import forced_tokens
 import pytest
