@@ -201,7 +201,7 @@ def copy_weights(theirs: nn.Module, model: nn.Module) -> None:
     """Copy transformers' weights to ours, by the names of a checkpoint."""
     stored = theirs.state_dict()
     for name, module in model.named_modules():
-        for stored_name, view, _ in module.checkpoint(name) if isinstance(module, Layer) else ():
+        for stored_name, view, *_ in module.checkpoint(name) if isinstance(module, Layer) else ():
             if ".experts." in stored_name:
                 parent, number, kind = stored_name.removesuffix(".weight").rsplit(".", 2)
                 fused = stored[f"{parent}.{'down_proj' if kind == 'down_proj' else 'gate_up_proj'}"][int(number)]

@@ -16,7 +16,7 @@ def symmetric(group: str, n: int) -> dict[str, Callable[[], Any]]:
     import torch.distributed._symmetric_memory as symm_mem
 
     name = distributed.registered(group).group_name
-    x = symm_mem.empty(n, dtype=torch.bfloat16, device="cuda")
+    x = symm_mem.empty(n, dtype=torch.bfloat16, device=torch.device("cuda"))
     symm_mem.rendezvous(x, name)
     x.zero_()
     torch.cuda.synchronize()

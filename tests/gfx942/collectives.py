@@ -80,6 +80,11 @@ class Call:
     scalars: dict = field(default_factory=dict)
     written: dict[str, list[Tensor]] = field(default_factory=dict)  # in place, besides out
 
+    @classmethod
+    def drawn(cls, world: int, count: int, dtype: torch.dtype, protocol: int, seed: int, offset: int = 0) -> "Call":
+        """One with drawn elements, `count` of a rank."""
+        raise NotImplementedError
+
     def launches(self, arch: str, rank: int, arenas: Arenas) -> list:
         with hip.record(arch) as launches:
             hip.launch(self.op, arenas=arenas.addresses, rank=rank, world=arenas.world, status=arenas.status(rank),

@@ -72,9 +72,9 @@ def test_machine_code_keeps_the_contract(op, case, record_property):
 def test_what_is_declined(options, words):
     args = make_decode(**dict(seq_lens=[3]) | options)
     with platform.target("gfx942"):
-        assert words in OPS["mla_decode"].backends["hip"].supports(**args)
+        assert words in (OPS["mla_decode"].backends["hip"].supports(**args) or "")
     with platform.target("gfx1201"):
-        assert "CDNA's matrix instructions" in OPS["mla_decode"].backends["hip"].supports(**args)
+        assert "CDNA's matrix instructions" in (OPS["mla_decode"].backends["hip"].supports(**args) or "")
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])

@@ -22,7 +22,7 @@ ABSENT = """
 | beam search | `n` draws independent answers |
 | images, sound | messages are text |
 | drafted tokens (speculative decoding) | every token is a step |
-| jump-forward in grammars | a JSON schema forces few tokens in a row: 2 of 74 steps less (tests/bench/RESULTS_ENGINE.md) |
+| jump-forward in grammars | a JSON schema forces few tokens in a row: 2 of 74 steps less (RESULTS_ENGINE.md) |
 """
 
 

@@ -46,8 +46,9 @@ def test_an_error_ends_the_stream_behind_what_came_before_it():
 @pytest.fixture
 def client():
     made = EngineClient.__new__(EngineClient)
-    made.lost, made.ready, made._inboxes, made.sent = None, Ready(9, 9, 9, "cpu", "float32", [], {}), {}, []
-    made._send = made.sent.append
+    sent: list = []
+    ready = Ready(9, 9, 9, "cpu", "float32", [], {})
+    vars(made).update(lost=None, ready=ready, _inboxes={}, sent=sent, _send=sent.append)
     return made
 
 

@@ -232,7 +232,7 @@ def test_flags_name_backends(device):
     assert bound(decode_attention_backend="triton") == plain | dict.fromkeys(SERVED_BY["decode_attention_backend"],
                                                                             "triton")
     assert bound() == plain
-    with pytest.raises(NotSupported, match="^--moe-runner-backend: aiter cannot serve fused_moe: wave64 has"):
+    with pytest.raises(NotSupported, match="^--moe-runner-backend: aiter cannot serve fused_moe: AITER's kernels want"):
         bound(moe_runner_backend="aiter")
     with pytest.raises(NotSupported, match="^--fp8-gemm-backend: hip cannot serve fp8_block_scaled_mm: "):
         bound(fp8_gemm_backend="hip", device="cpu")

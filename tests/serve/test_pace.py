@@ -126,6 +126,18 @@ def test_what_waits_is_counted_as_far_as_it_has_a_row():
     assert world.scheduler.prompt_tokens == 30 + 7, "a decodes"
 
 
+def prompts_of(made: Engine) -> list[int]:
+    """The prompt tokens of each step that is launched from now on."""
+    forward, launched = made.runner.forward, []
+
+    def counted(step):
+        launched.append(sum(step.counts[step.num_decodes :]))
+        return forward(step)
+
+    vars(made.runner)["forward"] = counted
+    return launched
+
+
 def test_short_prompts_are_computed_next_to_decodes_a_few_tokens_at_a_time(tmp_path):
     make_model(tmp_path)
     made = Engine(ServerArgs(model_path=str(tmp_path), device="cpu", dtype="float32", max_total_tokens=2048,
@@ -133,8 +145,7 @@ def test_short_prompts_are_computed_next_to_decodes_a_few_tokens_at_a_time(tmp_p
     params = SamplingParams(max_new_tokens=20, temperature=0, ignore_eos=True)
     made.add(Request("a", [1, 2], params))
     made.step()
-    forward, launched = made.runner.forward, []
-    made.runner.forward = lambda step: (launched.append(sum(step.counts[step.num_decodes :])), forward(step))[1]
+    launched = prompts_of(made)
     for i in range(3):
         made.add(Request(f"b{i}", [(7 * i + j) % VOCAB for j in range(100)], params))
     while made.has_work:
@@ -153,8 +164,7 @@ def test_chunks_are_long_where_requests_wait_for_others_to_end(tmp_path, count, 
     for i in range(count):
         made.add(Request(f"b{i}", [(7 * i + j) % VOCAB for j in range(200)], params))
     assert made.scheduler.is_full == (count > 1)
-    forward, launched = made.runner.forward, []
-    made.runner.forward = lambda step: (launched.append(sum(step.counts[step.num_decodes :])), forward(step))[1]
+    launched = prompts_of(made)
     made.step()
     assert launched == [chunk]
 
@@ -189,7 +199,7 @@ def test_answers_go_on_while_prompts_arrive(tmp_path_factory, overlap):
         launched.append((steps[0].num_decodes, sum(steps[0].counts[steps[0].num_decodes :])))
         return forward(*steps)
 
-    made.runner.forward = timed
+    vars(made.runner)["forward"] = timed
     commit = made._commit
 
     def waited():

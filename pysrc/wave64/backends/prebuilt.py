@@ -23,7 +23,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import triton
 from tqdm import tqdm
@@ -104,10 +104,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 def pack(folder: Path, tar: Path) -> None:
     """Write the folder as a tar, compressed as its name says; whole or not at all."""
-    kind = {".gz": "gz", ".tgz": "gz", ".xz": "xz"}.get(tar.suffix, "")
     partial = tar.with_name(f"{tar.name}.{os.getpid()}.partial")
+    gz, xz = tar.suffix in (".gz", ".tgz"), tar.suffix == ".xz"
+    mode: Literal["w:gz", "w:xz", "w"] = "w:gz" if gz else "w:xz" if xz else "w"
     try:
-        with tarfile.open(partial, f"w:{kind}") as archive:
+        with tarfile.open(partial, mode) as archive:
             for name in (MANIFEST, KERNELS):
                 archive.add(folder / name, name)
         os.replace(partial, tar)
@@ -134,7 +135,8 @@ def unpacked(path: Path, into: Path | None = None) -> Path:
         partial = Path(tempfile.mkdtemp(dir=parent, prefix=f"{digest}."))
         try:
             with tarfile.open(path) as archive:
-                archive.extractall(partial, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+                safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                archive.extractall(partial, **safely)
             read_manifest(partial)
             os.chmod(partial, 0o755)
             os.replace(partial, folder)
