@@ -17,7 +17,7 @@ MODULES = {
     "bench_one_batch": ("wave64.bench_one_batch", "time a batch on the engine alone: bench_one_batch --model-path M"),
     "emulate": ("wave64.serve.engine.emulate",
                 "generate on an emulated MI300X, and say what a step costs: emulate --model-path MODEL --prompt TEXT"),
-    "accuracy": ("wave64.serve.engine.accuracy",
+    "accuracy": ("wave64.serve.http.accuracy",
                  "perplexity and recitation of a checkpoint, exit 1 if it is read wrongly: accuracy --model-path M"),
     "doctor": ("wave64.tools.doctor.cli", "what this machine needs before a server runs well on it, with the commands"),
     "prebuild": ("wave64.serve.engine.prebuild",

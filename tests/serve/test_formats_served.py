@@ -19,9 +19,9 @@ import wave64
 import wave64.serve.demo
 from wave64 import platform
 from wave64.serve.args import ArgsError, ServerArgs
-from wave64.serve.engine import accuracy
 from wave64.serve.engine.engine import Engine
 from wave64.serve.engine.rank import kv_dtype_of
+from wave64.serve.http import accuracy
 from wave64.serve.messages import Request, SamplingParams
 
 FOLDER = Path(__file__).with_name("quantized") / "demo-quark-kv"
@@ -101,9 +101,8 @@ def test_accuracy_finds_a_wrong_flavor(tmp_path, capsys, monkeypatch):
     """Weights of e4m3fn that are taken for e4m3fnuz without larger scales are half of what they should be."""
     monkeypatch.setattr(accuracy, "MAX_TOKENS", 96)
     assert accuracy.main(["--model-path", str(FOLDER), "--against", "demo-llama", *QUICK]) == 0
-    assert "as expected" in capsys.readouterr().out
-    assert accuracy.main(["--model-path", "demo-llama", "--quantization", "fp8", *QUICK]) == 0
     shown = capsys.readouterr().out
+    assert "as expected" in shown
     folder = Path(shutil.copytree(FOLDER, tmp_path / "wrong"))
     weights = load_file(folder / "model.safetensors")
     save_file({name: weight / 2 if name.endswith("weight_scale") else weight for name, weight in weights.items()},
@@ -116,6 +115,34 @@ def test_accuracy_finds_a_wrong_flavor(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         accuracy.main(["--model-path", str(folder), *QUICK])
     assert "quantization_config.quant_method: expected FP8" in capsys.readouterr().err
+
+
+def test_accuracy_serves_as_its_flags_say(monkeypatch):
+    """With all ranks, and one checkpoint after the other: a device need not hold both."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, *, model_path, tp_size, quantization, **settings):
+            seen.append((model_path, tp_size, quantization))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            seen.append("ended")
+
+        def generate(self, *, input_ids, **fields):
+            tokens = [[None if i == 0 else -1.0, token, ""] for i, token in enumerate(input_ids)]
+            likeliest = [None, *([[-0.5, token + 1, ""]] for token in input_ids[1:])]
+            return {"meta_info": {"input_token_logprobs": tokens, "input_top_logprobs": likeliest}}
+
+    monkeypatch.setattr(accuracy, "Engine", Recorder)
+    flags = ["--tp-size", "2", "--quantization", "fp8"]
+    assert accuracy.main(["--model-path", "demo-llama", "--against", "demo-deepseek", *flags]) == 0
+    assert seen == [("demo-deepseek", 2, None), "ended", ("demo-llama", 2, "fp8"), "ended"]
+    found = accuracy.measure([], "demo-llama")
+    assert [round(perplexity, 6) for _, perplexity in found.perplexities.values()] == [2.718282] * 2
+    assert found.recited == 0
 
 
 def test_the_verdict_against_another_checkpoint():

@@ -5,27 +5,24 @@
 Perplexity is that of two texts in the public domain, which models have read: the Gettysburg Address and the beginning
 of the Declaration of Independence. Recitation counts phrases that everybody knows whose every token is the most likely
 one. Exit status 1 if that says that the weights are read wrongly (an FP8 flavor, a scale): with --against, a perplexity
-far above that checkpoint's, or several phrases fewer; alone, no text that it knows. Further flags are the server's.
+far above that checkpoint's, or several phrases fewer; alone, no text that it knows. Further flags are the server's,
+such as --tp 8: each checkpoint is loaded as it would be served, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 import wave64.serve.demo
 from wave64.serve.args import LEVELS, ArgsError, ServerArgs
-from wave64.serve.engine.engine import Engine
-from wave64.serve.engine.rank import SAID_IN_WORDS
-from wave64.serve.logs import LINE
-from wave64.serve.messages import Request, SamplingParams, TokenLogprob
+from wave64.serve.http.offline import Engine
 from wave64.serve.model_path import resolve_model_path
 
 TEXTS = ("gettysburg.txt", "declaration.txt")
@@ -56,34 +53,28 @@ class Found:
 
 
 def measure(flags: Sequence[str], model_path: str) -> Found:
-    """Raises what Engine raises, and RuntimeError where a step fails."""
+    """Raises what Engine and its generate() raise."""
     args = ServerArgs.from_cli(["--model-path", model_path, "--max-running-requests", "1", *flags])
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(args.model_path, args.revision))
-    engine = Engine(args)
-    perplexities = {}
-    for name in TEXTS:
-        text = (Path(next(iter(wave64.serve.demo.__path__))) / name).read_text(encoding="utf-8").strip()
-        chosen = [entry for entry in logprobs(engine, tokenizer(text).input_ids[:MAX_TOKENS]) if entry is not None]
-        perplexities[name] = len(chosen), math.exp(-sum(entry.logprob for entry in chosen) / len(chosen))
-    recited = 0
-    for given, rest in PHRASES:
-        count, ids = len(tokenizer(given).input_ids), tokenizer(given + rest).input_ids
-        entries = logprobs(engine, ids)[count:]
-        recited += all(entry is not None and entry.top[0][0] == entry.id for entry in entries)
+    with Engine(**{each.name: getattr(args, each.name) for each in fields(args)}) as engine:
+        perplexities = {}
+        for name in TEXTS:
+            text = (Path(next(iter(wave64.serve.demo.__path__))) / name).read_text(encoding="utf-8").strip()
+            chosen = [logprob for logprob, _ in of_prompt(engine, tokenizer(text).input_ids[:MAX_TOKENS])]
+            perplexities[name] = len(chosen), math.exp(-sum(chosen) / len(chosen))
+        recited = 0
+        for given, rest in PHRASES:
+            count, ids = len(tokenizer(given).input_ids), tokenizer(given + rest).input_ids
+            recited += all(is_likeliest for _, is_likeliest in of_prompt(engine, ids)[count - 1 :])
     return Found(perplexities, recited)
 
 
-def logprobs(engine: Engine, ids: list[int]) -> list[TokenLogprob | None]:
-    """Of each token of a prompt, its own logprob and the most likely one; of the first, none."""
-    engine.add(Request("0", ids, SamplingParams(max_new_tokens=1, temperature=0), prompt_logprobs=True,
-                       top_logprobs=1, top_prompt_logprobs=1))
-    found: list[TokenLogprob | None] = []
-    while engine.has_work:
-        for output in engine.step():
-            if output.error:
-                raise RuntimeError(output.error)
-            found += output.prompt_logprobs or []
-    return found
+def of_prompt(engine: Engine, ids: list[int]) -> list[tuple[float, bool]]:
+    """Of each token behind the first, its logprob and whether none was likelier."""
+    said = engine.generate(input_ids=ids, sampling_params=dict(max_new_tokens=1, temperature=0), return_logprob=True,
+                           logprob_start_len=0, top_logprobs_num=1)["meta_info"]
+    return [(logprob, top[0][1] == token) for (logprob, token, _), top in
+            zip(said["input_token_logprobs"][1:], said["input_top_logprobs"][1:], strict=True)]
 
 
 def verdict(found: Found, against: Found | None) -> str | None:
@@ -121,13 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--log-level", default="warning", choices=LEVELS,
                         help="lowest level that is logged (default: %(default)s)")
     own, flags = parser.parse_known_args(argv)
-    logging.basicConfig(level=own.log_level.upper(), format=LINE)
+    flags = ["--log-level", own.log_level, *flags]
     try:
         # what plain weights are quantized to is in question, not in what they are compared with
         plain = [word for i, word in enumerate(flags) if "--quantization" not in (word, flags[i - 1] if i else "")]
         against = measure(plain, own.against) if own.against else None
         found = measure(flags, own.model_path)
-    except (ArgsError, *SAID_IN_WORDS, RuntimeError) as error:
+    except (ArgsError, OSError, RuntimeError, ValueError) as error:
         parser.exit(1, f"wave64 accuracy: error: {' '.join(str(error).split())}\n")
     print(report(found, against))
     wrong = verdict(found, against)
