@@ -23,6 +23,7 @@ from wave64.serve.engine.engine import Engine
 from wave64.serve.engine.rank import kv_dtype_of
 from wave64.serve.http import accuracy
 from wave64.serve.messages import Request, SamplingParams
+from wave64.serve.model.scaled import ScaledLinear
 
 FOLDER = Path(__file__).with_name("quantized") / "demo-quark-kv"
 TEXT = (Path(next(iter(wave64.serve.demo.__path__))) / "gettysburg.txt").read_text(encoding="utf-8").strip()
@@ -92,6 +93,20 @@ def test_auto_is_fp8_where_there_are_scales_and_an_architecture_that_has_it():
 def test_what_quantization_cannot_mean_is_refused(model, method, words):
     with pytest.raises(ArgsError, match=words):
         Engine(ServerArgs(model_path=model, device="cpu", quantization=method))
+
+
+def test_plain_weights_are_quantized_as_they_are_loaded():
+    """By the largest of an output feature, to within half a step of e4m3's three bits of mantissa."""
+    engine = Engine(ServerArgs(model_path="demo-llama", device="cpu", quantization="fp8", max_total_tokens=1024))
+    stored = load_file(Path(next(iter(wave64.serve.demo.__path__))) / "llama" / "model.safetensors")
+    layers = {name: layer for name, layer in engine.runner.model.named_modules() if isinstance(layer, ScaledLinear)}
+    assert len(layers) == 4 * engine.config.num_layers
+    for name, layer in layers.items():
+        if name.endswith(("o_proj", "down_proj")):
+            plain, scale = stored[f"{name}.weight"].float(), layer.weight_scale[:, None]
+            assert layer.weight.dtype == torch.float8_e4m3fn
+            assert torch.equal(scale.squeeze(), plain.abs().amax(1) / 448)
+            assert ((layer.weight.float() * scale - plain).abs() <= (plain.abs() / 16).maximum(scale / 1024)).all()
 
 
 QUICK = ["--device", "cpu", "--max-total-tokens", "1024"]
