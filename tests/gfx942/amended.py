@@ -37,4 +37,4 @@ endif""",
     "v_ldexp_f32": "D0.f32 = ldexp(S0.f32, S1.i32)",
 }
 #: instructions of which the manual has no pseudo-code
-PLAIN = {"v_accvgpr_read": "D0.b32 = S0.b32", "v_accvgpr_write": "D0.b32 = S0.b32"}
+PLAIN = dict.fromkeys(("v_accvgpr_read", "v_accvgpr_write", "v_accvgpr_mov_b32"), "D0.b32 = S0.b32")

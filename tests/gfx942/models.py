@@ -198,7 +198,7 @@ class Model:
     def _register(self) -> int | None:
         if self.family.startswith("VOPC") or self.family == "VOP3_SDST":
             return None
-        return self.fields.vdst.offset - 256 + AGPRS * (self.name == "v_accvgpr_write")
+        return self.fields.vdst.offset - 256 + AGPRS * (self.name in ("v_accvgpr_write", "v_accvgpr_mov_b32"))
 
     def _mask_register(self) -> int:
         if self.family.startswith("VOPC_SDWA"):
@@ -243,7 +243,8 @@ class Model:
             if self.family == "VOP3P" and 128 <= code <= 248 and (bits := self._of_pair(code, size, kind)) is not None:
                 raw.append((bits, size, kind))
                 continue
-            bits = self.operand(code, size, kind, wave, from_lane, self.name == "v_accvgpr_read")
+            from_agpr = self.name in ("v_accvgpr_read", "v_accvgpr_mov_b32")
+            bits = self.operand(code, size, kind, wave, from_lane, from_agpr)
             raw.append((bits, size, kind))
         if self.family == "VOP3P":
             self._packed_sources(scope, raw)
