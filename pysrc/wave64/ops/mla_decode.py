@@ -75,7 +75,7 @@ SHAPES = {
     "queries-4": dict(seq_lens=[70], heads=16, queries=4, rank=64),
     "queries-in-two-parts": dict(seq_lens=[129, 65], queries=2, page_size=64),
     "queries-3-of-fewer": dict(seq_lens=[2, 0, 1, 40], heads=2, queries=3, rank=64),
-    "fp16-rank-512": dict(seq_lens=[129], heads=2, dtype=torch.float16),
+    "fp16-rank-512": dict(seq_lens=[129], heads=2, page_size=64, dtype=torch.float16),
     "fp8": dict(seq_lens=[70], heads=8, fp8=True),
     "fp8-fp16": dict(seq_lens=[70], heads=2, dtype=torch.float16, fp8=True),
     "fp8-queries": dict(seq_lens=[70, 9], heads=4, queries=2, rank=64, fp8=True),
