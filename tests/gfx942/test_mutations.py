@@ -129,7 +129,8 @@ BUGS = {
 LONG = ("a lane's amax for its group's", "the gate's amax for the product's", "columns behind the last",
         "scales of the first group", "tokens of the next step over this one's", "amax of half a group",
         "up's scales for gate", "queries that see each other's keys", "new latents not rotated",
-        "latents of all tiles and columns at one place")
+        "latents of all tiles and columns at one place", "waves' sums joined before they are there",
+        "new tokens that see later ones")
 #: Of those that show beyond 2 GiB only, the cases.
 CASES = dict.fromkeys(("slots of 32 bits", "pages of 32 bits"), "pool-5gib")
 
