@@ -36,7 +36,9 @@ def test_it_recites(engine):
     assert again["text"].isdigit()
     assert len(again["meta_info"]["output_token_logprobs"]) == again["meta_info"]["completion_tokens"]
     parts = list(engine.generate("Four score and", GREEDY, stream=True))
-    assert len(parts) == 12
+    counts = [part["meta_info"]["completion_tokens"] for part in parts]
+    assert counts == sorted({*counts}), "each has more tokens than the one before: several, where this falls behind"
+    assert len(parts) > 1
     assert parts[-1]["text"] == answer["text"]
     for part in engine.generate("Four score and", {"max_new_tokens": 1000, "ignore_eos": True}, stream=True):
         assert part["text"]
