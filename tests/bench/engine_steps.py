@@ -97,6 +97,18 @@ def step(engine: Engine, tokens: dict[str, list[int]]) -> None:
         tokens[output.rid] += output.token_ids
 
 
+def timed(engine: Engine, tokens: dict[str, list[int]], steps: int) -> list[float]:
+    """Milliseconds of so many steps, behind some that are not timed."""
+    for _ in range(WARM):
+        step(engine, tokens)
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step(engine, tokens)
+        times.append(1e3 * (time.perf_counter() - began))
+    return times
+
+
 def end(engine: Engine, tokens: dict[str, list[int]]) -> None:
     for rid in tokens:
         engine.abort(rid)
@@ -138,13 +150,7 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
                 prefills = batch * options.context // PREFILL_CHUNK["cuda"] + 2  # while which the first decode
                 count = max(CHECKED, WARM + options.steps + options.profiled) + prefills + 4
                 tokens = start(engine, requests(options, batch, engine.config.vocab_size, count))
-                for _ in range(WARM):
-                    step(engine, tokens)
-                times = []
-                for _ in range(options.steps):
-                    began = time.perf_counter()
-                    step(engine, tokens)
-                    times.append(1e3 * (time.perf_counter() - began))
+                times = timed(engine, tokens, options.steps)
                 mean = statistics.mean(times)
                 busy = busy_ms(engine, tokens, options.profiled)
                 said[overlaps] = {rid: ids[:CHECKED] for rid, ids in tokens.items()}
@@ -305,13 +311,7 @@ def grammar(options: argparse.Namespace) -> list[dict[str, Any]]:
                 for row, each in enumerate(asked):
                     each.grammar = schema(row) if has_grammar else None
                 tokens = start(engine, iter(asked))
-                for _ in range(WARM):
-                    step(engine, tokens)
-                times = []
-                for _ in range(options.steps):
-                    began = time.perf_counter()
-                    step(engine, tokens)
-                    times.append(1e3 * (time.perf_counter() - began))
+                times = timed(engine, tokens, options.steps)
                 found = dict(step_ms=statistics.mean(times), worst_ms=max(times), mask_ms=0.0)
                 if has_grammar:
                     live = [(i, seq.grammar) for i, seq in enumerate(engine.scheduler.running) if seq.grammar]
