@@ -263,7 +263,7 @@ def test_generate(server, tokenizer):
     texts = [chunk["text"] for chunk in chunks]
     assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
     assert (texts[-1], chunks[-1]["output_ids"]) == (one["text"], one["output_ids"])
-    assert [chunk["meta_info"]["finish_reason"] for chunk in chunks[:-1]] == [None] * 11
+    assert {chunk["meta_info"]["finish_reason"] for chunk in chunks[:-1]} <= {None}, "an event has a token or several"
     scored = server.post(
         "/generate", text="Four score", sampling_params=sampling, return_logprob=True, top_logprobs_num=2,
         logprob_start_len=0,
