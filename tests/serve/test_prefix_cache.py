@@ -167,6 +167,17 @@ def test_what_was_used_last_is_evicted_last_and_leaves_first():
         cache.allocate(1)
 
 
+def test_what_is_evicted_before_it_was_stored_leaves_the_tree():
+    """Its host page holds nothing yet: a later sequence must not have it copied back."""
+    pool, host_pool = PagePool(2, PAGE), PagePool(4, PAGE)
+    cache, path, tokens = PrefixCache(pool, host_pool=host_pool), [], [5] * PAGE
+    cache.insert(path, tuple(tokens), cache.allocate(1)[0])
+    cache.release(path)
+    assert list(cache.storing) == path
+    cache.allocate(2)
+    assert (list(cache.storing), cache.hosted([], tokens, PAGE), host_pool.num_free) == ([], [], 4)
+
+
 def test_tokens_of_equal_hash_are_not_taken_for_each_other():
     """hash(-1) == hash(-2) in CPython, so do the tuples of them."""
     pool = PagePool(4, 2)

@@ -26,6 +26,19 @@ from wave64.testing.emulator.run import Counts, emulate
 BACKENDS = {"hip": emulate, "triton": emulate_triton}
 
 
+def small_case(parser: argparse.ArgumentParser, name: str, text: str, backend: str | None) -> tuple[str, Case]:
+    """What a command runs of this operator: the backend (without one, hip where the operator has it), and the first
+    case that is not large with this text in its name. Where there is none, the command ends with a line of it."""
+    op = OPS[name]
+    backend = backend or ("hip" if "hip" in op.backends else "triton")
+    case = next((case for case in op.cases() if text in case.id and not case.large), None)
+    if case is None:
+        parser.error(f"{name} has no small case with {text!r} in its name")
+    if backend not in op.backends:
+        parser.error(f"{name} has no {backend} kernel")
+    return backend, case
+
+
 @dataclass
 class Result:
     """Of one operator's backend: cases that kept the contract, that it declined, that broke it and why; what ran."""

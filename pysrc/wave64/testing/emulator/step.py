@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from wave64 import OPS, platform
 from wave64.testing import contract
 from wave64.testing.emulator.binding import Binding
-from wave64.testing.emulator.check import BACKENDS
+from wave64.testing.emulator.check import BACKENDS, small_case
 from wave64.testing.emulator.decode import SCC
 from wave64.testing.emulator.watch import SCALAR, Check, name_of, registers
 
@@ -99,12 +99,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=40, help="instructions to show")
     parser.add_argument("--pause", action="store_true", help="wait for Enter after each")
     args = parser.parse_args()
-    op = OPS[args.op]
-    backend = args.backend or ("hip" if "hip" in op.backends else "triton")
-    case = next((c for c in op.cases() if args.case in c.id and not c.large), None)
-    if case is None or backend not in op.backends:
-        parser.error(f"{args.op} has no small case with {args.case!r} in its name" if case is None
-                     else f"{args.op} has no {backend} kernel")
+    backend, case = small_case(parser, args.op, args.case, args.backend)
 
     def show(line: str) -> None:
         print(line, flush=True)
@@ -115,7 +110,7 @@ def main() -> int:
     with platform.target(args.arch):
         try:
             with BACKENDS[backend](args.arch, (stepping(view),)):
-                op.backends[backend].run(**contract.draw(case, "cpu", seed=0))
+                OPS[args.op].backends[backend].run(**contract.draw(case, "cpu", seed=0))
         except Stop:
             pass
     return 0

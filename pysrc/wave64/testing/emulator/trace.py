@@ -23,7 +23,7 @@ import numpy as np
 from wave64 import OPS, platform
 from wave64.testing import contract
 from wave64.testing.emulator.binding import Binding
-from wave64.testing.emulator.check import BACKENDS
+from wave64.testing.emulator.check import BACKENDS, small_case
 from wave64.testing.emulator.cost import BANKS, IN_TURN, WIDE_LOADS, lds_cycles, unit_of
 from wave64.testing.emulator.lanes import READ
 from wave64.testing.emulator.machine import READY
@@ -225,17 +225,12 @@ def main() -> int:
     parser.add_argument("--workgroups", type=int, default=1, help="of each launch (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: OP.json.gz")
     args = parser.parse_args()
-    op = OPS[args.op]
-    backend = args.backend or ("hip" if "hip" in op.backends else "triton")
-    case = next((c for c in op.cases() if args.case in c.id and not c.large), None)
-    if case is None or backend not in op.backends:
-        parser.error(f"{args.op} has no small case with {args.case!r} in its name" if case is None
-                     else f"{args.op} has no {backend} kernel")
+    backend, case = small_case(parser, args.op, args.case, args.backend)
     if args.workgroups < 1:
         parser.error(f"--workgroups: expected at least 1, got {args.workgroups}")
     trace, output = Trace(args.workgroups), args.output or Path(f"{args.op}.json.gz")
     with platform.target(args.arch), BACKENDS[backend](args.arch, (tracing(trace),)):
-        op.backends[backend].run(**contract.draw(case, "cpu", seed=0))
+        OPS[args.op].backends[backend].run(**contract.draw(case, "cpu", seed=0))
     count = trace.write(output, op=args.op, case=case.id, arch=args.arch, backend=backend)
     print(f"{output}: {count} events of {trace.processes} workgroups, {trace.end} cycles; open it in ui.perfetto.dev")
     return 0
