@@ -7,9 +7,10 @@ Nothing here imports torch: the api process, the tests and `--help` read this fi
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
+from os import PathLike, fspath
 from typing import Any, NoReturn
 
 from wave64.arch import EMULATED
@@ -251,16 +252,30 @@ class ServerArgs:
         if unknown:
             parser.error("; ".join(_unknown(unknown)))
         given = vars(namespace)
-        for flag, (_, value, why) in ONLY.items():
-            got = given.pop(name_of(flag))
-            if got not in (None, value):
-                parser.error(f"{flag}: expected {value}, got {got}: {why}")
-        for flag in WITHOUT_EFFECT:
-            given.pop(name_of(flag))
         try:
-            return cls(**given)
+            return cls(**_taken(given))
         except ArgsError as error:
             parser.error(str(error))
+
+    @classmethod
+    def from_names(cls, settings: Mapping[str, Any]) -> "ServerArgs":
+        """Settings by the names of the flags, as Python has them: tp_size=2 for --tp-size 2. All that the command line
+        takes is taken here, a flag's other names and what changes nothing too; None is not given. Raises ArgsError."""
+        names = {name_of(flag): item.name for item in fields(cls) for flag in item.metadata["aliases"]}
+        names |= {item.name: item.name for item in fields(cls)}
+        given = {names.get(name, name): value for name, value in settings.items() if value is not None}
+        known = {*names.values(), *map(name_of, WITHOUT_EFFECT | ONLY)}
+        if unknown := _unknown([flag_of(name) for name in given if name not in known]):
+            raise ArgsError("; ".join(unknown))
+        given = _taken(given)
+        kinds = {item.name: item.metadata["kind"] for item in fields(cls) if item.default != ()}
+        for name in given.keys() & kinds.keys():
+            kind, value = kinds[name], given[name]
+            if isinstance(value, PathLike):
+                given[name] = value = fspath(value)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ArgsError(f"{flag_of(name)}: expected {kind.__name__}, got {value!r}")
+        return cls(**given)
 
 
 #: Flags of published recipes that change nothing here -> (the type of their value, None for a switch, why).
@@ -355,10 +370,19 @@ def _parser() -> _Parser:
     return parser
 
 
+def _taken(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ServerArgs among flags that are known. Raises ArgsError where a flag of ONLY has another value."""
+    for flag, (_, value, why) in ONLY.items():
+        if (got := given.get(name_of(flag))) not in (None, value):
+            raise ArgsError(f"{flag}: expected {value}, got {got}: {why}")
+    return {name: value for name, value in given.items() if flag_of(name) not in WITHOUT_EFFECT | ONLY}
+
+
 def _unknown(words: list[str]) -> list[str]:
     """What to say of words that are no flags of ours (SGLang has some 300, wave64 these few), all at once. What follows
     an unknown flag is taken for its value."""
-    said, known = [], [flag_of(item.name) for item in fields(ServerArgs)]
+    said: list[str] = []
+    known = [flag for item in fields(ServerArgs) for flag in (flag_of(item.name), *item.metadata["aliases"])]
     for i, word in enumerate(words):
         if word.startswith("-"):
             name = word.split("=")[0]

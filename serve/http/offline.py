@@ -32,12 +32,12 @@ Json = dict[str, Any]
 
 
 class Engine:
-    """A model that generates. Settings are those of the server, as ServerArgs has them."""
+    """A model that generates. Settings are the server's flags by their names in Python: tp_size=2 is --tp-size 2."""
 
     def __init__(self, **settings: Any) -> None:
         """Returns when the model is there. Raises ArgsError for a bad setting, RuntimeError with the engine's reason
         when it cannot start."""
-        self._args = ServerArgs(**settings)
+        self._args = ServerArgs.from_names(settings)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="wave64", daemon=True)
         self._thread.start()

@@ -1,6 +1,7 @@
 """Flags and the errors they can make: one line, naming flag, expected and got."""
 
 import dataclasses
+from pathlib import Path
 
 import flags_table
 import pytest
@@ -128,3 +129,16 @@ def test_python_gets_the_same_checks():
     with pytest.raises(ArgsError, match="--schedule-policy: expected one of fcfs, lpm, got 'dfs'"):
         ServerArgs(schedule_policy="dfs")
     assert ServerArgs(chunked_prefill_size=-1).chunked_prefill_size == -1, "whole prompts"
+
+
+def test_names_in_python_are_taken_as_flags_are():
+    assert ServerArgs.from_names({"model_path": "x", "tp": 2}).tp_size == 2
+    assert ServerArgs.from_names(dict(model_path="x", trust_remote_code=True, pp_size=1)) == ServerArgs(model_path="x")
+    for name, words in {"tensor_paralel_size": "did you mean --tensor-parallel-size", "xyz": "see --help",
+                        "lora_paths": "adapters are not applied"}.items():
+        with pytest.raises(ArgsError, match=f"^{flag_of(name)}: .*{words}"):
+            ServerArgs.from_names({"model_path": "x", name: "y"})
+    with pytest.raises(ArgsError, match="--tp-size: expected int, got '2'"):
+        ServerArgs.from_names({"model_path": Path("x"), "tp_size": "2"})
+    with pytest.raises(ArgsError, match="--pp-size: expected 1, got 2"):
+        ServerArgs.from_names({"model_path": "x", "pp_size": 2})
