@@ -73,6 +73,7 @@ class Rank:
         if rank == 0:
             log.info("what serves each operator:\n%s", wave64.table(self.backends))
         self.config = config_of(folder, args)
+        refuse_without_kernels(self.config, self.device.type)
         self.dtype = self.config.dtype if args.dtype == "auto" else DTYPES[DTYPE_ALIASES.get(args.dtype, args.dtype)]
         say("loading weights", str(self.device))
         model = load_model(self.config, folder, self.dtype, self.device, args.load_format, ranks, progress)
@@ -193,15 +194,28 @@ def kv_dtype_of(name: str, model_dtype: torch.dtype, device: torch.device, scale
 
 
 def refuse(args: ServerArgs) -> Path:
-    """Raises what Engine would raise later, where ranks are more than devices or cannot split the model; returns the
-    model's folder."""
+    """Raises what Engine would raise later, where ranks are more than devices, lack kernels or cannot split the model;
+    returns the model's folder."""
     folder = resolve_model_path(args.model_path, args.revision)
-    _device(args.device, args.base_gpu_id + args.tp_size // args.nnodes - 1)
+    device = _device(args.device, args.base_gpu_id + args.tp_size // args.nnodes - 1)
     config = config_of(folder, args)
     if config.moe is None and args.ep_size != 1 and args.groups == 1:
         raise ArgsError(f"--ep-size: expected 1, for a model without experts, got {args.ep_size}")
+    refuse_without_kernels(config, device.type)
     refuse_unless_split(config, ranks_of(args, 0))
     return folder
+
+
+def refuse_without_kernels(config: ModelConfig, device_type: str) -> None:
+    """Raises ArgsError where a GPU, or an emulated one, would compute experts by the operator's reference, which waits
+    for the device: no graph can be captured of it."""
+    emulated = wave64.platform.emulated()
+    if config.moe is None or device_type == "cpu" and emulated is None:
+        return
+    if why := backends.reason(OPS["fused_moe"], "triton", device_type):
+        hint = "pip install triton" if emulated else "install the Triton that belongs to this torch (docs/install.md)"
+        raise ArgsError(f"--device: {emulated.arch.name if emulated else device_type} computes the experts of this "
+                        f"model by Triton's kernels, and {why}; {hint}")
 
 
 def use_interface(address: str) -> None:

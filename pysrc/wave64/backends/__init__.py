@@ -263,8 +263,8 @@ def emulate(arch: str, meter: "Meter | None" = None, collect: "Callable[[Any], N
 
     meter    watches every launch; see wave64.testing.emulator.device
     collect  is given Triton's launches, which are then neither compiled nor executed
-    Raises NotSupported where the architecture is not emulated, Triton is interpreted (TRITON_INTERPRET=1), or this
-    process has opened a GPU's runtime.
+    Raises NotSupported where the architecture is not emulated, Triton is interpreted (TRITON_INTERPRET=1), this process
+    has opened a GPU's runtime, or the package that decodes machine code is not installed.
     """
     if arch not in EMULATED:
         raise NotSupported(f"emulate: arch: expected one of {', '.join(EMULATED)}, got {arch!r}")
@@ -273,8 +273,11 @@ def emulate(arch: str, meter: "Meter | None" = None, collect: "Callable[[Any], N
                            f"got {os.environ['TRITON_INTERPRET']}; unset it and start a new process")
     if (other := platform.emulated()) is not None:
         raise NotSupported(f"emulate: {other.name} is in use; leave its block first")
+    from wave64.testing.emulator.decode import missing
     from wave64.testing.emulator.device import Device
 
+    if collect is None and (why := missing()):
+        raise NotSupported(f"emulate: {why}")
     device, before = Device(arch, meter=meter, collect=collect), dict(_overrides)
     with contextlib.ExitStack() as stack:
         stack.callback(bind, before)  # last, for the machine itself

@@ -66,7 +66,7 @@ def unfit() -> str | None:
     try:
         importlib.metadata.version("ziglang")
     except importlib.metadata.PackageNotFoundError:
-        return "no package ziglang, which compiles the core"
+        return "no package ziglang, which compiles the core; pip install 'wave64[emulator]'"
     return None
 
 
@@ -92,7 +92,7 @@ def available() -> bool:
     """True if the core is available; if not, logs the reason once."""
     found = library()
     if isinstance(found, str):
-        log.info("the emulator executes with NumPy alone: %s", found)
+        log.info("the emulator executes with NumPy alone, which takes many times as long: %s", found)
     return not isinstance(found, str)
 
 

@@ -122,6 +122,16 @@ def _names_literal(code: bytes) -> bool:
     return LITERAL in (second & 511, second >> 9 & 511, second >> 18 & 511)
 
 
+def missing() -> str | None:
+    """Why no instruction can be decoded here, and what to do; None: it can."""
+    try:
+        import tinygrad.renderer.amd  # noqa: F401
+    except ImportError as e:
+        why = "is not installed" if e.name == "tinygrad" else f"is another version ({e})"
+        return f"the package tinygrad, whose tables decode machine code, {why}; pip install 'wave64[emulator]'"
+    return None
+
+
 def _slowly(code: bytes) -> Instruction:
     """By the decoder."""
     from tinygrad.renderer.amd import decode_inst
