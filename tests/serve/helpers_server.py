@@ -1,11 +1,14 @@
 """A tiny random Llama with a tokenizer, and the real server around it in processes of its own."""
 
+import fcntl
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 TEXT = (Path(__file__).parents[2] / "serve/demo/gettysburg.txt").read_text()
 CONTEXT, POOL, VOCAB = 2048, 8192, 384
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
-READY_S = 120  # how long a start may take on a machine that is busy
+READY_S = 120  # how long a start, or an end, may take on a machine that is busy
+_ours = []  # locks of ports, until this process ends
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -52,9 +56,22 @@ def make_model(folder: Path, **changes) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port for a process that is started later: not of those that the system gives to connections meanwhile, nor one
+    that another worker of these tests was given."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(min(first // 2, 10_000), first)
+        lock = open(Path(tempfile.gettempdir(), f"wave64-test-port-{port}"), "w")  # noqa: SIM115, held until the end
+        with socket.socket() as probe:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                lock.close()
+                continue
+        _ours.append(lock)
+        return port
+    raise RuntimeError(f"no port below {first} is free")
 
 
 class Server:
@@ -94,6 +111,16 @@ class Server:
     def get(self, path: str) -> httpx.Response:
         return self.http.get(path)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the engine process stands still: what was asked for is not answered, however slow the test is."""
+        engine = self.engine_pid
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(engine, signal.SIGCONT)
+
     @property
     def running(self) -> int:
         """Requests that the api process waits for."""
@@ -108,7 +135,7 @@ class Server:
     def stop(self) -> int:
         """End it gracefully; the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(READY_S)
 
 
 @contextmanager
@@ -132,7 +159,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def eventually(condition, seconds: float = 30) -> bool:
+def eventually(condition, seconds: float = READY_S) -> bool:
     """Whether `condition()` comes true within a time that is generous on purpose."""
     until = time.monotonic() + seconds
     while not condition():

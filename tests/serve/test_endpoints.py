@@ -1,5 +1,6 @@
 """Endpoints next to those that generate."""
 
+import contextlib
 import threading
 
 import pytest
@@ -74,22 +75,25 @@ def test_openapi_names_every_endpoint_and_what_it_takes(tokenizer):
 
 
 def test_a_request_is_aborted_by_its_name(server):
-    asked = {"input_ids": [5] * 4, "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
-    for named, abort in (({"rid": "mine"}, {"rid": "mine"}), ({}, {"abort_all": True})):
-        answers, body = [], asked | named
-        thread = threading.Thread(target=lambda got, body: got.append(server.post("/generate", **body)),
+    """Before the engine has taken it, and, of more than the pool holds, which goes on for long, while they run."""
+    sampling = {"max_new_tokens": 2000, "ignore_eos": True}
+    for n, abort in ((1, {"rid": "mine"}), (24, {"abort_all": True})):
+        answers, body = [], {"input_ids": [5] * 4, "sampling_params": sampling | {"n": n}}
+        body |= {"rid": "mine"} if n == 1 else {}
+        thread = threading.Thread(target=lambda got, body: got.append(server.post("/generate", **body).json()),
                                   args=(answers, body))  # fmt: skip
-        thread.start()
-        assert eventually(lambda: server.running)
-        if named:
-            assert server.post("/generate", text="x", rid="mine").json()["error"]["param"] == "rid"
-        server.post("/abort_request", rid="another")
-        assert server.running
-        assert server.post("/abort_request", **abort).status_code == 200
+        with server.held() if n == 1 else contextlib.nullcontext():
+            thread.start()
+            assert eventually(lambda n=n: server.running == n)
+            if n == 1:
+                assert server.post("/generate", text="x", rid="mine").json()["error"]["param"] == "rid"
+            server.post("/abort_request", rid="another")
+            assert server.running == n
+            assert server.post("/abort_request", **abort).status_code == 200
         thread.join()
-        meta = answers[0].json()["meta_info"]
-        assert meta["finish_reason"]["type"] == "abort"
-        assert meta["completion_tokens"] < 2000
+        for meta in (answer["meta_info"] for answer in (answers if n == 1 else answers[0])):
+            assert meta["finish_reason"]["type"] == "abort"
+            assert meta["completion_tokens"] < 2000
     assert eventually(lambda: not server.running)
 
 

@@ -3,16 +3,18 @@
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import zmq
 from helpers_parallel import collect
+from helpers_server import eventually, is_alive
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wave64.serve.args import ArgsError, ServerArgs
@@ -372,6 +374,13 @@ class Process:
         assert self.outputs.poll(60_000), "the engine process said nothing for a minute"
         return decode_to_api(self.outputs.recv())
 
+    def send_together(self, *messages: bytes) -> None:
+        """The engine takes no step between these."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        for message in messages:
+            self.requests.send(message)
+        os.kill(self.process.pid, signal.SIGCONT)
+
     def close(self):
         self.process.kill()
         self.process.join()
@@ -397,11 +406,9 @@ def test_engine_process(start, llama, device, expected):
     ready = engine.receive()
     assert isinstance(ready, Ready)
     assert ready.context_length == CONTEXT
-    engine.requests.send(b"\xc1 not msgpack")
-    for i, prompt in enumerate(PROMPTS):
-        engine.requests.send(encode(request(i, prompt)))
-    engine.requests.send(encode(request("gone", [1], SamplingParams(max_new_tokens=150, ignore_eos=True))))
-    engine.requests.send(encode(Abort("gone")))
+    engine.send_together(
+        b"\xc1 not msgpack", *(encode(request(i, prompt)) for i, prompt in enumerate(PROMPTS)),
+        encode(request("gone", [1], SamplingParams(max_new_tokens=150, ignore_eos=True))), encode(Abort("gone")))
     tokens: dict[str, list[int]] = {}
     done = set()
     statistics = []
@@ -423,13 +430,12 @@ def test_engine_process(start, llama, device, expected):
     assert last.pages_cached > 0
     engine.requests.send(encode(FlushCache()))
     assert engine.receive() == Flushed(True)
-    engine.requests.send(encode(request("runs", [1])))
-    engine.requests.send(encode(FlushCache()))
+    engine.send_together(encode(request("runs", [1])), encode(FlushCache()))
     while not isinstance(flushed := engine.receive(), Flushed):
         pass
     assert not flushed.done
     engine.process.terminate()
-    engine.process.join(30)
+    engine.process.join()
     assert engine.process.exitcode == 0
 
 
@@ -440,7 +446,7 @@ def test_engine_process_that_cannot_start(start, tmp_path):
     assert isinstance(failed, Failed)
     assert "nowhere" in failed.error
     assert "\n" not in failed.error
-    engine.process.join(30)
+    engine.process.join()
     assert engine.process.exitcode == 1
 
 
@@ -472,12 +478,7 @@ def test_engine_process_ends_with_its_parent(llama, tmp_path):
             assert outputs.poll(60_000), "the engine process said nothing for a minute"
             assert isinstance(decode_to_api(outputs.recv()), Ready)
             parent.kill()
-        for _ in range(100):
-            if not engine.exists() or "\nState:\tZ" in (engine / "status").read_text():  # dead, and perhaps not reaped
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail("the engine process outlived its parent by 10 s")
+        assert eventually(lambda: not is_alive(int(engine.name))), "the engine process outlives its parent"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs of decode steps are captured on a GPU")

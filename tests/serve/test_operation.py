@@ -172,9 +172,10 @@ def test_a_request_has_so_many_seconds(model_folder, tmp_path):
     asked = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True}
     with serve(model_folder, tmp_path / "log", "--request-timeout", "0.3", "--max-total-tokens", "4096",
                "--profile-dir", str(tmp_path / "traces"), "--max-running-requests", "4") as server:  # fmt: skip
-        answers = [server.post(COMPLETIONS, **asked, stream=stream, n=2) for stream in (False, True)]
+        with server.held():
+            answers = [server.post(COMPLETIONS, **asked, stream=stream, n=2) for stream in (False, True)]
         assert eventually(lambda: server.get("/server_info").json()["statistics"]["running"] == 0)
-        assert server.complete(prompt="x", max_tokens=1)["choices"][0]["finish_reason"] == "length"
+        in_time(server, prompt="x", max_tokens=1)
         traced(server, tmp_path / "traces")
     error = answers[0].json()["error"]
     assert (answers[0].status_code, error["code"]) == (504, "request_timeout")
@@ -184,12 +185,17 @@ def test_a_request_has_so_many_seconds(model_folder, tmp_path):
     assert done == "data: [DONE]"
 
 
+def in_time(server, **asked) -> None:
+    """Ask until it is answered within the server's time, which a busy machine may miss."""
+    assert eventually(lambda: server.post(COMPLETIONS, **asked).status_code == 200)
+
+
 def traced(server, folder) -> None:
     """Traces of that server have the engine's operators; they are written in that folder alone."""
     assert server.post("/stop_profile").json()["error"]["message"] == "no profile is on its way; start one first"
     assert server.http.post("/start_profile").json() == {"success": True, "output_dir": str(folder)}
     assert "stop it first" in server.post("/start_profile").json()["error"]["message"]
-    server.complete(prompt="x", max_tokens=2)
+    in_time(server, prompt="x", max_tokens=2)
     (file,) = server.get("/stop_profile").json()["files"]
     assert folder in Path(file).parents
     with gzip.open(file) as trace:
@@ -197,8 +203,8 @@ def traced(server, folder) -> None:
     assert any(event.get("name", "").startswith("aten::") for event in events)
     asked = {"output_dir": "b", "num_steps": 1, "activities": ["CPU"], "record_shapes": True}
     assert server.post("/start_profile", **asked).status_code == 200
-    server.complete(prompt="x", max_tokens=2)
-    assert len(list((folder / "b").iterdir())) == 1, "it has ended by itself"
+    in_time(server, prompt="x", max_tokens=2)
+    assert eventually(lambda: len(list((folder / "b").glob("*"))) == 1), "it has ended by itself"
     assert server.post("/stop_profile").status_code == 400
     assert "no GPU" in server.post("/start_profile", activities=["GPU"]).json()["error"]["message"]
     for outside in ("../b", "/tmp"):

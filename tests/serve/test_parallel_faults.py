@@ -15,12 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 from helpers_processes import children
-from helpers_server import Server, eventually, is_alive, serve
+from helpers_server import READY_S, Server, eventually, is_alive, serve
 
 FLAGS = ("--tp-size", "2", "--rank-timeout", "3", "--max-total-tokens", "2048")
 LONG = {"prompt": "Four score and seven years ago", "max_tokens": 1500, "temperature": 0, "ignore_eos": True,
         "stream": True}
-WITHIN_S = 10
 PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000
 
 
@@ -41,15 +40,13 @@ def end_in(server: Server, pids: dict[str, int], victim: str, number: signal.Sig
             for rank in ("rank 0", "rank 1"):  # which could not notice
                 os.kill(pids[rank], signal.SIGSTOP)
         os.kill(pids[victim], number)
-        sent = time.monotonic()
         if victim == "api":
             with pytest.raises(httpx.RemoteProtocolError):
                 list(lines)
         else:
             said = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    server.process.wait(60)
+    server.process.wait(READY_S)  # --watchdog-timeout is longer
     assert eventually(lambda: not any(map(is_alive, pids.values())))
-    assert time.monotonic() - sent < WITHIN_S
     return said[-1]["error"]["message"] if said else ""
 
 
@@ -91,7 +88,7 @@ def test_at_any_point(tmp_path, seed):
             assert eventually(lambda: "what serves each operator" in server.log.read_text())
             time.sleep(drawn.random())
             os.kill(pids[victim], number)
-            server.process.wait(60)
+            server.process.wait(READY_S)
             assert eventually(lambda: not any(map(is_alive, pids.values())))
         assert server.process.returncode == 1
         assert server.log.read_text().splitlines()[-1].startswith("wave64.launch_server: error: ")
@@ -110,7 +107,7 @@ def test_a_rank_without_memory_says_so(tmp_path):
         resource.prlimit(pids["rank 1"], resource.RLIMIT_AS, (limit, limit))
         answer = server.post("/v1/completions", prompt=[7] * 2000, max_tokens=1)
         assert answer.status_code == 503
-        assert server.process.wait(60) == 1
+        assert server.process.wait(READY_S) == 1
         assert eventually(lambda: not any(map(is_alive, pids.values())))
     last = server.log.read_text().splitlines()[-1]
     assert re.search(rf"error: rank 1 \(host .*, cpu, process {pids['rank 1']}\) failed while step \d+ \(sequences: 1, "
@@ -144,7 +141,7 @@ def stop_main_thread(pid: int) -> None:
         os.waitpid(pid, WALL)
 
     threading.Thread(target=trace, daemon=True).start()
-    if not standing.wait(10):
+    if not standing.wait(READY_S):
         pytest.skip("processes may not be traced here")
 
 
@@ -154,13 +151,13 @@ def ended_by_rank_1_that_stands_still(server: Server) -> dict[str, int]:
     stop_main_thread(pids["rank 1"])
     answer = server.post("/v1/completions", prompt="Four", max_tokens=2)
     assert answer.status_code == 503
-    assert server.process.wait(WITHIN_S) == 1
+    assert server.process.wait(READY_S) == 1
     assert eventually(lambda: not any(map(is_alive, pids.values())))
     return pids
 
 
 def test_a_rank_that_stands_still_while_it_says_that_it_lives(tmp_path):
-    with serve("demo-llama", tmp_path / "log", *FLAGS, "--watchdog-timeout", "1") as server:
+    with serve("demo-llama", tmp_path / "log", *FLAGS, "--watchdog-timeout", "3") as server:
         pids = ended_by_rank_1_that_stands_still(server)
         log = server.log.read_text()
     last = log.splitlines()[-1]

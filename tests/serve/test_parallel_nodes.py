@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from helpers_server import eventually, free_port
+from helpers_server import READY_S, eventually, free_port
 
 from wave64.serve.args import ArgsError, ServerArgs
 from wave64.serve.engine import follower, team
@@ -79,12 +78,12 @@ def test_two_hosts_serve_one_model(hosts, tmp_path, by):
         assert eventually(lambda: "ready to roll" in logs[0].read_text() or any(p.poll() is not None for p in started),
                           120)  # fmt: skip
         answer = subprocess.run(["ip", "netns", "exec", hosts[0], sys.executable, "-c", ASK], capture_output=True,
-                                text=True, timeout=90)  # fmt: skip
+                                text=True, timeout=READY_S)  # fmt: skip
         assert answer.returncode == 0, logs[0].read_text() + logs[1].read_text() + answer.stderr
         text = json.loads(answer.stdout)["choices"][0]["text"]
         assert " our fathers brought forth on this continent".startswith(text[:20])
         started[1].terminate()
-        assert started[1].wait(30) == (0 if by == "flags" else 1), "torchrun itself ends with 1 at a signal"
+        assert started[1].wait(READY_S) == (0 if by == "flags" else 1), "torchrun itself ends with 1 at a signal"
         assert eventually(lambda: started[0].poll() is not None)
         assert by != "flags" or started[0].returncode == 0
     finally:
@@ -132,23 +131,27 @@ def test_what_torchrun_says(monkeypatch):
 def test_the_barrier_says_which_ranks_are_missing(tmp_path, monkeypatch, caplog):
     """A stranger who connects, with or without a word, is none of them."""
     (tmp_path / "config.json").write_text("{}")
-    for name, seconds in (("JOIN_S", 1.0), ("NOTE_S", 0.4), ("HELLO_S", 0.2)):
+    for name, seconds in (("JOIN_S", 1000.0), ("NOTE_S", 0.0), ("HELLO_S", 0.2)):
         monkeypatch.setattr(team, name, seconds)
     port = free_port()
     args = ServerArgs(tp_size=2, nnodes=2, dist_init_addr=f"127.0.0.1:{port}")
 
     def strangers() -> None:
-        for said in (b"", b"GET / HTTP/1.1\r\n\r\n"):
-            with Channel.connect("127.0.0.1", port, 5.0)._socket as stranger:
-                stranger.sendall(said)
-                time.sleep(0.3)
+        try:
+            for said in (b"", b"GET / HTTP/1.1\r\n\r\n"):
+                with Channel.connect("127.0.0.1", port, 60.0)._socket as stranger, contextlib.suppress(ConnectionError):
+                    stranger.settimeout(60)
+                    stranger.sendall(said)
+                    assert stranger.recv(1) == b"", "it is sent away"
+        finally:
+            monkeypatch.setattr(team, "JOIN_S", 0.0)
 
-    thread = threading.Timer(0.1, strangers)
-    thread.start()
+    thread, listen = threading.Thread(target=strangers), team._listen
+    monkeypatch.setattr(team, "_listen", lambda *where: [listen(*where), thread.ident or thread.start()][0])
     with caplog.at_level(logging.INFO), pytest.raises(team.RankLost) as lost:
         team.Team(args, tmp_path, print)
     thread.join()
-    assert str(lost.value) == "waited 1 s in vain for rank 1 (host 1 of --nnodes)"
+    assert str(lost.value) == "waited 0 s in vain for rank 1 (host 1 of --nnodes)"
     assert "waiting for rank 1 (host 1 of --nnodes)" in caplog.text
     with pytest.raises(ArgsError, match="--dist-init-addr: cannot listen on 203.0.113.9:1: "):
         team.Team(replace(args, dist_init_addr="203.0.113.9:1"), tmp_path, print)

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 from helpers_processes import engines
-from helpers_server import eventually, is_alive, serve
+from helpers_server import READY_S, eventually, is_alive, serve
 
 from wave64.serve.args import ServerArgs
 from wave64.serve.http import replicas
@@ -101,7 +101,7 @@ def test_two_engines_answer_until_one_is_killed(tmp_path):
             asked.join()
             assert answers[0]["choices"][0]["text"].startswith(" and seven years ago")
             os.kill(pids[1], signal.SIGKILL)
-            assert server.process.wait(30) == 1
+            assert server.process.wait(READY_S) == 1
     last = server.log.read_text().splitlines()[-1]
     assert last.startswith("wave64.launch_server: error: replica 1: the engine process was ended by signal SIGKILL")
     assert eventually(lambda: not any(map(is_alive, pids)))

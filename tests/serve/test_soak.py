@@ -95,7 +95,7 @@ class Client(threading.Thread):
         rid = f"{self.random.random()}"
         with self.http.stream("POST", "/generate", json={
                 "text": prompt, "rid": rid, "stream": True,
-                "sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}) as answer:  # fmt: skip
+                "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True}}) as answer:  # fmt: skip
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
             assert httpx.post(f"{self.http.base_url}/abort_request", json={"rid": rid}, timeout=120).status_code == 200

@@ -3,9 +3,9 @@
 import subprocess
 import sys
 import threading
-import time
 import types
 
+import pytest
 import zmq
 
 from wave64.serve.engine import watchdog
@@ -59,28 +59,60 @@ class Expired(threading.Event):
         self.set()
 
 
-def test_short_steps_are_left_alone_and_a_long_one_is_not(capfd):
-    expired = Expired()
-    dog = Watchdog(0.2, expired, check_s=0.02)
+class Clock:
+    """Time that passes where the test says so. A watchdog looks once whenever it does."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.expired = 0.0, Expired()
+        self._may_look, self._has_looked = threading.Semaphore(0), threading.Semaphore(0)
+        monkeypatch.setattr(watchdog, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self._has_looked.release()
+        self._may_look.acquire()
+
+    def watchdog(self, timeout_s: float) -> Watchdog:
+        made = Watchdog(timeout_s, self.expired)
+        self._has_looked.acquire()
+        return made
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+        self._may_look.release()
+        while not self._has_looked.acquire(timeout=0.01) and not self.expired.is_set():
+            pass
+
+
+def test_short_steps_are_left_alone_and_a_long_one_is_not(monkeypatch, capfd):
+    clock = Clock(monkeypatch)
+    dog = clock.watchdog(0.2)
     for _ in range(8):
         with dog.watching():
-            time.sleep(0.05)
-    assert not expired.is_set()
+            clock.passes(0.15)
+    assert not clock.expired.is_set()
     with dog.watching():
-        assert expired.wait(10)
-    assert 0.2 <= expired.seconds < 10
+        clock.passes(0.15)
+        assert not clock.expired.is_set()
+        clock.passes(0.15)
+        assert clock.expired.is_set()
+    assert clock.expired.seconds == pytest.approx(0.3)
     assert "test_short_steps_are_left_alone_and_a_long_one_is_not" in capfd.readouterr().err
 
 
-def test_compiling_does_not_count():
-    expired = Expired()
+def test_compiling_does_not_count(monkeypatch):
+    clock = Clock(monkeypatch)
     module = types.ModuleType(f"{COMPILERS[0]}.compiler")
     exec("def compile(wait): return wait()", module.__dict__)
-    dog = Watchdog(0.1, expired, check_s=0.01)
+    dog = clock.watchdog(0.1)
     with dog.watching():
-        module.compile(lambda: time.sleep(0.5))
-        assert not expired.is_set()
-        assert expired.wait(10)  # what it does afterwards counts
+        module.compile(lambda: clock.passes(0.5))
+        clock.passes(0.05)
+        assert not clock.expired.is_set()
+        clock.passes(0.1)  # what it does afterwards counts
+        assert clock.expired.is_set()
 
 
 def test_a_step_that_ends_while_it_is_looked_at_is_left_alone(monkeypatch):
@@ -96,7 +128,7 @@ def test_a_step_that_ends_while_it_is_looked_at_is_left_alone(monkeypatch):
     for _ in range(2):  # a watchdog that expires looks at no second step
         looked.clear()
         with dog.watching():
-            assert looked.wait(10)
+            assert looked.wait(60)
     assert not expired.is_set()
 
 
