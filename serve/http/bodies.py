@@ -1,5 +1,6 @@
 """From the bytes of a body to its model in `schemas`, or to a sentence on what is wrong with it and where."""
 
+from codecs import BOM_UTF8
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ T = TypeVar("T", bound=Body)
 
 def parse(model: type[T], raw: bytes) -> T:
     """The body of a request. Raises ApiError that says what is wrong with it and where."""
+    raw = raw.removeprefix(BOM_UTF8)
     _check_amounts(raw)
     try:
         raw.decode()

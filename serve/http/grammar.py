@@ -18,6 +18,8 @@ OF_FIELD = {"json_schema": "json", "guided_json": "json", "regex": "regex", "gui
             "guided_grammar": "grammar", "guided_choice": "choice", "structural_tag": "tags"}  # fmt: skip
 OF_OUTPUTS = {"json": "json", "json_object": "json_object", "regex": "regex", "choice": "choice", "grammar": "grammar",
               "structural_tag": "tags"}  # fmt: skip
+# Of JSON Schema's formats those that llguidance holds an answer to.
+FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 NO_OBJECTION = ("disable_fallback", "disable_any_whitespace", "disable_additional_properties", "backend")
 
 Json = dict[str, Any]
@@ -58,7 +60,8 @@ class Grammars:
         """The grammar that `body` asks for, in the engine's form; None if it asks for none. forced: what its
         tool_choice needs. Raises ApiError."""
         asked = [("tool_choice", "lark", forced.grammar)] if forced else []
-        asked += [(name, kind, value) for name, kind, value in _asked(body) if value not in (None, False, "")]
+        asked += [(name, kind, value) for name, kind, value in _asked(body) if value not in (None, False, "")
+                  and not (forced and name.startswith("response_format"))]  # fmt: skip: a call has no content to form
         if not asked:
             return None
         if len(asked) > 1:
@@ -102,7 +105,7 @@ class Grammars:
         if kind in ("json", "json_object"):
             schema = {"type": "object"} if kind == "json_object" else value
             schema = json.loads(schema) if isinstance(schema, str) else schema
-            schema = schema if isinstance(schema, dict) else {"allOf": [schema]}  # true: anything
+            schema = without_unknown_formats(schema if isinstance(schema, dict) else {"allOf": [schema]})
             return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": SPACES})
         if kind == "choice":
             return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
@@ -121,10 +124,20 @@ class Grammars:
             trigger = next((trigger for trigger in triggers if each["begin"].startswith(trigger)), None)
             if trigger is None:
                 raise ValueError(f"structures: {each['begin']!r} begins with none of the triggers")
-            schema = each.get("schema") or {}
+            schema = without_unknown_formats(each.get("schema") or {})
             tags.append(StructTag(trigger=trigger, begin=each["begin"], grammar=schema, end=each["end"]))
         special = all(trigger in self.tokenizer.added_ids for trigger in triggers)
         return StructTag.to_grammar(tags, assume_special=special, text_regex=ANY_TEXT)
+
+
+def without_unknown_formats(schema: Any) -> Any:
+    """A JSON schema in which a format that is not known asks for nothing, as the standard has it."""
+    if isinstance(schema, list):
+        return [without_unknown_formats(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {name: value if name in ("const", "enum") else without_unknown_formats(value)
+            for name, value in schema.items() if name != "format" or isinstance(value, dict) or value in FORMATS}
 
 
 def _refused(field: str, why: str) -> ApiError:

@@ -9,7 +9,8 @@ from typing import Any
 # Of no effect on the tokens of the answer, whatever their value.
 WITHOUT_EFFECT = frozenset((
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "reasoning_effort", "verbosity", "request_id", "priority", "log_metrics",
+    "parallel_tool_calls", "max_tool_calls", "reasoning", "reasoning_effort", "verbosity", "include_obfuscation",
+    "request_id", "priority", "log_metrics",
     "background", "spaces_between_special_tokens", "separate_reasoning", "stream_reasoning", "include_reasoning",
     "return_text_in_logprobs", "return_flat_raw_top_logprobs_b64", "cache_salt", "extra_key", "session_id",
     "conversation_id", "routing_key", "custom_labels", "cache_prompt", "length_penalty", "early_stopping",
@@ -40,7 +41,8 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = dict.fromkeys((
     "return_output_ids_in_sglext", "return_sampling_mask", "return_flat_raw_top_logprobs",
     "return_flat_raw_output_top_logprobs",
 ), ()) | {
-    "beam_width": (1,), "min_length": (0,), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "beam_width": (1,), "best_of": (1,), "min_length": (0,), "top_logprobs": (0,),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "modalities": (["text"],), "data_parallel_rank": (0,), "routed_dp_rank": (0,), "sampling_logprobs_mode":
     ("selected",), "routed_experts_start_len": (0,),
 }  # fmt: skip

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import regex
 
+from wave64.serve.http.schemas import SPACES
+
 
 class Marks(NamedTuple):
     """What a model thinks stands between two marks; `begins` says that it need not write the first."""
@@ -42,7 +44,7 @@ def grammar_behind(marks: Marks, in_thought: bool, grammar: str, tokens: Mapping
         begin = f"({regex.escape(marks.begin)})?" if in_thought else regex.escape(marks.begin)
         mark = f"/{begin}(.|\\n)*{regex.escape(marks.end)}/".replace("</", "<\\/")
         thought = f"thought[lazy]: {mark}"
-    thought = f"start: thought{often} SPACES? @answer\n{thought}\nSPACES: /\\s+/"
+    thought = f"start: thought{often} SPACES? @answer\n{thought}\nSPACES: /{SPACES}/"
     return json.dumps({"grammars": [{"lark_grammar": thought}, {**inner[0], "name": "answer"}, *inner[1:]]})
 
 

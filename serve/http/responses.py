@@ -1,7 +1,7 @@
 """OpenAI's /v1/responses: a chat in another form. Nothing is stored, so every request brings the whole conversation."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 # What a chat calls these fields.
 RENAMED = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
-TEXT_PARTS = ("input_text", "output_text", "text")
+LOGPROBS = "message.output_text.logprobs"
 
 
 class TextOptions(Body):
@@ -46,6 +46,10 @@ class ResponsesRequest(Body):
     include: list[str] | None = None  # what is encrypted, searched or executed elsewhere
     truncation: str | None = None
 
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if LOGPROBS in (self.include or ()):
+            yield "include", f"{LOGPROBS} is not supported by wave64; leave it out"
+
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises ApiError, with the fields' names of this endpoint."""
         fields = {"messages": self._messages(), "max_completion_tokens": self.max_output_tokens,
@@ -69,17 +73,16 @@ class ResponsesRequest(Body):
         for i, item in enumerate(self.input):
             kind = item.get("type", "message")
             if kind == "message":
-                messages.append({"role": item.get("role"), "content": _content(item.get("content"))})
+                messages.append({"role": item.get("role"), "content": item.get("content")})
             elif kind == "function_call":
                 function = {"name": item.get("name"), "arguments": item.get("arguments")}
                 call = {"id": item.get("call_id"), "type": "function", "function": function}
-                if messages and messages[-1].get("tool_calls"):
-                    messages[-1]["tool_calls"].append(call)
-                else:
-                    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": None})
+                messages[-1].setdefault("tool_calls", []).append(call)
             elif kind == "function_call_output":
                 messages.append({"role": "tool", "tool_call_id": item.get("call_id"),
-                                 "content": _content(item.get("output"))})  # fmt: skip
+                                 "content": item.get("output")})  # fmt: skip
             elif kind != "reasoning":  # models do not get back what they thought
                 raise ApiError(f"input[{i}].type: not supported by wave64, got {kind}", "input", "invalid_value")
         return messages
@@ -91,13 +94,6 @@ def renamed(error: ApiError) -> ApiError:
     name = RENAMED.get(param or "", param)
     text = text.replace(param, name, 1) if param and name else text
     return ApiError(text, name, error.body["error"]["code"], error.status)
-
-
-def _content(content: Any) -> Any:
-    if not isinstance(content, list):
-        return content
-    return [{"type": "text", "text": part.get("text")} if isinstance(part, dict) and part.get("type") in TEXT_PARTS
-            else part for part in content]  # fmt: skip
 
 
 def _function(tool: Json) -> Json:

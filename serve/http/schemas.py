@@ -24,6 +24,7 @@ MAX_STOP_LENGTH = 1 << 14  # characters of all stop strings together, for the sa
 MAX_SAID = 2000  # characters of an error message, which may quote the request
 MAX_GUESSED = 64  # characters of an unknown name that may be a slip
 MAX_TOP_LOGPROBS = 20
+TEXT_PARTS = ("input_text", "output_text")  # what /v1/responses calls a part that is text
 SPACES = r"[\x20\x0A\x0D\x09]{1,32}"  # of JSON in a prescribed form: a model must not go on with spaces for ever
 GREEDY_BELOW = 1e-6  # a temperature that is none
 
@@ -253,7 +254,7 @@ class TextPart(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(lambda kind: "text" if kind in TEXT_PARTS else kind)]
     text: str
 
 

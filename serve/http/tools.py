@@ -13,7 +13,7 @@ from typing import Any
 import regex
 from pydantic_core import from_json
 
-from wave64.serve.http.grammar import Forced
+from wave64.serve.http.grammar import Forced, without_unknown_formats
 from wave64.serve.http.schemas import SPACES, ChatRequest, NamedTool
 
 Json = dict[str, Any]
@@ -352,7 +352,8 @@ def forced(body: ChatRequest) -> Forced | None:
     for i, tool in enumerate(body.tools or ()):
         if tool not in body.usable_tools:
             continue
-        schema = schemas[f"tools[{i}].function.parameters"] = tool.function.parameters or {"type": "object"}
+        schema = without_unknown_formats(tool.function.parameters or {"type": "object"})
+        schemas[f"tools[{i}].function.parameters"] = schema
         head = json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "parameters": ')
         calls.append(f'{head} %json {json.dumps({**schema, "x-guidance": {"whitespace_pattern": SPACES}})} "}}"')
     more = "" if body.parallel_tool_calls is False or isinstance(body.tool_choice, NamedTool) else ' (", " call)*'

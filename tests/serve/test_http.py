@@ -56,6 +56,7 @@ NEUTRAL = {
     "image_data": None, "mm_hashes": None, "modalities": None, "require_reasoning": False, "max_thinking_tokens": None,
     "reasoning_effort": None, "tools": None, "tool_choice": "auto", "functions": [], "response_format": None,
     "regex": "", "ebnf": None, "thinking": None, "enable_thinking": None, "a_field_of_tomorrow": None,
+    "max_tool_calls": 4, "reasoning": {"effort": "low"}, "best_of": 1, "include_obfuscation": True,
     "another": False, "yet_another": [], "and_one": {}, "the_last": "", "logit_bias": {}, "suffix": "",
 }  # fmt: skip
 
@@ -142,7 +143,7 @@ def test_messages_reach_the_template_in_its_own_form(app):
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]},
-        {"role": "user", "content": [{"type": "text", "text": "Who?"}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "Who"}, {"type": "text", "text": "?"}]},
     ]
     assert app.prompt(messages) == "[system] Be brief.\n[assistant] \n[user] Who?\n[assistant] "
     assert app.prompt(messages, add_special_tokens=True).startswith("<|bos|>[system]")
@@ -335,6 +336,14 @@ def test_a_token_is_decoded_once(tokenizer, monkeypatch):
 
 # ---- what the socket carries
 
+def test_a_body_may_begin_with_a_byte_order_mark(app):
+    """As PowerShell and some editors write it."""
+    raw = b'\xef\xbb\xbf{"prompt": "x", "max_tokens": 1}'
+    assert app.request("POST", COMPLETIONS, content=raw).status_code == 200
+    assert app.request("POST", COMPLETIONS, content=gzip.compress(raw),
+                       headers={"Content-Encoding": "gzip"}).status_code == 200  # fmt: skip
+
+
 def test_a_body_may_be_gzip(app):
     raw = json.dumps({"prompt": "x"}).encode()
 
@@ -376,8 +385,8 @@ def test_a_gzip_body_is_never_unpacked_beyond_the_limit(app):
 
 
 def test_head_is_answered_like_get(app):
-    for path in ("/health", "/v1/models", "/v1/models/tiny", "/model_info", "/get_model_info", "/server_info",
-                 "/get_server_info", "/health_generate"):  # fmt: skip
+    for path in ("/health", "/v1/models", "/v1/models/", "/v1/models/tiny", "/model_info", "/get_model_info",
+                 "/server_info", "/get_server_info", "/health_generate"):  # fmt: skip
         got, head = app.get(path), app.request("HEAD", path)
         assert (head.status_code, head.headers["content-type"]) == (200, got.headers["content-type"])
     assert app.request("HEAD", COMPLETIONS).status_code == 405

@@ -84,3 +84,6 @@ def test_a_grammar_begins_behind_the_thought(tokenizer, form, added):
     assert not fits(True, "123")
     assert not fits(True, "Hm</think>yes")
     assert not fits(False, "Hm</think>123")
+    for begins, thought in ((False, ""), (True, "Hm</think>")):
+        assert fits(begins, thought + " " * 32 + "123")
+        assert not fits(begins, thought + " " * 33 + "123"), "a model must not go on with spaces for ever"

@@ -133,6 +133,17 @@ def test_what_a_template_gets_of_items_tools_and_variables(tokenizer_folder, tmp
                            '<c2 get_weather {"location": "B"}>[toolc1]rain[assistant]Rain.[user]And B?')  # fmt: skip
 
 
+def test_what_an_answer_said_before_it_called_is_one_message_with_the_calls(tokenizer_folder, tmp_path):
+    """As it was when it was made. A message behind the calls is another one."""
+    (tmp_path / "template").write_text(TEMPLATE)
+    app = App(Tokenizer(tokenizer_folder, str(tmp_path / "template")))
+    said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Let me see."}]}
+    assert app.post(RESPONSES, input=[ITEMS[0], said, *ITEMS[2:]], max_output_tokens=1).status_code == 200
+    prompt = app.generator.tokenizer.decode(app.engine.requests[-1].input_ids, skip_special_tokens=False)
+    assert prompt.endswith('[user]Weather?[assistant]Let me see.<c1 get_weather {"location": "A"}>'
+                           '<c2 get_weather {"location": "B"}>[toolc1]rain[assistant]Rain.[user]And B?')  # fmt: skip
+
+
 def test_calls_are_items_of_their_own(tokenizer):
     call = '{"name": "get_weather", "parameters": {"location": "%s"}}'
     app = App(tokenizer, f"{call % 'A'}; {call % 'B'}", tool_call_parser="llama3")
@@ -170,6 +181,8 @@ def test_the_parts_of_a_message_come_in_openais_order(tokenizer):
     ({"input": "x", "tools": [{"type": "web_search"}]}, "tools", "tools[0].type"),
     ({"input": "x", "temperature": -1}, "temperature", "got -1"),
     ({"input": "x", "previous_response_id": "r"}, "previous_response_id", "not supported"),
+    ({"input": "x", "include": ["message.output_text.logprobs"]}, "include", "not supported"),
+    ({"input": "x", "top_logprobs": 2}, "top_logprobs", "not supported"),
     ({"input": "x", "max_output_tokens": 9999}, "max_output_tokens", "max_output_tokens"),
     ({"input": "x", "text": {"format": "json"}}, "text", "text.format: expected"),
     ({"input": "x", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "foo"}}}}, "text",

@@ -123,6 +123,21 @@ def forms(tokenizer_folder):
     return Forms(Tokenizer(tokenizer_folder))
 
 
+def test_a_format_that_is_not_known_asks_for_nothing(forms):
+    """As JSON Schema has it: pydantic writes path, binary, password and others. One that is known is kept to."""
+    for name, fine, wrong in (("path", "anything", None), ("ipv4", "1.2.3.4", "anything")):
+        schema = {"type": "object", "additionalProperties": False, "properties": {"format": {
+            "anyOf": [{"type": "string", "format": name}, {"const": {"format": "path"}}]}}}  # fmt: skip
+        format_of = {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        call = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+        for fields, around in ((format_of, "%s"), (call, '[{"name": "f", "parameters": %s}]')):
+            assert forms.of(around % f'{{"format":"{fine}"}}', **fields)
+            assert wrong is None or not forms.of(around % f'{{"format":"{wrong}"}}', **fields)
+            assert forms.of(around % '{"format":{"format":"path"}}', **fields), "a value, and no schema"
+            assert not forms.of(around % '{"format":{}}', **fields)
+
+
 @pytest.mark.parametrize(("trigger", "begin"), [("<f=", "<f=go>"), ("<|bos|>", "<|bos|>go")])
 def test_structures_within_text(forms, trigger, begin):
     """Free text, until a trigger begins a structure. A trigger may be a special token."""

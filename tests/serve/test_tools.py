@@ -251,6 +251,18 @@ def test_an_answer_that_calls(tokenizer):
         assert all(event["delta"] or event["finish_reason"] for event in mine)
 
 
+def test_a_call_that_is_required_comes_before_the_form_of_an_answer(tokenizer):
+    """As agents ask that have a tool to call and a form for their last answer: there is no content to have a form."""
+    app, form = App(tokenizer, "ok"), {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [1]}}}
+    forced = {"tools": [TIME], "tool_choice": "required"}
+    for more in (forced, {**forced, "response_format": form}, {**forced, "response_format": {"type": "json_object"}}):
+        assert app.post(CHAT, messages=USER, **more).status_code == 200
+    grammars = [request.grammar for request in app.engine.requests]
+    assert grammars[0] == grammars[1] == grammars[2]
+    refused = app.post(CHAT, messages=USER, **forced, response_format={"type": "xml"}).json()["error"]
+    assert refused["param"] == "response_format"
+
+
 @pytest.mark.parametrize(("fields", "param", "words"), [
     ({"tool_choice": "required"}, "tool_choice", "allowed only with tools"),
     ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice",
