@@ -52,8 +52,9 @@ def test_actionlint_finds_nothing_in_the_workflow():
 
 def test_actionlint_is_one_that_reads_what_the_workflow_says(tmp_path):
     """A variable, a runner and a step's output that do not exist: each is a line of what it finds."""
-    wrong = WORKFLOW.read_text().replace("matrix.python }}", "matrix.pyhton }}").replace("ubuntu-24.04", "ubuntu-24.40", 1)
-    (tmp_path / "test.yml").write_text(wrong.replace("path: dist", "path: ${{ steps.wheel.outputs.path }}"))
+    wrong = WORKFLOW.read_text().replace("matrix.python }}", "matrix.pyhton }}")
+    wrong = wrong.replace("ubuntu-24.04", "ubuntu-24.40", 1).replace("path: dist", "path: ${{ steps.wheel.outputs.p }}")
+    (tmp_path / "test.yml").write_text(wrong)
     found = found_by_actionlint(tmp_path / "test.yml")
     assert all(word in found for word in ("pyhton", "ubuntu-24.40", '"wheel"')), found
 

@@ -8,6 +8,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import trace_viewer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,13 +124,16 @@ def test_every_call_operation_and_link_is_in_the_trace(maker, tmp_path):
     trace = converted(MAKERS[maker](tmp_path / "a.rpd"))
     slices = sorted((e["pid"], e["tid"], e["ts"], e["dur"], e["name"]) for e in trace["traceEvents"] if e["ph"] == "X")
     wanted = [(c[0], c[1], c[2] / 1e3, (c[3] - c[2]) / 1e3, "hipLaunchKernel") for c, _ in CALLS]
-    wanted += [(GPU_PID + o[0], o[1], o[2] / 1e3, (o[3] - o[2]) / 1e3, STRINGS[o[4] - 1]) for _, o in CALLS]
+    wanted += [(GPU_PID + o[0], o[1] + 1, o[2] / 1e3, (o[3] - o[2]) / 1e3, STRINGS[o[4] - 1]) for _, o in CALLS]
     assert slices == sorted(wanted)
     flows = {phase: sorted((e["id"], e["pid"], e["tid"], e["ts"]) for e in trace["traceEvents"] if e["ph"] == phase)
              for phase in "sf"}
     assert [flow[0] for flow in flows["s"]] == [flow[0] for flow in flows["f"]] == list(range(len(CALLS)))
     assert sorted((s[1:], f[1:]) for s, f in zip(flows["s"], flows["f"], strict=True)) == sorted(
-        ((c[0], c[1], c[2] / 1e3), (GPU_PID + o[0], o[1], o[2] / 1e3)) for c, o in CALLS)
+        ((c[0], c[1], c[2] / 1e3), (GPU_PID + o[0], o[1] + 1, o[2] / 1e3)) for c, o in CALLS)
+    assert trace_viewer.lost(trace["traceEvents"]) == []
+    named = {e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M" and e["pid"] >= GPU_PID}
+    assert named == {name for _, o in CALLS for name in (f"GPU {o[0]}", f"queue {o[1]}")}
     assert trace["otherData"]["origin_ns"] == str(BASE)
 
 

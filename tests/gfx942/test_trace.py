@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
+import trace_viewer
 
 from wave64 import OPS, platform
 from wave64.backends import hip
@@ -48,6 +49,12 @@ def test_workgroups_and_waves_are_named(traced):
     assert sum(name.startswith("wave ") for name in names) == ran.waves == len(slices(events))
 
 
+def test_a_viewer_loses_nothing_of_it(traced):
+    events, ran, *_ = traced
+    assert trace_viewer.lost(events) == []
+    assert len({event["tid"] for event in events if event["ph"] == "X"}) == ran.waves
+
+
 def test_slices_follow_each_other_and_have_every_instruction(traced):
     events, ran, *_ = traced
     units = Counter()
@@ -78,7 +85,7 @@ def test_the_waves_of_a_workgroup_leave_a_barrier_together(traced):
 
 def test_a_wave_that_comes_early_waits_for_the_last():
     made = tracing.Trace()
-    early, last = (tracing.Wave(made, 1, i) for i in range(2))
+    early, last = (tracing.Wave(made, 1) for _ in range(2))
     early.add("vector", 4, "v_add")
     last.add("vector", 12, "v_add")
     for wave in (early, last):
@@ -86,14 +93,14 @@ def test_a_wave_that_comes_early_waits_for_the_last():
         wave.add("scalar", 4, "s_add")
         wave.finish("kernel")
     told = [(e["tid"], e["name"], e["ts"], e["dur"]) for e in made.events]
-    assert told == [(0, "vector", 0, 4), (0, "barrier", 4, 8), (0, "scalar", 12, 4), (0, "kernel", 0, 16),
-                    (1, "vector", 0, 12), (1, "scalar", 12, 4), (1, "kernel", 0, 16)]
+    assert told == [(1, "kernel", 0, 16), (2, "kernel", 0, 16), (1, "vector", 0, 4), (1, "barrier", 4, 8),
+                    (1, "scalar", 12, 4), (2, "vector", 0, 12), (2, "scalar", 12, 4)]
 
 
 def test_what_goes_to_memory_is_waited_for_and_has_its_bytes(traced):
     events, _, x, weight = traced
-    begun = {event["id"]: event for event in events if event["ph"] == "b"}
-    ended = {event["id"]: event for event in events if event["ph"] == "e"}
+    begun = {event["id2"]["local"]: event for event in events if event["ph"] == "b"}
+    ended = {event["id2"]["local"]: event for event in events if event["ph"] == "e"}
     assert begun.keys() == ended.keys()
     assert all(ended[i]["ts"] >= begun[i]["ts"] for i in begun)
     loaded = sum(e["args"]["bytes"] for e in begun.values() if e["name"].startswith(("global_load", "buffer_load")))

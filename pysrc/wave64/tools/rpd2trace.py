@@ -83,12 +83,12 @@ def _events(profile: Profile, origin: int, window: tuple[int, int] | None) -> It
                f'{_us(call.end - call.start)},"name":{quote(call.name)}{args}}}')
     for op in profile.ops(window):
         queues.add((op.gpu, op.queue))
-        yield (f'{{"ph":"X","pid":{GPU_PID + op.gpu},"tid":{op.queue},"ts":{_us(op.start - origin)},"dur":'
+        yield (f'{{"ph":"X","pid":{GPU_PID + op.gpu},"tid":{_row(op.queue)},"ts":{_us(op.start - origin)},"dur":'
                f'{_us(op.end - op.start)},"name":{quote(op.name or op.kind)},"cat":{quote(op.kind)}}}')
     for number, link in enumerate(profile.links(window)):
         same = f'"cat":"launch","name":"launch","id":{number}'
         yield f'{{"ph":"s",{same},"pid":{link.pid},"tid":{link.tid},"ts":{_us(link.call_start - origin)}}}'
-        yield (f'{{"ph":"f","bp":"e",{same},"pid":{GPU_PID + link.gpu},"tid":{link.queue},"ts":'
+        yield (f'{{"ph":"f","bp":"e",{same},"pid":{GPU_PID + link.gpu},"tid":{_row(link.queue)},"ts":'
                f"{_us(link.op_start - origin)}}}")
     yield from _counters(profile, origin, window)
     for sample in profile.samples(window):
@@ -97,11 +97,16 @@ def _events(profile: Profile, origin: int, window: tuple[int, int] | None) -> It
     for gpu in sorted({gpu for gpu, _ in queues}):
         yield _named("process", GPU_PID + gpu, 0, f"GPU {gpu}")
     for gpu, queue in sorted(queues):
-        yield _named("thread", GPU_PID + gpu, queue, f"queue {queue}")
+        yield _named("thread", GPU_PID + gpu, _row(queue), f"queue {queue}")
     for pid in sorted({pid for pid, _ in threads}):
         yield _named("process", pid, 0, f"process {pid}")
     for pid, tid in sorted(threads):
         yield _named("thread", pid, tid, f"thread {tid}")
+
+
+def _row(queue: int) -> int:
+    """A queue's thread of the trace: viewers take a thread 0 for the operating system's idle one, of no process."""
+    return queue + 1
 
 
 def _named(what: str, pid: int, tid: int, name: str) -> str:

@@ -39,7 +39,7 @@ class Trace:
     def __init__(self, workgroups: int = 1):
         self.workgroups = workgroups
         self.events: list[dict[str, Any]] = []
-        self.processes = self.flights = self.end = 0
+        self.processes = self.threads = self.flights = self.end = 0
         self.checks: list[Any] = []
 
     def write(self, path: Path, **said: Any) -> int:
@@ -56,9 +56,12 @@ class Trace:
 class Wave:
     """Where one traced wave stands: its clock, the slice that it is in, and what it has in flight."""
 
-    def __init__(self, trace: Trace, pid: int, tid: int):
-        self.trace, self.pid, self.tid = trace, pid, tid
+    def __init__(self, trace: Trace, pid: int):
+        trace.threads += 1  # from 1 on, none twice: viewers take a thread 0 for the operating system's idle one
+        self.trace, self.pid, self.tid = trace, pid, trace.threads
         self.began = self.clock = trace.end
+        self.event("X", "", self.began)  # the kernel's slice, which finish() completes: the outer one is the first
+        self.whole = trace.events[-1]
         self.unit, self.since, self.count, self.first, self.bytes = "", self.clock, 0, "", 0
         self.flying: dict[str, list[tuple[int, str]]] = {VECTOR: [], OTHERS: []}
 
@@ -85,14 +88,14 @@ class Wave:
         """A load or store is on its way."""
         self.trace.flights += 1
         self.flying[counter].append((self.trace.flights, name))
-        self.event("b", name, self.clock, cat="memory", id=self.trace.flights, args={"bytes": moved})
+        self.event("b", name, self.clock, cat="memory", id2={"local": hex(self.trace.flights)}, args={"bytes": moved})
 
     def wait(self, counter: str, left: int) -> None:
         """Until at most so many are on their way."""
         flying = self.flying[counter]
         while len(flying) > left:
             number, name = flying.pop(0)
-            self.event("e", name, self.clock, cat="memory", id=number)
+            self.event("e", name, self.clock, cat="memory", id2={"local": hex(number)})
 
     def meet(self, at: int) -> None:
         """The last wave of the workgroup has come to the barrier."""
@@ -105,7 +108,7 @@ class Wave:
         self.close()
         for counter in self.flying:
             self.wait(counter, 0)
-        self.event("X", kernel, self.began, dur=max(self.clock - self.began, 1))
+        self.whole |= {"name": kernel, "dur": max(self.clock - self.began, 1)}
 
 
 def tracing(trace: Trace) -> type[Check]:
@@ -132,8 +135,8 @@ def tracing(trace: Trace) -> type[Check]:
                 trace.events.append({"ph": "M", "pid": pid, "name": "process_name",
                                      "args": {"name": f"{kernel}, workgroup {group}"}})
                 for i in range(shape.waves):
-                    self.waves[group * shape.waves + i] = Wave(trace, pid, i)
-                    trace.events.append({"ph": "M", "pid": pid, "tid": i, "name": "thread_name",
+                    self.waves[group * shape.waves + i] = wave = Wave(trace, pid)
+                    trace.events.append({"ph": "M", "pid": pid, "tid": wave.tid, "name": "thread_name",
                                          "args": {"name": f"wave {i}"}})
 
         def close(self) -> None:
