@@ -3,6 +3,7 @@ AITER's are held to fp64, and what the emulator's checks find in them is listed.
 
     python tests/bench/aiter.py --coverage                    # how many of its code objects decode and bind
     python tests/bench/aiter.py --arch gfx950 --family mla    # one family's kernels next to ours
+    python tests/bench/aiter.py --reports                     # two public reports of wrong decodes, looked into
     python tests/bench/aiter.py --calibrate                   # the model that predicts times, from AITER's own
     python tests/bench/aiter.py --hsa amd_aiter-0.1.7.post2.dev18-py3-none-any.whl --small
 
@@ -16,6 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import aiter_reports
 import torch
 from aiter_allreduce import allreduce
 from aiter_attention import fmha, mla, pa
@@ -39,6 +41,7 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, help="the hsa folder of AITER's repository, for newer objects")
     parser.add_argument("--small", action="store_true", help="the smallest shape of each family alone")
     parser.add_argument("--coverage", action="store_true", help="count what decodes and binds, and execute nothing")
+    parser.add_argument("--reports", action="store_true", help="AITER's issues 4363 and 5679, executed")
     parser.add_argument("--calibrate", action="store_true",
                         help="the model of testing/predict.py on AITER's published timings, of which tests/bench/"
                              "calibration.json keeps what the objects need; with --hsa or --repository counted anew")
@@ -59,6 +62,11 @@ def main() -> int:
         return 0
     if args.coverage:
         print(f"{args.arch}\n\n{table(coverage(objects, args.arch))}")
+        return 0
+    if args.reports:
+        print(f"| {' | '.join(aiter_reports.COLUMNS)} |\n|{'---|' * len(aiter_reports.COLUMNS)}", flush=True)
+        for cells in aiter_reports.rows(objects):
+            print(f"| {' | '.join(cells)} |", flush=True)
         return 0
     return run(objects, args.arch, args.family or list(FAMILIES), args.small)
 

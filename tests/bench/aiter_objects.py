@@ -26,6 +26,8 @@ NEWER = {
         "b3b0814cdfc6be1cc838ba7e9065aa763dc2dcd72eb0c26afda31efab2884736",
     "gfx942/fp8gemm_blockscale/fp8gemm_bf16_blockscale_BpreShuffle_128x128.co":
         "de905e406509c62f78d0760a36e762f7de89ded5d39fd3f98062eb58a8078b99",
+    "gfx942/mla/mla_a8w8_qh64_qseqlen1_gqaratio64_v3_ps.co":
+        "f3bd626a1bc04d9849f39610d009b7e45b8bb07c9cebe4882d6e294039fb066b",
 }
 END = bytes.fromhex("000081bf")  # s_endpgm
 

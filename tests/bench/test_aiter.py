@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import aiter
+import aiter_reports
 import numpy as np
 import pytest
 import torch
 from aiter_objects import NEWER, Coverage, Objects, Scan, family_of, table
+from aiter_reports import Reported, row
 from aiter_work import Arrays, Launch, Ours, Work, compare, distance, slots, theirs
 
 sys.path.append(str(Path(__file__).parents[1] / "gfx942"))
@@ -55,6 +57,21 @@ def test_what_the_checks_find_is_told():
     _, found = compare(doubled(2.0), code("s_nop 0"), "gfx942")
     assert len(found.findings) == 1
     assert "v2 is used, but no s_waitcnt has waited (vmcnt)" in found.findings[0]
+
+
+@pytest.mark.parametrize(("wait", "right", "missing"), [
+    ("s_waitcnt vmcnt(0)", True, "none"), ("s_nop 0", False, "v2 is used, but no s_waitcnt has waited (vmcnt)")])
+def test_what_loads_bring_comes_late_where_nothing_waits(wait, right, missing):
+    *_, at_once, late, beyond, waits = row(Reported(0, "256 numbers", "twice", doubled(2.0).make), code(wait))
+    assert (at_once, late == "0.000", beyond) == ("0.000", right, "nothing")
+    assert missing in waits
+
+
+def test_a_report_whose_object_is_missing_says_so(tmp_path):
+    (tmp_path / "gfx942").mkdir()
+    told = list(aiter_reports.rows(Objects(tmp_path)))
+    assert len(told) == len(aiter_reports.REPORTS)
+    assert all("not in the wheel" in cells[3] for cells in told)
 
 
 def test_a_wrong_result_is_no_row():

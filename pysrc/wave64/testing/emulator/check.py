@@ -28,7 +28,7 @@ BACKENDS = {"hip": emulate, "triton": emulate_triton}
 
 def small_case(parser: argparse.ArgumentParser, name: str, text: str, backend: str | None) -> tuple[str, Case]:
     """What a command runs of this operator: the backend (without one, hip where the operator has it), and the first
-    case that is not large with this text in its name. Where there is none, the command ends with a line of it."""
+    case that is not large with this text in its name. The command ends with a line where the operator has none."""
     op = OPS[name]
     backend = backend or ("hip" if "hip" in op.backends else "triton")
     case = next((case for case in op.cases() if text in case.id and not case.large), None)
