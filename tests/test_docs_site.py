@@ -133,6 +133,17 @@ def test_the_doctors_picture_is_of_its_table_now():
         assert words in drawn, f"{words}: draw it anew: python tests/doctor_picture.py"
 
 
+def test_every_picture_is_small_shown_in_the_readme_and_has_a_way_to_draw_it():
+    pictures = {file.name: file.stat().st_size for file in DOCS.iterdir() if file.suffix in (".png", ".svg")}
+    assert {"first_page.png", "trace.png", "doctor.svg"} <= set(pictures)
+    assert {name: size for name, size in pictures.items() if size > 150 * 1024} == {}
+    readme = re.findall(r"!\[[^\]]{20,}\]\(docs/([^)]+)\)", (ROOT / "README.md").read_text())
+    assert sorted(readme) == sorted(pictures)
+    drawn = (ROOT / "CONTRIBUTING.md").read_text().partition("## Pictures\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `docs/([^`]+)` \|", drawn, re.MULTILINE) == ["doctor.svg", "trace.png",
+                                                                                     "first_page.png", "page.png"]
+
+
 @pytest.mark.slow
 def test_the_site_builds_with_search_and_asks_no_other_host(tmp_path):
     pytest.importorskip("mkdocs", reason="pip install 'wave64[docs]'")

@@ -1,5 +1,5 @@
-"""What Perfetto drops or misplaces of a trace in Chrome's JSON, as its table `stats` said (tests/trace_picture.py prints
-what it says of a trace)."""
+"""What Perfetto drops or misplaces of a trace in Chrome's JSON, as its table `stats` said, which
+tests/trace_picture.py prints."""
 
 from collections import defaultdict
 from typing import Any
