@@ -209,6 +209,13 @@ def compressed_tensor(folder: Path) -> None:
 
 
 @maker("llmcompressor", "compressed-tensors")
+def compressed_heads(folder: Path) -> None:
+    """Scales of keys and values per head; weights per output channel."""
+    groups = dict(group_0=scheme(fp8("channel"), fp8("token", True)))
+    save_expected(folder, compressed(folder, tiny(), groups, fp8("attn_head")), tiny())
+
+
+@maker("llmcompressor", "compressed-tensors")
 def compressed_channel(folder: Path) -> None:
     """Per output channel, activations per token, in bf16; a Qwen2, which has biases. Down projections per tensor."""
     made = tiny("Qwen2").to(torch.bfloat16)

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from wave64.arch import Arch
 from wave64.ops import paged_attention
-from wave64.quant import FP8
+from wave64.quant import kv_scales_of
 from wave64.triton_ops import merge_splits
 from wave64.triton_ops.attention import (
     LOWEST,
@@ -50,7 +50,7 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
                             programs, min_keys, heads, stride_qb, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp,
                             stride_vn, stride_vh, stride_tb, UNIT: tl.constexpr, GROUP: tl.constexpr,
                             HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, CAPPED: tl.constexpr,
-                            WIDE: tl.constexpr, FP8_CACHE: tl.constexpr, CDNA: tl.constexpr, HALF_UP: tl.constexpr,
+                            WIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, CDNA: tl.constexpr, HALF_UP: tl.constexpr,
                             OVERLAP: tl.constexpr, BLOCK_B: tl.constexpr, ONE_BLOCK_B: tl.constexpr,
                             BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program: BLOCK_H heads of one group, one split of one sequence's keys."""
@@ -86,8 +86,9 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
     v_ptr += wide_head * stride_vh * UNIT
     table_ptr += seq * stride_tb
     if k_scale_ptr is not None:
-        scale *= tl.load(k_scale_ptr)
+        scale *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
 
+    EXACT: tl.constexpr = HALF_UP and k_ptr.dtype.element_ty.primitive_bitwidth == 8  # conversion of the cache
     row_max = tl.full([BLOCK_H], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
@@ -98,7 +99,7 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
         pages = load_pages(table_ptr, block, offs_n, PAGE_SIZE, BLOCK_N, WIDE)
         k = load_rows(k_ptr, pages, offs_n, stride_kp, stride_kn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D)
         v = load_rows(v_ptr, pages, offs_n, stride_vp, stride_vn, UNIT, HEAD_DIM, PAGE_SIZE, BLOCK_D)
-        k, v = upcast(k, q.dtype, HALF_UP and FP8_CACHE), upcast(v, q.dtype, HALF_UP and FP8_CACHE)
+        k, v = upcast(k, q.dtype, EXACT), upcast(v, q.dtype, EXACT)
         s = base2_logits(dot(q, tl.trans(k)), scale, logit_cap, CAPPED)
         s = tl.where(mask_n, s, float("-inf"))
         old_max, row_max = row_max, tl.maximum(row_max, tl.max(s, 1))
@@ -107,7 +108,7 @@ def _paged_attention_kernel(out_ptr, partial_ptr, stats_ptr, q_ptr, k_ptr, v_ptr
         row_sum = row_sum * rescale + tl.sum(p, 1)
         acc = dot(round_weights(p, v.dtype, HALF_UP), v, acc * rescale[:, None])
     if v_scale_ptr is not None:
-        acc *= tl.load(v_scale_ptr)
+        acc *= tl.load(v_scale_ptr + kv_head * SCALE_STRIDE)
 
     if num_splits == 1:
         if sinks_ptr is not None:
@@ -189,6 +190,7 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
+    k_scale, v_scale, scale_stride = kv_scales_of(k_scale, v_scale, kv_heads)
     group = heads // kv_heads
     block_h = max(16, min(config.block_h, triton.next_power_of_2(group)))
     block_d = tile_width(head_dim)
@@ -201,7 +203,7 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
         out, partial, stats, query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale, scale,
         logit_cap, *split, heads, *(s // unit for s in strides), page_table.stride(0), UNIT=unit, GROUP=group,
         HEAD_DIM=head_dim, PAGE_SIZE=page_size, CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
-        FP8_CACHE=key_cache.dtype in FP8.values(), CDNA=config.cdna, HALF_UP=config.half_up, OVERLAP=split.overlap,
+        SCALE_STRIDE=scale_stride, CDNA=config.cdna, HALF_UP=config.half_up, OVERLAP=split.overlap,
         BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d,
         **length_blocks(num_seqs, config.block_b)._asdict(),
         num_warps=config.num_warps, num_stages=config.num_stages, **config.options)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wave64.arch import Arch
 from wave64.ops import prefill_attention
+from wave64.quant import kv_scales_of
 from wave64.triton_ops.attention import (
     add_sink,
     assign_heads,
@@ -31,18 +32,21 @@ from wave64.triton_ops.attention import (
 from wave64.triton_ops.geometry import matrix_options
 from wave64.tuning import Tuning
 
+POSITIVE, ANY_SIGN, CAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit(do_not_specialize=["window", "capacity", "stride_qt", "stride_qh", "stride_kp", "stride_kn", "stride_kh",
                                "stride_vp", "stride_vn", "stride_vh", "stride_tb"])
 def _prefill_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, seq_lens_ptr, sinks_ptr,
                               k_scale_ptr, v_scale_ptr, scale, logit_cap, window, capacity, stride_qt, stride_qh,
                               stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_tb,
-                              UNIT: tl.constexpr, GROUP: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
-                              CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
+                              UNIT: tl.constexpr, GROUP: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+                              LOGITS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
                               SAME_STRIDES: tl.constexpr, HALF_UP: tl.constexpr, HEAD_DIM: tl.constexpr,
                               PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                               BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
-    """One program: BLOCK_M new tokens of one sequence, one head."""
+    """One program: BLOCK_M new tokens of one sequence, one head. LOGITS: POSITIVE, where neither scale is below 0 nor
+    k_scale could be; ANY_SIGN; or CAPPED."""
     seq, heads = tl.program_id(2), tl.num_programs(0)
     head, kv_head = assign_heads(tl.program_id(0), heads, GROUP)
     start = tl.load(starts_ptr + seq)
@@ -56,15 +60,16 @@ def _prefill_attention_kernel(out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, 
     q, q_rest = load_query(q_ptr + (token * stride_qt + head * stride_qh) * UNIT, stride_qt * UNIT, mask_m, HEAD_DIM,
                            BLOCK_M, BLOCK_D, BLOCK_R)
     if k_scale_ptr is not None:
-        scale *= tl.load(k_scale_ptr)
-    kv_head = kv_head.to(tl.int64) * UNIT
-    keys = (k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, table_ptr + seq.to(tl.int64) * stride_tb,
+        scale *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
+    wide_head = kv_head.to(tl.int64) * UNIT
+    keys = (k_ptr + wide_head * stride_kh, v_ptr + wide_head * stride_vh, table_ptr + seq.to(tl.int64) * stride_tb,
             stride_kp, stride_kn, stride_vp, stride_vn)
     row_max, row_sum, acc = attend_to_all(
-        q, q_rest, row, new, length, window, scale, logit_cap, keys, NEGATIVE_SCALE, CAUSAL, WINDOWED, CAPPED, WIDE,
-        SAME_STRIDES, HALF_UP, UNIT, HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_V)
+        q, q_rest, row, new, length, window, scale, logit_cap, keys, LOGITS == ANY_SIGN, CAUSAL, WINDOWED,
+        LOGITS == CAPPED, WIDE, SAME_STRIDES, HALF_UP, UNIT, HEAD_DIM, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+        BLOCK_R, BLOCK_V)
     if v_scale_ptr is not None:
-        acc *= tl.load(v_scale_ptr)
+        acc *= tl.load(v_scale_ptr + kv_head * SCALE_STRIDE)
     if sinks_ptr is not None:
         row_max, row_sum, rescale = add_sink(tl.load(sinks_ptr + head), row_max, row_sum)
         acc *= rescale[:, None]
@@ -161,12 +166,13 @@ def launch(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Te
     strides = (*query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3])
     unit = unit_of(head_dim, *strides)
     block_d, block_r = split_width(head_dim)
+    k_scale, v_scale, scale_stride = kv_scales_of(k_scale, v_scale, kv_heads)
+    logits = CAPPED if logit_cap > 0 else ANY_SIGN if scale < 0 or k_scale is not None else POSITIVE
     _prefill_attention_kernel[grid](
         out, lse, query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, sinks, k_scale, v_scale,
         float(scale), float(logit_cap), sliding_window, page_table.shape[1] * page_size, *(s // unit for s in strides),
-        page_table.stride(0), UNIT=unit, GROUP=heads // kv_heads,
-        NEGATIVE_SCALE=logit_cap <= 0 and (scale < 0 or k_scale is not None), CAUSAL=causal,
-        WINDOWED=sliding_window > 0, CAPPED=logit_cap > 0, WIDE=is_wide(key_cache, value_cache),
+        page_table.stride(0), UNIT=unit, GROUP=heads // kv_heads, SCALE_STRIDE=scale_stride, LOGITS=logits.value,
+        CAUSAL=causal, WINDOWED=sliding_window > 0, WIDE=is_wide(key_cache, value_cache),
         SAME_STRIDES=key_cache.stride()[:2] == value_cache.stride()[:2], HALF_UP=config.half_up, HEAD_DIM=head_dim,
         PAGE_SIZE=page_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_R=block_r,
         BLOCK_V=tile_width(head_dim), num_warps=config.num_warps, num_stages=config.num_stages, **config.options)

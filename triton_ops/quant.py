@@ -95,6 +95,15 @@ def to_cache(x, scale_ptr, LIMIT: tl.constexpr, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def scales_of_heads(scale_ptr, offs_h, heads, PER_HEAD: tl.constexpr):
+    """Where to_cache finds the scales of heads offs_h, pointers in offs_h's shape; one for all without PER_HEAD."""
+    if PER_HEAD:
+        if scale_ptr is not None:
+            scale_ptr += tl.minimum(offs_h, heads - 1)
+    return scale_ptr
+
+
 def cache_limit(cache: Tensor) -> float:
     """LIMIT of to_cache."""
     return torch.finfo(cache.dtype).max if cache.dtype in FP8 else 0.0

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from wave64.ops import rotary_embedding_and_cache
+from wave64.quant import kv_scales_of
 from wave64.triton_ops.geometry import num_warps
-from wave64.triton_ops.quant import cache_limit, to_cache, unsupported_cache
+from wave64.triton_ops.quant import scales_of_heads, to_cache, unsupported_cache
 from wave64.triton_ops.rotary_embedding import rotate_halves, rotate_heads, rotate_interleaved
 
 
@@ -51,8 +52,11 @@ def _rotate_and_store(key_ptrs, cache_ptrs, is_head, slot, cos, sin, scale_ptr, 
 def _rotary_embedding_and_cache_kernel(positions_ptr, query_ptr, key_ptr, value_ptr, cos_sin_ptr, key_cache_ptr,
                                        value_cache_ptr, slot_ptr, k_scale_ptr, v_scale_ptr, heads, kv_heads,
                                        positions_stride, query_stride, key_stride, value_stride, query_head_stride,
-                                       key_head_stride, value_head_stride, half, head_dim, LIMIT: tl.constexpr,
-                                       IS_NEOX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+                                       key_head_stride, value_head_stride, half, head_dim,
+                                       IS_NEOX: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_H: tl.constexpr,
+                                       BLOCK_D: tl.constexpr):
+    stored: tl.constexpr = key_cache_ptr.dtype.element_ty
+    LIMIT: tl.constexpr = 448.0 if stored == tl.float8e4nv else 240.0 if stored == tl.float8e4b8 else 0.0
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     query_groups, key_groups = tl.cdiv(heads, BLOCK_H), tl.cdiv(kv_heads, BLOCK_H)
     if group < query_groups + key_groups:
@@ -69,7 +73,8 @@ def _rotary_embedding_and_cache_kernel(positions_ptr, query_ptr, key_ptr, value_
             slot = tl.load(slot_ptr + token)  # int64, since the pool may hold more than 2^31 elements
             _rotate_and_store(key_ptr + token * key_stride + offs_h * key_head_stride,
                               key_cache_ptr + slot * (kv_heads * head_dim) + offs_h * head_dim, offs_h < kv_heads, slot,
-                              cos, sin, k_scale_ptr, half, head_dim, LIMIT, IS_NEOX, BLOCK_H, BLOCK_D)
+                              cos, sin, scales_of_heads(k_scale_ptr, offs_h, kv_heads, PER_HEAD), half, head_dim,
+                              LIMIT, IS_NEOX, BLOCK_H, BLOCK_D)
     else:
         offs_h = (group - query_groups - key_groups) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
         offs_d = tl.arange(0, BLOCK_D)[None, :]
@@ -77,7 +82,8 @@ def _rotary_embedding_and_cache_kernel(positions_ptr, query_ptr, key_ptr, value_
         if slot >= 0:
             _copy(value_ptr + token * value_stride + offs_h * value_head_stride + offs_d,
                   value_cache_ptr + slot * (kv_heads * head_dim) + offs_h * head_dim + offs_d,
-                  (offs_h < kv_heads) & (offs_d < head_dim), v_scale_ptr, LIMIT)
+                  (offs_h < kv_heads) & (offs_d < head_dim), scales_of_heads(v_scale_ptr, offs_h, kv_heads, PER_HEAD),
+                  LIMIT)
 
 
 def supports(positions, query, key, value, cos_sin_cache, key_cache, *args, **kwargs) -> str | None:
@@ -91,6 +97,7 @@ def launch(positions: Tensor, query: Tensor, key: Tensor, value: Tensor, cos_sin
     (tokens, heads, head_dim), kv_heads = query.shape, key.shape[1]
     if tokens * head_dim * (heads + kv_heads) == 0:
         return
+    k_scale, v_scale, scale_stride = kv_scales_of(k_scale, v_scale, kv_heads)
     block_d = max(2, triton.next_power_of_2(head_dim))
     # 1024 numbers per block: 16 bytes of each half for each lane of a CDNA wave
     block_h = max(1, min(1024 // block_d, triton.next_power_of_2(max(heads, kv_heads))))
@@ -98,5 +105,5 @@ def launch(positions: Tensor, query: Tensor, key: Tensor, value: Tensor, cos_sin
     _rotary_embedding_and_cache_kernel[grid](
         positions, query, key, value, cos_sin_cache, key_cache, value_cache, slot_mapping, k_scale, v_scale, heads,
         kv_heads, positions.stride(0), query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1),
-        value.stride(1), cos_sin_cache.shape[1] // 2, head_dim, LIMIT=cache_limit(key_cache), IS_NEOX=is_neox,
-        BLOCK_H=block_h, BLOCK_D=block_d, num_warps=num_warps(block_h * block_d // 16))
+        value.stride(1), cos_sin_cache.shape[1] // 2, head_dim, IS_NEOX=is_neox,
+        PER_HEAD=scale_stride == 1, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=num_warps(block_h * block_d // 16))

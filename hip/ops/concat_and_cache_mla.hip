@@ -34,14 +34,15 @@ WAVE64_DEVICE void concat_and_cache_mla(const ConcatAndCacheMlaArgs& args) {
     const int row = args.kv_lora_rank + args.rope_dim;
     Out* cache = static_cast<Out*>(args.kv_cache);
     const CachePart<In, Out> latents{
-        static_cast<const In*>(args.kv_c), args.kv_c_stride, 0, args.kv_lora_rank, cache, row, args.scale};
+        static_cast<const In*>(args.kv_c), args.kv_c_stride, 0, args.kv_lora_rank, cache, row, args.scale, 0};
     const CachePart<In, Out> keys{static_cast<const In*>(args.k_pe),
                                   args.k_pe_stride,
                                   0,
                                   args.rope_dim,
                                   cache + args.kv_lora_rank,
                                   row,
-                                  args.scale};
+                                  args.scale,
+                                  0};
     write_cache<N>(args.partition, args.num_tokens, args.slot_mapping, args.kv_lora_rank / N, latents, keys);
 }
 

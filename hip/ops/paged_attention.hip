@@ -18,7 +18,7 @@ struct PagedAttentionArgs {
     const int32_t* page_table;  // [num_seqs, max_pages]
     const int32_t* seq_lens;    // [num_seqs]
     const float* sinks;         // [num_heads], or null
-    const float* k_scale;       // one number, or null: 1
+    const float* k_scale;       // that of a key head at head * scale_stride; null: 1
     const float* v_scale;
     void* out;       // [num_seqs, num_heads, head_dim], contiguous
     float* partial;  // [num_seqs + num_splits, num_heads, head_dim] to work in, as the next two; null without splits
@@ -33,6 +33,7 @@ struct PagedAttentionArgs {
     int64_t value_row_stride;
     int64_t value_head_stride;
     int64_t table_stride;
+    int32_t scale_stride;  // of k_scale and v_scale: 1, or 0 for one number
     int32_t num_seqs;
     int32_t num_heads;
     int32_t num_kv_heads;
@@ -111,14 +112,14 @@ WAVE64_DEVICE void take(Attention<T, Stored, D>& attention, const Pool& keys, co
 }
 
 // The factor that turns the weighted sum of values into the output: it adds the sink to the sum of weights.
-WAVE64_DEVICE float finish(const PagedAttentionArgs& args, int head, float row_max, float row_sum) {
+WAVE64_DEVICE float finish(const PagedAttentionArgs& args, int kv_head, int head, float row_max, float row_sum) {
     float shrink = 1;
     if (args.sinks) {
         const float sink = args.sinks[head] * kLog2E, higher = max(row_max, sink);
         shrink = exp2(row_max - higher);
         row_sum = row_sum * shrink + exp2(sink - higher);
     }
-    return row_sum == 0 ? 0 : shrink * (args.v_scale ? *args.v_scale : 1) / row_sum;
+    return row_sum == 0 ? 0 : shrink * (args.v_scale ? args.v_scale[kv_head * args.scale_stride] : 1) / row_sum;
 }
 
 template <typename T>
@@ -154,7 +155,7 @@ WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
     const Pool values = {static_cast<const char*>(args.value_cache) + kv_head * args.value_head_stride * bytes,
                          args.value_page_stride * bytes, int(args.value_row_stride) * bytes};
     const int32_t* table = args.page_table + split.seq * args.table_stride;
-    const float scale = args.scale * (args.k_scale ? *args.k_scale : 1);
+    const float scale = args.scale * (args.k_scale ? args.k_scale[kv_head * args.scale_stride] : 1);
     const Logit logit = {args.logit_cap > 0 ? scale / args.logit_cap : scale * kLog2E, args.logit_cap};
 
     Attention<T, Stored, D> attention;
@@ -181,7 +182,7 @@ WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
         const float row_max = attention.row_max[h], row_sum = attention.row_sum[h];
         if (split.count == 1) {
             const int64_t row = int64_t(split.seq) * args.num_heads + head;
-            attention.store_acc(h, finish(args, head, row_max, row_sum),
+            attention.store_acc(h, finish(args, kv_head, head, row_max, row_sum),
                                 [&](int column, const Array<float, 4>& x) { store_finished<T>(args, row, column, x); });
             continue;
         }
@@ -241,7 +242,8 @@ WAVE64_DEVICE void merge(const PagedAttentionArgs& args) {
         if (run == 0) {
             for (int other = lane + lanes; other < kMergeLanes; other += lanes)
                 found.take(lds_stats[other].at[0], lds_stats[other].at[1], lds_acc[other]);
-            const float scale = finish(args, head, found.row_max, found.row_sum);
+            const int kv_head = unsigned(head) / unsigned(args.group);
+            const float scale = finish(args, kv_head, head, found.row_max, found.row_sum);
             for (float& x : found.acc.at) x *= scale;
             store_finished<T>(args, row, lane * 4, found.acc);
         }
@@ -293,6 +295,7 @@ void check(const PagedAttentionArgs& args, const Call& call) {
     call.expect_cache_dtype(args.cache_dtype, args.dtype);
     call.expect(args.head_dim == 64 || args.head_dim == 128, "head_dim", "64 or 128", args.head_dim);
     call.expect(args.page_size > 0 && args.page_size % kGroup == 0, "page_size", "a multiple of 16", args.page_size);
+    call.expect_range("scale_stride", args.scale_stride, 0, 1);
     call.expect_min("num_seqs", args.num_seqs, 0);
     call.expect_min("num_heads", args.num_heads, 0);
     if (args.num_seqs == 0 || args.num_heads == 0) return;
@@ -351,8 +354,8 @@ WAVE64_OP_AND_CONSTANTS(paged_attention, PagedAttentionArgs,
                           {"NVIDIA_TILE_HEADS", kNvidiaTileHeads}}),
                         query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale, out, partial,
                         stats, plan, query_stride, query_head_stride, key_page_stride, key_row_stride, key_head_stride,
-                        value_page_stride, value_row_stride, value_head_stride, table_stride, num_seqs, num_heads,
-                        num_kv_heads, head_dim, page_size, max_pages, window, num_splits, scale, logit_cap, dtype,
+                        value_page_stride, value_row_stride, value_head_stride, table_stride, scale_stride, num_seqs,
+                        num_heads, num_kv_heads, head_dim, page_size, max_pages, window, num_splits, scale, logit_cap, dtype,
                         cache_dtype)
 
 }  // namespace

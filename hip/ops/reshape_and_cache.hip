@@ -12,7 +12,7 @@ struct ReshapeAndCacheArgs {
     void* key_cache;    // [slots, num_heads, head_dim], contiguous
     void* value_cache;
     const int64_t* slot_mapping;  // [num_tokens]; -1: not written
-    const float* k_scale;         // one number, or null: 1
+    const float* k_scale;         // that of a head at head * scale_stride; null: 1
     const float* v_scale;
     int64_t key_stride;
     int64_t key_head_stride;
@@ -21,8 +21,9 @@ struct ReshapeAndCacheArgs {
     int64_t num_tokens;
     int32_t num_heads;
     int32_t head_dim;
-    Dtype dtype;        // of key and value
-    Dtype cache_dtype;  // dtype, or FP8
+    int32_t scale_stride;  // of k_scale and v_scale: 1, or 0 for one number
+    Dtype dtype;           // of key and value
+    Dtype cache_dtype;     // dtype, or FP8
     // set by the launcher
     RowPartition partition;
 };
@@ -41,14 +42,16 @@ WAVE64_DEVICE void reshape_and_cache(const ReshapeAndCacheArgs& args) {
                                   args.head_dim,
                                   static_cast<Out*>(args.key_cache),
                                   row,
-                                  args.k_scale};
+                                  args.k_scale,
+                                  args.scale_stride};
     const CachePart<In, Out> values{static_cast<const In*>(args.value),
                                     args.value_stride,
                                     args.value_head_stride,
                                     args.head_dim,
                                     static_cast<Out*>(args.value_cache),
                                     row,
-                                    args.v_scale};
+                                    args.v_scale,
+                                    args.scale_stride};
     write_cache<N>(args.partition, args.num_tokens, args.slot_mapping, row / N, keys, values);
 }
 
@@ -65,6 +68,7 @@ constexpr CacheKernels kKernels[] = WAVE64_CACHE_KERNELS(reshape_and_cache);
 void reshape_and_cache(ReshapeAndCacheArgs args, const Call& call) {
     call.expect_float("dtype", args.dtype);
     call.expect_cache_dtype(args.cache_dtype, args.dtype);
+    call.expect_range("scale_stride", args.scale_stride, 0, 1);
     call.expect_min("num_tokens", args.num_tokens, 0);
     call.expect_min("num_heads", args.num_heads, 0);
     call.expect_min("head_dim", args.head_dim, 0);
@@ -77,7 +81,8 @@ void reshape_and_cache(ReshapeAndCacheArgs args, const Call& call) {
                          {"value_cache", args.value_cache},
                          {"slot_mapping", args.slot_mapping}});
 
-    if (args.key_head_stride == args.head_dim && args.value_head_stride == args.head_dim) {  // one wide head
+    const bool dense = args.key_head_stride == args.head_dim && args.value_head_stride == args.head_dim;
+    if (dense && args.scale_stride == 0) {  // one wide head
         args.head_dim = int32_t(row);
         args.num_heads = 1;
         args.key_head_stride = args.value_head_stride = 0;
@@ -91,8 +96,8 @@ void reshape_and_cache(ReshapeAndCacheArgs args, const Call& call) {
 }
 
 WAVE64_OP(reshape_and_cache, ReshapeAndCacheArgs, key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale,
-          key_stride, key_head_stride, value_stride, value_head_stride, num_tokens, num_heads, head_dim, dtype,
-          cache_dtype)
+          key_stride, key_head_stride, value_stride, value_head_stride, num_tokens, num_heads, head_dim,
+          scale_stride, dtype, cache_dtype)
 
 }  // namespace
 }  // namespace wave64

@@ -21,7 +21,7 @@ struct RotaryEmbeddingAndCacheArgs {
     void* key_cache;              // [slots, num_kv_heads, head_dim], contiguous; null if there are no slots
     void* value_cache;            // as key_cache
     const int64_t* slot_mapping;  // [num_tokens]; below 0: not written
-    const float* k_scale;         // one number, or null: 1
+    const float* k_scale;         // that of a head at head * scale_stride; null: 1
     const float* v_scale;
     int64_t positions_stride;
     int64_t query_stride;
@@ -37,6 +37,7 @@ struct RotaryEmbeddingAndCacheArgs {
     int32_t rot_dim;
     int32_t is_neox;         // 1: the numbers of a pair are rot_dim / 2 columns apart; 0: they are neighbors
     int32_t position_bytes;  // 8 or 4
+    int32_t scale_stride;    // of k_scale and v_scale: 1, or 0 for one number
     Dtype dtype;             // of query, key and value
     Dtype angles_dtype;
     Dtype cache_dtype;  // dtype, or FP8
@@ -103,7 +104,7 @@ WAVE64_DEVICE void rotary_embedding_and_cache(const RotaryEmbeddingAndCacheArgs&
     Out* to = static_cast<Out*>(args.key_cache) + row;
     if (rotates) {
         const auto rotated = rotate<T, N>(args, key, at);
-        const Divisor scale = divisor_of(args.k_scale);
+        const Divisor scale = divisor_of(args.k_scale, at.head * args.scale_stride);
         if (slot < 0) return;
         store_pack(to + rotated.low_at(args.is_neox, at.pack), stored(rotated.low, scale, to));
         store_pack(to + rotated.high_at(args.is_neox, args.rot_dim / 2, at.pack), stored(rotated.high, scale, to));
@@ -118,7 +119,8 @@ WAVE64_DEVICE void rotary_embedding_and_cache(const RotaryEmbeddingAndCacheArgs&
         to = static_cast<Out*>(args.value_cache) + row + at.pack * N;
     }
     if (slot < 0) return;
-    store_pack(to, stored(load_pack<T, N>(from), divisor_of(is_value ? args.v_scale : args.k_scale), to));
+    const Divisor scale = divisor_of(is_value ? args.v_scale : args.k_scale, at.head * args.scale_stride);
+    store_pack(to, stored(load_pack<T, N>(from), scale, to));
 }
 
 }  // namespace wave64
@@ -142,6 +144,7 @@ void rotary_embedding_and_cache(RotaryEmbeddingAndCacheArgs args, const Call& ca
     call.expect_cache_dtype(args.cache_dtype, args.dtype);
     call.expect_float("angles_dtype", args.angles_dtype);
     call.expect(args.position_bytes == 4 || args.position_bytes == 8, "position_bytes", "4 or 8", args.position_bytes);
+    call.expect_range("scale_stride", args.scale_stride, 0, 1);
     call.expect_min("num_tokens", args.num_tokens, 0);
     call.expect_range("num_heads", args.num_heads, 0, 1 << 20);
     call.expect_range("num_kv_heads", args.num_kv_heads, 0, 1 << 20);
@@ -183,7 +186,7 @@ WAVE64_OP_AND_CONSTANTS(rotary_embedding_and_cache, RotaryEmbeddingAndCacheArgs,
                         positions, query, key, value, angles, key_cache, value_cache, slot_mapping, k_scale, v_scale,
                         positions_stride, query_stride, query_head_stride, key_stride, key_head_stride, value_stride,
                         value_head_stride, num_tokens, num_heads, num_kv_heads, head_dim, rot_dim, is_neox,
-                        position_bytes, dtype, angles_dtype, cache_dtype)
+                        position_bytes, scale_stride, dtype, angles_dtype, cache_dtype)
 
 }  // namespace
 }  // namespace wave64

@@ -146,6 +146,17 @@ def fn_to_fnuz_kv_scale(scale: Tensor) -> Tensor:
     return scale * 2
 
 
+def kv_scales_of(k_scale: Tensor | None, v_scale: Tensor | None,
+                 heads: int) -> tuple[Tensor | None, Tensor | None, int]:
+    """(k_scale, v_scale, stride) of a cache of keys and values, as kernels read them: the scale of head h is at
+    h * stride, stride 0 for scalars. Where only one of both is per head, the other is repeated."""
+    if all(scale is None or scale.numel() == 1 for scale in (k_scale, v_scale)):
+        return k_scale, v_scale, 0
+    k_scale, v_scale = (scale if scale is None or scale.numel() == heads else scale.reshape(1).repeat(heads)
+                        for scale in (k_scale, v_scale))
+    return k_scale, v_scale, 1
+
+
 def pad_rows(weight: Tensor) -> Tensor:
     """The weight [..., N, K] in the layout that kernels read fastest; called once, at load. On gfx942 a row stride that
     is a multiple of 512 bytes maps to few of an MI300X's memory channels: 256 bytes are added to it, and a view of the

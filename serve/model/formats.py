@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wave64.serve.model.config import ConfigError, Keys
-from wave64.serve.model.schemes import Scheme, Schemes
+from wave64.serve.model.schemes import CacheScheme, Scheme, Schemes
 
 INSTEAD = "use the float16 or bfloat16 original, which --quantization fp8 serves in FP8"
 #: What else is known by name, and not served.
@@ -41,12 +41,17 @@ def schemes_of(keys: Keys) -> Schemes | None:
     Raises ConfigError, in one line, for a format, scheme or key that is not served.
     """
     own = next((key for key in ("quantization_config", "compression_config") if keys.get(key)), None)
-    if own is not None:
-        return _read(keys.group(own))
+    said = None if own is None else _read(keys.group(own))
     file = keys.file.with_name("hf_quant_config.json")
     if not file.exists():
-        return None
-    return replace(_hf_quant_config(Keys(file, ignored=keys.ignored)), method="modelopt")
+        return said
+    other = replace(_hf_quant_config(Keys(file, ignored=keys.ignored)), method="modelopt")
+    if own is None or said is None:
+        return other
+    if (said.default, said.kv_scales) != (other.default, other.kv_scales):
+        raise ConfigError(f"{keys.error(own, keys.raw[own], f'what {file.name} next to it says ({spelled(other)})')}; "
+                          "delete the one that the weights were not quantized with")
+    return said
 
 
 def _read(group: Keys) -> Schemes:
@@ -106,7 +111,7 @@ def _fp8(keys: Keys) -> Schemes:
     if kv not in (None, "static"):
         raise keys.error("kv_cache_scheme", kv, '"static" or null')
     keys.refuse_the_rest()
-    scales = ("self_attn.k_scale", "self_attn.v_scale") if kv else None
+    scales = CacheScheme("self_attn.k_scale", "self_attn.v_scale") if kv else None
     return Schemes(plain or ("lm_head",), default=Scheme("tensor", activations), kv_scales=scales)
 
 
@@ -190,14 +195,14 @@ def _float8(args: Keys) -> Keys:
     return args
 
 
-def _compressed_kv(keys: Keys) -> tuple[str, str] | None:
+def _compressed_kv(keys: Keys) -> CacheScheme | None:
     if keys.get("kv_cache_scheme") is None:
         return None
     args = _float8(keys.group("kv_cache_scheme"))
-    args.choice("strategy", "tensor", {"tensor": "tensor"})
+    per_head = args.choice("strategy", "tensor", {"tensor": False, "attn_head": True})
     if args.get("dynamic", False) is not False:
         raise refused(args, "dynamic", "false: scales of keys and values that are stored")
-    return "self_attn.k_scale", "self_attn.v_scale"
+    return CacheScheme("self_attn.k_scale", "self_attn.v_scale", per_head)
 
 
 # Quark
@@ -221,7 +226,7 @@ def _quark(keys: Keys) -> Schemes:
     if cache:
         for name, layer in cache.items():
             _quark_cache(Keys(keys.file, layer, f"{keys.prefix}kv_cache_quant_config.{name}.", keys.ignored))
-        kv = "self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale"
+        kv = CacheScheme("self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale")
     return Schemes(names(keys, "exclude"), by_name, default, kv)
 
 
@@ -293,7 +298,7 @@ def _algorithm(keys: Keys, plain: tuple[str, ...], kv: bool) -> Schemes:
     algorithm = keys.get("quant_algo")
     if algorithm not in algorithms:
         raise refused(keys, "quant_algo", f"one of {', '.join(algorithms)}")
-    scales = ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale") if kv else None
+    scales = CacheScheme("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale") if kv else None
     return Schemes(plain, default=algorithms[algorithm], kv_scales=scales)
 
 
@@ -306,7 +311,7 @@ FORMATS = (
     Format("quark", "Quark", "per tensor; per channel", f"{STATIC}; {TOKEN}",
            "self_attn.k_proj.output_scale, v_proj.output_scale", _quark),
     Format("compressed-tensors", "LLM Compressor", "per tensor; per channel; per block",
-           f"{STATIC}; {TOKEN}; per group at run time", "self_attn.k_scale, v_scale", _compressed),
+           f"{STATIC}; {TOKEN}; per group at run time", "self_attn.k_scale, v_scale; also per head", _compressed),
     Format("fbgemm_fp8", "FBGEMM, transformers", "per channel", f"{TOKEN}, at most activation_scale_ub", "none",
            _fbgemm),
     Format("modelopt", "ModelOpt, also by hf_quant_config.json", "per tensor; per channel", f"{STATIC}; {TOKEN}",

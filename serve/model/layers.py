@@ -173,7 +173,7 @@ class SelfAttention(nn.Module):
         self.o_proj = row_parallel(config, ranks, "self_attn", "o_proj", width, config.hidden_size,
                                    config.attention_bias)
         kv_scales = config.schemes and config.schemes.kv_scales
-        self.cache_scales = CacheScales(kv_scales) if kv_scales else None
+        self.cache_scales = CacheScales(kv_scales, kv_heads) if kv_scales else None
         self.rotary = rotary
         self.attention = Attention(config.head_dim, config.sliding_window)
 
@@ -269,7 +269,7 @@ class CausalLM(nn.Module):
         self.model = Decoder(config, ranks, blocks)
         tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
         self.lm_head = head(config, ranks.vocabulary(config.vocab_size), tied)
-        self.ranks, self.vocab_size = ranks, config.vocab_size
+        self.ranks, self.vocab_size, self.schemes = ranks, config.vocab_size, config.schemes
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows, those of all attention groups below each other,

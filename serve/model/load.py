@@ -1,6 +1,7 @@
 """From a checkpoint folder to a model with weights on its device."""
 
 import logging
+import re
 import sys
 import time
 import zlib
@@ -14,17 +15,19 @@ from tqdm import tqdm
 
 from wave64 import platform, quant
 from wave64.serve.model import FAMILIES
-from wave64.serve.model.checkpoint import Shard, StoredTensor, WeightsError, is_scale, stored_tensors
+from wave64.serve.model.checkpoint import FP8, Shard, StoredTensor, WeightsError, is_scale, stored_tensors
 from wave64.serve.model.config import ModelConfig
 from wave64.serve.model.cpu import products_by, slow_dtype
 from wave64.serve.model.layers import CausalLM, RMSNorm
 from wave64.serve.model.linear import Layer
 from wave64.serve.model.parallel import ONE, Ranks
+from wave64.serve.model.schemes import matches
 
 log = logging.getLogger(__name__)
 
 DUMMY_SEED = 0
 MANY_ROWS = 1024  # quantized at once
+SCALE = re.compile(r"_scale[^.]*$")  # of any kind, at the end of a name
 
 Progress = Callable[[int, int], None]
 
@@ -203,8 +206,8 @@ def _plan(model: CausalLM, folder: Path) -> Plan:
     surplus = [tensor for name, tensor in stored.items()
                if name not in targets and not name.endswith(derived) and name not in unused]
     if surplus:
-        raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, the model config.json "
-                           "describes has no such weight; does it belong to these weights?")
+        raise WeightsError(f"{surplus[0].file}: {_listed(t.name for t in surplus)}: unexpected, "
+                           f"{_why_surplus(surplus[0].name, model)}")
     names: dict[tuple, list[str]] = {}
     for name, (view, shard, _) in targets.items():
         names.setdefault((view.untyped_storage()._cdata, view.storage_offset(), view.shape, shard), []).append(name)
@@ -216,10 +219,38 @@ def _plan(model: CausalLM, folder: Path) -> Plan:
         reads += [stored[name] for name in found[:1]]
         copies += [(stored[name], found[0]) for name in found[1:]]
     if missing:
+        if is_scale(missing[0]):
+            _refuse_without_scale(missing[0], stored, model)
         raise WeightsError(f"{folder}: {_listed(missing)}: expected by the model, not in any of its safetensors files")
     for tensor in (*reads, *(tensor for tensor, _ in copies)):
         targets[tensor.name].check(tensor)
     return Plan(targets, reads, copies, unused)
+
+
+PLAIN_KEYS = "ignore, exclude, ignored_layers or modules_to_not_convert"
+
+
+def _why_surplus(name: str, model: CausalLM) -> str:
+    if not SCALE.search(name):
+        return "the model config.json describes has no such weight; does it belong to these weights?"
+    if model.schemes is None:
+        return "config.json has no quantization_config that says what these scales are; fetch it again"
+    return ("config.json's quantization_config leaves this layer plain or has other scales for it; expected no "
+            f"such name under {PLAIN_KEYS} there, and the schemes that the weights were quantized with")
+
+
+def _refuse_without_scale(name: str, stored: dict[str, StoredTensor], model: CausalLM) -> None:
+    """Raises WeightsError for the scale that is missing of a weight that is not FP8, if it is that."""
+    weight = stored.get(f"{name.rpartition('.')[0]}.weight")
+    if weight is None or weight.dtype in FP8:
+        return
+    layer, layers = weight.name.removesuffix(".weight"), [each.rpartition(".")[0] for each in stored]
+    idle = [pattern for pattern in (model.schemes.plain if model.schemes else ())
+            if not any(matches(pattern, each) for each in layers)]
+    unmatched = f"; what is there and matches no layer: {_listed(idle)}" if idle else ""
+    raise WeightsError(f"{weight.file}: {weight.name}: expected {', '.join(FP8)} with {name}, as config.json's "
+                       f"quantization_config says, got {weight.dtype}; name {layer} there under {PLAIN_KEYS}, if it is "
+                       f"stored plain{unmatched}")
 
 
 def _listed(names) -> str:

@@ -16,7 +16,7 @@ from wave64.serve.model.config import ModelConfig, QuantConfig
 from wave64.serve.model.linear import Layer, Linear, MergedLinear, Quantized, Stored, weight
 from wave64.serve.model.parallel import Ranks, Slice
 from wave64.serve.model.quantized import Fp8Linear, as_multiplied
-from wave64.serve.model.schemes import Scheme
+from wave64.serve.model.schemes import CacheScheme, Scheme
 
 
 def projections(config: ModelConfig, where: str, in_features: int, parts: Mapping[str, int | Slice],
@@ -173,17 +173,20 @@ class ScaledLinear(Layer):
 
 
 class CacheScales(Layer):
-    """The scales of cached keys and values, a number each: stored = key / k_scale."""
+    """The scales of cached keys and values, a number each, or each one per head: stored = key / k_scale.
 
-    def __init__(self, names: tuple[str, str]):
+    heads  the KV heads that this rank holds
+    """
+
+    def __init__(self, scheme: CacheScheme, heads: Slice):
         super().__init__()
-        self.names = names
-        self.k_scale, self.v_scale = weight(1, dtype=torch.float32), weight(1, dtype=torch.float32)
+        self.names, self.heads = (scheme.k_scale, scheme.v_scale), heads if scheme.per_head else Slice.of(1)
+        self.k_scale, self.v_scale = (weight(self.heads.size, dtype=torch.float32) for _ in self.names)
 
     def checkpoint(self, name: str) -> Iterator[Stored]:
         layer = name.rsplit(".", 2)[0]
         for stored, scale in zip(self.names, (self.k_scale, self.v_scale), strict=True):
-            yield f"{layer}.{stored}", scale.data, None
+            yield f"{layer}.{stored}", scale.data, self.heads.shard(0)
 
     def finish(self) -> None:
         if quant.fp8_dtype() == torch.float8_e4m3fnuz:

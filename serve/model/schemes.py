@@ -27,13 +27,22 @@ class Scheme:
 
 
 @dataclass(frozen=True)
+class CacheScheme:
+    """Stored names, within a layer, of the scales of keys and values; per_head: one for each KV head, not for all."""
+
+    k_scale: str
+    v_scale: str
+    per_head: bool = False
+
+
+@dataclass(frozen=True)
 class Schemes:
     """The scheme of each linear layer; a layer without one is stored in a dtype of 16 or 32 bits.
 
     plain      patterns of the names of layers without one
     by_name    (pattern, scheme), the first that matches
     default    of all others
-    kv_scales  stored names, within a layer, of the scales of keys and values; None: there are none
+    kv_scales  of keys and values; None: there are none
     online     weights are stored plain, and quantized while they are loaded
     prefix     of the names that `of` is asked for
     method     as quantization_config calls it
@@ -42,7 +51,7 @@ class Schemes:
     plain: tuple[str, ...] = ()
     by_name: tuple[tuple[str, Scheme | None], ...] = ()
     default: Scheme | None = None
-    kv_scales: tuple[str, str] | None = None
+    kv_scales: CacheScheme | None = None
     online: bool = False
     prefix: str = ""
     method: str = "fp8"

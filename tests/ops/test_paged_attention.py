@@ -137,7 +137,7 @@ def bad(**changes):
     ("seq_lens", lambda a: a["seq_lens"].long(), "int32 [num_seqs]"),
     ("seq_lens", lambda a: a["seq_lens"].to("meta"), "on cpu, where query is"),
     ("sinks", lambda a: torch.zeros(2), "one logit per head"),
-    ("k_scale", lambda a: torch.ones(2), "one fp32 number"),
+    ("k_scale", lambda a: torch.ones(3), "one per head, [2]"),
 ])
 def test_refuses(argument, change, words):
     with refused("paged_attention", "", words):
@@ -157,3 +157,11 @@ def test_refuses_fp8_of_another_architecture(arch, right, wrong):
             else:
                 with pytest.raises(BadArgument, match=f"{right}, the FP8 type of {arch}"):
                     ops.paged_attention.check(**args)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_scales_count_whatever_the_dtype_of_the_cache(device, backend):
+    """Of both kinds in one call: one number for all heads, and one per head."""
+    with torch.device(device):
+        args = make_case([37, 5]) | dict(k_scale=torch.tensor(0.5), v_scale=torch.tensor([2.0, 0.25]))
+    assert_near(run("paged_attention", backend, args), naive(**on("cpu", args)), args)

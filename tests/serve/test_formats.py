@@ -214,10 +214,14 @@ def test_projections_of_one_input_may_be_stored_in_different_ways(copy):
     (f"{Q}.input_scale", torch.tensor(float("nan")), "expected positive finite scales, got nan at 0 of 1"),
     ("model.layers.0.self_attn.k_scale", torch.tensor(-1.0), "expected positive finite scales, got -1 at 0 of 1"),
     (f"{Q}.weight_scale", torch.ones(64), r"expected shape \[1\], got \[64\]"),
+    (f"{Q}.weight_scale", torch.tensor(float("inf")), "expected positive finite scales, got inf at 0 of 1"),
+    (f"{Q}.weight_scale", torch.tensor([1]), "expected dtype F64, F32, .*, got I64"),
     (f"{Q}.weight_scale", None, "expected by the model, not in any of its safetensors files"),
     ("model.layers.0.self_attn.v_scale", None, "expected by the model, not in any of its safetensors files"),
     (f"{Q}.weight", torch.ones(64, 64), "expected dtype F8_E4M3, got F32; config.json's quantization_config says FP8"),
-    (f"{Q}.output_scale", torch.tensor(1.0), "unexpected, the model config.json describes has no such weight")])
+    (f"{Q}.output_scale", torch.tensor(1.0), "leaves this layer plain or has other scales for it; expected no such"),
+    (f"{Q}.weight_scale_2", torch.tensor(1.0), "leaves this layer plain or has other scales for it; expected no such"),
+    (f"{Q}.output", torch.tensor(1.0), "unexpected, the model config.json describes has no such weight")])
 def test_a_damaged_scale_is_refused_before_memory_is_taken(copy, monkeypatch, name, value, words):
     change(copy, lambda w: w.pop(name) if value is None else w.update({name: value}))
     taken = []
@@ -235,6 +239,66 @@ def test_a_damaged_scale_of_a_block_is_refused_when_it_is_read(tmp_path):
     change(folder, lambda w: w.update({name: w[name].fill_(float("inf"))}))
     with pytest.raises(WeightsError, match=f"{name}: expected positive finite scales, got inf at 0 of 4"):
         load(folder)
+
+
+def in_quantization(**keys):
+    return lambda config: config["quantization_config"].update(keys)
+
+
+@pytest.mark.parametrize(("name", "edit", "words"), [
+    ("compressed-tensor", in_quantization(ignore=["lm_head", "re:.*layers.1.self_atn.o_proj"]),
+     r"layers.1.self_attn.o_proj.weight: expected F8_E4M3 with .*o_proj.weight_scale, as config.json's "
+     r"quantization_config says, got F32; name model.layers.1.self_attn.o_proj there under ignore, .* plain; what is "
+     r"there and matches no layer: re:.\*layers.1.self_atn.o_proj$"),
+    ("compressed-tensor", in_quantization(ignore=["re:.*layers.1.self_attn.o_proj"]), "name lm_head there .* plain$"),
+    ("quark-fp8-kv", in_quantization(ignored_layers=["lm_head", "q_proj"]),
+     "q_proj.input_scale, .*q_proj.weight_scale: unexpected, config.json's quantization_config leaves this layer "),
+    ("quark-fp8-kv", in_quantization(activation_scheme="dynamic"), "4 more: unexpected, config.json's"),
+    ("quark-fp8-dynamic", in_quantization(activation_scheme="static"), "q_proj.input_scale, .* expected by the model"),
+    *[("quark-fp8-kv", lambda c, value=value: c.update(quantization_config=value),
+       "unexpected, config.json has no quantization_config that says what these scales are") for value in (None, {})],
+    ("quark-tensor", in_quantization(global_quant_config=None), "quantization_config leaves this layer plain")])
+def test_a_file_that_does_not_store_what_the_configuration_says(tmp_path, name, edit, words):
+    folder = Path(shutil.copytree(MADE / name, tmp_path / "copy"))
+    edit_json(folder / "config.json", edit)
+    with pytest.raises(WeightsError) as refused:
+        load(folder)
+    assert re.search(words, str(refused.value)), str(refused.value)
+    assert str(folder) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("algorithm", ["FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"])
+def test_two_formats_at_once_are_refused(copy, algorithm):
+    (copy / "hf_quant_config.json").write_text(json.dumps(dict(quantization=dict(quant_algo=algorithm))))
+    with pytest.raises(ConfigError) as refused:
+        ModelConfig.from_folder(copy)
+    assert "hf_quant_config.json" in str(refused.value)
+    assert ("expected what hf_quant_config.json next to it says (weights per channel, activations token), got"
+            in str(refused.value)) == (algorithm != "NVFP4")
+    edit_json(copy / "config.json", lambda c: c.update(compression_config=dict(quant_method="fbgemm_fp8")))
+    (copy / "hf_quant_config.json").unlink()
+    with pytest.raises(ConfigError, match="compression_config: expected no such key"):
+        ModelConfig.from_folder(copy)
+
+
+def test_the_head_may_be_quantized(copy):
+    """What it says is what its numbers times their scale say."""
+    def store(weights):
+        q, scale = quant.quantize_weight_tensors(weights["lm_head.weight"].float())
+        head.append(q.float() * scale)
+        weights.update({"lm_head.weight": q, "lm_head.weight_scale": scale, "lm_head.input_scale": torch.tensor(0.05)})
+
+    head: list[torch.Tensor] = []
+    change(copy, store)
+    edit_json(copy / "config.json", lambda c: c.update(quantization_config=compressed()))
+    change(copy, lambda w: [w.pop(name) for name in list(w) if name.endswith(("k_scale", "v_scale"))])
+    layer, x = load(copy).lm_head, torch.randn(3, 64)
+    rounded = (x / 0.05).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.05
+    torch.testing.assert_close(layer(x), rounded @ head[0].t(), rtol=1e-4, atol=1e-4)
+    edit_json(copy / "config.json", lambda c: c.update(tie_word_embeddings=True))
+    with pytest.raises(WeightsError, match="lm_head.input_scale, lm_head.weight_scale: unexpected"):
+        load(copy)
 
 
 FP8 = dict(num_bits=8, type="float", strategy="tensor", dynamic=False)
@@ -269,7 +333,7 @@ def quark(**weight) -> dict:
     (compressed(group=dict(input_activations=FP8 | dict(strategy="token"))),
      "config_groups.g.input_activations.dynamic", "false"),
     (compressed(config_groups={}), "config_groups", "{}"), (compressed(ignore=["re:("]), "ignore", '"re:("'),
-    (compressed(kv_cache_scheme=FP8 | dict(strategy="attn_head")), "kv_cache_scheme.strategy", '"attn_head"'),
+    (compressed(kv_cache_scheme=FP8 | dict(strategy="channel")), "kv_cache_scheme.strategy", '"channel"'),
     (compressed(kv_cache_scheme=FP8 | dict(dynamic=True)), "kv_cache_scheme.dynamic", "true"),
     (compressed(transform_config=dict(a=1)), "transform_config", '{"a": 1}'),
     (quark(dtype="fp4"), "global_quant_config.weight.dtype", '"fp4"'),
@@ -330,6 +394,53 @@ def test_online_quantizes_while_loading(tmp_path):
     assert torch.equal(down.weight.view(torch.uint8), q.view(torch.uint8))
     assert torch.equal(down.weight_scale, scale)
     assert model.lm_head.weight.dtype == torch.float32
+
+
+def per_head(folder: Path, powers: tuple[float, float] = (1.0, 1.0)) -> Path:
+    """A copy of compressed-tensor with plain weights and KV scales per head. The second KV head's keys are times
+    powers[0], its values times powers[1], queries and output columns by as much smaller: nothing changes but what is
+    cached, and its scales."""
+    shutil.copytree(MADE / "compressed-tensor", folder)
+
+    def spread(weights):
+        for name in [name for name in weights if name.endswith("proj.weight_scale")]:
+            weight = name.removesuffix("_scale")
+            weights[weight] = weights[weight].float() * weights.pop(name)
+            weights.pop(f"{weight.removesuffix('weight')}input_scale")
+        for layer in (f"model.layers.{number}.self_attn." for number in range(2)):
+            for part, (power, columns) in {"k": (powers[0], 1), "q": (1 / powers[0], 2), "v": (powers[1], 1)}.items():
+                weights[f"{layer}{part}_proj.weight"][16 * columns :] *= power
+            weights[f"{layer}o_proj.weight"][:, 32:] /= powers[1]
+            for part, power in zip("kv", powers, strict=True):
+                scale = weights[f"{layer}{part}_scale"].flatten()
+                weights[f"{layer}{part}_scale"] = torch.cat([scale, scale * power]).view(2, 1, 1)
+
+    change(folder, spread)
+    edit_json(folder / "config.json", lambda c: c["quantization_config"].update(ignore=["re:.*"]) or
+              c["quantization_config"]["kv_cache_scheme"].update(strategy="attn_head"))
+    return folder
+
+
+def test_scales_of_keys_and_values_per_head(tmp_path):
+    """Powers of two change no bit of the result, and each of two ranks has the scale of its own head."""
+    ids = load_file(MADE / "compressed-tensor" / "expected.safetensors")["ids"].tolist()
+    logits = []
+    for number, powers in enumerate([(1.0, 1.0), (2.0**6, 2.0**-7)]):
+        folder = per_head(tmp_path / str(number), powers)
+        logits.append(Fp8Driver(load(folder), ModelConfig.from_folder(folder), "cpu").step({}, {"a": ids}))
+    assert torch.equal(*logits)
+    whole, config = load(folder).model.layers[1].self_attn.cache_scales, ModelConfig.from_folder(folder)
+    assert [scale.shape for scale in (whole.k_scale, whole.v_scale)] == [(2,), (2,)]
+    for rank in range(2):
+        group = Group("", rank, 2)
+        part: Any = load_model(config, folder, torch.float32, "cpu", ranks=Ranks(group, group))
+        held = part.model.layers[1].self_attn.cache_scales
+        assert (held.k_scale, held.v_scale) == (whole.k_scale[rank], whole.v_scale[rank])
+    with platform.target("gfx942"):
+        assert torch.equal(load(folder).model.layers[1].self_attn.cache_scales.k_scale, 2 * whole.k_scale)
+    change(folder, lambda w: w.update({"model.layers.0.self_attn.v_scale": torch.ones(3, 1, 1)}))
+    with pytest.raises(WeightsError, match=r"v_scale: expected shape \[2\], got \[3, 1, 1\]"):
+        load(folder)
 
 
 def test_made_by_a_real_tool_or_said_not_to_be():

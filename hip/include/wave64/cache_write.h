@@ -25,7 +25,8 @@ struct CachePart {
     int head;
     Out* to;
     int64_t slot_stride;
-    const float* scale;  // null: 1
+    const float* scale;  // that of a head at head * scale_stride; null: 1
+    int scale_stride;
 };
 
 // A divisor and its reciprocal.
@@ -33,9 +34,9 @@ struct Divisor {
     float value, inverse;
 };
 
-// What an FP8 cache divides by: *scale, at least 2^-126 so that the reciprocal is finite, or 1.
-WAVE64_DEVICE Divisor divisor_of(const float* scale) {
-    const float given = scale ? *scale : 1, value = given < 0x1p-126f ? 0x1p-126f : given;
+// What an FP8 cache divides by: scale[at], at least 2^-126 so that the reciprocal is finite, or 1.
+WAVE64_DEVICE Divisor divisor_of(const float* scale, int at = 0) {
+    const float given = scale ? scale[at] : 1, value = given < 0x1p-126f ? 0x1p-126f : given;
     return {value, 1 / value};
 }
 
@@ -90,7 +91,7 @@ WAVE64_DEVICE void write_cache(const RowPartition& partition, int64_t num_tokens
             slot[i] = slots[token];
             x[i] = load_pack<In, N>(from + token * part.stride);
         }
-        const Divisor scale = divisor_of(part.scale);  // here, so that no load waits for it
+        const Divisor scale = divisor_of(part.scale, head * part.scale_stride);  // here, so that no load waits
 #pragma unroll
         for (int i = 0; i < kCacheRows; i++) {
             if (first + i * rows.step >= num_tokens) break;

@@ -29,11 +29,13 @@ def make_cache(seq_lens: list[int], page_size: int, kv_heads: int, head_dim: int
 
 
 def make_case(seq_lens: list[int], heads: int = 4, kv_heads: int = 2, head_dim: int = 64, page_size: int = 16,
-              dtype: torch.dtype = torch.bfloat16, fp8: bool = False, sinks: bool = False, **options) -> dict:
+              dtype: torch.dtype = torch.bfloat16, fp8: bool = False, sinks: bool = False, per_head: bool = False,
+              **options) -> dict:
     kv_dtype = fp8_dtype() if fp8 else dtype
     cache = make_cache(seq_lens, page_size, kv_heads, head_dim, dtype, kv_dtype, options.get("sliding_window", -1))
     if fp8:
-        options.update(k_scale=torch.rand(1) + 0.5, v_scale=torch.rand(1) + 0.5)
+        scales = kv_heads if per_head else 1
+        options.update(k_scale=torch.rand(scales) + 0.5, v_scale=torch.rand(scales) + 0.5)
     if sinks:
         options.update(sinks=torch.randn(heads))
     query = torch.randn(len(seq_lens), heads, head_dim, dtype=dtype)
@@ -70,6 +72,7 @@ def cases():
         "sinks": dict(seq_lens=[70, 0, 9], sinks=True),
         "fp8": dict(seq_lens=[70, 9], fp8=True),
         "fp16-fp8": dict(seq_lens=[70, 9], dtype=half, fp8=True),
+        "fp8-per-head": dict(seq_lens=[300, 9], head_dim=128, fp8=True, per_head=True),
         "all": dict(seq_lens=[70, 9, 33], fp8=True, sinks=True, logit_cap=8.0, sliding_window=20),
         "no-sequences": dict(seq_lens=[]),
         "all-empty": dict(seq_lens=[0, 0]),
@@ -132,8 +135,9 @@ def check_kv(query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
         raise BadArgument("sinks", f"contiguous [{heads}], one logit per head", sinks)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and (scale.numel() != 1 or scale.ndim > 1 or not scale.dtype.is_floating_point):
-            raise BadArgument(name, "one fp32 number in a tensor, [] or [1]", scale)
+        if scale is not None and (scale.shape not in ((), (1,), (kv_heads,)) or not scale.is_contiguous()
+                                  or not scale.dtype.is_floating_point):
+            raise BadArgument(name, f"fp32, one number, [] or [1], or contiguous, one per head, [{kv_heads}]", scale)
 
 
 def check(query, key_cache, value_cache, page_table, seq_lens, scale, sliding_window=-1, logit_cap=0.0, sinks=None,
@@ -157,7 +161,7 @@ def read_positions(cache: Tensor, pages: Tensor, position: Tensor, scale: Tensor
     A page that the pool does not have reads another one."""
     page = pages[position // cache.shape[1]].long().clamp(0, cache.shape[0] - 1)
     rows = cache[page, position % cache.shape[1]].to(dtype)
-    return rows if scale is None else rows * scale.to(dtype)
+    return rows if scale is None else rows * scale.to(dtype).view(-1, 1)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, logit_cap: float = 0.0,
@@ -205,8 +209,8 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
     sliding_window  w > 0: only the last w keys, the query's own included; -1: all keys
     logit_cap       cap on the logits; 0: no cap
     sinks           [num_heads]  a logit per head that takes part in the softmax and adds no value
-    k_scale         one fp32 number in a tensor, [] or [1]: key = stored * k_scale
-    v_scale         one fp32 number in a tensor, [] or [1]: value = stored * v_scale
+    k_scale         fp32, one number, [] or [1], or one per head, [num_kv_heads]: key = stored * k_scale
+    v_scale         as k_scale: value = stored * v_scale
     returns         [num_seqs, num_heads, head_dim]  dtype of query, contiguous
     raises          BadArgument (a ValueError) for other dtypes, shapes or strides; on a CPU also if page_table is too
                     narrow for seq_lens

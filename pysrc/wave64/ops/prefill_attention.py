@@ -51,6 +51,7 @@ def cases():
         "cap": dict(new=[30, 9], seq_lens=[70, 9], logit_cap=5.0),
         "sinks": dict(new=[30, 9], seq_lens=[70, 9], sinks=True),
         "fp8": dict(new=[30, 9], seq_lens=[70, 9], fp8=True),
+        "fp8-per-head": dict(new=[30, 9], seq_lens=[70, 9], fp8=True, per_head=True),
         "all": dict(new=[30, 9], seq_lens=[70, 9], fp8=True, sinks=True, logit_cap=8.0, sliding_window=20),
         "no-sequences": dict(new=[], seq_lens=[]),
     }

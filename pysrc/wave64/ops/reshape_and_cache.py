@@ -10,7 +10,8 @@ from wave64.ops.rms_norm import DTYPES
 FP8 = tuple(quant.FP8.values())
 
 
-def _draw(tokens, pages, heads, head_dim, dtype=torch.bfloat16, cache_dtype=None, page_size=16, skip=(), scale=None):
+def _draw(tokens, pages, heads, head_dim, dtype=torch.bfloat16, cache_dtype=None, page_size=16, skip=(), scale=None,
+          per_head=False):
     """Keys and values as views into a merged qkv, slots drawn without repetition, `skip` of them -1."""
     qkv = torch.randn(tokens, 3 * heads, head_dim, dtype=dtype) * 4
     slots = torch.randperm(pages * page_size)[:tokens]
@@ -18,7 +19,11 @@ def _draw(tokens, pages, heads, head_dim, dtype=torch.bfloat16, cache_dtype=None
     caches = [torch.randn(pages, page_size, heads, head_dim).to(cache_dtype or dtype) for _ in range(2)]
     drawn = dict(key=qkv[:, heads:2 * heads], value=qkv[:, 2 * heads:], key_cache=caches[0], value_cache=caches[1],
                  slot_mapping=slots)
-    return drawn if scale is None else drawn | dict(k_scale=torch.tensor(scale), v_scale=torch.tensor([2 * scale]))
+    if scale is None:
+        return drawn
+    if per_head:
+        return drawn | dict(k_scale=(torch.rand(heads) + 0.5) * scale, v_scale=(torch.rand(heads) + 0.5) * scale)
+    return drawn | dict(k_scale=torch.tensor(scale), v_scale=torch.tensor([2 * scale]))
 
 
 def _with_zeros(args):
@@ -44,6 +49,9 @@ def cases():
             yield Case(f"{fp8}-from-{dtype}", lambda d=dtype, c=fp8: _draw(5, 2, 2, 64, d, c, skip=(1,), scale=0.03))
         yield Case(f"odd-fp8-from-{dtype}", lambda d=dtype: _draw(
             4, 5, 3, 37, d, quant.fp8_dtype(), page_size=3, skip=(2,), scale=0.03))
+    yield Case("fp8-per-head", lambda: _draw(5, 2, 3, 64, cache_dtype=quant.fp8_dtype(), scale=0.03, per_head=True))
+    yield Case("odd-fp8-per-head", lambda: _draw(
+        4, 5, 3, 37, cache_dtype=quant.fp8_dtype(), page_size=3, skip=(2,), scale=0.03, per_head=True))
     yield Case("llama-8b-fp8", lambda: _draw(3, 2, 8, 128, cache_dtype=quant.fp8_dtype(), scale=0.03))
     yield Case("fp8-unscaled", lambda: _draw(5, 2, 2, 64, cache_dtype=torch.float8_e4m3fn))
     for scale in (0.0, 1e-40, 2.0**-126):
@@ -83,8 +91,10 @@ def check(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_scal
         pages = list(key_cache.shape[:2])
         raise BadArgument("value_cache", f"{key_cache.dtype} with the pages of key_cache, {pages}", value_cache)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and (scale.numel() != 1 or scale.ndim > 1 or scale.dtype != torch.float32):
-            raise BadArgument(name, "one fp32 value in a tensor, [] or [1]", scale)
+        heads = key.shape[1]
+        if scale is not None and (scale.shape not in ((), (1,), (heads,)) or not scale.is_contiguous()
+                                  or scale.dtype != torch.float32):
+            raise BadArgument(name, f"fp32, one number, [] or [1], or contiguous, one per head, [{heads}]", scale)
         if scale is not None and key_cache.dtype not in FP8:
             raise BadArgument(name, f"None for a {key_cache.dtype} cache", scale, "scales belong to FP8 caches")
 
@@ -97,7 +107,8 @@ def cost(key, value, key_cache, value_cache, slot_mapping, k_scale=None, v_scale
 def as_stored(new: Tensor, cache: Tensor, scale: Tensor | None) -> Tensor:
     """`new` in the cache's dtype: scaled and saturated where that is FP8."""
     if scale is not None:
-        new = new.to(torch.promote_types(new.dtype, torch.float32)) / scale.clamp(min=quant.MIN_SCALE)
+        scale = scale.clamp(min=quant.MIN_SCALE).view(-1, 1)  # of a head, where there are several
+        new = new.to(torch.promote_types(new.dtype, torch.float32)) / scale
     if cache.dtype in FP8:
         limit = torch.finfo(cache.dtype).max
         new = new.clamp(-limit, limit)
@@ -120,7 +131,8 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
     *_cache      [num_pages, page_size, num_kv_heads, head_dim]  dtype of key, or float8_e4m3fn or float8_e4m3fnuz;
                  contiguous; written
     slot_mapping [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1
-    *_scale      one fp32 value in a tensor, FP8 caches only; None means 1; values below 2^-126 count as 2^-126
+    *_scale      fp32, one number, [] or [1], or one per head, [num_kv_heads]; FP8 caches only; None means 1; numbers
+                 below 2^-126 count as 2^-126
     raises       BadArgument (a ValueError) for other shapes or dtypes
     """
     tokens = slot_mapping.shape[0]

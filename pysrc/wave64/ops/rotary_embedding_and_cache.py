@@ -16,7 +16,7 @@ from wave64.ops.rotary_embedding import rotary_embedding
 
 def _draw(tokens, heads, kv_heads, head_dim, pages=2, rot_dim=None, dtype=torch.bfloat16, is_neox=True,
           cache_dtype=None, page_size=16, skip=(), scale=None, max_pos=64,
-          angles_dtype=torch.float32) -> dict[str, Any]:
+          angles_dtype=torch.float32, per_head=False) -> dict[str, Any]:
     """Queries, keys and values as views of one merged projection; slots drawn without repetition, `skip` of them -1."""
     angle = torch.rand(max_pos, (rot_dim or head_dim) // 2) * 6.2832
     merged = torch.randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype) * 4
@@ -27,7 +27,11 @@ def _draw(tokens, heads, kv_heads, head_dim, pages=2, rot_dim=None, dtype=torch.
     drawn = dict(positions=torch.randint(max_pos, (tokens,)), query=query, key=key, value=value,
                  cos_sin_cache=torch.cat([angle.cos(), angle.sin()], -1).to(angles_dtype), key_cache=caches[0],
                  value_cache=caches[1], slot_mapping=slots, is_neox=is_neox)
-    return drawn if scale is None else drawn | dict(k_scale=torch.tensor(scale), v_scale=torch.tensor([2 * scale]))
+    if scale is None:
+        return drawn
+    if per_head:
+        return drawn | dict(k_scale=(torch.rand(kv_heads) + 0.5) * scale, v_scale=(torch.rand(kv_heads) + 0.5) * scale)
+    return drawn | dict(k_scale=torch.tensor(scale), v_scale=torch.tensor([2 * scale]))
 
 
 def _contiguous():
@@ -58,6 +62,8 @@ def cases():
     yield Case("partial", lambda: _draw(5, 3, 2, 96, rot_dim=32))
     yield Case("fp8-partial-interleaved", lambda: _draw(5, 3, 2, 96, rot_dim=32, is_neox=False,
                                                         cache_dtype=quant.fp8_dtype(), scale=0.5))
+    yield Case("fp8-per-head", lambda: _draw(5, 4, 3, 96, rot_dim=32, cache_dtype=quant.fp8_dtype(), skip=(1,),
+                                             scale=0.5, per_head=True))
     yield Case("contiguous", _contiguous)
     yield Case("heads-of-keys-and-values", _heads_of_keys_and_values)
     yield Case("one-token", lambda: _draw(1, 32, 8, 128, page_size=1))
@@ -121,7 +127,8 @@ def rotary_embedding_and_cache(positions: Tensor, query: Tensor, key: Tensor, va
     *_cache        [num_pages, page_size, num_kv_heads, head_dim]  dtype of query, or float8_e4m3fn or float8_e4m3fnuz,
                    which stores x / scale, saturated; contiguous; written
     slot_mapping   [num_tokens]  int64 in [-1, num_pages * page_size), not checked; no slot twice, except -1
-    *_scale        one fp32 value in a tensor, FP8 caches only; None means 1; values below 2^-126 count as 2^-126
+    *_scale        fp32, one number, [] or [1], or one per head, [num_kv_heads]; FP8 caches only; None means 1; numbers
+                   below 2^-126 count as 2^-126
     raises         BadArgument (a ValueError) for other shapes, dtypes, strides or devices
     """
     rotary_embedding.reference(positions, query, key, query.shape[2], cos_sin_cache, is_neox)

@@ -35,8 +35,9 @@ def read_pages(cache: Tensor, pages: Tensor) -> Tensor:
 
 
 def dequantize(kv: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """kv [num_kv_heads, S, D], or several of these, times scale, one number or one per head."""
     kv = kv.to(dtype)
-    return kv if scale is None else kv * scale.to(dtype)
+    return kv if scale is None else kv * scale.to(dtype).view(-1, 1, 1)
 
 
 @ops.paged_attention.backend("cpu")
@@ -79,7 +80,7 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
 def attend(query: Tensor, keys: Tensor, values: Tensor, present: Tensor | None, scale: float, logit_cap: float,
            sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> Tensor:
     """query [B, Hkv, G, D], keys and values [B, Hkv, S, D], present [B, 1, 1, S] (None: all) -> [B, Hkv, G, D]"""
-    if keys.dtype == query.dtype and not logit_cap and sinks is None:
+    if keys.dtype == query.dtype and not logit_cap and sinks is None and k_scale is None and v_scale is None:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=present, scale=scale)
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(wide) @ dequantize(keys, k_scale, wide).transpose(2, 3) * scale

@@ -62,8 +62,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: flo
     exp(logit - row_max), and acc [Hkv, G, N, D], the values weighted with it; -inf, 0 and 0 where nothing is seen."""
     wide = torch.promote_types(query.dtype, torch.float32)
     query = query.to(wide)
-    keys = dequantize(keys, k_scale, wide).transpose(0, 1)[:, None]
-    values = dequantize(values, v_scale, wide).transpose(0, 1)[:, None]
+    keys = dequantize(keys.transpose(0, 1), k_scale, wide)[:, None]
+    values = dequantize(values.transpose(0, 1), v_scale, wide)[:, None]
     if not logit_cap:
         # Several times faster than the steps below, and as exact; its result is already divided by the sum.
         mask = torch.zeros(seen.shape, dtype=wide).masked_fill_(~seen, float("-inf"))

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from wave64 import ops, platform
+from wave64 import ops, platform, quant
 from wave64.backends.hip import bind, constants, launch, no_matrix
 
 CONSTANTS = constants("paged_attention")
@@ -54,6 +54,7 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
     max_keys = max_pages * page_size
     window = min(sliding_window, max_keys)
     arch, device = platform.arch(), query.device
+    k_scale, v_scale, scale_stride = quant.kv_scales_of(k_scale, v_scale, num_kv_heads)
     tile_heads = CONSTANTS.NVIDIA_TILE_HEADS if arch and arch.vendor == "nvidia" else CONSTANTS.AMD_TILE_HEADS
     tiles = num_kv_heads * -(-num_heads // num_kv_heads // tile_heads)
     splits = num_splits(num_seqs, window if window > 0 else max_keys, tiles)
@@ -70,8 +71,8 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
            partial=partial, stats=stats, plan=plan, query_stride=query_stride, query_head_stride=query_head_stride,
            key_page_stride=key_page_stride, key_row_stride=key_row_stride, key_head_stride=key_head_stride,
            value_page_stride=value_page_stride, value_row_stride=value_row_stride,
-           value_head_stride=value_head_stride, table_stride=page_table.stride(0), num_seqs=num_seqs,
-           num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size,
+           value_head_stride=value_head_stride, table_stride=page_table.stride(0), scale_stride=scale_stride,
+           num_seqs=num_seqs, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size,
            max_pages=max_pages, window=window, num_splits=splits, scale=scale, logit_cap=logit_cap,
            dtype=query.dtype, cache_dtype=key_cache.dtype)
     return out

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from wave64 import ops
+from wave64 import ops, quant
 from wave64.backends.hip import FLOATS, bind, launch, other_fp8
 
 
@@ -18,8 +18,9 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
     if key_cache.numel() == 0:
         return  # every slot is -1
     num_tokens, num_heads, head_dim = key.shape
+    k_scale, v_scale, scale_stride = quant.kv_scales_of(k_scale, v_scale, num_heads)
     launch("reshape_and_cache", key=key, value=value, key_cache=key_cache, value_cache=value_cache,
            slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale, key_stride=key.stride(0),
            key_head_stride=key.stride(1), value_stride=value.stride(0), value_head_stride=value.stride(1),
-           num_tokens=num_tokens, num_heads=num_heads, head_dim=head_dim, dtype=key.dtype,
-           cache_dtype=key_cache.dtype)
+           num_tokens=num_tokens, num_heads=num_heads, head_dim=head_dim, scale_stride=scale_stride,
+           dtype=key.dtype, cache_dtype=key_cache.dtype)
