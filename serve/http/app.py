@@ -152,15 +152,12 @@ def create_app(generator: Generator) -> FastAPI:
     async def own_version() -> Response:
         return json_response({"version": app.version})
 
-    @app.api_route("/ping", methods=READ)
-    async def ping() -> Response:
-        return await health()
-
     @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         return Response(generator.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.api_route("/health", methods=READ)
+    @app.api_route("/ping", methods=READ)
     async def health() -> Response:
         """200 once requests are served, 503 before and after; what serves them, in any case."""
         well = generator.is_serving and client.lost is None

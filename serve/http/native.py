@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 from wave64.serve.http.generation import NO_LOGPROBS, Choice, Generator, Logprobs
-from wave64.serve.http.schemas import MAX_TOP_LOGPROBS, ApiError, GenerateRequest, NativeSampling
+from wave64.serve.http.schemas import ApiError, GenerateRequest, NativeSampling
 from wave64.serve.messages import TokenLogprob
 
 NEW_TOKENS = 128  # SGLang's default of max_new_tokens
@@ -38,12 +38,6 @@ class Generate:
         if not body.is_batch and isinstance(body.rid, list):
             raise ApiError("rid: expected a string for one prompt, got a list", "rid")
         names = [f"{name}[{i}]" if body.is_batch else name for i in range(len(prompts))]
-        for i in range(len(prompts)):
-            if not 0 <= tops[i] <= MAX_TOP_LOGPROBS:
-                raise ApiError(f"top_logprobs_num: expected 0 to {MAX_TOP_LOGPROBS}, got {tops[i]}", "top_logprobs_num")
-            if starts[i] < -1:
-                expected = "-1 (new tokens only) or where to begin in the prompt"
-                raise ApiError(f"logprob_start_len: expected {expected}, got {starts[i]}", "logprob_start_len")
         for i, ids in enumerate(await self.generator.encode(prompts, names)):
             sampling = samplings[i]
             new = self.generator.new_tokens(len(ids), sampling.max_new_tokens, NEW_TOKENS)

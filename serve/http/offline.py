@@ -13,6 +13,7 @@ import atexit
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -74,21 +75,16 @@ class Engine:
         fields  further ones of /generate, such as return_logprob, top_logprobs_num, rid
         raises  ValueError for a request that cannot be served, RuntimeError when the engine fails
         """
-        job = self._job(prompt, sampling_params, input_ids, fields)
-        return self._iterate(job) if stream else self._wait(self._answer(job))
+        found = self._iterate(self._results(self._job(prompt, sampling_params, input_ids, fields), stream))
+        return found if stream else [*found][0]
 
     async def async_generate(self, prompt: str | list[str] | None = None,
                              sampling_params: Json | list[Json] | None = None,
                              input_ids: list[int] | list[list[int]] | None = None, stream: bool = False,
                              **fields: Any) -> Any:  # fmt: skip
         """As generate(), awaited; with `stream`, the iterator is asynchronous. Cancelling it aborts the request."""
-        job = self._job(prompt, sampling_params, input_ids, fields)
-        if stream:
-            return self._aiterate(job)
-        try:
-            return await asyncio.wrap_future(self._submit(self._answer(job)))
-        except ApiError as error:
-            raise _for_callers(error) from None
+        found = self._aiterate(self._results(self._job(prompt, sampling_params, input_ids, fields), stream))
+        return found if stream else [each async for each in found][0]
 
     def flush_cache(self) -> bool:
         """Empty the prefix cache; False while requests run."""
@@ -132,26 +128,24 @@ class Engine:
         return Generate(body, self._generator)
 
     @staticmethod
-    async def _answer(job: Generate) -> Any:
+    async def _results(job: Generate, stream: bool) -> AsyncGenerator[Any, None]:
+        """What the job answers: in parts, or all of it at once."""
         await job.prepare()
-        return await job.answer()
+        if not stream:
+            yield await job.answer()
+            return
+        async with aclosing(job.stream()) as items:
+            async for item in items:
+                yield item
 
-    @staticmethod
-    async def _stream(job: Generate) -> AsyncGenerator[Json, None]:
-        await job.prepare()
-        async for item in job.stream():
-            yield item
-
-    def _iterate(self, job: Generate) -> Iterator[Json]:
-        items = self._stream(job)
+    def _iterate(self, items: AsyncGenerator[Any, None]) -> Iterator[Any]:
         try:
             while (item := self._wait(anext(items, None))) is not None:
                 yield item
         finally:
             self._wait(items.aclose())
 
-    async def _aiterate(self, job: Generate) -> AsyncGenerator[Json, None]:
-        items = self._stream(job)
+    async def _aiterate(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
         try:
             while (item := await asyncio.wrap_future(self._submit(anext(items, None)))) is not None:
                 yield item

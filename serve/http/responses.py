@@ -243,9 +243,11 @@ class Response:
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         used = usage(self._job.choices, 1)
+        thought = "".join(item["content"][0]["text"] for item in self._output.items if item["type"] == "reasoning")
         response["usage"] = {
             "input_tokens": used["prompt_tokens"], "input_tokens_details": used["prompt_tokens_details"],
-            "output_tokens": used["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens": used["completion_tokens"], "output_tokens_details": {
+                "reasoning_tokens": len(self._job.tokenizer.encode(thought, add_special_tokens=False))},
             "total_tokens": used["total_tokens"],
         }  # fmt: skip
         name = status if status == "incomplete" else "completed"

@@ -83,6 +83,7 @@ Prompts = WithJsonSchema({"anyOf": [
     {"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}, _IDS,
     {"type": "array", "items": _IDS, "minItems": 1}]})  # fmt: skip
 TopLogprobs = Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+Start = Annotated[Int, Field(ge=-1)]  # where in the prompt; -1: at the new tokens
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63 - 128)]
 
 
@@ -249,19 +250,21 @@ class CompletionRequest(_OpenAI):
         return prompts_of(self.prompt, "prompt")
 
 
-class TextPart(BaseModel):
-    """A part of a message's content. Images and sound are refused by their type."""
+class Part(BaseModel):
+    """Base of what a body is made of. What is not known of it is handed on, to chat templates."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class TextPart(Part):
+    """A part of a message's content. Images and sound are refused by their type."""
 
     type: Annotated[Literal["text"], BeforeValidator(lambda kind: "text" if kind in TEXT_PARTS else kind)]
     text: str
 
 
-class Message(BaseModel):
+class Message(Part):
     """One turn of a conversation. What a chat template gets of it: `templates.Template.prepare`."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
 
     role: Annotated[str, Field(min_length=1)]
     content: str | Annotated[list[TextPart], First] | None = None
@@ -275,14 +278,12 @@ class Message(BaseModel):
     def on_the_wire(self) -> dict[str, Any]:
         """The message as it came."""
         parts = self.content
-        content = [part.model_dump() for part in parts] if isinstance(parts, list) else parts
+        content = [{"type": "text", "text": part.text} for part in parts] if isinstance(parts, list) else parts
         return {**(self.model_extra or {}), "role": self.role, "content": content}
 
 
-class Function(BaseModel):
+class Function(Part):
     """A function that a model may call."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
     description: str | None = None
@@ -290,27 +291,21 @@ class Function(BaseModel):
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class Tool(Part):
     """OpenAI's envelope of a function."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(BaseModel):
+class FunctionName(Part):
     """Of the function that has to be called."""
-
-    model_config = ConfigDict(strict=True)
 
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Part):
     """The tool that has to be called."""
-
-    model_config = ConfigDict(strict=True)
 
     type: Literal["function"]
     function: FunctionName
@@ -385,8 +380,8 @@ class GenerateRequest(Body):
     sampling_params: NativeSampling | Annotated[list[NativeSampling], First] | None = None
     stream: Flag | None = None
     return_logprob: Flag | Annotated[list[Flag], First] | None = None
-    logprob_start_len: Int | Annotated[list[Int], First] | None = None
-    top_logprobs_num: Int | Annotated[list[Int], First] | None = None
+    logprob_start_len: Start | Annotated[list[Start], First] | None = None
+    top_logprobs_num: TopLogprobs | Annotated[list[TopLogprobs], First] | None = None
     token_ids_logprob: TokenIds | Annotated[list[TokenIds], First] | None = None
 
     def look_through(self) -> None:

@@ -22,11 +22,11 @@ TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be read, or a chat that its template refuses; names the file or the template's reason."""
+    """A tokenizer that cannot be read; names the file."""
 
 
 class Tokenizer:
-    """encode, decode and apply_chat_template of one model. Safe to call from several threads.
+    """encode and decode of one model, and the source of its chat template. Safe to call from several threads.
 
     Whether a text begins with bos and ends with eos is what tokenizer_config.json says under add_bos_token and
     add_eos_token; where it does not, what tokenizer.json's post-processor does.
@@ -62,7 +62,7 @@ class Tokenizer:
         self._before, self._after = self._surroundings(config)
         self.template_source, file = _read_template(folder, config, chat_template)
         try:
-            self._template = Template(self.template_source) if self.template_source else None
+            Template(self.template_source)
         except TemplateError as error:
             raise TokenizerError(f"{file}: {error}") from None
         self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
@@ -114,16 +114,6 @@ class Tokenizer:
         if self._is_byte_level:
             return bytes(_BYTE_OF[c] for c in name)
         return text.encode()
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **variables: Any) -> str:
-        """The prompt text of a conversation, up to where the assistant begins to speak; `messages` in OpenAI's form.
-        Raises TokenizerError. It runs the template right here: `template_process` does so where it can be ended."""
-        if self._template is None:
-            raise TokenizerError("this model has no chat template")
-        try:
-            return self._template.render(messages, self.template_variables(variables))
-        except TemplateError as error:
-            raise TokenizerError(str(error)) from None
 
     def template_variables(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """The variables of a template, the messages excepted."""
@@ -178,7 +168,7 @@ class Tokenizer:
         message, which is another one in many chat models (and not marked as special in some). Runs the template, in a
         process that is ended where it takes too long."""
         found = [self.added_ids.get(self.special.get("eos_token", ""))]
-        if self._template is not None:
+        if self.template_source:
             said = "answered"
             turns = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": said}]
             variables = self.template_variables({"add_generation_prompt": False})

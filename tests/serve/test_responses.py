@@ -78,7 +78,10 @@ def test_thoughts_and_calls_are_items(tokenizer):
     app = App(tokenizer, 'Hm.</think>So.\n<|python_tag|>{"name": "get_weather", "parameters": {"location": "A"}}',
               reasoning_parser="deepseek-r1", tool_call_parser="llama3")  # fmt: skip
     app.engine.end = "stop"
-    items = app.post(RESPONSES, input="x", tools=[WEATHER]).json()["output"]
+    whole = app.post(RESPONSES, input="x", tools=[WEATHER]).json()
+    items, used = whole["output"], whole["usage"]
+    assert used["output_tokens_details"]["reasoning_tokens"] == len(tokenizer.encode("Hm.", add_special_tokens=False))
+    assert used["output_tokens"] == len(app.engine.tokens)
     assert [item["type"] for item in items] == ["reasoning", "message", "function_call"]
     assert (items[0]["content"][0]["text"], items[1]["content"][0]["text"]) == ("Hm.", "So.")
     assert items[2]["arguments"] == '{"location": "A"}'
