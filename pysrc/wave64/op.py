@@ -80,13 +80,15 @@ class Case:
 class Backend:
     """One implementation of one operator. `supports(*args)` gives None, or why it cannot serve these arguments;
     `tuning` says how its launch configuration is chosen, where it has one; `absent(arch)` gives None, or why it serves
-    no call on that architecture: there the operator is bound without it, and `supports` gives the same reason."""
+    no call on that architecture: there the operator is bound without it, and `supports` gives the same reason. tiles:
+    whether it reads weights in the tiles of wave64/layouts.py, and lays others out at their first call."""
 
     name: str
     run: Callable[..., Any]
     supports: Callable[..., str | None] | None = None
     tuning: "Tuning | None" = None
     absent: Callable[[Arch], str | None] | None = None
+    tiles: bool = False
 
 
 class Op(Generic[P, R]):
@@ -201,7 +203,7 @@ class Op(Generic[P, R]):
             log.warning("%s: backend %s declines: %s; the next one serves", self.name, backend, reason)
 
     def backend(self, name: str, supports: Callable[..., str | None] | None = None, tuning: "Tuning | None" = None,
-                absent: Callable[[Arch], str | None] | None = None):
+                absent: Callable[[Arch], str | None] | None = None, tiles: bool = False):
         """Registers the decorated function, of the same signature, as backend `name` of this operator; see Backend."""
         if name not in BACKENDS:
             raise ValueError(f"{self.name}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -212,7 +214,8 @@ class Op(Generic[P, R]):
             return why or (supports(*args, **kwargs) if supports else None)
 
         def register(run: Callable) -> Callable:
-            self.backends[name] = Backend(name, run, supports_here if absent else supports, tuning, absent)
+            self.backends[name] = Backend(name, run, supports_here if absent else supports, tuning, absent,
+                                          tiles)
             return run
 
         return register

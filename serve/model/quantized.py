@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from wave64 import ops, quant
+from wave64 import layouts, ops, quant
 from wave64.ops.fused_all_reduce_rms_norm_quant_fp8 import GROUP_SIZES
 from wave64.serve.model.checkpoint import Shard
 from wave64.serve.model.config import ModelConfig, QuantConfig
@@ -210,6 +210,7 @@ class Experts(Layer):
             self.scales.finish()
             self.w13 = as_multiplied(self.w13, self.w13_scale)
             self.w2 = as_multiplied(self.w2, self.w2_scale)
+        self.w13, self.w2 = (layouts.as_read_by(ops.fused_moe, each) for each in (self.w13, self.w2))
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """x [num_tokens, hidden], the router's weights and ids [num_tokens, top_k]."""

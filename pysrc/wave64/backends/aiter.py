@@ -1,8 +1,9 @@
 """AMD's AITER as a backend, where its package is installed and where it is asked for: `aiter`.
 
-AITER's functions change from one version to the next. An adapter names the function that it calls and the parameters
-that it gives, all of them by name; before it may serve, they are compared with the installed version's signature, and
-what differs is the reason why it does not, in the table of operators.
+AITER's functions change from one version to the next. An adapter names the functions that it calls, in the module that
+has them ("fused_moe.fused_moe"), and the parameters that it gives, all of them by name; one that ends in "?" is given
+where the installed version has it. Before an adapter may serve, they are compared with the installed version's
+signatures, and what differs is the reason why it does not, in the table of operators.
 """
 
 import functools
@@ -42,18 +43,48 @@ def package() -> ModuleType | str:
         return f"aiter cannot be imported ({type(error).__name__}: {error})"
 
 
-def differs(module: Any, function: str, given: Sequence[str]) -> str | None:
-    """None if `module` has the function, with parameters of these names and no other that must be given."""
-    found = getattr(module, function, None)
-    if found is None:
-        return f"this aiter has no {function}"
+def find(module: Any, function: str) -> Callable | str:
+    """AITER's function, of itself or of a module of its, "module.function"; or why it is not there."""
+    inner, _, name = function.rpartition(".")
+    if inner:
+        try:
+            module = getattr(module, inner, None) if isinstance(getattr(module, inner, None), ModuleType) else \
+                importlib.import_module(f"{module.__name__}.{inner}")
+        except Exception as error:
+            return f"this aiter's {inner} cannot be imported ({type(error).__name__}: {error})"
+    return getattr(module, name, None) or f"this aiter has no {function}"
+
+
+@functools.cache
+def parameters_of(found: Callable, function: str) -> dict[str, bool] | str:
+    """Name of each parameter -> whether it must be given; or why that is not known. Most of AITER's functions are
+    wrapped in one that takes anything and calls the torch operator of their name, whose schema has the parameters."""
     try:
-        parameters = inspect.signature(found).parameters
+        parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):  # a compiled function without a signature
         return f"this aiter's {function} has no signature to compare"
-    unknown = [name for name in given if name not in parameters]
-    wanted = [name for name, p in parameters.items() if name not in given and p.default is p.empty
-              and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    anything = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {p.name: p.default is p.empty for p in parameters if p.kind not in anything}
+    if named or not any(p.kind in anything for p in parameters):
+        return named
+    operator = getattr(torch.ops.aiter, function.rpartition(".")[2], None)
+    if operator is None:
+        return f"this aiter's {function} has no signature to compare"
+    arguments = operator.default._schema.arguments
+    return {a.name: not a.has_default_value() for a in arguments if a.name != "dummy"}
+
+
+def differs(module: Any, function: str, given: Sequence[str]) -> str | None:
+    """None if `module` has the function, with parameters of these names and no other that must be given."""
+    found = find(module, function)
+    if isinstance(found, str):
+        return found
+    parameters = parameters_of(found, function)
+    if isinstance(parameters, str):
+        return parameters
+    names = [name.rstrip("?") for name in given]
+    unknown = [name for name in given if not name.endswith("?") and name not in parameters]
+    wanted = [name for name, must in parameters.items() if must and name not in names]
     if unknown or wanted:
         words = [f"no {', '.join(unknown)}"] if unknown else []
         words += [f"{', '.join(wanted)} besides"] if wanted else []
@@ -61,21 +92,32 @@ def differs(module: Any, function: str, given: Sequence[str]) -> str | None:
     return None
 
 
-def bind(op: Op, supports: Callable[..., str | None], **functions: Sequence[str]) -> Callable[[Callable], Callable]:
-    """Registers the decorated function as backend aiter of `op`. functions: those of AITER that it calls -> the
-    parameters that it gives."""
+def bind(op: Op, supports: Callable[..., str | None], calls: dict[str, Sequence[str]] | None = None,
+         tiles: bool = False, **functions: Sequence[str]) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as backend aiter of `op`. functions, and calls for those in a module of AITER's:
+    what it calls -> the parameters that it gives. tiles: see Backend."""
     def absent(arch: Any) -> str | None:
         module = package()
         if isinstance(module, str):
             return module
-        return next(filter(None, (differs(module, name, given) for name, given in functions.items())), None)
+        every = {**functions, **(calls or {})}
+        return next(filter(None, (differs(module, name, given) for name, given in every.items())), None)
 
-    return op.backend("aiter", supports=supports, absent=absent)
+    return op.backend("aiter", supports=supports, absent=absent, tiles=tiles)
 
 
 def call(function: str, **given: Any) -> Any:
-    """Call AITER's function."""
-    return getattr(package(), function)(**given)
+    """Call AITER's function with what it takes of `given`; that this is enough, `bind` has seen."""
+    module = package()
+    found = find(module, function)
+    assert callable(found), found
+    parameters = parameters_of(found, function)
+    return found(**{name: value for name, value in given.items() if name in parameters})
+
+
+def member(name: str) -> Any:
+    """A member of an enumeration of AITER's, "Enumeration.member"."""
+    return functools.reduce(getattr, name.split("."), package())
 
 
 def halves_in_rows(x: Tensor, *others: Tensor) -> str | None:

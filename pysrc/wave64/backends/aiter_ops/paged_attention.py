@@ -1,0 +1,54 @@
+import torch
+from torch import Tensor
+
+from wave64 import ops
+from wave64.backends.aiter import HALVES, bind, call
+from wave64.quant import FP8
+
+GIVEN = ("out", "workspace_buffer", "query", "key_cache", "value_cache", "scale", "block_tables", "cu_query_lens",
+         "context_lens", "max_context_len", "alibi_slopes", "kv_cache_dtype", "kv_cache_layout", "logits_soft_cap",
+         "k_scale", "v_scale", "partition_size", "sliding_window")
+HEAD_DIMS, PAGES, MAX_GROUP = (64, 128), (16, 32), 16
+PARTITION = 256  # keys of a workgroup
+
+
+def supports(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
+             sliding_window: int = -1, logit_cap: float = 0.0, sinks: Tensor | None = None,
+             k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> str | None:
+    _, page_size, kv_heads, dim = key_cache.shape
+    if query.dtype not in HALVES or key_cache.dtype not in (query.dtype, *FP8.values()):
+        return f"takes bf16 and fp16, and FP8 in the cache, not {query.dtype} and {key_cache.dtype}"
+    if dim not in HEAD_DIMS or page_size not in PAGES:
+        return f"takes heads of 64 or 128 and pages of 16 or 32, these are {dim} and {page_size}"
+    if query.shape[1] > MAX_GROUP * kv_heads:
+        return f"takes at most {MAX_GROUP} heads of queries on one of keys, these are {query.shape[1] // kv_heads}"
+    if sinks is not None:
+        return "has no sinks"
+    if key_cache.dtype == query.dtype and not (k_scale is None and v_scale is None):
+        return "takes scales for a cache in FP8 alone"
+    if not (page_table.is_contiguous() and query.stride(1) == dim and key_cache.stride() == value_cache.stride()):
+        return "takes a contiguous page table, heads one after another, and caches of the same strides"
+    if not (query.numel() and key_cache.numel() and page_table.numel()):
+        return "takes no empty tensors"
+    return None
+
+
+@bind(ops.paged_attention, supports=supports, paged_attention_v1=GIVEN)
+def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
+                    scale: float, sliding_window: int = -1, logit_cap: float = 0.0, sinks: Tensor | None = None,
+                    k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
+    rows, heads, dim = query.shape
+    longest = page_table.shape[1] * key_cache.shape[1]
+    partitions = rows * heads * -(-longest // PARTITION)
+    ones = torch.ones(1, dtype=torch.float32, device=query.device)
+    is_fp8 = key_cache.dtype != query.dtype
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    call("paged_attention_v1", out=out, query=query, scale=scale, block_tables=page_table, context_lens=seq_lens,
+         workspace_buffer=torch.empty(partitions * (dim * query.element_size() + 8), dtype=torch.uint8,
+                                      device=query.device),  # a part and two fp32 numbers a partition
+         key_cache=key_cache.view(torch.uint8) if is_fp8 else key_cache,
+         value_cache=value_cache.view(torch.uint8) if is_fp8 else value_cache, cu_query_lens=None,
+         max_context_len=longest, alibi_slopes=None, kv_cache_dtype="fp8" if is_fp8 else "auto", kv_cache_layout="NHD",
+         logits_soft_cap=logit_cap, k_scale=ones if k_scale is None else k_scale,
+         v_scale=ones if v_scale is None else v_scale, partition_size=PARTITION, sliding_window=max(0, sliding_window))
+    return out.masked_fill_((seq_lens == 0)[:, None, None], 0)
