@@ -45,6 +45,7 @@ from wave64.serve.messages import (
 log = logging.getLogger("wave64")
 
 LAST_WORDS_S = 1.0  # how long the reason of an engine that has exited may still be on its way
+LOOKS = 10  # in that time; a busy machine may let this process sleep through one of them
 SILENCE_S = 0.5  # how often it is looked whether the engine still speaks
 STOP_S = 1.0  # how long an engine may take to exit at SIGTERM; it has nothing to save
 
@@ -143,7 +144,9 @@ class EngineClient:
         silent = asyncio.create_task(self._silence())
         try:
             await asyncio.wait({receiving, exited, silent}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait({receiving}, timeout=LAST_WORDS_S)
+            for _ in range(LOOKS):
+                if receiving not in (await asyncio.wait({receiving}, timeout=LAST_WORDS_S / LOOKS))[1]:
+                    break
             if receiving.done():
                 self.lost = receiving.result()
             else:

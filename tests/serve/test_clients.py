@@ -35,7 +35,8 @@ def labels(shown: str) -> list[str]:
     return re.findall(r"^([A-Z][^:\n]*:)  |^[-=]+([^-=\n]+)[-=]+$", shown, re.MULTILINE)
 
 
-@pytest.mark.skipif(not CLIENTS.exists(), reason="SGLang's client is not in build/clients: python3 setup_rocm.py test")
+@pytest.mark.skipif(not (CLIENTS / "sglang").exists(),
+                    reason="SGLang's client is not in build/clients: python3 setup_rocm.py test")
 def test_sglangs_benchmark_and_ours(tmp_path, capsys):
     with serve("demo-llama", tmp_path / "log", "--max-total-tokens", "2048") as server:
         told = server.get("/model_info").json()

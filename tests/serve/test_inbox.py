@@ -1,9 +1,12 @@
 """The api process's side of a stream: what comes while nobody takes it is one Output."""
 
 import asyncio
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from wave64.serve.http import engine_client
 from wave64.serve.http.engine_client import EngineClient, Inbox
 from wave64.serve.http.schemas import ApiError
 from wave64.serve.messages import Abort, Output, Ready, Request, SamplingParams, TokenLogprob
@@ -71,3 +74,25 @@ def test_a_stream_that_falls_behind_says_the_same_tokens(client):
         assert [message.rid for message in client.sent if isinstance(message, Abort)] == ["b", "a"]
 
     asyncio.run(run())
+
+
+def test_the_last_words_of_an_engine_are_heard_by_a_process_that_was_stopped_for_longer(client, monkeypatch):
+    """They are there then, and the loop has to get to them."""
+    async def ends() -> int:
+        return 1
+
+    async def silence() -> None:
+        await asyncio.Event().wait()
+
+    async def receive() -> str:
+        for _ in range(9):  # meanwhile it is heard that the process has ended
+            await asyncio.sleep(0)
+        time.sleep(3 * engine_client.LAST_WORDS_S)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return "out of magic"
+
+    monkeypatch.setattr(engine_client, "LAST_WORDS_S", 0.02)
+    vars(client).update(_process=SimpleNamespace(wait=ends), _receive=receive, _silence=silence,
+                        fail_all=lambda why: None)
+    assert asyncio.run(client.run()) == "out of magic"
