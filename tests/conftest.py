@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config, items):
         tiers.draw(chosen, tiers.EXAMPLES[tier], anew=tier == "long")
     if rest:
         config.hook.pytest_deselected(items=rest)
-        items[:] = chosen
+    items[:] = tiers.ordered(chosen)
 
 
 def pytest_terminal_summary(terminalreporter):

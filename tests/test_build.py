@@ -40,11 +40,19 @@ def configure(source: Path, build: Path, *settings: str, targets: Sequence[str] 
                    capture_output=True)
 
 
+#: Code objects of at most as many bytes are compiled again in the suite; the larger ones take most of the time.
+QUICKLY_COMPILED = 64 * 1024
+
+
 def compiled_again() -> list:
-    """(operator, architecture): compiling takes a second each, so the suite has an operator for one of the two, and
-    the one that test_rms_norm_moves... reads for both."""
-    return [pytest.param(op, arch, marks=[] if i % 2 == (arch == "gfx950") or op == "rms_norm" else pytest.mark.long)
-            for i, op in enumerate(OPS) for arch in ("gfx942", "gfx950")]
+    """(operator, architecture): the suite has, of operators that compile quickly, one of the two architectures, and
+    both of what test_rms_norm_moves... reads."""
+    def marks(op: str, arch: str, i: int) -> list:
+        is_quick = op in hip.code_objects().get(arch, ()) and len(hip.code_object(arch, op)) <= QUICKLY_COMPILED
+        return [] if op == "rms_norm" or is_quick and i % 2 == (arch == "gfx950") else [pytest.mark.long]
+
+    return [pytest.param(op, arch, marks=marks(op, arch, i)) for i, op in enumerate(OPS)
+            for arch in ("gfx942", "gfx950")]
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,12 @@ def test_each_tier_runs(tier, expected):
     assert len(chosen) + len(rest) == len(ITEMS)
 
 
+def test_the_dearest_run_first_and_the_others_stay_in_order():
+    given = [item(path) for path in ("ops/test_op.py", *reversed(tiers.FIRST), "serve/test_soak.py", tiers.FIRST[0])]
+    assert [each.path.relative_to(tiers.TESTS).as_posix() for each in tiers.ordered(given)] == [
+        tiers.FIRST[0], *tiers.FIRST, "ops/test_op.py", "serve/test_soak.py"]
+
+
 def test_examples_are_multiplied():
     seen = []
 
@@ -56,5 +62,5 @@ def test_examples_are_multiplied():
     assert len(seen) == 3 * 20
 
 
-def test_folders_that_quick_leaves_out_are_there():
-    assert all(Path(tiers.TESTS, name).exists() for name in tiers.SLOW_MODULES)
+def test_modules_that_are_named_are_there():
+    assert all(Path(tiers.TESTS, name).exists() for name in (*tiers.SLOW_MODULES, *tiers.FIRST))

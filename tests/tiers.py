@@ -28,6 +28,10 @@ SLOW_MODULES = ("gfx942", "bench", "ops/test_emulated_ranks.py", "ops/test_profi
                 "test_build.py", "test_command_line.py", "test_device_compilers.py", "test_hip_library.py",
                 "test_setup_rocm.py", "test_standin_hip.py", "test_tuning.py", "test_typing.py")
 
+#: Modules of which a test takes as long as hundreds of others: they run first, so that no worker is left with one while
+#: the rest have nothing more to do.
+FIRST = ("test_typing.py", "test_build.py", "test_tuning.py")
+
 
 def select(items: Iterable[pytest.Item], tier: str) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """(those that run, those that do not), both in order."""
@@ -39,6 +43,15 @@ def select(items: Iterable[pytest.Item], tier: str) -> tuple[list[pytest.Item], 
             seen.add(_group(item))
         (chosen if runs else rest).append(item)
     return chosen, rest
+
+
+def ordered(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Those of FIRST, in its order, then all others as they were."""
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(TESTS).as_posix()
+        return FIRST.index(path) if path in FIRST else len(FIRST)
+
+    return sorted(items, key=rank)
 
 
 def draw(items: Iterable[pytest.Function], times: float, anew: bool) -> None:

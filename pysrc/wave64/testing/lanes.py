@@ -43,7 +43,7 @@ def build(source: Path, arch: str) -> ctypes.CDLL:
     if source.is_relative_to(hip):
         source = source.relative_to(hip)
     # as C, so that no C++ library is built first, which takes a minute
-    flags = ["cc", "-std=c++17", "-O1", "-mcpu=baseline", "-fno-sanitize=undefined", "-shared", "-Wl,-z,defs",
+    flags = ["cc", "-std=c++17", "-O0", "-mcpu=baseline", "-fno-sanitize=undefined", "-shared", "-Wl,-z,defs",
              "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden", "-DWAVE64_CPU",
              *(f"-D{macro}" for macro in MACROS[arch]), "-Iinclude", "-x", "c++", source, "src/lanes.cpp"]
     inputs = [hip / "include", hip / "src" / "lanes.cpp", hip / source]

@@ -1,0 +1,4 @@
+# A table of thousands of rows, whose type would be inferred of all of them.
+from typing import Any
+
+PCODE: dict[Any, Any]
