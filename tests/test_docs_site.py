@@ -120,6 +120,11 @@ def test_the_chinese_readme_shows_the_same_commands_and_pictures():
     assert chinese[:2] == english[:2]
     assert set(re.findall(r"`--[\w-]+", (ROOT / "README.zh.md").read_text())) <= set(
         re.findall(r"`--[\w-]+", (ROOT / "README.md").read_text()))
+    named = [set(re.findall(r"`([\w./-]+\.(?:md|py|so)|gfx\d+\w*|--[\w-]+|demo-[\w-]+|WAVE64_[\w=]+|tests/\w+)`",
+                            (ROOT / name).read_text())) for name in ("README.zh.md", "README.md")]
+    assert named[0] == named[1] - {"README.zh.md"} | {"README.md"}
+    numbered = [re.findall(r"^\| (\d) \|", (ROOT / name).read_text(), re.M) for name in ("README.zh.md", "README.md")]
+    assert numbered[0] == numbered[1]
     rows = [[row for row in table if row in BACKENDS] for table in (chinese[2], english[2])]
     assert rows == [sorted(BACKENDS, key=rows[1].index)] * 2
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
