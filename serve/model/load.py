@@ -26,7 +26,7 @@ from wave64.serve.model.schemes import matches
 log = logging.getLogger(__name__)
 
 DUMMY_SEED = 0
-MANY_ROWS = 1024  # quantized at once
+QUANTIZED_AT_ONCE = 2**22  # numbers of a weight, which take several times 4 bytes each meanwhile
 SCALE = re.compile(r"_scale[^.]*$")  # of any kind, at the end of a name
 
 Progress = Callable[[int, int], None]
@@ -165,8 +165,9 @@ def _load_quantized(tensor: StoredTensor, view: Tensor, shard: Shard | None, sca
     plain = torch.empty(view.shape, dtype=torch.float32 if tensor.dtype == "F32" else torch.bfloat16 if
                         tensor.dtype == "BF16" else torch.float16, device=view.device)
     tensor.load(plain, shard)
-    for begin in range(0, len(view), MANY_ROWS):
-        rows = slice(begin, begin + MANY_ROWS)
+    many = max(1, QUANTIZED_AT_ONCE // max(1, view.shape[1]))
+    for begin in range(0, len(view), many):
+        rows = slice(begin, begin + many)
         q, scale[rows] = quant.quantize_weight_channels(plain[rows], view.dtype)
         view[rows] = q
 
