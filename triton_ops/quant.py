@@ -76,10 +76,10 @@ def launch_groups(kernel, x: Tensor, columns: int, group_size: int, ue8m0: bool 
     q = torch.empty((tokens, columns), dtype=quant.fp8_dtype(), device=x.device)
     scale = torch.empty((tokens, groups_per_row), dtype=torch.float32, device=x.device)
     if tokens:
-        block_g = BLOCK // group_size
+        block_g = max(1, BLOCK // group_size)
         kernel[(triton.cdiv(tokens * groups_per_row, block_g),)](
             q, scale, x, tokens * groups_per_row, x.stride(0), COLUMNS=columns, GROUP=group_size, WIDE=is_wide(x, q),
-            BLOCK_G=block_g, **limits(q.dtype, ue8m0), num_warps=num_warps(BLOCK // 16))
+            BLOCK_G=block_g, **limits(q.dtype, ue8m0), num_warps=num_warps(block_g * group_size // 16))
     return q, scale
 
 

@@ -14,10 +14,10 @@ from wave64 import ops
 from wave64.ops.fused_add_rms_norm_quant_fp8 import PER_TOKEN
 from wave64.serve.model.batch import Batch
 from wave64.serve.model.config import ModelConfig, RopeConfig
-from wave64.serve.model.linear import ACTIVATIONS, Layer, Quantized, Stored, weight
+from wave64.serve.model.linear import Layer, Quantized, Stored, weight
 from wave64.serve.model.parallel import Ranks, Slice
 from wave64.serve.model.rope import cos_sin_cache
-from wave64.serve.model.scaled import CacheScales, head, projections, row_parallel
+from wave64.serve.model.scaled import CacheScales, activation, head, projections, row_parallel
 
 #: whether ROCm's torch has a product of 16-bit matrices with an fp32 result
 MIXED_ON_ROCM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
@@ -201,7 +201,7 @@ class MLP(nn.Module):
         self.gate_up_proj = projections(config, "mlp", config.hidden_size, {"gate_proj": inter, "up_proj": inter},
                                         config.mlp_bias)
         self.down_proj = row_parallel(config, ranks, "mlp", "down_proj", inter, config.hidden_size, config.mlp_bias)
-        self.activation_and_mul = ACTIVATIONS[config.hidden_act]
+        self.activation_and_mul = activation(config, "mlp", "down_proj", inter.size)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         return self.down_proj(self.activation_and_mul(self.gate_up_proj(x)))

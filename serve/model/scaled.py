@@ -5,15 +5,16 @@ merged keep each its own, and nothing is rounded a second time. Their input is q
 input scales the largest counts, with which no number saturates that would not with its own.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from wave64 import ops, quant
 from wave64.ops.fused_add_rms_norm_quant_fp8 import GROUP_SIZES, PER_TOKEN
+from wave64.ops.silu_and_mul_per_token_group_quant_fp8 import MAX_ROW
 from wave64.serve.model.config import ModelConfig, QuantConfig
-from wave64.serve.model.linear import Layer, Linear, MergedLinear, Quantized, Stored, weight
+from wave64.serve.model.linear import ACTIVATIONS, Layer, Linear, MergedLinear, Quantized, Stored, weight
 from wave64.serve.model.parallel import Ranks, Slice
 from wave64.serve.model.quantized import Fp8Linear, as_multiplied
 from wave64.serve.model.schemes import CacheScheme, Scheme
@@ -80,6 +81,22 @@ def norm_groups(config: ModelConfig, where: str, names: Iterable[str]) -> int:
         return PER_TOKEN
     size = scheme.block[1] if scheme.block else 0
     return size if size in GROUP_SIZES and not scheme.ue8m0 and config.hidden_size % size == 0 else 0
+
+
+def activation(config: ModelConfig, where: str, name: str, columns: int) -> Callable[[Tensor], Tensor | Quantized]:
+    """Of gate and up, [num_tokens, 2 * columns], what `row_parallel`'s projection takes of so many columns: silu's
+    result in FP8, from the same launch, where it is quantized by rows or by groups of columns."""
+    plain, scheme = ACTIVATIONS[config.hidden_act], config.scheme(f"{where}.{name}")
+    if config.hidden_act != "silu" or scheme is None or scheme.bound is not None or scheme.activations == "static":
+        return plain
+    size = scheme.block[1] if scheme.block else PER_TOKEN
+    if columns > MAX_ROW if size == PER_TOKEN else size > 1024 or size & (size - 1):
+        return plain
+
+    def silu_in_fp8(x: Tensor) -> Quantized:
+        return Quantized(*ops.silu_and_mul_per_token_group_quant_fp8(x, size, scheme.ue8m0), x.dtype)
+
+    return silu_in_fp8
 
 
 class SideBySide(nn.Module):

@@ -175,6 +175,17 @@ def test_the_norm_is_made_in_fp8_where_a_product_takes_it_so(name, groups, monke
     assert isinstance(seen[0], Quantized) == bool(groups)
 
 
+@pytest.mark.parametrize(("name", "is_quantized"), [
+    ("quark-channel", True), ("compressed-block", True), ("deepseek-ue8m0", True), ("quark-tensor", False),
+    ("fbgemm", False)])
+def test_the_activation_is_made_in_fp8_where_a_product_takes_it_so(name, is_quantized):
+    """In one launch, and what the second product says of it is what it says of the activation alone."""
+    mlp, x = load(MADE / name).model.layers[0].mlp, torch.randn(3, 2 * 96)
+    made, alone = mlp.activation_and_mul(x), torch.nn.functional.silu(x[:, :96]) * x[:, 96:]
+    assert isinstance(made, Quantized) == is_quantized
+    torch.testing.assert_close(mlp.down_proj(made), mlp.down_proj(alone), rtol=1e-3, atol=1e-3)
+
+
 def test_merged_projections_keep_each_its_scale():
     weights = load_file(MADE / "quark-tensor" / "model.safetensors")
     layer = load(MADE / "quark-tensor").model.layers[0].self_attn.qkv_proj

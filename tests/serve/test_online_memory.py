@@ -27,13 +27,13 @@ def mb(key):
                 if line.startswith(key)) / 1024
 
 def peak():
-    before = mb("VmRSS")
     model = load.load_model(config, folder, torch.bfloat16, "cpu")
-    return mb("VmHWM") - before, sum(weight.nbytes for weight in model.parameters()) / 2**20
+    return mb("VmHWM") - start, sum(weight.nbytes for weight in model.parameters()) / 2**20
 
 folder = Path(sys.argv[1])
 config = replace(ModelConfig.from_folder(folder), schemes=ONLINE)
 load.load_model(replace(config, num_layers=1), folder, torch.bfloat16, "cpu", "dummy")  # what it imports
+start = mb("VmRSS")
 print(*peak())
 gc.collect()
 kept, quantize = [], quant.quantize_weight_channels  # what a loader that reads all tensors first would take

@@ -3,6 +3,7 @@ from torch import Tensor
 
 from wave64 import ops, quant
 from wave64.backends.hip import bind, launch, no_fp8
+from wave64.ops.fused_add_rms_norm_quant_fp8 import PER_TOKEN
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -10,6 +11,8 @@ GROUP_SIZES = (32, 64, 128)
 def supports(x: Tensor, group_size: int, scale_ue8m0: bool = False) -> str | None:
     if scale_ue8m0:
         return "has no scales of powers of two"
+    if group_size == PER_TOKEN:
+        return "quantizes groups of columns, not rows"
     if group_size not in GROUP_SIZES or x.shape[1] // 2 % group_size:
         return f"quantizes whole groups of 32, 64 or 128 columns, these are {x.shape[1] // 2} in groups of {group_size}"
     if x.data_ptr() % 16 or len(x) > 1 and x.stride(0) * x.element_size() % 16:
