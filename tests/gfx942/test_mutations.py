@@ -126,7 +126,8 @@ BUGS = {
         "paged_attention", "include/wave64/attention.h", "page * page_bytes", "int(page * page_bytes)", OUTSIDE),
 }
 #: Others of the same kernels stay in every tier.
-LONG = ("a lane's amax for its group's", "the gate's amax for the product's", "columns behind the last",
+LONG = ("counts cleared while they are read", "waves' sums read before they are there",
+        "a lane's amax for its group's", "the gate's amax for the product's", "columns behind the last",
         "scales of the first group", "tokens of the next step over this one's", "amax of half a group",
         "up's scales for gate", "queries that see each other's keys", "new latents not rotated",
         "latents of all tiles and columns at one place", "waves' sums joined before they are there",
