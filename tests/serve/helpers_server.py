@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,10 +93,15 @@ class Server:
 
     def wait_ready(self) -> "Server":
         """Until the log says that the server is ready. Raises with the log if it ends first, or never is."""
+        return self.wait_for(lambda: "ready to roll!" in self.log.read_text())
+
+    def wait_for(self, condition: Callable[[], object]) -> "Server":
+        """Until it has come so far with its start. Raises with the log if it ends first, or never does."""
         until = time.monotonic() + READY_S
-        while "ready to roll!" not in (text := self.log.read_text()):
+        while not condition():
             if self.process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"the server is not there, exit status {self.process.poll()}:\n{text}")
+                raise RuntimeError(f"the server is not there, exit status {self.process.poll()}:\n"
+                                   f"{self.log.read_text()}")
             time.sleep(0.05)
         return self
 

@@ -78,14 +78,14 @@ def test_at_any_point(tmp_path, seed):
     victim, number = drawn.choice(["rank 0", "rank 1"]), drawn.choice([signal.SIGKILL, signal.SIGSTOP])
     server = Server("demo-llama", tmp_path / "log", *FLAGS)
     try:
-        assert eventually(lambda: children(server.process.pid) and children(server.engine_pid))
+        server.wait_for(lambda: children(server.process.pid) and children(server.engine_pid))
         pids = processes(server)
         if drawn.random() < 0.5:
             server.wait_ready()
             assert victim in end_in(server, pids, victim, number, drawn.randrange(40)) or victim == "rank 0"
         else:
             # A rank that has not yet introduced itself is waited for: it may be of a host that is slow.
-            assert eventually(lambda: "what serves each operator" in server.log.read_text())
+            server.wait_for(lambda: "what serves each operator" in server.log.read_text())
             time.sleep(drawn.random())
             os.kill(pids[victim], number)
             server.process.wait(READY_S)
