@@ -1,5 +1,6 @@
 """Kernels compiled ahead: what a server asks for is among them, it finds them, and it says what does not fit."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -57,7 +58,8 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "flags"), [
-    (40, ["demo-llama", "--max-running-requests", "6", "--max-total-tokens", "2048", "--context-length", "2048"]),
+    (40, ["demo-deepseek", "--tp", "2", "--max-running-requests", "6", "--max-total-tokens", "256", "--context-length",
+          "256"]),
     *[pytest.param(400, flags, marks=pytest.mark.long)
       for flags in (["demo-llama"], ["demo-deepseek-fp8"], ["demo-deepseek", "--tp", "2"])]])
 def test_whatever_a_scheduler_makes_launches_only_kernels_that_were_found(count, flags):
@@ -66,6 +68,49 @@ def test_whatever_a_scheduler_makes_launches_only_kernels_that_were_found(count,
     made, drawn, missing = done.stdout.strip().split(maxsplit=2)
     assert missing == "[]"
     assert 3 <= int(drawn) <= int(made)
+
+
+def kind(n: int) -> tuple[int, bool, bool]:
+    """What launchers and Triton look at in a size: its power of two, and whether it is 1 or a multiple of 16."""
+    return n.bit_length(), n == 1, n % 16 == 0
+
+
+@pytest.mark.parametrize("limit", [1, 3, 17, 100, 256, 1000])
+def test_a_size_of_each_kind_stands_for_all(limit):
+    from wave64.serve.engine import prebuild
+
+    sizes = prebuild.ladder(limit)
+    assert {kind(n) for n in sizes} == {kind(n) for n in range(1, limit + 1)}
+    assert limit in sizes
+    assert all(b <= 1.5 * a or b == 2 for a, b in itertools.pairwise(sizes))
+
+
+@pytest.mark.parametrize(("budget", "max_running", "context"), [(256, 40, 1000), (2048, 6, 500), (64, 1, 64)])
+def test_steps_of_each_kind_are_gone_through(budget, max_running, context):
+    """Decodes of every batch size and up to the longest context; prompts of every size, alone, behind tokens of before,
+    several at once, and next to decodes."""
+    from wave64.serve.engine import prebuild
+
+    steps = list(prebuild.schedules(budget, max_running, context))
+    decodes = [s for s in steps if s.num_decodes == len(s.rows)]
+    prompts = [s for s in steps if s.num_decodes == 0]
+    mixed = [s for s in steps if 0 < s.num_decodes < len(s.rows)]
+    assert all(sum(s.counts) - s.num_decodes <= budget and len(s.rows) <= max_running for s in steps)
+    assert {kind(s.num_decodes) for s in decodes} == {kind(n) for n in range(1, max_running + 1)}
+    assert max_running in {s.num_decodes for s in decodes}
+    lengths = {start + 1 for s in decodes if s.num_decodes == 1 for start in s.starts}
+    assert {1 << i for i in range(context.bit_length())} | {context} == lengths
+    longest = min(budget, context)
+    alone = [s for s in prompts if len(s.rows) == 1]
+    for later in (False, True):
+        last = longest - 1 if later and longest == context else longest  # before the longest of all none fits
+        seen = {kind(s.counts[0]) for s in alone if (s.starts[0] > 0) == later}
+        assert seen >= {kind(n) for n in range(1, last + 1)}
+    if max_running > 1:
+        together = {sum(s.counts) for s in prompts if len(s.rows) == 2}
+        assert together >= {1 << i for i in range(1, budget.bit_length()) if 1 << i <= min(budget, 2 * context)}
+        assert {kind(s.counts[-1]) for s in mixed if s.num_decodes == 1} == {kind(n) for n in range(1, longest + 1)}
+        assert {kind(s.num_decodes) for s in mixed} == {kind(n) for n in range(1, max_running)}
 
 
 @pytest.mark.slow
