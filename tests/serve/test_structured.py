@@ -131,7 +131,10 @@ def test_a_format_that_is_not_known_asks_for_nothing(forms):
         format_of = {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
         tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
         call = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
-        for fields, around in ((format_of, "%s"), (call, '[{"name": "f", "parameters": %s}]')):
+        within = {"response_format": {"type": "structural_tag", "triggers": ["<f="], "structures": [
+            {"begin": "<f=go>", "schema": schema, "end": "</f>"}]}}  # fmt: skip
+        asked = ((format_of, "%s"), (call, '[{"name": "f", "parameters": %s}]'), (within, "<f=go>%s</f>"))
+        for fields, around in asked:
             assert forms.of(around % f'{{"format":"{fine}"}}', **fields)
             assert wrong is None or not forms.of(around % f'{{"format":"{wrong}"}}', **fields)
             assert forms.of(around % '{"format":{"format":"path"}}', **fields), "a value, and no schema"
