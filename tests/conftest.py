@@ -1,5 +1,6 @@
 """Runs before anything imports triton: without a GPU its kernels are interpreted."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ if not torch.cuda.is_available():
 
 import pytest  # noqa: E402
 import tiers  # noqa: E402
+
+MANY_OBJECTS = 200_000  # that Python's collector looks at
 
 
 def pytest_addoption(parser):
@@ -25,6 +28,10 @@ def pytest_collection_modifyitems(config, items):
     if rest:
         config.hook.pytest_deselected(items=rest)
     items[:] = tiers.ordered(chosen)
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # what ends with the process may look for leaks
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -51,6 +58,14 @@ def pytest_terminal_summary(terminalreporter):
 def device() -> str:
     """Where tensors of a test live: "cuda" on a machine with a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """Collections leave out what is there: of tests and modules nothing ends before the run does, and each collection
+    that looks at them takes a second or two. Code under test undoes it at times, which is seen by how much is left."""
+    if len(gc.get_objects(generation=2)) > MANY_OBJECTS:
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

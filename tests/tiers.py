@@ -22,11 +22,12 @@ SLOW_FIXTURES = {"server", "compiling", "reports", "tuned", "forms", "golden"}
 #: Modules, and folders of them, that `quick` leaves out: they start processes or execute machine code throughout.
 SLOW_MODULES = ("gfx942", "bench", "ops/test_emulated_ranks.py", "ops/test_profile.py", "ops/test_sparse_pools.py",
                 "serve/test_clients.py", "serve/test_deepseek_parity.py", "serve/test_demo.py",
-                "serve/test_demo_deepseek.py", "serve/test_launch.py", "serve/test_memory.py", "serve/test_page.py",
-                "serve/test_parallel.py", "serve/test_parallel_faults.py", "serve/test_parallel_nodes.py",
-                "serve/test_replicas.py", "serve/test_soak.py", "serve/test_weights_deepseek.py", "test_backends.py",
-                "test_build.py", "test_command_line.py", "test_device_compilers.py", "test_hip_library.py",
-                "test_setup_rocm.py", "test_standin_hip.py", "test_tuning.py", "test_typing.py")
+                "serve/test_demo_deepseek.py", "serve/test_launch.py", "serve/test_memory.py",
+                "serve/test_offline.py", "serve/test_page.py", "serve/test_parallel.py",
+                "serve/test_parallel_faults.py", "serve/test_parallel_nodes.py", "serve/test_replicas.py",
+                "serve/test_soak.py", "serve/test_weights_deepseek.py", "test_backends.py", "test_build.py",
+                "test_command_line.py", "test_device_compilers.py", "test_hip_library.py", "test_setup_rocm.py",
+                "test_standin_hip.py", "test_tuning.py", "test_typing.py")
 
 #: Modules of which a test takes as long as hundreds of others: they run first, so that no worker is left with one while
 #: the rest have nothing more to do.

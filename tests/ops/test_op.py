@@ -238,6 +238,7 @@ def test_environment_override_is_loud():
     assert done.stdout.strip() == "triton", done.stderr
 
 
+@pytest.mark.slow
 def test_triton_is_not_imported_where_it_cannot_serve(device):
     done = python("-c", "import sys, wave64; print('triton' in sys.modules)", TRITON_INTERPRET="0")
     assert done.stdout.strip() == str(device == "cuda"), done.stderr

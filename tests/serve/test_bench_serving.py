@@ -1,6 +1,7 @@
 """The benchmark's client: what it sends, what it makes of answers, its figures; against servers that go wrong, too."""
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -102,6 +103,8 @@ def bench(tmp_path, *argv: str, **stand_in) -> tuple[list[dict], StandIn, list[d
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(run, "PAUSE_S", 0.0)
+    yield
+    gc.freeze()  # as tests/conftest.py has it: a run ends by undoing that
 
 
 @pytest.fixture
@@ -351,6 +354,7 @@ def test_bad_flags_are_refused_in_words(argv, reason, capsys):
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_server_and_no_torch():
     """As a user starts it."""
     code = ("import runpy, sys; sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'wave64.bench_serving']\n"

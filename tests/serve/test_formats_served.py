@@ -112,6 +112,7 @@ def test_plain_weights_are_quantized_as_they_are_loaded():
 QUICK = ["--device", "cpu", "--max-total-tokens", "1024"]
 
 
+@pytest.mark.slow
 def test_accuracy_finds_a_wrong_flavor(tmp_path, capsys, monkeypatch):
     """Weights of e4m3fn that are taken for e4m3fnuz without larger scales are half of what they should be."""
     monkeypatch.setattr(accuracy, "MAX_TOKENS", 96)

@@ -167,6 +167,7 @@ def test_requests_are_logged_on_demand(tokenizer, caplog):
     assert "hidden" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_request_has_so_many_seconds(model_folder, tmp_path):
     """One that takes longer is answered with 504, in a stream by an error; the engine forgets it."""
     asked = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True}

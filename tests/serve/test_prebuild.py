@@ -198,6 +198,7 @@ def test_a_tar_is_unpacked_once_and_what_is_none_is_refused(tmp_path):
     assert {each.name for each in (tmp_path / "unpacked").iterdir()} == {first.name, prebuilt.LOCK}
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_no_lock(tmp_path):
     code = ("import sys; from pathlib import Path; from wave64.backends import prebuilt\n"
             "with prebuilt.locked(Path(sys.argv[1])): print('held', flush=True); input()")
@@ -210,6 +211,7 @@ def test_a_killed_process_holds_no_lock(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_the_command_refuses_in_words():
     done = python("-m", "wave64", "prebuild", "--arch", ARCH, "--model-path", "demo-lama", HOME="/nonexistent")
     assert done.returncode == 1

@@ -150,6 +150,7 @@ def end_of(script: str, tmp_path) -> tuple[str, str]:
     return said[-1].error, log
 
 
+@pytest.mark.slow
 def test_an_engine_that_stands_still_ends_and_says_so(tmp_path):
     error, stacks = end_of(ENGINE, tmp_path)
     assert error.startswith("a step has not ended for ")
@@ -157,6 +158,7 @@ def test_an_engine_that_stands_still_ends_and_says_so(tmp_path):
     assert "in never_ends" in stacks
 
 
+@pytest.mark.slow
 def test_an_engine_whose_kernel_has_waited_in_vain_ends_and_says_for_whom(tmp_path):
     error, _ = end_of(WAITS, tmp_path)
     assert error == "rank 0 waited 3 s for rank 1 of group world in all_reduce, round 17 of block 2"
