@@ -176,7 +176,8 @@ def _device(name: str, number: int = 0) -> torch.device:
 
 
 def has_kv_scales(config: ModelConfig) -> bool:
-    return bool(config.schemes and config.schemes.kv_scales)
+    stored = config.quantization or config.schemes
+    return bool(stored and stored.kv_scales)
 
 
 def kv_dtype_of(name: str, model_dtype: torch.dtype, device: torch.device, scaled: bool = False) -> torch.dtype:

@@ -120,6 +120,7 @@ class QuantConfig:
 
     weight_block_size: tuple[int, int]
     scale_ue8m0: bool = False  # activations' scales are powers of two
+    kv_scales: bool = False  # latents have stored ones
 
 
 @dataclass(frozen=True)

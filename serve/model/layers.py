@@ -270,6 +270,7 @@ class CausalLM(nn.Module):
         tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
         self.lm_head = head(config, ranks.vocabulary(config.vocab_size), tied)
         self.ranks, self.vocab_size, self.schemes = ranks, config.vocab_size, config.schemes
+        self.is_quantized = config.schemes is not None or config.quantization is not None
 
     def forward(self, batch: Batch, kv_cache: list[KVCache]) -> Tensor:
         """Logits [R, vocab_size] fp32 of the rows in batch.logit_rows, those of all attention groups below each other,

@@ -234,7 +234,7 @@ PLAIN_KEYS = "ignore, exclude, ignored_layers or modules_to_not_convert"
 def _why_surplus(name: str, model: CausalLM) -> str:
     if not SCALE.search(name):
         return "the model config.json describes has no such weight; does it belong to these weights?"
-    if model.schemes is None:
+    if not model.is_quantized:
         return "config.json has no quantization_config that says what these scales are; fetch it again"
     return ("config.json's quantization_config leaves this layer plain or has other scales for it; expected no "
             f"such name under {PLAIN_KEYS} there, and the schemes that the weights were quantized with")

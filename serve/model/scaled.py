@@ -213,3 +213,15 @@ class CacheScales(Layer):
     def of(self, cache: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(k_scale, v_scale) as kernels take them: caches in other dtypes than FP8 have none."""
         return (self.k_scale, self.v_scale) if cache.dtype in quant.FP8.values() else (None, None)
+
+
+class LatentScale(CacheScales):
+    """The scale of cached latents, which are keys and values at once: the larger of the two that are stored, with which
+    no number saturates that would not with its own."""
+
+    def __init__(self):
+        super().__init__(CacheScheme("self_attn.k_scale", "self_attn.v_scale"), Slice.of(1))
+
+    def finish(self) -> None:
+        super().finish()
+        self.k_scale.data.copy_(torch.maximum(self.k_scale.data, self.v_scale.data))

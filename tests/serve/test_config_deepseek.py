@@ -90,7 +90,7 @@ def test_transformers_spelling_says_the_same(tmp_path):
     (dict(quantization_config={**FP8, "activation_scheme": "static"}), "quantization_config.activation_scheme"),
     (dict(quantization_config={**FP8, "weight_block_size": None}), "quantization_config.weight_block_size"),
     (dict(quantization_config={**FP8, "weight_block_size": [128, 48]}), "quantization_config.weight_block_size"),
-    (dict(quantization_config={**FP8, "kv_cache_scheme": "static"}), "quantization_config.kv_cache_scheme"),
+    (dict(quantization_config={**FP8, "kv_cache_scheme": "dynamic"}), "quantization_config.kv_cache_scheme"),
     (dict(quantization_config={**FP8, "scale_fmt": "ue4m3"}), "quantization_config.scale_fmt"),
     (dict(quantization_config={**FP8, "quant_method": None}), "quantization_config.quant_method"),
     (dict(n_routed_experts=None), "n_routed_experts"), (dict(n_group=None), "n_group"),

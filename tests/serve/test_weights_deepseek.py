@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_deepseek import make_deepseek, quantize
+from helpers_deepseek import LatentDriver, make_deepseek, quantize
 from helpers_llama import edit_json, load
 from safetensors.torch import load_file, save_file
 
@@ -183,3 +183,33 @@ def test_a_mixture_is_in_the_layers_that_first_dense_and_frequency_say(tmp_path)
     model: Any = weights._build(ModelConfig.from_folder(tmp_path), torch.bfloat16, "meta")
     sparse = [i for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, MixtureOfExperts)]
     assert sparse == [4, 6]
+
+
+def test_latents_in_fp8_have_the_scale_that_is_stored(tmp_path):
+    """Latents, and keys with position, 2^10 times as large, which e4m3 does not hold, and what reads them as much
+    smaller: with scales as much larger, in prefill, behind a prefix and in decode, no bit changes."""
+    logits, power = [], 2.0**10
+    for number, factor in enumerate((1.0, power)):
+        folder = tmp_path / str(number)
+        make_deepseek(folder, 3)
+        quantize(folder, (8, 32))
+        edit_json(folder / "config.json", lambda c: c.update(quantization_config=FP8 | dict(
+            weight_block_size=[8, 32], kv_cache_scheme="static")))
+        weights = load_file(folder / "model.safetensors")
+        for layer in (f"model.layers.{layer}.self_attn." for layer in range(3)):
+            weights[f"{layer}kv_a_layernorm.weight"] *= factor
+            weights[f"{layer}kv_b_proj.weight_scale_inv"] /= factor
+            weights[f"{layer}kv_a_proj_with_mqa.weight_scale_inv"][4:] *= factor  # rows from 32 on, of k_pe
+            weights[f"{layer}q_b_proj.weight_scale_inv"][2::3] /= factor  # of each head 16 rows of q_nope, 8 of q_pe
+            weights |= {f"{layer}k_scale": torch.tensor(factor), f"{layer}v_scale": torch.tensor(factor / 4)}
+        save_file(weights, folder / "model.safetensors")
+        model, config = load(folder, "cpu", torch.float32)
+        driver = LatentDriver(model, config, "cpu")
+        driver.kv_cache = driver.pool(config, 128, 4, torch.float8_e4m3fn, "cpu")
+        steps = driver.step({}, {"a": [5, 9, 2, 44]}), driver.step({}, {"a": [7, 8, 3]}), driver.step({"a": 6}, {})
+        logits.append(torch.cat(steps))
+    assert logits[0].isfinite().all()
+    assert torch.equal(*logits)
+    with platform.target("gfx942"):
+        scale = load(folder, "cpu", torch.float32)[0].model.layers[2].self_attn.cache_scales.k_scale
+    assert scale == 2 * power

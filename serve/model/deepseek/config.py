@@ -149,5 +149,6 @@ def _blocks(keys: Keys) -> QuantConfig | None:
         raise quantization.error("weight_block_size", block, "columns of a block that are a multiple of 32")
     quantization.get("modules_to_not_convert")  # names what is stored plain, which the tensors' dtypes say, too
     scale_ue8m0 = quantization.choice("scale_fmt", "float", {"float": False, "ue8m0": True})
+    kv_scales = quantization.choice("kv_cache_scheme", "none", {"none": False, "static": True})
     quantization.refuse_the_rest()
-    return QuantConfig((block[0], block[1]), scale_ue8m0)
+    return QuantConfig((block[0], block[1]), scale_ue8m0, kv_scales)

@@ -33,6 +33,7 @@ from wave64.serve.model.quantized import (
     norm_groups,
     row_parallel,
 )
+from wave64.serve.model.scaled import LatentScale
 
 LATENT_EPS = 1e-6  # of the norms inside attention, independent of rms_norm_eps
 
@@ -61,6 +62,7 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_a_layernorm = RMSNorm(mla.q_lora_rank, LATENT_EPS, norm_groups(config, mla.q_lora_rank))
             self.q_b_proj = linear(config, mla.q_lora_rank, {"q_b_proj": queries})
         self.kv_a_layernorm = RMSNorm(self.rank, LATENT_EPS)
+        self.cache_scales = LatentScale() if config.quantization and config.quantization.kv_scales else None
         self.kv_b_proj = UpProjection(config, heads, self.rank, self.nope, self.v_head_dim)
         self.o_proj = row_parallel(config, ranks, heads.times(self.v_head_dim), "o_proj", hidden)
 
@@ -81,20 +83,23 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(out.flatten(1))
 
     def _decode(self, q: Tensor, kv_c: Tensor, k_pe: Tensor, batch: Batch, latents: Tensor) -> Tensor:
-        n = batch.num_decodes
+        n, scale = batch.num_decodes, self._scale_of(latents)
         q_nope, q_pe = q.split((self.nope, self.rope), dim=-1)
         out = ops.mla_decode_rope(
             self.kv_b_proj.queries_to_latents(q_nope), q_pe, kv_c, k_pe, latents, batch.slot_mapping[:n],
             batch.page_table[:n], batch.seq_lens[:n], batch.positions[:n], self.rotary.cos_sin_cache, self.scale,
-            self.rotary.is_neox)
+            self.rotary.is_neox, scale)
         return self.kv_b_proj.latents_to_values(out)
 
+    def _scale_of(self, latents: Tensor) -> Tensor | None:
+        return None if self.cache_scales is None else self.cache_scales.of(latents)[0]
+
     def _prefill(self, q: Tensor, kv_c: Tensor, k_pe: Tensor, batch: Batch, latents: Tensor) -> Tensor:
-        n = batch.num_decodes
+        n, scale = batch.num_decodes, self._scale_of(latents)
         q_nope, q_pe = q.split((self.nope, self.rope), dim=-1)
         q_pe, k_pe = q_pe.contiguous(), k_pe.contiguous()
         ops.concat_and_cache_mla_rope_fused(batch.positions[n:], q_pe, k_pe, kv_c, self.rotary.cos_sin_cache,
-                                            self.rotary.is_neox, batch.slot_mapping[n:], latents)
+                                            self.rotary.is_neox, batch.slot_mapping[n:], latents, scale)
         q = torch.cat((q_nope, q_pe), dim=-1)
         starts, longest = batch.cu_seqlens_q, batch.max_seqlen_q
         out, lse = ops.varlen_attention(q, *self._keys_and_values(kv_c, k_pe), starts, starts, longest, longest,
@@ -102,6 +107,8 @@ class MultiHeadLatentAttention(nn.Module):
         if batch.max_prefix:  # tokens of earlier chunks, which every new token sees
             assert batch.cu_seqlens_prefix is not None
             stored = latents.flatten(0, 1)[batch.prefix_slots].to(q.dtype)
+            if scale is not None:
+                stored = (stored * scale).to(q.dtype)
             before, its_lse = ops.varlen_attention(
                 q, *self._keys_and_values(*stored.split((self.rank, self.rope), dim=-1)), starts,
                 batch.cu_seqlens_prefix, longest, batch.max_prefix, self.scale, False)
