@@ -114,23 +114,39 @@ QUICK = ["--device", "cpu", "--max-total-tokens", "1024"]
 
 @pytest.mark.slow
 def test_accuracy_finds_a_wrong_flavor(tmp_path, capsys, monkeypatch):
-    """Weights of e4m3fn that are taken for e4m3fnuz without larger scales are half of what they should be."""
+    """Weights of e4m3fn that are taken for e4m3fnuz without larger scales are half of what they should be, and those of
+    e4m3fnuz that are given them twice are double."""
+    def ask(folder: Path, against: str, *flags: str) -> tuple[int, str]:
+        return accuracy.main(["--model-path", str(folder), "--against", against, *flags]), capsys.readouterr().out
+
+    found, measure = {}, accuracy.measure
+    monkeypatch.setattr(accuracy, "measure", lambda flags, model: found.get(model) or
+                        found.setdefault(model, measure(flags, model)))
     monkeypatch.setattr(accuracy, "MAX_TOKENS", 96)
-    assert accuracy.main(["--model-path", str(FOLDER), "--against", "demo-llama", *QUICK]) == 0
-    shown = capsys.readouterr().out
+    status, shown = ask(FOLDER, "demo-llama", *QUICK)
+    assert status == 0
     assert "as expected" in shown
-    folder = Path(shutil.copytree(FOLDER, tmp_path / "wrong"))
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: weight / 2 if name.endswith("weight_scale") else weight for name, weight in weights.items()},
-              folder / "model.safetensors")
-    assert accuracy.main(["--model-path", str(folder), "--against", "demo-llama", *QUICK]) == 1
-    wrong = capsys.readouterr().out
     assert "gettysburg.txt             95" in shown
-    assert "WRONG: the perplexity of gettysburg.txt is 1.4" in wrong
+    status, shown = ask(FOLDER, str(FOLDER))
+    assert status == 0
+    assert shown.count("+0.00%") == 2
+    for factor, perplexity in ((0.5, "1.4"), (2.0, "")):
+        folder = Path(shutil.copytree(FOLDER, tmp_path / f"times{factor}"))
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: weight * factor if name.endswith("weight_scale") else weight
+                   for name, weight in weights.items()}, folder / "model.safetensors")
+        status, shown = ask(folder, "demo-llama", *QUICK)
+        assert status == 1
+        assert f"WRONG: the perplexity of gettysburg.txt is {perplexity}" in shown
     edit_json(folder / "config.json", lambda c: c.update(quantization_config=dict(quant_method="awq")))
-    with pytest.raises(SystemExit):
-        accuracy.main(["--model-path", str(folder), *QUICK])
-    assert "quantization_config.quant_method: expected FP8" in capsys.readouterr().err
+    found.clear()
+    for path, words in ((folder, "quantization_config.quant_method: expected FP8"), (tmp_path / "absent", "absent")):
+        with pytest.raises(SystemExit) as end:
+            accuracy.main(["--model-path", str(path), *QUICK])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == 1
+        assert words in said
+        assert said.startswith("wave64 accuracy: error: ")
 
 
 def test_accuracy_serves_as_its_flags_say(monkeypatch):
