@@ -21,7 +21,7 @@ from wave64.serve.model.checkpoint import WeightsError
 from wave64.serve.model.config import ConfigError, ModelConfig
 from wave64.serve.model.formats import FORMATS, schemes_of, table
 from wave64.serve.model.linear import Quantized
-from wave64.serve.model.load import load_model
+from wave64.serve.model.load import load_model, refuse_unless_split
 from wave64.serve.model.parallel import Ranks
 from wave64.serve.model.schemes import ONLINE, Scheme, Schemes, matches
 
@@ -163,6 +163,12 @@ def test_each_of_two_ranks_holds_its_part(name):
     if name == "quark-fp8-kv":
         for path in ("self_attn.cache_scales.k_scale", "self_attn.o_proj.input_scale"):
             assert all(torch.equal(bits(part, path), bits(whole, path)) for part in parts)
+
+
+def test_ranks_that_would_cut_a_block_are_refused():
+    config, group = ModelConfig.from_folder(MADE / "compressed-block"), Group("", 0, 4)
+    with pytest.raises(ConfigError, match="columns of o_proj in blocks of 32, 64, can be split over 1, 2 ranks, got 4"):
+        refuse_unless_split(config, Ranks(group, group))
 
 
 @pytest.mark.parametrize(("name", "groups"), [("quark-channel", PER_TOKEN), ("compressed-block", 32),
