@@ -64,8 +64,9 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make(folder: Path, config: dict[str, Any]) -> int:
-    """A checkpoint of random bytes, which are finite as bf16; returns how many."""
+def make(folder: Path, config: dict[str, Any], sparse: bool = False) -> int:
+    """A checkpoint of random bytes, which are finite as bf16, or of zeros that take none of the disk; returns how
+    many."""
     (folder / "config.json").write_text(json.dumps(config))
     hidden, inter, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -91,8 +92,9 @@ def make(folder: Path, config: dict[str, Any]) -> int:
         encoded = json.dumps(header).encode()
         with (folder / file).open("wb") as f:
             f.write(struct.pack("<Q", len(encoded)) + encoded)
-            for at in range(0, end, len(values)):
+            for at in range(0, 0 if sparse else end, len(values)):
                 f.write(values[: end - at])
+            f.truncate(8 + len(encoded) + end)
             f.flush()
             os.fsync(f.fileno())  # only pages that are written can be dropped
         total += end
