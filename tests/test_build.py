@@ -110,7 +110,7 @@ def test_the_hashes_are_of_the_files(capsys):
 
 
 #: Written for CDNA's matrix instructions.
-LATENTS = ("mla_decode", "mla_decode_rope")
+MATRIX = ("mla_decode", "mla_decode_rope", "prefill_attention", "varlen_attention")
 #: Written for the FP8 instructions of gfx942 and gfx950: other code objects have nothing of them.
 CDNA_ALONE = ("fp8_block_scaled_mm", "fused_moe", "fused_all_reduce_rms_norm_quant_fp8")
 
@@ -121,7 +121,7 @@ def test_no_kernel_spills(op, arch):
     if op.endswith("quant_fp8") and ARCHS[arch].fp8 is None:
         pytest.skip(f"{arch} has no FP8, so nothing of {op}")
     kernels = isa.read_elf(hip.code_object(arch, op))
-    if op in CDNA_ALONE and arch not in ("gfx942", "gfx950") or op in LATENTS and ARCHS[arch].matrix != "mfma":
+    if op in CDNA_ALONE and arch not in ("gfx942", "gfx950") or op in MATRIX and ARCHS[arch].matrix != "mfma":
         assert kernels == []
         return
     assert kernels

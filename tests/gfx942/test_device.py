@@ -23,7 +23,7 @@ def test_inside_the_block_everything_is_the_cards_and_behind_it_nothing_is(arch,
     assert saw["kernels"] == [(f"{arch}/per_token_group_quant_fp8.co", "per_token_group_quant_fp8_bf16")]
     assert saw["by triton"] == ["_rms_norm_kernel"]
     assert saw["in use"]["rms_norm"] == "hip"
-    assert (saw["in use"]["prefill_attention"], saw["in use"]["mla_decode_rope"]) == ("triton", "hip")
+    assert (saw["in use"]["fp8_scaled_mm"], saw["in use"]["prefill_attention"]) == ("triton", "hip")
     assert saw["cpu"] == {f"serves a CPU, not {arch} (emulated)"}
     assert f"the FP8 type of {arch}" in saw["other flavor"]
     assert saw["asked for cpu"].endswith(f"backend cpu was asked for: serves a CPU, not {arch} (emulated)")

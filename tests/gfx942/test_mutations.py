@@ -122,6 +122,22 @@ BUGS = {
         "mla_decode_rope", "include/wave64/latents.h", "key <= state.token && ", "", FAR),
     "latents of all tiles and columns at one place": (
         "mla_decode_rope", "include/wave64/latents.h", "+ State::kPack * part;", ";", FAR),
+    "keys stored over those still read": (
+        "prefill_attention", "include/wave64/prefill.h",
+        "            if (active) state.accumulate(lds_values, weights);\n            block_barrier();\n",
+        "            if (active) state.accumulate(lds_values, weights);\n", RACE),
+    "keys before the window": (
+        "prefill_attention", "include/wave64/prefill.h", "if (key < first || key >= end)", "if (key >= end)", FAR),
+    "rows of keys in their own order": (
+        "varlen_attention", "include/wave64/prefill.h", "(key & 4) * 2 + (key & 8) / 2", "(key & 12)", FAR),
+    "weights of half the keys in a row's sum": (
+        "varlen_attention", "include/wave64/prefill.h", "    row_sum += from_lane(row_sum, state.lane ^ 32);\n", "",
+        FAR),
+    "keys behind the last": (
+        "varlen_attention", "include/wave64/prefill.h", "count < kWaveKeys ? count : kWaveKeys", "kWaveKeys", OUTSIDE),
+    "an older maximum's values": (
+        "varlen_attention", "include/wave64/prefill.h",
+        "            for (Floats16& tile : acc) tile *= shrink;\n", "", FAR),
     "pages of 32 bits": (
         "paged_attention", "include/wave64/attention.h", "page * page_bytes", "int(page * page_bytes)", OUTSIDE),
 }
@@ -131,7 +147,8 @@ LONG = ("counts cleared while they are read", "waves' sums read before they are 
         "scales of the first group", "tokens of the next step over this one's", "amax of half a group",
         "up's scales for gate", "queries that see each other's keys", "new latents not rotated",
         "latents of all tiles and columns at one place", "waves' sums joined before they are there",
-        "new tokens that see later ones")
+        "new tokens that see later ones", "rows of keys in their own order", "keys behind the last",
+        "weights of half the keys in a row's sum", "keys before the window")
 #: Of those that show beyond 2 GiB only, the cases.
 CASES = dict.fromkeys(("slots of 32 bits", "pages of 32 bits"), "pool-5gib")
 

@@ -53,6 +53,9 @@ def cases():
         "fp8": dict(new=[30, 9], seq_lens=[70, 9], fp8=True),
         "fp8-per-head": dict(new=[30, 9], seq_lens=[70, 9], fp8=True, per_head=True),
         "all": dict(new=[30, 9], seq_lens=[70, 9], fp8=True, sinks=True, logit_cap=8.0, sliding_window=20),
+        "tiles": dict(new=[70, 3], seq_lens=[150, 3], heads=2, kv_heads=1),
+        "tiles-window": dict(new=[70], seq_lens=[190], heads=1, kv_heads=1, page_size=32, sliding_window=20,
+                             sinks=True),
         "no-sequences": dict(new=[], seq_lens=[]),
     }
     for name, options in drawn.items():

@@ -51,6 +51,7 @@ def cases():
     }
     for name, options in drawn.items():
         yield Case(name, lambda options=options: make_case(**options))
+    yield Case("rising", lambda: _rising(make_case([70, 3], [150, 3], heads=2, kv_heads=1)))
     yield Case("strided", lambda: _strided(make_case([30, 9], [30, 9])))
     yield Case("mla-strided", lambda: _projected(make_case([30], [30], 3, 3, qk_dim=48, v_dim=32)))
     large: list[tuple[str, list[int], dict[str, Any]]] = [
@@ -59,6 +60,12 @@ def cases():
         ("1x16384", [16384], dict(heads=32, kv_heads=8, qk_dim=128))]
     for name, lengths, options in large:
         yield Case(name, lambda lengths=lengths, options=options: make_case(lengths, lengths, **options), large=True)
+
+
+def _rising(args: dict) -> dict:
+    """Logits whose maximum grows from key to key."""
+    keys = args["k"]
+    return {**args, "k": keys * torch.linspace(0.1, 8, len(keys), dtype=keys.dtype)[:, None, None]}
 
 
 def _strided(args: dict) -> dict:
