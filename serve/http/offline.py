@@ -76,7 +76,10 @@ class Engine:
         raises  ValueError for a request that cannot be served, RuntimeError when the engine fails
         """
         found = self._iterate(self._results(self._job(prompt, sampling_params, input_ids, fields), stream))
-        return found if stream else [*found][0]
+        if stream:
+            return found
+        (answer,) = found
+        return answer
 
     async def async_generate(self, prompt: str | list[str] | None = None,
                              sampling_params: Json | list[Json] | None = None,
@@ -84,7 +87,10 @@ class Engine:
                              **fields: Any) -> Any:  # fmt: skip
         """As generate(), awaited; with `stream`, the iterator is asynchronous. Cancelling it aborts the request."""
         found = self._aiterate(self._results(self._job(prompt, sampling_params, input_ids, fields), stream))
-        return found if stream else [each async for each in found][0]
+        if stream:
+            return found
+        (answer,) = [each async for each in found]
+        return answer
 
     def flush_cache(self) -> bool:
         """Empty the prefix cache; False while requests run."""

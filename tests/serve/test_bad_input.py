@@ -42,6 +42,7 @@ REFUSED = [
     (COMPLETIONS, {"prompt": "x", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "got -2"),
     (CHAT, {"messages": USER, "continue_final_message": True}, "continue_final_message", "got one of user"),
     (GENERATE, {"text": "x", "logprob_start_len": -2}, "logprob_start_len", "got -2"),
+    (GENERATE, {"text": ["x"], "top_logprobs_num": [21]}, "top_logprobs_num", "less than or equal to 20, got 21"),
     (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix", "suffix: not supported"),
     (COMPLETIONS, {"prompt": "x", "temprature": 0}, "temprature", "unknown field; did you mean temperature?"),
     (COMPLETIONS, {}, "prompt", "prompt: required"),

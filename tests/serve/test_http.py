@@ -153,6 +153,12 @@ def test_messages_reach_the_template_in_its_own_form(app):
     assert "messages[1].tool_calls[0].function.arguments" in answer.json()["error"]["message"]
 
 
+def test_of_a_part_a_template_gets_its_text_alone():
+    part = {"type": "output_text", "text": "x", "cache_control": {"type": "ephemeral"}, "annotations": []}
+    wire = protocol.Message.model_validate({"role": "user", "name": "n", "content": [part]}).on_the_wire()
+    assert wire == {"role": "user", "name": "n", "content": [{"type": "text", "text": "x"}]}
+
+
 def test_special_tokens_of_a_completion_can_be_left_out(app, tokenizer):
     for wanted, bos in ((None, [0]), (True, [0]), (False, [])):
         assert app.post(COMPLETIONS, prompt="It", add_special_tokens=wanted).status_code == 200
