@@ -8,7 +8,7 @@ its kernel is for. AITER asks its compilers and the driver as it is imported: th
 import contextlib
 import enum
 import functools
-import importlib
+import importlib.util
 import io
 import math
 import os
