@@ -103,8 +103,6 @@ def bench(tmp_path, *argv: str, **stand_in) -> tuple[list[dict], StandIn, list[d
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(run, "PAUSE_S", 0.0)
-    yield
-    gc.freeze()  # as tests/conftest.py has it: a run ends by undoing that
 
 
 @pytest.fixture
@@ -240,6 +238,16 @@ def test_a_conversation_holds_what_was_said(tmp_path, words, backend):
     else:
         name = "text" if backend == "wave64" else "prompt"
         assert [body[name] for body in server.bodies] == ["one", "oneA b c two", "oneA b c twoA b c three"]
+
+
+def test_what_collections_left_out_before_they_leave_out_after(tmp_path):
+    try:
+        for had_frozen in (False, True):
+            gc.freeze() if had_frozen else gc.unfreeze()
+            bench(tmp_path, "--num-prompts", "1")
+            assert (gc.get_freeze_count() > 0) == had_frozen
+    finally:
+        gc.freeze()  # as tests/conftest.py has it
 
 
 def made(*argv: str) -> Namespace:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers_server import serve
 
+from wave64.bench_serving import run
 from wave64.bench_serving.run import main
 from wave64.serve.model_path import BUILT_IN
 
@@ -37,7 +38,8 @@ def labels(shown: str) -> list[str]:
 
 @pytest.mark.skipif(not (CLIENTS / "sglang").exists(),
                     reason="SGLang's client is not in build/clients: python3 setup_rocm.py test")
-def test_sglangs_benchmark_and_ours(tmp_path, capsys):
+def test_sglangs_benchmark_and_ours(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "PAUSE_S", 0.0)
     with serve("demo-llama", tmp_path / "log", "--max-total-tokens", "2048") as server:
         told = server.get("/model_info").json()
         assert told["model_path"] == told["tokenizer_path"] == str(BUILT_IN["demo-llama"])

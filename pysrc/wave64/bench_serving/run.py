@@ -128,6 +128,7 @@ class Bench:
                                       "error": answer.error}, ensure_ascii=False), flush=True)  # fmt: skip
             return answers
 
+        had_frozen = gc.get_freeze_count() > 0  # the process around this
         gc.collect()
         gc.freeze()  # a thousand rows are not looked at again while tokens come
         began, busy = time.perf_counter(), time.process_time()
@@ -135,7 +136,8 @@ class Bench:
         answers = [answer for answers in await asyncio.gather(*tasks) for answer in answers]
         duration = time.perf_counter() - began
         busy = (time.process_time() - busy) / duration
-        gc.unfreeze()
+        if not had_frozen:
+            gc.unfreeze()
         bar(None)
         if args.profile:
             await self._post("/stop_profile")
