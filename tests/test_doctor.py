@@ -144,6 +144,9 @@ CHANGES = {
     "visible twice": ({}, {"environment": SETTINGS | {"HIP_VISIBLE_DEVICES": "4", "ROCR_VISIBLE_DEVICES": "4"}},
                       {"visible devices": WARN}),
     "visible, the same": ({}, {"environment": SETTINGS | dict(HIP_VISIBLE_DEVICES="0", CUDA_VISIBLE_DEVICES="0")}, {}),
+    "no number visible": ({}, {"environment": SETTINGS | {"HIP_VISIBLE_DEVICES": "0,first,2"}},
+                          {"visible devices": FAIL}),
+    "visible by name": ({}, {"environment": SETTINGS | {"HIP_VISIBLE_DEVICES": "GPU-5a3c0f21, 1"}}, {}),
     "none visible": ({}, {"environment": SETTINGS | {"HIP_VISIBLE_DEVICES": ""}}, {"visible devices": FAIL}),
 } | {name: ({}, {"environment": SETTINGS | {name: "9"}}, {name: WARN}) for name in HARMFUL}
 

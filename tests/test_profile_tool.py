@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -105,6 +106,20 @@ def test_an_unknown_kind_is_refused(tmp_path):
     with pytest.raises(wave64.NotSupported, match="kind: expected one of torch, rpd, got 'nsys'"), \
             wave64.profile(tmp_path / "out", kind="nsys"):
         raise AssertionError("the block must not run")
+
+
+def test_one_profile_at_a_time(tmp_path):
+    """In another process: torch's profiler ends its process where one is started in another."""
+    code = ("import torch, wave64, sys\n"
+            "with wave64.profile(sys.argv[1] + '/outer'):\n"
+            "    try:\n"
+            "        with wave64.profile(sys.argv[1] + '/inner'): torch.ones(3)\n"
+            "    except wave64.NotSupported as error: print(error)\n"
+            "with wave64.profile(sys.argv[1] + '/next'): torch.ones(3)\n")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "profile: expected no profile that runs already, got one of torch's" in done.stdout
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["next.trace.json.gz", "outer.trace.json.gz"]
 
 
 def test_a_server_records_by_rpd_for_so_many_steps(tmp_path, rpd):

@@ -224,6 +224,17 @@ def test_what_is_no_profile_is_said_to_be_none(name, content, words, tmp_path, c
     assert not (tmp_path / name).with_suffix(".json.gz").exists()
 
 
+def test_a_folder_and_an_output_that_cannot_be_written_are_refused_in_words(tmp_path, capsys, monkeypatch):
+    path = save_rpd(tmp_path / "a.rpd", calls=CALLS)
+    monkeypatch.chdir(tmp_path)
+    for arguments, words in ((["."], ".: expected a profile, got a folder"),
+                         ([str(path), str(path / "x" / "out.json.gz")], "Not a directory")):
+        assert rpd2trace.main(arguments) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("wave64 rpd2trace: ")
+        assert words in said
+
+
 def test_another_database_is_refused_with_what_is_missing(tmp_path):
     for tables in (["CREATE TABLE users (id INTEGER)"], RPD_TABLES.replace("pid INTEGER", "pod INTEGER").split(";")):
         path = tmp_path / f"{len(tables)}.db"

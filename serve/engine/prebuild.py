@@ -226,13 +226,14 @@ def collect(args: ServerArgs, arch: str, say: Callable[[str], None] = log.info) 
 def prebuild(args: ServerArgs, arch: str, output: Path | None, jobs: int) -> int:
     """Do all of it; the number of kernels. output: a folder, a tar, or None: the default folder.
 
-    Raises RuntimeError where kernels do not compile.
+    Raises RuntimeError where kernels do not compile, ArgsError where `output` cannot be written.
     """
     began = time.monotonic()
+    is_tar = output is not None and not output.is_dir() and ".tar" in output.suffixes or str(output).endswith(".tgz")
+    refuse_unless_writable(output or prebuilt.DEFAULT / arch, is_tar)
     launches = collect(args, arch)
     collected = time.monotonic()
     log.info("%s for %s: %d Triton kernels, found in %.1f s", args.model_path, arch, len(launches), collected - began)
-    is_tar = output is not None and not output.is_dir() and ".tar" in output.suffixes or str(output).endswith(".tgz")
     with tempfile.TemporaryDirectory(prefix="wave64-prebuild-") as scratch:
         folder = Path(scratch) if is_tar else output or prebuilt.DEFAULT / arch
         with wave64.emulate(arch, collect=lambda launch: None):  # Triton compiles for its target
@@ -241,12 +242,23 @@ def prebuild(args: ServerArgs, arch: str, output: Path | None, jobs: int) -> int
             raise RuntimeError(f"{len(failures)} of {len(launches)} kernels do not compile: {failures[0]}")
         _note(folder, arch, args, len(launches))
         if is_tar and output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
             prebuilt.pack(folder, output)
     where = output or folder
     log.info("%s: %d kernels in %.1f s of compiling; a server %s", where, len(launches), time.monotonic() - collected,
              "finds them" if output is None else f"takes them with --prebuilt-kernels {where}")
     return len(launches)
+
+
+def refuse_unless_writable(output: Path, is_tar: bool) -> None:
+    """Makes the folder; raises ArgsError where it cannot be made or written."""
+    folder = output.parent if is_tar else output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ArgsError(f"--output: expected what can be written, got {output}: {error.strerror}; name another "
+                        "folder or tar") from None
 
 
 def _note(folder: Path, arch: str, args: ServerArgs, count: int) -> None:

@@ -211,6 +211,19 @@ def test_a_killed_process_holds_no_lock(tmp_path):
         pass
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_looked_for(tmp_path, capsys):
+    from wave64.serve.engine import prebuild
+
+    (tmp_path / "file").touch()
+    for output in ("file", "file/x", "file/x/kernels.tar.gz"):
+        with pytest.raises(SystemExit) as ended:
+            prebuild.main(["--arch", ARCH, "--model-path", "demo-llama", "--output", str(tmp_path / output)])
+        assert ended.value.code == 1
+        said = capsys.readouterr().err
+        assert f"--output: expected what can be written, got {tmp_path / output}: " in said
+        assert said.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_the_command_refuses_in_words():
     done = python("-m", "wave64", "prebuild", "--arch", ARCH, "--model-path", "demo-lama", HOME="/nonexistent")

@@ -112,7 +112,8 @@ def recording(path: str | Path, kind: str = "torch", *, activities: tuple[str, .
     """What records to a file whose name is `path` and the kind's own ending, in a folder that is made.
 
     activities  of torch's profiler: "CPU", "GPU"; None: what there is
-    raises      NotSupported for a kind that is unknown or cannot be had here
+    raises      NotSupported for a kind that is unknown or cannot be had here, and while torch records already, whose
+                second profile would end the process
     """
     if kind not in KINDS:
         raise NotSupported(f"profile: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -120,6 +121,8 @@ def recording(path: str | Path, kind: str = "torch", *, activities: tuple[str, .
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "rpd":
         return RpdRecording(path if path.suffix == ".rpd" else path.with_name(f"{path.name}.rpd"))
+    if torch.autograd._profiler_enabled():
+        raise NotSupported("profile: expected no profile that runs already, got one of torch's; end it first")
     if activities is None:
         activities = ("CPU", "GPU") if torch.cuda.is_available() else ("CPU",)
     path = path if path.name.endswith((".json", ".json.gz")) else path.with_name(f"{path.name}.trace.json.gz")
@@ -161,7 +164,8 @@ def profile(path: str | Path, kind: str = "torch", *, model: nn.Module | None = 
     path   of the file; ".trace.json.gz", or ".rpd", is added where it ends otherwise
     kind   "torch": torch's profiler, everywhere; "rpd": ROCm's rocmProfileData, where it is installed
     model  whose modules name ranges, too
-    raises NotSupported for a kind that is unknown or cannot be had here, before anything runs
+    raises NotSupported for a kind that is unknown or cannot be had here, or while torch records already, before
+           anything runs
     """
     made = recording(path, kind, activities=activities, with_stack=with_stack, record_shapes=record_shapes)
     with contextlib.ExitStack() as stack:

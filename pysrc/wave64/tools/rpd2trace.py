@@ -10,6 +10,7 @@ first; what the profiler watched (clocks) is a row of its own. Rows are written 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import io
 import json
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start", metavar="T", help="microseconds behind the first call, or a percentage: 10%%")
     parser.add_argument("--end", metavar="T", help="the same")
     options = parser.parse_args(argv)
-    output = options.output or options.input.with_suffix(".json.gz")
+    output = options.output or (options.input if options.input.name else Path("trace")).with_suffix(".json.gz")
     if output.resolve() == options.input.resolve():
         parser.error(f"OUT: expected another file than IN, got {output} for both")
     began, unfinished = time.monotonic(), output.with_name(output.name + ".part")
@@ -159,11 +160,12 @@ def main(argv: list[str] | None = None) -> int:
                 count = write_trace(profile, file, window,
                                     lambda rows: print(f"\r{rows:,} events", end="", file=sys.stderr, flush=True))
         unfinished.rename(output)
-    except (NotAProfile, FileNotFoundError, ValueError) as e:
+    except (NotAProfile, OSError, ValueError) as e:
         print(f"wave64 rpd2trace: {e}", file=sys.stderr)
         return 1
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            unfinished.unlink(missing_ok=True)
     print(f"\r{count:,} events in {time.monotonic() - began:.1f} s: {output}\nOpen it at https://ui.perfetto.dev.",
           file=sys.stderr)
     return 0

@@ -5,6 +5,7 @@ AMD's advice is that of its MI300X system and workload tuning guides.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from wave64.tools.doctor.machine import FAIL, OK, WARN, Machine, Row
@@ -167,6 +168,10 @@ def environment(machine: Machine) -> Iterator[Row]:
     yield from rows or [Row("environment", OK, "no variable that harms")]
 
 
+#: An entry of a variable that says which GPUs are visible.
+DEVICE = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
+
+
 def visible(machine: Machine) -> Iterator[Row]:
     names = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
     given = {name: value for name in names if (value := machine.environment.get(name)) is not None}
@@ -181,5 +186,10 @@ def visible(machine: Machine) -> Iterator[Row]:
     elif any(value.strip() in ("", "-1") for value in given.values()):
         yield Row("visible devices", FAIL if machine.gpus() else OK, shown, "no GPU is visible",
                   f"unset {' '.join(given)}")
+    elif odd := [entry for value in given.values() for entry in value.split(",")
+                 if not DEVICE.fullmatch(entry.strip())]:
+        yield Row("visible devices", FAIL if machine.gpus() else WARN, shown,
+                  f"the runtime reads up to the first entry that is no number of a GPU, here {odd[0]!r}: those behind "
+                  "are not visible", f"unset {' '.join(given)}")
     else:
         yield Row("visible devices", OK, shown or "all")
