@@ -1,6 +1,5 @@
 """A tiny random Llama with a tokenizer, and the real server around it in processes of its own."""
 
-import fcntl
 import json
 import os
 import random
@@ -8,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +20,6 @@ TEXT = (Path(__file__).parents[2] / "serve/demo/gettysburg.txt").read_text()
 CONTEXT, POOL, VOCAB = 2048, 8192, 384
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 READY_S = 120  # how long a start, or an end, may take on a machine that is busy
-_ours = []  # locks of ports, until this process ends
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -61,15 +58,15 @@ def free_port() -> int:
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for _ in range(1000):
         port = random.SystemRandom().randrange(min(first // 2, 10_000), first)
-        lock = open(Path(tempfile.gettempdir(), f"wave64-test-port-{port}"), "w")  # noqa: SIM115, held until the end
+        ours = socket.socket(socket.AF_UNIX)
         with socket.socket() as probe:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours.bind(f"\0wave64-test-port-{port}")  # a name without a file, and gone with this process
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                lock.close()
+                ours.close()
                 continue
-        _ours.append(lock)
+        ours.detach()  # open, without an object that would be told to be closed
         return port
     raise RuntimeError(f"no port below {first} is free")
 
