@@ -148,7 +148,7 @@ LONG = ("counts cleared while they are read", "waves' sums read before they are 
         "up's scales for gate", "queries that see each other's keys", "new latents not rotated",
         "latents of all tiles and columns at one place", "waves' sums joined before they are there",
         "new tokens that see later ones", "rows of keys in their own order", "keys behind the last",
-        "weights of half the keys in a row's sum", "keys before the window")
+        "weights of half the keys in a row's sum", "keys before the window", "an older maximum's values")
 #: Of those that show beyond 2 GiB only, the cases.
 CASES = dict.fromkeys(("slots of 32 bits", "pages of 32 bits"), "pool-5gib")
 
