@@ -66,7 +66,7 @@ def free_port() -> int:
             except OSError:
                 ours.close()
                 continue
-        ours.detach()  # open, without an object that would be told to be closed
+        ours.detach()  # stays open without an object, which would warn that it was not closed
         return port
     raise RuntimeError(f"no port below {first} is free")
 
