@@ -137,12 +137,12 @@ class Engine:
     async def _results(job: Generate, stream: bool) -> AsyncGenerator[Any, None]:
         """What the job answers: in parts, or all of it at once."""
         await job.prepare()
-        if not stream:
+        if stream:
+            async with aclosing(job.stream()) as items:
+                async for item in items:
+                    yield item
+        else:
             yield await job.answer()
-            return
-        async with aclosing(job.stream()) as items:
-            async for item in items:
-                yield item
 
     def _iterate(self, items: AsyncGenerator[Any, None]) -> Iterator[Any]:
         try:
