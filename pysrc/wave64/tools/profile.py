@@ -121,7 +121,7 @@ def recording(path: str | Path, kind: str = "torch", *, activities: tuple[str, .
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "rpd":
         return RpdRecording(path if path.suffix == ".rpd" else path.with_name(f"{path.name}.rpd"))
-    if torch.autograd._profiler_enabled():
+    if torch.autograd.profiler._is_profiler_enabled:
         raise NotSupported("profile: expected no profile that runs already, got one of torch's; end it first")
     if activities is None:
         activities = ("CPU", "GPU") if torch.cuda.is_available() else ("CPU",)
