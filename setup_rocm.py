@@ -360,8 +360,7 @@ def do_develop(args: argparse.Namespace) -> None:
 
 
 def do_wheel(args: argparse.Namespace) -> None:
-    """A wheel for every Linux with glibc 2.28 or later: zig's C++ compiler links its own libc++ in, and auditwheel says
-    that nothing later is asked for."""
+    """A wheel for Linux with glibc 2.28 or later: zig links its own libc++ in, auditwheel checks what is asked for."""
     require_writable()
     python = environment()
     require_pip(python)
@@ -371,9 +370,10 @@ def do_wheel(args: argparse.Namespace) -> None:
     glibc, machine = "2.28", platform.machine()
     with tempfile.TemporaryDirectory() as folder:
         built, tools = Path(folder, "wheel"), Path(folder, "tools")
+        flag = ask(python, f"from tools.split_headers import link; print(link('{folder}/include'))").stdout.rstrip()
         run("Building the wheel", [
             python, "-m", "pip", "wheel", "-v", "--no-deps", *args.archs,
-            *zig_compiler(python, f"-target {machine}-linux-gnu.{glibc}"),
+            *zig_compiler(python, f"-target {machine}-linux-gnu.{glibc}{flag}"),
             f"--config-settings=build-dir={folder}/build", "-w", built, "."], env)
         run("Fetching auditwheel", [python, "-m", "pip", "install", "--target", tools, *AUDITWHEEL])
         run("Checking what the wheel asks of a system", [

@@ -1,5 +1,6 @@
 """The front door's decisions: which torch, if any, and what it says when it will not choose."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -153,6 +154,20 @@ def test_without_a_compiler_zigs_is_used(monkeypatch, compiler):
     assert any("CMAKE_CXX_COMPILER=/env/bin/python;-m;ziglang;c++" in s for s in settings) is (compiler is None)
     assert settings[0] == "-Cx"
     assert all(each.startswith("--config-settings=") for each in settings[1:])  # pip of Debian 12 knows no -C
+
+
+@pytest.mark.parametrize("multiarch", ["x86_64-linux-gnu", ""])
+def test_headers_that_debian_splits_are_found(tmp_path, monkeypatch, multiarch):
+    part = tmp_path / "usr" / multiarch / "python3.11"
+    part.mkdir(parents=True)
+    (part / "pyconfig.h").touch()
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    split_headers = importlib.import_module("split_headers")
+    monkeypatch.setattr(split_headers.sysconfig, "get_path", lambda name: f"{tmp_path}/usr/python3.11")
+    monkeypatch.setattr(split_headers.sysconfig, "get_config_var", lambda name: multiarch)
+    flag = split_headers.link(str(tmp_path / "include"))
+    assert flag == (f" -I{tmp_path}/include" if multiarch else "")
+    assert (tmp_path / "include/x86_64-linux-gnu/python3.11/pyconfig.h").exists() == bool(multiarch)
 
 
 def test_the_build_tools_are_read_from_pyproject():
