@@ -1,10 +1,10 @@
 import torch
 from torch import Tensor
 
-from wave64 import ops, platform
+from wave64 import ops
 from wave64.arch import Arch
 from wave64.backends.hip import bind, constants, launch, other_fp8
-from wave64.backends.hip_ops.paged_attention import MAX_SPLIT_SEQS
+from wave64.backends.hip_ops.paged_attention import num_splits
 
 CONSTANTS = constants("mla_decode")
 #: Splits of a batch for each compute unit, which runs one block at a time: the second round evens out the first.
@@ -40,15 +40,6 @@ def unsupported(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, tensors: tuple[T
     return other_fp8(kv_cache.dtype)
 
 
-def num_splits(num_seqs: int, max_keys: int, tiles: int) -> int:
-    """Into how many splits the keys of a batch are cut, at most max_keys a sequence; a split takes `tiles` blocks.
-    0: no sequence is split."""
-    per_seq = max(1, (max_keys + CONSTANTS.MIN_SPLIT_KEYS // 2) // CONSTANTS.MIN_SPLIT_KEYS)
-    if num_seqs > MAX_SPLIT_SEQS:
-        return 0
-    return min(num_seqs * (per_seq - 1), max(1, platform.compute_units() * SPLITS_PER_UNIT // tiles))
-
-
 def fields(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
            kv_scale: Tensor | None) -> dict:
     """What both operators launch with: of queries [num_seqs, new, heads, width], `out` included."""
@@ -56,7 +47,7 @@ def fields(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, s
     num_pages, page_size, _ = kv_cache.shape
     max_pages, device = page_table.shape[1] if num_pages else 0, q_nope.device
     tiles = -(-new * heads // CONSTANTS.TILE_ROWS)
-    splits = num_splits(num_seqs, max_pages * page_size, tiles)
+    splits = num_splits(num_seqs, max_pages * page_size, tiles, CONSTANTS.MIN_SPLIT_KEYS, SPLITS_PER_UNIT)
     partial = stats = plan = None
     if splits:
         partial = torch.empty((num_seqs + splits, new * heads, rank), dtype=torch.float32, device=device)

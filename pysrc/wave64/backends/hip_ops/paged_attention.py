@@ -28,13 +28,13 @@ def supports(query, key_cache, value_cache, page_table, *args, **kwargs) -> str 
     return None
 
 
-def num_splits(num_seqs: int, max_keys: int, tiles: int) -> int:
-    """Into how many splits the keys of a batch are cut, at most max_keys a sequence; a split takes `tiles` blocks.
-    0: no sequence is split."""
-    per_seq = max(1, (max_keys + CONSTANTS.MIN_SPLIT_KEYS // 2) // CONSTANTS.MIN_SPLIT_KEYS)
+def num_splits(num_seqs: int, max_keys: int, tiles: int, min_keys: int, per_unit: int) -> int:
+    """Into how many splits of about min_keys the keys of a batch are cut, at most max_keys a sequence, so that a
+    compute unit gets at most per_unit; a split takes `tiles` blocks. 0: no sequence is split."""
+    per_seq = max(1, (max_keys + min_keys // 2) // min_keys)
     if num_seqs > MAX_SPLIT_SEQS:
         return 0
-    return min(num_seqs * (per_seq - 1), max(1, platform.compute_units() * SPLITS_PER_UNIT // tiles))
+    return min(num_seqs * (per_seq - 1), max(1, platform.compute_units() * per_unit // tiles))
 
 
 def as_fp32(x: Tensor | None) -> Tensor | None:
@@ -57,7 +57,7 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
     k_scale, v_scale, scale_stride = quant.kv_scales_of(k_scale, v_scale, num_kv_heads)
     tile_heads = CONSTANTS.NVIDIA_TILE_HEADS if arch and arch.vendor == "nvidia" else CONSTANTS.AMD_TILE_HEADS
     tiles = num_kv_heads * -(-num_heads // num_kv_heads // tile_heads)
-    splits = num_splits(num_seqs, window if window > 0 else max_keys, tiles)
+    splits = num_splits(num_seqs, window if window > 0 else max_keys, tiles, CONSTANTS.MIN_SPLIT_KEYS, SPLITS_PER_UNIT)
     partial = stats = plan = None
     if splits:
         partial = torch.empty((num_seqs + splits, num_heads, head_dim), dtype=torch.float32, device=device)
