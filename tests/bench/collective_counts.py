@@ -2,11 +2,11 @@
 next to each other; then the first rank's again, alone, over what the others have left in its arena, so that it waits
 for none.
 
-    python tests/bench/collective_counts.py [--world 8] [--bytes 8192] [--arch gfx942] [--peers FILE.co]
+    python tests/bench/collective_counts.py [--world 8] [--bytes 8192] [--arch gfx942] [--peers FILE.co [--slots 64]]
 
 --peers: a code object with SGLang's or vLLM's cross_device_reduce_1stage and _2stage for 8 ranks and bf16, in the form
-that pulls, with signals per block that grow; its rows then follow. They have no flags to wait for either: those of all
-ranks are set beforehand.
+that pulls, with signals per block that grow; its rows then follow. --slots: how many blocks it has signals for, SGLang's
+64, vLLM's 36. They have no flags to wait for either: those of all ranks are set beforehand.
 """
 
 import argparse
@@ -33,19 +33,19 @@ def moved(by_name: dict[str, int], kind: str) -> int:
                for name, count in by_name.items() if name.startswith((f"buffer_{kind}_", f"global_{kind}_")))
 
 
-SIGNALS = 2 * 64 * 8 * 4 + 64 * 4  # bytes: flags at the start and at the end by block and rank, counters by block
-THREADS, MAX_BLOCKS = 512, 16      # as they are launched on AMD
+THREADS, MAX_BLOCKS = 512, 16  # as they are launched on AMD
 
 
-def of_a_peer(path: Path, kernel: str, count: int) -> tuple[SimpleNamespace, Counts]:
+def of_a_peer(path: Path, kernel: str, count: int, slots: int) -> tuple[SimpleNamespace, Counts]:
     """The launch of rank 0, and what it executed; the sums are held to fp64's."""
     packs = count // 8
     x = [each.contiguous() for each in torch.randn(RANKS, count).bfloat16()]
     out = torch.empty(RANKS, count, dtype=torch.bfloat16)
-    signals = torch.zeros(RANKS, SIGNALS + count * 2 + 128, dtype=torch.uint8)
+    flag_bytes = 2 * slots * RANKS * 4  # at the start and at the end, by block and rank; counters by block follow
+    signals = torch.zeros(RANKS, flag_bytes + slots * 4 + 128 + count * 2 + 128, dtype=torch.uint8)
     at = [-(-row.data_ptr() // 128) * 128 for row in signals]
     pointers = torch.tensor([each.data_ptr() for each in x])
-    flags = [each[first - each.data_ptr():][:SIGNALS - 256].view(torch.int32)
+    flags = [each[first - each.data_ptr():][:flag_bytes].view(torch.int32)
              for each, first in zip(signals, at, strict=True)]
     buffers = [Buffer(name, each.data_ptr(), each.nbytes) for name, each in
                (("out", out), ("signals", signals), ("pointers", pointers),
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=8192)
     parser.add_argument("--arch", default="gfx942")
     parser.add_argument("--peers", type=Path)
+    parser.add_argument("--slots", type=int, default=64)
     options = parser.parse_args()
     print("| protocol | blocks x waves | instructions | a wave | bytes loaded | bytes stored |")
     print("|---|---|---:|---:|---:|---:|")
@@ -94,7 +95,7 @@ def main() -> None:
     if options.peers:
         for kernel in code_object.load(options.peers.read_bytes()).kernels:
             if "cross_device_reduce_" in kernel:
-                print(row(kernel, *of_a_peer(options.peers, kernel, options.bytes // 2)), flush=True)
+                print(row(kernel, *of_a_peer(options.peers, kernel, options.bytes // 2, options.slots)), flush=True)
 
 
 if __name__ == "__main__":
