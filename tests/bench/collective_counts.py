@@ -5,8 +5,8 @@ for none.
     python tests/bench/collective_counts.py [--world 8] [--bytes 8192] [--arch gfx942] [--peers FILE.co [--slots 64]]
 
 --peers: a code object with SGLang's or vLLM's cross_device_reduce_1stage and _2stage for 8 ranks and bf16, in the form
-that pulls, with signals per block that grow; its rows then follow. --slots: how many blocks it has signals for, SGLang's
-64, vLLM's 36. They have no flags to wait for either: those of all ranks are set beforehand.
+that pulls, with signals per block that grow; its rows then follow. --slots: how many blocks it has signals for, 64 of
+SGLang's, 36 of vLLM's. They have no flags to wait for either: those of all ranks are set beforehand.
 """
 
 import argparse
