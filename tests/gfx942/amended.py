@@ -33,6 +33,9 @@ endif""",
         "exponent(S1.f32) == 255", "exponent(S2.f32) - exponent(S1.f32) > 128").replace("OVERFLOW_F32", "INF.f32"),
     # the table, which the text leaves out, is the manual's list of results: a signed number of 4 bits over 16
     "v_cvt_off_f32_i4": "D0.f32 = (u32_to_f32(S0[3 : 0].u32) - (S0[3 : 3].u32 == 1U ? 16.0F : 0.0F)) / 16.0F",
+    # the text sets a rounding mode for its two conversions, which have no mode here
+    "v_cvt_pkrtz_f16_f32": published()["v_cvt_pkrtz_f16_f32"].replace("f32_to_f16", "toward_zero").replace(
+        "prev_mode = ROUND_MODE;\nROUND_MODE = ROUND_TOWARD_ZERO;\n", "").replace("ROUND_MODE = prev_mode;\n", ""),
     # 2 ** S1 need be no fp32 number
     "v_ldexp_f32": "D0.f32 = ldexp(S0.f32, S1.i32)",
 }

@@ -161,6 +161,8 @@ def builtin(name: str, values: list[Value], arch: str) -> Value:
     match name:
         case "fma":
             return floating(plus(times(real(values[0]), real(values[1])), real(values[2])), first.width)
+        case "toward_zero":  # a half, of fp32
+            return Value(format_of("f", 16).bits(x, toward_zero=True), 16, "f")
         case "abs":
             return first._replace(bits=first.bits & (1 << first.width - 1) - 1)
         case "sqrt":
