@@ -118,9 +118,10 @@ def test_a_full_disk_under_the_log_changes_no_answer(tmp_path):
     """No process may make a file longer, which is how a disk that is full looks."""
     with serve("demo-llama", tmp_path / "log", *FLAGS) as server:
         before = server.complete(prompt="Four score and")
-        size = server.log.stat().st_size
+        limit = server.log.stat().st_size
         for pid in processes(server).values():
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
+        size = server.log.stat().st_size  # with what was written of the answer meanwhile
         after = server.complete(prompt="Four score and")
         assert after["choices"] == before["choices"]
         assert server.log.stat().st_size == size
