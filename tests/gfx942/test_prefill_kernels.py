@@ -3,12 +3,12 @@ kernel on either architecture; and what they decline."""
 
 import pytest
 import torch
+from test_latents import executed
 
 from wave64 import OPS, platform
 from wave64.op import Case
 from wave64.ops.prefill_attention import make_prefill
 from wave64.ops.varlen_attention import make_case as make_ragged
-from wave64.testing import contract
 from wave64.testing.emulator.run import emulate
 
 HALF = torch.float16
@@ -42,21 +42,7 @@ CASES += [("prefill_attention", Case(name, lambda options=options: make_prefill(
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 @pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{op}-{case.id}") for op, case in CASES])
 def test_machine_code_keeps_the_contract(op, case, arch, record_property):
-    kernels, instructions = set(), 0
-
-    def call(**args):
-        nonlocal instructions
-        with emulate(arch) as ran:
-            result = OPS[op].backends["hip"].run(**args)
-        kernels.update(ran.kernels)
-        instructions += ran.instructions
-        return result
-
-    with platform.target(arch):
-        assert OPS[op].backends["hip"].supports(**contract.draw(case, "cpu", 0)) is None
-        contract.verify(OPS[op], "hip", case, "cpu", run=call)
-    record_property("emulated", {"arch": arch, "kernels": sorted(kernels), "instructions": instructions})
-    assert len(kernels) == 1
+    assert executed(arch, op, case, record_property) == 1
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -48,8 +48,8 @@ def find(module: Any, function: str) -> Callable | str:
     inner, _, name = function.rpartition(".")
     if inner:
         try:
-            module = getattr(module, inner, None) if isinstance(getattr(module, inner, None), ModuleType) else \
-                importlib.import_module(f"{module.__name__}.{inner}")
+            there = getattr(module, inner, None)
+            module = there if isinstance(there, ModuleType) else importlib.import_module(f"{module.__name__}.{inner}")
         except Exception as error:
             return f"this aiter's {inner} cannot be imported ({type(error).__name__}: {error})"
     return getattr(module, name, None) or f"this aiter has no {function}"
