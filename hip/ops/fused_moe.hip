@@ -289,8 +289,7 @@ constexpr const char* kDown[] = {"fused_moe_down_bf16", "fused_moe_down_fp16"};
 constexpr const char* kSum[] = {"fused_moe_sum_bf16", "fused_moe_sum_fp16"};
 
 void fused_moe(FusedMoeArgs args, const Call& call) {
-    call.expect(args.dtype == kBf16 || args.dtype == kFp16, "dtype", std::string("bf16 or fp16"),
-                Call::name_of(args.dtype));
+    expect_matrix_dtype(call, args.dtype);
     call.expect_min("num_tokens", args.num_tokens, 0);
     if (args.num_tokens == 0) return;
     call.expect_min("top_k", args.top_k, 1);

@@ -184,7 +184,7 @@ constexpr const char* kKernels[][kTokenTiles] = {{"linear_bf16_one", "linear_bf1
                                                  {"linear_fp16_one", "linear_fp16_two"}};
 
 void linear(LinearArgs args, const Call& call) {
-    call.expect(args.dtype == kBf16 || args.dtype == kFp16, "dtype", "bf16 or fp16", Call::name_of(args.dtype));
+    expect_matrix_dtype(call, args.dtype);
     const int tile = call.device.is_nvidia() ? kNvidiaTileHeads : kAmdTileHeads;
     call.expect_range("num_tokens", args.num_tokens, 0, kTokenTiles * tile);
     call.expect_range("in_features", args.in_features, 0, 1 << 28);

@@ -290,8 +290,7 @@ constexpr const char* kKernels[2][2][2] = {{{"paged_attention_bf16_64", "paged_a
 constexpr const char* kMergeKernels[] = {"paged_attention_merge_bf16", "paged_attention_merge_fp16"};
 
 void check(const PagedAttentionArgs& args, const Call& call) {
-    call.expect(args.dtype == kBf16 || args.dtype == kFp16, "dtype", std::string("bf16 or fp16"),
-                Call::name_of(args.dtype));
+    expect_matrix_dtype(call, args.dtype);
     call.expect_cache_dtype(args.cache_dtype, args.dtype);
     call.expect(args.head_dim == 64 || args.head_dim == 128, "head_dim", "64 or 128", args.head_dim);
     call.expect(args.page_size > 0 && args.page_size % kGroup == 0, "page_size", "a multiple of 16", args.page_size);
@@ -301,8 +300,7 @@ void check(const PagedAttentionArgs& args, const Call& call) {
     if (args.num_seqs == 0 || args.num_heads == 0) return;
     call.expect(args.num_kv_heads > 0 && args.num_heads % args.num_kv_heads == 0, "num_kv_heads",
                 "a divisor of num_heads", args.num_kv_heads);
-    call.expect(args.max_pages >= 0 && args.max_pages <= (1 << 30) / args.page_size, "max_pages",
-                "a capacity of at most 2^30 keys", args.max_pages);
+    expect_capacity(call, args.max_pages, args.page_size);
     const int capacity = args.max_pages * args.page_size;
     call.expect(int64_t(args.num_seqs) * (capacity / kGroup) <= kMaxInt, "num_seqs",
                 "a capacity of at most 2^35 keys in all", args.num_seqs);
@@ -313,8 +311,8 @@ void check(const PagedAttentionArgs& args, const Call& call) {
                        args.key_row_stride * bytes, args.key_head_stride * bytes, args.value_page_stride * bytes,
                        args.value_row_stride * bytes, args.value_head_stride * bytes}),
         "query, key_cache, value_cache", std::string("rows that begin at multiples of 16 bytes"), "others");
-    call.expect_range("key_row_stride", args.key_row_stride, 0, (1 << 26) - 1);
-    call.expect_range("value_row_stride", args.value_row_stride, 0, (1 << 26) - 1);
+    expect_row_stride(call, "key_row_stride", args.key_row_stride);
+    expect_row_stride(call, "value_row_stride", args.value_row_stride);
     call.expect_tensors({{"query", args.query}, {"seq_lens", args.seq_lens}, {"out", args.out}});
     if (capacity)
         call.expect_tensors(
@@ -355,8 +353,8 @@ WAVE64_OP_AND_CONSTANTS(paged_attention, PagedAttentionArgs,
                         query, key_cache, value_cache, page_table, seq_lens, sinks, k_scale, v_scale, out, partial,
                         stats, plan, query_stride, query_head_stride, key_page_stride, key_row_stride, key_head_stride,
                         value_page_stride, value_row_stride, value_head_stride, table_stride, scale_stride, num_seqs,
-                        num_heads, num_kv_heads, head_dim, page_size, max_pages, window, num_splits, scale, logit_cap, dtype,
-                        cache_dtype)
+                        num_heads, num_kv_heads, head_dim, page_size, max_pages, window, num_splits, scale, logit_cap,
+                        dtype, cache_dtype)
 
 }  // namespace
 }  // namespace wave64

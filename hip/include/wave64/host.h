@@ -217,6 +217,21 @@ constexpr int64_t kMaxGridY = 65535;
 
 inline int64_t element_bytes(Dtype dtype) { return dtype == kFp8 ? 1 : dtype == kFp32 ? 4 : 2; }
 
+inline void expect_matrix_dtype(const Call& call, Dtype dtype) {
+    call.expect(dtype == kBf16 || dtype == kFp16, "dtype", std::string("bf16 or fp16"), Call::name_of(dtype));
+}
+
+// Of a sequence's pages, up to 2^30 keys.
+inline void expect_capacity(const Call& call, int32_t max_pages, int32_t page_size) {
+    call.expect(max_pages >= 0 && max_pages <= (1 << 30) / page_size, "max_pages", "a capacity of at most 2^30 keys",
+                max_pages);
+}
+
+// A key of a sequence is addressed by 32 bits from its page's first.
+inline void expect_row_stride(const Call& call, const char* name, int64_t stride) {
+    call.expect_range(name, stride, 0, (1 << 26) - 1);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -15,8 +15,7 @@ struct LatentKernels {
 
 inline void check_latents(const LatentArgs& args, const Call& call, bool rope) {
     constexpr int64_t max_int = INT32_MAX;
-    call.expect(args.dtype == kBf16 || args.dtype == kFp16, "dtype", std::string("bf16 or fp16"),
-                Call::name_of(args.dtype));
+    expect_matrix_dtype(call, args.dtype);
     call.expect_cache_dtype(args.cache_dtype, args.dtype);
     call.expect_min("num_seqs", args.num_seqs, 0);
     call.expect_min("num_heads", args.num_heads, 0);
@@ -24,8 +23,7 @@ inline void check_latents(const LatentArgs& args, const Call& call, bool rope) {
     if (args.num_seqs == 0 || args.num_heads == 0 || args.new_tokens == 0) return;
     if (rope) call.expect_range("new_tokens", args.new_tokens, 1, kMaxNewTokens);
     call.expect_min("page_size", args.page_size, 1);
-    call.expect(args.max_pages >= 0 && args.max_pages <= (1 << 30) / args.page_size, "max_pages",
-                "a capacity of at most 2^30 keys", args.max_pages);
+    expect_capacity(call, args.max_pages, args.page_size);
     const int64_t capacity = int64_t(args.max_pages) * args.page_size, bytes = element_bytes(args.cache_dtype);
     call.expect(args.num_seqs * (capacity / kGroup + 1) <= max_int, "num_seqs",
                 "a capacity of at most 2^35 keys in all", args.num_seqs);

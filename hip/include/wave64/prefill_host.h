@@ -7,11 +7,10 @@
 namespace wave64 {
 
 inline void check_prefill(const PrefillArgs& args, const Call& call, bool paged) {
-    constexpr int64_t max_int = INT32_MAX, max_row = (1 << 26) - 1;
+    constexpr int64_t max_int = INT32_MAX;
     const char* key = paged ? "key_cache" : "k";
     const char* value = paged ? "value_cache" : "v";
-    call.expect(args.dtype == kBf16 || args.dtype == kFp16, "dtype", std::string("bf16 or fp16"),
-                Call::name_of(args.dtype));
+    expect_matrix_dtype(call, args.dtype);
     call.expect_cache_dtype(args.cache_dtype, args.dtype);
     call.expect_min("num_seqs", args.num_seqs, 0);
     call.expect_min("num_heads", args.num_heads, 0);
@@ -22,8 +21,7 @@ inline void check_prefill(const PrefillArgs& args, const Call& call, bool paged)
     if (paged) {
         call.expect(args.page_size > 0 && args.page_size % kWaveKeys == 0, "page_size", "a multiple of 16",
                     args.page_size);
-        call.expect(args.max_pages >= 0 && args.max_pages <= (1 << 30) / args.page_size, "max_pages",
-                    "a capacity of at most 2^30 keys", args.max_pages);
+        expect_capacity(call, args.max_pages, args.page_size);
     }
     const int64_t bytes = element_bytes(args.cache_dtype);
     call.expect(
@@ -32,8 +30,8 @@ inline void check_prefill(const PrefillArgs& args, const Call& call, bool paged)
                        args.key_row_stride * bytes, args.key_head_stride * bytes, args.value_page_stride * bytes,
                        args.value_row_stride * bytes, args.value_head_stride * bytes}),
         "query, keys, values", std::string("rows that begin at multiples of 16 bytes"), "others");
-    call.expect_range("key_row_stride", args.key_row_stride, 0, max_row);
-    call.expect_range("value_row_stride", args.value_row_stride, 0, max_row);
+    expect_row_stride(call, "key_row_stride", args.key_row_stride);
+    expect_row_stride(call, "value_row_stride", args.value_row_stride);
     call.expect_range("scale_stride", args.scale_stride, 0, 1);
     call.expect_tensors({{"query", args.query},
                          {"cu_seqlens_q", args.cu_seqlens_q},

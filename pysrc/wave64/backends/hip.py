@@ -194,6 +194,19 @@ def other_fp8(dtype: torch.dtype) -> str | None:
     return f"{flavor} on {arch.name}, whose kernels have {arch.fp8 or 'no FP8'}"
 
 
+def no_product(dtype: torch.dtype) -> str | None:
+    """None, or that the matrix instructions are not used for `dtype`."""
+    return None if dtype in (torch.bfloat16, torch.float16) else f"multiplies bf16 and fp16, not {dtype}"
+
+
+def unaligned(*tensors: Tensor) -> str | None:
+    """None, or that a row of one of them, at any index but the last, does not begin at a multiple of 16 bytes."""
+    for tensor in tensors:
+        if any(at % 16 for at in (tensor.data_ptr(), *(s * tensor.element_size() for s in tensor.stride()[:-1]))):
+            return "reads 16 bytes at a time, and rows do not begin at multiples of 16 bytes"
+    return None
+
+
 def no_fp8(arch: Arch) -> str | None:
     """`absent` of operators whose kernels exist only for architectures that convert FP8."""
     return f"{arch.name} has no FP8 conversion" if arch.fp8 is None else None

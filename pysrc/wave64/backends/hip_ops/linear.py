@@ -2,15 +2,15 @@ import torch
 from torch import Tensor
 
 from wave64 import ops, platform
-from wave64.backends.hip import bind, constants, launch, no_matrix
+from wave64.backends.hip import bind, constants, launch, no_matrix, no_product
 
 CONSTANTS = constants("linear")
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     arch = platform.arch()
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"multiplies bf16 and fp16, not {x.dtype}"
+    if why := no_product(x.dtype):
+        return why
     if arch and arch.name == "gfx1100" and len(x) > CONSTANTS.MAX_TOKENS // 2:
         return f"serves {CONSTANTS.MAX_TOKENS // 2} tokens at most on gfx1100, where more spill registers"
     if len(x) > CONSTANTS.MAX_TOKENS:

@@ -3,7 +3,7 @@ from torch import Tensor
 
 from wave64 import ops
 from wave64.arch import Arch
-from wave64.backends.hip import bind, constants, launch, other_fp8
+from wave64.backends.hip import bind, constants, launch, no_product, other_fp8, unaligned
 from wave64.backends.hip_ops.paged_attention import num_splits
 
 CONSTANTS = constants("mla_decode")
@@ -24,8 +24,8 @@ def unsupported(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, tensors: tuple[T
     """The reason why the kernels do not serve these queries [..., heads, width] and this cache, or None. tensors:
     others whose rows must be aligned."""
     rank, rope = q_nope.shape[-1], q_pe.shape[-1]
-    if q_nope.dtype not in (torch.bfloat16, torch.float16):
-        return f"multiplies bf16 and fp16, not {q_nope.dtype}"
+    if why := no_product(q_nope.dtype):
+        return why
     if (rank, rope) != (CONSTANTS.RANK, CONSTANTS.ROPE):
         return f"serves latents of {CONSTANTS.RANK} + {CONSTANTS.ROPE}, these are {rank} + {rope}"
     rows = q_nope.shape[-2] * (q_nope.shape[1] if q_nope.ndim == 4 else 1)
@@ -34,10 +34,7 @@ def unsupported(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, tensors: tuple[T
     if rows > CONSTANTS.TILE_ROWS and len(q_nope) >= MANY_SEQS:
         return (f"serves up to {CONSTANTS.TILE_ROWS} rows (heads of new tokens) per sequence from {MANY_SEQS} "
                 f"sequences on, these are {rows}")
-    for tensor in (q_nope, q_pe, kv_cache, *tensors):
-        if any(at % 16 for at in (tensor.data_ptr(), *(s * tensor.element_size() for s in tensor.stride()[:-1]))):
-            return "reads 16 bytes at a time, and rows do not begin at multiples of 16 bytes"
-    return other_fp8(kv_cache.dtype)
+    return unaligned(q_nope, q_pe, kv_cache, *tensors) or other_fp8(kv_cache.dtype)
 
 
 def fields(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from wave64 import ops, platform, quant
-from wave64.backends.hip import bind, constants, launch, no_matrix
+from wave64.backends.hip import bind, constants, launch, no_matrix, no_product, unaligned
 
 CONSTANTS = constants("paged_attention")
 #: Splits of a batch for each compute unit: about two rounds of the blocks that run at once (3 on sm_90, 4 on gfx9), so
@@ -12,20 +12,20 @@ SPLITS_PER_UNIT = 6
 MAX_SPLIT_SEQS = 1024
 
 
-def supports(query, key_cache, value_cache, page_table, *args, **kwargs) -> str | None:
+def unsupported_pages(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> str | None:
+    """The reason why kernels of attention do not serve queries [..., heads, head_dim] on these caches, or None."""
     arch = platform.arch()
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"multiplies bf16 and fp16, not {query.dtype}"
     if key_cache.dtype != query.dtype and arch and arch.fp8 is None:
         return f"{arch.name} has no FP8 conversion"
     if query.shape[2] not in (64, 128):
         return f"serves heads of 64 or 128, these have {query.shape[2]}"
     if not key_cache.shape[1] or key_cache.shape[1] % 16:
         return f"page_size must be a multiple of 16, got {key_cache.shape[1]}"
-    for tensor in (query, key_cache, value_cache):
-        if any(at % 16 for at in (tensor.data_ptr(), *(s * tensor.element_size() for s in tensor.stride()[:-1]))):
-            return "reads 16 bytes at a time, and the heads do not begin at multiples of 16 bytes"
-    return None
+    return no_product(query.dtype) or unaligned(query, key_cache, value_cache)
+
+
+def supports(query, key_cache, value_cache, page_table, *args, **kwargs) -> str | None:
+    return unsupported_pages(query, key_cache, value_cache)
 
 
 def num_splits(num_seqs: int, max_keys: int, tiles: int, min_keys: int, per_unit: int) -> int:

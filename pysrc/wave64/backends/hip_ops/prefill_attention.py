@@ -1,10 +1,10 @@
 import torch
 from torch import Tensor
 
-from wave64 import ops, platform, quant
-from wave64.backends.hip import bind, launch
+from wave64 import ops, quant
+from wave64.backends.hip import bind, launch, no_product, unaligned
 from wave64.backends.hip_ops.mla_decode import absent
-from wave64.backends.hip_ops.paged_attention import as_fp32
+from wave64.backends.hip_ops.paged_attention import as_fp32, unsupported_pages
 
 #: A block has 128 queries in four waves: of at most 64, half of them would only load.
 MIN_SEQLEN_Q = 65
@@ -12,28 +12,16 @@ MIN_SEQLEN_Q = 65
 
 def unsupported(tensors: tuple[Tensor, ...], max_seqlen_q: int) -> str | None:
     """The reason why the kernels do not serve queries (the first of the tensors), keys and values, or None."""
-    if tensors[0].dtype not in (torch.bfloat16, torch.float16):
-        return f"multiplies bf16 and fp16, not {tensors[0].dtype}"
     if max_seqlen_q < MIN_SEQLEN_Q:
         return f"takes 128 queries of a sequence at a time, and is for calls with more than {MIN_SEQLEN_Q - 1}"
-    for tensor in tensors:
-        if any(at % 16 for at in (tensor.data_ptr(), *(s * tensor.element_size() for s in tensor.stride()[:-1]))):
-            return "reads 16 bytes at a time, and rows do not begin at multiples of 16 bytes"
-    return None
+    return no_product(tensors[0].dtype) or unaligned(*tensors)
 
 
 def supports(query, key_cache, value_cache, page_table, cu_seqlens_q, seq_lens, max_seqlen_q, scale, causal=True,
              sliding_window=-1, logit_cap=0.0, *args, **kwargs) -> str | None:
-    arch = platform.arch()
-    if key_cache.dtype != query.dtype and arch and arch.fp8 is None:
-        return f"{arch.name} has no FP8 conversion"
-    if query.shape[2] not in (64, 128):
-        return f"serves heads of 64 or 128, these have {query.shape[2]}"
-    if not key_cache.shape[1] or key_cache.shape[1] % 16:
-        return f"page_size must be a multiple of 16, got {key_cache.shape[1]}"
     if logit_cap > 0:
         return "has no logit_cap"
-    return unsupported((query, key_cache, value_cache), max_seqlen_q)
+    return unsupported_pages(query, key_cache, value_cache) or unsupported((query,), max_seqlen_q)
 
 
 @bind(ops.prefill_attention, supports=supports, absent=absent)
