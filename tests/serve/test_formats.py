@@ -34,7 +34,8 @@ CHECKPOINTS = {
     "quark-tensor": (2, {("tensor", "static")}), "quark-channel": (2, {("channel", "token")}),
     "demo-quark-kv": (2, {("tensor", "static")}), "compressed-tensor": (3, {("tensor", "static")}),
     "compressed-channel": (3, {("channel", "token"), ("tensor", "static")}),
-    "compressed-block": (3, {("block", "group")}), "fbgemm": (4, {("channel", "token")}),
+    "compressed-block": (3, {("block", "group")}), "compressed-heads": (3, {("channel", "token")}),
+    "fbgemm": (4, {("channel", "token")}),
     "modelopt-kv": (5, {("tensor", "static")}), "modelopt-channel": (5, {("channel", "token")}),
 }  # fmt: skip
 #: In fp32 a tool's sums and these differ by some 1e-6 of an activation, and its neighbors in FP8 are 2^-4 apart: of ten
@@ -45,7 +46,7 @@ TOLERANCE = 0.05
 STATIC = ["quark-fp8-kv", "quark-tensor", "demo-quark-kv", "modelopt-kv"]
 Q = "model.layers.0.self_attn.q_proj"
 #: The tools that round keys and values where they are cached, behind RoPE.
-ROUND_THE_CACHE = ["modelopt-kv", "compressed-tensor"]
+ROUND_THE_CACHE = ["modelopt-kv", "compressed-tensor", "compressed-heads"]
 
 
 class Fp8Driver(PagedDriver):
