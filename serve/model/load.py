@@ -118,6 +118,8 @@ def _read(model: CausalLM, folder: Path, progress: Progress | None) -> None:
                 tensor.load(view, shard)
                 if is_scale(tensor.name):
                     _refuse_unless_positive(tensor, view)
+                elif view.dtype == torch.float8_e4m3fn:
+                    _refuse_nan(tensor, view)
             else:
                 _load_quantized(tensor, view, shard, scale)
             bar.update(tensor.nbytes(shard))
@@ -199,6 +201,12 @@ def _refuse_unless_positive(tensor: StoredTensor, scales: Tensor) -> None:
         raise WeightsError(f"{tensor.file}: {tensor.name}: expected positive finite scales, got "
                            f"{float(scales.flatten()[first]):g} at {first} of {good.numel()}; quantize the model "
                            "again, with calibration where scales of activations are static")
+
+
+def _refuse_nan(tensor: StoredTensor, weight: Tensor) -> None:
+    if wrong := int((weight.view(torch.uint8) & 0x7F == 0x7F).sum()):
+        raise WeightsError(f"{tensor.file}: {tensor.name}: expected numbers, got {wrong} NaN (0x7F or 0xFF) among "
+                           f"{weight.numel()}; download the file again, or quantize the model again")
 
 
 class Plan(NamedTuple):

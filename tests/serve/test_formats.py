@@ -259,6 +259,14 @@ def test_a_damaged_scale_of_a_block_is_refused_when_it_is_read(tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize("bits", [0x7F, 0xFF])
+def test_a_weight_that_is_no_number_is_refused_when_it_is_read(copy, arch, bits):
+    change(copy, lambda w: w[f"{Q}.weight"].view(torch.uint8)[3, 5:7].fill_(bits))
+    with platform.target(arch), pytest.raises(WeightsError, match=f"{Q}.weight: expected numbers, got 2 NaN"):
+        load(copy)
+
+
 def in_quantization(**keys):
     return lambda config: config["quantization_config"].update(keys)
 
