@@ -204,9 +204,10 @@ def _refuse_unless_positive(tensor: StoredTensor, scales: Tensor) -> None:
 
 
 def _refuse_nan(tensor: StoredTensor, weight: Tensor) -> None:
-    if wrong := int((weight.view(torch.uint8) & 0x7F == 0x7F).sum()):
-        raise WeightsError(f"{tensor.file}: {tensor.name}: expected numbers, got {wrong} NaN (0x7F or 0xFF) among "
-                           f"{weight.numel()}; download the file again, or quantize the model again")
+    bits = weight.view(torch.uint8) & 0x7F
+    if weight.numel() and bits.amax() == 0x7F:
+        raise WeightsError(f"{tensor.file}: {tensor.name}: expected numbers, got {int((bits == 0x7F).sum())} NaN (0x7F "
+                           f"or 0xFF) among {weight.numel()}; download the file again, or quantize the model again")
 
 
 class Plan(NamedTuple):
