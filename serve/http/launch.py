@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from wave64.serve.args import ArgsError, ServerArgs, without_effect
 from wave64.serve.http.app import create_app
@@ -170,15 +171,29 @@ async def _serve(args: ServerArgs, listener: socket.socket, folder: Path, torchr
 
 def closes_slow_heads(protocol: Any) -> Any:
     """uvicorn's protocol, but connections are closed whose client sends nothing, or a head that does not end. uvicorn
-    would keep them for ever: only for another request, after an answer, it waits for a limited time."""
+    would keep them for ever: only for another request, after an answer, it waits for a limited time. And a client that
+    speaks HTTP/1.0 gets no chunks, which it does not know: h11 ends its answer with the connection."""
 
     class Protocol(protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             asyncio.get_running_loop().call_later(HEAD_S, self._look, transport, None)
 
+        def data_received(self, data: bytes) -> None:
+            first_line = data.partition(b"\r\n")[0]
+            if self.cycle is None and first_line.endswith(b" HTTP/1.0") and not isinstance(self, H11Protocol):
+                self.connections.discard(self)
+                other = closes_slow_heads(H11Protocol)(self.config, self.server_state, self.app_state, self.loop)
+                other.connection_made(self.transport)
+                self.transport.set_protocol(other)
+                other.data_received(data)
+            else:
+                super().data_received(data)
+
         def _look(self, transport: Any, before: Any) -> None:
             """Closes the connection if it waits for a head since the last look, when `before` was answered."""
+            if transport.get_protocol() is not self:
+                return
             is_idle = self.cycle is None or self.cycle.response_complete
             waits = is_idle and self.timeout_keep_alive_task is None
             if waits and before is self.cycle:

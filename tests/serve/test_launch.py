@@ -220,6 +220,36 @@ def test_a_head_that_does_not_end_closes_the_connection_and_a_long_answer_does_n
     asyncio.run(both())
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_stream_has_chunks_only_where_they_are_known(version):
+    """Of HTTP/1.0 (`curl -0`, ab, nginx as it comes) the end of an answer is that of the connection."""
+    async def app(scope, receive, send) -> None:
+        assert (scope["http_version"], (await receive())["body"]) == (version, b"asked")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"one ", b"two"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def answer() -> tuple[bytes, bytes]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = uvicorn.Server(launch.http_config(ServerArgs(), app))
+            serving = asyncio.create_task(server._serve([listener]))
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            asked = ("POST / HTTP/" + version, "Connection: close", "Content-Length: 5", "Host: x", "", "asked")
+            writer.write("\r\n".join(asked).encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            await writer.wait_closed()
+            server.should_exit = True
+            await serving
+        return head.lower(), body
+
+    head, body = asyncio.run(answer())
+    assert (b"transfer-encoding" in head) == (version == "1.1")
+    assert b"connection: close" in head
+    assert body == (b"one two" if version == "1.0" else b"4\r\none \r\n3\r\ntwo\r\n0\r\n\r\n")
+
+
 def test_collections_leave_out_what_is_there_at_the_start(monkeypatch):
     """They would hold up every stream for as long as it takes to look at all that was imported."""
     frozen: list[int] = []
