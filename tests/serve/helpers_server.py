@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,13 +117,23 @@ class Server:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, the engine process stands still: what was asked for is not answered, however slow the test is."""
-        engine = self.engine_pid
+        """Inside, the engine process stands still: what was asked for is not answered, however slow the test is, and
+        whoever else lets the process go on (a debugger, a script that stops processes at random)."""
+        engine, let_go = self.engine_pid, threading.Event()
         os.kill(engine, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(engine, signal.SIGCONT)
+
+        def hold() -> None:
+            while not let_go.wait(0.002):
+                os.kill(engine, signal.SIGSTOP)
+
+        with ThreadPoolExecutor(1) as pool:
+            holding = pool.submit(hold)
+            try:
+                yield
+            finally:
+                let_go.set()
+                holding.result()
+                os.kill(engine, signal.SIGCONT)
 
     @property
     def running(self) -> int:
