@@ -4,6 +4,8 @@ what does not fit is a reason in words. That AITER's own code takes it so is tes
 
 import enum
 import functools
+import inspect
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from wave64.op import Case
 from wave64.ops.fp8_block_scaled_mm import make_case as product
 from wave64.ops.fused_moe import make_case as mixture
 from wave64.ops.mla_decode import make_case as latents
+from wave64.ops.mla_decode_rope import make_case as latents_and_rope
 from wave64.ops.paged_attention import make_case as pages
 from wave64.serve.args import SERVED_BY, ServerArgs
 from wave64.serve.engine.rank import named_backends
@@ -155,6 +158,13 @@ CASES = {
 }
 
 
+def routed(tokens: int, experts: int, top_k: int, groups: int, chosen: int, renormalize: bool = True,
+           bias: bool = False) -> dict:
+    return dict(gating=torch.randn(tokens, experts), top_k=top_k, num_expert_group=groups, topk_group=chosen,
+                renormalize=renormalize, scoring_func="sigmoid" if bias else "softmax",
+                correction_bias=torch.randn(experts) if bias else None)
+
+
 @pytest.fixture
 def package(monkeypatch):
     """AITER, as far as adapters call it."""
@@ -247,13 +257,86 @@ def test_two_versions_of_a_function_are_served(package):
     assert torch.equal(backend.run(**given)[0], old)
 
 
+#: Signatures of AITER's repository in 2026: name -> parameters; "=" behind one that need not be given.
+NEWER = {
+    "rms_norm": "input weight epsilon use_model_sensitive_rmsnorm=",
+    "rmsnorm2d_fwd_with_add": "out input residual_in residual_out weight epsilon gemma_norm= "
+                              "use_model_sensitive_rmsnorm=",
+    "topk_softmax": "topk_weights topk_indices token_expert_indices gating_output need_renorm num_shared_experts= "
+                    "shared_expert_scoring_func=",
+    "grouped_topk": "gating_output topk_weights topk_ids num_expert_group topk_group need_renorm is_softmax= "
+                    "routed_scaling_factor=",
+    "biased_grouped_topk": "gating_output correction_bias topk_weights topk_ids num_expert_group topk_group "
+                           "need_renorm routed_scaling_factor=",
+    "dynamic_per_token_scaled_quant": "out input scales scale_ub= shuffle_scale= num_rows= num_rows_factor=",
+    "gemm_a8w8_blockscale": "XQ WQ x_scale w_scale dtype= isBpreshuffled=",
+    "mla_decode_stage1_asm_fwd": "Q KV qo_indptr kv_indptr kv_page_indices kv_last_page_lens num_kv_splits_indptr "
+                                 "work_meta_data work_indptr work_info_set max_seqlen_q page_size nhead_kv "
+                                 "softmax_scale splitData splitLse output lse= q_scale= kv_scale=",
+    "paged_attention_v1": "out workspace_buffer query key_cache value_cache scale block_tables cu_query_lens "
+                          "context_lens max_context_len alibi_slopes kv_cache_dtype kv_cache_layout logits_soft_cap "
+                          "k_scale v_scale fp8_out_scale= partition_size= mtp= sliding_window=",
+    "fused_moe.fused_moe": "hidden_states w1 w2 topk_weight topk_ids expert_mask= activation= quant_type= "
+                           "doweight_stage1= w1_scale= w2_scale= a1_scale= a2_scale= block_size_M= num_local_tokens= "
+                           "moe_sorting_dispatch_policy= dtype= hidden_pad= intermediate_pad= bias1= bias2= splitk= "
+                           "swiglu_limit= beta= linear_beta= gate_mode= shared_w1= shared_w2= shared_w1_scale= "
+                           "shared_w2_scale= shared_expert_id= stage2_scatter=",
+    "fused_moe_bf16_asm.asm_moe_tkw1": "hidden_states w1 w2 topk_weight topk_ids fc1_scale= fc2_scale= "
+                                       "fc1_smooth_scale= fc2_smooth_scale= a16= per_tensor_quant_scale= expert_mask= "
+                                       "activation=",
+}
+
+
+def signed(parameters: str) -> Callable:
+    """A function with these parameters."""
+    def function(**given): ...
+
+    function.__signature__ = inspect.Signature([inspect.Parameter(
+        name.rstrip("="), inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=None if name.endswith("=") else inspect.Parameter.empty) for name in parameters.split()])
+    return function
+
+
+@pytest.mark.parametrize("op", ADAPTED, ids=lambda op: op.name)
+def test_newer_signatures_are_served(op, package):
+    for name, parameters in NEWER.items():
+        inner, _, function = name.rpartition(".")
+        setattr(getattr(package, inner) if inner else package, function, signed(parameters))
+    assert op.backends["aiter"].absent(None) is None
+
+
+@pytest.mark.parametrize("op", ADAPTED, ids=lambda op: op.name)
+def test_a_batch_of_no_tokens_calls_nothing(op, package, monkeypatch):
+    """A rank of data-parallel attention has such batches, and a backend that was demanded has to serve them."""
+    none, weight = torch.ones(0, 48).bfloat16(), torch.ones(48).bfloat16()
+    case = {"rms_norm": dict(x=none, weight=weight), "per_token_quant_fp8": dict(x=none),
+            "fused_add_rms_norm": dict(x=none, residual=none.clone(), weight=weight), "fused_moe": MOE(0),
+            "topk_softmax": dict(gating=none, top_k=2, renormalize=True), "grouped_topk": routed(0, 16, 2, 2, 1),
+            "fp8_block_scaled_mm": product(0, 64, 128), "mla_decode": latents([]),
+            "mla_decode_rope": latents_and_rope([]), "paged_attention": pages([])}[op.name]
+    assert op.backends["aiter"].supports(**case) is None
+    for function in FUNCTIONS:
+        monkeypatch.delattr(package, function.__name__)
+    got, expected = op.backends["aiter"].run(**case), op.reference(**case)
+    for mine, its in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True):
+        assert mine is its is None or (mine.shape, mine.dtype) == (its.shape, its.dtype)
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_scales_are_not_shuffled_where_a_version_does_so_unless_told(width, package):
+    calls = []
+    package.dynamic_per_token_scaled_quant = lambda out, input, scales, scale_ub=None, shuffle_scale=True: calls.append(
+        shuffle_scale)
+    ops.per_token_quant_fp8.backends["aiter"].run(x=torch.ones(3, width).bfloat16())
+    assert calls == [False]
+
+
 @pytest.mark.parametrize(("op", "given", "reason"), [
     ("fused_moe", MOE(3, scales="tensor"), "have one an expert"),
     ("fused_moe", MOE(3, activation="gelu"), "takes silu, not gelu"),
     ("fused_moe", MOE(3, top_k=1, apply_router_weight_on_input=True), "FP8 weights that have a scale a channel alone"),
     ("fused_moe", MOE(3, scales="block", block_shape=[128] * 2, scale_ue8m0=True), "powers of two"),
     ("fused_moe", MOE(3, inter=96), "a multiple of 128"),
-    ("fused_moe", MOE(0), "from 1 to"),
     ("fp8_block_scaled_mm", product(3, 64, 128, [64, 64]), "blocks of 128 x 128"),
     ("fp8_block_scaled_mm", product(3, 24, 128), "a multiple of 16 rows"),
     ("fp8_block_scaled_mm", product(3, 64, 128, out_dtype=torch.float32), "gives bf16 and fp16"),
@@ -261,11 +344,24 @@ def test_two_versions_of_a_function_are_served(package):
     ("mla_decode", latents([5], rank=128), "takes latents of 512 \\+ 64"),
     ("paged_attention", pages([5], heads=34, kv_heads=2, head_dim=64), "at most 16 heads"),
     ("paged_attention", pages([5], head_dim=96), "heads of 64 or 128"),
+    ("paged_attention", pages([5], fp8=True, per_head=True), "one scale of keys and one of values"),
+    ("paged_attention", pages([5], sliding_window=3, logit_cap=30.0), "caps the logits of keys outside the window"),
+    ("grouped_topk", routed(3, 64, 6, 32, 9), "takes 1, 2, 4 or 8 groups of experts, these are 32"),
+    ("grouped_topk", routed(64600, 16, 2, 2, 1, renormalize=False, bias=True), "more than 212 tokens"),
     ("per_token_quant_fp8", dict(x=torch.ones(2, 30, dtype=torch.bfloat16)), "multiple of 16 columns"),
 ])  # fmt: skip
 def test_what_is_not_served_has_a_reason(op, given, reason, package):
     with pytest.raises(AssertionError, match=reason):
         assert OPS[op].backends["aiter"].supports(**given) is None, OPS[op].backends["aiter"].supports(**given)
+
+
+def test_fp8_of_the_other_flavor_is_refused(package):
+    experts = dict(MOE(3, scales="channel"))
+    for name in ("w13", "w2"):
+        experts[name] = experts[name].view(torch.float8_e4m3fn)
+    for arch, reason in (("gfx942", "e4m3fn on gfx942, whose kernels have e4m3fnuz"), ("gfx950", None)):
+        with platform.target(arch):
+            assert ops.fused_moe.backends["aiter"].supports(**experts) == reason
 
 
 def test_gfx950_products_take_tiled_weights_and_rows_of_their_own(package):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import doctor_picture
+import page_picture
 import pytest
 from docs_commands import DOCUMENTS, ROOT, blocks, check, commands
 
@@ -136,6 +137,11 @@ def test_the_doctors_picture_is_of_its_table_now():
     for line in doctor_picture.lines():
         words = " ".join(re.sub(r"\033\[[\d;]*m", "", line).split())
         assert words in drawn, f"{words}: draw it anew: python tests/doctor_picture.py"
+
+
+def test_the_pages_picture_is_of_the_page_now():
+    drawn = page_picture.drawn_of(page_picture.FILE.read_bytes())
+    assert drawn == page_picture.digest(), "page.html has changed: draw it anew: python tests/page_picture.py"
 
 
 def test_every_picture_is_small_shown_in_the_readme_and_has_a_way_to_draw_it():

@@ -14,6 +14,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from helpers_browser import chromium
+
 COMMAND = ("paged_attention", "--arch", "gfx942")
 FILE = Path(__file__).parents[1] / "docs" / "trace.png"
 READY = """return location.hash.startsWith("#!/viewer") && !document.querySelector("[state=indeterminate]")
@@ -36,7 +38,6 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def main() -> None:
-    from selenium import webdriver
     from selenium.webdriver.support.wait import WebDriverWait
 
     from wave64.testing.emulator import trace
@@ -51,20 +52,13 @@ def main() -> None:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         page = f"http://127.0.0.1:{server.server_port}/"
-        options = webdriver.ChromeOptions()
-        for flag in ("headless=new", "no-sandbox", "window-size=1280,860", "hide-scrollbars"):
-            options.add_argument(f"--{flag}")
-        options.binary_location = shutil.which("chromium") or ""
-        browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-        try:
+        with chromium() as browser:
             browser.set_script_timeout(60)
             browser.get(f"{page}#!/?url={page}trace.json")
             WebDriverWait(browser, 180).until(lambda it: it.execute_script(READY))
             print("lost:", ", ".join(browser.execute_async_script(SHOW)) or "nothing")
             browser.save_screenshot(str(FILE))
-        finally:
-            browser.quit()
-            server.shutdown()
+        server.shutdown()
 
 
 if __name__ == "__main__":

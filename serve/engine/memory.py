@@ -23,9 +23,11 @@ CPU_POOL_BYTES = 1 << 30  # or this much, whichever is less
 
 def kv_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
              ranks: Ranks = ONE, pinned: bool = False) -> list[KVCache]:
-    """The pool of one of the ranks, layer by layer, uninitialized."""
+    """The pool of one of the ranks, layer by layer: zeros, since AITER's attention multiplies by 0 what lies behind a
+    sequence's last token; uninitialized on a host, where pages are only kept."""
     shapes = FAMILIES[config.architecture].kv_shapes(config, ranks, num_pages, page_size)
-    return [tuple(torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned) for shape in shapes)
+    make = torch.empty if pinned else torch.zeros
+    return [tuple(make(shape, dtype=dtype, device=device, pin_memory=pinned) for shape in shapes)
             for _ in range(config.num_layers)]
 
 

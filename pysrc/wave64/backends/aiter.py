@@ -92,18 +92,33 @@ def differs(module: Any, function: str, given: Sequence[str]) -> str | None:
     return None
 
 
-def bind(op: Op, supports: Callable[..., str | None], calls: dict[str, Sequence[str]] | None = None,
-         tiles: bool = False, **functions: Sequence[str]) -> Callable[[Callable], Callable]:
-    """Registers the decorated function as backend aiter of `op`. functions, and calls for those in a module of AITER's:
-    what it calls -> the parameters that it gives. tiles: see Backend."""
+def bind(op: Op, calls: dict[str, Sequence[str]], supports: Callable[..., str | None],
+         tiles: bool = False) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as backend aiter of `op`. calls: AITER's function, as `find` takes it -> the
+    parameters that it is given. tiles: see Backend. A batch of no tokens, for which AITER's launches fail, launches
+    nothing: the reference gives the empty result."""
     def absent(arch: Any) -> str | None:
         module = package()
         if isinstance(module, str):
             return module
-        every = {**functions, **(calls or {})}
-        return next(filter(None, (differs(module, name, given) for name, given in every.items())), None)
+        return next(filter(None, (differs(module, name, given) for name, given in calls.items())), None)
 
-    return op.backend("aiter", supports=supports, absent=absent, tiles=tiles)
+    first = next(iter(inspect.signature(op.reference).parameters))
+
+    def is_empty(args: tuple, given: dict[str, Any]) -> bool:
+        return (args[0] if args else given[first]).numel() == 0
+
+    def supports_here(*args: Any, **given: Any) -> str | None:
+        return None if is_empty(args, given) else supports(*args, **given)
+
+    def register(run: Callable) -> Callable:
+        @functools.wraps(run)
+        def run_here(*args: Any, **given: Any) -> Any:
+            return (op.reference if is_empty(args, given) else run)(*args, **given)
+
+        return op.backend("aiter", supports=supports_here, absent=absent, tiles=tiles)(run_here)
+
+    return register
 
 
 def call(function: str, **given: Any) -> Any:
@@ -121,9 +136,9 @@ def member(name: str) -> Any:
 
 
 def halves_in_rows(x: Tensor, *others: Tensor) -> str | None:
-    """None for contiguous rows of bf16 or fp16, at least one; else why AITER's kernels are not given these."""
+    """None for contiguous rows of bf16 or fp16; else why AITER's kernels are not given these."""
     if x.dtype not in HALVES:
         return f"takes bf16 and fp16, not {x.dtype}"
     if x.ndim != 2 or not all(each.is_contiguous() for each in (x, *others)):
         return "takes contiguous rows, [num_tokens, hidden]"
-    return "takes no empty tensors" if x.numel() == 0 else None
+    return None

@@ -24,15 +24,17 @@ def supports(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape
         return f"gives bf16 and fp16, not {out_dtype}"
     if b.shape[0] % 16 or b.shape[1] % BLOCK:
         return f"takes weights of a multiple of 16 rows and {BLOCK} columns, these have {list(b.shape)}"
-    if a.numel() == 0 or b.numel() == 0:
-        return "takes no empty tensors"
+    if b.numel() == 0:
+        return "takes no empty weights"
     if in_assembly(b, out_dtype) and a.is_cuda and torch.cuda.is_current_stream_capturing() and not layouts.is_kept(b):
         return "lays a weight out at its first call, which may not be a graph's: call once before the capture"
     return None
 
 
-@bind(ops.fp8_block_scaled_mm, supports=supports,
-      gemm_a8w8_blockscale=("XQ", "WQ", "x_scale", "w_scale", "dtype", "isBpreshuffled"))
+CALLS = {"gemm_a8w8_blockscale": ("XQ", "WQ", "x_scale", "w_scale", "dtype", "isBpreshuffled")}
+
+
+@bind(ops.fp8_block_scaled_mm, CALLS, supports=supports)
 def fp8_block_scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_shape: list[int],
                         out_dtype: torch.dtype) -> Tensor:
     assembly, rows = in_assembly(b, out_dtype), a.shape[0]

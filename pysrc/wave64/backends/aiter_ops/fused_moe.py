@@ -3,6 +3,7 @@ from torch import Tensor
 
 from wave64 import layouts, ops
 from wave64.backends.aiter import HALVES, bind, call, member
+from wave64.backends.hip import other_fp8
 from wave64.ops.fused_moe import granularity, local_ids
 
 GIVEN = ("hidden_states", "w1", "w2", "topk_weight", "topk_ids", "expert_mask", "activation", "quant_type", "w1_scale",
@@ -34,15 +35,17 @@ def supports(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
         return "multiplies the input by the router's weight with FP8 weights that have a scale a channel alone"
     if w13.shape[1] % (2 * BLOCK) or w13.shape[2] % BLOCK:
         return f"takes sizes that are a multiple of {BLOCK}, these are {list(w13.shape)}"
-    if not 0 < x.shape[0] < MAX_TOKENS:
-        return f"takes from 1 to {MAX_TOKENS - 1} tokens, these are {x.shape[0]}"
+    if x.shape[0] >= MAX_TOKENS:
+        return f"takes less than {MAX_TOKENS} tokens, these are {x.shape[0]}"
+    if why := other_fp8(w13.dtype):
+        return why
     if x.is_cuda and torch.cuda.is_current_stream_capturing() and not (layouts.is_kept(w13) and layouts.is_kept(w2)):
         return "lays weights out at their first call, which may not be a graph's: call once before the capture"
     return None
 
 
-@bind(ops.fused_moe, supports=supports, tiles=True,
-      calls={"fused_moe.fused_moe": GIVEN, "fused_moe_bf16_asm.asm_moe_tkw1": ON_INPUT})
+@bind(ops.fused_moe, {"fused_moe.fused_moe": GIVEN, "fused_moe_bf16_asm.asm_moe_tkw1": ON_INPUT}, supports=supports,
+      tiles=True)
 def fused_moe(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
               w13_scale: Tensor | None = None, w2_scale: Tensor | None = None, block_shape: list[int] | None = None,
               activation: str = "silu", apply_router_weight_on_input: bool = False,

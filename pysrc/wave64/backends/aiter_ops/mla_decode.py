@@ -27,13 +27,13 @@ def unsupported(dtype: torch.dtype, width: int, rank: int, kv_cache: Tensor, kv_
         return f"takes latents of {RANK} + {WIDTH - RANK} numbers, these are of {rank} + {width - rank}"
     if not kv_cache.is_contiguous():
         return "takes a contiguous cache"
-    return "takes no empty tensors" if empty else None
+    return "takes no empty cache and no empty page table" if empty else None
 
 
 def supports(q: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float, kv_lora_rank: int,
              kv_scale: Tensor | None = None) -> str | None:
     return unsupported(q.dtype, q.shape[-1], kv_lora_rank, kv_cache, kv_scale,
-                       not (q.numel() and kv_cache.numel() and page_table.numel()))
+                       not (kv_cache.numel() and page_table.numel()))
 
 
 def slots_of(page_table: Tensor, page_size: int, lengths: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def slots_of(page_table: Tensor, page_size: int, lengths: Tensor, num_slots: int
     return starts.int(), indices
 
 
-@bind(ops.mla_decode, supports=supports, mla_decode_stage1_asm_fwd=STAGE1)
+@bind(ops.mla_decode, {"mla_decode_stage1_asm_fwd": STAGE1}, supports=supports)
 def mla_decode(q: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float, kv_lora_rank: int,
                kv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     new, heads = q.shape[1] if q.ndim == 4 else 1, q.shape[-2]

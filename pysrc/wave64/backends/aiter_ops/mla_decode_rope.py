@@ -11,10 +11,10 @@ def supports(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, kv_cache:
              is_neox: bool = False, kv_scale: Tensor | None = None) -> str | None:
     rank = q_nope.shape[-1]
     return unsupported(q_nope.dtype, rank + q_pe.shape[-1], rank, kv_cache, kv_scale,
-                       not (q_nope.numel() and kv_cache.numel() and page_table.numel()))
+                       not (kv_cache.numel() and page_table.numel()))
 
 
-@bind(ops.mla_decode_rope, supports=supports, mla_decode_stage1_asm_fwd=STAGE1)
+@bind(ops.mla_decode_rope, {"mla_decode_stage1_asm_fwd": STAGE1}, supports=supports)
 def mla_decode_rope(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapping: Tensor,
                     page_table: Tensor, seq_lens: Tensor, positions: Tensor, cos_sin_cache: Tensor, scale: float,
                     is_neox: bool = False, kv_scale: Tensor | None = None) -> Tensor:

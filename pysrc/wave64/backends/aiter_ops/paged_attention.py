@@ -1,8 +1,16 @@
+"""AITER's paged_attention_v1, compiled from its HIP source as it is first called, on pages as ours are, "NHD". The
+assembly in its wheel (`pa_fwd_asm`) wants keys and values in other layouts, in which a pool would have to be copied at
+each call, and is not called.
+
+What lies in a sequence's last page behind its last token is multiplied by 0, and has to be numbers: a pool begins as
+zeros, as the server's does."""
+
 import torch
 from torch import Tensor
 
 from wave64 import ops
 from wave64.backends.aiter import HALVES, bind, call
+from wave64.backends.hip import unaligned
 from wave64.quant import FP8
 
 GIVEN = ("out", "workspace_buffer", "query", "key_cache", "value_cache", "scale", "block_tables", "cu_query_lens",
@@ -26,14 +34,18 @@ def supports(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: 
         return "has no sinks"
     if key_cache.dtype == query.dtype and not (k_scale is None and v_scale is None):
         return "takes scales for a cache in FP8 alone"
+    if any(s is not None and s.numel() > 1 for s in (k_scale, v_scale)):
+        return "takes one scale of keys and one of values, these are one a head"
+    if sliding_window >= 0 and logit_cap > 0:
+        return "caps the logits of keys outside the window, too, which then count"
     if not (page_table.is_contiguous() and query.stride(1) == dim and key_cache.stride() == value_cache.stride()):
         return "takes a contiguous page table, heads one after another, and caches of the same strides"
-    if not (query.numel() and key_cache.numel() and page_table.numel()):
-        return "takes no empty tensors"
-    return None
+    if not (key_cache.numel() and page_table.numel()):
+        return "takes no empty cache and no empty page table"
+    return unaligned(query, key_cache, value_cache)
 
 
-@bind(ops.paged_attention, supports=supports, paged_attention_v1=GIVEN)
+@bind(ops.paged_attention, {"paged_attention_v1": GIVEN}, supports=supports)
 def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
                     scale: float, sliding_window: int = -1, logit_cap: float = 0.0, sinks: Tensor | None = None,
                     k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
@@ -49,6 +61,7 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, page_
          key_cache=key_cache.view(torch.uint8) if is_fp8 else key_cache,
          value_cache=value_cache.view(torch.uint8) if is_fp8 else value_cache, cu_query_lens=None,
          max_context_len=longest, alibi_slopes=None, kv_cache_dtype="fp8" if is_fp8 else "auto", kv_cache_layout="NHD",
-         logits_soft_cap=logit_cap, k_scale=ones if k_scale is None else k_scale,
-         v_scale=ones if v_scale is None else v_scale, partition_size=PARTITION, sliding_window=max(0, sliding_window))
+         logits_soft_cap=logit_cap, k_scale=ones if k_scale is None else k_scale.float(),
+         v_scale=ones if v_scale is None else v_scale.float(), partition_size=PARTITION,
+         sliding_window=max(0, sliding_window))
     return out.masked_fill_((seq_lens == 0)[:, None, None], 0)

@@ -11,9 +11,11 @@ def supports(x: Tensor) -> str | None:
     return halves_in_rows(x)
 
 
-@bind(ops.per_token_quant_fp8, supports=supports, dynamic_per_token_scaled_quant=("out", "input", "scales"))
+# In some versions the scales of rows of 32, 64 or 128 numbers are shuffled unless it is said that they are not.
+@bind(ops.per_token_quant_fp8, {"dynamic_per_token_scaled_quant": ("out", "input", "scales", "shuffle_scale?")},
+      supports=supports)
 def per_token_quant_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty(x.shape, dtype=quant.fp8_dtype(), device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    call("dynamic_per_token_scaled_quant", out=q, input=x, scales=scale)
+    call("dynamic_per_token_scaled_quant", out=q, input=x, scales=scale, shuffle_scale=False)
     return q, scale

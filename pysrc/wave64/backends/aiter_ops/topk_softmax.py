@@ -6,13 +6,13 @@ from wave64.backends.aiter import bind, call
 
 
 def supports(gating: Tensor, top_k: int, renormalize: bool) -> str | None:
-    if not gating.is_contiguous() or gating.numel() == 0:
-        return "takes contiguous logits, of at least one token"
-    return None
+    return None if gating.is_contiguous() else "takes contiguous logits"
 
 
-@bind(ops.topk_softmax, supports=supports,
-      topk_softmax=("topk_weights", "topk_indices", "token_expert_indices", "gating_output", "need_renorm"))
+CALLS = {"topk_softmax": ("topk_weights", "topk_indices", "token_expert_indices", "gating_output", "need_renorm")}
+
+
+@bind(ops.topk_softmax, CALLS, supports=supports)
 def topk_softmax(gating: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     shape = gating.shape[0], top_k
     weights = torch.empty(shape, dtype=torch.float32, device=gating.device)
