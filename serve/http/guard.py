@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from wave64.serve.args import ServerArgs
@@ -187,7 +188,11 @@ def install(app: FastAPI, args: ServerArgs, metrics: Metrics) -> None:
         assert isinstance(error, HTTPException)
         path = request.url.path
         if error.status_code == 404:
-            return _answer_error(ApiError(f"{path}: no such endpoint", code="unknown_url", status=404), request.scope)
+            paths = [route.path for route in app.routes if isinstance(route, Route) and len(route.path) > 1]
+            near = next((known for known in paths if known.endswith(path) or path.endswith(known)), None)
+            hint = f"; did you mean {near}?" if near else ""  # a base URL without its /v1, or with two
+            missing = ApiError(f"{path}: no such endpoint{hint}", code="unknown_url", status=404)
+            return _answer_error(missing, request.scope)
         allowed = Headers(error.headers).get("allow")
         message = f"{path}: method {request.method} not allowed, expected {allowed}"
         answer = ApiError(message if allowed else str(error.detail), status=error.status_code)

@@ -99,18 +99,14 @@ class EngineEnded(RuntimeError):
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Claimed first of all, so that a port in use is known before a model is loaded."""
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ArgsError(f"--host: {host}: {error.strerror}") from None
-    listener = socket.socket(family, kind, proto)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
+        return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
-        listener.close()
-        raise ArgsError(f"--port: cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
-    return listener
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise ArgsError(f"--port: cannot listen on {host}:{port}: {why}; choose another port") from None
 
 
 class _Server(uvicorn.Server):

@@ -4,7 +4,12 @@ The names are OpenAI's, SGLang's and vLLM's. Whatever the field, null, false and
 in ON_BY_DEFAULT.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
+
+MAX_GUESSED = 64  # characters of a name that may be a slip
+SLIP = 0.8  # how alike a slip is to the name that was meant
 
 # Of no effect on the tokens of the answer, whatever their value.
 WITHOUT_EFFECT = frozenset((
@@ -25,26 +30,11 @@ ON_BY_DEFAULT = {
     "detokenize": "the answer has text in any case; /generate gives output_ids, too",
 }
 
-# These would change the answer: generation, tools, other media, what the prompt is made of, which model and where, what
-# the answer carries. Some have a value without effect, the default of the servers that have it.
-NOT_SERVED: dict[str, tuple[Any, ...]] = dict.fromkeys((
-    "suffix", "prediction", "allowed_token_ids", "logits_processors", "vllm_xargs", "custom_params",
-    "custom_logit_processor", "watermark", "use_beam_search", "stop_regex", "max_thinking_tokens",
-    "thinking_token_budget", "require_reasoning", "repetition_detection", "guided_whitespace_pattern", "tools",
-    "functions", "web_search_options", "audio", "image_data", "audio_data", "video_data", "input_embeds",
-    "prompt_embeds", "positional_embed_overrides", "chat_template", "documents", "task", "previous_response_id",
-    "conversation", "session_params", "lora_path", "lora_id", "disagg_prefill_dp_rank", "bootstrap_host",
-    "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "decode_tp_size", "kv_transfer_params",
-    "http_worker_ipc", "prompt_logprobs", "token_ids_logprob", "return_hidden_states", "return_routed_experts",
-    "return_indexer_topk", "return_cached_tokens_details", "return_spec_tokens_details", "return_token_ids",
-    "return_tokens_as_token_ids", "return_prompt_token_ids", "return_meta_info", "return_input_ids_in_sglext",
-    "return_output_ids_in_sglext", "return_sampling_mask", "return_flat_raw_top_logprobs",
-    "return_flat_raw_output_top_logprobs",
-), ()) | {
-    "beam_width": (1,), "best_of": (1,), "min_length": (0,), "top_logprobs": (0,),
-    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
-    "modalities": (["text"],), "data_parallel_rank": (0,), "routed_dp_rank": (0,), "sampling_logprobs_mode":
-    ("selected",), "routed_experts_start_len": (0,),
+# Of what is not served, the default of the servers that have it.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "beam_width": (1,), "best_of": (1,), "min_length": (0,), "top_logprobs": (0,), "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"), "modalities": (["text"],), "data_parallel_rank": (0,), "routed_dp_rank": (0,),
+    "sampling_logprobs_mode": ("selected",), "routed_experts_start_len": (0,),
 }  # fmt: skip
 
 
@@ -60,13 +50,13 @@ def asks_for_nothing(name: str, value: Any) -> bool:
         return False
     if isinstance(value, list) and name != "modalities":  # /generate: an entry per prompt
         return all(asks_for_nothing(name, entry) for entry in value)
-    return value in NOT_SERVED.get(name, ())
+    return value in NEUTRAL.get(name, ())
 
 
-def objection(name: str) -> str | None:
-    """Why a field is refused that asks for something; None where the name is not known."""
+def objection(name: str, known: Iterable[str]) -> str:
+    """Why a field is refused that asks for something; known: the names of those that are served."""
     if name in ON_BY_DEFAULT:
-        return f"{name}: not a field of wave64; {ON_BY_DEFAULT[name]}"
-    if name in NOT_SERVED:
-        return f"{name}: not supported by wave64; leave it out"
-    return None
+        return f"not a field of wave64; {ON_BY_DEFAULT[name]}"
+    if near := difflib.get_close_matches(name[:MAX_GUESSED], known, n=1, cutoff=SLIP):
+        return f"unknown field; did you mean {near[0]}?"
+    return "not supported by wave64; leave it out"

@@ -4,7 +4,6 @@ One pydantic model per endpoint. Null means "the default", as OpenAI's clients s
 be without effect on the answer (`neutral`), or refused by name: nothing that would change the answer is passed over.
 """
 
-import difflib
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -22,7 +21,6 @@ MAX_BIASES = 4096
 MAX_STOPS = 1024  # each is looked for at every token
 MAX_STOP_LENGTH = 1 << 14  # characters of all stop strings together, for the same reason
 MAX_SAID = 2000  # characters of an error message, which may quote the request
-MAX_GUESSED = 64  # characters of an unknown name that may be a slip
 MAX_TOP_LOGPROBS = 20
 TEXT_PARTS = ("input_text", "output_text")  # what /v1/responses calls a part that is text
 SPACES = r"[\x20\x0A\x0D\x09]{1,32}"  # of JSON in a prescribed form: a model must not go on with spaces for ever
@@ -105,11 +103,8 @@ class Body(BaseModel):
             if name in cls.model_fields:
                 known[name] = value
             elif not asks_for_nothing(name, value):
-                if why := objection(name):
-                    raise ApiError(why, name, "unsupported_parameter")
-                near = difflib.get_close_matches(name[:MAX_GUESSED], cls.model_fields, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ApiError(f"{name}: unknown field{hint}", name, "unknown_parameter")
+                why = objection(name, cls.model_fields)
+                raise ApiError(f"{name}: {why}", name, "unsupported_parameter")
         return known
 
     def faults(self) -> Iterator[tuple[str, str]]:

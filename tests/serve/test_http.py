@@ -390,6 +390,14 @@ def test_a_gzip_body_is_never_unpacked_beyond_the_limit(app):
     assert len(unpacking.push(bomb, 1000)) == 1000
 
 
+@pytest.mark.parametrize(("path", "near"), [("/chat/completions", "; did you mean /v1/chat/completions?"),
+                                            ("/v1/v1/models", "; did you mean /v1/models?"), ("/v1/messages", ""),
+                                            ("/v1/embeddings", "")])  # fmt: skip
+def test_a_base_url_with_a_v1_too_few_or_too_many_is_told_the_endpoint(app, path, near):
+    answer = app.post(path)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (404, f"{path}: no such endpoint{near}")
+
+
 def test_head_is_answered_like_get(app):
     for path in ("/health", "/v1/models", "/v1/models/", "/v1/models/tiny", "/model_info", "/get_model_info",
                  "/server_info", "/get_server_info", "/health_generate"):  # fmt: skip
@@ -419,7 +427,7 @@ def test_the_log_says_why_a_request_was_refused(app, tokenizer, caplog):
     locked.request("GET", "/v1/models", headers={"Authorization": "Bearer guess"})
     assert [record.getMessage() for record in caplog.records if record.name == "wave64"] == [
         "POST /v1/completions: 400: suffix: not supported by wave64; leave it out",
-        "POST /v1/chat/completions: 400: evil�2026 fake line: unknown field",
+        "POST /v1/chat/completions: 400: evil�2026 fake line: not supported by wave64; leave it out",
         "POST /v1/completions: 400: stop[1]: expected a valid string, got 5",
         "GET /nowhere�line: 404: /nowhereline: no such endpoint",
         "GET /v1/completions: 405: /v1/completions: method GET not allowed, expected POST",
