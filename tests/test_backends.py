@@ -51,7 +51,7 @@ def test_on_a_cpu_the_cpu_backend_comes_first_and_can_be_chosen():
     assert backends.probe("cpu", "cuda") == "serves CPU tensors only"
 
 
-HOPPER = ("fp8_block_scaled_mm", "fused_moe", "mla_decode", "mla_decode_rope")
+HOPPER = ("fp8_block_scaled_mm", "fused_moe", "mla_decode", "mla_decode_rope", "prefill_attention")
 
 
 def test_hopper_is_a_backend_of_its_own(gpu):
@@ -60,7 +60,7 @@ def test_hopper_is_a_backend_of_its_own(gpu):
         pytest.skip(why)
     assert sorted(op.name for op in OPS.values() if "hopper" in op.backends) == sorted(HOPPER)
     for name in HOPPER:
-        with platform.target("sm_90"):  # where hip has none of the four, for every call, and is not asked
+        with platform.target("sm_90"):  # where hip has none of them, for every call, and is not asked
             assert [b.name for b in backends.order(OPS[name], "cuda", {})] == ["hopper", "triton", "reference"]
         assert OPS[name].backends["triton"].tuning.config is not None
         assert not hasattr(OPS[name].backends["triton"].tuning.config, "hopper")
@@ -121,7 +121,8 @@ def test_hopper_is_off_elsewhere_with_the_reason(arch, monkeypatch):
 @pytest.mark.parametrize(("op", "small", "words"), [
     ("mla_decode", "batch", "takes latents of 512 + 64 columns"), ("mla_decode_rope", "fp8", "same dtype"),
     ("fused_moe", "", "slower than triton below 17 tokens an expert"),
-    ("fp8_block_scaled_mm", "", "slower than triton below 257 rows")])
+    ("fp8_block_scaled_mm", "", "slower than triton below 257 rows"),
+    ("prefill_attention", "", "slower than triton below 128 new tokens")])
 def test_hopper_says_what_it_declines_and_serves_what_it_was_measured_for(op, small, words):
     if why := backends.import_hopper_kernels():
         pytest.skip(why)

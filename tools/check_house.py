@@ -70,6 +70,7 @@ MANY_PARAMETERS = {
     "triton_ops/grouped_topk.py:unsupported": 9,
     "triton_ops/hopper/fused_moe.py:product": 12,
     "triton_ops/hopper/fused_moe.py:unsupported": 12,
+    "triton_ops/hopper/prefill_attention.py:unsupported": 14,
     "triton_ops/mla_decode_rope.py:call_of": 13,
     "triton_ops/moe_gemm.py:_moe_gate_up_kernel": 40,
     "triton_ops/moe_gemm.py:_moe_down_kernel": 34,

@@ -11,7 +11,9 @@ from helpers_attention import assert_near, attend_one, drawn, groups, key_of, ru
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wave64 import ops
+from wave64 import ops, platform
+from wave64.backends import import_hopper_kernels
+from wave64.op import Case
 from wave64.ops import prefill_attention as declared
 from wave64.ops.prefill_attention import make_prefill
 from wave64.testing import contract
@@ -134,6 +136,21 @@ def test_launch_settings(device, page_size, changes, window):
     config = dataclasses.replace(kernels.TUNING.choose(**kernels.key(**args)), **changes)
     rest = dict(causal=True, logit_cap=0.0, sinks=None, k_scale=None, v_scale=None)
     assert_right(kernels.launch(**{**rest, **args}, config=config), args)
+
+
+@pytest.mark.skipif(platform.arch() is None or platform.arch().matrix != "wgmma", reason="a kernel for Hopper")
+@pytest.mark.parametrize(("new", "lengths", "options"), [
+    ([300], [300], {}), ([1, 129, 64, 257], [200, 129, 1000, 257], {}), ([128, 256], [128, 384], dict(page_size=128)),
+    ([300, 0, 77], [333, 5, 77], dict(page_size=8)), ([260], [2000], dict(page_size=256)),
+    ([300, 2], [500, 900], dict(causal=False)), ([2, 300, 5], [0, 300, 3], {}),
+    ([500, 100], [500, 1300], dict(dtype=torch.float16, heads=6, kv_heads=6)),
+    ([700, 20], [3000, 1500], dict(heads=32, kv_heads=8, page_size=64))])
+def test_hoppers_own_kernel_keeps_the_contract(device, new, lengths, options):
+    """Edges of tiles and blocks, pages in a block and blocks in a page, sequences without new tokens or keys, and more
+    tiles than programs. Not declined: the bound below which triton is faster is no bound of the kernel."""
+    assert import_hopper_kernels() is None
+    case = Case("drawn", lambda: make_prefill(new, lengths, **{**dict(head_dim=128), **options}))
+    contract.verify(ops.prefill_attention, "hopper", case, device)
 
 
 @pytest.mark.parametrize(("backend", "bounds"), [("reference", ["QUERIES_AT_ONCE"]),
