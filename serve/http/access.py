@@ -31,6 +31,7 @@ class Access:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if 0 < len(given) <= MAX_ID and given.isascii() and given.isprintable() else uuid4().hex
+        scope["path"] = scope["path"].rstrip("/") or "/"  # a redirect, which most routers answer, loses a proxy's https
         state = scope.setdefault("state", {})
         state["choices"] = []
         began, status = time.perf_counter(), 499

@@ -64,7 +64,6 @@ def create_app(generator: Generator) -> FastAPI:
         return json_response(await unless_gone(request, job.answer()))
 
     @app.api_route("/v1/models", methods=READ)
-    @app.api_route("/v1/models/", methods=READ, include_in_schema=False)
     async def models() -> Response:
         return json_response({"object": "list", "data": [card | {"max_model_len": generator.ready.context_length}]})
 

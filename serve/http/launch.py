@@ -103,7 +103,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ArgsError(f"--host: {host}: {error.strerror}") from None
     try:
-        return socket.create_server(address, family=family, backlog=2048)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: listens to IPv4, too
+        return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
         raise ArgsError(f"--port: cannot listen on {host}:{port}: {why}; choose another port") from None

@@ -398,6 +398,12 @@ def test_a_base_url_with_a_v1_too_few_or_too_many_is_told_the_endpoint(app, path
     assert (answer.status_code, answer.json()["error"]["message"]) == (404, f"{path}: no such endpoint{near}")
 
 
+@pytest.mark.parametrize(("method", "path", "body"), [
+    ("POST", "/v1/chat/completions/", {"messages": USER}), ("GET", "/v1/models//", None), ("GET", "//", None)])
+def test_slashes_at_the_end_change_nothing(app, method, path, body):
+    assert app.request(method, path, json=body).status_code == 200
+
+
 def test_head_is_answered_like_get(app):
     for path in ("/health", "/v1/models", "/v1/models/", "/v1/models/tiny", "/model_info", "/get_model_info",
                  "/server_info", "/get_server_info", "/health_generate"):  # fmt: skip

@@ -440,3 +440,10 @@ def test_without_its_packages_the_server_says_what_to_install():
     assert ended.returncode == 1
     assert ended.stderr == ("wave64.launch_server: error: uvicorn, zmq: not installed, and needed by the server: "
                             "pip install 'wave64[serve]', or python3 setup_rocm.py install in a clone\n")
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
+def test_any_address_of_ipv6_is_any_of_ipv4_too():
+    port = free_port()
+    with launch.listen("::", port), socket.create_connection(("127.0.0.1", port)):
+        pass
