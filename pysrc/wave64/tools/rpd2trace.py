@@ -70,8 +70,7 @@ def write_trace(profile: Profile, out: TextIO, window: tuple[int, int] | None = 
 
 def _us(ns: int) -> str:
     """Microseconds with all three digits behind the point, of an integer of any size."""
-    whole, rest = divmod(abs(ns), 1000)
-    return f"{'-' if ns < 0 else ''}{whole}.{rest:03d}"
+    return f"{ns // 1000}.{ns % 1000:03d}" if ns >= 0 else f"-{_us(-ns)}"
 
 
 def _events(profile: Profile, origin: int, window: tuple[int, int] | None) -> Iterator[str]:
@@ -136,7 +135,7 @@ def _counters(profile: Profile, origin: int, window: tuple[int, int] | None) -> 
 
 def open_text(path: Path, packed: bool) -> TextIO:
     if packed:
-        return io.TextIOWrapper(gzip.GzipFile(path, "wb", compresslevel=3), encoding="utf-8")
+        return io.TextIOWrapper(gzip.GzipFile(path, "wb", compresslevel=1), encoding="utf-8")
     return path.open("w", encoding="utf-8")
 
 
