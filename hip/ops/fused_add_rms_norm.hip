@@ -21,6 +21,7 @@ struct FusedAddRmsNormArgs {
     // set by the launcher
     int32_t block;  // lanes of a block
     int32_t grid;   // blocks
+    float inverse_hidden;
 };
 
 constexpr int kMaxLanes = 512;  // with more, a lane would have too few registers for its packs
@@ -42,10 +43,9 @@ struct FusedAddRow {
           residual(static_cast<const T*>(args.residual) + token * args.residual_stride, num_packs) {}
     WAVE64_DEVICE Loaded load(int i) const { return {in_out.load(i), residual.load(i)}; }
     WAVE64_DEVICE Pack<T, N> x(int i, const Loaded& loaded) const {
-        const auto before = loaded.residual.values(), added = loaded.x.values();
-        float sum[N];
-        for (int j = 0; j < N; j++) sum[j] = float(before.at[j]) + float(added.at[j]);
-        const auto rounded = Pack<T, N>::rounded(sum);
+        auto sum = loaded.residual.numbers();
+        sum += loaded.x.numbers();
+        const auto rounded = Pack<T, N>::rounded_of_same(sum.at);
         residual.store(i, rounded);
         return rounded;
     }

@@ -29,6 +29,7 @@ struct FusedAddRmsNormQuantFp8Args {
     int32_t group_bits;  // a group is 2^group_bits packs, in as many lanes; kWholeRow: the row is the group
     int32_t block;       // lanes of a block
     int32_t grid;        // blocks
+    float inverse_hidden;
 };
 
 constexpr int kMaxLanes = 512;  // with more, a lane would have too few registers for its packs
@@ -49,7 +50,6 @@ WAVE64_DEVICE void fused_add_rms_norm_quant_fp8(const FusedAddRmsNormQuantFp8Arg
     WAVE64_LDS static float lds_sum[2][kMaxLanes / 32];
     WAVE64_LDS static int lds_amax[2][kMaxLanes / 32];
     const int num_packs = args.hidden / N, first = lane_in_block(), block = args.block;
-    const float inverse_hidden = 1 / float(args.hidden);
 
     const Row<T, N> weight(args.weight, num_packs);
     Pack<T, N> held_weight[kRmsHeld];
@@ -72,17 +72,17 @@ WAVE64_DEVICE void fused_add_rms_norm_quant_fp8(const FusedAddRmsNormQuantFp8Arg
             for (int i = 0; i < kRmsHeld; i++) before[i] = residual.load(first + i * block);
 #pragma unroll
             for (int i = 0; i < kRmsHeld; i++) {
-                const auto stream = before[i].values(), added = held[i].values();
-                float sum[N];
-                for (int j = 0; j < N; j++) sum[j] = float(stream.at[j]) + float(added.at[j]);
-                held[i] = Pack<T, N>::rounded(sum);
+                auto sum = before[i].numbers();
+                sum += held[i].numbers();
+                held[i] = Pack<T, N>::rounded_of_same(sum.at);
                 residual.store(first + i * block, held[i]);
             }
         }
-        float sum = 0;
+        Floats2 squares = {0, 0};
 #pragma unroll
-        for (int i = 0; i < kRmsHeld; i++) sum += sum_of_squares(held[i]);
-        const float by = rsqrt(block_sum(sum, lds_sum[parity], block) * inverse_hidden + args.eps);
+        for (int i = 0; i < kRmsHeld; i++) held[i].numbers().add_squares(squares);
+        const float sum = block_sum(squares.x + squares.y, lds_sum[parity], block);
+        const float by = rsqrt(sum * args.inverse_hidden + args.eps);
 
         int amax[kRmsHeld];  // the bits of magnitudes, which are in the same order
 #pragma unroll

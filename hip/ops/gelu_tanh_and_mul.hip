@@ -6,9 +6,9 @@
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
 
-WAVE64_DEVICE float gelu_tanh(float x) {
-    const float u = 0.797884561f * (x + 0.044715f * x * x * x);
-    return x * logistic(2 * u);
+WAVE64_DEVICE Floats2 gelu_tanh(Floats2 x) {
+    const Floats2 cubed = both(0.044715f) * x * x * x;
+    return x * logistic(both(2 * 0.797884561f) * (x + cubed));
 }
 
 }  // namespace wave64

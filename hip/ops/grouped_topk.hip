@@ -136,8 +136,9 @@ WAVE64_DEVICE void grouped_topk(const GroupedTopkArgs& args) {
         }
 
         const bool narrow = sizeof(T) == 2 && !args.bias;
-        const Chosen mine =
-            narrow ? choose<true>(args.top_k, first, lanes, choice) : choose<false>(args.top_k, first, lanes, choice);
+        float largest;
+        const Chosen mine = narrow ? choose<true>(args.top_k, first, lanes, choice, largest)
+                                   : choose<false>(args.top_k, first, lanes, choice, largest);
         // With a bias the number is not the logit. Loading it again is faster than getting it from its lane.
         const float logit = args.bias ? clean(float(gating.load(mine.expert).values().at[0])) : mine.number;
         float weight = lane < args.top_k ? score(logit) : 0, factor = args.factor;

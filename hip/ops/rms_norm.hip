@@ -21,6 +21,7 @@ struct RmsNormArgs {
     // set by the launcher
     int32_t block;  // lanes of a block
     int32_t grid;   // blocks
+    float inverse_hidden;
 };
 
 constexpr int kMaxLanes = 1024;

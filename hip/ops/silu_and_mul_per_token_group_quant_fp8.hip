@@ -32,45 +32,16 @@ namespace wave64 {
 
 template <typename T>
 WAVE64_DEVICE void silu_and_mul_per_token_group_quant_fp8(const SiluAndMulPerTokenGroupQuantFp8Args& args) {
-    constexpr int N = 16 / sizeof(T), kQuads = N / 4;
+    constexpr int N = 16 / sizeof(T);
     const LaneRows rows = lane_rows(args.partition);
     const int lanes = 1 << args.group_bits, group = rows.pack >> args.group_bits;
-    const T* x = static_cast<const T*>(args.x) + rows.pack * N;
-    Bits8* q = static_cast<Bits8*>(args.q) + rows.pack * N;
-    for (int64_t first = rows.first; first < args.num_tokens; first += kGatedRows * rows.step) {
-        Pack<T, N> gate[kGatedRows], up[kGatedRows];
-#pragma unroll
-        for (int i = 0; i < kGatedRows; i++) {
-            const int64_t token = first + i * rows.step;
-            if (token >= args.num_tokens) break;
-            gate[i] = load_pack<T, N>(x + token * args.x_stride);
-            up[i] = load_pack<T, N>(x + token * args.x_stride + args.d);
-        }
-#pragma unroll
-        for (int i = 0; i < kGatedRows; i++) {
-            const int64_t token = first + i * rows.step;
-            if (token >= args.num_tokens) break;
-            const auto gates = gate[i].values();
-            const auto ups = up[i].values();
-            struct {
-                typename Pack<float, 4>::Values at[kQuads];
-            } y;
-            float amax = 0;
-            for (int j = 0; j < N; j++) {
-                const float value = silu(float(gates.at[j])) * float(ups.at[j]);
-                y.at[j / 4].at[j % 4] = value;
-                amax = max(amax, __builtin_fabsf(value));
-            }
-            const Scale scale = scale_of(__builtin_bit_cast(float, run_max(__builtin_bit_cast(int, amax), lanes)));
-            struct {
-                Bits32 at[kQuads];
-            } quads;
-            for (int quad = 0; quad < kQuads; quad++)
-                quads.at[quad] = quantized(Pack<float, 4>::of(y.at[quad]), scale.inverse).bits;
-            store_pack(q + token * args.d, Pack<Bits8, N>{__builtin_bit_cast(typename Pack<Bits8, N>::Bits, quads)});
-            if (rows.pack == group << args.group_bits) args.scale[token * args.groups + group] = scale.scale;
-        }
-    }
+    const auto store = [&](int64_t token, Bits8* q, const Pack<T, N>& gate, const Pack<T, N>& up) {
+        const Numbers<N> y = gated<T, N, silu>(gate, up);
+        const Scale scale = scale_of(__builtin_bit_cast(float, run_max(__builtin_bit_cast(int, y.amax()), lanes)));
+        store_pack(q, quantized(y, scale.inverse));
+        if (rows.pack == group << args.group_bits) args.scale[token * args.groups + group] = scale.scale;
+    };
+    for_gated_rows<T, N>(args, rows, static_cast<Bits8*>(args.q), store);
 }
 
 }  // namespace wave64

@@ -1,7 +1,7 @@
 // The softmax gate: the top_k most likely experts of each token, and their weights.
 //
-// The trick: a wave has a token's logits in registers and chooses by them (topk.h), so the rounds do not wait for the
-// softmax; with renormalize it is taken of the chosen logits only.
+// The trick: 16 lanes have a token's logits in registers, or, where there are many experts, a wave has, and they choose
+// by them (topk.h), so the rounds do not wait for the softmax; with renormalize it is taken of the chosen logits only.
 // Bound by latency: a load, top_k rounds, a store.
 #include "wave64/topk.h"
 
@@ -27,23 +27,28 @@ struct TopkSoftmaxArgs {
 #ifdef WAVE64_DEVICE_CODE
 namespace wave64 {
 
-template <typename T, int SLOTS>
+// LANES of them have a token, each SLOTS of its logits.
+template <typename T, int SLOTS, int LANES>
 WAVE64_DEVICE void topk_softmax(const TopkSoftmaxArgs& args) {
-    const int lane = lane_in_block();
-    for (int64_t token = block_id(); token < args.num_tokens; token += args.grid) {
-        const Row<T, 1> gating(static_cast<const T*>(args.gating) + token * args.gating_stride, args.num_experts);
+    const int lanes = LANES ? LANES : wave_size(), tokens = wave_size() / lanes;
+    const int lane = lane_in_block() % lanes, row = lane_in_block() / lanes;
+    const int stride = tokens == 1 ? 0 : int(args.gating_stride);
+    for (int64_t first = int64_t(block_id()) * tokens; first < args.num_tokens; first += int64_t(args.grid) * tokens) {
+        const int64_t left = args.num_tokens - first;
+        const int rows = left < tokens ? int(left) : tokens, numbers = (rows - 1) * stride + args.num_experts;
+        const Row<T, 1> gating(static_cast<const T*>(args.gating) + first * args.gating_stride, numbers);
         Pack<T, 1> loaded[SLOTS];
 #pragma unroll
-        for (int i = 0; i < SLOTS; i++) loaded[i] = gating.load(lane + i * wave_size());
+        for (int i = 0; i < SLOTS; i++) loaded[i] = gating.load(row * stride + lane + i * lanes);
         float logits[SLOTS];
 #pragma unroll
         for (int i = 0; i < SLOTS; i++) {
-            const bool exists = lane + i * wave_size() < args.num_experts;
+            const bool exists = lane + i * lanes < args.num_experts;
             logits[i] = exists ? clean(float(loaded[i].values().at[0])) : kNowhere;
         }
 
-        const Chosen mine = choose<sizeof(T) == 2>(args.top_k, lane, wave_size(), logits);
-        const float largest = broadcast(mine.number, 0);
+        float largest;
+        const Chosen mine = choose<sizeof(T) == 2, LANES>(args.top_k, lane, lanes, logits, largest);
         const float weight = lane < args.top_k ? exp2((mine.number - largest) * kLog2E) : 0;
         float sum = weight;
         if (!args.renormalize) {
@@ -51,30 +56,49 @@ WAVE64_DEVICE void topk_softmax(const TopkSoftmaxArgs& args) {
 #pragma unroll
             for (int i = 0; i < SLOTS; i++) sum += exp2((logits[i] - largest) * kLog2E);
         }
-        sum = wave_sum(sum);
-        if (lane < args.top_k) {
-            args.weights[token * args.top_k + lane] = weight / sum;
-            args.ids[token * args.top_k + lane] = mine.expert;
+        sum = sum_over<LANES>(sum);
+        if (lane < args.top_k && row < rows) {
+            const int64_t at = (first + row) * args.top_k + lane;
+            args.weights[at] = weight / sum;
+            args.ids[at] = mine.expert;
         }
     }
 }
 
 }  // namespace wave64
 
-WAVE64_GATES(topk_softmax, TopkSoftmaxArgs)
+// Of few experts, and of many.
+#define WAVE64_SOFTMAX_GATES(DTYPE, T)                                                                     \
+    WAVE64_GATE_OF(topk_softmax_##DTYPE##_run_2, TopkSoftmaxArgs, topk_softmax<T, 2, wave64::kRunLanes>)   \
+    WAVE64_GATE_OF(topk_softmax_##DTYPE##_run_8, TopkSoftmaxArgs, topk_softmax<T, 8, wave64::kRunLanes>)   \
+    WAVE64_GATE_OF(topk_softmax_##DTYPE##_run_16, TopkSoftmaxArgs, topk_softmax<T, 16, wave64::kRunLanes>) \
+    WAVE64_GATE_OF(topk_softmax_##DTYPE##_8, TopkSoftmaxArgs, topk_softmax<T, 8, 0>)                       \
+    WAVE64_GATE_OF(topk_softmax_##DTYPE##_16, TopkSoftmaxArgs, topk_softmax<T, 16, 0>)
+WAVE64_SOFTMAX_GATES(bf16, wave64::bf16)
+WAVE64_SOFTMAX_GATES(fp16, wave64::fp16)
+WAVE64_SOFTMAX_GATES(fp32, float)
 
 #else
 namespace wave64 {
 namespace {
 
-constexpr GateKernels kKernels = WAVE64_GATE_NAMES(topk_softmax);
+#define WAVE64_SOFTMAX_GATE_NAMES(DTYPE)                                                              \
+    {"topk_softmax_" DTYPE "_run_2", "topk_softmax_" DTYPE "_run_8", "topk_softmax_" DTYPE "_run_16", \
+     "topk_softmax_" DTYPE "_8", "topk_softmax_" DTYPE "_16"}
+constexpr const char* kKernels[][5] = {WAVE64_SOFTMAX_GATE_NAMES("bf16"), WAVE64_SOFTMAX_GATE_NAMES("fp16"),
+                                       WAVE64_SOFTMAX_GATE_NAMES("fp32")};
 
 void topk_softmax(TopkSoftmaxArgs args, const Call& call) {
     check_gate(call, args);
-    const int wave_size = call.device.wave_size;
+    const int wave_size = call.device.wave_size, tokens = wave_size / kRunLanes;
     call.expect(args.top_k >= 1 && args.top_k <= std::min(args.num_experts, wave_size), "top_k",
                 "1 to num_experts, at most the lanes of a wave", args.top_k);
-    launch_gate(call, kKernels, ceil_div(args.num_experts, wave_size), args);
+    // A wave's rows are accessed by 32-bit offsets from the first.
+    const bool runs =
+        args.num_experts <= kMaxSlots * kRunLanes && args.top_k <= kRunLanes && args.gating_stride < int64_t(1) << 24;
+    const int64_t slots = ceil_div(args.num_experts, runs ? kRunLanes : wave_size);
+    const int kernel = runs ? (slots > 8 ? 2 : slots > 2 ? 1 : 0) : slots > 8 ? 4 : 3;
+    launch_gate(call, kKernels[args.dtype][kernel], runs ? tokens : 1, args);
 }
 
 WAVE64_OP_AND_CONSTANTS(topk_softmax, TopkSoftmaxArgs, ({{"MAX_SLOTS", kMaxSlots}}), gating, weights, ids,

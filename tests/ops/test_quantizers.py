@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wave64 import OPS, BadArgument, ops, platform, quant
+from wave64.testing import lanes
 
 quick = examples(20)
 
@@ -64,6 +65,17 @@ def test_groups_equal_a_loop(backend, flavor, device, rows, columns, group, dtyp
             expected, unit = quantized(wide[t, first:first + group], flavor)
             assert np.array_equal(q[t, first:first + group], expected)
             assert scale[t, i] == unit
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
+def test_hip_divides_as_division_does(arch):
+    """Its kernels multiply by the reciprocal of the limit and correct that."""
+    amax = torch.randint(0x2EDBE6FF, 0x7F800001, (1, 2000), dtype=torch.int32).view(torch.float32)  # 1e-10 to infinity
+    amax[0, -1] = torch.inf
+    with platform.target(arch):
+        with lanes.on_cpu(arch):  # executes at its end
+            scale = ops.per_token_group_quant_fp8.backends["hip"].run(amax, 1)[1]
+        assert torch.equal(scale, amax / quant.limit(quant.fp8_dtype()))
 
 
 @pytest.mark.parametrize("flavor", FP8, ids=str)

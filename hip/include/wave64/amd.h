@@ -22,6 +22,11 @@ WAVE64_DEVICE float log2(float x) { return __builtin_amdgcn_logf(x); }
 WAVE64_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }  // of a number and NaN, the number
 WAVE64_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
 WAVE64_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }  // a * b + c, rounded once
+// The largest of a, |b| and |c|; NaN is skipped. The compiler takes magnitudes before it unpacks them, one by one.
+WAVE64_DEVICE float max_magnitude(float a, float b, float c) {
+    asm("v_max3_f32 %0, %0, |%1|, |%2|" : "+v"(a) : "v"(b), "v"(c));
+    return a;
+}
 
 WAVE64_DEVICE void block_barrier() {
     __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");

@@ -11,6 +11,7 @@ using Bits32 = unsigned;
 #if defined(__HIP__) || defined(WAVE64_CPU)
 using bf16 = __bf16;
 using fp16 = _Float16;
+using Floats2 = float __attribute__((ext_vector_type(2)));
 using Bits64 = unsigned __attribute__((ext_vector_type(2)));
 using Bits128 = unsigned __attribute__((ext_vector_type(4)));
 #endif
@@ -27,6 +28,8 @@ using Bits128 = unsigned __attribute__((ext_vector_type(4)));
 namespace wave64 {
 
 #if defined(__HIP__) || defined(WAVE64_CPU)
+WAVE64_DEVICE Floats2 fma(Floats2 a, Floats2 b, Floats2 c) { return __builtin_elementwise_fma(a, b, c); }
+
 // Two numbers of a 16-bit dtype.
 template <typename T>
 WAVE64_DEVICE Bits32 rounded_pair(float a, float b, T) {
@@ -34,6 +37,31 @@ WAVE64_DEVICE Bits32 rounded_pair(float a, float b, T) {
         T a, b;
     } pair{T(a), T(b)};
     return __builtin_bit_cast(Bits32, pair);
+}
+#endif
+#if defined(__gfx950__) || defined(__gfx1250__)
+// In one instruction, if it is told so, and if what looks at the halves cannot make a conversion of its own of each.
+WAVE64_DEVICE Bits32 rounded_pair(float a, float b, bf16) {
+    using Pair = bf16 __attribute__((ext_vector_type(2)));
+    Bits32 pair = __builtin_bit_cast(Bits32, __builtin_convertvector(Floats2{a, b}, Pair));
+    asm("" : "+v"(pair));
+    return pair;
+}
+#endif
+// The same of numbers that were computed from T's alone: a NaN among them has zeros behind T's bits, as its operand had
+// or as hardware makes one, so that half a unit more does not carry it into the sign.
+template <typename T>
+WAVE64_DEVICE Bits32 rounded_pair_of_same(float a, float b, T) {
+    return rounded_pair(a, b, T());
+}
+#if defined(__HIP__) && !defined(__gfx950__) && !defined(__gfx1250__)
+// To nearest even, without an instruction for it: in half of what it takes to ask for NaN, too.
+WAVE64_DEVICE Bits32 rounded_pair_of_same(float a, float b, bf16) {
+    const auto rounded = [](float x) {
+        const Bits32 bits = __builtin_bit_cast(Bits32, x);
+        return bits + (bits >> 16 & 1) + 0x7fff;
+    };
+    return high_halves(rounded(a), rounded(b));
 }
 #endif
 
@@ -46,7 +74,51 @@ WAVE64_DEVICE void forget_uniform(T&) {}
 WAVE64_DEVICE int broadcast(int x, int lane) { return from_lane(x, lane); }
 WAVE64_DEVICE float broadcast(float x, int lane) { return from_lane(x, lane); }
 WAVE64_DEVICE int wave_max_of_rare(int x, int) { return wave_max(x); }
+WAVE64_DEVICE float max_magnitude(float a, float b, float c) {
+    return max(a, max(__builtin_fabsf(b), __builtin_fabsf(c)));
+}
 #endif
+
+WAVE64_DEVICE Floats2 both(float x) { return {x, x}; }
+
+// N numbers in fp32, computed with two at a time: one instruction on AMD, if it is told so.
+template <int N>
+struct Numbers {
+    float at[N];
+
+    template <typename Do>
+    WAVE64_DEVICE void each(const Numbers& other, Do&& join) {
+        if constexpr (N % 2 == 0)
+            for (int i = 0; i < N; i += 2) {
+                const Floats2 pair = join(Floats2{at[i], at[i + 1]}, Floats2{other.at[i], other.at[i + 1]});
+                at[i] = pair.x, at[i + 1] = pair.y;
+            }
+        else
+            for (int i = 0; i < N; i++) at[i] = join(Floats2{at[i], 0}, Floats2{other.at[i], 0}).x;
+    }
+    WAVE64_DEVICE void operator+=(const Numbers& other) {
+        each(other, [](const Floats2& a, const Floats2& b) { return a + b; });
+    }
+    WAVE64_DEVICE void operator*=(const Numbers& other) {
+        each(other, [](const Floats2& a, const Floats2& b) { return a * b; });
+    }
+    WAVE64_DEVICE void operator*=(float x) {
+        each(*this, [x](const Floats2& a, const Floats2&) { return a * both(x); });
+    }
+    // The largest magnitude; NaN is skipped.
+    WAVE64_DEVICE float amax() const {
+        float amax = 0;
+        for (int i = 0; i < N; i += 2) amax = max_magnitude(amax, at[i], at[i + (N > 1)]);
+        return amax;
+    }
+    // Adds the squares to a pair of sums.
+    WAVE64_DEVICE void add_squares(Floats2& sums) const {
+        if constexpr (N % 2 == 0)
+            for (int i = 0; i < N; i += 2) sums = fma(Floats2{at[i], at[i + 1]}, Floats2{at[i], at[i + 1]}, sums);
+        else
+            for (float x : at) sums.x = fma(x, x, sums.x);
+    }
+};
 
 template <int BYTES>
 struct BitsOf;
@@ -82,13 +154,22 @@ struct Pack {
     Bits bits;
 
     WAVE64_DEVICE Values values() const { return __builtin_bit_cast(Values, bits); }
+    WAVE64_DEVICE Numbers<N> numbers() const {
+        const Values values = this->values();
+        Numbers<N> numbers;
+        for (int i = 0; i < N; i++) numbers.at[i] = float(values.at[i]);
+        return numbers;
+    }
     WAVE64_DEVICE static Pack of(const Values& values) { return {__builtin_bit_cast(Bits, values)}; }
+    // SAME: of numbers that were computed from T's alone.
+    template <bool SAME = false>
     WAVE64_DEVICE static Pack rounded(const float (&x)[N]) {
         if constexpr (sizeof(T) == 2 && N % 2 == 0) {
             struct {
                 Bits32 at[N / 2];
             } pairs;
-            for (int i = 0; i < N; i += 2) pairs.at[i / 2] = rounded_pair(x[i], x[i + 1], T());
+            for (int i = 0; i < N; i += 2)
+                pairs.at[i / 2] = SAME ? rounded_pair_of_same(x[i], x[i + 1], T()) : rounded_pair(x[i], x[i + 1], T());
             return {__builtin_bit_cast(Bits, pairs)};
         } else {
             Values values;
@@ -96,6 +177,7 @@ struct Pack {
             return of(values);
         }
     }
+    WAVE64_DEVICE static Pack rounded_of_same(const float (&x)[N]) { return rounded<true>(x); }
 };
 
 // n / d for n below 2^31.
@@ -117,26 +199,34 @@ public:
 };
 
 // The maximum over each run of `lanes` lanes, a power of two, in every lane of the run, for N numbers at once.
-template <int N>
+template <int HALF = 1, int N>
 WAVE64_DEVICE void run_max(int (&x)[N], int lanes) {
-    const auto larger = [](int& a, int b) { a = a > b ? a : b; };
-    if (lanes > 1)
-        for (int& each : x) larger(each, from_other_half<1>(each));
-    if (lanes > 2)
-        for (int& each : x) larger(each, from_other_half<2>(each));
-    if (lanes > 4)
-        for (int& each : x) larger(each, from_other_half<4>(each));
-    if (lanes > 8)
-        for (int& each : x) larger(each, from_other_half<8>(each));
-    if (lanes > 16)
-        for (int& each : x) larger(each, from_other_half<16>(each));
-    if (lanes > 32)
-        for (int& each : x) larger(each, from_other_half<32>(each));
+    forget_uniform(lanes);  // compared here: the results of comparisons would be kept in vector registers
+    if (lanes <= HALF) return;
+    for (int& each : x) {
+        const int other = from_other_half<HALF>(each);
+        each = each > other ? each : other;
+    }
+    if constexpr (HALF < 32) run_max<2 * HALF>(x, lanes);
 }
 WAVE64_DEVICE int run_max(int x, int lanes) {
     int one[] = {x};
     run_max(one, lanes);
     return one[0];
+}
+
+// What a block's waves, at least two, have left in lds, reduced by `join`, in every lane.
+template <typename T, typename Join>
+WAVE64_DEVICE T waves_joined(const T* lds, int num_waves, T none, Join join) {
+    // A block has at most 16 waves of 64 lanes: each run of 16 lanes joins all.
+    const int wave = lane_in_block() % (wave_size() == 64 ? 16 : wave_size());
+    T x = wave < num_waves ? lds[wave] : none;
+    x = join(x, from_other_half<1>(x));
+    x = join(x, from_other_half<2>(x));
+    x = join(x, from_other_half<4>(x));
+    x = join(x, from_other_half<8>(x));
+    if (wave_size() == 32) x = join(x, from_other_half<16>(x));
+    return x;
 }
 
 // The sum over the block's lanes, in every lane; `lds` holds a float per wave and may be read until the next barrier.
@@ -146,7 +236,7 @@ WAVE64_DEVICE float block_sum(float x, float* lds, int block) {
     if (num_waves == 1) return x;
     if (lane == 0) lds[lane_in_block() / wave_size()] = x;
     block_barrier();
-    return wave_sum(lane < num_waves ? lds[lane] : 0);
+    return waves_joined(lds, num_waves, 0.0f, [](float a, float b) { return a + b; });
 }
 
 // The maximum over the block's lanes, in every lane; `lds` as for block_sum. For magnitudes pass the bits, which are in
@@ -158,7 +248,7 @@ WAVE64_DEVICE T block_max(T x, T* lds, int block) {
     if (num_waves == 1) return x;
     if (lane == 0) lds[lane_in_block() / wave_size()] = x;
     block_barrier();
-    return wave_max(lane < num_waves ? lds[lane] : lds[0]);
+    return waves_joined(lds, num_waves, x, [](T a, T b) { return a > b ? a : b; });
 }
 
 }  // namespace wave64

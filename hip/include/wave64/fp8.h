@@ -33,7 +33,9 @@ WAVE64_DEVICE Bits32 to_fp8_in_range(float a, float b, float c, float d) {
     return fp8_bits(a, bias, kFp8Max) | fp8_bits(b, bias, kFp8Max) << 8 | fp8_bits(c, bias, kFp8Max) << 16 |
            fp8_bits(d, bias, kFp8Max) << 24;
 #elif defined(__HIP__)
-    return __builtin_amdgcn_cvt_pk_fp8_f32(c, d, __builtin_amdgcn_cvt_pk_fp8_f32(a, b, 0, false), true);
+    // Into a's register: of another's half, which is replaced next, something would have to be written first.
+    const int low = __builtin_amdgcn_cvt_pk_fp8_f32(a, b, __builtin_bit_cast(int, a), false);
+    return __builtin_amdgcn_cvt_pk_fp8_f32(c, d, low, true);
 #else
     const auto pair = [](float x, float y) {
         return Bits32(__nv_cvt_float2_to_fp8x2(float2{x, y}, __NV_SATFINITE, __NV_E4M3));

@@ -30,39 +30,51 @@ namespace wave64 {
 
 // 1 / (1 + exp(-x))
 WAVE64_DEVICE float logistic(float x) { return reciprocal(1 + exp2(-1.44269504f * x)); }
-
-WAVE64_DEVICE float silu(float x) { return x * logistic(x); }
-
-template <typename T, int N, float F(float)>
-WAVE64_DEVICE Pack<T, N> gated(const Pack<T, N>& gate, const Pack<T, N>& up) {
-    const auto gates = gate.values();
-    const auto ups = up.values();
-    float y[N];
-    for (int i = 0; i < N; i++) y[i] = F(float(gates.at[i])) * float(ups.at[i]);
-    return Pack<T, N>::rounded(y);
+WAVE64_DEVICE Floats2 logistic(Floats2 x) {
+    x = x * both(-1.44269504f);
+    x = both(1) + Floats2{exp2(x.x), exp2(x.y)};
+    return {reciprocal(x.x), reciprocal(x.y)};
 }
 
-template <typename T, int N, float F(float)>
-WAVE64_DEVICE void gated(const GatedArgs& args) {
-    const LaneRows rows = lane_rows(args.partition);
-    const T* x = static_cast<const T*>(args.x) + rows.pack * N;
-    T* out = static_cast<T*>(args.out) + rows.pack * N;
-    for (int64_t first = rows.first; first < args.num_tokens; first += kGatedRows * rows.step) {
+WAVE64_DEVICE float silu(float x) { return x * logistic(x); }
+WAVE64_DEVICE Floats2 silu(Floats2 x) { return x * logistic(x); }
+
+template <typename T, int N, Floats2 F(Floats2)>
+WAVE64_DEVICE Numbers<N> gated(const Pack<T, N>& gate, const Pack<T, N>& up) {
+    auto y = gate.numbers();
+    y.each(up.numbers(), [](const Floats2& gate, const Floats2& up) { return F(gate) * up; });
+    return y;
+}
+
+// Calls store(token, out, gate, up) for this lane's pack of its rows, where `out` is at that pack of [num_tokens, d].
+template <typename T, int N, typename Args, typename Out, typename Store>
+WAVE64_DEVICE void for_gated_rows(const Args& args, const LaneRows& rows, Out* out, const Store& store) {
+    // A lane's rows are the same distance apart: no more than its first is multiplied.
+    const T* x = static_cast<const T*>(args.x) + rows.pack * N + rows.first_times(args.x_stride);
+    out += rows.pack * N + rows.first_times(args.d);
+    const int64_t x_step = rows.step * args.x_stride, out_step = rows.step * args.d;
+    for (int64_t token = rows.first; token < args.num_tokens; token += kGatedRows * rows.step) {
         Pack<T, N> gate[kGatedRows], up[kGatedRows];
 #pragma unroll
-        for (int i = 0; i < kGatedRows; i++) {
-            const int64_t token = first + i * rows.step;
-            if (token >= args.num_tokens) break;
-            gate[i] = load_pack<T, N>(x + token * args.x_stride);
-            up[i] = load_pack<T, N>(x + token * args.x_stride + args.d);
+        for (int i = 0; i < kGatedRows; i++, x += x_step) {
+            if (i > 0 && token + i * rows.step >= args.num_tokens) break;
+            gate[i] = load_pack<T, N>(x);
+            up[i] = load_pack<T, N>(x + args.d);
         }
 #pragma unroll
-        for (int i = 0; i < kGatedRows; i++) {
-            const int64_t token = first + i * rows.step;
-            if (token >= args.num_tokens) break;
-            store_pack(out + token * args.d, gated<T, N, F>(gate[i], up[i]));
+        for (int i = 0; i < kGatedRows; i++, out += out_step) {
+            if (i > 0 && token + i * rows.step >= args.num_tokens) break;
+            store(token + i * rows.step, out, gate[i], up[i]);
         }
     }
+}
+
+template <typename T, int N, Floats2 F(Floats2)>
+WAVE64_DEVICE void gated(const GatedArgs& args) {
+    for_gated_rows<T, N>(args, lane_rows(args.partition), static_cast<T*>(args.out),
+                         [&](int64_t, T* out, const Pack<T, N>& gate, const Pack<T, N>& up) {
+                             store_pack(out, Pack<T, N>::rounded_of_same(gated<T, N, F>(gate, up).at));
+                         });
 }
 
 }  // namespace wave64

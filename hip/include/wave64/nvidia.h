@@ -43,6 +43,13 @@ WAVE64_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }
 WAVE64_DEVICE float min(float a, float b) { return ::fminf(a, b); }
 WAVE64_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 
+struct Floats2 {
+    float x, y;
+};
+WAVE64_DEVICE Floats2 operator+(Floats2 a, Floats2 b) { return {a.x + b.x, a.y + b.y}; }
+WAVE64_DEVICE Floats2 operator*(Floats2 a, Floats2 b) { return {a.x * b.x, a.y * b.y}; }
+WAVE64_DEVICE Floats2 fma(Floats2 a, Floats2 b, Floats2 c) { return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)}; }
+
 // Two numbers of a 16-bit dtype, in one instruction: converted one by one they take four times as long each.
 WAVE64_DEVICE Bits32 rounded_pair(float a, float b, bf16) {
     Bits32 pair;

@@ -14,10 +14,13 @@ struct Scale {
     float scale, inverse;
 };
 
-// Both quotients are rounded to nearest, as on every backend.
+// Both quotients are rounded to nearest, as on every backend: that by a constant is a guess and its correction, in half
+// the instructions of a division. tests/ops/test_quantizers.py holds it to that.
 WAVE64_DEVICE Scale scale_of(float amax) {
-    amax = max(amax, kMinAmax);
-    return {amax / kFp8Max, kBelowFp8Max / amax};
+    const int bits = __builtin_bit_cast(int, amax), least = __builtin_bit_cast(int, kMinAmax);
+    amax = __builtin_bit_cast(float, bits > least ? bits : least);  // magnitudes are in the order of their bits
+    const float guess = amax * (1 / kFp8Max), better = fma(fma(-guess, kFp8Max, amax), 1 / kFp8Max, guess);
+    return {better == better ? better : guess, kBelowFp8Max / amax};  // an infinite guess has no correction
 }
 
 // The scale of a block's numbers, from the amax of each lane's.
@@ -28,30 +31,31 @@ WAVE64_DEVICE Scale scale_of_block(float amax, int* lds, int block) {
 // The largest magnitude of a pack's numbers; NaN is skipped.
 template <typename T, int N>
 WAVE64_DEVICE float amax_of(const Pack<T, N>& x) {
-    const auto values = x.values();
-    float amax = 0;
-    for (int i = 0; i < N; i++) amax = max(amax, __builtin_fabsf(float(values.at[i])));
-    return amax;
+    return x.numbers().amax();
 }
 
-// A pack's numbers times `inverse`, in FP8. IN_RANGE: no product exceeds the limit; else those that do are clamped.
-template <bool IN_RANGE = true, typename T, int N>
-WAVE64_DEVICE Pack<Bits8, N> quantized(const Pack<T, N>& x, float inverse) {
+// Numbers times `inverse`, in FP8. IN_RANGE: no product exceeds the limit; else those that do are clamped.
+template <bool IN_RANGE = true, int N>
+WAVE64_DEVICE Pack<Bits8, N> quantized(Numbers<N> x, float inverse) {
     constexpr int words = (N + 3) / 4;
-    const auto values = x.values();
+    x *= inverse;
     struct {
         Bits32 at[words];
     } q;
     for (int word = 0; word < words; word++) {
-        float product[4] = {};
-        for (int i = 0; i < 4 && 4 * word + i < N; i++) product[i] = float(values.at[4 * word + i]) * inverse;
-        q.at[word] = IN_RANGE ? to_fp8_in_range(product[0], product[1], product[2], product[3])
-                              : to_fp8(product[0], product[1], product[2], product[3]);
+        float four[4] = {};
+        for (int i = 0; i < 4 && 4 * word + i < N; i++) four[i] = x.at[4 * word + i];
+        q.at[word] =
+            IN_RANGE ? to_fp8_in_range(four[0], four[1], four[2], four[3]) : to_fp8(four[0], four[1], four[2], four[3]);
     }
     if constexpr (N < 4)
         return {typename Pack<Bits8, N>::Bits(q.at[0])};
     else
         return {__builtin_bit_cast(typename Pack<Bits8, N>::Bits, q)};
+}
+template <bool IN_RANGE = true, typename T, int N>
+WAVE64_DEVICE Pack<Bits8, N> quantized(const Pack<T, N>& x, float inverse) {
+    return quantized<IN_RANGE>(x.numbers(), inverse);
 }
 
 }  // namespace wave64

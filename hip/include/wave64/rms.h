@@ -16,19 +16,17 @@ namespace wave64 {
 
 template <typename T, int N>
 WAVE64_DEVICE float sum_of_squares(const Pack<T, N>& x) {
-    const auto values = x.values();
-    float sum = 0;
-    for (int i = 0; i < N; i++) sum += float(values.at[i]) * float(values.at[i]);
-    return sum;
+    Floats2 squares = {0, 0};
+    x.numbers().add_squares(squares);
+    return squares.x + squares.y;
 }
 
 template <typename T, int N>
 WAVE64_DEVICE Pack<T, N> scaled(const Pack<T, N>& x, const Pack<T, N>& weight, float scale) {
-    const auto values = x.values();
-    const auto weights = weight.values();
-    float y[N];
-    for (int i = 0; i < N; i++) y[i] = float(values.at[i]) * scale * float(weights.at[i]);
-    return Pack<T, N>::rounded(y);
+    auto y = x.numbers();
+    y *= scale;
+    y *= weight.numbers();
+    return Pack<T, N>::rounded_of_same(y.at);
 }
 
 // Normalizes the rows of a block of at most MAX_LANES. TokenRow(args, token, num_packs) has
@@ -40,7 +38,6 @@ template <typename T, int N, int MAX_LANES, typename TokenRow, typename Args>
 WAVE64_DEVICE void normalize_rows(const Args& args) {
     WAVE64_LDS static float lds[2][MAX_LANES / 32];  // two, so that a row's sum may begin while the last one's is read
     const int num_packs = args.hidden / N, first = lane_in_block(), block = args.block;
-    const float inverse_hidden = 1 / float(args.hidden);  // here, so that no row waits for a division
 
     // A lane's columns are the same in every row, so its weights are read once, together with the first row.
     const Row<T, N> weight(args.weight, num_packs);
@@ -56,13 +53,18 @@ WAVE64_DEVICE void normalize_rows(const Args& args) {
 #pragma unroll
         for (int i = 0; i < kRmsHeld; i++) loaded[i] = row.load(first + i * block);
         Pack<T, N> held[kRmsHeld];
-        float sum = 0;
+        Floats2 squares = {0, 0};
 #pragma unroll
-        for (int i = 0; i < kRmsHeld; i++) sum += sum_of_squares(held[i] = row.x(first + i * block, loaded[i]));
+        for (int i = 0; i < kRmsHeld; i++) {
+            held[i] = row.x(first + i * block, loaded[i]);
+            held[i].numbers().add_squares(squares);
+        }
 #pragma unroll 1
-        for (int i = first + kRmsHeld * block; i < num_packs; i += block) sum += sum_of_squares(row.x(i, row.load(i)));
+        for (int i = first + kRmsHeld * block; i < num_packs; i += block)
+            row.x(i, row.load(i)).numbers().add_squares(squares);
 
-        const float scale = rsqrt(block_sum(sum, lds[parity], block) * inverse_hidden + args.eps);
+        const float scale =
+            rsqrt(block_sum(squares.x + squares.y, lds[parity], block) * args.inverse_hidden + args.eps);
 #pragma unroll
         for (int i = 0; i < kRmsHeld; i++) {
             forget(held_weight[i].bits);  // unpacked ahead of the loop, weights double in size and make x's load wait
@@ -87,6 +89,7 @@ template <typename Args>
 void launch_rms_rows(const Call& call, const char* kernel, int64_t num_packs, int max_lanes, Args& args) {
     constexpr int64_t kBlocksPerUnit = 32;  // fill a compute unit; a block of more tokens reads its weights once
     args.block = int32_t(std::min<int64_t>(round_up(ceil_div(num_packs, kRmsHeld), call.device.wave_size), max_lanes));
+    args.inverse_hidden = 1 / float(args.hidden);
     args.grid = int32_t(std::min(args.num_tokens, call.device.compute_units * kBlocksPerUnit));
     call.launch(kernel, {args.grid}, args.block, args);
 }

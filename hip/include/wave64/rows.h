@@ -37,14 +37,18 @@ WAVE64_DEVICE void store_pack(T* at, const Pack<T, N>& pack) {
 struct LaneRows {
     int pack;
     int64_t first, step;
+
+    // first * stride, where the lane is not idle: of two 32-bit factors and a carry.
+    WAVE64_DEVICE int64_t first_times(int64_t stride) const { return int64_t(uint64_t(uint32_t(first)) * stride); }
 };
 
 WAVE64_DEVICE LaneRows lane_rows(const RowPartition& partition) {
     const unsigned lane = lane_in_block(), row = lane / partition.by_row_lanes;
     const int pack = block_id() * partition.row_lanes + int(lane - row * unsigned(partition.row_lanes));
-    const bool some = int(row) < partition.block_rows && pack < partition.packs;
-    return {pack, some ? int64_t(block_id_y()) * partition.block_rows + row : int64_t(1) << 62,
-            int64_t(partition.grid) * partition.block_rows};
+    const bool idle = int(row) >= partition.block_rows || pack >= partition.packs;
+    const unsigned first = unsigned(block_id_y()) * partition.block_rows + row;
+    return {pack, int64_t(uint64_t(idle ? 1u << 30 : 0) << 32 | first),  // in halves: no branch, around which step
+            int64_t(partition.grid) * partition.block_rows};             // would be in vector registers
 }
 
 }  // namespace wave64

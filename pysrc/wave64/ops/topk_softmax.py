@@ -35,7 +35,8 @@ def cases():
     for dtype in DTYPES:
         yield _case(f"7x60-{dtype}", 7, 60, 4, False, dtype)
         yield _case(f"3x384-{dtype}", 3, 384, 8, True, dtype)
-    for tokens, experts, top_k in [(1, 256, 8), (5, 1, 1), (3, 8, 8), (0, 8, 2), (19, 8, 2), (2, 72, 32), (4, 5, 3)]:
+        yield _case(f"19x8-{dtype}", 19, 8, 2, True, dtype)
+    for tokens, experts, top_k in [(1, 256, 8), (5, 1, 1), (3, 8, 8), (0, 8, 2), (2, 72, 32), (4, 5, 3)]:
         yield _case(f"{tokens}x{experts}-top-{top_k}", tokens, experts, top_k)
     # more logits a lane, in the HIP kernels: 4, 16
     for dtype in DTYPES:
