@@ -97,10 +97,10 @@ def to_cache(x, scale_ptr, LIMIT: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def scales_of_heads(scale_ptr, offs_h, heads, PER_HEAD: tl.constexpr):
-    """Where to_cache finds the scales of heads offs_h, pointers in offs_h's shape; one for all without PER_HEAD."""
+    """Where to_cache finds the scales of heads offs_h, pointers in offs_h's shape; one for all without PER_HEAD. Not
+    called where there are none: a function of Triton 3.6's cannot return None."""
     if PER_HEAD:
-        if scale_ptr is not None:
-            scale_ptr += tl.minimum(offs_h, heads - 1)
+        scale_ptr += tl.minimum(offs_h, heads - 1)
     return scale_ptr
 
 

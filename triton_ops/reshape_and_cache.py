@@ -21,7 +21,7 @@ def _store(new_ptr, cache_ptr, scale_ptr, head_stride, slot, heads, head_dim, LI
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask = (offs_h < heads) & (offs_d < head_dim)
     x = tl.load(new_ptr + offs_h * head_stride + offs_d, mask=mask, other=0.0)
-    scale_ptr = scales_of_heads(scale_ptr, offs_h, heads, PER_HEAD)
+    scale_ptr = scales_of_heads(scale_ptr, offs_h, heads, PER_HEAD) if scale_ptr is not None else None
     x = to_cache(x, scale_ptr, LIMIT, cache_ptr.dtype.element_ty)
     # slots are int64, since the pool may hold more than 2^31 elements
     tl.store(cache_ptr + slot * (heads * head_dim) + offs_h * head_dim + offs_d, x, mask=mask)

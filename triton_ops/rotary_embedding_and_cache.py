@@ -73,8 +73,10 @@ def _rotary_embedding_and_cache_kernel(positions_ptr, query_ptr, key_ptr, value_
             slot = tl.load(slot_ptr + token)  # int64, since the pool may hold more than 2^31 elements
             _rotate_and_store(key_ptr + token * key_stride + offs_h * key_head_stride,
                               key_cache_ptr + slot * (kv_heads * head_dim) + offs_h * head_dim, offs_h < kv_heads, slot,
-                              cos, sin, scales_of_heads(k_scale_ptr, offs_h, kv_heads, PER_HEAD), half, head_dim,
-                              LIMIT, IS_NEOX, BLOCK_H, BLOCK_D)
+                              cos, sin,
+                              scales_of_heads(k_scale_ptr, offs_h, kv_heads, PER_HEAD)
+                              if k_scale_ptr is not None else None,
+                              half, head_dim, LIMIT, IS_NEOX, BLOCK_H, BLOCK_D)
     else:
         offs_h = (group - query_groups - key_groups) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
         offs_d = tl.arange(0, BLOCK_D)[None, :]
@@ -82,7 +84,8 @@ def _rotary_embedding_and_cache_kernel(positions_ptr, query_ptr, key_ptr, value_
         if slot >= 0:
             _copy(value_ptr + token * value_stride + offs_h * value_head_stride + offs_d,
                   value_cache_ptr + slot * (kv_heads * head_dim) + offs_h * head_dim + offs_d,
-                  (offs_h < kv_heads) & (offs_d < head_dim), scales_of_heads(v_scale_ptr, offs_h, kv_heads, PER_HEAD),
+                  (offs_h < kv_heads) & (offs_d < head_dim),
+                  scales_of_heads(v_scale_ptr, offs_h, kv_heads, PER_HEAD) if v_scale_ptr is not None else None,
                   LIMIT)
 
 
