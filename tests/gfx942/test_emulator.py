@@ -38,6 +38,18 @@ def test_machine_code_keeps_the_contract(op, case, arch, record_property):
     record_property("emulated", {"arch": arch, "kernels": sorted(kernels), "instructions": instructions})
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sums_in_bf16_are_rounded_to_nearest_even(arch):
+    """Of bf16 many sums are halfway, and the contract's tolerance would let them be cut off. NaN stays NaN."""
+    x, residual = (torch.randn(3, 512).bfloat16() for _ in range(2))
+    x[2, :4] = torch.tensor([0x7FFF, -1, 0x7F80, -0x80], dtype=torch.int16).view(torch.bfloat16)  # NaN, infinities
+    residual[2, 2] = -torch.inf
+    summed = x + residual
+    with platform.target(arch), emulate(arch):
+        OPS["fused_add_rms_norm"].backends["hip"].run(x, residual, torch.ones(512).bfloat16())
+    torch.testing.assert_close(residual, summed, rtol=0, atol=0, equal_nan=True)
+
+
 def test_emulation_counts_instructions_by_name():
     op = OPS["rms_norm"]
     args = contract.draw(next(iter(op.cases())), "cpu", seed=0)
