@@ -6,7 +6,7 @@
 // so too, the waves of a block take the steps along K in turn, and their sums meet in LDS once, at the end: bound by
 // reading the weights. For many, four waves have columns of their own, and tokens pass through LDS, their chunks of 16
 // bytes in an order that no two lanes in turn meet in one bank: bound by the matrix cores.
-#include "wave64/types.h"
+#include "wave64/fp8_tile.h"
 
 namespace wave64 {
 
@@ -50,16 +50,13 @@ struct Fp8BlockScaledMmArgs {
 
 constexpr int kFewColumns = 16;   // of a block for few tokens
 constexpr int kTileTokens = 128;  // of a block for many
-constexpr int kWaves = 4;         // of a block with a tile
 constexpr int kGroupTiles = 8;    // rows of tiles that blocks go through column by column
-constexpr int kXcds = 8;          // dies that blocks are assigned to round robin, each with an L2
 constexpr int kMergeLanes = 256;
 constexpr int kMaxWaves[] = {16, 16, 8};  // for few tokens: of 16, 32 and 64 tokens in a block
 
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
-#include "wave64/fp8_matrix.h"
 #include "wave64/rows.h"
 
 #if WAVE64_HAS_FP8_MATRIX
@@ -72,9 +69,7 @@ struct Tile {
     // Each die gets a range of tiles, in groups of kGroupTiles rows of tiles, column by column: blocks that run
     // together read the same rows of both factors.
     WAVE64_DEVICE Tile(const Fp8BlockScaledMmArgs& args) {
-        const unsigned xcd = unsigned(block_id()) % kXcds, each = unsigned(args.blocks) / kXcds;
-        const unsigned more = unsigned(args.blocks) % kXcds;
-        const unsigned item = xcd * each + (xcd < more ? xcd : more) + unsigned(block_id()) / kXcds;
+        const unsigned item = item_of_die(args.blocks);
         const unsigned group = item / args.by_group, first = group * kGroupTiles;
         const bool last = first + kGroupTiles >= unsigned(args.tiles_m);
         const unsigned rows = last ? args.tiles_m - first : kGroupTiles;
@@ -214,65 +209,38 @@ WAVE64_DEVICE void few_tokens(const Fp8BlockScaledMmArgs& args) {
 
 // ---- many tokens: a block has kTileTokens of them, and a wave 32 PAIRS columns of y
 
-// The rows of weights of two products are in turns of 4 in each, so that a lane has 8 neighboring columns.
 template <int PAIRS>
 WAVE64_DEVICE void tile_of_tokens(const Fp8BlockScaledMmArgs& args) {
-    constexpr int tiles = kTileTokens / 16, chunks = kStepColumns / 16, columns = kWaves * 32 * PAIRS;
-    constexpr int loads = kTileTokens * chunks / (kWaves * 64);  // of a lane, of tokens
-    WAVE64_LDS static Bits128 lds_tokens[2][kTileTokens][chunks];
+    constexpr int tiles = kTileTokens / 16, columns = kTileWaves * 32 * PAIRS;
+    using Tokens = TokenTile<tiles>;
+    WAVE64_LDS static typename Tokens::Memory lds;
     const Tile tile(args);
-    const int wave = uniform(lane_in_block() / 64), id = lane_in_block();
+    const int wave = uniform(lane_in_block() / 64), lane = lane_in_block() % 64;
     const int line = line_of_lane(), part = part_of_lane();
     const int m = tile.m * kTileTokens, n = tile.n * columns + wave * 32 * PAIRS;
     const auto rows = [](int left, int most) { return left < most ? left : most; };
     const Factor weights(static_cast<const char*>(args.b) + n * args.b_stride, rows(args.n - n, 32 * PAIRS),
-                         int(args.b_stride), args.k, line / 4 * 8 + line % 4, part);
-    const int row = id / chunks, chunk = id % chunks;
+                         int(args.b_stride), args.k, line_of_pair(), part);
     const Factor tokens(static_cast<const char*>(args.a) + m * args.a_stride, rows(args.m - m, kTileTokens),
-                        int(args.a_stride), args.k, row, chunk);
+                        int(args.a_stride), args.k, Tokens::row(0), Tokens::chunk());
     const Scales scales(args, m, n);
-    const int lane = id % 64;
     const int scale_at[] = {scale_offset(args, m, lane), scale_offset(args, m, 64 + lane)};
     const int begin = block_id_y() * args.split_steps;
     const int end = begin + args.split_steps < args.steps ? begin + args.split_steps : args.steps;
 
-    Bits128 staged[loads];
-    float token_scale[2], weight_scale;  // of tokens `lane` and 64 + lane
-    Columns weight[2][2 * PAIRS];
-    const auto load = [&](Columns(&into)[2 * PAIRS], int step) {
+    const auto load = [&](int step, TileStep<tiles, 2 * PAIRS, 1>& into, Columns(&weight)[2 * PAIRS]) {
         const bool there = step < end;
         const unsigned group = scales.group(there ? step : end - 1);
 #pragma unroll
-        for (int i = 0; i < loads; i++) staged[i] = tokens.load_chunk(kTileTokens / loads * i, step, there);
-        for (int i = 0; i < 2; i++) token_scale[i] = scales.of_token(group, scale_at[i]);
-        weight_scale = scales.of_weight(group);
+        for (int i = 0; i < Tokens::loads; i++)
+            into.tokens[i] = tokens.load_chunk(kTileTokens / Tokens::loads * i, step, there);
+        for (int i = 0; i < Tokens::scales; i++) into.token_scale[i] = scales.of_token(group, scale_at[i]);
+        into.weight_scale[0] = scales.of_weight(group);
 #pragma unroll
-        for (int j = 0; j < 2 * PAIRS; j++) into[j] = weights.load(j / 2 * 32 + j % 2 * 4, step, there);
-        keep_order();
+        for (int j = 0; j < 2 * PAIRS; j++) weight[j] = weights.load(further_of_pair(j), step, there);
     };
     Floats4 acc[tiles][2 * PAIRS] = {};
-    load(weight[0], begin);
-    for (int step = begin; step < end;) {
-#pragma unroll
-        for (int turn = 0; turn < 2; turn++) {
-#pragma unroll
-            for (int i = 0; i < loads; i++)
-                lds_tokens[turn][row + kTileTokens / loads * i][chunk ^ row % 8] = staged[i];
-            const float scale[] = {token_scale[0] * weight_scale, token_scale[1] * weight_scale};
-            load(weight[1 - turn], ++step);
-            block_barrier();
-#pragma unroll
-            for (int i = 0; i < tiles; i++) {
-                const Bits128(&token)[chunks] = lds_tokens[turn][16 * i + line];
-                const int at = part ^ line % 8;
-                const Columns mine = {token[at], token[at ^ 4]};
-                const float mine_scale = from_lane(scale[i / 4], i % 4 * 16 + line);
-#pragma unroll
-                for (int j = 0; j < 2 * PAIRS; j++) add_scaled(acc[i][j], product(weight[turn][j], mine), mine_scale);
-            }
-            if (step >= end) break;
-        }
-    }
+    multiply_tile<tiles, 2 * PAIRS, 1>(lds, begin, end, kTileTokens, load, acc);
 #pragma unroll
     for (int i = 0; i < tiles; i++)
 #pragma unroll
@@ -308,8 +276,8 @@ WAVE64_DEVICE void merge(const Fp8BlockScaledMmArgs& args) {
 FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_16_tokens, wave64::kMaxWaves[0] * 64, few_tokens<1, 4>)
 FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_32_tokens, wave64::kMaxWaves[1] * 64, few_tokens<2, 3>)
 FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_64_tokens, wave64::kMaxWaves[2] * 64, few_tokens<4, 3>)
-FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_tile, wave64::kWaves * 64, tile_of_tokens<1>)
-FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_wide_tile, wave64::kWaves * 64, tile_of_tokens<2>)
+FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_tile, wave64::kTileWaves * 64, tile_of_tokens<1>)
+FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_wide_tile, wave64::kTileWaves * 64, tile_of_tokens<2>)
 FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_merge, wave64::kMergeLanes, merge)
 #endif
 
@@ -377,7 +345,7 @@ void fp8_block_scaled_mm(Fp8BlockScaledMmArgs args, const Call& call) {
                 "a number that leaves no split without a step", args.num_splits);
     if (args.num_splits > 1) call.expect_tensors({{"partial", args.partial}});
     call.launch(wide ? "fp8_block_scaled_mm_wide_tile" : "fp8_block_scaled_mm_tile", {args.blocks, args.num_splits},
-                kWaves * call.device.wave_size, args);
+                kTileWaves * call.device.wave_size, args);
     if (args.num_splits == 1) return;
     call.expect(args.size <= INT32_MAX, "m", "at most 2^31 numbers of y with splits", args.m);
     call.launch("fp8_block_scaled_mm_merge", {ceil_div(args.size, 4 * kMergeLanes)}, kMergeLanes, args);

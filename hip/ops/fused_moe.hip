@@ -1,11 +1,13 @@
-// Mixture of experts with FP8 weights in blocks of 128, for few pairs of token and expert: each block of 16 pairs of
-// one expert is multiplied with that expert's weights.
+// Mixture of experts with FP8 weights in blocks of 128: each block of pairs of a token and one expert is multiplied
+// with that expert's weights.
 //
 // The trick: weights go from memory straight into the registers that the matrix instructions read them from
-// (fp8_matrix.h). In the first product the waves of a block take the steps along K in turn; they meet once, in LDS, for
-// gate and up of the same columns, so that the activation happens there. The second product quantizes h as it loads it:
-// a group of its columns lies in four lanes. Bound by reading the chosen experts' weights.
-#include "wave64/types.h"
+// (fp8_matrix.h). Of few pairs blocks have 16: in the first product the waves of a block take the steps along K in
+// turn; they meet once, in LDS, for gate and up of the same columns, so that the activation happens there. The second
+// product quantizes h as it loads it: a group of its columns lies in four lanes. Of many, blocks have 64 or 128, whose
+// tokens pass through LDS (fp8_tile.h), and the first product has whole groups of columns of h, which it quantizes.
+// Bound by reading the chosen experts' weights, and, of many pairs, y.
+#include "wave64/fp8_tile.h"
 
 namespace wave64 {
 
@@ -21,10 +23,11 @@ struct FusedMoeArgs {
     const float* topk_weights;  // [num_tokens, top_k]
     const int32_t* topk_ids;    // [num_tokens, top_k]
     const int32_t* expert_map;  // [num_routed]: local experts of the router's ids, or null
-    const int32_t* block_ids;   // [num_blocks]: the router's id of a block of 16 pairs
-    const int32_t* pairs;       // [16 num_blocks]: sorted by expert, in blocks; those of no token are padding
+    const int32_t* block_ids;   // [num_blocks]: the router's id of a block of pairs
+    const int32_t* pairs;       // [block_pairs num_blocks]: sorted by expert, in blocks, whose last ones may be padding
     const int32_t* num_padded;  // how many of them there are, padding included
-    void* h;                    // [num_tokens * top_k, inter] to work in
+    void* h;                    // [num_tokens * top_k, inter] to work in; FP8 if blocks have more than 16 pairs
+    float* h_scale;             // [num_tokens * top_k, inter / 128] to work in; null with blocks of 16
     void* y;                    // [num_tokens * top_k, hidden] to work in
     void* out;                  // [num_tokens, hidden], contiguous
     int64_t w13_expert_stride;
@@ -38,6 +41,7 @@ struct FusedMoeArgs {
     int32_t hidden;  // a multiple of 128, as inter
     int32_t inter;
     int32_t num_blocks;
+    int32_t block_pairs;  // 16, 64 or 128
     int32_t weigh_input;  // not 0: G x and U x are multiplied by the weight, not y
     Dtype dtype;          // of h, y and out
     // set by the launcher
@@ -51,16 +55,16 @@ struct FusedMoeArgs {
     IntDivider by_out_tiles;
 };
 
-constexpr int kBlockPairs = 16;
+constexpr int kFewPairs = 16;                     // of a block; else there are 64 or 128
 constexpr int kUpColumns = 16;                    // of h, of a block of the first product
 constexpr int kMaxUpWaves = 16;                   // of such a block
 constexpr int kDownWaves = 4, kDownColumns = 64;  // of y: of a wave of the second product
+constexpr int kTileDownColumns = 256;             // of y: of a block of many pairs
 constexpr int kOutLanes = 256, kOutPack = 8;      // of the sum over a token's pairs
 
 }  // namespace wave64
 
 #ifdef WAVE64_DEVICE_CODE
-#include "wave64/fp8_matrix.h"
 #include "wave64/gated.h"
 
 #if WAVE64_HAS_FP8_MATRIX
@@ -76,7 +80,7 @@ WAVE64_DEVICE int local_expert(const FusedMoeArgs& args, int id) {
     return expert < args.num_experts ? expert : -1;
 }
 
-// What a workgroup computes: a block of pairs of one expert, and a tile of columns.
+// What a workgroup computes: a block of few pairs of one expert, and a tile of columns.
 struct Part {
     int tile, expert = -1;
     int pair = -1;  // of the lane's line; -1: none
@@ -84,9 +88,9 @@ struct Part {
     WAVE64_DEVICE Part(const FusedMoeArgs& args, int tiles, const IntDivider& by_tiles) {
         const int block = int(unsigned(block_id()) / by_tiles);
         tile = block_id() - block * tiles;
-        if (block * kBlockPairs >= load_uniform(args.num_padded)) return;
+        if (block * kFewPairs >= load_uniform(args.num_padded)) return;
         expert = local_expert(args, load_uniform(args.block_ids + block));
-        const int found = args.pairs[block * kBlockPairs + line_of_lane()];
+        const int found = args.pairs[block * kFewPairs + line_of_lane()];
         if (found < args.num_pairs) pair = found;
     }
 };
@@ -201,14 +205,13 @@ WAVE64_DEVICE void down(const FusedMoeArgs& args) {
     const int line = line_of_lane(), part = part_of_lane(), steps = args.inter / 128;
     const Factor weights(static_cast<const char*>(args.w2) + mine.expert * args.w2_expert_stride + n * args.w2_stride,
                          kDownColumns, int(args.w2_stride), args.inter, line / 4 * 8 + line % 4, part);
-    constexpr int nowhere = 1 << 30;
     const Bounded hidden(args.h, args.num_pairs * args.inter * 2);
-    const int h_at = mine.pair < 0 ? nowhere : mine.pair * args.inter * 2 + 32 * part;
+    const int h_at = mine.pair < 0 ? kNowhere : mine.pair * args.inter * 2 + 32 * part;
     const float* const scales = args.w2_scale + (int64_t(mine.expert) * (args.hidden / 128) + n / 128) * steps;
 
     const auto load = [&](DownStep<T>& into, int step) {
         const bool there = step < steps;
-        const int at = there ? h_at : nowhere;
+        const int at = there ? h_at : kNowhere;
 #pragma unroll
         for (int i = 0; i < 4; i++)
             into.h.packs[i] = {hidden.load<Bits128>(at + (i / 2 * 64 + i % 2 * 8) * 2, step * 256)};
@@ -245,6 +248,138 @@ WAVE64_DEVICE void down(const FusedMoeArgs& args) {
     }
 }
 
+// ---- many pairs
+
+// What a workgroup computes: a block of 16 TILES pairs of one expert, of which the first `live` are no padding, and a
+// tile of columns.
+template <int TILES>
+struct TilePart {
+    using Tokens = TokenTile<TILES>;
+    int tile, expert = -1, live = 0;
+    int pair[Tokens::scales];  // `lane` and 64 + lane of the block; -1: none
+
+    WAVE64_DEVICE TilePart(const FusedMoeArgs& args, int tiles, const IntDivider& by_tiles) {
+        const int items = int(unsigned(load_uniform(args.num_padded)) / Tokens::tokens) * tiles;
+        if (block_id() >= items) return;
+        const unsigned item = item_of_die(items);
+        const int block = int(item / by_tiles);
+        tile = int(item) - block * tiles;
+        expert = local_expert(args, load_uniform(args.block_ids + block));
+        for (int i = 0; i < Tokens::scales; i++) {
+            const int found = args.pairs[block * Tokens::tokens + 64 * i + lane_in_block() % 64];
+            pair[i] = found < args.num_pairs ? found : -1;
+            live += __builtin_popcountll(ballot(pair[i] >= 0));
+        }
+    }
+};
+
+// h = silu(gate) * up of 128 columns, quantized, 32 a wave.
+template <typename T, int TILES>
+WAVE64_DEVICE void up_tile(const FusedMoeArgs& args) {
+    using Tokens = TokenTile<TILES>;
+    WAVE64_LDS static typename Tokens::Memory lds;
+    WAVE64_LDS static float lds_amax[kTileWaves][Tokens::tokens];
+    const TilePart<TILES> mine(args, args.inter / 128, args.by_up_tiles);
+    if (mine.expert < 0) return;
+    const int wave = uniform(lane_in_block() / 64), line = line_of_lane(), part = part_of_lane();
+    const int groups = args.hidden / 128, n = mine.tile * 128 + wave * 32;
+    const char* const expert = static_cast<const char*>(args.w13) + mine.expert * args.w13_expert_stride;
+    const auto rows = [&](int first) {
+        return Factor(expert + first * args.w13_stride, 32, int(args.w13_stride), args.hidden, line_of_pair(), part);
+    };
+    const Factor gates = rows(n), ups = rows(args.inter + n);
+    int token[Tokens::scales];
+    for (int i = 0; i < Tokens::scales; i++)
+        token[i] = mine.pair[i] < 0 ? -1 : int(unsigned(mine.pair[i]) / args.by_top_k);
+    const TileRows<TILES> tokens(args.x, args.x_scale, args.num_tokens, args.hidden, token);
+    const float* const gate_scales = args.w13_scale + (int64_t(mine.expert) * (args.inter / 64) + mine.tile) * groups;
+    const float* const up_scales = gate_scales + args.inter / 128 * groups;
+
+    const auto load = [&](int step, TileStep<TILES, 4, 2>& into, Columns(&weight)[4]) {
+        const bool there = step < groups;
+        const int column = there ? step : groups - 1;
+        tokens.load(column, there, into);
+        into.weight_scale[0] = load_scale(gate_scales, column), into.weight_scale[1] = load_scale(up_scales, column);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            weight[j] = gates.load_whole(further_of_pair(j), step, there);
+            weight[2 + j] = ups.load_whole(further_of_pair(j), step, there);
+        }
+    };
+    Floats4 acc[TILES][4] = {};
+    multiply_tile<TILES, 4, 2>(lds, 0, groups, mine.live, load, acc);
+
+    Pack<T, 8> h[TILES];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        const int pair = Tokens::of_line(mine.pair, i);
+        const float weight = args.weigh_input && pair >= 0 ? args.topk_weights[pair] : 1;
+        float numbers[8];
+        for (int j = 0; j < 8; j++)
+            numbers[j] = silu(acc[i][j / 4][j % 4] * weight) * (acc[i][2 + j / 4][j % 4] * weight);
+        h[i] = Pack<T, 8>::rounded(numbers);
+        float amax = amax_of(h[i]);
+        amax = max(amax, from_other_half<16>(amax));
+        lds_amax[wave][16 * i + line] = max(amax, from_other_half<32>(amax));
+    }
+    block_barrier();
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        const int pair = Tokens::of_line(mine.pair, i);
+        if (pair < 0) continue;
+        float amax = 0;
+        for (int other = 0; other < kTileWaves; other++) amax = max(amax, lds_amax[other][16 * i + line]);
+        const Scale scale = scale_of(amax);
+        store_pack(static_cast<Bits8*>(args.h) + int64_t(pair) * args.inter + n + 8 * part,
+                   quantized(h[i], scale.inverse));
+        if (wave == 0 && part == 0) args.h_scale[pair * (args.inter / 128) + mine.tile] = scale.scale;
+    }
+}
+
+// y = weight * h w2^T of kTileDownColumns columns, 64 a wave.
+template <typename T, int TILES>
+WAVE64_DEVICE void down_tile(const FusedMoeArgs& args) {
+    constexpr int products = kTileDownColumns / kTileWaves / 16;
+    using Tokens = TokenTile<TILES>;
+    WAVE64_LDS static typename Tokens::Memory lds;
+    const TilePart<TILES> mine(args, (args.hidden + kTileDownColumns - 1) / kTileDownColumns, args.by_down_tiles);
+    if (mine.expert < 0) return;
+    const int wave = uniform(lane_in_block() / 64), part = part_of_lane(), groups = args.inter / 128;
+    const int n = mine.tile * kTileDownColumns + wave * (kTileDownColumns / kTileWaves);
+    const bool any = n < args.hidden;  // of the wave's columns, or it only brings tokens to LDS
+    const Factor weights(static_cast<const char*>(args.w2) + mine.expert * args.w2_expert_stride + n * args.w2_stride,
+                         any ? kTileDownColumns / kTileWaves : 0, int(args.w2_stride), args.inter, line_of_pair(),
+                         part);
+    const TileRows<TILES> tokens(args.h, args.h_scale, args.num_pairs, args.inter, mine.pair);
+    const float* const scales =
+        args.w2_scale + (int64_t(mine.expert) * (args.hidden / 128) + (any ? n / 128 : 0)) * groups;
+
+    const auto load = [&](int step, TileStep<TILES, products, 1>& into, Columns(&weight)[products]) {
+        const bool there = step < groups;
+        const int column = there ? step : groups - 1;
+        tokens.load(column, there, into);
+        into.weight_scale[0] = load_scale(scales, column);
+#pragma unroll
+        for (int j = 0; j < products; j++) weight[j] = weights.load_whole(further_of_pair(j), step, there);
+    };
+    Floats4 acc[TILES][products] = {};
+    multiply_tile<TILES, products, 1>(lds, 0, groups, mine.live, load, acc);
+    if (!any) return;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        const int pair = Tokens::of_line(mine.pair, i);
+        if (pair < 0) continue;
+        const float weight = args.weigh_input ? 1 : args.topk_weights[pair];
+#pragma unroll
+        for (int j = 0; j < products; j += 2) {
+            float y[8];
+            for (int k = 0; k < 8; k++) y[k] = acc[i][j + k / 4][k % 4] * weight;
+            store_pack(static_cast<T*>(args.y) + int64_t(pair) * args.hidden + n + 16 * j + 8 * part,
+                       Pack<T, 8>::rounded(y));
+        }
+    }
+}
+
 // out = for each token the sum of its pairs' rows of y, in order.
 template <typename T>
 WAVE64_DEVICE void sum_pairs(const FusedMoeArgs& args) {
@@ -266,11 +401,21 @@ WAVE64_DEVICE void sum_pairs(const FusedMoeArgs& args) {
 
 #define FUSED_MOE(NAME, MAX_LANES, KERNEL, T) \
     WAVE64_KERNEL(MAX_LANES) NAME(wave64::FusedMoeArgs args) { wave64::KERNEL<T>(args); }
+#define FUSED_MOE_TILE(NAME, KERNEL, T, PAIRS) \
+    WAVE64_KERNEL(wave64::kTileWaves * 64) NAME(wave64::FusedMoeArgs args) { wave64::KERNEL<T, PAIRS / 16>(args); }
 
 FUSED_MOE(fused_moe_up_bf16, wave64::kMaxUpWaves * 64, up, wave64::bf16)
 FUSED_MOE(fused_moe_up_fp16, wave64::kMaxUpWaves * 64, up, wave64::fp16)
 FUSED_MOE(fused_moe_down_bf16, wave64::kDownWaves * 64, down, wave64::bf16)
 FUSED_MOE(fused_moe_down_fp16, wave64::kDownWaves * 64, down, wave64::fp16)
+FUSED_MOE_TILE(fused_moe_up_64_bf16, up_tile, wave64::bf16, 64)
+FUSED_MOE_TILE(fused_moe_up_64_fp16, up_tile, wave64::fp16, 64)
+FUSED_MOE_TILE(fused_moe_up_128_bf16, up_tile, wave64::bf16, 128)
+FUSED_MOE_TILE(fused_moe_up_128_fp16, up_tile, wave64::fp16, 128)
+FUSED_MOE_TILE(fused_moe_down_64_bf16, down_tile, wave64::bf16, 64)
+FUSED_MOE_TILE(fused_moe_down_64_fp16, down_tile, wave64::fp16, 64)
+FUSED_MOE_TILE(fused_moe_down_128_bf16, down_tile, wave64::bf16, 128)
+FUSED_MOE_TILE(fused_moe_down_128_fp16, down_tile, wave64::fp16, 128)
 FUSED_MOE(fused_moe_sum_bf16, wave64::kOutLanes, sum_pairs, wave64::bf16)
 FUSED_MOE(fused_moe_sum_fp16, wave64::kOutLanes, sum_pairs, wave64::fp16)
 #endif
@@ -284,8 +429,12 @@ namespace {
 constexpr int64_t kMaxBytes = 1 << 30;  // of a tile's rows, of x and of h
 constexpr int64_t kMaxStride = kMaxBytes / 64 - 1;
 
-constexpr const char* kUp[] = {"fused_moe_up_bf16", "fused_moe_up_fp16"};
-constexpr const char* kDown[] = {"fused_moe_down_bf16", "fused_moe_down_fp16"};
+constexpr const char* kUp[][2] = {{"fused_moe_up_bf16", "fused_moe_up_fp16"},
+                                  {"fused_moe_up_64_bf16", "fused_moe_up_64_fp16"},
+                                  {"fused_moe_up_128_bf16", "fused_moe_up_128_fp16"}};
+constexpr const char* kDown[][2] = {{"fused_moe_down_bf16", "fused_moe_down_fp16"},
+                                    {"fused_moe_down_64_bf16", "fused_moe_down_64_fp16"},
+                                    {"fused_moe_down_128_bf16", "fused_moe_down_128_fp16"}};
 constexpr const char* kSum[] = {"fused_moe_sum_bf16", "fused_moe_sum_fp16"};
 
 void fused_moe(FusedMoeArgs args, const Call& call) {
@@ -319,7 +468,12 @@ void fused_moe(FusedMoeArgs args, const Call& call) {
     call.expect(int64_t(args.num_tokens) * args.hidden < kMaxBytes && pairs * args.inter * 2 < kMaxBytes, "num_tokens",
                 "fewer: less than 2^30 bytes of x and of h", args.num_tokens);
     args.num_pairs = int32_t(pairs);
-    const int64_t up_tiles = args.inter / kUpColumns, down_tiles = ceil_div(args.hidden, kDownWaves * kDownColumns);
+    const bool few = args.block_pairs == kFewPairs;
+    call.expect(few || args.block_pairs == 64 || args.block_pairs == 128, "block_pairs", "16, 64 or 128",
+                args.block_pairs);
+    if (!few) call.expect_tensors({{"h_scale", args.h_scale}});
+    const int64_t up_tiles = args.inter / (few ? kUpColumns : 128);
+    const int64_t down_tiles = ceil_div(args.hidden, few ? kDownWaves * kDownColumns : kTileDownColumns);
     const int64_t out_tiles = ceil_div(args.hidden, kOutLanes * kOutPack);
     call.expect(args.num_blocks * std::max(up_tiles, down_tiles) <= INT32_MAX / (kMaxUpWaves * 64), "num_blocks",
                 "fewer workgroups", args.num_blocks);
@@ -329,16 +483,17 @@ void fused_moe(FusedMoeArgs args, const Call& call) {
     args.by_top_k = divider(uint32_t(args.top_k));
     args.by_up_tiles = divider(uint32_t(up_tiles)), args.by_down_tiles = divider(uint32_t(down_tiles));
     args.by_out_tiles = divider(uint32_t(out_tiles));
-    call.launch(kUp[args.dtype], {args.num_blocks * up_tiles}, args.waves * 64, args);
-    call.launch(kDown[args.dtype], {args.num_blocks * down_tiles}, kDownWaves * 64, args);
+    const int form = few ? 0 : args.block_pairs == 64 ? 1 : 2;
+    call.launch(kUp[form][args.dtype], {args.num_blocks * up_tiles}, (few ? args.waves : kTileWaves) * 64, args);
+    call.launch(kDown[form][args.dtype], {args.num_blocks * down_tiles}, (few ? kDownWaves : kTileWaves) * 64, args);
     call.launch(kSum[args.dtype], {args.num_tokens * out_tiles}, kOutLanes, args);
 }
 
 WAVE64_OP_AND_CONSTANTS(fused_moe, FusedMoeArgs,
-                        ({{"BLOCK_PAIRS", kBlockPairs}, {"MAX_STRIDE", kMaxStride}, {"MAX_BYTES", kMaxBytes}}), x,
-                        x_scale, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, expert_map, block_ids, pairs,
-                        num_padded, h, y, out, w13_expert_stride, w13_stride, w2_expert_stride, w2_stride, num_tokens,
-                        top_k, num_experts, num_routed, hidden, inter, num_blocks, weigh_input, dtype)
+                        ({{"FEW_PAIRS", kFewPairs}, {"MAX_STRIDE", kMaxStride}, {"MAX_BYTES", kMaxBytes}}), x, x_scale,
+                        w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, expert_map, block_ids, pairs, num_padded,
+                        h, h_scale, y, out, w13_expert_stride, w13_stride, w2_expert_stride, w2_stride, num_tokens,
+                        top_k, num_experts, num_routed, hidden, inter, num_blocks, block_pairs, weigh_input, dtype)
 
 }  // namespace
 }  // namespace wave64

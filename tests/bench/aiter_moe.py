@@ -12,6 +12,7 @@ from wave64.ops.fused_moe import make_case as our_moe
 
 BLOCK = 128
 ROWS, COLUMNS = 32, 256  # of a workgroup's result
+WHOLE = "fmoe/silu/fmoe_bf16_blockscaleFp8_g1u1_vs_silu_1tg_32x256.co"
 
 
 def sorted_by_expert(ids: np.ndarray, rows: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +57,7 @@ def _stage1(arch: str, tokens: int, hidden: int, inter: int, experts: int, rows:
     return Launch((-(-inter // COLUMNS), len(blocks), 1), 256, args, mem, error)
 
 
-def _whole(arch: str, tokens: int, hidden: int, inter: int, experts: int) -> Launch:
+def whole(arch: str, tokens: int, hidden: int, inter: int, experts: int, top_k: int = 1) -> Launch:
     """All of a mixture of experts in one launch, whose workgroups add their parts up by atomics on bf16."""
     random, mem = np.random.default_rng(5), Arrays()
 
@@ -68,10 +69,12 @@ def _whole(arch: str, tokens: int, hidden: int, inter: int, experts: int) -> Lau
     down, down_wide = fp8(random.standard_normal((experts, hidden, inter)) * 20, arch)
     x_scale, up_scale = scales(tokens, hidden // BLOCK), scales(experts, 2 * inter // BLOCK, hidden // BLOCK) * 2
     down_scale = scales(experts, hidden // BLOCK, inter // BLOCK) * 20
-    ids, routed = random.integers(0, experts, (tokens, 1)), random.random((tokens, 1)).astype(np.float32)
+    ids, routed = random.integers(0, experts, (tokens, 1)), random.random((tokens, top_k)).astype(np.float32)
+    if top_k > 1:
+        ids = random.random((tokens, experts)).argsort(1)[:, :top_k]
     entries, blocks = sorted_by_expert(ids, ROWS, experts)
-    token = entries & 0xFFFFFF
-    by_entry = np.where(token < tokens, routed[np.minimum(token, tokens - 1), 0], 0).astype(np.float32)
+    token, choice = entries & 0xFFFFFF, np.minimum(entries >> 24, top_k - 1)
+    by_entry = np.where(token < tokens, routed[np.minimum(token, tokens - 1), choice], 0).astype(np.float32)
     out = mem.new("out", (tokens, hidden), np.uint16, 0)
     given = [mem.put(name, value) for name, value in (
         ("input", x), ("gate_up", preshuffled(up)), ("num_valid_ids", np.array([len(entries), tokens], np.int32)),
@@ -85,10 +88,12 @@ def _whole(arch: str, tokens: int, hidden: int, inter: int, experts: int) -> Lau
 
     def error() -> float:
         want = np.zeros((tokens, hidden))
-        for t, e in enumerate(ids[:, 0]):
-            row = x_wide[t] * np.repeat(x_scale[t], BLOCK)
-            gate, value = np.split((up_wide[e] * by_blocks(up_scale[e])) @ row, 2)
-            want[t] = routed[t, 0] * ((down_wide[e] * by_blocks(down_scale[e])) @ (gate / (1 + np.exp(-gate)) * value))
+        for e in np.unique(ids):
+            t, choice = np.nonzero(ids == e)
+            rows = x_wide[t] * np.repeat(x_scale[t], BLOCK, 1)
+            gate, value = np.split(rows @ (up_wide[e] * by_blocks(up_scale[e])).T, 2, 1)
+            h = gate / (1 + np.exp(-gate)) * value
+            want[t] += routed[t, choice, None] * (h @ (down_wide[e] * by_blocks(down_scale[e])).T)
         return distance(wide(out), want)
     return Launch((-(-inter // COLUMNS), len(blocks), 1), 256, args, mem, error)
 
@@ -105,9 +110,8 @@ def moe(arch: str, small: bool) -> Iterator[Work]:
         what = f"FP8 experts' gate and up, {tokens} tokens, {experts} experts, {hidden} to 2 x {inter}"
         yield Work("moe", what, name, functools.partial(_stage1, arch, tokens, hidden, inter, experts), 3.2e-2,
                    Ours("fused_moe", make, "_up_"), "AITER's result is of FP8, ours of bf16")
-        one = "fmoe/silu/fmoe_bf16_blockscaleFp8_g1u1_vs_silu_1tg_32x256.co"
-        yield Work("moe", what.replace("gate and up", "all"), f"{arch}/{one}",
-                   functools.partial(_whole, arch, tokens, hidden, inter, experts), 5e-2, Ours("fused_moe", make))
+        yield Work("moe", what.replace("gate and up", "all"), f"{arch}/{WHOLE}",
+                   functools.partial(whole, arch, tokens, hidden, inter, experts), 5e-2, Ours("fused_moe", make))
 
 
 # ---- top-k of the gate

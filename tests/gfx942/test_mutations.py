@@ -108,15 +108,24 @@ BUGS = {
     "scales of the first group": (
         "fp8_block_scaled_mm", "ops/fp8_block_scaled_mm.hip", "int(group * token_step)", "0", FAR),
     "chunks read where they are not": (
-        "fp8_block_scaled_mm", "ops/fp8_block_scaled_mm.hip", "part ^ line % 8", "part", FAR),
+        "fp8_block_scaled_mm", "include/wave64/fp8_tile.h", "part ^ line % 8", "part", FAR),
     "tokens of the next step over this one's": (
-        "fp8_block_scaled_mm", "ops/fp8_block_scaled_mm.hip", "lds_tokens[turn][row", "lds_tokens[0][row", RACE),
+        "fp8_block_scaled_mm", "include/wave64/fp8_tile.h", "lds[turn][row", "lds[0][row", RACE),
     "gate and up summed before they are there": (
         "fused_moe", "ops/fused_moe.hip", "    block_barrier();\n", "", RACE),
     "amax of half a group": (
         "fused_moe", "ops/fused_moe.hip", "max(amax, from_other_half<32>(amax))", "amax", FAR),
     "up's scales for gate": (
         "fused_moe", "ops/fused_moe.hip", "load_scale(up_scales, step)", "load_scale(gate_scales, step)", FAR),
+    "waves' amax read before it is there": (
+        "fused_moe", "ops/fused_moe.hip", "    }\n    block_barrier();\n", "    }\n", RACE),
+    "pairs of a block's first half in both": (
+        "fused_moe", "include/wave64/fp8_tile.h", "rows * i % 64 + Tile::row(0)", "Tile::row(0)", FAR),
+    "the last pairs' products skipped": (
+        "fused_moe", "include/wave64/fp8_tile.h", "16 * i >= live", "16 * i + 16 >= live", FAR),
+    "rows of weights behind the last": (
+        "fused_moe", "ops/fused_moe.hip", "any ? kTileDownColumns / kTileWaves : 0", "kTileDownColumns / kTileWaves",
+        OUTSIDE),
     "latents transposed to the next column": (
         "mla_decode", "include/wave64/latents.h", "n == lane.line ? 1", "n == (lane.line ^ 1) ? 1", FAR),
     "waves' sums joined before they are there": (
@@ -154,7 +163,8 @@ BUGS = {
 LONG = ("counts cleared while they are read", "waves' sums read before they are there",
         "a lane's amax for its group's", "the gate's amax for the product's", "columns behind the last",
         "scales of the first group", "tokens of the next step over this one's", "amax of half a group",
-        "up's scales for gate", "queries that see each other's keys", "new latents not rotated",
+        "up's scales for gate", "pairs of a block's first half in both", "the last pairs' products skipped",
+        "rows of weights behind the last", "queries that see each other's keys", "new latents not rotated",
         "latents of all tiles and columns at one place", "waves' sums joined before they are there",
         "new tokens that see later ones", "rows of keys in their own order", "keys behind the last",
         "weights of half the keys in a row's sum", "keys before the window", "an older maximum's values")

@@ -83,10 +83,11 @@ WAVE64_DEVICE void add_scaled(Floats4& acc, const Floats4& sums, float scale) {
     acc.zw = __builtin_elementwise_fma(sums.zw, both, acc.zw);
 }
 
+constexpr int kNowhere = 1 << 30;  // past any end
+
 // Some rows of a factor, and the 16 bytes of each that a lane loads: `chunk` of the eight that 128 columns have, and
 // for `Columns` the fourth behind it. Rows past the last and columns past the end are zeros.
 class Factor {
-    static constexpr int kNowhere = 1 << 30;  // past any end
     Bounded memory;
     int row_bytes, at, last_step, low, high;  // low, high: where the lane's bytes of the last step are
 
@@ -115,6 +116,12 @@ public:
                                      : last ? high
                                             : at + 64,
                                      behind)};
+    }
+    // The same of a factor with whole steps only.
+    WAVE64_DEVICE Columns load_whole(int further, int step, bool there) const {
+        const int behind = further * row_bytes + step * kStepColumns;
+        return {memory.load<Bits128>(there ? at : kNowhere, behind),
+                memory.load<Bits128>(there ? at + 64 : kNowhere, behind)};
     }
     WAVE64_DEVICE Bits128 load_chunk(int further, int step, bool there) const {
         const int behind = further * row_bytes + step * kStepColumns;

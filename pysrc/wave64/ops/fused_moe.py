@@ -80,6 +80,11 @@ def cases():
         "block-128": dict(tokens=20, experts=5, hidden=384, inter=128, padded=16, **wide),
         "block-128-fp16": dict(tokens=36, top_k=1, hidden=128, inter=256, dtype=torch.float16, routed=9,
                                apply_router_weight_on_input=True, **wide),
+        "block-128-some": dict(tokens=90, experts=3, hidden=384, inter=256, dropped=0.2, padded=16, **wide),
+        "block-128-some-fp16": dict(tokens=40, experts=1, top_k=1, hidden=128, inter=128, dtype=torch.float16, **wide),
+        "block-128-many": dict(tokens=150, experts=1, top_k=1, hidden=128, inter=128,
+                               apply_router_weight_on_input=True, **wide),
+        "block-128-many-fp16": dict(tokens=140, top_k=1, hidden=128, inter=128, dtype=torch.float16, routed=2, **wide),
         "no-tokens": dict(tokens=0),
     }
     for name, settings in drawn.items():

@@ -11,9 +11,12 @@ CONSTANTS = constants("fused_moe")
 #: Up to here Triton's kernels serve pairs of a token and an expert: both need the time of reading the weights, and
 #: those take three launches instead of five, since they do not sort.
 FEW_PAIRS = 32
-#: Pairs of an expert, on average, from which on Triton's kernels serve: they pass tokens through LDS, once for many
-#: columns, where these read them for every 16.
-MAX_PAIRS_OF_EXPERT = 16
+#: Pairs of a block: the least that holds as many as an expert has on average, or the last.
+BLOCK_PAIRS = (CONSTANTS.FEW_PAIRS, 64, 128)
+
+
+def block_pairs(num_pairs: int, routed: int) -> int:
+    return next((block for block in BLOCK_PAIRS if num_pairs <= block * routed), BLOCK_PAIRS[-1])
 
 
 def supports(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
@@ -33,15 +36,13 @@ def supports(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
         return f"multiplies whole groups of 128 columns, these are {hidden} and {inter}"
     if topk_ids.numel() <= FEW_PAIRS:
         return f"leaves up to {FEW_PAIRS} pairs of a token and an expert to kernels that do not sort them"
-    if topk_ids.numel() > MAX_PAIRS_OF_EXPERT * routed:
-        return f"serves up to {MAX_PAIRS_OF_EXPERT} tokens of an expert on average"
     if max(x.numel(), topk_ids.numel() * inter * 2) >= CONSTANTS.MAX_BYTES:
         return "addresses less than 2^30 bytes of x and of h"
     if any(at % 16 for w in (w13, w2) for at in (w.data_ptr(), *w.stride()[:2])):
         return "reads 16 bytes at a time, and rows of weights do not begin at multiples of 16 bytes"
     if max(w13.stride(1), w2.stride(1)) > CONSTANTS.MAX_STRIDE:
         return "reads rows of a tile by offsets of 32 bits, and these are too far from each other"
-    return moe_align_block_size.supports(topk_ids, CONSTANTS.BLOCK_PAIRS, routed)
+    return moe_align_block_size.supports(topk_ids, block_pairs(topk_ids.numel(), routed), routed)
 
 
 @bind(ops.fused_moe, supports=supports, absent=absent)
@@ -54,13 +55,18 @@ def fused_moe(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids
         return out
     (num_tokens, hidden), inter, num_pairs = x.shape, w2.shape[2], topk_ids.numel()
     routed = len(w13 if expert_map is None else expert_map)
-    pairs, block_ids, num_padded = moe_align_block_size.moe_align_block_size(topk_ids, CONSTANTS.BLOCK_PAIRS, routed)
+    block = block_pairs(num_pairs, routed)
+    pairs, block_ids, num_padded = moe_align_block_size.moe_align_block_size(topk_ids, block, routed)
     q, scale = per_token_group_quant_fp8.per_token_group_quant_fp8(x, 128)
-    h, y = (torch.empty((num_pairs, columns), dtype=x.dtype, device=x.device) for columns in (inter, hidden))
+    few = block == CONSTANTS.FEW_PAIRS
+    h = torch.empty((num_pairs, inter), dtype=x.dtype if few else w13.dtype, device=x.device)
+    h_scale = None if few else torch.empty((num_pairs, inter // 128), dtype=torch.float32, device=x.device)
+    y = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
     launch("fused_moe", x=q, x_scale=scale, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale,
            topk_weights=topk_weights, topk_ids=topk_ids, expert_map=expert_map, block_ids=block_ids, pairs=pairs,
-           num_padded=num_padded, h=h, y=y, out=out, w13_expert_stride=w13.stride(0), w13_stride=w13.stride(1),
-           w2_expert_stride=w2.stride(0), w2_stride=w2.stride(1), num_tokens=num_tokens, top_k=topk_ids.shape[1],
-           num_experts=w13.shape[0], num_routed=routed, hidden=hidden, inter=inter, num_blocks=block_ids.numel(),
-           weigh_input=int(apply_router_weight_on_input), dtype=x.dtype)
+           num_padded=num_padded, h=h, h_scale=h_scale, y=y, out=out, w13_expert_stride=w13.stride(0),
+           w13_stride=w13.stride(1), w2_expert_stride=w2.stride(0), w2_stride=w2.stride(1), num_tokens=num_tokens,
+           top_k=topk_ids.shape[1], num_experts=w13.shape[0], num_routed=routed, hidden=hidden, inter=inter,
+           num_blocks=block_ids.numel(), block_pairs=block, weigh_input=int(apply_router_weight_on_input),
+           dtype=x.dtype)
     return out
