@@ -3,9 +3,9 @@
 // The trick: keys and values go from memory straight into the registers that the matrix instructions read them from
 // (matrix.h), and logits become weights in place: lanes exchange only the row maxima, and rarely, since a row maximum
 // is raised only when a weight would pass 2^8. The heads that share a key head are the instructions' columns, so keys
-// are read once. Bound by memory: keys and values. A wave has 16 of each in flight, and a compute unit has several
-// waves.
-#include "wave64/attention.h"
+// are read once. Bound by memory: keys and values. A wave has 16 of each in flight, on gfx9 32, and a compute unit
+// has several waves.
+#include "wave64/attention_cdna.h"
 
 namespace wave64 {
 
@@ -52,8 +52,8 @@ struct PagedAttentionArgs {
     int32_t tiles;         // blocks of a split
     int32_t step_entries;  // a wave's step in the page table, and in a page
     int32_t step_rows;
-    int32_t merge_grid;  // blocks of the merge
-    int64_t num_rows;    // num_seqs * num_heads
+    int64_t num_rows;  // num_seqs * num_heads
+    IntDivider by_tiles, by_kv_heads, by_heads, by_group, by_page_size;
 };
 
 constexpr int kWaves = 4;           // of a block, which take the groups of its split in turn
@@ -78,6 +78,36 @@ struct Seen {
     }
 };
 
+#if defined(__GFX9__)
+// Where the rows of a group are, and which of them are seen.
+struct Rows {
+    int page, row, first, last;
+};
+
+// Attends to two groups from `group` on, of which the keys from `first` to `end` are seen. Their keys and values are in
+// flight; with MORE those of the wave's next step are loaded.
+template <bool FIRST, bool MORE, typename T, typename Stored, int D, typename Find>
+WAVE64_DEVICE void take(CdnaAttention<T, Stored, D>& attention, const Pool& keys, const Pool& values, int first,
+                        int end, const Logit& logit, int group, Find rows_of) {
+    Rows next[kStepGroups];
+    if constexpr (MORE)
+        for (int g = 0; g < kStepGroups; g++) next[g] = rows_of(group + kStepGroups * kWaves + g);
+    Sums logits[kStepGroups];
+    attention.find_logits(logit, logits);
+    if constexpr (MORE)
+        for (int g = 0; g < kStepGroups; g++) attention.load_keys(g, keys.rows(next[g].page, next[g].row));
+    // Only the first step of a window and the last one of a sequence have keys that are not seen.
+    if constexpr (FIRST || !MORE)
+        if (group * kGroup < first || (group + kStepGroups) * kGroup > end)
+            attention.mask_all_but(first, end, group * kGroup, logits);
+    Operand weights[kStepGroups];
+    attention.template weigh<FIRST>(logit.cap > 0 ? 1 : logit.factor, logits, weights);
+    attention.template accumulate<FIRST>(weights);
+    if constexpr (MORE)
+        for (int g = 0; g < kStepGroups; g++)
+            attention.load_values(g, values.rows(next[g].page, next[g].row), next[g].first, next[g].last);
+}
+#else
 // A wave's current group: where its rows are.
 struct Cursor {
     int first_key, entry, row, page;  // entry of the page table, row in its page
@@ -110,14 +140,20 @@ WAVE64_DEVICE void take(Attention<T, Stored, D>& attention, const Pool& keys, co
     attention.raise_row_max(logits);
     attention.accumulate(logits);
 }
+#endif
 
 // The factor that turns the weighted sum of values into the output: it adds the sink to the sum of weights.
+template <typename T>
 WAVE64_DEVICE float finish(const PagedAttentionArgs& args, int kv_head, int head, float row_max, float row_sum) {
+#if defined(__GFX9__)
+    float shrink = 1 + Weights<T>::kEnlarge;
+#else
     float shrink = 1;
+#endif
     if (args.sinks) {
         const float sink = args.sinks[head] * kLog2E, higher = max(row_max, sink);
-        shrink = exp2(row_max - higher);
-        row_sum = row_sum * shrink + exp2(sink - higher);
+        const float scale = exp2(row_max - higher);
+        row_sum = row_sum * scale + exp2(sink - higher), shrink *= scale;
     }
     return row_sum == 0 ? 0 : shrink * (args.v_scale ? args.v_scale[kv_head * args.scale_stride] : 1) / row_sum;
 }
@@ -129,23 +165,32 @@ WAVE64_DEVICE void store_finished(const PagedAttentionArgs& args, int64_t row, i
 }
 
 template <typename T, typename Stored, int D>
-WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
-    const int item = unsigned(block_id()) / unsigned(args.tiles), tile = block_id() - item * args.tiles;
-    const int head_tile = unsigned(tile) / unsigned(args.num_kv_heads), kv_head = tile - head_tile * args.num_kv_heads;
+WAVE64_DEVICE void paged_attention(PagedAttentionArgs args) {
+    // What addresses of keys are made of is loaded with the other arguments, not behind the lengths.
+    forget_uniform(args.query_stride), forget_uniform(args.query_head_stride);
+    forget_uniform(args.key_page_stride), forget_uniform(args.key_row_stride), forget_uniform(args.key_head_stride);
+    forget_uniform(args.value_page_stride), forget_uniform(args.value_row_stride);
+    forget_uniform(args.value_head_stride), forget_uniform(args.table_stride), forget_uniform(args.by_page_size.factor),
+        forget_uniform(args.page_size);
+    const int item = unsigned(block_id()) / args.by_tiles, tile = block_id() - item * args.tiles;
+    const int head_tile = unsigned(tile) / args.by_kv_heads, kv_head = tile - head_tile * args.num_kv_heads;
     const int num_heads = args.group - kTileHeads * head_tile;
     const int first_head = kv_head * args.group + kTileHeads * head_tile;
     const int wave = uniform(lane_in_block() / kLanes);
+    const bool one = args.num_splits > 0 && args.num_seqs == 1;
+    int length = one ? load_uniform(args.seq_lens) : 0;
     const auto work_of = [&](int seq) { return Seen(args, args.seq_lens[seq]).num_groups; };
-    const Split split = args.num_splits == 0
-                            ? Split{item, 0, 1}
-                            : find_split(item, args.num_seqs, args.num_splits, kMinSplitGroups, work_of);
+    const Split split = args.num_splits == 0 ? Split{item, 0, 1}
+                        : one ? find_split_of_one(item, args.num_splits, kMinSplitGroups, Seen(args, length).num_groups)
+                              : find_split(item, args.num_seqs, args.num_splits, kMinSplitGroups, work_of);
     if (split.seq >= args.num_seqs) return;
     if (args.num_splits && tile == 0 && split.index == 0 && lane_in_block() == 0) {
         args.plan[2 * split.seq] = item;
         args.plan[2 * split.seq + 1] = split.count;
     }
 
-    const Seen seen(args, load_uniform(args.seq_lens + split.seq));
+    if (!one) length = load_uniform(args.seq_lens + split.seq);
+    const Seen seen(args, length);
     const int even = unsigned(seen.num_groups) / unsigned(split.count), rest = seen.num_groups - even * split.count;
     const int begin = seen.first_group + split.index * even + (split.index < rest ? split.index : rest);
     const int end = begin + even + (split.index < rest);
@@ -156,8 +201,75 @@ WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
                          args.value_page_stride * bytes, int(args.value_row_stride) * bytes};
     const int32_t* table = args.page_table + split.seq * args.table_stride;
     const float scale = args.scale * (args.k_scale ? args.k_scale[kv_head * args.scale_stride] : 1);
-    const Logit logit = {args.logit_cap > 0 ? scale / args.logit_cap : scale * kLog2E, args.logit_cap};
+#if defined(__GFX9__)  // queries are negated instead, so that the largest product is the largest logit
+    const float size = max(scale < 0 ? -scale : scale, 1e-30f);
+#else
+    const float size = scale;
+#endif
+    const Logit logit = {args.logit_cap > 0 ? size / args.logit_cap : size * kLog2E, args.logit_cap};
 
+#if defined(__GFX9__)
+    static_assert(kWaves == kRows);
+    CdnaAttention<T, Stored, D> attention(keys.row_bytes, values.row_bytes);
+    int group = begin + kStepGroups * wave;
+    if (group < end) {
+        const int last_key = end * kGroup < seen.end ? end * kGroup : seen.end;
+        const auto rows_of = [&](int group) {  // past the split those of its last group, none of which are used
+            const int key = (group < end ? group : end - 1) * kGroup, entry = unsigned(key) / args.by_page_size;
+            return Rows{load_uniform(table + entry), key - entry * args.page_size, seen.first - key,
+                        last_key - key - 1};
+        };
+        Rows at[kStepGroups];
+        for (int g = 0; g < kStepGroups; g++) at[g] = rows_of(group + g);
+        keep_order();
+        attention.load_query(
+            static_cast<const T*>(args.query) + split.seq * args.query_stride + first_head * args.query_head_stride,
+            args.query_head_stride, num_heads);
+        keep_order();
+        for (int g = 0; g < kStepGroups; g++) attention.load_keys(g, keys.rows(at[g].page, at[g].row));
+        for (int g = 0; g < kStepGroups; g++) {
+            attention.load_values(g, values.rows(at[g].page, at[g].row), at[g].first, at[g].last);
+        }
+        keep_order();
+        if (scale < 0) attention.negate_query();
+        constexpr int step = kStepGroups * kWaves;
+        // The last step is separate: if the compiler did not know whether more keys are in flight, values would wait.
+        if (group + step < end) {
+            take<true, true>(attention, keys, values, seen.first, last_key, logit, group, rows_of);
+            for (group += step; group + step < end; group += step)
+                take<false, true>(attention, keys, values, seen.first, last_key, logit, group, rows_of);
+            take<false, false>(attention, keys, values, seen.first, last_key, logit, group, rows_of);
+        } else {
+            take<true, false>(attention, keys, values, seen.first, last_key, logit, group, rows_of);
+        }
+    } else {
+        attention.clear();
+    }
+    const auto joined = attention.join_waves(wave);
+    const int line = attention.lane.line, part = attention.lane.part, head = first_head + line;
+    if (line >= num_heads) return;
+    constexpr int each = CdnaAttention<T, Stored, D>::kEach;
+    if (split.count == 1) {
+        const float factor = finish<T>(args, kv_head, head, joined.row_max, joined.row_sum);
+        T* out = static_cast<T*>(args.out) + (int64_t(split.seq) * args.num_heads + first_head) * D;
+        for (int i = 0; i < kRows; i++) {
+            float x[each];
+            for (int c = 0; c < each; c++) x[c] = joined.acc[c].at[i] * factor;
+            const int column = attention.kColumns * (kRows * part + i) + each * wave;
+            store_pack(out + line * D + column, Pack<T, each>::rounded(x));
+        }
+        return;
+    }
+    const int64_t row = int64_t(item) * args.num_heads + first_head;
+    float* partial = args.partial + row * D;
+    for (int c = 0; c < each; c++) {
+        const auto& x = joined.acc[c].at;
+        store_pack(partial + line * D + ((wave * kParts + part) * each + c) * kRows,
+                   Pack<float, 4>::of({{x[0], x[1], x[2], x[3]}}));
+    }
+    if (wave == 0 && part == 0)
+        store_pack(args.stats + row * 2 + line * 2, Pack<float, 2>::of({{joined.row_max, joined.row_sum}}));
+#else
     Attention<T, Stored, D> attention;
     attention.load_query(
         static_cast<const T*>(args.query) + split.seq * args.query_stride + first_head * args.query_head_stride,
@@ -182,7 +294,7 @@ WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
         const float row_max = attention.row_max[h], row_sum = attention.row_sum[h];
         if (split.count == 1) {
             const int64_t row = int64_t(split.seq) * args.num_heads + head;
-            attention.store_acc(h, finish(args, kv_head, head, row_max, row_sum),
+            attention.store_acc(h, finish<T>(args, kv_head, head, row_max, row_sum),
                                 [&](int column, const Array<float, 4>& x) { store_finished<T>(args, row, column, x); });
             continue;
         }
@@ -192,63 +304,79 @@ WAVE64_DEVICE void paged_attention(const PagedAttentionArgs& args) {
         });
         if (attention.lane.first_of_heads()) store_pack(args.stats + row * 2, Pack<float, 2>::of({{row_max, row_sum}}));
     }
+#endif
 }
 
-// The merged state of some splits of a sequence, for four columns of one head.
-struct Merged {
+// Merges the splits of a row, the query of a head. Consecutive lanes of a wave hold its columns, four each; as many
+// runs of them as there are take splits in turn. A wave takes wave_splits of them at a time, whose weights its lanes
+// find: a row of few splits is one wave's, and needs no barrier.
+template <typename T, int D>
+WAVE64_DEVICE void merge(PagedAttentionArgs args) {
+    // Loaded with the other arguments, not behind the plan.
+    forget_uniform(args.stats), forget_uniform(args.partial), forget_uniform(args.by_group.factor),
+        forget_uniform(args.num_heads), forget_uniform(args.scale_stride);
+    using Floats = Array<float, 4>;
+    WAVE64_LDS static Floats lds_acc[kMergeLanes];
+    WAVE64_LDS static Array<float, 2> lds_stats[kMergeLanes / kLanes];
+    const int row = block_id(), seq = int(unsigned(row) / args.by_heads), head = row - seq * args.num_heads;
+    int first = load_uniform(args.plan + 2 * seq), count = load_uniform(args.plan + 2 * seq + 1);
+    forget_uniform(first), forget_uniform(count);
+    if (count == 1) return;
+    const int lane = lane_in_block() % kLanes, wave = uniform(lane_in_block() / kLanes);
+    constexpr int lanes = D / 4, runs = kLanes / lanes, num_waves = kMergeLanes / kLanes;
+    constexpr int at_once = 16, wave_splits = at_once * runs;  // loads of a lane, splits of a wave
+    static_assert(wave_splits <= kLanes);
+    const int run = lane / lanes, column = 4 * (lane % lanes);
+    // Of a split: bytes from its stats, and from its columns, to the next one's.
+    const int stats_step = args.num_heads * 8, step = args.num_heads * D * 4;
     float row_max = kLowest, row_sum = 0;
-    Array<float, 4> acc = {};
-
-    WAVE64_DEVICE void take(float other_max, float other_sum, const Array<float, 4>& other_acc) {
-        const float higher = max(row_max, other_max), shrink = exp2(row_max - higher), scale = exp2(other_max - higher);
-        row_max = higher, row_sum = row_sum * shrink + other_sum * scale;
-        for (int i = 0; i < 4; i++) acc.at[i] = acc.at[i] * shrink + other_acc.at[i] * scale;
-    }
-};
-
-// Consecutive lanes hold a head's columns; as many runs of them as fit a block take the splits in turn.
-template <typename T>
-WAVE64_DEVICE void merge(const PagedAttentionArgs& args) {
-    constexpr int at_once = 4;
-    WAVE64_LDS static Array<float, 4> lds_acc[kMergeLanes];
-    WAVE64_LDS static Array<float, 2> lds_stats[kMergeLanes];
-    const int lanes = args.head_dim / 4, runs = unsigned(kMergeLanes) / unsigned(lanes);
-    const int run = unsigned(lane_in_block()) / unsigned(lanes), lane = lane_in_block() - run * lanes;
-    for (int64_t row = block_id(); row < args.num_rows; row += args.merge_grid) {
-        const int seq = uint32_t(row) / uint32_t(args.num_heads), head = int(row - int64_t(seq) * args.num_heads);
-        const int64_t first = load_uniform(args.plan + 2 * seq);
-        const int count = load_uniform(args.plan + 2 * seq + 1);
-        if (count == 1) continue;
-        Merged found;
-        for (int split = run; split < count; split += at_once * runs) {
-            Array<float, 2> stats[at_once];
-            Array<float, 4> acc[at_once];
+    Floats acc = {};
+    for (int from = wave * wave_splits; from < count; from += num_waves * wave_splits) {
+        const int splits = count - from < wave_splits ? count - from : wave_splits;
+        const int64_t from_row = int64_t(first + from) * args.num_heads + head;
+        // Reads zeros for splits that are not there.
+        const Bounded stats(args.stats + from_row * 2, (splits - 1) * stats_step + 8);
+        const Bounded partial(args.partial + from_row * D, (splits - 1) * step + D * 4);
+        const Pack<float, 2> of_split = {stats.load<Bits64>(lane * stats_step)};
+        Pack<float, 4> packs[at_once];
 #pragma unroll
-            for (int i = 0; i < at_once; i++) {
-                if (split + i * runs >= count) break;
-                const int64_t from = (first + split + i * runs) * args.num_heads + head;
-                stats[i] = __builtin_bit_cast(Array<float, 2>, load_pack<float, 2>(args.stats + from * 2).bits);
-                acc[i] = __builtin_bit_cast(Array<float, 4>,
-                                            load_pack<float, 4>(args.partial + from * args.head_dim + lane * 4).bits);
-            }
+        for (int i = 0; i < at_once; i++) packs[i] = {partial.load<Bits128>(run * step + column * 4, i * runs * step)};
+        const auto [max_of_split, sum_of_split] = of_split.values().at;
+        const float higher = max(row_max, wave_max(lane < splits ? max_of_split : kLowest));
+        const float shrink = exp2(row_max - higher), weight = lane < splits ? exp2(max_of_split - higher) : 0;
+        row_sum = row_sum * shrink + wave_sum(sum_of_split * weight), row_max = higher;
+        for (float& x : acc.at) x *= shrink;
 #pragma unroll
-            for (int i = 0; i < at_once; i++) {
-                if (split + i * runs >= count) break;
-                found.take(stats[i].at[0], stats[i].at[1], acc[i]);
-            }
+        for (int i = 0; i < at_once; i++) {
+            const float scale = from_lane(weight, i * runs + run);
+            const auto [x] = packs[i].values();
+            for (int c = 0; c < 4; c++) acc.at[c] = fma(x[c], scale, acc.at[c]);
         }
-        lds_stats[lane_in_block()] = {{found.row_max, found.row_sum}}, lds_acc[lane_in_block()] = found.acc;
-        block_barrier();
-        if (run == 0) {
-            for (int other = lane + lanes; other < kMergeLanes; other += lanes)
-                found.take(lds_stats[other].at[0], lds_stats[other].at[1], lds_acc[other]);
-            const int kv_head = unsigned(head) / unsigned(args.group);
-            const float scale = finish(args, kv_head, head, found.row_max, found.row_sum);
-            for (float& x : found.acc.at) x *= scale;
-            store_finished<T>(args, row, lane * 4, found.acc);
-        }
-        block_barrier();
     }
+    for (int other = lanes; other < kLanes; other *= 2)
+        for (float& x : acc.at) x += from_lane(x, lane ^ other);
+    if (count > wave_splits) {
+        lds_acc[lane_in_block()] = acc;
+        if (lane == 0) lds_stats[wave] = {{row_max, row_sum}};
+        block_barrier();
+        for (int other = 1; wave == 0 && other < num_waves && other * wave_splits < count; other++) {
+            const auto [max_of_other, sum_of_other] = lds_stats[other].at;
+            const Floats acc_of_other = lds_acc[other * kLanes + lane];
+            const float higher = max(row_max, max_of_other);
+            const float shrink = exp2(row_max - higher), scale = exp2(max_of_other - higher);
+            row_max = higher, row_sum = row_sum * shrink + sum_of_other * scale;
+            for (int c = 0; c < 4; c++) acc.at[c] = acc.at[c] * shrink + acc_of_other.at[c] * scale;
+        }
+    }
+    if (wave > 0 || run > 0) return;
+    const float scale = finish<T>(args, int(unsigned(head) / args.by_group), head, row_max, row_sum);
+    for (float& x : acc.at) x *= scale;
+#if defined(__GFX9__)
+    T* out = static_cast<T*>(args.out) + int64_t(row) * D;
+    for (int i = 0; i < 4; i++) out[CdnaAttention<T, T, D>::column_of(column + i)] = T(acc.at[i]);
+#else
+    store_finished<T>(args, row, column, acc);
+#endif
 }
 
 }  // namespace wave64
@@ -257,8 +385,8 @@ WAVE64_DEVICE void merge(const PagedAttentionArgs& args) {
     WAVE64_KERNEL(wave64::kWaves* wave64::kLanes) NAME(wave64::PagedAttentionArgs args) { \
         wave64::paged_attention<T, STORED, D>(args);                                      \
     }
-#define PAGED_ATTENTION_MERGE(NAME, T) \
-    WAVE64_KERNEL(wave64::kMergeLanes) NAME(wave64::PagedAttentionArgs args) { wave64::merge<T>(args); }
+#define PAGED_ATTENTION_MERGE(NAME, T, D) \
+    WAVE64_KERNEL(wave64::kMergeLanes) NAME(wave64::PagedAttentionArgs args) { wave64::merge<T, D>(args); }
 
 PAGED_ATTENTION(paged_attention_bf16_64, wave64::bf16, wave64::bf16, 64)
 PAGED_ATTENTION(paged_attention_bf16_128, wave64::bf16, wave64::bf16, 128)
@@ -270,8 +398,10 @@ PAGED_ATTENTION(paged_attention_bf16_fp8_128, wave64::bf16, wave64::Bits8, 128)
 PAGED_ATTENTION(paged_attention_fp16_fp8_64, wave64::fp16, wave64::Bits8, 64)
 PAGED_ATTENTION(paged_attention_fp16_fp8_128, wave64::fp16, wave64::Bits8, 128)
 #endif
-PAGED_ATTENTION_MERGE(paged_attention_merge_bf16, wave64::bf16)
-PAGED_ATTENTION_MERGE(paged_attention_merge_fp16, wave64::fp16)
+PAGED_ATTENTION_MERGE(paged_attention_merge_bf16_64, wave64::bf16, 64)
+PAGED_ATTENTION_MERGE(paged_attention_merge_bf16_128, wave64::bf16, 128)
+PAGED_ATTENTION_MERGE(paged_attention_merge_fp16_64, wave64::fp16, 64)
+PAGED_ATTENTION_MERGE(paged_attention_merge_fp16_128, wave64::fp16, 128)
 
 #else
 #include "wave64/host.h"
@@ -280,14 +410,14 @@ namespace wave64 {
 namespace {
 
 constexpr int64_t kMaxInt = INT32_MAX;
-constexpr int kMergeBlocksPerUnit = 8;
 
 // [fp16][fp8][head_dim == 128]
 constexpr const char* kKernels[2][2][2] = {{{"paged_attention_bf16_64", "paged_attention_bf16_128"},
                                             {"paged_attention_bf16_fp8_64", "paged_attention_bf16_fp8_128"}},
                                            {{"paged_attention_fp16_64", "paged_attention_fp16_128"},
                                             {"paged_attention_fp16_fp8_64", "paged_attention_fp16_fp8_128"}}};
-constexpr const char* kMergeKernels[] = {"paged_attention_merge_bf16", "paged_attention_merge_fp16"};
+constexpr const char* kMergeKernels[2][2] = {{"paged_attention_merge_bf16_64", "paged_attention_merge_bf16_128"},
+                                             {"paged_attention_merge_fp16_64", "paged_attention_merge_fp16_128"}};
 
 void check(const PagedAttentionArgs& args, const Call& call) {
     expect_matrix_dtype(call, args.dtype);
@@ -337,13 +467,14 @@ void paged_attention(PagedAttentionArgs args, const Call& call) {
     args.num_rows = int64_t(args.num_seqs) * args.num_heads;
     call.expect(blocks <= kMaxInt && args.num_rows <= kMaxInt, "num_seqs", "fewer, or fewer heads", args.num_seqs);
     args.tiles = int32_t(tiles);
+    args.by_tiles = divider(uint32_t(tiles)), args.by_kv_heads = divider(uint32_t(args.num_kv_heads));
+    args.by_heads = divider(uint32_t(args.num_heads)), args.by_group = divider(uint32_t(args.group));
+    args.by_page_size = divider(uint32_t(args.page_size));
     args.step_entries = kWaves * kGroup / args.page_size, args.step_rows = kWaves * kGroup % args.page_size;
     call.launch(kKernels[args.dtype][args.cache_dtype == kFp8][args.head_dim == 128], {blocks},
                 kWaves * call.device.wave_size, args);
     if (args.num_splits == 0) return;
-    args.merge_grid =
-        int32_t(std::min<int64_t>(args.num_rows, int64_t(call.device.compute_units) * kMergeBlocksPerUnit));
-    call.launch(kMergeKernels[args.dtype], {args.merge_grid}, kMergeLanes, args);
+    call.launch(kMergeKernels[args.dtype][args.head_dim == 128], {args.num_rows}, kMergeLanes, args);
 }
 
 WAVE64_OP_AND_CONSTANTS(paged_attention, PagedAttentionArgs,

@@ -93,8 +93,10 @@ BUGS = {
         "paged_attention", "ops/paged_attention.hip", "length < args.capacity ? length : args.capacity",
         "length < args.capacity ? length + 1 : args.capacity", FAR),
     "half of each wide head": (
-        "paged_attention", "include/wave64/attention.h", "j < kKeyPacks; j++) {\n            Array<Operand",
-        "j < kKeyPacks / (D / 64); j++) {\n            Array<Operand", FAR),
+        "paged_attention", "include/wave64/attention_cdna.h", "j < kKeyPacks; j++) {\n                const auto x",
+        "j < kKeyPacks / (D / 64); j++) {\n                const auto x", FAR),
+    "values past the keys": (
+        "paged_attention", "include/wave64/attention_cdna.h", "row > last ? last : row", "row", FAR),
     "window ignored": (
         "paged_attention", "ops/paged_attention.hip", "args.window > 0 && end > args.window", "false", OUTSIDE),
     "slots of 32 bits": (

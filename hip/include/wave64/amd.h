@@ -115,6 +115,8 @@ WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
 WAVE64_DEVICE Bits32 low_halves(Bits32 a, Bits32 b) { return __builtin_amdgcn_perm(b, a, 0x05040100); }
 WAVE64_DEVICE Bits32 high_halves(Bits32 a, Bits32 b) { return __builtin_amdgcn_perm(b, a, 0x07060302); }
 
+WAVE64_DEVICE int count_bits(uint64_t mask) { return __builtin_popcountll(mask); }
+
 // How many of the mask's bits belong to lanes before this one.
 WAVE64_DEVICE int bits_before(uint64_t mask) {
     return __builtin_amdgcn_mbcnt_hi(unsigned(mask >> 32), __builtin_amdgcn_mbcnt_lo(unsigned(mask), 0));

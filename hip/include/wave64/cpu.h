@@ -75,6 +75,8 @@ WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
 WAVE64_DEVICE Bits32 low_halves(Bits32 a, Bits32 b) { return (a & 0xffff) | b << 16; }
 WAVE64_DEVICE Bits32 high_halves(Bits32 a, Bits32 b) { return a >> 16 | (b & 0xffff0000); }
 
+WAVE64_DEVICE int count_bits(uint64_t mask) { return __builtin_popcountll(mask); }
+
 WAVE64_DEVICE int bits_before(uint64_t mask) {
     return __builtin_popcountll(mask & ((uint64_t(1) << lane_in_block() % wave_size()) - 1));
 }

@@ -214,5 +214,31 @@ WAVE64_DEVICE Operand operand_of(const float (&x)[kHeads][kRows]) {
 
 #endif
 
+#if defined(__GFX9__)
+// Over 32 k, in one instruction where there is one.
+template <typename T>
+WAVE64_DEVICE void multiply_two(const Operand& x0, const Operand& x1, const Operand& y0, const Operand& y1,
+                                Sums& sums) {
+#if defined(__gfx950__) && !defined(WAVE64_CPU)
+    using Floats = float __attribute__((ext_vector_type(kRows)));
+    using Numbers = T __attribute__((ext_vector_type(8)));
+    struct Two {
+        Operand at[2];
+    };
+    const auto x = __builtin_bit_cast(Numbers, Two{{x0, x1}}), y = __builtin_bit_cast(Numbers, Two{{y0, y1}});
+    auto c = __builtin_bit_cast(Floats, sums);
+    if constexpr (__is_same(T, fp16))
+        c = __builtin_amdgcn_mfma_f32_16x16x32_f16(x, y, c, 0, 0, 0);
+    else
+        c = __builtin_amdgcn_mfma_f32_16x16x32_bf16(x, y, c, 0, 0, 0);
+    sums = __builtin_bit_cast(Sums, c);
+#else
+    const Operand first[kTiles] = {x0}, second[kTiles] = {x1};
+    multiply<T>(first, y0, sums);
+    multiply<T>(second, y1, sums);
+#endif
+}
+#endif
+
 }  // namespace wave64
 #endif

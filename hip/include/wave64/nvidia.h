@@ -96,6 +96,7 @@ WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
 WAVE64_DEVICE Bits32 low_halves(Bits32 a, Bits32 b) { return __byte_perm(a, b, 0x5410); }
 WAVE64_DEVICE Bits32 high_halves(Bits32 a, Bits32 b) { return __byte_perm(a, b, 0x7632); }
 
+WAVE64_DEVICE int count_bits(uint64_t mask) { return __popcll(mask); }
 WAVE64_DEVICE int bits_before(uint64_t mask) { return __popc(unsigned(mask) & ((1u << threadIdx.x % 32) - 1)); }
 template <int HALF, typename T>
 WAVE64_DEVICE T from_other_half(T x) {

@@ -66,7 +66,6 @@ namespace wave64 {
 
 constexpr float kLn2 = 0.693147181f;
 
-using Floats2 = float __attribute__((ext_vector_type(2)));
 using Floats16 = float __attribute__((ext_vector_type(16)));
 
 // sums[row][column] += x[row][k] * y[column][k] over 16 k, for 32 rows and columns. Lane l has of x row l % 32, of y
@@ -111,30 +110,6 @@ WAVE64_DEVICE void multiply_32(const Bits128& x, const Bits128& y, Floats16& sum
     }
 #endif
 }
-
-// Softmax weights in T, two to a word. Where rounding to nearest takes instructions of its own they are truncated, and
-// kEnlarge is what that takes from a number in the mean: weights are as much too large before, and results corrected.
-template <typename T>
-struct Weights {
-#if defined(WAVE64_CPU)
-    static constexpr float kEnlarge = 0;
-    WAVE64_DEVICE static Bits32 pair(const Floats2& x) { return rounded_pair(x.x, x.y, T()); }
-#elif defined(__gfx950__)
-    static constexpr float kEnlarge = 0;
-    WAVE64_DEVICE static Bits32 pair(const Floats2& x) {
-        using Pair = T __attribute__((ext_vector_type(2)));
-        return __builtin_bit_cast(Bits32, __builtin_convertvector(x, Pair));
-    }
-#else
-    // Half of log2(e) of the last place, for numbers whose logarithms are evenly distributed.
-    static constexpr float kEnlarge = kLog2E / 2 * (__is_same(T, bf16) ? 0x1p-8f : 0x1p-11f);
-    WAVE64_DEVICE static Bits32 pair(const Floats2& x) {
-        const auto bits = __builtin_bit_cast(Bits64, x);
-        if constexpr (__is_same(T, bf16)) return high_halves(bits.x, bits.y);
-        return __builtin_bit_cast(Bits32, __builtin_amdgcn_cvt_pkrtz(x.x, x.y));
-    }
-#endif
-};
 
 // Where in LDS the c-th 16 bytes of a row are: of those that lanes access at once none share banks. A row of keys, in
 // each 32 alike; a row of values, which are stored by columns.

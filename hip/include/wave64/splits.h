@@ -21,12 +21,20 @@ WAVE64_DEVICE int splits_of(int work, int split_work) {
 
 // The sum over this lane and those before it.
 WAVE64_DEVICE int sum_up_to_lane(int x) {
+#if defined(__GFX9__) && !defined(WAVE64_CPU)
+    // In the instructions (DPP): within rows of 16 lanes, then rows 1 and 3 the last sum of the row before, then rows 2
+    // and 3 that of row 1.
+    x += moved_in_row<0x111>(x), x += moved_in_row<0x112>(x), x += moved_in_row<0x114>(x), x += moved_in_row<0x118>(x);
+    x += __builtin_amdgcn_update_dpp(0, x, 0x142, 0xa, 0xf, false);
+    return x + __builtin_amdgcn_update_dpp(0, x, 0x143, 0xc, 0xf, false);
+#else
     const int lane = lane_in_block() % wave_size();
     for (int step = 1; step < wave_size(); step *= 2) {
         const int before = from_lane(x, lane < step ? lane : lane - step);
         x += lane < step ? 0 : before;
     }
     return x;
+#endif
 }
 
 // The lane that has the item-th split, counted from 0, where each lane has some.
@@ -34,10 +42,17 @@ struct Found {
     int lane, before;  // `before`: the splits of earlier lanes. lane is the wave size if there are fewer splits
 
     WAVE64_DEVICE Found(int item, int splits) {
-        const bool passed = sum_up_to_lane(splits) <= item;
-        lane = wave_sum(int(passed)), before = wave_sum(passed ? splits : 0);
+        const int sum = sum_up_to_lane(splits);
+        lane = count_bits(ballot(sum <= item));
+        before = lane ? uniform(broadcast(sum, lane - 1)) : 0;
     }
 };
+
+// The item-th split of a batch of one sequence, whose work is known.
+WAVE64_DEVICE Split find_split_of_one(int item, int num_splits, int min_work, int work) {
+    const int count = work <= (num_splits + 1) * min_work ? splits_of(work, min_work) : num_splits + 1;
+    return {item < count ? 0 : 1, item, count};
+}
 
 // The item-th split of the batch. The work is cut into num_splits splits, plus at most one for each sequence, but none
 // has less than min_work. work_of(seq) is the work of a sequence. num_seqs is at most the square of the wave size:
