@@ -74,9 +74,9 @@ class Reported:
     make: Callable[[], Launch]
 
 
-def several_tokens(new: int, lens: list[int], splits: int) -> Launch:
-    """Decode of `new` tokens a sequence, causal, 16 heads in bf16, pages of one token, splits merged here."""
-    random, mem, count, heads = np.random.default_rng(0), Arrays(), len(lens), 16
+def several_tokens(new: int, lens: list[int], splits: int, heads: int = 16) -> Launch:
+    """Decode of `new` tokens a sequence, causal, in bf16, pages of one token, splits merged here."""
+    random, mem, count = np.random.default_rng(0), Arrays(), len(lens)
     pages, ends = sum(lens) + 7, np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
     q = mem.put("q", bf16(random.standard_normal((count * new, heads, LATENT))))
     kv = mem.put("kv", bf16(random.standard_normal((pages, 1, 1, LATENT)) * 0.5))
