@@ -15,7 +15,7 @@ import scikit_build_core.build
 from wave64 import OPS, arch, platform, tuning
 from wave64.backends import import_hopper_kernels
 from wave64.testing import compile as compiling  # noqa: F401 - imports every launcher
-from wave64.testing import problems, tune
+from wave64.testing import predict, problems, sampled, tune
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(tuning.FOLDER.glob("*/**/*.json"))
@@ -92,7 +92,7 @@ def test_a_row_says_who_chose_it(file):
     table = tuning.read(file)
     for row in table.rows:
         made = table.sources[row.source]
-        assert bool(row.measured) == (made["from"] in ("timings", "executed machine code", "static figures")), row
+        assert bool(row.measured) == (made["from"] in ("timings", "predicted times", "static figures")), row
         assert bool(row.measured) == ("python -m wave64.testing.tune " in made.get("command", "")), row
         assert bool(row.measured) != (made.get("chosen_by") == "person"), row
         assert len(row.why) <= 160, "an essay belongs in the header of the kernel's file"
@@ -257,27 +257,37 @@ def test_of_nearly_as_few_instructions_most_waves_decide():
     assert tune.chosen(b) is b.candidates[1]
 
 
-def units(matrix, lds, free, vector=1.0):
-    return {"matrix": matrix, "vector": vector, "LDS": lds, "free": free}
+def launch(us, conflicts=1.0):
+    """One whose vector instructions take about so many microseconds longer than starting it."""
+    vector = us * 4 * 2100 / predict.CONSTANTS.vector
+    cycles = {"matrix": 0, "vector": vector, "transcendental": 0, "lds": 100 * conflicts}
+    work = predict.Work("gfx942", 304, 304, 4, 1, cycles, 0, 0, 0)
+    return sampled.Sample("one", 2, 304, work, 100, 0)
 
 
-def test_kernels_rank_by_their_longest_units_with_bank_conflicts():
-    alone = tune.ranking({"one": units(100, 60, 60)})
-    assert alone == {"cycles": 100, "by": "matrix", "conflicts": 1.0}
-    both = tune.ranking({"one": units(100, 60, 60), "other": units(100, 600, 60)})
-    assert both == {"cycles": 700, "by": "LDS", "conflicts": 660 / 120}
-    assert tune.ranking({"one": units(10, 0, 0, vector=20)}) == {"cycles": 20, "by": "vector", "conflicts": 1.0}
+def test_launches_rank_by_their_predicted_times_one_after_another():
+    alone, both = tune.ranking([launch(50)]), tune.ranking([launch(50, 2.0), launch(20)])
+    assert alone["predicted_us"] == pytest.approx(50 + predict.CONSTANTS.start, rel=1e-3)
+    assert both["predicted_us"] == pytest.approx(70 + 2 * predict.CONSTANTS.start, rel=1e-3)
+    assert (alone["by"], alone["conflicts"], both["conflicts"]) == ("matrix and vector", 1.0, 1.5)
 
 
-def test_what_was_executed_ranks_by_cycles_not_by_instructions():
-    fast = tune.ranking({"one": units(100, 100, 100)})
-    conflicting = tune.ranking({"one": units(100, 800, 100)})
-    b = judged({"loop": {"valu": 50}, **conflicting}, {"loop": {"valu": 100}, **fast})
-    assert [c.score for c in b.candidates] == [800, 100]
+def test_what_was_executed_ranks_by_predicted_time_and_the_present_one_stays_where_it_is_near():
+    slow, fast = tune.ranking([launch(80)]), tune.ranking([launch(10)])
+    b = judged({"loop": {"valu": 50}, **slow}, {"loop": {"valu": 100}, **fast})
     assert tune.chosen(b) is b.candidates[1]
-    assert tune.row_of(b, b.candidates[1]).measured == {
-        "cycles": 100, "by": "matrix", "conflicts": 1.0, "vgpr": 100, "lds_bytes": 0, "waves_per_simd": 2.0}
-    assert "cycles, by, LDS conflicts" in tune.report(b)
+    row = tune.row_of(b, b.candidates[1])
+    assert row.measured == {"predicted_us": round(fast["predicted_us"], 4), "by": "matrix and vector",
+                            "conflicts": 1.0, "vgpr": 100, "lds_bytes": 0, "waves_per_simd": 2.0}
+    assert "predicted us, by, LDS conflicts" in tune.report(b)
+    near = tune.ranking([launch(10.3)])
+    b = judged({**near}, {**fast, "waves_per_simd": 8.0})
+    assert tune.chosen(b) is b.candidates[0]
+
+
+def test_predicted_choices_keep_the_models_hash():
+    assert tune.source("a command", timed=False, executed=True)["model"] == predict.fingerprint()
+    assert "model" not in tune.source("a command", timed=False)
 
 
 @pytest.mark.parametrize("name", ["gfx942", "gfx950"])
@@ -362,6 +372,8 @@ def test_the_tuner_writes_a_table_that_loads(tuned):
     assert [r.config for r in table.rows if not r.measured] == [
         r.config for r in shipped.rows if not r.measured and r.when != row.when]
     made = table.sources[row.source]
+    assert (made["from"], made["model"]) == ("predicted times", predict.fingerprint())
+    assert row.measured["predicted_us"] > predict.CONSTANTS.start
     assert made["command"] == "python -m wave64.testing.tune prefill_attention --arch gfx942 --case 32x4 --write"
     assert file.read_text() == tune.dump(table)
     assert "waves per SIMD" in out

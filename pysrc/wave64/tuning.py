@@ -3,7 +3,7 @@
 A backend that has a choice registers a `Tuning`: `@op.backend("triton", tuning=Tuning(...))`. Its table is
 `tuned/<arch>/<op>.json`, of another backend than triton `tuned/<arch>/<backend>/<op>.json`, one row a line:
     op, arch  whose it is; backend, unless it is triton
-    sources   what choices were made from: timings, executed machine code or static figures by the tuner, with its
+    sources   what choices were made from: timings, predicted times or static figures by the tuner, with its
               command; or, with chosen_by "person", what was compared by hand; device and compiler versions
     rows      when: names in the tuning key, each an exact value or, of integers, an inclusive range [low, high], null:
               open; config: fields of the launcher's `Config`; source: index into sources; of rows that the tuner chose,

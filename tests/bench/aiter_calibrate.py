@@ -79,9 +79,10 @@ def maker(name: str) -> tuple[Callable[[int], Launch], tuple[int, int]]:
     return lambda k: _blocks(arch, (rows, columns), rows, columns, k), (512, 1024)
 
 
-def counts_of(name: str, code: bytes) -> dict:
-    """What a workgroup needs: `COUNTS`, and how it occupies a compute unit. Counts do not depend on the data."""
-    make, lengths = maker(name)
+def counts_of(name: str, code: bytes, made: tuple[Callable[[int], Launch], tuple[int, int]] | None = None) -> dict:
+    """What a workgroup needs: `COUNTS`, and how it occupies a compute unit. Counts do not depend on the data. made:
+    as of maker(), for an object that it does not know."""
+    make, lengths = made or maker(name)
     found: list[Usage] = []
     for length in lengths:
         counter, launch = counting(), make(length)
@@ -123,11 +124,14 @@ def launch_of(row: Timing) -> tuple[float, float]:
 
 
 def work_of(row: Timing, counted: dict) -> predict.Work:
-    blocks, once = launch_of(row)
-    per = {unit: a + slope * row.length for unit, (a, slope) in counted["counts"].items()}
+    return work_of_blocks(row.object.split("/")[0], row.units, counted, row.length, *launch_of(row))
+
+
+def work_of_blocks(arch: str, units: int, counted: dict, length: int, blocks: float, once: float) -> predict.Work:
+    """once: bytes of memory that are touched at all."""
+    per = {unit: a + slope * length for unit, (a, slope) in counted["counts"].items()}
     chain, lines = per.pop("chain"), per.pop("lines")
-    return predict.Work(row.object.split("/")[0], row.units, blocks, counted["waves"], counted["at_once"], per,
-                        once, blocks * lines, chain)
+    return predict.Work(arch, units, blocks, counted["waves"], counted["at_once"], per, once, blocks * lines, chain)
 
 
 def stored() -> tuple[dict[str, dict], list[Timing]]:

@@ -18,7 +18,7 @@ import torch
 from wave64 import OPS, platform, quant
 from wave64.arch import lookup
 from wave64.op import Case
-from wave64.testing import contract
+from wave64.testing import contract, predict
 from wave64.testing.cost import times_us, waves_per_simd
 from wave64.testing.emulator import checks as checks_
 from wave64.testing.emulator import code_object
@@ -284,11 +284,29 @@ def _of_ours(work: Work, backend: str, counter: type[Instructions]) -> Row:
 # ---- reporting
 
 COLUMNS = ("work", "kernel", "instructions", "matrix", "vector", "LDS (conflict-free)", "KiB, each once", "waves/SIMD",
-           "bound, us", "by", "error (allowed)", "executed, s")
+           "bound, us", "by", "predicted, us", "ours / AITER", "error (allowed)", "executed, s")
 
 
-def cells(work: Work, row: Row, arch: str, seconds: float) -> list[str]:
-    """Of a row of the table. Cycles in thousands, of all waves; kernels of ours run one after the other."""
+def predicted_us(work: Work, row: Row) -> float | None:
+    """Of one call with data that no cache has; None of collectives, whose ranks wait for each other."""
+    if work.ours.ranks:
+        return None
+    return sum(predict.predicted_us(predict.work_of(usage, waves_per_simd(usage)), True)
+               for usage in row.usages.values())
+
+
+def ratio(us: float | None, theirs: float | None) -> str:
+    """Of the times, and whether the model can tell them apart."""
+    if us is None or theirs is None:
+        return ""
+    tie = 1 / predict.TIE < us / theirs < predict.TIE
+    return f"{us / theirs:.2f}{' (a tie)' if tie else ''}"
+
+
+def cells(work: Work, row: Row, arch: str, seconds: float, other: Row | None = None) -> list[str]:
+    """Of a row of the table. Cycles in thousands, of all waves; kernels of ours run one after the other. other:
+    AITER's row next to ours."""
+    us = predicted_us(work, row)
     bounds = [times_us(usage) for usage in row.usages.values()]
     longest = [max(each, key=each.__getitem__) for each in bounds]
     total = sum(each[name] for each, name in zip(bounds, longest, strict=True))
@@ -299,7 +317,9 @@ def cells(work: Work, row: Row, arch: str, seconds: float) -> list[str]:
             f"{cycles['vector'] + cycles['transcendental']:.1f}", f"{cycles['lds']:.1f} ({free:.1f})",
             f"{sum(u.once() for u in row.usages.values()) / 1024:.0f}",
             ", ".join(f"{waves_per_simd(usage):g}" for usage in row.usages.values()), f"{total:.2f}",
-            ", ".join(longest), "" if row.error is None else f"{row.error:.1e} ({work.allowed:.0e})", f"{seconds:.0f}"]
+            ", ".join(longest), "" if us is None else f"{us:.1f}",
+            "" if other is None else ratio(us, predicted_us(work, other)),
+            "" if row.error is None else f"{row.error:.1e} ({work.allowed:.0e})", f"{seconds:.0f}"]
 
 
 def compare(work: Work, code: bytes, arch: str) -> tuple[list[list[str]], Row]:
@@ -311,7 +331,7 @@ def compare(work: Work, code: bytes, arch: str) -> tuple[list[list[str]], Row]:
         f"{work.object} on {work.what}: {row.error:.2e} from fp64, {work.allowed:.0e} allowed")
     between = time.monotonic()
     other = ours(work, arch)
-    return [cells(work, row, arch, between - began), cells(work, other, arch, time.monotonic() - between)], row
+    return [cells(work, row, arch, between - began), cells(work, other, arch, time.monotonic() - between, row)], row
 
 
 def heading(arch: str) -> str:

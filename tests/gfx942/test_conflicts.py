@@ -12,7 +12,7 @@ from recorded import mark
 
 from wave64 import OPS, tuning
 from wave64.arch import lookup
-from wave64.testing import tune
+from wave64.testing import problems, tune
 from wave64.testing.problems import ROWS, problem, typical
 
 ARCHS = ("gfx942", "gfx950")
@@ -65,7 +65,7 @@ def test_rows_have_no_more_bank_conflicts_than_are_listed(arch, op, number, comp
     with record.result(f"conflicts {arch} {op} {number}", compiling.submit(mark_row, op, *what, arch, rows).result(),
                        record_property) as entry:
         if entry.told is None:
-            entry.told = compiling.submit(tune.execute_with, op, *what, arch, rows).result()
+            entry.told = compiling.submit(problems.execute_with, op, *what, arch, rows).result()
     took: dict[str, Any] = entry.told
     now = {kernel: used["LDS"] / used["free"] for kernel, used in took.items() if used["free"]}
     key, exceptions = f"{arch} {op} {number}", json.loads(EXCEPTIONS.read_text())

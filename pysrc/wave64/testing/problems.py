@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from wave64 import OPS
 from wave64.op import Case
 from wave64.ops.fp8_block_scaled_mm import make_case as make_block_product
 from wave64.ops.fp8_scaled_mm import make_case as make_product
@@ -21,6 +22,7 @@ from wave64.ops.mla_decode_rope import make_case as make_rotated
 from wave64.ops.paged_attention import make_case as make_decode
 from wave64.ops.prefill_attention import make_prefill
 from wave64.ops.varlen_attention import make_case as make_ragged
+from wave64.testing.cost import usages
 from wave64.tuning import Row, Table
 
 #: Rows (tokens, queries) of a problem, where its key has as many: as the largest tiles.
@@ -103,3 +105,16 @@ def problem(op: str, key: Key, rows: int = ROWS) -> Case:
     """A small call of the operator with this tuning key, of at most so many rows. Raises KeyError for an operator that
     has no problem here, or where the key lacks a name that its problem needs."""
     return Case("small", _PROBLEMS[op][0](key, rows))
+
+
+def execute_with(op: str, key: Key, config: Key, arch: str, rows: int = ROWS) -> dict[str, dict[str, float]]:
+    """Kernel with matrix instructions -> the LDS cycles that a small problem of this key, of at most so many rows,
+    takes with a configuration of Triton's, and `free`, those without bank conflicts. Needs a process without
+    TRITON_INTERPRET. Raises LookupError for an operator that chooses no configuration."""
+    tuning = OPS[op].backends["triton"].tuning
+    if tuning is None:
+        raise LookupError(f"{op}: backend triton chooses no configuration")
+    with tuning.forced(tuning.config(**config)):
+        found = usages(op, "triton", problem(op, key, rows), arch)
+    return {kernel: {"LDS": usage.cycles["lds"], "free": usage.conflict_free}
+            for kernel, usage in found.items() if usage.cycles["matrix"]}

@@ -7,11 +7,15 @@ for every 4096 bytes: so what reads or writes elsewhere is found.
 import ctypes
 import math
 import mmap
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from wave64.op import Case
 from wave64.pools import rows_in_use
 
 Spans = list[tuple[int, int]]
@@ -27,6 +31,42 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
     mapped.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(mapped, dtype=torch.uint8).view(dtype).view(shape)
+
+
+class _Undrawn(TorchDispatchMode):
+    """Floating point numbers of more than VAST bytes are made without their values: zeros, that come when touched."""
+
+    VAST = 16 << 20
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.is_view:
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            return args[0] if _vast(args[0]) else func(*args, **kwargs)
+        given = pytree.tree_leaves((args, kwargs))
+        made = func(*pytree.tree_map(_meta, args), **pytree.tree_map(_meta, kwargs) | (
+            {} if any(isinstance(x, Tensor) for x in given) else {"device": "meta"}))
+        if isinstance(made, Tensor) and _vast(made):
+            flat = empty((made.untyped_storage().nbytes() // made.itemsize,), made.dtype, torch.device("cpu"))
+            return flat.as_strided(made.shape, made.stride())
+        return func(*args, **kwargs)
+
+
+def _vast(x: Tensor) -> bool:
+    return x.is_floating_point() and x.nbytes > _Undrawn.VAST
+
+
+def _meta(x: Any) -> Any:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+
+
+def undrawn(case: Case) -> dict[str, Any]:
+    """The arguments of a case on the CPU, of which large tensors of floating point numbers are zeros that take memory
+    where they are touched: for who wants to see a few workgroups at work, whatever they compute."""
+    torch.manual_seed(0)
+    with _Undrawn():
+        return case.make()
 
 
 def spans(pool: Tensor) -> Spans:

@@ -7,10 +7,11 @@ near the reference's, within what the contract lets two right results differ, an
 The candidate with the smallest geometric mean over the cases, of its time over the case's best, is chosen.
 For an AMD ARCH that is not here: the first case of each bucket is compiled with every candidate. One that spills, wants
 more LDS than there is or leaves fewer than two waves on a SIMD (unless all do) is refused. Where the emulator executes
-ARCH, a small problem of the bucket's key (problems.py) is executed with each of the others, and the candidate whose
-longest unit (matrix, vector, LDS with bank conflicts) takes the fewest cycles is chosen; memory, which all need alike,
-ranks none. Elsewhere it is the one with the fewest instructions in its loops, of all waves, per unit of work. Of those
-within 5% the one with most waves is taken, and `programs`, if a field, set to the blocks that a compute unit holds.
+ARCH, a few workgroups of each launch of that case are executed with each of the others (sampled.py), and the candidate
+that is predicted to take the least time (predict.py, whose hash the table keeps) is chosen; the present one, if the
+model cannot tell the two apart. Elsewhere it is the one with the fewest instructions in its loops, of all waves, per
+unit of work, of those within 5% the one with most waves, and `programs`, if a field, is set to the blocks that a
+compute unit holds.
 
 `--write` puts the choices into the table of ARCH, made from its fallback arch's where it has none. Rows that a person
 chose stay as they are, after the measured ones. It needs a process without TRITON_INTERPRET.
@@ -41,9 +42,9 @@ from wave64.arch import Arch, lookup
 from wave64.backends import import_hopper_kernels
 from wave64.op import Case, Op
 from wave64.testing import compile as compiling
-from wave64.testing import contract, timing
-from wave64.testing.cost import CLOCK_GHZ, SIMDS, usages
-from wave64.testing.problems import ROWS, problem
+from wave64.testing import contract, predict, sampled, timing
+from wave64.testing.predict import CLOCK_GHZ
+from wave64.testing.sparse import undrawn
 from wave64.tuning import FOLDER, Row, Table, Tuning, table_file
 
 #: Times the contract's floor of a dtype that a result may be from the reference's, which was rounded itself.
@@ -52,6 +53,7 @@ SLACK = 4
 HOPELESS = 2.0
 #: Times the fewest instructions that another candidate may have, if more of its waves fit.
 ALIKE = 1.05
+EXECUTED = 2  # workgroups of a launch
 #: What a time is the median over: shorter than a benchmark's, for there are many of them.
 WARM_UP_MS, REPEAT_MS = 10, 40
 
@@ -164,7 +166,6 @@ def compile_with(op: str, backend: str, cases: list[str], config: dict[str, Any]
         for case in (c for c in declared.cases() if c.id in cases):
             with compiling.capture(arch) as launches, tuning.forced(made):
                 args = compiling.arguments(case)
-                key = tuning.key(**args)
                 declared.backends[backend].run(**args)
             if lookup(arch).vendor == "amd":
                 figures = [launch.figures() for launch in launches]
@@ -172,35 +173,28 @@ def compile_with(op: str, backend: str, cases: list[str], config: dict[str, Any]
                 found.append(main | {name: max(f[name] for f in figures)
                                      for name in ("spills", "scratch_bytes", "lds_bytes")})
                 if arch in CLOCK_GHZ and not unusable(found[-1], lookup(arch)):
-                    found[-1] |= ranking(execute_with(op, key, config, arch))
+                    found[-1] |= ranking(execute_with(op, case, made, arch))
     except Exception as e:  # whatever a compiler raises is a finding about this candidate
         return f"{type(e).__name__}: {first_line(e)}"
     return found
 
 
-def execute_with(op: str, key: Mapping[str, Any], config: dict[str, Any], arch: str, rows: int = ROWS
-                 ) -> dict[str, dict[str, float]]:
-    """Kernel with matrix instructions -> what a small problem of this key, of at most so many rows, takes with a
-    configuration: cycles of a compute unit by unit (matrix, vector, LDS), and `free`, LDS cycles without conflicts.
-    Needs a process without TRITON_INTERPRET."""
-    tuning = tuning_of(OPS[op])
-    with tuning.forced(tuning.config(**config)):
-        found = usages(op, "triton", problem(op, key, rows), arch)
-    return {kernel: {"matrix": usage.cycles["matrix"] / SIMDS, "LDS": usage.cycles["lds"], "free": usage.conflict_free,
-                     "vector": (usage.cycles["vector"] + usage.cycles["transcendental"]) / SIMDS}
-            for kernel, usage in found.items() if usage.cycles["matrix"]}
+def execute_with(op: str, case: Case, config: Any, arch: str) -> list[sampled.Sample]:
+    """What the launches of a call take with a configuration, from a few of their workgroups. Needs a process without
+    TRITON_INTERPRET."""
+    with platform.target(arch):
+        args = undrawn(case)
+    with tuning_of(OPS[op]).forced(config):
+        return sampled.works(OPS[op], "triton", args, arch, EXECUTED)
 
 
-def ranking(kernels: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Of kernels that run one after another: `cycles`, the longest unit's of each; `by`, the unit that most of them are
-    of; `conflicts`, LDS cycles over those without bank conflicts."""
-    longest: dict[str, float] = {}
-    for took in kernels.values():
-        unit = max(("matrix", "vector", "LDS"), key=took.__getitem__)
-        longest[unit] = longest.get(unit, 0) + took[unit]
-    free = sum(took["free"] for took in kernels.values())
-    return {"cycles": sum(longest.values()), "by": max(longest, key=longest.__getitem__),
-            "conflicts": sum(took["LDS"] for took in kernels.values()) / free if free else 1.0}
+def ranking(launches: list[sampled.Sample]) -> dict[str, Any]:
+    """Of launches that run one after another, with data that no cache has: `predicted_us`; `by`, what they need
+    longest; `conflicts`, LDS cycles over those without bank conflicts."""
+    works = [each.work for each in launches]
+    free = sum(each.conflict_free * each.work.blocks for each in launches)
+    return {"predicted_us": sum(predict.predicted_us(work, True) for work in works), "by": sampled.longest(works),
+            "conflicts": sum(work.cycles["lds"] * work.blocks for work in works) / free if free else 1.0}
 
 
 def show(begin: float, words: str) -> None:
@@ -275,8 +269,8 @@ def judge_figures(b: Bucket, arch: Arch) -> None:
         for c in filter(lambda c: c.figures["waves_per_simd"] < 2, left):
             c.reason = f"{c.figures['waves_per_simd']:g} waves per SIMD"
     for c in filter(lambda c: not c.reason, b.candidates):
-        c.score = c.figures.get("cycles", c.figures["per_work"])
-        if hasattr(c.config, "programs"):
+        c.score = c.figures.get("predicted_us", c.figures["per_work"])
+        if hasattr(c.config, "programs") and "predicted_us" not in c.figures:
             held = int(c.figures["waves_per_simd"] * 4) // c.figures["block_waves"]
             c.config = dataclasses.replace(c.config, programs=max(1, held))
 
@@ -370,9 +364,9 @@ def report(b: Bucket) -> str:
         heading = "us: " + "  ".join(columns)
         cells = {id(c): [f"{c.score:5.3f}", *(f"{c.us[i]:{max(8, len(i))}.1f}" for i in columns)] for c in ranked}
     else:
-        executed = any("cycles" in c.figures for c in ranked)
-        heading = f"{'cycles, by, LDS conflicts' if executed else 'per work'}, VGPRs, LDS, waves per SIMD"
-        cells = {id(c): [*([f"{c.score:9.0f}", f"{c.figures['by']:6}", f"{c.figures['conflicts']:5.2f}"] if executed
+        executed = any("predicted_us" in c.figures for c in ranked)
+        heading = f"{'predicted us, by, LDS conflicts' if executed else 'per work'}, VGPRs, LDS, waves per SIMD"
+        cells = {id(c): [*([f"{c.score:9.2f}", f"{c.figures['by']:18}", f"{c.figures['conflicts']:5.2f}"] if executed
                            else [f"{c.score:7.4f}"]), f"{c.figures['vgpr']:4}", f"{c.figures['lds_bytes']:6}",
                          f"{c.figures['waves_per_simd']:4g}"] for c in ranked}
     lines = ["", f"{b}   {heading}"]
@@ -384,9 +378,13 @@ def report(b: Bucket) -> str:
 
 
 def chosen(b: Bucket) -> Candidate | None:
-    """The best candidate: by time, or, of those with nearly the fewest cycles (or instructions), that of most waves."""
+    """The best candidate: by time; by predicted time, but the present one where the model cannot tell; or, of those
+    with nearly the fewest instructions, that of most waves."""
     left = [c for c in b.candidates if not c.reason]
-    near = ALIKE * min((c.score for c in left), default=0)
+    best = min((c.score for c in left), default=0)
+    if any("predicted_us" in c.figures for c in left):
+        return min(left, key=lambda c: 0 if c is b.candidates[0] and c.score <= predict.TIE * best else c.score)
+    near = ALIKE * best
     waves = {id(c): -c.figures["waves_per_simd"] if c.figures and c.score <= near else 0 for c in left}
     return min(left, key=lambda c: (waves[id(c)], c.score), default=None)
 
@@ -396,15 +394,17 @@ def row_of(b: Bucket, best: Candidate) -> Row:
     if best.us:
         measured = {"us": {case: round(us, 1) for case, us in best.us.items()}, "over_best": round(best.score, 3)}
     else:
-        ranking = ("cycles", "by", "conflicts") if "cycles" in best.figures else ("per_work",)
+        ranking = ("predicted_us", "by", "conflicts") if "predicted_us" in best.figures else ("per_work",)
         kept = {name: best.figures[name] for name in (*ranking, "vgpr", "lds_bytes", "waves_per_simd")}
         measured = {name: round(value, 4) if isinstance(value, float) else value for name, value in kept.items()}
     return Row(b.when, written(best.config), 0, measured)
 
 
 def source(command: str, timed: bool, executed: bool = False) -> dict[str, Any]:
-    made = {"from": "timings" if timed else "executed machine code" if executed else "static figures",
+    made = {"from": "timings" if timed else "predicted times" if executed else "static figures",
             "torch": torch.__version__, "triton": triton.__version__, "command": command}
+    if not timed and executed:
+        made["model"] = predict.fingerprint()
     if timed:
         made["device"] = torch.cuda.get_device_name()
         made["driver"] = f"HIP {torch.version.hip}" if platform.is_hip() else f"CUDA {torch.version.cuda}"
