@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from wave64 import OPS
-from wave64.arch import ARCHS, HIP_TARGETS
+from wave64 import OPS, platform
+from wave64.arch import ARCHS, HIP_TARGETS, lookup
 from wave64.backends import hip
+from wave64.testing import contract
 
 _hip = hip._hip
 DEVICE = _hip.Device("gfx942", 304, 64, 65536)
@@ -224,3 +225,24 @@ def test_without_a_gpu_the_reason_is_told():
         _hip.device_count()
     assert hip.reason("cuda") == str(refused.value)
     assert "libamdhip64.so" in str(refused.value) or "GPU" in str(refused.value)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx1100"])
+def test_what_an_adapter_serves_is_launched_where_no_test_runs_it(arch):
+    """Contract tests do so on the machine's own architecture, on gfx942, gfx950 and gfx1201."""
+    planned, refused = set(), {}
+    with platform.target(arch), hip.record(arch):
+        for op in OPS.values():
+            kernel = op.backends.get("hip")
+            if kernel is None or (kernel.absent and kernel.absent(lookup(arch))):
+                continue
+            for case in (case for case in op.cases() if not case.large):
+                args = contract.draw(case, "cpu", 0)
+                if kernel.supports is None or kernel.supports(**args) is None:
+                    planned.add(op.name)
+                    try:
+                        kernel.run(**args)
+                    except Exception as error:
+                        refused[f"{op.name} {case.id}"] = str(error)
+    assert not refused
+    assert {"linear", "paged_attention", "fused_add_rms_norm"} <= planned

@@ -198,8 +198,10 @@ void linear(LinearArgs args, const Call& call) {
                 kWaves * call.device.wave_size, args);
 }
 
-WAVE64_OP_AND_CONSTANTS(linear, LinearArgs, ({{"MAX_TOKENS", kTokenTiles * kAmdTileHeads}}), x, weight, bias, out,
-                        x_stride, weight_stride, num_tokens, in_features, out_features, dtype)
+WAVE64_OP_AND_CONSTANTS(linear, LinearArgs,
+                        ({{"AMD_MAX_TOKENS", kTokenTiles * kAmdTileHeads},
+                          {"NVIDIA_MAX_TOKENS", kTokenTiles * kNvidiaTileHeads}}),
+                        x, weight, bias, out, x_stride, weight_stride, num_tokens, in_features, out_features, dtype)
 
 }  // namespace
 }  // namespace wave64
