@@ -11,11 +11,11 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | Non
     arch = platform.arch()
     if why := no_product(x.dtype):
         return why
-    most = CONSTANTS.NVIDIA_MAX_TOKENS if arch and arch.vendor == "nvidia" else CONSTANTS.AMD_MAX_TOKENS
-    if arch and arch.name == "gfx1100" and len(x) > most // 2:
-        return f"serves {most // 2} tokens at most on gfx1100, where more spill registers"
-    if len(x) > most:
-        return f"serves {most} tokens at most"
+    max_tokens = CONSTANTS.NVIDIA_MAX_TOKENS if arch and arch.vendor == "nvidia" else CONSTANTS.AMD_MAX_TOKENS
+    if arch and arch.name == "gfx1100" and len(x) > max_tokens // 2:
+        return f"serves {max_tokens // 2} tokens at most on gfx1100, where more spill registers"
+    if len(x) > max_tokens:
+        return f"serves {max_tokens} tokens at most"
     if x.shape[1] % 8 or any(tensor.data_ptr() % 16 or tensor.stride(0) % 8 for tensor in (x, weight)):
         return "reads 16 bytes at a time, and the rows do not begin or end at multiples of 16 bytes"
     return None
