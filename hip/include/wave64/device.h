@@ -215,20 +215,6 @@ WAVE64_DEVICE int run_max(int x, int lanes) {
     return one[0];
 }
 
-// What a block's waves, at least two, have left in lds, reduced by `join`, in every lane.
-template <typename T, typename Join>
-WAVE64_DEVICE T waves_joined(const T* lds, int num_waves, T none, Join join) {
-    // A block has at most 16 waves of 64 lanes: each run of 16 lanes joins all.
-    const int wave = lane_in_block() % (wave_size() == 64 ? 16 : wave_size());
-    T x = wave < num_waves ? lds[wave] : none;
-    x = join(x, from_other_half<1>(x));
-    x = join(x, from_other_half<2>(x));
-    x = join(x, from_other_half<4>(x));
-    x = join(x, from_other_half<8>(x));
-    if (wave_size() == 32) x = join(x, from_other_half<16>(x));
-    return x;
-}
-
 // The sum over the block's lanes, in every lane; `lds` holds a float per wave and may be read until the next barrier.
 WAVE64_DEVICE float block_sum(float x, float* lds, int block) {
     x = wave_sum(x);
@@ -236,7 +222,7 @@ WAVE64_DEVICE float block_sum(float x, float* lds, int block) {
     if (num_waves == 1) return x;
     if (lane == 0) lds[lane_in_block() / wave_size()] = x;
     block_barrier();
-    return waves_joined(lds, num_waves, 0.0f, [](float a, float b) { return a + b; });
+    return wave_sum(lane < num_waves ? lds[lane] : 0);
 }
 
 // The maximum over the block's lanes, in every lane; `lds` as for block_sum. For magnitudes pass the bits, which are in
@@ -248,7 +234,7 @@ WAVE64_DEVICE T block_max(T x, T* lds, int block) {
     if (num_waves == 1) return x;
     if (lane == 0) lds[lane_in_block() / wave_size()] = x;
     block_barrier();
-    return waves_joined(lds, num_waves, x, [](T a, T b) { return a > b ? a : b; });
+    return wave_max(lane < num_waves ? lds[lane] : lds[0]);
 }
 
 }  // namespace wave64

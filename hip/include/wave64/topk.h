@@ -101,9 +101,8 @@ public:
 #pragma unroll
         for (int i = SLOTS - 1; i >= 0; i--) lowest = key[i] == best ? ~(first + i * step) : lowest;
         const int expert = ~(LANES == 0 ? wave_max_of_rare(lowest, kTaken) : max_over<LANES>(lowest));
-        const int mine = expert - first;  // slot i is mine at i * step
 #pragma unroll
-        for (int i = 0; i < SLOTS; i++) key[i] = mine == i * step ? kTaken : key[i];
+        for (int i = 0; i < SLOTS; i++) key[i] = expert == first + i * step ? kTaken : key[i];
         return {best, expert};
     }
 };
