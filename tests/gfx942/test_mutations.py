@@ -30,7 +30,7 @@ BUGS = {
     "waves share one place in LDS": (
         "rms_norm", "include/wave64/device.h", "lds[lane_in_block() / wave_size()] = x", "lds[0] = x", RACE),
     "LDS of waves that are not there": (
-        "rms_norm", "include/wave64/device.h", "wave < num_waves ? lds[wave] : none", "lds[wave]", UNWRITTEN),
+        "rms_norm", "include/wave64/device.h", "lane < num_waves ? lds[lane] : 0", "lds[lane]", UNWRITTEN),
     "lanes swapped in a sum": ("rms_norm", "include/wave64/amd.h", "0x4E", "0xB1", FAR),
     "sum not written back": (
         "fused_add_rms_norm", "ops/fused_add_rms_norm.hip", "        residual.store(i, rounded);\n", "", FAR),

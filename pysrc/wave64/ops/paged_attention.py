@@ -47,7 +47,7 @@ def cases():
     drawn = {
         "one-token": dict(seq_lens=[1]),
         "batch": dict(seq_lens=[37, 1, 0, 130]),
-        "fp16": dict(seq_lens=[19, 64], dtype=half),
+        "fp16": dict(seq_lens=[19, 64, 300], dtype=half),
         "fp32": dict(seq_lens=[19, 65], dtype=full),
         "dim-128": dict(seq_lens=[300, 17], head_dim=128),
         "mha": dict(seq_lens=[33, 5], heads=3, kv_heads=3),
