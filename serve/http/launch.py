@@ -156,6 +156,7 @@ async def _serve(args: ServerArgs, listener: socket.socket, folder: Path, torchr
         finally:
             announcing.cancel()
             ending.cancel()
+            await asyncio.wait({announcing})  # before what it uses is closed under it
         if engine.done():
             raise EngineEnded(engine.result())
         engine.cancel()

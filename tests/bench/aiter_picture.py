@@ -14,6 +14,8 @@ from wave64.arch import lookup
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
@@ -33,7 +35,7 @@ def draw(rows: list[Row], path: Path) -> None:
     handles = [Patch(color=THEIRS, label="AITER's assembly"),
                Patch(color=OURS, label="wave64, target reached or a tie"),
                Patch(color=MISSED, label="wave64, target missed"),
-               plt.Line2D([], [], color=FLOOR, marker="|", linestyle="", markersize=9, markeredgewidth=2,
+               Line2D([], [], color=FLOOR, marker="|", linestyle="", markersize=9, markeredgewidth=2,
                           label="floor: memory or matrix units at peak")]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle("Predicted microseconds, from executed machine code (no AMD GPU took part); shorter is better",
@@ -42,7 +44,7 @@ def draw(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axis: plt.Axes, rows: list[Row]) -> None:
+def _panel(axis: Axes, rows: list[Row]) -> None:
     at, family, marks = 0.0, rows[0].family, []
     for row in rows:
         at += 1 + (GAP if row.family != family else 0)

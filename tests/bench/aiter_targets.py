@@ -25,7 +25,7 @@ import torch
 from aiter_attention import _paged
 from aiter_calibrate import counts_of, stored, work_of_blocks
 from aiter_dense import _blocks
-from aiter_moe import _whole
+from aiter_moe import whole
 from aiter_objects import VERSION, Objects
 from attention_predicted import KEYS, aiters, of_length
 from attention_predicted import ours as our_attention
@@ -134,8 +134,8 @@ def moe(aiter: Theirs, arch: str) -> Iterator[Row]:
     experts, top_k, hidden, inter = 256, 8, 7168, 256
     with platform.target(arch):
         dtype = quant.fp8_dtype()
-    whole = f"{arch}/fmoe/silu/fmoe_bf16_blockscaleFp8_g1u1_vs_silu_1tg_32x256.co"
-    made = (lambda length: _whole(arch, 32, length, inter, 1)), (512, 1024)
+    name_of_whole = f"{arch}/fmoe/silu/fmoe_bf16_blockscaleFp8_g1u1_vs_silu_1tg_32x256.co"
+    made = (lambda length: whole(arch, 32, length, inter, 1)), (512, 1024)
     stage1 = [name.replace("gfx942", arch) for name in stored()[0] if "fmoe_stage1" in name]
     for tokens in (1, 16, 64, 1024, 4096):
         if aiter.only not in (what := f"FP8 experts, T={tokens}"):
@@ -159,7 +159,7 @@ def moe(aiter: Theirs, arch: str) -> Iterator[Row]:
                            for name in stage1 for rows, columns in [tile(name)])
         yield row(arch, "moe", f"{what}, gate and up", up, first, once, allowed)
         once = chosen * 3 * inter * hidden + 3 * tokens * hidden
-        yield row(arch, "moe", what, aiter.work(whole, hidden, blocks(32), once, made), served,
+        yield row(arch, "moe", what, aiter.work(name_of_whole, hidden, blocks(32), once, made), served,
                   once, allowed)
 
 
@@ -206,8 +206,8 @@ def fmha(aiter: Theirs, arch: str) -> Iterator[Row]:
             functools.partial(aiters, aiter.objects, arch), functools.partial(our_attention, "hip", arch, dims=dims)))
         for length in (1024, 4096, 16384):
             work = [of_length(each, length, heads, dims, causal) for each in (theirs, mine)]
-            us = [predicted_us(each, True) for each in work]
-            yield Row(arch, "fmha", f"attention {'causal, ' if causal else ''}S={length}", *us,
+            theirs_us, ours_us = (predicted_us(each, True) for each in work)
+            yield Row(arch, "fmha", f"attention {'causal, ' if causal else ''}S={length}", theirs_us, ours_us,
                       floor_us(arch, [[each] for each in work], work[0].once), sampled.longest(work[1:]), "hip", 1.05)
 
 

@@ -137,7 +137,8 @@ def main() -> None:
           f"|---|{'---:|' * 4}")
     of_heads = {heads: counted(objects, arch, heads) for heads in sorted({heads for heads, _ in SHAPES})}
     for heads, seqs in SHAPES:
-        decode, merged, splits = aiters(*of_heads[heads], heads, seqs, options.length)
+        few, many = of_heads[heads]
+        decode, merged, splits = aiters(few, many, heads, seqs, options.length)
         times = [ours(options.op, backend, arch, heads, seqs, options.length) for backend in ("hip", "triton")]
         print(f"| {heads} heads, B={seqs} | {decode:.1f} | {merged:.1f} ({splits}) | "
               + " | ".join("" if us is None else f"{us:.1f}" for us in times) + " |", flush=True)

@@ -75,7 +75,8 @@ def aiters(objects: Objects, arch: str, tokens: int) -> dict[str, tuple[float, s
         row = theirs(piece, objects.read(f"{arch}/{WHOLE}"), strict=False)
         assert row.error is not None
         assert row.error <= piece.allowed, f"AITER's result is {row.error:.2e} from fp64"
-        found += [times(*row.usages.values(), 1)]
+        [usage] = row.usages.values()
+        found.append(times(usage, 1))
     few, more = found
     active = min(EXPERTS, tokens * TOP_K)
     blocks = active * -(-pairs // ROWS)

@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -92,7 +92,7 @@ def differs(module: Any, function: str, given: Sequence[str]) -> str | None:
     return None
 
 
-def bind(op: Op, calls: dict[str, Sequence[str]], supports: Callable[..., str | None],
+def bind(op: Op, calls: Mapping[str, Sequence[str]], supports: Callable[..., str | None],
          tiles: bool = False) -> Callable[[Callable], Callable]:
     """Registers the decorated function as backend aiter of `op`. calls: AITER's function, as `find` takes it -> the
     parameters that it is given. tiles: see Backend. A batch of no tokens, for which AITER's launches fail, launches

@@ -84,7 +84,7 @@ def cases():
         "block-128-some-fp16": dict(tokens=40, experts=1, top_k=1, hidden=128, inter=128, dtype=torch.float16, **wide),
         "block-128-many": dict(tokens=150, experts=1, top_k=1, hidden=128, inter=128,
                                apply_router_weight_on_input=True, **wide),
-        "block-128-many-fp16": dict(tokens=140, top_k=1, hidden=128, inter=128, dtype=torch.float16, routed=2, **wide),
+        "block-128-many-fp16": dict(tokens=140, experts=1, top_k=1, hidden=128, inter=128, dtype=torch.float16, **wide),
         "no-tokens": dict(tokens=0),
     }
     for name, settings in drawn.items():

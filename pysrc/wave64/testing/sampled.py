@@ -72,6 +72,7 @@ def works(op: Op, backend: str, args: dict[str, Any], arch: str, blocks: int = B
             if prod(made.grid):
                 found.append(sample(made, tensors, blocks))
 
+        launches: Any
         with hip.record(arch) if backend == "hip" else compiling.capture(arch, perform) as launches:
             if served.supports is not None and (why := served.supports(**args)):
                 raise ValueError(f"{op.name}: backend {backend} declines: {why}")
