@@ -299,6 +299,7 @@ def run_engine(args: ServerArgs, requests: str, outputs: str, torchrun: str | No
             threads(engine.runner.weight_bytes)
             if reader is not None:
                 log.info(reader.summary())
+                reader.is_serving = True
             gc.collect()
             gc.freeze()  # a collection would look at all that torch has imported, in the middle of a step
             outbox.send(encode(engine.ready()))

@@ -184,6 +184,19 @@ def test_a_group_is_found_wherever_the_folder_lies_and_only_whole(tmp_path):
         assert "1 prebuilt, 0 compiled" in reader.summary()
 
 
+def test_what_is_compiled_while_requests_wait_is_told(tmp_path, monkeypatch, caplog):
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(prebuilt, "DEFAULT", tmp_path / "none")
+    with prebuilt.reading(None, ARCH) as reader:
+        for reader.is_serving in (False, True):
+            prebuilt.Manager("KEY").put_group("_a_kernel.json", {})
+    told, = caplog.messages
+    assert told.startswith("compiled _a_kernel, for which requests waited")
+    assert reader.compiled == {"_a_kernel": 2}
+
+
 def test_a_tar_is_unpacked_once_and_what_is_none_is_refused(tmp_path):
     folder, tar = folder_for(tmp_path / "kernels"), tmp_path / "k.tar.xz"
     prebuilt.pack(folder, tar)

@@ -148,10 +148,11 @@ def unpacked(path: Path, into: Path | None = None) -> Path:
 
 
 class Reader:
-    """What the kernels of this process came from. `names` are kernels', each as often as it was asked for."""
+    """What the kernels of this process came from: names of kernels, each as often as it was asked for."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
+        self.is_serving = False  # whether requests wait for what is compiled now
         self.prebuilt: Counter[str] = Counter()
         self.cached: Counter[str] = Counter()
         self.compiled: Counter[str] = Counter()
@@ -194,6 +195,9 @@ class Manager(FileCacheManager):
             if _reader.folder is not None:
                 log.warning("compiled %s, which %s has not: python -m wave64 prebuild makes it with these flags", name,
                             _reader.folder)
+            elif _reader.is_serving:
+                log.warning("compiled %s, for which requests waited; Triton's cache keeps it, and for AMD GPUs python "
+                            "-m wave64 prebuild makes it ahead", name)
         return super().put_group(filename, group)
 
 
