@@ -1,11 +1,11 @@
 // FP8 GEMM with block scales, y = a b^T: the matrix cores sum 128 columns at a time, and the scaled sum is added in
 // fp32.
 //
-// The trick: weights go from memory straight into the registers that the matrix instructions read them from, as their
-// rows, so that a lane has one token and one scale, and neighboring columns of y to store. For few tokens the tokens do
-// so too, the waves of a block take the steps along K in turn, and their sums meet in LDS once, at the end: bound by
-// reading the weights. For many, four waves have columns of their own, and tokens pass through LDS, their chunks of 16
-// bytes in an order that no two lanes in turn meet in one bank: bound by the matrix cores.
+// The trick: weights are the rows of the matrix instructions' products, so that a lane has one token and one scale, and
+// neighboring columns of y to store. For few tokens both factors go from memory straight into registers, the waves of a
+// block take the steps along K in turn, and their sums meet in LDS once, at the end: bound by reading the weights. For
+// many, four waves have columns of their own, and both come in whole lines and pass through LDS (fp8_tile.h): bound by
+// the matrix cores.
 #include "wave64/fp8_tile.h"
 
 namespace wave64 {
@@ -99,6 +99,10 @@ public:
     // at: bytes behind token m's.
     WAVE64_DEVICE float of_token(unsigned group, int at) const {
         return __builtin_bit_cast(float, tokens.load<Bits32>(at, int(group * token_step)));
+    }
+    // Of a group that differs between lanes.
+    WAVE64_DEVICE float of_token_and_group(unsigned group, int at) const {
+        return __builtin_bit_cast(float, tokens.load<Bits32>(at + int(group * token_step)));
     }
     WAVE64_DEVICE float of_weight(unsigned group) const {
         return __builtin_bit_cast(float, load_uniform(reinterpret_cast<const int32_t*>(weights + group * weight_step)));
@@ -215,32 +219,38 @@ WAVE64_DEVICE void tile_of_tokens(const Fp8BlockScaledMmArgs& args) {
     using Tokens = TokenTile<tiles>;
     WAVE64_LDS static typename Tokens::Memory lds;
     const Tile tile(args);
-    const int wave = uniform(lane_in_block() / 64), lane = lane_in_block() % 64;
-    const int line = line_of_lane(), part = part_of_lane();
+    const int wave = uniform(lane_in_block() / 64), line = line_of_lane(), part = part_of_lane();
     const int m = tile.m * kTileTokens, n = tile.n * columns + wave * 32 * PAIRS;
     const auto rows = [](int left, int most) { return left < most ? left : most; };
-    const Factor weights(static_cast<const char*>(args.b) + n * args.b_stride, rows(args.n - n, 32 * PAIRS),
-                         int(args.b_stride), args.k, line_of_pair(), part);
+    const Factor weights = weights_of_pairs(static_cast<const char*>(args.b) + n * args.b_stride,
+                                            rows(args.n - n, 32 * PAIRS), int(args.b_stride), args.k);
     const Factor tokens(static_cast<const char*>(args.a) + m * args.a_stride, rows(args.m - m, kTileTokens),
                         int(args.a_stride), args.k, Tokens::row(0), Tokens::chunk());
     const Scales scales(args, m, n);
-    const int scale_at[] = {scale_offset(args, m, lane), scale_offset(args, m, 64 + lane)};
     const int begin = block_id_y() * args.split_steps;
     const int end = begin + args.split_steps < args.steps ? begin + args.split_steps : args.steps;
 
-    const auto load = [&](int step, TileStep<tiles, 2 * PAIRS, 1>& into, Columns(&weight)[2 * PAIRS]) {
+    const auto load = [&](int step, TileStep<tiles, 2 * PAIRS, 1>& into) {
         const bool there = step < end;
         const unsigned group = scales.group(there ? step : end - 1);
 #pragma unroll
         for (int i = 0; i < Tokens::loads; i++)
             into.tokens[i] = tokens.load_chunk(kTileTokens / Tokens::loads * i, step, there);
-        for (int i = 0; i < Tokens::scales; i++) into.token_scale[i] = scales.of_token(group, scale_at[i]);
         into.weight_scale[0] = scales.of_weight(group);
 #pragma unroll
-        for (int j = 0; j < 2 * PAIRS; j++) weight[j] = weights.load(further_of_pair(j), step, there);
+        for (int j = 0; j < 2 * PAIRS; j++) into.weights[j] = load_of_pair(weights, j, step, there);
+    };
+    const auto load_scales = [&](int step, TileScales<tiles>& into) {
+        const int mine = step + Tokens::chunk() < end ? step + Tokens::chunk() : end - 1;
+        int row = Tokens::row(0);
+        forget(row);  // what is made of it would be kept over the loop, in registers that it has not
+#pragma unroll
+        for (int i = 0; i < Tokens::loads; i++)
+            into[i] = scales.of_token_and_group(scales.group(mine),
+                                                scale_offset(args, m, row + kTileTokens / Tokens::loads * i));
     };
     Floats4 acc[tiles][2 * PAIRS] = {};
-    multiply_tile<tiles, 2 * PAIRS, 1>(lds, begin, end, kTileTokens, load, acc);
+    multiply_tile<tiles, 2 * PAIRS, 1>(lds, begin, end, kTileTokens, load, load_scales, acc);
 #pragma unroll
     for (int i = 0; i < tiles; i++)
 #pragma unroll
@@ -277,7 +287,7 @@ FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_16_tokens, wave64::kMaxWaves[0] * 64, fe
 FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_32_tokens, wave64::kMaxWaves[1] * 64, few_tokens<2, 3>)
 FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_64_tokens, wave64::kMaxWaves[2] * 64, few_tokens<4, 3>)
 FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_tile, wave64::kTileWaves * 64, tile_of_tokens<1>)
-FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_wide_tile, wave64::kTileWaves * 64, tile_of_tokens<2>)
+FP8_BLOCK_SCALED_MM(WAVE64_TWO_WAVES fp8_block_scaled_mm_wide_tile, wave64::kTileWaves * 64, tile_of_tokens<2>)
 FP8_BLOCK_SCALED_MM(fp8_block_scaled_mm_merge, wave64::kMergeLanes, merge)
 #endif
 

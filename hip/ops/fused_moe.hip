@@ -4,8 +4,8 @@
 // The trick: weights go from memory straight into the registers that the matrix instructions read them from
 // (fp8_matrix.h). Of few pairs blocks have 16: in the first product the waves of a block take the steps along K in
 // turn; they meet once, in LDS, for gate and up of the same columns, so that the activation happens there. The second
-// product quantizes h as it loads it: a group of its columns lies in four lanes. Of many, blocks have 64 or 128, whose
-// tokens pass through LDS (fp8_tile.h), and the first product has whole groups of columns of h, which it quantizes.
+// product quantizes h as it loads it: a group of its columns lies in four lanes. Of many, blocks have 64 or 128, both
+// factors pass through LDS (fp8_tile.h), and the first product has whole groups of columns of h, which it quantizes.
 // Bound by reading the chosen experts' weights, and, of many pairs, y.
 #include "wave64/fp8_tile.h"
 
@@ -256,7 +256,7 @@ template <int TILES>
 struct TilePart {
     using Tokens = TokenTile<TILES>;
     int tile, expert = -1, live = 0;
-    int pair[Tokens::scales];  // `lane` and 64 + lane of the block; -1: none
+    int pair[Tokens::held];  // `lane` and 64 + lane of the block; -1: none
 
     WAVE64_DEVICE TilePart(const FusedMoeArgs& args, int tiles, const IntDivider& by_tiles) {
         const int items = int(unsigned(load_uniform(args.num_padded)) / Tokens::tokens) * tiles;
@@ -265,7 +265,7 @@ struct TilePart {
         const int block = int(item / by_tiles);
         tile = int(item) - block * tiles;
         expert = local_expert(args, load_uniform(args.block_ids + block));
-        for (int i = 0; i < Tokens::scales; i++) {
+        for (int i = 0; i < Tokens::held; i++) {
             const int found = args.pairs[block * Tokens::tokens + 64 * i + lane_in_block() % 64];
             pair[i] = found < args.num_pairs ? found : -1;
             live += __builtin_popcountll(ballot(pair[i] >= 0));
@@ -285,29 +285,29 @@ WAVE64_DEVICE void up_tile(const FusedMoeArgs& args) {
     const int groups = args.hidden / 128, n = mine.tile * 128 + wave * 32;
     const char* const expert = static_cast<const char*>(args.w13) + mine.expert * args.w13_expert_stride;
     const auto rows = [&](int first) {
-        return Factor(expert + first * args.w13_stride, 32, int(args.w13_stride), args.hidden, line_of_pair(), part);
+        return weights_of_pairs(expert + first * args.w13_stride, 32, int(args.w13_stride), args.hidden);
     };
     const Factor gates = rows(n), ups = rows(args.inter + n);
-    int token[Tokens::scales];
-    for (int i = 0; i < Tokens::scales; i++)
+    int token[Tokens::held];
+    for (int i = 0; i < Tokens::held; i++)
         token[i] = mine.pair[i] < 0 ? -1 : int(unsigned(mine.pair[i]) / args.by_top_k);
     const TileRows<TILES> tokens(args.x, args.x_scale, args.num_tokens, args.hidden, token);
     const float* const gate_scales = args.w13_scale + (int64_t(mine.expert) * (args.inter / 64) + mine.tile) * groups;
     const float* const up_scales = gate_scales + args.inter / 128 * groups;
 
-    const auto load = [&](int step, TileStep<TILES, 4, 2>& into, Columns(&weight)[4]) {
+    const auto load = [&](int step, TileStep<TILES, 4, 2>& into) {
         const bool there = step < groups;
         const int column = there ? step : groups - 1;
         tokens.load(column, there, into);
         into.weight_scale[0] = load_scale(gate_scales, column), into.weight_scale[1] = load_scale(up_scales, column);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            weight[j] = gates.load_whole(further_of_pair(j), step, there);
-            weight[2 + j] = ups.load_whole(further_of_pair(j), step, there);
+            into.weights[j] = load_of_pair(gates, j, step, there);
+            into.weights[2 + j] = load_of_pair(ups, j, step, there);
         }
     };
     Floats4 acc[TILES][4] = {};
-    multiply_tile<TILES, 4, 2>(lds, 0, groups, mine.live, load, acc);
+    multiply_tile<TILES, 4, 2>(lds, 0, groups, mine.live, load, tokens, acc);
 
     Pack<T, 8> h[TILES];
 #pragma unroll
@@ -347,23 +347,23 @@ WAVE64_DEVICE void down_tile(const FusedMoeArgs& args) {
     const int wave = uniform(lane_in_block() / 64), part = part_of_lane(), groups = args.inter / 128;
     const int n = mine.tile * kTileDownColumns + wave * (kTileDownColumns / kTileWaves);
     const bool any = n < args.hidden;  // of the wave's columns, or it only brings tokens to LDS
-    const Factor weights(static_cast<const char*>(args.w2) + mine.expert * args.w2_expert_stride + n * args.w2_stride,
-                         any ? kTileDownColumns / kTileWaves : 0, int(args.w2_stride), args.inter, line_of_pair(),
-                         part);
+    const Factor weights =
+        weights_of_pairs(static_cast<const char*>(args.w2) + mine.expert * args.w2_expert_stride + n * args.w2_stride,
+                         any ? kTileDownColumns / kTileWaves : 0, int(args.w2_stride), args.inter);
     const TileRows<TILES> tokens(args.h, args.h_scale, args.num_pairs, args.inter, mine.pair);
     const float* const scales =
         args.w2_scale + (int64_t(mine.expert) * (args.hidden / 128) + (any ? n / 128 : 0)) * groups;
 
-    const auto load = [&](int step, TileStep<TILES, products, 1>& into, Columns(&weight)[products]) {
+    const auto load = [&](int step, TileStep<TILES, products, 1>& into) {
         const bool there = step < groups;
         const int column = there ? step : groups - 1;
         tokens.load(column, there, into);
         into.weight_scale[0] = load_scale(scales, column);
 #pragma unroll
-        for (int j = 0; j < products; j++) weight[j] = weights.load_whole(further_of_pair(j), step, there);
+        for (int j = 0; j < products; j++) into.weights[j] = load_of_pair(weights, j, step, there);
     };
     Floats4 acc[TILES][products] = {};
-    multiply_tile<TILES, products, 1>(lds, 0, groups, mine.live, load, acc);
+    multiply_tile<TILES, products, 1>(lds, 0, groups, mine.live, load, tokens, acc);
     if (!any) return;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {

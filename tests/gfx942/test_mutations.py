@@ -110,9 +110,13 @@ BUGS = {
     "scales of the first group": (
         "fp8_block_scaled_mm", "ops/fp8_block_scaled_mm.hip", "int(group * token_step)", "0", FAR),
     "chunks read where they are not": (
-        "fp8_block_scaled_mm", "include/wave64/fp8_tile.h", "part ^ line % 8", "part", FAR),
+        "fp8_block_scaled_mm", "include/wave64/fp8_tile.h", "part_of_lane() ^ line % 8", "part_of_lane()", FAR),
     "tokens of the next step over this one's": (
-        "fp8_block_scaled_mm", "include/wave64/fp8_tile.h", "lds[turn][row", "lds[0][row", RACE),
+        "fp8_block_scaled_mm", "include/wave64/fp8_tile.h", "if (kTileBuffers == 1) block_barrier();", "", RACE),
+    "the first step's scales for the next": (
+        "fp8_block_scaled_mm", "include/wave64/fp8_tile.h", "= lds.scales[scaled];", "= lds.scales[0];", FAR),
+    "weights of a product's first rows in both halves": (
+        "fused_moe", "include/wave64/fp8_matrix.h", "load_chunk(further + apart,", "load_chunk(further,", FAR),
     "gate and up summed before they are there": (
         "fused_moe", "ops/fused_moe.hip", "    block_barrier();\n", "", RACE),
     "amax of half a group": (

@@ -121,6 +121,21 @@ def test_hips_kernels_keep_the_bound(m, n, k, block_shape):
     assert_within_bound(got, *exact(a, b, a_scale, b_scale, block_shape), k)
 
 
+@pytest.mark.skipif(platform.arch() is not None, reason="on machine code, executed on a CPU")
+@pytest.mark.skipif("hip" not in ops.fp8_block_scaled_mm.backends, reason="needs the extension")
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_hips_tiles_keep_the_bound_over_many_steps(arch, by_columns, monkeypatch):
+    """Tokens' scales pass through LDS, of 8 steps at a time: here more than two such, since K is not split."""
+    monkeypatch.setattr(platform, "compute_units", lambda: 1)
+    with platform.target(arch), emulate(arch):
+        a, b, a_scale, b_scale = draw(259, 24, 2192, [128, 128])
+        if by_columns:
+            a_scale, b_scale = (scale.t().contiguous().t() for scale in (a_scale, b_scale))
+        got = ops.fp8_block_scaled_mm.backends["hip"].run(a, b, a_scale, b_scale, [128, 128], torch.float32)
+    assert_within_bound(got, *exact(a, b, a_scale, b_scale, [128, 128]), 2192)
+
+
 @pytest.mark.skipif("hip" not in ops.fp8_block_scaled_mm.backends, reason="needs the extension")
 def test_what_hip_declines():
     supports = ops.fp8_block_scaled_mm.backends["hip"].supports

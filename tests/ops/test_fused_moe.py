@@ -140,6 +140,18 @@ def test_hips_kernels_keep_the_bound(tokens, experts, top_k, hidden, inter, opti
     holds(got, args)
 
 
+@pytest.mark.skipif(platform.arch() is not None, reason="on machine code, executed on a CPU")
+@pytest.mark.skipif("hip" not in ops.fused_moe.backends, reason="needs the extension")
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_hips_tiles_keep_the_bound_over_many_steps(arch):
+    """Tokens' scales pass through LDS, of 8 steps at a time: here more than two such."""
+    with platform.target(arch), emulate(arch), contract.poisoned():
+        torch.manual_seed(0)
+        args = make_case(40, 1, 1, 2304, 128, **BLOCKS)
+        got = ops.fused_moe.backends["hip"].run(**args)
+    holds(got, args)
+
+
 @pytest.mark.skipif("hip" not in ops.fused_moe.backends, reason="needs the extension")
 @pytest.mark.parametrize(("options", "words"), [
     ({}, None), (dict(block_shape=[64, 128]), "blocks of 128"), (dict(dtype=torch.float32), "bf16 and fp16"),

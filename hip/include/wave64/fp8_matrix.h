@@ -83,6 +83,26 @@ WAVE64_DEVICE void add_scaled(Floats4& acc, const Floats4& sums, float scale) {
     acc.zw = __builtin_elementwise_fma(sums.zw, both, acc.zw);
 }
 
+// What a lane loads of 16 rows so that each load takes 8 rows in whole lines of memory, by neighboring lanes: chunk
+// `lane % 8` of the 8 that 128 columns have, of rows `lane / 8` and 8 + lane / 8.
+struct Lines {
+    Bits128 at[2];
+};
+WAVE64_DEVICE int row_of_lines() { return lane_in_block() % 64 / 8; }
+WAVE64_DEVICE int chunk_of_lines() { return lane_in_block() % 8; }
+
+// Through it a wave's lanes give each other what a product needs of them, 16 rows at a time.
+using Exchange = Bits128[16][8];
+
+// A product's factor of such rows; no two lanes in turn meet in one bank.
+WAVE64_DEVICE Columns exchanged(Exchange& lds, const Lines& lines) {
+    const int row = row_of_lines(), chunk = chunk_of_lines(), line = line_of_lane(), at = part_of_lane() ^ line % 8;
+    wave_barrier();  // the rows before are read
+    for (int i = 0; i < 2; i++) lds[8 * i + row][chunk ^ row] = lines.at[i];
+    wave_barrier();
+    return {lds[line][at], lds[line][at ^ 4]};
+}
+
 constexpr int kNowhere = 1 << 30;  // past any end
 
 // Some rows of a factor, and the 16 bytes of each that a lane loads: `chunk` of the eight that 128 columns have, and
@@ -117,15 +137,13 @@ public:
                                             : at + 64,
                                      behind)};
     }
-    // The same of a factor with whole steps only.
-    WAVE64_DEVICE Columns load_whole(int further, int step, bool there) const {
-        const int behind = further * row_bytes + step * kStepColumns;
-        return {memory.load<Bits128>(there ? at : kNowhere, behind),
-                memory.load<Bits128>(there ? at + 64 : kNowhere, behind)};
-    }
     WAVE64_DEVICE Bits128 load_chunk(int further, int step, bool there) const {
         const int behind = further * row_bytes + step * kStepColumns;
         return memory.load<Bits128>(!there ? kNowhere : step == last_step ? low : at, behind);
+    }
+    // Of a lane whose own row is the first of `Lines`, `apart` rows before the second.
+    WAVE64_DEVICE Lines load_lines(int further, int apart, int step, bool there) const {
+        return {load_chunk(further, step, there), load_chunk(further + apart, step, there)};
     }
 };
 
