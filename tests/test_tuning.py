@@ -280,6 +280,8 @@ def test_what_was_executed_ranks_by_predicted_time_and_the_present_one_stays_whe
     assert row.measured == {"predicted_us": round(fast["predicted_us"], 4), "by": "matrix and vector",
                             "conflicts": 1.0, "vgpr": 100, "lds_bytes": 0, "waves_per_simd": 2.0}
     assert "predicted us, by, LDS conflicts" in tune.report(b)
+    b = judged(slow, {**fast, "waves_per_simd": 0.5})  # what few waves cost is in the time
+    assert tune.chosen(b) is b.candidates[1]
     near = tune.ranking([launch(10.3)])
     b = judged({**near}, {**fast, "waves_per_simd": 8.0})
     assert tune.chosen(b) is b.candidates[0]

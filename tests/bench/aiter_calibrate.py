@@ -20,11 +20,11 @@ from aiter_attention import QUERIES, _forward
 from aiter_dense import _blocks, _fp4, _int8
 from aiter_moe import _stage1
 from aiter_objects import COMMIT, VERSION, Objects
-from aiter_work import BEYOND, Launch, counting, in_turn, prepared_by
+from aiter_work import BEYOND, Launch, in_turn, prepared_by
 
 from wave64.testing import predict
 from wave64.testing.cost import waves_per_simd
-from wave64.testing.emulator.cost import Usage
+from wave64.testing.emulator.cost import Usage, counting
 
 STORED = Path(__file__).with_name("calibration.json")
 #: DeepSeek-V3's experts on eight ranks, one of them shared: how many, each token's, columns of the gate

@@ -40,7 +40,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle("Predicted microseconds, from executed machine code (no AMD GPU took part); shorter is better",
                     fontsize=11)
-    figure.savefig(path, dpi=72, metadata={"Software": None})
+    figure.savefig(path, dpi=64, metadata={"Software": None})
     plt.close(figure)
 
 

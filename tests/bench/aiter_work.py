@@ -2,15 +2,16 @@
 held to the checks and counted; and the same counts of our kernels on the same work."""
 
 import contextlib
+import multiprocessing
 import re
 import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,8 +23,7 @@ from wave64.testing import contract, predict
 from wave64.testing.cost import times_us, waves_per_simd
 from wave64.testing.emulator import checks as checks_
 from wave64.testing.emulator import code_object
-from wave64.testing.emulator.binding import Binding
-from wave64.testing.emulator.cost import Counting, Usage
+from wave64.testing.emulator.cost import Counting, Usage, counting
 from wave64.testing.emulator.jit import emulate_triton
 from wave64.testing.emulator.machine import ENDED, READY, Machine, progressions
 from wave64.testing.emulator.memory import Buffer, EmulationError
@@ -179,6 +179,8 @@ def in_turn(launches: list, buffers: list[Buffer], checks: tuple[type, ...]) -> 
                     _turn(machine)
                 if time.monotonic() > until:
                     raise EmulationError(f"still running after {SECONDS:g} s")
+            for machine in machines:
+                machine.ended()
     for machine in machines:
         machine.release()
 
@@ -220,26 +222,8 @@ def theirs(work: Work, code: bytes, strict: bool = True) -> Row:
     with prepared_by(code, launch) as recorded:
         in_turn(recorded, launch.arrays.buffers(BEYOND), (counter,))
     kernel = recorded[0].kernel
-    return Row("AITER", kernel, sum(counter.executed.values()), counter.usages, launch.error(), found)
-
-
-class Instructions(Counting):
-    """Counts usages, and in `executed` the wave instructions of each kernel. `counting()` makes one for a run."""
-
-    executed: ClassVar[dict[str, int]]
-
-    def wrap(self, b: Binding, execute: Callable) -> Callable:
-        inner, name, count = super().wrap(b, execute), self.machine.kernel.name, b.party.count
-        self.executed.setdefault(name, 0)
-
-        def counted() -> object:
-            self.executed[name] += count
-            return inner()
-        return counted
-
-
-def counting() -> type[Instructions]:
-    return type("Counting", (Instructions,), {"usages": {}, "variants": {}, "executed": {}})
+    instructions = sum(usage.instructions for usage in counter.usages.values())
+    return Row("AITER", kernel, instructions, counter.usages, launch.error(), found)
 
 
 def findings(run: Callable) -> list[str]:
@@ -275,13 +259,31 @@ def ours(work: Work, arch: str) -> Row:
     return _of_ours(work, serves[0], counter)
 
 
-def _of_ours(work: Work, backend: str, counter: type[Instructions]) -> Row:
+def _of_ours(work: Work, backend: str, counter: type[Counting]) -> Row:
     usages = {name: usage for name, usage in counter.usages.items() if work.ours.kernels in name}
-    executed = sum(count for name, count in counter.executed.items() if work.ours.kernels in name)
-    return Row(f"{work.ours.op} ({backend})", ", ".join(usages), executed, usages)
+    instructions = sum(usage.instructions for usage in usages.values())
+    return Row(f"{work.ours.op} ({backend})", ", ".join(usages), instructions, usages)
 
 
 # ---- reporting
+
+def in_processes(function: Callable, tasks: list, jobs: int) -> Iterator:
+    """function(task) of each task, in order, in so many processes; in this one, where that is 1."""
+    if jobs == 1:
+        yield from map(function, tasks)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, tasks)
+
+
+def with_table(text: str, lines: list[str]) -> str:
+    """A document whose table with the first of these lines, its heading, is made of the others."""
+    before, heading, rest = text.partition(f"{lines[0]}\n")
+    assert heading, f"no table with the heading {lines[0]}"
+    behind = rest.split("\n")
+    end = next(i for i, line in enumerate(behind) if not line.startswith("|"))
+    return before + "\n".join([*lines, *behind[end:]])
+
 
 COLUMNS = ("work", "kernel", "instructions", "matrix", "vector", "LDS (conflict-free)", "KiB, each once", "waves/SIMD",
            "bound, us", "by", "predicted, us", "ours / AITER", "error (allowed)", "executed, s")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from aiter_objects import NEWER, Coverage, Objects, Scan, family_of, table
 from aiter_reports import Reported, row
-from aiter_work import Arrays, Launch, Ours, Work, compare, distance, slots, theirs
+from aiter_work import COLUMNS, Arrays, Launch, Ours, Work, compare, distance, in_processes, slots, theirs
 
 sys.path.append(str(Path(__file__).parents[1] / "gfx942"))
 from assembled import assemble  # noqa: E402
@@ -51,6 +51,23 @@ def test_a_kernel_is_compared_counted_and_held_to_the_checks():
     assert found.error == 0
     assert rows[0][2] == f"{4 * 9:,}"  # of four waves
     assert [row[1] for row in rows] == ["AITER", "rms_norm (hip)"]
+
+
+def test_rows_are_renewed_where_the_document_has_their_work():
+    made = [[f"{i} of {who}" for i in range(len(COLUMNS))] for who in ("ours", "theirs")]
+    made[0][:2], made[1][:2] = ["twice", "rms_norm (hip)"], ["thrice", "AITER"]
+    before = ("a\n\n**MI300X**\n\n| work | kernel | n |\n|---|---|---|\n"
+              "| twice | AITER | 1 |\n| twice | rms_norm (triton) | 2 |")
+    text = aiter.renewed(f"{before}\n\n**MI355X**\n", "gfx942", made)
+    assert text.splitlines()[6] == "| twice | AITER | 1 |"
+    assert text.splitlines()[7].startswith("| twice | rms_norm (hip) | 2 of ours | 3 of ours |")
+    assert text.splitlines()[8].startswith("| thrice | AITER | 2 of theirs")
+    assert "10 of ours" not in text  # what is predicted stands elsewhere
+    assert text.endswith(" |\n\n**MI355X**\n")
+
+
+def test_processes_give_results_in_order():
+    assert list(in_processes(abs, [-3, 2, -1], 2)) == list(in_processes(abs, [-3, 2, -1], 1)) == [3, 2, 1]
 
 
 def test_what_the_checks_find_is_told():

@@ -9,6 +9,7 @@ import aiter_targets
 import pytest
 import torch
 from aiter_targets import Row, floor_us, rows_stored, table
+from aiter_work import with_table
 
 from wave64 import OPS
 from wave64.testing import predict, sampled
@@ -75,6 +76,32 @@ def test_rows_that_are_kept_are_shown():
         (arch, family) for arch in ("gfx942", "gfx950") for family in aiter_targets.FAMILIES}
     shown = Path(aiter_targets.__file__).with_name("AITER.md").read_text()
     assert table(rows) in shown, "python tests/bench/aiter_targets.py --plot tests/bench/aiter.png prints it"
+
+
+def test_the_table_of_a_document_is_replaced():
+    lines = table([ROW]).splitlines()
+    text = "\n".join(["a", "", *table([dataclasses.replace(ROW, what="before")] * 2).splitlines(), "", "b", ""])
+    assert with_table(text, lines) == "\n".join(["a", "", *lines, "", "b", ""])
+
+
+def test_kernels_that_are_not_wanted_are_not_counted():
+    """Of experts the products; sorting, which they go by, is executed all the same."""
+    args = dict(x=torch.zeros(40, 2048, dtype=torch.bfloat16), w13=torch.zeros(8, 256, 2048).to(torch.float8_e4m3fnuz),
+                w2=torch.zeros(8, 2048, 128).to(torch.float8_e4m3fnuz), topk_weights=torch.ones(40, 1),
+                topk_ids=torch.zeros(40, 1, dtype=torch.int32), w13_scale=torch.ones(8, 2, 16),
+                w2_scale=torch.ones(8, 16, 1), block_shape=[128, 128])
+    all_, few = (sampled.works(OPS["fused_moe"], "hip", args, "gfx942", 4, parts=parts) for parts in (("",), ("_up_",)))
+    assert [(each.kernel, each.work.cycles) for each in few] == [
+        (each.kernel, each.work.cycles) for each in all_ if "_up_" in each.kernel]
+    assert len(few) < len(all_)
+
+
+def test_pieces_of_work_have_names_of_their_own():
+    """By which a process finds one, and `--only` some."""
+    for arch in ("gfx942", "gfx950"):
+        theirs = aiter_targets.Theirs(None, arch)
+        names = [what for family in aiter_targets.FAMILIES.values() for what, _ in family(theirs)]
+        assert len(names) == len(set(names)) == 4 + 5 + 6 + 5 + 2
 
 
 def test_rows_of_a_family_replace_those_before(tmp_path, monkeypatch):

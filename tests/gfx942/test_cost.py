@@ -1,6 +1,7 @@
 """The cost model: its rules on known accesses, and the bounds of flagship cases, which may not get worse unseen."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from assembled import assemble, run
 from budgets import RENEW
 from recorded import mark
 
+from wave64 import OPS, platform
 from wave64.arch import lookup
 from wave64.op import Case
 from wave64.ops.fp8_block_scaled_mm import make_case as make_product
@@ -19,8 +21,11 @@ from wave64.ops.mla_decode import make_case as make_latents
 from wave64.ops.mla_decode_rope import make_case as make_rotated
 from wave64.ops.paged_attention import make_case as make_decode
 from wave64.ops.prefill_attention import make_prefill
+from wave64.testing import contract
 from wave64.testing.cost import CLOCK_GHZ, SIMDS, bounds_us, times_us, usages
+from wave64.testing.emulator import core
 from wave64.testing.emulator.cost import BANKS, IN_TURN, WIDE_LOADS, Usage, counting, lds_cycles, unit_of
+from wave64.testing.emulator.run import emulate
 
 ARCHS = ("gfx942", "gfx950")
 GOLDEN = Path(__file__).with_name("bounds.json")
@@ -191,6 +196,27 @@ def test_latents_are_read_once_and_multiplied_twice(compiling):
     assert latents <= decode.once() <= 1.7 * latents  # the queries, and the results of the parts in fp32
     products = 2 * 512 * 16 * (576 + 512) * 2
     assert decode.cycles["matrix"] == products / 512  # operations of a SIMD in a cycle: no row is padding
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_the_core_executes_counts_as_if_numpy_had(arch):
+    """A product in FP8: matrix instructions, LDS, waits, barriers; two batches of workgroups."""
+    if not core.available():
+        pytest.skip("no compiler for the core")
+    found, kernel = [], OPS["fp8_block_scaled_mm"].backends["hip"]
+    with platform.target(arch):
+        args = contract.draw(Case("drawn", partial(make_product, 64, 512, 256)), "cpu", 0)
+        for by in ("c", "numpy"):
+            checks = counting()
+            with emulate(arch, (checks,), core=by) as ran:
+                kernel.run(**args)
+            usage, = checks.usages.values()
+            found.append(replace(usage, lines=set(), touched={}))  # where results lie differs
+            assert usage.instructions == ran.instructions
+            assert (0 < sum(ran.by_numpy.values()) < ran.instructions / 2) == (by == "c")
+    assert found[0] == found[1]
+    assert found[0].barriers > 0
+    assert found[0].chain > 1
 
 
 def moved(now: dict[str, float], golden: dict[str, float]) -> dict[str, tuple[float, float]]:

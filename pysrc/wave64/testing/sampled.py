@@ -29,13 +29,13 @@ from wave64.testing.emulator import jit
 from wave64.testing.emulator.cost import LINE, Usage, counting
 from wave64.testing.emulator.machine import ENDED, READY, Machine, progressions
 from wave64.testing.emulator.memory import Buffer
-from wave64.testing.emulator.run import Prepared, without_collection
+from wave64.testing.emulator.run import BATCH, Prepared, execute, without_collection
 
 BLOCKS = 4       # workgroups of a launch that are executed
 SECONDS = 300.0  # for one of them
 #: parts of names of kernels whose results others decide by
 DECISIVE = ("align", "sort", "plan")
-#: workgroups that are looked at for whether they have work, and steps of a wave within which one ends that has none
+#: workgroups that are looked at for whether they have work, if there are more, and steps within which one without ends
 PROBES, STEPS = 128, 160
 
 
@@ -59,18 +59,27 @@ class Sample:
 
 
 def works(op: Op, backend: str, args: dict[str, Any], arch: str, blocks: int = BLOCKS,
-          before: Callable[[Any], None] = lambda launch: None) -> list[Sample]:
-    """Of each launch of a call, in order. before: called with each recorded launch of HIP's before it is executed, for
-    what workgroups that were not would have left to it. Raises ValueError where the backend declines the call. Triton's
-    need a process without TRITON_INTERPRET."""
+          before: Callable[[Any], None] = lambda launch: None, parts: tuple[str, ...] = ("",),
+          probes: int = PROBES) -> list[Sample]:
+    """Of each launch of a call, in order, whose kernel has one of the parts in its name. before: called with each
+    recorded launch of HIP's before it is executed, for what workgroups that were not would have left to it. probes: as
+    of sample. Raises ValueError where the backend declines the call. Triton's need a process without
+    TRITON_INTERPRET."""
     served, found = op.backends[backend], []
+
+    def sampled(launch: Any, tensors: Iterable[Tensor]) -> None:
+        if any(part in launch.kernel for part in parts):
+            found.append(sample(launch, tensors, blocks, probes))
+        elif any(part in launch.kernel for part in DECISIVE):
+            execute(launch, memory_of(tensors), checks=())
+
     with tempfile.TemporaryDirectory(prefix="wave64-sampled-") as folder:
 
         def perform(launch: compiling.Launch) -> None:
             tensors = [value for value in launch.leaves().values() if isinstance(value, Tensor)]
             made = jit._launch_of(launch, str(Path(folder, f"{launch.kernel.hash}.hsaco")))
             if prod(made.grid):
-                found.append(sample(made, tensors, blocks))
+                sampled(made, tensors)
 
         launches: Any
         with hip.record(arch) if backend == "hip" else compiling.capture(arch, perform) as launches:
@@ -79,41 +88,48 @@ def works(op: Op, backend: str, args: dict[str, Any], arch: str, blocks: int = B
             result = served.run(**args)
         for launch in launches if backend == "hip" else ():
             before(launch)
-            found.append(sample(launch, launch.tensors.values(), blocks))
+            sampled(launch, launch.tensors.values())
     del result
     return found
 
 
-def sample(launch: Any, tensors: Iterable[Tensor], blocks: int = BLOCKS) -> Sample:
-    """Executes a few workgroups of a recorded launch. tensors: all memory that it may touch."""
-    prepared, counter = Prepared(launch), counting()
+def memory_of(tensors: Iterable[Tensor]) -> list[Buffer]:
+    """The storages under tensors, each once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-    machine = Machine(prepared.program, prepared.kernel, prepared.shape(1), (counter,))
-    buffers = [*(Buffer("a tensor", *each) for each in storages.items()), *prepared.buffers]
-    machine.memory.register(buffers)
-    usage, = counter.usages.values()
+    return [Buffer("a tensor", *each) for each in storages.items()]
+
+
+def sample(launch: Any, tensors: Iterable[Tensor], blocks: int = BLOCKS, probes: int = PROBES) -> Sample:
+    """Executes a few workgroups of a recorded launch, side by side. tensors: all memory that it may touch. probes:
+    workgroups that are looked at for whether they have work."""
+    prepared, counter, storages = Prepared(launch), counting(), memory_of(tensors)
+    buffers = [*storages, *prepared.buffers]
     if any(part in launch.kernel for part in DECISIVE):
-        picks, working = list(range(prepared.blocks)), 1.0
+        picks, working = np.arange(prepared.blocks), 1.0
     else:
-        probed = chosen(prepared.blocks, min(max(blocks, PROBES), prepared.blocks))
+        probed = chosen(prepared.blocks, min(max(blocks, probes), prepared.blocks))
         busy = at_work(prepared, buffers, probed)
         picks, working = busy[::max(1, len(busy) // blocks)][:blocks], len(busy) / len(probed)
+    at_once = max(1, min(len(picks), BATCH // prepared.waves))
+    machine = Machine(prepared.program, prepared.kernel, prepared.shape(at_once), (counter,))
+    machine.memory.register(buffers)
+    usage, = counter.usages.values()
     with np.errstate(all="ignore"), without_collection():
-        for first in picks:
-            prepared.start(machine, first, 1)
+        for first in range(0, len(picks), at_once):
+            prepared.start_some(machine, picks[first:first + at_once])
             machine.run(SECONDS)
     machine.release()
-    work = scaled(usage, len(picks), prepared.blocks * working, storages)
+    work = scaled(usage, len(picks), prepared.blocks * working, {each.start: each.size for each in storages})
     return Sample(launch.kernel, len(picks), prepared.blocks, work, usage.conflict_free / len(picks),
                   len(usage.lines) * LINE / len(picks))
 
 
-def at_work(prepared: Prepared, buffers: list[Buffer], probed: list[int]) -> list[int]:
+def at_work(prepared: Prepared, buffers: list[Buffer], probed: np.ndarray) -> np.ndarray:
     """Those that do not end within STEPS; all where all of them do."""
     machine, found = Machine(prepared.program, prepared.kernel, prepared.shape(1), ()), []
     machine.memory.register(buffers)
     with np.errstate(all="ignore"), without_collection():
-        for block in probed:
+        for block in probed.tolist():
             prepared.start(machine, block, 1)
             for _ in range(4):
                 ready = machine.states == READY
@@ -123,12 +139,12 @@ def at_work(prepared: Prepared, buffers: list[Buffer], probed: list[int]) -> lis
             if not (machine.states == ENDED).all():
                 found.append(block)
     machine.release()
-    return found or probed
+    return np.array(found) if found else probed
 
 
-def chosen(blocks: int, count: int) -> list[int]:
+def chosen(blocks: int, count: int) -> np.ndarray:
     """`count` of `blocks` workgroups, the first and others anywhere: in no step that a grid's sides may share."""
-    return [0, *sorted((1 + np.random.default_rng(0).choice(blocks - 1, count - 1, replace=False)).tolist())]
+    return np.array([0, *sorted((1 + np.random.default_rng(0).choice(blocks - 1, count - 1, replace=False)).tolist())])
 
 
 def scaled(usage: Usage, executed: int, blocks: float, storages: dict[int, int]) -> predict.Work:

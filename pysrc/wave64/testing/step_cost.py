@@ -128,7 +128,7 @@ def _is_view(func, args: tuple, result: Any) -> bool:
 
 def _forget(usage: Usage) -> None:
     """The next launch counts alone. In place: the instructions of a machine are bound to it."""
-    usage.waves = usage.blocks = usage.conflict_free = usage.requested = usage.barriers = 0
+    usage.waves = usage.blocks = usage.instructions = usage.conflict_free = usage.requested = usage.barriers = 0
     usage.cycles.update(dict.fromkeys(usage.cycles, 0))
     usage.touched.update(dict.fromkeys(usage.touched, 0))
     usage.lines.clear()

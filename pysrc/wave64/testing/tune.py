@@ -5,13 +5,13 @@
 On a GPU (ARCH its own, or not given): the large cases of each bucket are run with every candidate. A result must be
 near the reference's, within what the contract lets two right results differ, and is then timed, as a graph's replay.
 The candidate with the smallest geometric mean over the cases, of its time over the case's best, is chosen.
-For an AMD ARCH that is not here: the first case of each bucket is compiled with every candidate. One that spills, wants
-more LDS than there is or leaves fewer than two waves on a SIMD (unless all do) is refused. Where the emulator executes
-ARCH, a few workgroups of each launch of that case are executed with each of the others (sampled.py), and the candidate
-that is predicted to take the least time (predict.py, whose hash the table keeps) is chosen; the present one, if the
-model cannot tell the two apart. Elsewhere it is the one with the fewest instructions in its loops, of all waves, per
-unit of work, of those within 5% the one with most waves, and `programs`, if a field, is set to the blocks that a
-compute unit holds.
+For an AMD ARCH that is not here: the first case of each bucket is compiled with every candidate. One that spills or
+wants more LDS than there is is refused. Where the emulator executes ARCH, a few workgroups of each launch of that case
+are executed with each of the others (sampled.py), and the candidate that is predicted to take the least time
+(predict.py, whose hash the table keeps) is chosen; the present one, if the model cannot tell the two apart. Elsewhere
+one that leaves fewer than two waves on a SIMD (unless all do) is refused, too, and chosen is the one with the fewest
+instructions in its loops, of all waves, per unit of work, of those within 5% the one with most waves; `programs`, if a
+field, is set to the blocks that a compute unit holds.
 
 `--write` puts the choices into the table of ARCH, made from its fallback arch's where it has none. Rows that a person
 chose stay as they are, after the measured ones. It needs a process without TRITON_INTERPRET.
@@ -265,7 +265,8 @@ def judge_figures(b: Bucket, arch: Arch) -> None:
         c.reason = unusable(f, arch)
         f["per_work"] = sum(f["loop"].values()) * f["block_waves"] / work(c.config, **b.key)
     left = [c for c in b.candidates if not c.reason]
-    if any(c.figures["waves_per_simd"] >= 2 for c in left):
+    executed = any("predicted_us" in c.figures for c in left)  # the model knows what few waves cost
+    if not executed and any(c.figures["waves_per_simd"] >= 2 for c in left):
         for c in filter(lambda c: c.figures["waves_per_simd"] < 2, left):
             c.reason = f"{c.figures['waves_per_simd']:g} waves per SIMD"
     for c in filter(lambda c: not c.reason, b.candidates):

@@ -17,6 +17,7 @@ import numpy as np
 from wave64.testing import built
 from wave64.testing.emulator import arithmetic
 from wave64.testing.emulator.checks import Hazards, OneValue, SharedMemory, Unwritten, Waits
+from wave64.testing.emulator.cost import Counting, seen
 from wave64.testing.emulator.lanes import ATOMIC, READ, WRITE
 from wave64.testing.emulator.lower import lower
 from wave64.testing.emulator.lowered import LAYOUT, Lowered
@@ -108,7 +109,9 @@ def _address(handler: str) -> int:
 class Code:
     """What a program's instructions are to the core, lowered as they are reached, for all machines of a kernel."""
 
-    def __init__(self, length: int):
+    def __init__(self, length: int, counting: bool):
+        """counting: what `Counting` has to see is left to NumPy."""
+        self.counting = counting
         self.ops = np.zeros(length * LAYOUT.size, np.uint8)
         self.reached = np.zeros(length, np.uint8)  # what the checks have seen: see core.h
         self.lowered: dict[int, Lowered] = {}
@@ -119,6 +122,8 @@ class Code:
         found = self.lowered.get(pc)
         if found is None:
             found = self.lowered[pc] = lower(machine.program.at(pc), machine.kernel, machine.arch)
+            if self.counting and seen(found.instruction):
+                found.handler = ""
             address = _address(found.handler)
             if address:
                 packed = found.pack(address, self._exchange(found))
@@ -147,8 +152,9 @@ class Core:
 
     def __init__(self, machine):
         self.machine = machine
-        key = machine.kernel.name, any(type(check) is Hazards for check in machine.checks)
-        self.code = machine.program.lowered.setdefault(key, None) or Code(machine.program.length)
+        counting = any(isinstance(check, Counting) for check in machine.checks)
+        key = machine.kernel.name, any(type(check) is Hazards for check in machine.checks), counting
+        self.code = machine.program.lowered.get(key) or Code(machine.program.length, counting)
         machine.program.lowered[key] = self.code
         self.reached = self.code.reached
         n = machine.count

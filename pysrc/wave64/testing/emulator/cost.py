@@ -16,11 +16,14 @@ Rates:
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from wave64.testing.emulator.binding import Binding
 from wave64.testing.emulator.checks import Check
+from wave64.testing.emulator.decode import Instruction
 from wave64.testing.emulator.hazards import passes_of
 from wave64.testing.emulator.lanes import READ
 from wave64.testing.emulator.machine import READY
@@ -48,6 +51,7 @@ class Usage:
     sgprs: int
     waves: int = 0
     blocks: int = 0
+    instructions: int = 0   # of waves
     cycles: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
         ("matrix", "vector", "transcendental", "scalar", "lds"), 0))
     conflict_free: int = 0  # LDS cycles, were there no conflicts
@@ -62,6 +66,12 @@ class Usage:
     def once(self, line: int = LINE) -> int:
         """Bytes of the lines, of 64 or 128 bytes, that were touched at all."""
         return line * len(self.lines if line == LINE else {number >> 1 for number in self.lines})
+
+
+def seen(instruction: Instruction) -> bool:
+    """Whether `Counting` has to see each execution of an instruction."""
+    return (instruction.family in ("SMEM", "GLOBAL", "FLAT", "MUBUF") or instruction.name in ("s_waitcnt", "s_barrier")
+            or instruction.family == "DS" and not instruction.name.startswith(_CROSSBAR))
 
 
 def unit_of(b: Binding) -> tuple[str, int]:
@@ -91,6 +101,7 @@ def lds_cycles(lanes: np.ndarray, offsets: np.ndarray, width: int, banks: int, o
     return int(longest.sum()), int((longest > 0).sum())
 
 
+KEPT = 1024  # patterns of accesses to LDS
 RING = 64  # vector memory instructions that a wave can have in flight
 
 
@@ -132,7 +143,10 @@ class Chains:
 
 
 class Counting(Check):
-    """Adds to the usage of its machine's kernel. `counting()` makes a class, and with it the usages, for one run."""
+    """Adds to the usage of its machine's kernel. `counting()` makes a class, and with it the usages, for one run.
+
+    What an instruction takes by its addresses, and waits, are seen where NumPy executes them, which the core leaves to
+    it (`seen`); the others are counted by the machine, whoever executes them."""
 
     usages: dict[str, Usage]
     _binding: Binding  # of the access that memory reports to
@@ -148,6 +162,8 @@ class Counting(Check):
         self.usage = self.usages.setdefault(label, fresh)
         self._seen: list[np.ndarray] = []
         self.chains = Chains(machine.count)
+        self._fixed: dict[int, tuple[str, int, int, int]] = {}  # by pc
+        self._patterns: dict[tuple, tuple[int, int]] = {}       # accesses of LDS -> their cycles
 
     def start(self) -> None:
         self.chains.start()
@@ -155,27 +171,34 @@ class Counting(Check):
         self.usage.waves += live
         self.usage.blocks += live // self.machine.shape.waves
 
-    def wrap(self, b: Binding, execute: Callable) -> Callable:
-        name, family, count = b.instruction.name, b.instruction.family, b.party.count
-        if name == "s_waitcnt":
-            return self._wait(b.fields.simm16, b.party.numbers, execute)
-        unit, cycles = unit_of(b)
-        usage, memory = self.usage, self.machine.memory
-        barriers = count if name == "s_barrier" else 0
-        crossing = 64 * count // BANKS[self.machine.arch][0] if name.startswith(_CROSSBAR) else 0
-
-        def counted():
-            usage.barriers += barriers
-            usage.conflict_free += crossing
-            usage.cycles["lds"] += crossing
+    def ended(self) -> None:
+        """What instructions take whatever their addresses are, as often as they ran."""
+        usage, counts = self.usage, self.machine.counts
+        for pc in np.flatnonzero(counts).tolist():
+            unit, cycles, crossing, barriers = self._fixed.get(pc) or self._look_up(pc)
+            count = int(counts[pc])
+            usage.instructions += count
+            usage.barriers += barriers * count
+            usage.conflict_free += crossing * count
+            usage.cycles["lds"] += crossing * count
             if unit:
                 usage.cycles[unit] += cycles * count
-            return execute()
 
+    def _look_up(self, pc: int) -> tuple[str, int, int, int]:
+        """(unit, its cycles, LDS cycles of a crossbar, barriers) of an instruction."""
+        machine, instruction = self.machine, self.machine.program.at(pc)
+        b: Any = SimpleNamespace(instruction=instruction, fields=instruction.fields, machine=machine)
+        crossing = 64 // BANKS[machine.arch][0] if instruction.name.startswith(_CROSSBAR) else 0
+        self._fixed[pc] = *unit_of(b), crossing, int(instruction.name == "s_barrier")
+        return self._fixed[pc]
+
+    def wrap(self, b: Binding, execute: Callable) -> Callable:
+        name, family = b.instruction.name, b.instruction.family
+        if name == "s_waitcnt":
+            return self._wait(b.fields.simm16, b.party.numbers, execute)
         if family not in ("SMEM", "GLOBAL", "FLAT", "MUBUF"):
-            return counted
-
-        waves, chains, loads = b.party.numbers, self.chains, "load" in name
+            return execute
+        memory, waves, chains, loads = self.machine.memory, b.party.numbers, self.chains, "load" in name
 
         def located():
             if family == "SMEM":
@@ -185,7 +208,7 @@ class Counting(Check):
             self._binding = b
             memory.watch = self._located
             try:
-                return counted()
+                return execute()
             finally:
                 memory.watch = None
                 self._note_lines()
@@ -227,7 +250,13 @@ class Counting(Check):
         arch, loads = self.machine.arch, access == READ
         order = WIDE_LOADS[arch] if loads and width == 16 else IN_TURN
         banks = BANKS[arch][0 if loads else 1]
-        cycles, conflict_free = lds_cycles(np.flatnonzero(b.party.mask), offsets, width, banks, order)
+        key = b.party.mask.tobytes(), offsets.tobytes(), width, loads
+        found = self._patterns.get(key)
+        if found is None:  # in a loop they come again
+            if len(self._patterns) == KEPT:
+                self._patterns.clear()
+            found = self._patterns[key] = lds_cycles(np.flatnonzero(b.party.mask), offsets, width, banks, order)
+        cycles, conflict_free = found
         self.usage.cycles["lds"] += cycles
         self.usage.conflict_free += conflict_free
 

@@ -107,8 +107,13 @@ class Prepared:
 
     def start(self, machine: Machine, first: int, groups: int) -> None:
         """`groups` workgroups from number `first` on stand at the kernel's entry."""
-        machine.start(groups)
-        _initial_registers(machine, self.launch, first, self.arguments)
+        self.start_some(machine, np.arange(first, first + groups))
+
+    def start_some(self, machine: Machine, numbers: np.ndarray) -> None:
+        """The workgroups of these numbers, at most as many as the machine holds, stand at the kernel's entry."""
+        machine.start(len(numbers))
+        of_all = np.resize(numbers, machine.shape.groups)
+        _initial_registers(machine, self.launch, of_all[machine.group], self.arguments)
 
     def note(self, counts: Counts) -> None:
         counts.launches += 1
@@ -171,8 +176,9 @@ def _arguments(launch, kernel: code_object.Kernel) -> np.ndarray:
     return segment
 
 
-def _initial_registers(machine: Machine, launch, first: int, arguments: np.ndarray) -> None:
-    """User and system SGPRs, and v0, as the descriptor enables them; the batch starts at workgroup `first`."""
+def _initial_registers(machine: Machine, launch, group: np.ndarray, arguments: np.ndarray) -> None:
+    """User and system SGPRs, and v0, as the descriptor enables them. group: of each wave, the number of its
+    workgroup."""
     kernel, sgprs = machine.kernel, machine.sgprs
     preloaded = arguments.view(np.uint32)[kernel.preload[0]:]
     preload_at = 0
@@ -188,7 +194,6 @@ def _initial_registers(machine: Machine, launch, first: int, arguments: np.ndarr
             sgprs[:, i] = 0
         elif what != "unused":
             raise NotImplementedError(f"{kernel.name}: a user SGPR with {what}")
-    group = first + machine.group
     width, height, _ = launch.grid
     numbers = {"x": group % width, "y": group // width % height, "z": group // (width * height)}
     for i, what in enumerate(kernel.system_sgprs, len(kernel.user_sgprs)):

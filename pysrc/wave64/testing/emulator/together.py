@@ -69,6 +69,7 @@ def execute_together(launches: Sequence, buffers: Iterable[Buffer], seed: int = 
             _interleave(machines, world, shadow, _Streams(streams or range(len(machines))), order, patience,
                         began + seconds)
         for machine, p in zip(machines, prepared, strict=True):
+            machine.ended()
             p.note(counts)
             counts.add(machine, machine.count)
     finally:

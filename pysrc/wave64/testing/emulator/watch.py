@@ -34,6 +34,9 @@ class Check:
         """What is called instead of `execute`, the bound instruction."""
         return execute
 
+    def ended(self) -> None:
+        """All workgroups of the batch have ended; the machine's `counts` say how often each instruction ran."""
+
     def met(self, groups: np.ndarray) -> None:
         """These workgroups (bool) have come to a barrier, all their waves."""
 
