@@ -1,8 +1,9 @@
 // MLA decode over a paged cache of latents: the kernels of latents.h, for queries that are rotated already.
-#include "wave64/latents.h"
+#include "wave64/wide_latents.h"
 
 #ifdef WAVE64_DEVICE_CODE
 WAVE64_LATENT_KERNELS(mla_decode, false)
+WAVE64_WIDE_LATENT_KERNELS(mla_decode, false)
 #else
 
 namespace wave64 {
@@ -14,7 +15,10 @@ void mla_decode(LatentArgs args, const Call& call) {
 
 WAVE64_OP_AND_CONSTANTS(mla_decode, LatentArgs,
                         ({{"MIN_SPLIT_KEYS", kMinLatentGroups * kGroup},
+                          {"MIN_WIDE_SPLIT_KEYS", kMinWideGroups * kGroup},
                           {"TILE_ROWS", kLatentRows},
+                          {"MAX_WIDE_ROWS", kMaxWideRows},
+                          {"MAX_NARROW_ROWS", kMaxNarrowRows},
                           {"RANK", kRank},
                           {"ROPE", kRope},
                           {"MAX_NEW_TOKENS", kMaxNewTokens}}),

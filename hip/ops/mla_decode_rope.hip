@@ -1,10 +1,11 @@
 // MLA decode of new tokens: the kernels of latents.h, which also apply RoPE to the queries' q_pe and to k_pe, and write
 // [kv_c, k_pe] to the cache. The block of a sequence's last split takes the new latents from the arguments, so that no
 // block waits until they are in the cache.
-#include "wave64/latents.h"
+#include "wave64/wide_latents.h"
 
 #ifdef WAVE64_DEVICE_CODE
 WAVE64_LATENT_KERNELS(mla_decode_rope, true)
+WAVE64_WIDE_LATENT_KERNELS(mla_decode_rope, true)
 #else
 
 namespace wave64 {

@@ -2,13 +2,14 @@
 left out of what the emulator's tests hold to the contract.
 
 HIP kernels, and many of Triton's, are those of small cases; of kernels for many queries test_prefill_kernels.py has the
-cases. Where only large cases launch a binary, or none has a row's configuration, a problem of the same shape with few
-tiles is executed (shrunken.py); launched.py finds which ones.
+cases, of those for many heads test_latents.py. Where only large cases launch a binary, or none has a row's
+configuration, a problem of the same shape with few tiles is executed (shrunken.py); launched.py finds which ones.
 """
 
 import launched
 import pytest
 import test_collectives
+import test_latents
 import test_prefill_kernels
 from launched import ARCHS, hip_launched, hip_symbols, small_cases
 from once import once
@@ -35,7 +36,8 @@ def test_every_hip_kernel_is_executed_by_a_small_case(arch):
     symbols = hip_symbols(arch)
     if not symbols:
         pytest.skip(f"the package was built without {arch} code objects")
-    cases = [*small_cases("hip"), *((OPS[op], case) for op, case in test_prefill_kernels.CASES)]
+    own = [(op, case) for op, case in test_latents.CASES if case.id in test_latents.ON_BOTH]
+    cases = [*small_cases("hip"), *((OPS[op], case) for op, case in [*test_prefill_kernels.CASES, *own])]
     alone = {op.name for op, _ in cases}
     left_out = sorted({(op, kernel) for op, kernel in symbols if op in alone} - hip_launched(arch, cases))
     assert left_out == [], "give ops/<op>.py a case that launches it, or delete the kernel"

@@ -4,7 +4,7 @@ pages of any size, several tiles of rows; what they decline; and how much they e
 import pytest
 import torch
 
-from wave64 import OPS, platform
+from wave64 import OPS, platform, pools
 from wave64.backends.hip_ops import mla_decode as adapter
 from wave64.op import Case
 from wave64.ops.mla_decode import make_case as make_decode
@@ -19,10 +19,20 @@ SHAPES = {
     "fp16": dict(seq_lens=[205, 3], heads=16, dtype=HALF, page_size=35),
     "fp16-from-fp8": dict(seq_lens=[33], heads=2, dtype=HALF, fp8=True),
     "two-tiles-in-splits": dict(seq_lens=[200, 260], heads=20, page_size=32),
+    "64-rows-in-splits": dict(seq_lens=[97, 0, 5], heads=40, page_size=32),
+    "64-rows-fp16": dict(seq_lens=[3, 18], heads=33, dtype=HALF, page_size=1),
+    "64-rows-from-fp8": dict(seq_lens=[20], heads=64, fp8=True),
+    "64-rows-fp16-from-fp8": dict(seq_lens=[18], heads=33, dtype=HALF, fp8=True, page_size=7),
+    "128-rows": dict(seq_lens=[1], heads=128),
+    "128-rows-fp16": dict(seq_lens=[19, 1], heads=65, dtype=HALF),
+    "128-rows-from-fp8": dict(seq_lens=[20], heads=72, fp8=True),
+    "128-rows-fp16-from-fp8": dict(seq_lens=[17], heads=65, dtype=HALF, fp8=True),
+    "two-tiles-of-128-rows": dict(seq_lens=[17], heads=72, queries=2),
 }
 ROPE = {
     "new-tokens": dict(seq_lens=[3, 40], heads=5, queries=5, is_neox=True),
     "fp8-neox": dict(seq_lens=[17, 1], heads=4, queries=2, fp8=True, is_neox=True),
+    "64-rows-of-new-tokens": dict(seq_lens=[3, 20, 2], heads=9, queries=5, is_neox=True),
 }
 CASES = [("mla_decode", Case(name, lambda options=options: make_decode(**options)))
          for name, options in SHAPES.items()]
@@ -30,10 +40,23 @@ CASES += [("mla_decode_rope", Case(name, lambda options=options: make_rope(**opt
           for name, options in {**SHAPES, **ROPE}.items()]
 
 
+def in_a_large_pool(op: str, heads: int, fp8: bool) -> Case:
+    """Beyond 2**31 bytes, in FP8 beyond 2**32."""
+    make, slots = (make_decode, []) if op == "mla_decode" else (make_rope, ["slot_mapping"])
+    size, page_size = (5 if fp8 else 3) * pools.GIB, 16
+    return Case(f"pool-of-{heads}-heads{'-fp8' if fp8 else ''}", lambda: pools.spread(
+        make([3 * page_size + 3, 2], heads=heads, page_size=page_size, fp8=fp8), ("kv_cache",), size, page_size,
+        ["page_table"], slots), sparse=("kv_cache",))
+
+
+CASES += [(op, in_a_large_pool(op, heads, fp8)) for op in ("mla_decode", "mla_decode_rope")
+          for heads, fp8 in ((3, True), (33, True), (65, False))]
+#: The kernels of many rows: all on either architecture.
+WIDE = tuple(dict.fromkeys(case.id for _, case in CASES if "-rows" in case.id))
 #: Whose plan has splits, so that a merge follows.
-SPLIT = ("in-splits", "two-tiles-in-splits", "fp16")
+SPLIT = ("in-splits", "two-tiles-in-splits", "fp16", "64-rows-in-splits")
 #: Of kernels that no small case of the operators reaches: on either architecture.
-ON_BOTH = ("in-splits", "fp16", "fp16-from-fp8")
+ON_BOTH = ("in-splits", "fp16", "fp16-from-fp8", "64-rows-in-splits", *WIDE)
 
 
 def executed(arch: str, op: str, case: Case, record_property) -> int:
@@ -66,8 +89,7 @@ def test_machine_code_keeps_the_contract(op, case, record_property):
 @pytest.mark.parametrize(("options", "words"), [
     (dict(rank=256), "serves latents of 512 + 64, these are 256 + 64"),
     (dict(dtype=torch.float32), "multiplies bf16 and fp16, not torch.float32"),
-    (dict(heads=33), "serves up to 32 rows"), (dict(heads=8, queries=5), "serves up to 32 rows"),
-    (dict(seq_lens=[1] * 64, heads=17), "serves up to 16 rows (heads of new tokens) per sequence from 64 sequences on"),
+    (dict(seq_lens=[1] * 64, heads=17), "does not serve 17 to 32 rows (heads of new tokens) per sequence from 64"),
 ])
 def test_what_is_declined(options, words):
     args = make_decode(**dict(seq_lens=[3]) | options)

@@ -144,6 +144,10 @@ BUGS = {
         ": load_pack<T, 8>(pe + column - kRank)", FAR),
     "new tokens that see later ones": (
         "mla_decode_rope", "include/wave64/latents.h", "key <= state.token && ", "", FAR),
+    "weights of many heads read before they are there": (
+        "mla_decode", "include/wave64/wide_latents.h", "raised;\n        block_barrier();\n", "raised;\n", RACE),
+    "columns of all waves the first's": (
+        "mla_decode_rope", "include/wave64/wide_latents.h", "return kColumns * wave + ", "return ", FAR),
     "latents of all tiles and columns at one place": (
         "mla_decode_rope", "include/wave64/latents.h", "+ State::kPack * part;", ";", FAR),
     "keys stored over those still read": (
@@ -172,6 +176,7 @@ LONG = ("counts cleared while they are read", "waves' sums read before they are 
         "up's scales for gate", "pairs of a block's first half in both", "the last pairs' products skipped",
         "rows of weights behind the last", "queries that see each other's keys", "new latents not rotated",
         "latents of all tiles and columns at one place", "waves' sums joined before they are there",
+        "weights of many heads read before they are there", "columns of all waves the first's",
         "new tokens that see later ones", "rows of keys in their own order", "keys behind the last",
         "weights of half the keys in a row's sum", "keys before the window", "an older maximum's values")
 #: Of those that show beyond 2 GiB only, the cases.

@@ -103,6 +103,11 @@ WAVE64_DEVICE void forget_uniform(T& x) {
 // Instructions before this point are issued before those after it.
 WAVE64_DEVICE void keep_order() { __builtin_amdgcn_sched_barrier(0); }
 
+// A wait state that the compiler does not count. At the end of a loop whose first instructions use what its last ones
+// multiplied: there LLVM counts both branches that end a block, though the second is not executed where the first is
+// taken, and inserts one wait state too few.
+WAVE64_DEVICE void wait_state() { asm volatile("s_nop 0"); }
+
 // Loads from `at` bytes after `base`, which is the same in all lanes.
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {

@@ -66,6 +66,7 @@ WAVE64_DEVICE void forget(Bits&) {}
 
 WAVE64_DEVICE int load_uniform(const int32_t* at) { return *at; }
 WAVE64_DEVICE void keep_order() {}
+WAVE64_DEVICE void wait_state() {}
 template <typename Bits>
 WAVE64_DEVICE Bits load_behind(const void* base, unsigned at) {
     Bits bits;

@@ -8,73 +8,7 @@
 // latents, of which a wave has a group more in flight, up to 32 heads; by the matrix unit for more.
 #pragma once
 
-#include "wave64/attention.h"
-
-namespace wave64 {
-
-constexpr int kRank = 512, kRope = 64, kWidth = kRank + kRope;
-constexpr int kLatentWaves = 4;      // of a block, which take the groups of its split in turn
-constexpr int kMinLatentGroups = 8;  // of a split
-constexpr int kLatentRows = 16;      // of a block: heads of new tokens
-constexpr int kLatentMergeLanes = 256;
-constexpr int kMaxNewTokens = 16;
-constexpr int kDies = 8;  // that blocks are assigned to round robin, each with an L2
-
-// out[b] = softmax(scale q[b] K[b]^T) K[b][:, :kRank]; key p is row p % page_size of page page_table[b, p / page_size].
-struct LatentArgs {
-    const void* q_nope;         // [num_seqs, new_tokens, num_heads, kRank]
-    const void* q_pe;           // [num_seqs, new_tokens, num_heads, kRope]
-    void* kv_cache;             // [pages, page_size, kWidth]
-    const int32_t* page_table;  // [num_seqs, max_pages]
-    const int32_t* seq_lens;    // [num_seqs]
-    const float* kv_scale;      // one number, or null: 1
-    void* out;                  // [num_seqs, new_tokens, num_heads, kRank], contiguous
-    float* lse;                 // [num_seqs, new_tokens, num_heads], or null
-    float* partial;             // [num_seqs + num_splits, rows, kRank] to work in, as the next two; null without splits
-    float* stats;               // [num_seqs + num_splits, rows, 2]
-    int32_t* plan;              // [num_seqs, 2]
-    int64_t q_nope_stride;      // of sequences, then of tokens and heads
-    int64_t q_nope_token_stride;
-    int64_t q_nope_head_stride;
-    int64_t q_pe_stride;
-    int64_t q_pe_token_stride;
-    int64_t q_pe_head_stride;
-    int64_t page_stride;
-    int64_t row_stride;
-    int64_t table_stride;
-    int32_t num_seqs;
-    int32_t new_tokens;
-    int32_t num_heads;
-    int32_t page_size;
-    int32_t max_pages;
-    int32_t num_splits;  // of the batch's keys; 0: no sequence is split
-    float scale;
-    Dtype dtype;        // of queries, new latents and out
-    Dtype cache_dtype;  // dtype, or FP8
-    // of mla_decode_rope alone
-    Dtype angles_dtype;
-    const void* kv_c;       // [num_seqs, new_tokens, kRank]
-    const void* k_pe;       // [num_seqs, new_tokens, kRope]
-    const int64_t* slots;   // [num_seqs, new_tokens]; below 0: not written
-    const void* positions;  // [num_seqs, new_tokens] int64 or int32
-    const void* angles;     // [max_pos, kRope], cosines then sines
-    int64_t kv_c_stride;    // of sequences, then of tokens
-    int64_t kv_c_token_stride;
-    int64_t k_pe_stride;
-    int64_t k_pe_token_stride;
-    int32_t is_neox;         // 1: the numbers of a pair are kRope / 2 columns apart; 0: they are neighbors
-    int32_t position_bytes;  // 8 or 4
-    // set by the launcher
-    int32_t capacity;    // keys of a row of page_table
-    int32_t rows;        // new_tokens * num_heads
-    int32_t tiles;       // blocks of a split
-    int32_t merge_grid;  // blocks of the merge
-    int64_t num_rows;    // num_seqs * rows
-    IntDivider by_page_size;
-    IntDivider by_num_heads;
-};
-
-}  // namespace wave64
+#include "wave64/latent_args.h"
 
 #if defined(WAVE64_DEVICE_CODE) && defined(__GFX9__)
 #include "wave64/cache_write.h"
@@ -227,6 +161,7 @@ struct Latents {
 struct LatentCursor {
     int page, row;
 
+    LatentCursor() = default;
     WAVE64_DEVICE LatentCursor(const LatentArgs& args, const int32_t* table, int key, int end) {
         const unsigned at = key < end ? key : end - 1, entry = at / args.by_page_size;
         page = table[entry], row = at - entry * args.page_size;
@@ -324,35 +259,53 @@ WAVE64_DEVICE float lse_of(float row_max, float row_sum) {
     return row_sum == 0 ? -__builtin_huge_valf() : (row_max + log2(row_sum)) * kLn2;
 }
 
+// What a block attends to: groups begin to end of a sequence's keys in the cache, which are all but the new tokens of
+// mla_decode_rope.
+struct LatentRange {
+    int item, tile, keys, begin, end;
+    Split split;  // split.seq is num_seqs if there is nothing to do
+
+    WAVE64_DEVICE LatentRange(const LatentArgs& args, bool rope, int min_groups) : item(block_id()), tile(0) {
+        if (args.tiles > 1) {  // those of one item on one die
+            const int round = unsigned(item) / unsigned(kDies * args.tiles);
+            const int of_round = item - round * kDies * args.tiles;
+            tile = unsigned(of_round) / unsigned(kDies), item = round * kDies + of_round % kDies;
+        }
+        const auto keys_of = [&](int seq) {
+            const int length = args.seq_lens[seq];
+            const int old = (length < args.capacity ? length : args.capacity) - (rope ? args.new_tokens : 0);
+            return old > 0 ? old : 0;
+        };
+        const auto work_of = [&](int seq) { return (keys_of(seq) + kGroup - 1) / kGroup; };
+        const bool is_one = args.num_seqs == 1;
+        if (is_one) keys = keys_of(0);
+        if (args.num_splits == 0)
+            split = {item, 0, 1};
+        else if (is_one)
+            split = find_split_of_one(item, args.num_splits, min_groups, (keys + kGroup - 1) / kGroup);
+        else
+            split = find_split(item, args.num_seqs, args.num_splits, min_groups, work_of);
+        if (split.seq >= args.num_seqs) return;
+        if (args.num_splits && tile == 0 && split.index == 0 && lane_in_block() == 0) {
+            args.plan[2 * split.seq] = item;
+            args.plan[2 * split.seq + 1] = split.count;
+        }
+        keys = uniform(is_one ? keys : keys_of(split.seq));
+        const int groups = (keys + kGroup - 1) / kGroup;
+        const int even = unsigned(groups) / unsigned(split.count), rest = groups - even * split.count;
+        begin = split.index * even + (split.index < rest ? split.index : rest);
+        end = begin + even + (split.index < rest);
+    }
+};
+
 template <typename T, typename Stored, bool ROPE>
 WAVE64_DEVICE void decode_latents(const LatentArgs& args) {
     using State = Latents<T, Stored>;
-    int item = block_id(), tile = 0;
-    if (args.tiles > 1) {  // those of one item on one die
-        const int round = unsigned(item) / unsigned(kDies * args.tiles), of_round = item - round * kDies * args.tiles;
-        tile = unsigned(of_round) / unsigned(kDies), item = round * kDies + of_round % kDies;
-    }
     const int wave = uniform(lane_in_block() / kLanes);
-    // Keys in the cache: of mla_decode_rope all but the new tokens.
-    const auto keys_of = [&](int seq) {
-        const int length = args.seq_lens[seq], keys = length < args.capacity ? length : args.capacity;
-        const int old = keys - (ROPE ? args.new_tokens : 0);
-        return old > 0 ? old : 0;
-    };
-    const auto work_of = [&](int seq) { return (keys_of(seq) + kGroup - 1) / kGroup; };
-    const Split split = args.num_splits == 0
-                            ? Split{item, 0, 1}
-                            : find_split(item, args.num_seqs, args.num_splits, kMinLatentGroups, work_of);
+    const LatentRange range(args, ROPE, kMinLatentGroups);
+    const Split split = range.split;
     if (split.seq >= args.num_seqs) return;
-    if (args.num_splits && tile == 0 && split.index == 0 && lane_in_block() == 0) {
-        args.plan[2 * split.seq] = item;
-        args.plan[2 * split.seq + 1] = split.count;
-    }
-
-    const int keys = uniform(keys_of(split.seq)), groups = (keys + kGroup - 1) / kGroup;
-    const int even = unsigned(groups) / unsigned(split.count), rest = groups - even * split.count;
-    const int begin = split.index * even + (split.index < rest ? split.index : rest);
-    const int end = begin + even + (split.index < rest);
+    const int item = range.item, tile = range.tile, keys = range.keys, begin = range.begin, end = range.end;
     const int32_t* table = args.page_table + split.seq * args.table_stride;
     const float factor = args.scale * kLog2E * kv_scale_of(args);
 
@@ -365,21 +318,23 @@ WAVE64_DEVICE void decode_latents(const LatentArgs& args) {
     const int limit = causal < end_key ? causal : end_key;
     if (begin + wave < end) {
         // Two groups at a time, the second one masked where there is one only: branches would cost registers. Behind
-        // the last group lanes load its last latent.
+        // the last group lanes load its last latent. Where a group's latents are is loaded before the latents of the
+        // two groups before it, so that to wait for it is not to wait for them.
         const auto cursor = [&](int group) { return LatentCursor(args, table, group * kGroup + lane.line, end_key); };
         const auto take = [&](const typename State::Keys& latents, int group) {
             const int visible = limit - group * kGroup - kNumbers * lane.part;
             state.attend(latents, factor, [&](int i) { return i < visible; });
         };
         typename State::Keys one, other;
-        load_latents<T, Stored>(args, cursor(begin + wave), lane.part, one);
-        LatentCursor next = cursor(begin + wave + kLatentWaves);
+        LatentCursor at_one = cursor(begin + wave), at_other = cursor(begin + wave + kLatentWaves);
+        load_latents<T, Stored>(args, at_one, lane.part, one);
+        at_one = cursor(begin + wave + 2 * kLatentWaves);
         for (int group = begin + wave; group < end; group += 2 * kLatentWaves) {
-            load_latents<T, Stored>(args, next, lane.part, other);
-            next = cursor(group + 2 * kLatentWaves);
+            load_latents<T, Stored>(args, at_other, lane.part, other);
+            at_other = cursor(group + 3 * kLatentWaves);
             take(one, group);
-            load_latents<T, Stored>(args, next, lane.part, one);
-            next = cursor(group + 3 * kLatentWaves);
+            load_latents<T, Stored>(args, at_one, lane.part, one);
+            at_one = cursor(group + 4 * kLatentWaves);
             take(other, group + kLatentWaves);
         }
     }
@@ -414,40 +369,62 @@ WAVE64_DEVICE void decode_latents(const LatentArgs& args) {
         store_pack(args.stats + row * 2, Pack<float, 2>::of({{state.row_max, state.row_sum}}));
 }
 
-// The splits of a row, several runs of lanes in turn.
+// The splits of a row, each wave every fourth of them, many of which it loads at once.
 template <typename T>
 WAVE64_DEVICE void merge_latents(const LatentArgs& args) {
-    constexpr int lanes = kRank / 4, runs = kLatentMergeLanes / lanes;
-    WAVE64_LDS static Array<float, 4> lds_acc[lanes];
-    WAVE64_LDS static Array<float, 2> lds_stats;
-    const int run = unsigned(lane_in_block()) / unsigned(lanes), lane = lane_in_block() % lanes;
-    static_assert(runs == 2);
+    constexpr int waves = kLatentMergeLanes / kLanes, at_once = 4, packs = kRank / kLanes / 4;
+    using Part = Array<Array<float, 4>, packs>;
+    WAVE64_LDS static Part lds_acc[waves - 1][kLanes];
+    WAVE64_LDS static Array<float, 2> lds_stats[waves - 1];
+    const int wave = uniform(lane_in_block() / kLanes), lane = lane_in_block() % kLanes;
+    const auto column_of = [&](int pack) { return 4 * (lane + kLanes * pack); };
     for (int64_t row = block_id(); row < args.num_rows; row += args.merge_grid) {
         const int seq = uint32_t(row) / uint32_t(args.rows), of_seq = int(row - int64_t(seq) * args.rows);
-        const int64_t first = load_uniform(args.plan + 2 * seq);
-        const int count = load_uniform(args.plan + 2 * seq + 1);
+        int64_t first = load_uniform(args.plan + 2 * seq);
+        int count = load_uniform(args.plan + 2 * seq + 1);
+        forget_uniform(first), forget_uniform(count);  // both are loaded here, at once
         if (count == 1) continue;
         float row_max = kLowest, row_sum = 0;
-        Array<float, 4> acc = {};
-        const auto take = [&](const Array<float, 2>& stats, const Array<float, 4>& other) {
+        Part acc = {};
+        const auto take = [&](const Array<float, 2>& stats, const Part& other) {
             const float higher = max(row_max, stats.at[0]);
             const float shrink = exp2(row_max - higher), scale = exp2(stats.at[0] - higher);
             row_max = higher, row_sum = row_sum * shrink + stats.at[1] * scale;
-            for (int i = 0; i < 4; i++) acc.at[i] = acc.at[i] * shrink + other.at[i] * scale;
+            for (int k = 0; k < packs; k++)
+                for (int i = 0; i < 4; i++) acc.at[k].at[i] = acc.at[k].at[i] * shrink + other.at[k].at[i] * scale;
         };
-#pragma unroll 4
-        for (int split = run; split < count; split += runs) {
-            const int64_t from = (first + split) * args.rows + of_seq;
-            take(__builtin_bit_cast(Array<float, 2>, load_pack<float, 2>(args.stats + from * 2)),
-                 __builtin_bit_cast(Array<float, 4>, load_pack<float, 4>(args.partial + from * kRank + lane * 4)));
+        // Behind the last split the last one again, since a branch would wait for each.
+        const auto take_some = [&](int next, auto&& parts) {
+            constexpr int N = sizeof(parts.at) / sizeof(Part);
+            Array<float, 2> stats[N];
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                const int split = next + waves * i, loaded = split < count ? split : count - 1;
+                const int64_t from = (first + loaded) * args.rows + of_seq;
+                stats[i] = __builtin_bit_cast(Array<float, 2>, load_pack<float, 2>(args.stats + from * 2));
+                for (int k = 0; k < packs; k++)
+                    parts.at[i].at[k] = __builtin_bit_cast(
+                        Array<float, 4>, load_pack<float, 4>(args.partial + from * kRank + column_of(k)));
+            }
+            keep_order();
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                take(next + waves * i < count ? stats[i] : Array<float, 2>{{kLowest, 0}}, parts.at[i]);
+        };
+        if (count > waves) {
+            Array<Part, at_once> parts;
+            for (int next = wave; next < count; next += waves * at_once) take_some(next, parts);
+        } else if (wave < count) {
+            Array<Part, 1> parts;
+            take_some(wave, parts);
         }
-        if (run == 1) lds_acc[lane] = acc;
-        if (run == 1 && lane == 0) lds_stats = {{row_max, row_sum}};
+        if (wave) lds_acc[wave - 1][lane] = acc;
+        if (wave && lane == 0) lds_stats[wave - 1] = {{row_max, row_sum}};
         block_barrier();
-        if (run == 0) {
-            take(lds_stats, lds_acc[lane]);
+        if (wave == 0) {
+            for (int w = 0; w < waves - 1; w++) take(lds_stats[w], lds_acc[w][lane]);
             const float scale = row_sum == 0 ? 0 : kv_scale_of(args) / row_sum;
-            store_latent_sums<T>(args, row, lane * 4, acc, scale);
+            for (int k = 0; k < packs; k++) store_latent_sums<T>(args, row, column_of(k), acc.at[k], scale);
             if (args.lse && lane == 0) args.lse[row] = lse_of(row_max, row_sum);
         }
         block_barrier();

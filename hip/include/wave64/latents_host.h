@@ -2,16 +2,21 @@
 #pragma once
 
 #include "wave64/host.h"
-#include "wave64/latents.h"
+#include "wave64/latent_args.h"
 
 namespace wave64 {
 
 struct LatentKernels {
-    const char* decode[2][2];  // [fp16][fp8]
+    const char* decode[3][2][2];  // [of how many rows][fp16][fp8]
     const char* merge[2];
 };
-#define WAVE64_LATENT_NAMES(OP) \
-    {{{#OP "_bf16", #OP "_bf16_fp8"}, {#OP "_fp16", #OP "_fp16_fp8"}}, {#OP "_merge_bf16", #OP "_merge_fp16"}}
+#define WAVE64_LATENT_DECODES(OP) {{OP "_bf16", OP "_bf16_fp8"}, {OP "_fp16", OP "_fp16_fp8"}}
+#define WAVE64_LATENT_NAMES(OP)                                                                                   \
+    {{WAVE64_LATENT_DECODES(#OP), WAVE64_LATENT_DECODES(#OP "_64_rows"), WAVE64_LATENT_DECODES(#OP "_128_rows")}, \
+     {#OP "_merge_bf16", #OP "_merge_fp16"}}
+
+// Rows that a block of the kernels has which serve so many: latents.h's, then wide_latents.h's.
+inline int rows_of_block(int rows) { return rows <= kMaxNarrowRows ? kLatentRows : rows <= 64 ? 64 : kMaxWideRows; }
 
 inline void check_latents(const LatentArgs& args, const Call& call, bool rope) {
     constexpr int64_t max_int = INT32_MAX;
@@ -58,14 +63,15 @@ inline void launch_latents(LatentArgs& args, const Call& call, const LatentKerne
     if (args.num_seqs == 0 || args.num_heads == 0 || args.new_tokens == 0) return;
     args.capacity = args.max_pages * args.page_size;
     args.rows = args.new_tokens * args.num_heads;
-    args.tiles = int32_t(ceil_div(args.rows, kLatentRows));
+    const int block_rows = rows_of_block(args.rows), kind = block_rows == kLatentRows ? 0 : block_rows == 64 ? 1 : 2;
+    args.tiles = int32_t(ceil_div(args.rows, block_rows));
     args.num_rows = int64_t(args.num_seqs) * args.rows;
     args.by_page_size = divider(uint32_t(args.page_size)), args.by_num_heads = divider(uint32_t(args.num_heads));
     int64_t items = int64_t(args.num_seqs) + args.num_splits;
     if (args.tiles > 1) items = ceil_div(items, kDies) * kDies;
     call.expect(items * args.tiles <= INT32_MAX, "num_seqs", "fewer, or fewer heads", args.num_seqs);
     const bool fp16 = args.dtype == kFp16;
-    call.launch(kernels.decode[fp16][args.cache_dtype == kFp8], {items * args.tiles},
+    call.launch(kernels.decode[kind][fp16][args.cache_dtype == kFp8], {items * args.tiles},
                 kLatentWaves * call.device.wave_size, args);
     if (args.num_splits == 0) return;
     args.merge_grid =

@@ -1,19 +1,17 @@
 import torch
 from torch import Tensor
 
-from wave64 import ops
+from wave64 import ops, platform
 from wave64.arch import Arch
 from wave64.backends.hip import bind, constants, launch, no_product, other_fp8, unaligned
 from wave64.backends.hip_ops.paged_attention import num_splits
 
 CONSTANTS = constants("mla_decode")
-#: Splits of a batch for each compute unit, which runs one block at a time: the second round evens out the first.
-SPLITS_PER_UNIT = 2
-#: Rows (heads of new tokens) of a sequence that are served, and the batch from which on only one tile of them is. Each
-#: tile reads the latents and transposes them anew, where a block of Triton's kernel has 32 rows: of two tiles for 512
-#: sequences of 1024 keys, the decode alone is predicted (testing/predict.py) to take 1.25 times as long as Triton's,
-#: and with the merge, which a batch that needs no splits does not have, 0.95 times.
-MAX_ROWS, MANY_SEQS = 32, 64
+#: Up to MAX_NARROW_ROWS rows (heads of new tokens) of a sequence are served in tiles of 16, each of which reads the
+#: latents and transposes them anew: from a batch of MANY_SEQS on only one tile is. Of two tiles for 512 sequences of
+#: 1024 keys, the decode alone is predicted (testing/predict.py) to take 1.25 times as long as Triton's, whose blocks
+#: have 32 rows, and with the merge, which a batch that needs no splits does not have, 0.95 times.
+MANY_SEQS = 64
 
 
 def absent(arch: Arch) -> str | None:
@@ -29,12 +27,23 @@ def unsupported(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, tensors: tuple[T
     if (rank, rope) != (CONSTANTS.RANK, CONSTANTS.ROPE):
         return f"serves latents of {CONSTANTS.RANK} + {CONSTANTS.ROPE}, these are {rank} + {rope}"
     rows = q_nope.shape[-2] * (q_nope.shape[1] if q_nope.ndim == 4 else 1)
-    if rows > MAX_ROWS:
-        return f"serves up to {MAX_ROWS} rows (heads of new tokens) per sequence, these are {rows}"
-    if rows > CONSTANTS.TILE_ROWS and len(q_nope) >= MANY_SEQS:
-        return (f"serves up to {CONSTANTS.TILE_ROWS} rows (heads of new tokens) per sequence from {MANY_SEQS} "
-                f"sequences on, these are {rows}")
+    if CONSTANTS.TILE_ROWS < rows <= CONSTANTS.MAX_NARROW_ROWS and len(q_nope) >= MANY_SEQS:
+        return (f"does not serve {CONSTANTS.TILE_ROWS + 1} to {CONSTANTS.MAX_NARROW_ROWS} rows (heads of new tokens) "
+                f"per sequence from {MANY_SEQS} sequences on, these are {rows}")
     return unaligned(q_nope, q_pe, kv_cache, *tensors) or other_fp8(kv_cache.dtype)
+
+
+def planned_splits(num_seqs: int, max_keys: int, rows: int) -> int:
+    """Into how many splits the keys of a batch are cut; 0: no sequence is split."""
+    narrow = rows <= CONSTANTS.MAX_NARROW_ROWS
+    block_rows = CONSTANTS.TILE_ROWS if narrow else CONSTANTS.MAX_WIDE_ROWS
+    min_keys = CONSTANTS.MIN_SPLIT_KEYS if narrow else CONSTANTS.MIN_WIDE_SPLIT_KEYS
+    # A block takes a compute unit, so what counts are whole rounds of blocks: as few as sequences leave splits to even
+    # out, and full ones, since sequences get up to half a split more than their part of the plan.
+    tiles, units = -(-rows // block_rows), platform.compute_units()
+    rounds = -(-2 * num_seqs * tiles // units)
+    splits = num_splits(num_seqs, max_keys, tiles, min_keys, rounds)
+    return max(0, min(splits, rounds * units // tiles - num_seqs // 2))
 
 
 def fields(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
@@ -43,8 +52,7 @@ def fields(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, s
     num_seqs, new, heads, rank = q_nope.shape
     num_pages, page_size, _ = kv_cache.shape
     max_pages, device = page_table.shape[1] if num_pages else 0, q_nope.device
-    tiles = -(-new * heads // CONSTANTS.TILE_ROWS)
-    splits = num_splits(num_seqs, max_pages * page_size, tiles, CONSTANTS.MIN_SPLIT_KEYS, SPLITS_PER_UNIT)
+    splits = planned_splits(num_seqs, max_pages * page_size, new * heads)
     partial = stats = plan = None
     if splits:
         partial = torch.empty((num_seqs + splits, new * heads, rank), dtype=torch.float32, device=device)
