@@ -1,12 +1,12 @@
 // Mixture of experts with FP8 weights in blocks of 128: each block of pairs of a token and one expert is multiplied
 // with that expert's weights.
 //
-// The trick: weights go from memory straight into the registers that the matrix instructions read them from
-// (fp8_matrix.h). Of few pairs blocks have 16: in the first product the waves of a block take the steps along K in
-// turn; they meet once, in LDS, for gate and up of the same columns, so that the activation happens there. The second
-// product quantizes h as it loads it: a group of its columns lies in four lanes. Of many, blocks have 64 or 128, both
-// factors pass through LDS (fp8_tile.h), and the first product has whole groups of columns of h, which it quantizes.
-// Bound by reading the chosen experts' weights, and, of many pairs, y.
+// The trick: weights come in whole lines of memory, and through LDS into the registers that the matrix instructions
+// read them from (fp8_matrix.h). Of few pairs blocks have 16: in the first product the waves of a block take the steps
+// along K in turn; they meet once, in LDS, for gate and up of the same columns, so that the activation happens there.
+// The second product quantizes h as it loads it: a group of its columns lies in four lanes. Of many, blocks have 64 or
+// 128, whose tokens are shared by four waves (fp8_tile.h), and the first product has whole groups of columns of h,
+// which it quantizes. Bound by reading the chosen experts' weights, and, of many pairs, y.
 #include "wave64/fp8_tile.h"
 
 namespace wave64 {
@@ -96,27 +96,27 @@ struct Part {
 };
 
 struct UpStep {
-    Columns gate, up, token;
+    Lines gate, up;
+    Columns token;
     float gate_scale, up_scale, token_scale;
 };
-
-WAVE64_DEVICE float load_scale(const float* scales, int at) {
-    return __builtin_bit_cast(float, load_uniform(reinterpret_cast<const int32_t*>(scales + at)));
-}
 
 // h = silu(gate) * up of kUpColumns columns.
 template <typename T>
 WAVE64_DEVICE void up(const FusedMoeArgs& args) {
     constexpr int depth = 3;  // steps that a wave has in flight
-    WAVE64_LDS static Floats4 lds[kMaxUpWaves][2][64];
+    WAVE64_LDS static union {
+        Exchange weights;
+        Floats4 sums[2][64];
+    } lds[kMaxUpWaves];
     const Part mine(args, args.inter / kUpColumns, args.by_up_tiles);
     if (mine.expert < 0) return;
     const int wave = uniform(lane_in_block() / 64), lane = lane_in_block() % 64;
     const int part = part_of_lane(), n = mine.tile * kUpColumns, groups = args.hidden / 128;
     const char* const expert = static_cast<const char*>(args.w13) + mine.expert * args.w13_expert_stride;
     const auto rows = [&](int first) {
-        return Factor(expert + first * args.w13_stride, kUpColumns, int(args.w13_stride), args.hidden, line_of_lane(),
-                      part);
+        return Factor(expert + first * args.w13_stride, kUpColumns, int(args.w13_stride), args.hidden, row_of_lines(),
+                      chunk_of_lines());
     };
     const Factor gates = rows(n), ups = rows(args.inter + n);
     const int token = mine.pair < 0 ? -1 : int(unsigned(mine.pair) / args.by_top_k);
@@ -130,8 +130,7 @@ WAVE64_DEVICE void up(const FusedMoeArgs& args) {
     const auto load = [&](UpStep& into, int turn) {
         const bool there = turn < count;
         const int step = wave + (there ? turn : count - 1) * args.waves;
-        into.gate = gates.load(0, step, there);
-        into.up = ups.load(0, step, there);
+        into.gate = gates.load_lines(0, 8, step, there), into.up = ups.load_lines(0, 8, step, there);
         into.token = tokens.load(0, step, there);
         into.token_scale = __builtin_bit_cast(float, token_scales.load<Bits32>(scale_at, step * 4));
         into.gate_scale = load_scale(gate_scales, step);
@@ -140,8 +139,9 @@ WAVE64_DEVICE void up(const FusedMoeArgs& args) {
     };
     Floats4 gate = {}, up = {};
     const auto multiply = [&](const UpStep& step) {
-        add_scaled(gate, product(step.gate, step.token), step.token_scale * step.gate_scale);
-        add_scaled(up, product(step.up, step.token), step.token_scale * step.up_scale);
+        Exchange& own = lds[wave].weights;
+        add_scaled(gate, product(exchanged(own, step.gate), step.token), step.token_scale * step.gate_scale);
+        add_scaled(up, product(exchanged(own, step.up), step.token), step.token_scale * step.up_scale);
     };
     UpStep ring[depth];
 #pragma unroll
@@ -157,10 +157,10 @@ WAVE64_DEVICE void up(const FusedMoeArgs& args) {
     for (int d = 0; d < depth; d++)
         if (turn + d < count) multiply(ring[d]);
 
-    lds[wave][0][lane] = gate, lds[wave][1][lane] = up;
+    lds[wave].sums[0][lane] = gate, lds[wave].sums[1][lane] = up;
     block_barrier();
     if (wave > 0 || mine.pair < 0) return;
-    for (int other = 1; other < args.waves; other++) gate += lds[other][0][lane], up += lds[other][1][lane];
+    for (int other = 1; other < args.waves; other++) gate += lds[other].sums[0][lane], up += lds[other].sums[1][lane];
     const float weight = args.weigh_input ? args.topk_weights[mine.pair] : 1;
     float h[4];
     for (int i = 0; i < 4; i++) h[i] = silu(gate[i] * weight) * (up[i] * weight);
@@ -189,7 +189,7 @@ struct Hidden {
 
 template <typename T>
 struct DownStep {
-    Columns weight[kDownColumns / 16];
+    Lines weight[kDownColumns / 16];
     Hidden<T> h;
     float weight_scale;
 };
@@ -202,9 +202,11 @@ WAVE64_DEVICE void down(const FusedMoeArgs& args) {
     const Part mine(args, (args.hidden + columns - 1) / columns, args.by_down_tiles);
     const int wave = uniform(lane_in_block() / 64), n = mine.tile * columns + wave * kDownColumns;
     if (mine.expert < 0 || n >= args.hidden) return;
-    const int line = line_of_lane(), part = part_of_lane(), steps = args.inter / 128;
-    const Factor weights(static_cast<const char*>(args.w2) + mine.expert * args.w2_expert_stride + n * args.w2_stride,
-                         kDownColumns, int(args.w2_stride), args.inter, line / 4 * 8 + line % 4, part);
+    WAVE64_LDS static Exchange lds[kDownWaves];
+    const int part = part_of_lane(), steps = args.inter / 128;
+    const Factor weights =
+        weights_of_pairs(static_cast<const char*>(args.w2) + mine.expert * args.w2_expert_stride + n * args.w2_stride,
+                         kDownColumns, int(args.w2_stride), args.inter);
     const Bounded hidden(args.h, args.num_pairs * args.inter * 2);
     const int h_at = mine.pair < 0 ? kNowhere : mine.pair * args.inter * 2 + 32 * part;
     const float* const scales = args.w2_scale + (int64_t(mine.expert) * (args.hidden / 128) + n / 128) * steps;
@@ -216,7 +218,7 @@ WAVE64_DEVICE void down(const FusedMoeArgs& args) {
         for (int i = 0; i < 4; i++)
             into.h.packs[i] = {hidden.load<Bits128>(at + (i / 2 * 64 + i % 2 * 8) * 2, step * 256)};
 #pragma unroll
-        for (int j = 0; j < tiles; j++) into.weight[j] = weights.load(j / 2 * 32 + j % 2 * 4, step, there);
+        for (int j = 0; j < tiles; j++) into.weight[j] = load_of_pair(weights, j, step, there);
         into.weight_scale = load_scale(scales, there ? step : steps - 1);
         keep_order();
     };
@@ -225,7 +227,8 @@ WAVE64_DEVICE void down(const FusedMoeArgs& args) {
         const Scale scale = scale_of(step.h.amax());
         const Columns h = step.h.quantized_by(scale.inverse);
 #pragma unroll
-        for (int j = 0; j < tiles; j++) add_scaled(acc[j], product(step.weight[j], h), scale.scale * step.weight_scale);
+        for (int j = 0; j < tiles; j++)
+            add_scaled(acc[j], product(exchanged(lds[wave], step.weight[j]), h), scale.scale * step.weight_scale);
     };
     DownStep<T> ring[depth];
 #pragma unroll
@@ -399,25 +402,22 @@ WAVE64_DEVICE void sum_pairs(const FusedMoeArgs& args) {
 
 }  // namespace wave64
 
-#define FUSED_MOE(NAME, MAX_LANES, KERNEL, T) \
-    WAVE64_KERNEL(MAX_LANES) NAME(wave64::FusedMoeArgs args) { wave64::KERNEL<T>(args); }
-#define FUSED_MOE_TILE(NAME, KERNEL, T, PAIRS) \
-    WAVE64_KERNEL(wave64::kTileWaves * 64) NAME(wave64::FusedMoeArgs args) { wave64::KERNEL<T, PAIRS / 16>(args); }
+#define FUSED_MOE_OF(NAME, MAX_LANES, ...) \
+    WAVE64_KERNEL(MAX_LANES) NAME(wave64::FusedMoeArgs args) { wave64::__VA_ARGS__(args); }
+#define FUSED_MOE(NAME, MAX_LANES, KERNEL)                     \
+    FUSED_MOE_OF(NAME##_bf16, MAX_LANES, KERNEL<wave64::bf16>) \
+    FUSED_MOE_OF(NAME##_fp16, MAX_LANES, KERNEL<wave64::fp16>)
+#define FUSED_MOE_TILE(NAME, KERNEL, PAIRS)                                              \
+    FUSED_MOE_OF(NAME##_bf16, wave64::kTileWaves * 64, KERNEL<wave64::bf16, PAIRS / 16>) \
+    FUSED_MOE_OF(NAME##_fp16, wave64::kTileWaves * 64, KERNEL<wave64::fp16, PAIRS / 16>)
 
-FUSED_MOE(fused_moe_up_bf16, wave64::kMaxUpWaves * 64, up, wave64::bf16)
-FUSED_MOE(fused_moe_up_fp16, wave64::kMaxUpWaves * 64, up, wave64::fp16)
-FUSED_MOE(fused_moe_down_bf16, wave64::kDownWaves * 64, down, wave64::bf16)
-FUSED_MOE(fused_moe_down_fp16, wave64::kDownWaves * 64, down, wave64::fp16)
-FUSED_MOE_TILE(fused_moe_up_64_bf16, up_tile, wave64::bf16, 64)
-FUSED_MOE_TILE(fused_moe_up_64_fp16, up_tile, wave64::fp16, 64)
-FUSED_MOE_TILE(fused_moe_up_128_bf16, up_tile, wave64::bf16, 128)
-FUSED_MOE_TILE(fused_moe_up_128_fp16, up_tile, wave64::fp16, 128)
-FUSED_MOE_TILE(fused_moe_down_64_bf16, down_tile, wave64::bf16, 64)
-FUSED_MOE_TILE(fused_moe_down_64_fp16, down_tile, wave64::fp16, 64)
-FUSED_MOE_TILE(fused_moe_down_128_bf16, down_tile, wave64::bf16, 128)
-FUSED_MOE_TILE(fused_moe_down_128_fp16, down_tile, wave64::fp16, 128)
-FUSED_MOE(fused_moe_sum_bf16, wave64::kOutLanes, sum_pairs, wave64::bf16)
-FUSED_MOE(fused_moe_sum_fp16, wave64::kOutLanes, sum_pairs, wave64::fp16)
+FUSED_MOE(fused_moe_up, wave64::kMaxUpWaves * 64, up)
+FUSED_MOE(fused_moe_down, wave64::kDownWaves * 64, down)
+FUSED_MOE_TILE(fused_moe_up_64, up_tile, 64)
+FUSED_MOE_TILE(fused_moe_up_128, up_tile, 128)
+FUSED_MOE_TILE(fused_moe_down_64, down_tile, 64)
+FUSED_MOE_TILE(fused_moe_down_128, down_tile, 128)
+FUSED_MOE(fused_moe_sum, wave64::kOutLanes, sum_pairs)
 #endif
 
 #else

@@ -83,6 +83,11 @@ WAVE64_DEVICE void add_scaled(Floats4& acc, const Floats4& sums, float scale) {
     acc.zw = __builtin_elementwise_fma(sums.zw, both, acc.zw);
 }
 
+// A scale that is the same for all lanes.
+WAVE64_DEVICE float load_scale(const float* scales, int at) {
+    return __builtin_bit_cast(float, load_uniform(reinterpret_cast<const int32_t*>(scales + at)));
+}
+
 // What a lane loads of 16 rows so that each load takes 8 rows in whole lines of memory, by neighboring lanes: chunk
 // `lane % 8` of the 8 that 128 columns have, of rows `lane / 8` and 8 + lane / 8.
 struct Lines {
