@@ -109,3 +109,16 @@ def test_instructions_for_a_key(arch, monkeypatch):
             OPS["mla_decode"].backends["hip"].run(**make_decode([keys], page_size=64))
         counts.append(ran.instructions)
     assert 12 < (counts[1] - counts[0]) / 256 < 20
+
+
+@pytest.mark.parametrize(("seqs", "heads", "rounds"), [
+    (1, 16, 1), (32, 16, 1), (128, 16, 1), (64, 128, 1), (256, 16, 2)])
+def test_splits_come_in_whole_rounds(seqs, heads, rounds):
+    """Of long sequences, as long as each other: no round has a few blocks only."""
+    with platform.target("gfx942"), emulate("gfx942"):
+        planned, units = adapter.planned_splits(seqs, 10**6, heads), platform.compute_units()
+    assert 0.8 * rounds * units - seqs < planned < rounds * units
+    work = 1000  # groups of a sequence; splits.h cuts them so, one sequence into one split more than planned
+    size = -(-seqs * work // planned)
+    blocks = planned + 1 if seqs == 1 else seqs * max(1, (work + size // 2) // size)
+    assert 0.8 * rounds * units < blocks <= rounds * units

@@ -43,7 +43,7 @@ def planned_splits(num_seqs: int, max_keys: int, rows: int) -> int:
     tiles, units = -(-rows // block_rows), platform.compute_units()
     rounds = -(-2 * num_seqs * tiles // units)
     splits = num_splits(num_seqs, max_keys, tiles, min_keys, rounds)
-    return max(0, min(splits, rounds * units // tiles - num_seqs // 2))
+    return max(0, min(splits, rounds * units // tiles - (num_seqs + 1) // 2))
 
 
 def fields(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
