@@ -152,6 +152,25 @@ def test_hips_tiles_keep_the_bound_over_many_steps(arch):
     holds(got, args)
 
 
+@pytest.mark.skipif(platform.arch() is not None, reason="on gfx942's machine code, executed on a CPU")
+@pytest.mark.skipif("hip" not in ops.fused_moe.backends, reason="needs the extension")
+@pytest.mark.parametrize("tokens", [24, 60, 220])
+def test_hips_kernels_reach_weights_beyond_two_to_the_31_bytes(tokens):
+    """Blocks of 16, 64 and 128 pairs, of three experts: the last one's weights begin there. Memory that is never
+    touched costs nothing on a CPU."""
+    with platform.target("gfx942"), emulate("gfx942"):
+        torch.manual_seed(tokens)
+        args = make_case(tokens, 3, 2, 128, 128, **BLOCKS)
+        for name in ("w13", "w2"):
+            near = args[name]
+            far = torch.empty(3, 2**30 + 128, dtype=torch.uint8)[:, :near[0].numel()].view(near.dtype).view(near.shape)
+            args[name] = far.copy_(near)
+        assert args["w2"].stride(0) * 2 > 2**31
+        with contract.poisoned():
+            got = ops.fused_moe.backends["hip"].run(**args)
+    holds(got, args)
+
+
 @pytest.mark.skipif("hip" not in ops.fused_moe.backends, reason="needs the extension")
 @pytest.mark.parametrize(("options", "words"), [
     ({}, None), (dict(block_shape=[64, 128]), "blocks of 128"), (dict(dtype=torch.float32), "bf16 and fp16"),
