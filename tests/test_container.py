@@ -4,6 +4,7 @@ What stands in for the base images is Debian with its own Python, into which thi
 second stage. So the steps, the wheel, the user, the entry point and the health check are run, and ROCm is not.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -170,14 +171,19 @@ def debian(tmp_path):
     certificates = os.environ.get("PIP_CERT")
     if certificates and Path(certificates).exists():
         shutil.copy2(certificates, folder / certificates.lstrip("/"))
-    mounted = subprocess.run(["mount", "-t", "proc", "proc", folder / "proc"], capture_output=True, text=True)
-    if "permission denied" in mounted.stderr.lower():
-        pytest.skip("a chroot whose compilers run needs /proc, which may not be mounted here")
-    assert mounted.returncode == 0, mounted.stderr
-    try:
+    shared = folder / "dev" / "shm"  # processes that compile share semaphores there; a container has one
+    if shared.is_symlink():
+        shared.unlink()
+    shared.mkdir(exist_ok=True)
+    places = {"proc": folder / "proc", "tmpfs": shared}
+    with contextlib.ExitStack() as mounts:  # unmounted before anything removes the folder
+        for kind, place in places.items():
+            mounted = subprocess.run(["mount", "-t", kind, kind, place], capture_output=True, text=True)
+            if "permission denied" in mounted.stderr.lower():
+                pytest.skip(f"a chroot that compiles needs /{place.relative_to(folder)}, which may not be mounted")
+            assert mounted.returncode == 0, mounted.stderr
+            mounts.callback(subprocess.run, ["umount", "--lazy", place], check=True)
         yield folder
-    finally:  # before anything removes the folder
-        subprocess.run(["umount", "--lazy", folder / "proc"], check=True)
 
 
 @pytest.mark.long
