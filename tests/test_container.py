@@ -175,14 +175,14 @@ def debian(tmp_path):
     if shared.is_symlink():
         shared.unlink()
     shared.mkdir(exist_ok=True)
-    places = {"proc": folder / "proc", "tmpfs": shared}
+    mounted_at = {"proc": folder / "proc", "tmpfs": shared}
     with contextlib.ExitStack() as mounts:  # unmounted before anything removes the folder
-        for kind, place in places.items():
-            mounted = subprocess.run(["mount", "-t", kind, kind, place], capture_output=True, text=True)
+        for kind, where in mounted_at.items():
+            mounted = subprocess.run(["mount", "-t", kind, kind, where], capture_output=True, text=True)
             if "permission denied" in mounted.stderr.lower():
-                pytest.skip(f"a chroot that compiles needs /{place.relative_to(folder)}, which may not be mounted")
+                pytest.skip(f"a chroot that compiles needs /{where.relative_to(folder)}, which may not be mounted")
             assert mounted.returncode == 0, mounted.stderr
-            mounts.callback(subprocess.run, ["umount", "--lazy", place], check=True)
+            mounts.callback(subprocess.run, ["umount", "--lazy", where], check=True)
         yield folder
 
 
