@@ -206,15 +206,15 @@ def test_the_steps_of_the_image_make_a_server_that_answers(debian):
         port = str(free.getsockname()[1])
     entry, command = (json.loads(only("server", name)[0]) for name in ("ENTRYPOINT", "CMD"))
     health = json.loads(only("server", "HEALTHCHECK")[0].partition("CMD ")[2])
-    process = subprocess.Popen(server.command([*entry, *command, "--port", port]), text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
-    try:
-        until = time.monotonic() + 900  # HEALTHCHECK's start period
-        asked = server.command([word.replace("30000", port) for word in health])
-        while (status := subprocess.run(asked, capture_output=True).returncode) and time.monotonic() < until:
-            assert process.poll() is None, process.stdout.read()[-4000:]
-            time.sleep(1)
-        assert status == 0
-    finally:
-        process.terminate()
-        process.wait(60)
+    with subprocess.Popen(server.command([*entry, *command, "--port", port]), text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:
+        try:
+            until = time.monotonic() + 900  # HEALTHCHECK's start period
+            asked = server.command([word.replace("30000", port) for word in health])
+            while (status := subprocess.run(asked, capture_output=True).returncode) and time.monotonic() < until:
+                assert process.poll() is None, process.stdout.read()[-4000:]
+                time.sleep(1)
+            assert status == 0
+        finally:
+            process.terminate()
+            process.wait(60)
