@@ -35,8 +35,10 @@ BLOCKS = 4       # workgroups of a launch that are executed
 SECONDS = 300.0  # for one of them
 #: parts of names of kernels whose results others decide by
 DECISIVE = ("align", "sort", "plan")
-#: workgroups that are looked at for whether they have work, if there are more, and steps within which one without ends
+#: workgroups that are looked at for whether they have work, if there are more, and steps within which most without end
 PROBES, STEPS = 128, 160
+#: workgroups, of those that go on, that are looked at for longer: some have to search for the work that there is not
+SURE, MORE_STEPS = 512, 2000
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,11 @@ def sample(launch: Any, tensors: Iterable[Tensor], blocks: int = BLOCKS, probes:
         picks, working = np.arange(prepared.blocks), 1.0
     else:
         probed = chosen(prepared.blocks, min(max(blocks, probes), prepared.blocks))
-        busy = at_work(prepared, buffers, probed)
-        picks, working = busy[::max(1, len(busy) // blocks)][:blocks], len(busy) / len(probed)
+        busy = at_work(prepared, buffers, probed, STEPS)
+        some = busy[::-(-len(busy) // SURE)]
+        sure = at_work(prepared, buffers, some, MORE_STEPS)
+        picks = sure[::max(1, len(sure) // blocks)][:blocks]
+        working = len(busy) / len(probed) * len(sure) / len(some)
     at_once = max(1, min(len(picks), BATCH // prepared.waves))
     machine = Machine(prepared.program, prepared.kernel, prepared.shape(at_once), (counter,))
     machine.memory.register(buffers)
@@ -124,8 +129,8 @@ def sample(launch: Any, tensors: Iterable[Tensor], blocks: int = BLOCKS, probes:
                   len(usage.lines) * LINE / len(picks))
 
 
-def at_work(prepared: Prepared, buffers: list[Buffer], probed: np.ndarray) -> np.ndarray:
-    """Those that do not end within STEPS; all where all of them do."""
+def at_work(prepared: Prepared, buffers: list[Buffer], probed: np.ndarray, steps: int) -> np.ndarray:
+    """Those that do not end within so many steps, or store something; all where none does."""
     machine, found = Machine(prepared.program, prepared.kernel, prepared.shape(1), ()), []
     machine.memory.register(buffers)
     with np.errstate(all="ignore"), without_collection():
@@ -135,11 +140,18 @@ def at_work(prepared: Prepared, buffers: list[Buffer], probed: np.ndarray) -> np
                 ready = machine.states == READY
                 for pc in np.unique(machine.pcs[ready]).tolist():
                     for piece in progressions(np.flatnonzero(ready & (machine.pcs == pc))):
-                        machine.party(*piece).run(pc, machine.program.length, STEPS // 4)
-            if not (machine.states == ENDED).all():
+                        machine.party(*piece).run(pc, machine.program.length, steps // 4)
+            if not (machine.states == ENDED).all() or stores(machine):
                 found.append(block)
     machine.release()
     return np.array(found) if found else probed
+
+
+def stores(machine: Machine) -> bool:
+    """Whether a wave has executed an instruction that writes to global memory."""
+    names = (machine.program.at(pc).name for pc in np.flatnonzero(machine.counts).tolist())
+    return any(name.startswith(("global_", "flat_", "buffer_")) and ("store" in name or "atomic" in name)
+               for name in names)
 
 
 def chosen(blocks: int, count: int) -> np.ndarray:
