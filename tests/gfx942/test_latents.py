@@ -111,11 +111,12 @@ def test_instructions_for_a_key(arch, monkeypatch):
     assert 12 < (counts[1] - counts[0]) / 256 < 20
 
 
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 @pytest.mark.parametrize(("seqs", "heads", "rounds"), [
     (1, 16, 1), (32, 16, 1), (128, 16, 1), (64, 128, 1), (256, 16, 2)])
-def test_splits_come_in_whole_rounds(seqs, heads, rounds):
+def test_splits_come_in_whole_rounds(arch, seqs, heads, rounds):
     """Of long sequences, as long as each other: no round has a few blocks only."""
-    with platform.target("gfx942"), emulate("gfx942"):
+    with platform.target(arch), emulate(arch):
         planned, units = adapter.planned_splits(seqs, 10**6, heads), platform.compute_units()
     assert 0.8 * rounds * units - seqs < planned < rounds * units
     work = 1000  # groups of a sequence; splits.h cuts them so, one sequence into one split more than planned

@@ -39,11 +39,12 @@ def planned_splits(num_seqs: int, max_keys: int, rows: int) -> int:
     block_rows = CONSTANTS.TILE_ROWS if narrow else CONSTANTS.MAX_WIDE_ROWS
     min_keys = CONSTANTS.MIN_SPLIT_KEYS if narrow else CONSTANTS.MIN_WIDE_SPLIT_KEYS
     # A block takes a compute unit, so what counts are whole rounds of blocks: as few as sequences leave splits to even
-    # out, and full ones, since sequences get up to half a split more than their part of the plan.
+    # out, and full ones, since sequences get up to half a split more than their part of the plan. Half a split exactly
+    # has to be more, not less: hence the one that is not taken off.
     tiles, units = -(-rows // block_rows), platform.compute_units()
     rounds = -(-2 * num_seqs * tiles // units)
     splits = num_splits(num_seqs, max_keys, tiles, min_keys, rounds)
-    return max(0, min(splits, rounds * units // tiles - (num_seqs + 1) // 2))
+    return max(0, min(splits, rounds * units // tiles - max(1, (num_seqs + 1) // 2 - 1)))
 
 
 def fields(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
