@@ -14,6 +14,7 @@ from aiter_work import with_table
 from wave64 import OPS
 from wave64.testing import predict, sampled
 from wave64.testing.cost import usages, waves_per_simd
+from wave64.testing.sparse import empty
 
 ROW = Row("gfx942", "gemm", "a product", theirs=10.0, ours=9.0, floor=5.0, by="memory", backend="hip")
 
@@ -46,6 +47,18 @@ def test_workgroups_are_as_many_as_touch_what_is_known_to_be_touched():
     known = sampled.Sample("one", 4, 100, work, 0, 1e4).of_bytes(1.8e6)
     assert (known.work.blocks, known.work.once, known.work.lines) == (180, 1.8e6, 6e6)
     assert (known.work.cycles, known.work.chain) == (work.cycles, 2)
+
+
+def test_workgroups_that_search_long_for_work_and_find_none_do_not_count():
+    """Of 320 each of 40 sequences has as many; the rest have to add up the splits of all to know."""
+    seqs, keys, page = 40, 512, 64
+    args = dict(q=torch.zeros(seqs, 128, 576, dtype=torch.bfloat16), scale=0.1, kv_lora_rank=512,
+                kv_cache=empty((seqs * keys // page, page, 576), torch.bfloat16, torch.device("cpu")),
+                page_table=torch.arange(seqs * keys // page, dtype=torch.int32).view(seqs, -1),
+                seq_lens=torch.full((seqs,), keys, dtype=torch.int32))
+    decode, = sampled.works(OPS["mla_decode"], "hip", args, "gfx942", 1, parts=("rows",), probes=320)
+    assert decode.blocks == 320
+    assert decode.work.blocks in range(seqs, 320, seqs)
 
 
 def test_all_workgroups_are_what_the_whole_call_counts():
