@@ -256,7 +256,7 @@ def open_profile(path: str | Path) -> Iterator[Profile]:
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
             connection.execute("PRAGMA temp_store = FILE")
-            connection.execute("PRAGMA cache_size = -16384")
+            connection.execute("PRAGMA cache_size = -4096")
             profile = Profile(path, connection)
         except sqlite3.Error as e:
             raise _unreadable(path, e) from e

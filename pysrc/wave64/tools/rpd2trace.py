@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -25,7 +25,7 @@ from wave64.tools.rpd import NotAProfile, Profile, open_profile
 
 GPU_PID = 1 << 24  # a GPU is a process of the trace; those of the host have smaller numbers
 ARGS = 512  # characters of a call's arguments
-quote = lru_cache(maxsize=4096)(json.dumps)
+quote = json.encoder.encode_basestring_ascii  # json.dumps of a string, without the way there
 
 
 def window_of(profile: Profile, start: str | None, end: str | None) -> tuple[int, int] | None:
@@ -56,12 +56,12 @@ def write_trace(profile: Profile, out: TextIO, window: tuple[int, int] | None = 
                 progress: Callable[[int], None] = lambda rows: None) -> int:
     """Writes the trace as JSON; returns the number of its events."""
     origin = profile.start
-    count = 0
+    count, events = 0, _events(profile, origin, window)
     out.write(f'{{"displayTimeUnit":"ns","otherData":{{"source":{quote(profile.path.name)},"origin_ns":"{origin}"}},'
               '"traceEvents":[\n')
-    for event in _events(profile, origin, window):
-        out.write(",\n" + event if count else event)
-        count += 1
+    while some := list(islice(events, 2000)):
+        out.write((",\n" if count else "") + ",\n".join(some))
+        count += len(some)
         if count % 100_000 == 0:
             progress(count)
     out.write("\n]}\n")
@@ -76,20 +76,19 @@ def _us(ns: int) -> str:
 def _events(profile: Profile, origin: int, window: tuple[int, int] | None) -> Iterator[str]:
     threads: set[tuple[int, int]] = set()
     queues: set[tuple[int, int]] = set()
-    for call in profile.calls(window):
-        threads.add((call.pid, call.tid))
-        args = f',"args":{{"args":{quote(call.args[:ARGS])}}}' if call.args else ""
-        yield (f'{{"ph":"X","pid":{call.pid},"tid":{call.tid},"ts":{_us(call.start - origin)},"dur":'
-               f'{_us(call.end - call.start)},"name":{quote(call.name)}{args}}}')
-    for op in profile.ops(window):
-        queues.add((op.gpu, op.queue))
-        yield (f'{{"ph":"X","pid":{GPU_PID + op.gpu},"tid":{_row(op.queue)},"ts":{_us(op.start - origin)},"dur":'
-               f'{_us(op.end - op.start)},"name":{quote(op.name or op.kind)},"cat":{quote(op.kind)}}}')
-    for number, link in enumerate(profile.links(window)):
+    for _, pid, tid, start, end, name, args in profile.calls(window):
+        threads.add((pid, tid))
+        told = f',"args":{{"args":{quote(args[:ARGS])}}}' if args else ""
+        yield (f'{{"ph":"X","pid":{pid},"tid":{tid},"ts":{_us(start - origin)},"dur":{_us(end - start)},"name":'
+               f"{quote(name)}{told}}}")
+    for _, gpu, queue, start, end, name, kind in profile.ops(window):
+        queues.add((gpu, queue))
+        yield (f'{{"ph":"X","pid":{GPU_PID + gpu},"tid":{_row(queue)},"ts":{_us(start - origin)},"dur":'
+               f'{_us(end - start)},"name":{quote(name or kind)},"cat":{quote(kind)}}}')
+    for number, (pid, tid, called, gpu, queue, start) in enumerate(profile.links(window)):
         same = f'"cat":"launch","name":"launch","id":{number}'
-        yield f'{{"ph":"s",{same},"pid":{link.pid},"tid":{link.tid},"ts":{_us(link.call_start - origin)}}}'
-        yield (f'{{"ph":"f","bp":"e",{same},"pid":{GPU_PID + link.gpu},"tid":{_row(link.queue)},"ts":'
-               f"{_us(link.op_start - origin)}}}")
+        yield f'{{"ph":"s",{same},"pid":{pid},"tid":{tid},"ts":{_us(called - origin)}}}'
+        yield (f'{{"ph":"f","bp":"e",{same},"pid":{GPU_PID + gpu},"tid":{_row(queue)},"ts":{_us(start - origin)}}}')
     yield from _counters(profile, origin, window)
     for sample in profile.samples(window):
         yield (f'{{"ph":"C","pid":{GPU_PID + sample.gpu},"name":{quote(sample.name)},"ts":{_us(sample.start - origin)}'
@@ -114,23 +113,23 @@ def _named(what: str, pid: int, tid: int, name: str) -> str:
 
 
 def _counters(profile: Profile, origin: int, window: tuple[int, int] | None) -> Iterator[str]:
-    """What runs, what is in the queues, and whether a GPU idles, whenever one of them changes."""
-    gpu, running, queued, shown, at = -1, 0, 0, (-1, -1), 0
+    """What runs, what is in the queues, and whether a GPU idles, each whenever it changes."""
+    gpu, running, queued, shown, was_idle, at = -1, 0, 0, (-1, -1), None, 0
 
-    def counter() -> str:
-        return (f'{{"ph":"C","pid":{GPU_PID + gpu},"name":"operations","ts":{_us(at - origin)},"args":{{"running":'
-                f'{running},"queued":{queued - running}}}}},\n{{"ph":"C","pid":{GPU_PID + gpu},"name":"idle","ts":'
-                f'{_us(at - origin)},"args":{{"idle":{int(running == 0)}}}}}')
+    def counter(idle: bool) -> str:
+        head = f'{{"ph":"C","pid":{GPU_PID + gpu},"ts":{_us(at - origin)},"name":'
+        change = f'{head}"idle","args":{{"idle":{int(idle)}}}}},\n' if idle != was_idle else ""
+        return f'{change}{head}"operations","args":{{"running":{running},"queued":{queued - running}}}}}'
 
     for of, ns, run, queue in profile.edges(window):
         if (of, ns) != (gpu, at) and (running, queued) != shown and gpu >= 0:
-            yield counter()
-            shown = running, queued
+            yield counter(running == 0)
+            shown, was_idle = (running, queued), running == 0
         if of != gpu:
-            gpu, running, queued, shown = of, 0, 0, (-1, -1)
+            gpu, running, queued, shown, was_idle = of, 0, 0, (-1, -1), None
         at, running, queued = ns, running + run, queued + queue
     if gpu >= 0:
-        yield counter()
+        yield counter(running == 0)
 
 
 def open_text(path: Path, packed: bool) -> TextIO:
