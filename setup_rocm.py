@@ -9,10 +9,9 @@
     python3 setup_rocm.py docs       write the documentation as a site with search to dist/docs
     python3 setup_rocm.py doctor     what is here: GPU, torch, Triton, code objects, and which backend serves what
 
-Outside a virtual environment it makes .venv here, which sees the system's packages if torch is one of them. A torch or
-Triton that is installed stays as it is, and so does every package of an environment you are in, unless --upgrade says
-otherwise. Where there is no torch it installs one that fits the machine, and says which. Standard library only; what
-is built is decided by CMakeLists.txt and pyproject.toml, not here.
+Outside a virtual environment it makes .venv here, which sees the system's packages if torch is one of them. Without a
+torch it installs one that fits the machine, and says which; what is installed stays as it is, but packages of .venv,
+or with --upgrade. What is built is decided by CMakeLists.txt and pyproject.toml, not here. Standard library only.
 """
 
 from __future__ import annotations
@@ -326,22 +325,23 @@ def is_editable(python: str) -> bool:
 
 
 def install(args: argparse.Namespace, extras: str, editable: bool = False, develops: bool = False) -> str:
-    """Installs torch without one, and wave64 with `extras`; gives the Python that has them. `develops` adds the
-    build tools and Triton, for tests and rebuilds."""
+    """Installs torch without one, and wave64 with `extras`; gives the Python that has them. `develops` adds Triton and
+    the build tools; .venv has these always: pip's own lie elsewhere each time, and all would be built anew."""
     require_writable()
     python = environment()
     require_pip(python)
-    changing = may_change(python, [*requirements(extras), *(build_requirements() if develops else ())], args.upgrade)
+    with_tools = develops or not in_environment()
+    changing = may_change(python, requirements(extras) + build_requirements() * with_tools, args.upgrade)
     ensure_torch(python, args)
     if develops:
         ensure_triton(python)
     editable = editable or is_editable(python)
     with constraints(python, but=changing) as keep:
-        if develops:
+        if with_tools:
             run("Installing the build tools", [python, "-m", "pip", "install", *keep, *build_requirements()])
         run(f"Building and installing wave64 with [{extras}]{', editable' if editable else ''}",
             [python, "-m", "pip", "install", "-v", *keep, *build_settings(python, args),
-             *(["--no-build-isolation"] if develops else []), *(["-e"] if editable else []), f".[{extras}]"])
+             *(["--no-build-isolation"] if with_tools else []), *(["-e"] if editable else []), f".[{extras}]"])
     return python
 
 
@@ -364,8 +364,8 @@ def do_wheel(args: argparse.Namespace) -> None:
     require_writable()
     python = environment()
     require_pip(python)
-    command = [shutil.which("git") or "true", "log", "-1", "--format=%ct"]  # a container's build stage has no git
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    git = shutil.which("git") or "true"  # a container's build stage has none
+    commit = subprocess.run([git, "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True).stdout
     env = {"SOURCE_DATE_EPOCH": commit.strip() or "315532800", **os.environ}  # dates in the wheel: not today's
     glibc, machine = "2.28", platform.machine()
     with tempfile.TemporaryDirectory() as folder:

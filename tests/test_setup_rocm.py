@@ -99,6 +99,25 @@ def test_all_that_stays_is_pinned_and_checked(environment_of_others, monkeypatch
         keeping.__exit__(None, None, None)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_one_command_has_built_serves_the_next(environment_of_others, monkeypatch, inside):
+    """In .venv, demo and test build by the same tools; into an environment of others demo puts no build tools."""
+    environment_of_others({}, {}, inside)
+    built = []
+    for name in ("require_writable", "require_pip", "ensure_torch", "ensure_triton"):
+        monkeypatch.setattr(setup_rocm, name, lambda *args: None)
+    monkeypatch.setattr(setup_rocm, "environment", lambda: "python")
+    monkeypatch.setattr(setup_rocm, "is_editable", lambda python: False)
+    monkeypatch.setattr(setup_rocm, "run", lambda title, command: built.append(command))
+    args = Namespace(archs=[], upgrade=False)
+    setup_rocm.install(args, "serve,demo")
+    setup_rocm.install(args, "serve,test", develops=True)
+    wave64 = [[word for word in command if "constraints" not in word][:-1] for command in built if "-v" in command]
+    assert (wave64[0] == wave64[1]) is not inside
+    tools = [command for command in built if command[-1] == setup_rocm.build_requirements()[-1]]
+    assert len(tools) == (1 if inside else 2)
+
+
 def test_requirements_are_read_from_pyproject():
     listed = setup_rocm.requirements("serve,demo")
     assert {"fastapi", "openai"} <= set(listed)
