@@ -1,7 +1,9 @@
 """Kernels compiled ahead: what a server asks for is among them, it finds them, and it says what does not fit."""
 
+import errno
 import itertools
 import json
+import multiprocessing.synchronize
 import os
 import subprocess
 import sys
@@ -209,6 +211,16 @@ def test_a_tar_is_unpacked_once_and_what_is_none_is_refused(tmp_path):
         with pytest.raises(prebuilt.PrebuiltError, match=str(path)):
             prebuilt.read_manifest(prebuilt.unpacked(path, tmp_path / "unpacked"))
     assert {each.name for each in (tmp_path / "unpacked").iterdir()} == {first.name, prebuilt.LOCK}
+
+
+def test_a_machine_without_shared_memory_is_told_so(tmp_path, monkeypatch):
+    """As in a container whose /dev/shm is not there: processes cannot share a lock."""
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", refuse)
+    with pytest.raises(prebuilt.PrebuiltError, match=r"/dev/shm: expected .*, got Permission denied\. Mount it"):
+        prebuilt.compile_all({"a": lambda: None}, tmp_path, jobs=1)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,14 +257,22 @@ def compile_all(makers: dict[str, Callable[[], Any]], folder: Path, jobs: int) -
     terminal; a line for each that does not compile."""
     failures = []
     _makers.update(makers)
-    with (locked(folder), writing(folder),
-          multiprocessing.get_context("fork").Pool(max(1, min(jobs, len(makers)))) as pool):
+    with locked(folder), writing(folder), _processes(max(1, min(jobs, len(makers)))) as pool:
         for key, wrong in tqdm(pool.imap_unordered(_make, makers), total=len(makers), unit="kernel", desc="compiling",
                                disable=not sys.stderr.isatty()):
             if wrong is not None:
                 failures.append(f"{key.split(' ')[0]}: {wrong}")
     _makers.clear()
     return failures
+
+
+def _processes(number: int) -> Pool:
+    try:
+        return multiprocessing.get_context("fork").Pool(number)
+    except OSError as error:
+        raise PrebuiltError(
+            f"/dev/shm: expected shared memory for the locks of {number} processes, got {error.strerror}. Mount it "
+            "(mount -t tmpfs tmpfs /dev/shm), or give a container --ipc=host") from error
 
 
 def _make(key: str) -> tuple[str, str | None]:
