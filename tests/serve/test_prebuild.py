@@ -213,6 +213,27 @@ def test_a_tar_is_unpacked_once_and_what_is_none_is_refused(tmp_path):
     assert {each.name for each in (tmp_path / "unpacked").iterdir()} == {first.name, prebuilt.LOCK}
 
 
+#: Prints whether no function of a kernel has a hash when wave64 is imported, and how many have none in `reading`.
+KEYS = """
+import sys
+from triton.runtime.jit import JITFunction
+from wave64.backends import import_triton_kernels, prebuilt
+
+import_triton_kernels()
+functions = [f for name, module in sys.modules.items() if name.startswith("wave64.triton_ops.")
+             for f in vars(module).values() if isinstance(f, JITFunction)]  # a set would hash them
+print(sum(f.hash is None for f in functions) == len(functions) > 100)
+with prebuilt.reading(None, "gfx942"):
+    print(sum(f.hash is None for f in functions))
+"""
+
+
+def test_keys_do_not_depend_on_what_was_launched_before():
+    """All functions are hashed at once, in one order: see settle_keys."""
+    done = python("-c", KEYS)
+    assert done.stdout.split() == ["True", "0"], done.stderr
+
+
 def test_a_machine_without_shared_memory_is_told_so(tmp_path, monkeypatch):
     """As in a container whose /dev/shm is not there: processes cannot share a lock."""
     def refuse(*args):

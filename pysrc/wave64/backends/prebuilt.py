@@ -30,8 +30,10 @@ import triton
 from tqdm import tqdm
 from triton import knobs
 from triton.runtime.cache import FileCacheManager, triton_key
+from triton.runtime.jit import JITFunction
 
 from wave64 import triton_ops, tuning
+from wave64.backends import import_triton_kernels
 
 log = logging.getLogger("wave64")
 
@@ -232,6 +234,7 @@ def reading(path: str | None, arch: str, is_first: bool = True) -> Iterator[Read
         folder = None
     if folder is not None:
         say("prebuilt Triton kernels at %s: %d", folder, len(list((folder / KERNELS).glob("*/*.hsaco"))))
+    settle_keys()
     before, _reader = _reader, Reader(folder)
     manager = knobs.cache.manager_class
     knobs.cache.manager_class = Manager
@@ -252,10 +255,23 @@ def writing(folder: Path) -> Iterator[None]:
         yield
 
 
+def settle_keys() -> None:
+    """Has Triton hash all functions of wave64's kernels, in one order. Triton 3.6 leaves out of a function's hash the
+    constants of those functions that it calls and that have no hash yet: the key of a kernel would depend on what a
+    process has launched before it, and what one compiled another would not find."""
+    import_triton_kernels()
+    for name in sorted(sys.modules):
+        if name.startswith(f"{triton_ops.__name__}."):
+            for _, function in sorted(vars(sys.modules[name]).items()):
+                if isinstance(function, JITFunction):
+                    function.cache_key  # noqa: B018  # a property: the first look computes it
+
+
 def compile_all(makers: dict[str, Callable[[], Any]], folder: Path, jobs: int) -> list[str]:
     """Compile kernels into the folder, each by calling what makes it in one of so many processes, with a bar on a
     terminal; a line for each that does not compile."""
     failures = []
+    settle_keys()
     _makers.update(makers)
     with locked(folder), writing(folder), _processes(max(1, min(jobs, len(makers)))) as pool:
         for key, wrong in tqdm(pool.imap_unordered(_make, makers), total=len(makers), unit="kernel", desc="compiling",
