@@ -1,5 +1,6 @@
 """Runs before anything imports triton: without a GPU its kernels are interpreted."""
 
+import functools
 import gc
 import os
 import sys
@@ -28,6 +29,21 @@ def pytest_collection_modifyitems(config, items):
     if rest:
         config.hook.pytest_deselected(items=rest)
     items[:] = tiers.ordered(chosen)
+
+
+def pytest_runtest_setup(item):
+    """A build may be of some architectures alone (--archs): tests that name another have no machine code to run."""
+    named = (*getattr(getattr(item, "callspec", None), "params", {}).values(), getattr(item.module, "ARCH", None))
+    for arch in {name for name in named if isinstance(name, str)} & _not_built():
+        pytest.skip(f"wave64 was built without code objects for {arch}")
+
+
+@functools.cache
+def _not_built() -> set[str]:
+    from wave64.arch import HIP_TARGETS
+    from wave64.backends import hip
+
+    return set(HIP_TARGETS) - set(hip.code_objects() if hip._hip else ())
 
 
 def pytest_unconfigure():

@@ -8,6 +8,7 @@ import ssl
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_http import App
 from helpers_server import eventually, serve
 from prometheus_client.parser import text_string_to_metric_families
@@ -207,7 +208,11 @@ def traced(server, folder) -> None:
     in_time(server, prompt="x", max_tokens=2)
     assert eventually(lambda: len(list((folder / "b").glob("*"))) == 1), "it has ended by itself"
     assert server.post("/stop_profile").status_code == 400
-    assert "no GPU" in server.post("/start_profile", activities=["GPU"]).json()["error"]["message"]
+    of_a_gpu = server.post("/start_profile", activities=["GPU"])
+    if torch.cuda.is_available():
+        assert of_a_gpu.status_code == server.post("/stop_profile").status_code == 200
+    else:
+        assert "no GPU" in of_a_gpu.json()["error"]["message"]
     for outside in ("../b", "/tmp"):
         error = server.post("/start_profile", output_dir=outside).json()["error"]
         assert error["param"] == "output_dir"

@@ -79,9 +79,9 @@ def test_the_next_step_is_started_before_the_tokens_are_waited_for(folder, devic
         made, log = engine(folder, device, overlap), []
         forward, sample = made.runner.forward, made.runner.sample
 
-        def started(*steps, forward=forward, log=log):
+        def started(*steps, forward=forward, log=log, **early):
             log.append(f"start {LAST_SAMPLED in steps[0].tokens}")
-            return forward(*steps)
+            return forward(*steps, **early)
 
         def sampled(*given, sample=sample, log=log):
             log.append("sample")
