@@ -30,8 +30,9 @@ SLOW_MODULES = ("gfx942", "bench", "ops/test_emulated_ranks.py", "ops/test_profi
                 "test_standin_hip.py", "test_tuning.py", "test_typing.py")
 
 #: Modules of which a test takes as long as hundreds of others: they run first, so that no worker is left with one while
-#: the rest have nothing more to do.
-FIRST = ("test_typing.py", "test_build.py", "test_tuning.py")
+#: the rest have nothing more to do. Two of them read what every kernel compiles to (`reports`): they follow each other,
+#: so that one worker has both, and no other waits for what it compiles.
+FIRST = ("test_typing.py", "test_build.py", "test_tuning.py", "gfx942/test_budgets.py", "gfx942/test_forms.py")
 
 
 def select(items: Iterable[pytest.Item], tier: str) -> tuple[list[pytest.Item], list[pytest.Item]]:

@@ -79,10 +79,15 @@ def _codes(wanted: list[Path], folders: dict[str, Path]) -> list[str]:
     while wanted:
         file = wanted.pop()
         if file not in seen and file.is_file():
-            text = file.read_text()
-            seen[file] = code_of(text)
-            wanted += _imported(text, folders)
+            seen[file], imported = _read(file.read_text(), *folders.items())
+            wanted += imported
     return sorted(seen.values())  # wherever the files lie
+
+
+@functools.cache  # operators share most of what they import
+def _read(text: str, *folders: tuple[str, Path]) -> tuple[str, list[Path]]:
+    """The code of a file, and the files that it imports."""
+    return code_of(text), list(_imported(text, dict(folders)))
 
 
 def _imported(text: str, folders: dict[str, Path]) -> Iterator[Path]:
