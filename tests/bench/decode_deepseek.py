@@ -142,7 +142,7 @@ def breakdown(run: Callable[[], object], device: str) -> list[tuple[str, int, fl
     if device != "cuda":
         return []
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         run()
         torch.cuda.synchronize()
     spent, launches = collections.Counter(), collections.Counter()

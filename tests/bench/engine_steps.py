@@ -122,7 +122,7 @@ def busy_ms(engine: Engine, tokens: dict[str, list[int]], count: int) -> float:
     if engine.device.type != "cuda":
         return float("nan")
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(count):
             step(engine, tokens)
         torch.cuda.synchronize()

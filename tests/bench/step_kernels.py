@@ -49,7 +49,7 @@ class Span:
 def spans(run: Callable[[], object], device: str) -> list[Span]:
     """What ran on the device meanwhile, in its order; on a CPU, which has no kernels, torch's operators."""
     kind = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as profile:
+    with torch.profiler.profile(activities=[kind], acc_events=True) as profile:
         run()
         if device == "cuda":
             torch.cuda.synchronize()

@@ -44,7 +44,8 @@ class TorchRecording:
     def __init__(self, path: Path, activities: tuple[str, ...], with_stack: bool, record_shapes: bool):
         self.path = path
         kinds = [ACTIVITIES[each] for each in activities]
-        self._profiler = torch.profiler.profile(activities=kinds, with_stack=with_stack, record_shapes=record_shapes)
+        self._profiler = torch.profiler.profile(activities=kinds, with_stack=with_stack, record_shapes=record_shapes,
+                                                acc_events=True)  # of the one cycle: torch 2.11 warns without it
 
     def start(self) -> None:
         self._profiler.start()
