@@ -40,8 +40,9 @@ def configure(source: Path, build: Path, *settings: str, targets: Sequence[str] 
                    capture_output=True)
 
 
-#: Code objects of at most as many bytes are compiled again in the suite; the larger ones take most of the time.
-QUICKLY_COMPILED = 64 * 1024
+#: Code objects of at most as many bytes, a collective's among them, are compiled again in the suite; the larger ones
+#: take most of the time.
+QUICKLY_COMPILED = 48 * 1024
 
 
 def compiled_again() -> list:

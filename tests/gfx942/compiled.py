@@ -2,14 +2,18 @@
 (census.py). What recorded.json has of an operator's Triton kernels, or of the bytes of a HIP code object, is not
 compiled anew: its figures are golden.json's, to which they were compared when they were recorded."""
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import budgets
 import census
+import launched
 import recorded
 from budgets import ARCHS
 
@@ -21,22 +25,39 @@ def key(op: str, arch: str, kind: str = "triton") -> str:
     return f"compiled {op} {arch}" if kind == "triton" else f"compiled {kind} {op} {arch}"
 
 
-def obtain(record: recorded.Record, marks: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
+def shipped(arch: str) -> dict[str, Any]:
+    """What needs no compiler: `marks`, from operators to the mark of what is compiled for their cases (recorded.py);
+    `report`, of the HIP kernels in the package; `forms` of their instructions. Needs a process without
+    TRITON_INTERPRET, and is made in one that has imported everything for other tests."""
+    from wave64.testing import compile
+
+    given, sys.argv = sys.argv, ["compile", arch, "--backend", "hip"]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            compile.main()
+    finally:
+        sys.argv = given
+    return {"marks": launched.mark_compiled(arch), "report": json.loads(printed.getvalue()),
+            "forms": census.forms(dict(census.code_objects(arch, "hip")))}
+
+
+def obtain(record: recorded.Record, ships: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """arch -> compilers, kernels, and by kind and operator rows of figures, or why there are none; `forms`, from "hip"
     and from operators with Triton kernels to {form: an instruction of it}; and, for the record, by kind and operator
-    `marks` and `told`. marks: arch -> operator -> mark of what is compiled for its cases (recorded.py)."""
+    `marks` and `told`. ships: arch -> what is `shipped`."""
     golden = budgets.read_golden()
-    of = {arch: {op: f"{mark} {_hash_of(golden, arch, op)}" for op, mark in marks[arch].items()} for arch in ARCHS}
+    of = {arch: {op: f"{mark} {_hash_of(golden, arch, op)}" for op, mark in ships[arch]["marks"].items()}
+          for arch in ARCHS}
     entries = {arch: {op: record.entry(key(op, arch), mark) for op, mark in of[arch].items()} for arch in ARCHS}
     anew = {arch: [op for op, entry in entries[arch].items() if entry.told is None] for arch in ARCHS}
-    reports = budgets.compile_each(dict.fromkeys(ARCHS, ("--backend", "hip")))
+    reports = {arch: ships[arch]["report"] for arch in ARCHS}
     hip_marks, hip_told = _hip_figures(record, golden, reports)
     compiling = {arch: ops for arch, ops in anew.items() if ops}
     for arch, report in budgets.compile_each({arch: [*ops, "--backend", "triton"] for arch, ops in compiling.items()}
                                              ).items():
         reports[arch]["triton"] = report["triton"]
-    seen = budgets.run_each({arch: [str(Path(census.__file__)), arch, "hip", *(
-        op for op in anew[arch] if not isinstance(reports[arch]["triton"][op], str))] for arch in ARCHS})
+    seen = budgets.run_each({arch: [str(Path(census.__file__)), arch, *(
+        op for op in ops if not isinstance(reports[arch]["triton"][op], str))] for arch, ops in compiling.items()})
     for arch, report in reports.items():
         told = {op: dict(binaries=len(rows), forms=seen[arch][op])
                 for op, rows in report["triton"].items() if not isinstance(rows, str)}
@@ -45,7 +66,7 @@ def obtain(record: recorded.Record, marks: dict[str, dict[str, str]]) -> dict[st
                              for op in kept}
         report["told"] = {"triton": told | kept, "hip": hip_told[arch]}
         report["marks"] = {"triton": of[arch], "hip": hip_marks[arch]}
-        report["forms"] = {"hip": seen[arch]["hip"], **{op: each["forms"] for op, each in (told | kept).items()}}
+        report["forms"] = {"hip": ships[arch]["forms"], **{op: each["forms"] for op, each in (told | kept).items()}}
     return reports
 
 

@@ -5,8 +5,8 @@ import gc
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
+import budgets
 import compiled
-import launched
 import pytest
 import recorded
 from once import once
@@ -43,7 +43,7 @@ def compiling():
 def reports(request, compiling, record, tmp_path_factory) -> dict[str, dict]:
     """What the compilers make of every kernel: see compiled.py. Made once, for all workers of a run."""
     def obtain() -> dict[str, dict]:
-        return compiled.obtain(record, {arch: compiling.submit(launched.mark_compiled, arch).result()
-                                        for arch in launched.ARCHS})
+        return compiled.obtain(record, {arch: compiling.submit(compiled.shipped, arch).result()
+                                        for arch in budgets.ARCHS})
 
     return once(request, tmp_path_factory, "compiled", obtain)
