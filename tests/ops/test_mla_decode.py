@@ -188,9 +188,9 @@ def test_programs_find_their_split_beyond_one_block_of_lengths(device, programs)
     assert_right(launch(args, block_b=2, programs=programs), args)
 
 
-@pytest.mark.parametrize(("count", "longest"), [(33, 100), (258, 7)])
+@pytest.mark.parametrize(("count", "longest"), [(33, 100), pytest.param(258, 7, marks=pytest.mark.long)])
 def test_many_sequences(device, count, longest):
-    """Lengths are looked at in blocks of 32, 256, and 256 again and again."""
+    """Lengths are looked at in blocks of 32, 256, and 256 again and again: as the test above has it, of fewer."""
     seq_lens = [7 * i % (longest + 1) for i in range(count)]
     with torch.device(device):
         args = make_case(seq_lens, heads=1, rank=16, rope=8)

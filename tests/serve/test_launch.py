@@ -77,11 +77,12 @@ def reshape(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [
+    [  # long: two that test_weights.py and test_config.py read without a server, and that take the way of another here
         (lambda folder: (folder / "model.safetensors").unlink(), ["safetensors"]),
-        (truncate, ["model.safetensors"]),
+        pytest.param(truncate, ["model.safetensors"], marks=pytest.mark.long),
         (reshape, ["model.safetensors", "proj.weight", "[32, 128]", "[64, 64]"]),
-        (edit_config(architectures=["GPT2LMHeadModel"]), ["config.json", "architectures", "GPT2LMHeadModel"]),
+        pytest.param(edit_config(architectures=["GPT2LMHeadModel"]),
+                     ["config.json", "architectures", "GPT2LMHeadModel"], marks=pytest.mark.long),
         (edit_config(rope_parameters={"rope_type": "spiral"}), ["config.json", "rope_type", "spiral", "llama3"]),
         (edit_config("generation_config.json", top_p=0), ["generation_config.json", "top_p: expected more than 0"]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer.json", "--tokenizer-path"]),
