@@ -24,6 +24,8 @@ from wave64.triton_ops.mla_decode_portable import _mla_decode_portable_kernel
 from wave64.triton_ops.splits import plan_splits
 from wave64.tuning import Tuning
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 
 @dataclass(frozen=True)
 class Config:
@@ -103,6 +105,12 @@ def unsupported(q: Tensor, kv_cache: Tensor, rank: int, new: int = 0) -> str | N
     return None
 
 
+def _batched(options: dict[str, int]) -> dict[str, int]:
+    """The options of a kernel that multiplies batches of matrices (tl.dot of three dimensions). Triton 3.5 to 3.7 give
+    wrong numbers for these with kpack 2 on gfx942, as the emulator found; 3.8 and 3.9 right ones."""
+    return {**options, "kpack": 1} if "kpack" in options and TRITON < (3, 8) else options
+
+
 def launch(call: Call, out: Tensor, lse: Tensor | None, config: Config, keys_per_split: int = 0) -> None:
     """Compute out, and lse unless it is None. keys_per_split: see splits.plan_splits."""
     num_seqs, new, heads, rank = call.shape
@@ -118,7 +126,7 @@ def launch(call: Call, out: Tensor, lse: Tensor | None, config: Config, keys_per
     if config.bands:
         xcds = config.xcds if tiles > 1 else 1
         _mla_decode_cdna_kernel[tiles, triton.cdiv(split.num_items, xcds) * xcds](
-            *arguments(outputs, call, split, config, block_h, xcds), **options, **config.options)
+            *arguments(outputs, call, split, config, block_h, xcds), **options, **_batched(config.options))
     else:
         _mla_decode_portable_kernel[tiles, split.num_items](
             *arguments(outputs, call, split, config, block_h), SWAP=config.swap, **options, **config.options)
