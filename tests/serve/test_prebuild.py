@@ -3,7 +3,6 @@
 import errno
 import itertools
 import json
-import multiprocessing.synchronize
 import os
 import subprocess
 import sys
@@ -239,7 +238,7 @@ def test_a_machine_without_shared_memory_is_told_so(tmp_path, monkeypatch):
     def refuse(*args):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", refuse)
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", refuse)
     with pytest.raises(prebuilt.PrebuiltError, match=r"/dev/shm: expected .*, got Permission denied\. Mount it"):
         prebuilt.compile_all({"a": lambda: None}, tmp_path, jobs=1)
 
