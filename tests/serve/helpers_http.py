@@ -50,6 +50,9 @@ class SameAnswer:
     def abort(self, rid: str) -> None:
         raise AssertionError(f"{rid} was aborted")
 
+    def abort_all(self, rid: str | None = None) -> None:
+        """None of this engine's requests are left to abort."""
+
 
 class App:
     """The application, to be asked with post() and get(), or with ask() from a coroutine."""

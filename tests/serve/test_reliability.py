@@ -263,6 +263,11 @@ def test_what_was_not_refused_in_words(app, model, fields):
     assert served_or_refused(app, model, fields) == 400
 
 
+@pytest.mark.parametrize("fields", [{"rid": "0"}, {"abort_all": True}])
+def test_an_abort_of_what_is_not_there_is_served(app, fields):
+    assert served_or_refused(app, AbortRequest, fields) == 200
+
+
 def served_or_refused(app: App, model: type[Body], fields: dict) -> int:
     path, base = BODIES[model]
     fields = base | fields
