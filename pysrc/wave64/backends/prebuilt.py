@@ -255,16 +255,15 @@ def writing(folder: Path) -> Iterator[None]:
         yield
 
 
-def settle_keys() -> None:
+def settle_keys() -> dict[str, str]:
     """Has Triton hash all functions of wave64's kernels, in one order. Triton 3.6 leaves out of a function's hash the
     constants of those functions that it calls and that have no hash yet: the key of a kernel would depend on what a
-    process has launched before it, and what one compiled another would not find."""
+    process has launched before it, and what one compiled another would not find. Returns the hashes by module and
+    name."""
     import_triton_kernels()
-    for name in sorted(sys.modules):
-        if name.startswith(f"{triton_ops.__name__}."):
-            for _, function in sorted(vars(sys.modules[name]).items()):
-                if isinstance(function, JITFunction):
-                    function.cache_key  # noqa: B018  # a property: the first look computes it
+    return {f"{module}.{name}": function.cache_key  # computed at the first look
+            for module in sorted(sys.modules) if module.startswith(f"{triton_ops.__name__}.")
+            for name, function in sorted(vars(sys.modules[module]).items()) if isinstance(function, JITFunction)}
 
 
 def compile_all(makers: dict[str, Callable[[], Any]], folder: Path, jobs: int) -> list[str]:
